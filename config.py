@@ -1,0 +1,406 @@
+"""Every setting of the project, once: frozen, validated dataclasses from which the command lines are built.
+
+Nothing heavy is imported here, so `--help` and a wrong flag are answered before torch is loaded. Letters are those of the
+README: H heads, Hkv KV heads, D head dimension, S value groups, K groups kept, rho value budget. Ratios say what is *kept*.
+
+    python train.py --help
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+
+
+def opt(default, help, choices=None):
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check(ok: bool, came: str, allowed: str, do: str) -> None:
+    """Raise the one-line ValueError every setting uses: what came, what is allowed, what to do."""
+    if not ok:
+        raise ValueError(f"{came}: {allowed}; {do}")
+
+
+def count_kept(ratio: float | str | Fraction, n: int) -> int:
+    """floor(ratio * n) in exact arithmetic (0.7 means 7/10, not its binary neighbour). The only place a ratio becomes a count.
+
+    ratio: share kept, 0 < ratio <= 1; n: how many there are, >= 1. Raises ValueError outside the range or if nothing is kept."""
+    r = ratio if isinstance(ratio, Fraction) else Fraction(str(ratio))
+    check(0 < r <= 1, f"a budget of {ratio}", "the share kept lies in (0, 1]", "give for example 0.5")
+    kept = int(r * n)
+    check(kept >= 1, f"a budget of {ratio} of {n}", "at least one must be kept", f"give {float(Fraction(1, n)):.4g} or more")
+    return kept
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer (Llama family). Sizes in units of features, tokens or heads."""
+    vocab_size: int = opt(257, "size of the vocabulary (set from the tokenizer)")
+    block_size: int = opt(256, "longest context in tokens")
+    n_layer: int = opt(4, "number of transformer blocks")
+    n_embd: int = opt(128, "width of the residual stream")
+    n_head: int = opt(8, "query heads H")
+    n_kv_head: int = opt(8, "KV heads Hkv; must divide n_head")
+    head_dim: int = opt(16, "head dimension D; even, and divisible by the value groups S")
+    n_inner: int = opt(344, "width of the SwiGLU MLP")
+    rope_theta: float = opt(10000.0, "base of the rotary embedding")
+    norm_eps: float = opt(1e-5, "epsilon of RMSNorm")
+    qkv_bias: bool = opt(False, "bias on the q, k and v projections (Qwen2)")
+    tie_embeddings: bool = opt(True, "share the token embedding with the output head")
+
+    def __post_init__(self):
+        for f in ("vocab_size", "block_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_inner"):
+            check(getattr(self, f) >= 1, f"{f}={getattr(self, f)}", "at least 1 is needed", f"give --{f}=1 or more")
+        check(self.n_head % self.n_kv_head == 0, f"n_head={self.n_head} with n_kv_head={self.n_kv_head}",
+              "KV heads must divide the query heads", f"give an n_kv_head that divides {self.n_head}")
+        check(self.head_dim % 2 == 0, f"head_dim={self.head_dim}", "RoPE turns pairs, so it must be even", "give an even --head_dim")
+        check(self.rope_theta > 0 and self.norm_eps > 0, f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}",
+              "both are positive", "give positive values")
+
+
+ADAPTERS = ("none", "lora", "moe_lora", "routed")
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (ST 3.1.1). `r` is the rank of one branch: LoRA has one, MoE-LoRA `experts`, routed `subspaces`."""
+    adapter: str = opt("routed", "which adapter is trained", ADAPTERS)
+    r: int = opt(4, "rank R of one branch (lora: the whole rank)")
+    alpha: float = opt(8.0, "LoRA alpha; the update is scaled by alpha / r")
+    lora_dropout: float = opt(0.05, "dropout on the adapter's input")
+    lora_targets: str = opt("q,k,v,o", "projections that are adapted, of q,k,v,o,gate,up,down")
+    subspaces: int = opt(4, "subspaces S of routed subspace LoRA")
+    subspace_topk: int = opt(2, "subspaces kept per token")
+    experts: int = opt(4, "experts E of MoE-LoRA")
+    expert_topk: int = opt(2, "experts kept per token")
+    balance_weight: float = opt(0.01, "weight of the load-balance loss")
+
+    def __post_init__(self):
+        check(self.adapter in ADAPTERS, f"adapter={self.adapter!r}", f"one of {', '.join(ADAPTERS)}", "choose one")
+        check(self.r >= 1, f"r={self.r}", "a rank is at least 1", "give --r=1 or more")
+        check(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "lies in [0, 1)", "give for example 0.05")
+        check(self.balance_weight >= 0, f"balance_weight={self.balance_weight}", "is at least 0", "give for example 0.01")
+        for n, k in (("subspaces", "subspace_topk"), ("experts", "expert_topk")):
+            check(1 <= getattr(self, k) <= getattr(self, n), f"{k}={getattr(self, k)} with {n}={getattr(self, n)}",
+                  f"needs 1 <= {k} <= {n}", f"give a {k} of at most {getattr(self, n)}")
+        bad = [t for t in self.targets if t not in TARGETS]
+        check(not bad and len(self.targets) > 0, f"lora_targets={self.lora_targets!r}", f"a list of {','.join(TARGETS)}", "separate by commas")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(t.strip() for t in self.lora_targets.split(",") if t.strip())
+
+
+KVS = ("dense", "value_groups")
+GROUPS = (2, 4, 8, 16)
+BASES = ("native", "random", "pca", "output")
+ROUTERS = ("linear", "norm")
+SCOPES = ("layer", "head")
+RECONSTRUCTORS = ("zero", "linear", "pairwise", "mlp")
+PREFILLS = ("exact", "routed")
+MAX_PATTERNS = 70  # C(8, 4): above this a matrix per mask pattern is refused in favour of the pairwise form
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """How keys and values are stored (ST 3.1.2 and this project's additions)."""
+    kv: str = opt("value_groups", "the KV path", KVS)
+    n_groups: int = opt(4, "value groups S per head", GROUPS)
+    topk_groups: int = opt(2, "groups K kept per token")
+    value_basis: str = opt("output", "basis in which values are cut into groups, folded into W_v and W_o", BASES)
+    value_router: str = opt("linear", "linear: learned on the layer's input (the paper); norm: largest group norms", ROUTERS)
+    mask_scope: str = opt("layer", "layer: one mask for all KV heads (the paper); head: one per KV head", SCOPES)
+    reconstructor: str = opt("zero", "what stands for a dropped group when it is read", RECONSTRUCTORS)
+    recon_hidden: int = opt(0, "hidden width of the MLP reconstructor; 0 means Hkv * D")
+    aux_weight: float = opt(0.1, "weight of the reconstruction loss L_aux")
+    lm_to_router: bool = opt(False, "let the language-model loss train value router and reconstructor too")
+    kv_layers: str = opt("all", "layers compressed: all, deepest:SHARE, or a list such as 2,3")
+    prefill: str = opt("exact", "exact: the prompt attends to whole values; routed: to routed ones (the paper)", PREFILLS)
+    kv_tail: int = opt(0, "newest tokens whose values stay whole (a dense tail), at least")
+    kv_tail_block: int = opt(1, "tokens of the tail compressed at a time when it overflows")
+
+    def __post_init__(self):
+        for name, allowed in (("kv", KVS), ("value_basis", BASES), ("value_router", ROUTERS), ("mask_scope", SCOPES),
+                              ("reconstructor", RECONSTRUCTORS), ("prefill", PREFILLS), ("n_groups", GROUPS)):
+            check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(map(str, allowed))}", "choose one")
+        check(1 <= self.topk_groups <= self.n_groups, f"topk_groups={self.topk_groups} with n_groups={self.n_groups}",
+              "needs 1 <= K <= S", f"give --topk_groups of at most {self.n_groups}")
+        check(self.aux_weight >= 0, f"aux_weight={self.aux_weight}", "is at least 0", "give for example 0.1")
+        check(self.recon_hidden >= 0, f"recon_hidden={self.recon_hidden}", "is at least 0", "give 0 for Hkv * D")
+        check(self.kv_tail >= 0 and self.kv_tail_block >= 1, f"kv_tail={self.kv_tail}, kv_tail_block={self.kv_tail_block}",
+              "the tail is at least 0 and its block at least 1 token", "give for example --kv_tail=64 --kv_tail_block=16")
+        n_patterns = _binomial(self.n_groups, self.topk_groups)
+        check(self.reconstructor != "linear" or n_patterns <= MAX_PATTERNS,
+              f"reconstructor=linear with S={self.n_groups}, K={self.topk_groups} ({n_patterns} mask patterns)",
+              f"one matrix per pattern is allowed up to {MAX_PATTERNS} patterns", "use --reconstructor=pairwise")
+        self.layers(10 ** 6)
+
+    def layers(self, n_layer: int) -> list[int]:
+        """The compressed layers' indices, ascending. Raises ValueError for a malformed or empty choice."""
+        text, do = self.kv_layers, "give all, deepest:0.22 or a list such as 2,3"
+        try:
+            if text == "all":
+                return list(range(n_layer))
+            if text.startswith("deepest:"):
+                return list(range(n_layer - count_kept(text.split(":", 1)[1], n_layer), n_layer))
+            picked = sorted({int(t) for t in text.split(",")})
+        except ValueError as e:
+            raise ValueError(f"kv_layers={text!r}: {e}; {do}") from None
+        check(bool(picked) and 0 <= picked[0] and picked[-1] < n_layer, f"kv_layers={text!r}", f"layers are 0..{n_layer - 1}", do)
+        return picked
+
+    def check_model(self, m: ModelConfig) -> None:
+        """Raise ValueError where this storage does not fit the model's shape."""
+        if self.kv == "value_groups":
+            check(m.head_dim % self.n_groups == 0, f"n_groups={self.n_groups} with head_dim={m.head_dim}", "S must divide D",
+                  "give --n_groups of " + " or ".join(str(s) for s in GROUPS if m.head_dim % s == 0))
+            self.layers(m.n_layer)
+
+
+def _binomial(n: int, k: int) -> int:
+    out = 1
+    for i in range(k):
+        out = out * (n - i) // (i + 1)
+    return out
+
+
+CORPORA = ("pydocs", "pycode", "shakespeare", "wikitext2", "wikitext103")
+TOKENIZERS = ("byte", "gpt2")
+STAGES = ("all", "pretrain", "adapt")
+
+
+def check_corpus(name: str, flag: str = "dataset") -> None:
+    """Raise ValueError unless `name` is a known corpus or text:PATH (the path itself is checked when it is read)."""
+    check(name in CORPORA or (name.startswith("text:") and len(name) > 5), f"{flag}={name!r}",
+          f"one of {', '.join(CORPORA)} or text:PATH", "choose one")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text and its tokens."""
+    tokenizer: str = opt("byte", "tokenizer", TOKENIZERS)
+    val_fraction: float = opt(0.1, "share of the text, by document, held out for validation")
+    data_dir: str = opt("", "where token files and downloads are kept; empty: the user's cache folder")
+
+    def __post_init__(self):
+        check(self.tokenizer in TOKENIZERS, f"tokenizer={self.tokenizer!r}", f"one of {', '.join(TOKENIZERS)}", "choose one")
+        check(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction}", "lies in (0, 1)", "give for example 0.1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What train.py does. Steps are optimizer steps; batch sizes are sequences of the *global* batch, whatever the rank count."""
+    stage: str = opt("all", "all: pretrain, then every adapter, then the table; or one stage", STAGES)
+    out_dir: str = opt("", "folder for everything the run leaves; empty: a fresh one under out/")
+    init_from: str = opt("scratch", "adapt: folder of a pretrained run to start from (scratch: pretrain first)")
+    resume: bool = opt(False, "continue the run in --out_dir from its newest valid checkpoint")
+    preset: str = opt("default", "paper: the sub-token paper's settings for the adapt stage (explicit flags still win)", ("default", "paper"))
+    dataset: str = opt("", "corpus of the stage; with stage=all the pretraining one (empty: pydocs, or pycode to adapt); or text:PATH")
+    adapt_dataset: str = opt("", "corpus for adaptation, where it differs from --dataset (empty: pycode)")
+    seed: int = opt(0, "seed of initialisation, batches and dropout")
+    seeds: int = opt(3, "stage=all: adaptation seeds per row, fewer when --max_minutes would be passed")
+    max_minutes: float = opt(3.6, "stage=all: start no further seed that would end after this many minutes")
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = opt("auto", "compute type; auto: bfloat16 autocast on a GPU that has it, else float32", ("auto", "float32", "bfloat16"))
+    compile: bool = opt(False, "torch.compile the model")
+    pretrain_steps: int = opt(560, "steps of pretraining")
+    adapt_steps: int = opt(60, "steps of adaptation")
+    pretrain_batch_size: int = opt(8, "sequences in a pretraining step")
+    adapt_batch_size: int = opt(8, "sequences in an adaptation step")
+    accumulation: int = opt(1, "micro-steps a rank splits its share of the batch into")
+    pretrain_lr: float = opt(3e-3, "peak learning rate of pretraining")
+    adapt_lr: float = opt(5e-3, "peak learning rate of adaptation")
+    warmup: float = opt(0.1, "share of the steps spent warming up linearly; cosine to zero after it")
+    weight_decay: float = opt(0.01, "AdamW weight decay (matrices only)")
+    beta1: float = opt(0.9, "AdamW beta1")
+    beta2: float = opt(0.99, "AdamW beta2")
+    grad_clip: float = opt(1.0, "largest global gradient norm; 0 means no clipping")
+    eval_interval: int = opt(0, "steps between validation losses; 0: only at the end")
+    eval_sequences: int = opt(48, "validation sequences per evaluation while training")
+    sample_interval: int = opt(0, "steps between sampled texts; 0: only at the end of pretraining")
+    save_interval: int = opt(200, "steps between checkpoints")
+    keep_checkpoints: int = opt(2, "newest checkpoints kept per stage (the best by validation loss is kept besides)")
+
+    def __post_init__(self):
+        for name, allowed in (("stage", STAGES), ("preset", ("default", "paper")), ("dtype", ("auto", "float32", "bfloat16"))):
+            check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(allowed)}", "choose one")
+        for name in ("dataset", "adapt_dataset"):
+            if getattr(self, name):
+                check_corpus(getattr(self, name), name)
+        for name in ("pretrain_steps", "adapt_steps", "pretrain_batch_size", "adapt_batch_size", "accumulation", "seeds",
+                     "eval_sequences", "save_interval", "keep_checkpoints"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
+        for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
+        for name in ("pretrain_lr", "adapt_lr", "max_minutes"):
+            check(getattr(self, name) > 0, f"{name}={getattr(self, name)}", "must be positive", "give for example 0.001")
+        check(0 <= self.warmup <= 1, f"warmup={self.warmup}", "a share in [0, 1]", "give for example 0.1")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "lies in [0, 1)", "give for example 0.9")
+        check(not self.resume or bool(self.out_dir), "resume without out_dir", "a run to continue is needed", "give --out_dir=DIR")
+        check(self.stage == "adapt" or self.init_from == "scratch", f"init_from={self.init_from!r} with stage={self.stage}",
+              "pretrained weights are adapted", "give --stage=adapt")
+
+    def corpus(self, stage: str) -> str:
+        """Corpus of `stage` ('pretrain' or 'adapt')."""
+        if stage == "pretrain":
+            return self.dataset or "pydocs"
+        return self.adapt_dataset or (self.dataset if self.stage == "adapt" else "") or "pycode"
+
+
+PAPER = dict(  # ST 4.1 and 3.1; the rest of the paper's settings are the defaults above
+    adapter="routed", r=4, alpha=8.0, lora_dropout=0.05, subspaces=4, subspace_topk=2, balance_weight=0.01,
+    n_groups=4, topk_groups=2, value_basis="native", value_router="linear", mask_scope="layer", reconstructor="mlp",
+    aux_weight=0.1, lm_to_router=False, prefill="routed", adapt_lr=5e-4, weight_decay=0.01, beta1=0.9, beta2=0.999,
+    adapt_batch_size=8, block_size=512)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _to_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+_TYPES = {"int": int, "float": float, "str": str, "bool": _to_bool}
+
+
+def parse_args(configs: dict[str, type], argv: list[str] | None = None, prog: str | None = None, description: str = "") -> argparse.Namespace:
+    """Build a command line from dataclasses, parse argv, and return a namespace with one validated instance per entry of
+    `configs`, plus `given`: the set of flags named on the command line. --key=value and --key value both work; a bare boolean
+    flag means true. Any mistake prints one line to stderr and exits with code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120))
+    known: dict[str, str] = {}
+    for name, cls in configs.items():
+        group = parser.add_argument_group(cls.__doc__.splitlines()[0])
+        for f in fields(cls):
+            assert f.name not in known, f"{f.name} is defined by both {known[f.name]} and {cls.__name__}"
+            known[f.name] = cls.__name__
+            kind, choices = str(f.type), f.metadata["choices"]
+            text = f"{f.metadata['help']} ({kind}; default {f.default!r}{'; one of ' + ', '.join(map(str, choices)) if choices else ''})"
+            extra = dict(nargs="?", const=True) if kind == "bool" else {}
+            group.add_argument(f"--{f.name}", type=_TYPES[kind], default=argparse.SUPPRESS, metavar=kind.upper(),
+                               help=text.replace("%", "%%"), **extra)
+    space, rest = parser.parse_known_args(argv)
+    if rest:
+        flag = rest[0].split("=")[0]
+        near = difflib.get_close_matches(flag.lstrip("-"), known, n=1, cutoff=0.0)
+        parser.error(f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)" if flag.startswith("--")
+                     else f"unexpected argument {rest[0]!r}: flags are --key=value or --key value")
+    given = vars(space)
+    chosen = {**(PAPER if given.get("preset") == "paper" else {}), **given}
+    out = argparse.Namespace(given=set(given))
+    try:
+        for name, cls in configs.items():
+            setattr(out, name, cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}))
+    except ValueError as e:
+        parser.error(str(e))
+    return out
+
+
+def to_dict(cfg) -> dict:
+    """A dataclass as plain JSON types."""
+    return dataclasses.asdict(cfg)
+
+
+def from_dict(cls: type, d: dict):
+    """The dataclass `cls` from a dict read from a file. Raises ValueError naming unknown, missing or mistyped entries."""
+    names = {f.name: f for f in fields(cls)}
+    unknown, missing = sorted(set(d) - set(names)), sorted(set(names) - set(d))
+    check(not unknown and not missing, f"{cls.__name__} in a file", f"unknown entries {unknown}, missing entries {missing}",
+          "was it written by another version?")
+    for k, v in d.items():
+        kind = str(names[k].type)
+        ok = isinstance(v, {"int": int, "float": (int, float), "str": str, "bool": bool}[kind]) and (kind == "bool" or not isinstance(v, bool))
+        check(ok, f"{cls.__name__}.{k}={v!r} in a file", f"should be {kind}", "was the file edited?")
+    return cls(**d)
+
+
+def exit_on_bad_input(main):
+    """Run main(); a ValueError or a missing file becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as e:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+TASKS = ("perplexity",)
+METHODS = ("dense", "value_groups")
+
+
+def _list(text: str) -> list[str]:
+    return [t.strip() for t in text.split(",") if t.strip()]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What eval.py measures."""
+    out_dir: str = opt("", "run, stage or checkpoint folder to evaluate")
+    tasks: str = opt("perplexity", f"list of: {', '.join(TASKS)}")
+    methods: str = opt("", f"list of: {', '.join(METHODS)} (empty: as trained)")
+    budgets: str = opt("", "value budgets rho for value_groups, shares of the groups kept, such as 0.25,0.5,0.75 (empty: as trained)")
+    dataset: str = opt("", "corpus whose validation split is read (empty: the one trained on)")
+    sequences: int = opt(192, "validation sequences")
+    block_size: int = opt(0, "tokens per sequence (0: the model's context)")
+    batch_size: int = opt(16, "sequences at a time")
+    seed: int = opt(0, "seed of calibration batches and random bases")
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
+
+    def __post_init__(self):
+        check(bool(self.out_dir), "no out_dir", "a trained run is needed", "give --out_dir=DIR")
+        for name, allowed in (("tasks", TASKS), ("methods", METHODS)):
+            bad = [t for t in _list(getattr(self, name)) if t not in allowed]
+            check(not bad, f"{name}={getattr(self, name)!r}", f"a list of {', '.join(allowed)}", "separate by commas")
+        for rho in _list(self.budgets):
+            try:
+                ok = 0 < Fraction(rho) <= 1
+            except (ValueError, ZeroDivisionError):
+                ok = False
+            check(ok, f"budgets={self.budgets!r}", "every budget is a share kept, in (0, 1]", "give for example 0.25,0.5,0.75")
+        for name in ("sequences", "batch_size"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
+        check(self.block_size >= 0 and self.seed >= 0, f"block_size={self.block_size}, seed={self.seed}", "at least 0", "give 0 or more")
+        check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r}", "one of auto, float32, bfloat16", "choose one")
+        if self.dataset:
+            check_corpus(self.dataset)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What sample.py writes."""
+    out_dir: str = opt("", "run, stage or checkpoint folder to sample from")
+    prompt: str = opt("The ", "text to continue")
+    max_new_tokens: int = opt(200, "tokens to generate")
+    num_samples: int = opt(1, "continuations, each from its own random stream")
+    temperature: float = opt(0.8, "0 is greedy")
+    top_k: int = opt(0, "draw from the k likeliest tokens (0: all)")
+    top_p: float = opt(1.0, "draw from the smallest set of tokens with this mass")
+    seed: int = opt(0, "seed of the draws")
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
+
+    def __post_init__(self):
+        check(bool(self.out_dir), "no out_dir", "a trained run is needed", "give --out_dir=DIR")
+        for name in ("max_new_tokens", "num_samples"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
+        for name in ("temperature", "top_k", "seed"):
+            check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
+        check(0 < self.top_p <= 1, f"top_p={self.top_p}", "lies in (0, 1]", "give for example 0.9")
+        check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r}", "one of auto, float32, bfloat16", "choose one")

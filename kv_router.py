@@ -1,0 +1,468 @@
+"""Value-group KV routing (arXiv 2604.21335, 3.1.2, equations 4-7 and 14-15) and the packed cache that stores only what it keeps.
+
+A head's value is cut into S groups of D/S neighbouring dimensions. A router picks K groups per token; only those are cached, and
+the dropped ones are rebuilt from them when read (or stay zero). Keys are whole. Kept: (1 + K/S) / 2 of a layer's KV.
+
+Beyond the paper:
+* value basis: any invertible change of basis of V folds exactly into W_v, its bias and W_o (values carry no RoPE), so groups may be
+  cut in a basis that sorts energy: native | random | pca | output (pca of what W_o reads, weighted by how much it reads).
+* router `norm`: keep the groups of largest norm, no parameters; mask per layer (the paper) or per KV head. The learned router
+  starts from a ridge regression of group energies on the layer's input, not from noise.
+* reconstructors linear in the kept groups run once per decode step, after attention: one accumulated vector per mask pattern
+  (`linear`) or per dropped group (`pairwise`), instead of once per cached token (`mlp`, the paper's).
+* the packed cache: dropped groups are not stored at all. `ValueGroupPath` with a cache runs *packed*, without one *masked*; the
+  logits agree (tested). Without a cache every earlier token is read as routed: decode mode, what token-by-token decoding gives.
+
+Open in the paper, our reading: top-K is passed by a straight-through softmax; L_aux = MSE(rebuilt V, V) with V detached, and its
+router input too; the language-model loss sees router and reconstructor as constants unless lm_to_router.
+
+Letters: B batch, T new tokens, L all tokens, H, Hkv heads, D head dimension, S groups, K kept, d = D/S, n = H/Hkv.
+
+    python train.py --stage=adapt --kv=value_groups --value_basis=output --init_from=out/...
+"""
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoint import copy_tensors
+from config import KVConfig, ModelConfig, check
+from kernels import at_least_float32, mask_to_bits, top_k_mask
+from model import attend, attention_mask
+from packed_cache import PackedCache
+
+
+# ----------------------------------------------------------------------------- value bases
+
+@torch.no_grad()
+def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Forward and backward maps (Hkv, D, D) float64 with z = v @ fwd and v = z @ bwd, fwd @ bwd = 1.
+
+    kind: native | random | pca | output; cov (Hkv, D, D): second moment of V per KV head, not centred (attention sinks lie far
+    from the mean, and most of the weight is on them); w_o (n_embd, H*D): the output projection. `output` diagonalises
+    G^1/2 cov G^1/2, G the sum of W_o^T W_o over the query heads that read the KV head, its eigenvalues floored at 1e-6 of the
+    largest, so that squared error in z is squared error in what W_o writes; one scale per layer keeps z as large as v."""
+    Hkv, D = cov.shape[:2]
+    cov, eye = cov.double(), torch.eye(D, dtype=torch.float64, device=cov.device)
+    if kind == "native":
+        return eye.repeat(Hkv, 1, 1), eye.repeat(Hkv, 1, 1)
+    if kind == "random":
+        gen = torch.Generator().manual_seed(seed)
+        q = torch.linalg.qr(torch.randn(Hkv, D, D, generator=gen, dtype=torch.float64))[0].to(cov.device)
+        return q, q.mT.contiguous()
+    if kind == "pca":
+        u = torch.linalg.eigh(cov)[1].flip(-1)  # columns: largest energy first
+        return u, u.mT.contiguous()
+    n = w_o.size(1) // (Hkv * D)
+    w = w_o.double().view(-1, Hkv, n, D)
+    e, u = torch.linalg.eigh(torch.einsum("ehnd,ehnf->hdf", w, w))  # G per KV head
+    e = e.clamp_min(1e-6 * e.amax(-1, keepdim=True)).sqrt().unsqueeze(-2)  # (Hkv, 1, D)
+    root, inverse = (u * e) @ u.mT, (u / e) @ u.mT
+    u = torch.linalg.eigh(root @ cov @ root)[1].flip(-1)
+    fwd, bwd = root @ u, u.mT @ inverse
+    scale = (D * Hkv / fwd.square().sum()).sqrt()
+    return fwd * scale, bwd / scale
+
+
+@torch.no_grad()
+def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
+    """Fold z = v @ fwd into v_proj (weight, bias, lora_B) and o_proj (weight, lora_A) of an Attention, in place, in float64.
+
+    fwd, bwd (Hkv, D, D), inverse of each other: the logits do not change."""
+    Hkv, D = fwd.shape[:2]
+    n = attn.n_head // Hkv
+
+    def output_side(t: Tensor) -> Tensor:  # (Hkv*D, ...) -> the same, rows in the new basis
+        return torch.einsum("hde,hd...->he...", fwd.double(), t.double().view(Hkv, D, *t.shape[1:])).reshape(t.shape).to(t.dtype)
+
+    def input_side(t: Tensor) -> Tensor:  # (..., H*D) -> the same, columns reading the new basis
+        return torch.einsum("hde,xhne->xhnd", bwd.double(), t.double().view(-1, Hkv, n, D)).reshape(t.shape).to(t.dtype)
+
+    for module, names, change in ((attn.v_proj, ("weight", "bias", "lora_B"), output_side), (attn.o_proj, ("weight", "lora_A"), input_side)):
+        for name in names:
+            p = getattr(module, name, None)
+            if p is not None:
+                setattr(module, name, nn.Parameter(change(p.data), requires_grad=p.requires_grad))
+
+
+# ----------------------------------------------------------------------------- reconstructors
+
+class Zero(nn.Module):
+    """Dropped groups are zero. Also the interface: `rebuild` gives whole values, `read` the attention output over packed ones."""
+
+    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
+        """What stands for dropped groups. kept (B, Hkv, T, D) with zeros where dropped, mask (B, 1 or Hkv, T, S) bool -> (B, Hkv, T, D)."""
+        return torch.zeros_like(kept)
+
+    def forward(self, kept: Tensor, mask: Tensor) -> Tensor:
+        return self.rebuild(kept, mask)
+
+    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+        """Attention output of weights p (B, Hkv, n*T, L) over packed values kept (B, Hkv, L, D): (B, Hkv, n*T, D)."""
+        return p @ kept
+
+
+class LinearPerPattern(Zero):
+    """One (D - K d, K d) matrix per KV head and mask pattern; after attention, so one product per pattern and decode step."""
+
+    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, k: int):
+        super().__init__()
+        self.n_groups, self.k, d = n_groups, k, head_dim // n_groups
+        combos = list(itertools.combinations(range(n_groups), k))
+        dims = torch.arange(head_dim).view(n_groups, d)
+        kept = torch.stack([dims[list(c)].flatten() for c in combos])  # (P, K d)
+        lost = torch.stack([dims[[g for g in range(n_groups) if g not in c]].flatten() for c in combos])  # (P, D - K d)
+        index = torch.full((1 << n_groups,), -1)
+        for i, c in enumerate(combos):
+            index[sum(1 << g for g in c)] = i
+        for name, t in (("kept_dims", kept), ("lost_dims", lost), ("pattern_index", index)):
+            self.register_buffer(name, t, persistent=False)
+        self.weight = nn.Parameter(torch.zeros(n_kv_head, len(combos), head_dim - k * d, k * d))
+
+    @torch.no_grad()
+    def fit(self, cov: Tensor) -> None:
+        """Least squares from the second moment cov (Hkv, D, D): R = C_lost,kept C_kept,kept^-1 per pattern."""
+        for p in range(self.weight.size(1)):
+            a, b = self.lost_dims[p], self.kept_dims[p]
+            self.weight[:, p] = _solve(cov[:, a][:, :, b], cov[:, b][:, :, b]).to(self.weight)
+
+    def _patterns(self, mask: Tensor) -> Tensor:
+        index = self.pattern_index[mask_to_bits(mask).int() & 0xFFFF]  # (B, 1 or Hkv, T)
+        return index
+
+    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
+        index, out = self._patterns(mask), torch.zeros_like(kept)
+        for p in range(self.weight.size(1)):
+            rebuilt = kept[..., self.kept_dims[p]] @ self.weight[:, p].mT  # (B, Hkv, T, D - K d)
+            out[..., self.lost_dims[p]] += rebuilt * (index == p).unsqueeze(-1)
+        return out
+
+    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+        index, out = self._patterns(mask), p @ kept
+        for i in range(self.weight.size(1)):
+            acc = (p * (index == i).unsqueeze(-2)) @ kept[..., self.kept_dims[i]]  # sum of this pattern's tokens
+            out[..., self.lost_dims[i]] += acc @ self.weight[:, i].mT
+        return out
+
+
+class Pairwise(Zero):
+    """Dropped group h gets sum over kept g of R_hg v_g: S(S-1) matrices (d, d) per KV head, any mask, S accumulated vectors."""
+
+    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, k: int):
+        super().__init__()
+        self.n_groups, self.k, d = n_groups, k, head_dim // n_groups
+        self.weight = nn.Parameter(torch.zeros(n_kv_head, n_groups * (n_groups - 1), d, d))
+        self.register_buffer("off_diagonal", ~torch.eye(n_groups, dtype=torch.bool), persistent=False)
+
+    def matrix(self) -> Tensor:
+        """All R_hg in place, zeros for h = g: (Hkv, D, D), rows the group rebuilt, columns the group it is rebuilt from."""
+        Hkv, _, d, _ = self.weight.shape
+        full = self.weight.new_zeros(Hkv, self.n_groups, self.n_groups, d, d)
+        full[:, self.off_diagonal] = self.weight
+        return full.transpose(2, 3).reshape(Hkv, self.n_groups * d, self.n_groups * d)
+
+    @torch.no_grad()
+    def fit(self, cov: Tensor) -> None:
+        """Least squares from cov (Hkv, D, D) when the K kept groups are a uniformly random subset of the others."""
+        S, d = self.n_groups, self.weight.size(-1)
+        both = self.k / (S - 1) * ((self.k - 1) / (S - 2) if S > 2 else 0.0)  # two given groups are both kept
+        one = self.k / (S - 1)
+        rows = []
+        for h in range(S):
+            others = [i for i in range(S * d) if i // d != h]
+            c = cov[:, others][:, :, others]
+            same = torch.block_diag(*[torch.ones(d, d, dtype=cov.dtype, device=cov.device)] * (S - 1))
+            normal = c * (both + (one - both) * same)
+            r = _solve(one * cov[:, h * d:(h + 1) * d][:, :, others], normal)  # (Hkv, d, (S-1) d)
+            rows.append(r.unflatten(-1, (S - 1, d)).transpose(1, 2))  # (Hkv, S-1, d, d)
+        self.weight.copy_(torch.cat(rows, 1))
+
+    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
+        return kept @ self.matrix().mT
+
+    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+        d, R, parts = kept.size(-1) // self.n_groups, self.matrix(), []
+        for h in range(self.n_groups):
+            acc = (p * (~mask[..., h]).unsqueeze(-2)) @ kept  # over the tokens that dropped group h
+            parts.append(acc @ R[:, h * d:(h + 1) * d].mT)
+        return p @ kept + torch.cat(parts, -1)
+
+
+class MLP(Zero):
+    """The paper's: two-layer GELU MLP from a layer's kept groups (zeros elsewhere) and mask bits to its whole value, per cached token."""
+
+    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, hidden: int):
+        super().__init__()
+        width = n_kv_head * head_dim
+        self.up = nn.Linear(width + mask_heads * n_groups, hidden or width)
+        self.down = nn.Linear(hidden or width, width)
+        nn.init.zeros_(self.down.weight)  # starts as zero fill
+        nn.init.zeros_(self.down.bias)
+
+    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
+        B, Hkv, T, D = kept.shape
+        flat = torch.cat((kept.transpose(1, 2).flatten(2), mask.transpose(1, 2).flatten(2).to(kept.dtype)), -1)
+        return self.down(F.gelu(self.up(flat))).view(B, T, Hkv, D).transpose(1, 2)
+
+    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+        return p @ fill(kept, self.rebuild(kept, mask), mask)
+
+
+def _solve(b: Tensor, a: Tensor) -> Tensor:
+    """x with x @ a = b for symmetric a (Hkv, m, m), ridge 1e-6 of the mean diagonal, float64."""
+    a, b = a.double(), b.double()
+    ridge = 1e-6 * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(a.size(-1), dtype=a.dtype, device=a.device)
+    return torch.linalg.solve(a + ridge, b.mT).mT
+
+
+def spread(mask: Tensor, head_dim: int) -> Tensor:
+    """Mask per group (..., S) -> per dimension (..., D)."""
+    return mask.repeat_interleave(head_dim // mask.size(-1), dim=-1)
+
+
+def fill(kept: Tensor, rebuilt: Tensor, mask: Tensor) -> Tensor:
+    """Kept groups as they are, rebuilt ones elsewhere."""
+    return torch.where(spread(mask, kept.size(-1)), kept, rebuilt)
+
+
+# ----------------------------------------------------------------------------- the KV path
+
+class ValueGroupPath(nn.Module):
+    """Fixed top-K value groups on one layer (eqs 4-7): routed values in training and evaluation, packed storage with a cache."""
+
+    def __init__(self, model_cfg: ModelConfig, cfg: KVConfig):
+        super().__init__()
+        cfg.check_model(model_cfg)
+        self.cfg, self.Hkv, self.D, self.S, self.k = cfg, model_cfg.n_kv_head, model_cfg.head_dim, cfg.n_groups, cfg.topk_groups
+        self.mask_heads = self.Hkv if cfg.mask_scope == "head" else 1
+        eye = torch.eye(self.D, dtype=torch.float64).repeat(self.Hkv, 1, 1)
+        self.basis = (eye, eye)  # (fwd, bwd) already folded into the projections; not a buffer: it keeps float64
+        self.router = nn.Linear(model_cfg.n_embd, self.mask_heads * self.S) if cfg.value_router == "linear" else None
+        args = (self.Hkv, self.D, self.S)
+        self.reconstructor = {"zero": lambda: Zero(), "linear": lambda: LinearPerPattern(*args, self.k), "pairwise": lambda: Pairwise(*args, self.k),
+                              "mlp": lambda: MLP(*args, self.mask_heads, cfg.recon_hidden)}[cfg.reconstructor]()
+        self.aux_loss: Tensor | None = None  # L_aux of the last training forward
+        self.last_mask: Tensor | None = None  # mask of the last uncached forward while `record` is on
+        self.record = False
+
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
+        return PackedCache(batch, max_len, self.Hkv, self.D, self.cfg, self.k, like)
+
+    def scores(self, x: Tensor, v: Tensor) -> Tensor:
+        """Router logits (B, 1 or Hkv, T, S): linear on x (B, T, n_embd), or the groups' energies in v (B, Hkv, T, D)."""
+        if self.router is None:
+            return group_energy(v, self.S, self.mask_heads)
+        return self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S)).transpose(1, 2)
+
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache | None = None, pad: Tensor | None = None) -> Tensor:
+        logits = self.scores(x, v)
+        mask = top_k_mask(logits.detach(), self.k)  # (B, 1 or Hkv, T, S)
+        if cache is not None:
+            return self._packed(q, k, v, mask, cache, pad)
+        if self.record:
+            self.last_mask = mask
+        if self.training and torch.is_grad_enabled():
+            self.aux_loss = self._aux(logits, mask, v)
+        if self.k == self.S:
+            return attend(q, k, v, pad)
+        if self.cfg.kv_tail:
+            T = q.size(2)
+            n_pad = torch.zeros(q.size(0), dtype=torch.int64, device=q.device) if pad is None else pad
+            visible = attention_mask(T, T, pad, q.device)
+            return self._read(q, k, v, mask, visible, self._whole(T, n_pad, torch.zeros_like(n_pad)))
+        return attend(q, k, self._routed(logits, mask, v), pad)
+
+    def _routed(self, logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+        """v with dropped groups rebuilt. Router and reconstructor are constants to the loss, unless lm_to_router."""
+        kept = v * spread(mask, self.D)
+        if self.cfg.lm_to_router and self.router is not None and self.training:
+            m = spread(_straight_through(logits, mask), self.D)
+            return m * v + (1 - m) * self.reconstructor(kept, mask)
+        if self.cfg.lm_to_router:
+            return fill(kept, self.reconstructor(kept, mask), mask)
+        constants = {n: p.detach() for n, p in self.reconstructor.named_parameters()}
+        return fill(kept, torch.func.functional_call(self.reconstructor, constants, (kept, mask)), mask)
+
+    def _aux(self, logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
+        """L_aux = MSE(rebuilt V, V), V detached (eq 15); gradients reach the router straight through top-K, and the reconstructor."""
+        v = v.detach()
+        rebuilt = self.reconstructor(v * spread(mask, self.D), mask)
+        m = spread(_straight_through(logits, mask) if self.router is not None else mask, self.D)
+        return F.mse_loss(m * v + (~m if m.dtype == torch.bool else 1 - m) * rebuilt, v)
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cache: PackedCache, pad: Tensor | None) -> Tensor:
+        """Attention over the cache and the T new tokens, which are appended to it."""
+        B, T = q.size(0), q.size(2)
+        n_old = cache.n_packed + cache.n_tail
+        n_pad = torch.zeros_like(n_old) if pad is None else (pad - cache.columns).clamp(0, T)
+        old_k, old_v, old_mask = cache.unpack()
+        N = old_k.size(2)
+        old = (torch.arange(N, device=q.device) < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
+        visible = torch.cat((old, attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)), -1)
+        exact = self.cfg.prefill == "exact" and T > 1
+        whole = None
+        if exact or self.cfg.kv_tail:
+            new = self._whole(T, n_pad, n_old) if not exact else torch.ones(B, 1, T, T, dtype=torch.bool, device=q.device)
+            boundary = self._compressed(n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None])  # (B, T)
+            boundary = cache.n_packed[:, None].expand(-1, T) if exact else boundary.maximum(cache.n_packed[:, None])
+            whole = torch.cat((torch.arange(N, device=q.device) >= boundary[:, None, :, None], new), -1)
+        y = self._read(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), torch.cat((old_mask, mask), 2), visible, whole)
+        cache.append(k, v, mask, n_pad)
+        cache.columns += T
+        return y
+
+    def _compressed(self, seen: Tensor) -> Tensor:
+        """Tokens compressed once `seen` have been seen."""
+        return ((seen - self.cfg.kv_tail).div(self.cfg.kv_tail_block, rounding_mode="floor") * self.cfg.kv_tail_block).clamp_min(0)
+
+    def _whole(self, T: int, n_pad: Tensor, n_old: Tensor) -> Tensor:
+        """True where query i of T new tokens reads new token j whole, because it is in the tail then: (B, 1, T, T) bool."""
+        own = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]  # (B, T) token number
+        return (own[:, None, :] >= self._compressed(own + 1)[:, :, None])[:, None]
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, visible: Tensor, whole: Tensor | None) -> Tensor:
+        """Attention of q (B, H, T, D) over L tokens: routed values, except whole ones where `whole`. visible, whole (B, 1, T, L) bool."""
+        B, H, T, D = q.shape
+        n = H // self.Hkv
+        logits = at_least_float32(q.reshape(B, self.Hkv, n * T, D) @ k.mT) * D ** -0.5  # (B, Hkv, n*T, L)
+        p = logits.masked_fill(~visible.repeat(1, 1, n, 1), float("-inf")).softmax(-1).to(v.dtype)
+        kept = v * spread(mask, D)
+        if whole is None:
+            return self.reconstructor.read(p, kept, mask).view(B, H, T, D)
+        whole = whole.repeat(1, 1, n, 1)
+        return (self.reconstructor.read(p * ~whole, kept, mask) + (p * whole) @ v).view(B, H, T, D)
+
+
+def _straight_through(logits: Tensor, mask: Tensor) -> Tensor:
+    """The hard mask in the forward pass, the softmax's gradient in the backward pass: float like logits."""
+    soft = logits.softmax(-1)
+    return mask + soft - soft.detach()
+
+
+def group_energy(v: Tensor, n_groups: int, mask_heads: int) -> Tensor:
+    """Squared norm of every value group, v (B, Hkv, T, D) -> (B, 1 or Hkv, T, S); summed over heads when the mask is shared."""
+    e = at_least_float32(v).unflatten(-1, (n_groups, -1)).square().sum(-1)
+    return e if mask_heads > 1 else e.sum(1, keepdim=True)
+
+
+# ----------------------------------------------------------------------------- attaching, saving, loading
+
+class _Observe(nn.Module):
+    """Wraps a path during calibration: adds up second moments of V and, for the router, of the input and the group energies."""
+
+    def __init__(self, inner: nn.Module, S: int, mask_heads: int):
+        super().__init__()
+        self.inner, self.S, self.mask_heads, self.cov, self.xx, self.xe = inner, S, mask_heads, 0.0, 0.0, 0.0
+
+    def forward(self, x, q, k, v, cache=None, pad=None):
+        w = v.double()
+        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", w, w)
+        ones = torch.cat((x, torch.ones_like(x[..., :1])), -1).double().flatten(0, 1)  # (B*T, n_embd + 1)
+        e = group_energy(v, self.S, self.mask_heads).double().transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
+        self.xx, self.xe = self.xx + ones.T @ ones, self.xe + ones.T @ e
+        return self.inner(x, q, k, v, cache, pad)
+
+
+@torch.no_grad()
+def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None, seed: int = 0) -> nn.Module:
+    """Give the chosen layers value-group paths, in place. Returns the model.
+
+    batches: token ids (B, T) on the model's device that calibrate bases, routers and linear reconstructors; None leaves the
+    native basis and untrained parts, for load_state to overwrite. Raises ValueError when S does not divide D."""
+    if cfg.kv == "dense":
+        return model
+    cfg.check_model(model.cfg)
+    chosen = [model.layers[i].self_attn for i in cfg.layers(model.cfg.n_layer)]
+    paths = [ValueGroupPath(model.cfg, cfg).to(model.norm.weight.device, model.norm.weight.dtype) for _ in chosen]
+    if batches is not None:
+        for i, (attn, seen) in enumerate(zip(chosen, _observe(model, chosen, paths, batches), strict=True)):
+            fwd, bwd = value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i)
+            fold_basis(attn, fwd, bwd)
+            paths[i].basis = (fwd.cpu(), bwd.cpu())
+        for path, seen in zip(paths, _observe(model, chosen, paths, batches), strict=True):  # again, in the new basis
+            if path.router is not None:
+                _fit_router(path.router, seen.xx, seen.xe)
+            if hasattr(path.reconstructor, "fit"):
+                path.reconstructor.fit(seen.cov)
+    for attn, path in zip(chosen, paths, strict=True):
+        attn.kv_path = path
+    return model
+
+
+def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[_Observe]:
+    inner = [attn.kv_path for attn in chosen]
+    seen = [_Observe(i, p.S, p.mask_heads) for i, p in zip(inner, paths, strict=True)]
+    was_training = model.training
+    model.eval()
+    for attn, s in zip(chosen, seen, strict=True):
+        attn.kv_path = s
+    for idx in batches:
+        model(idx)
+    for attn, i in zip(chosen, inner, strict=True):
+        attn.kv_path = i
+    model.train(was_training)
+    return seen
+
+
+def _fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
+    """Ridge regression of group energies (in units of their mean) on the layer's input: a router that starts near the norm rule."""
+    ridge = 1e-4 * xx.diagonal().mean() * torch.eye(xx.size(0), dtype=xx.dtype, device=xx.device)
+    w = torch.linalg.solve(xx + ridge, xe)  # (n_embd + 1, Hm*S)
+    w = w / (xe[-1] / xx[-1, -1]).mean().clamp_min(1e-30)
+    router.weight.copy_(w[:-1].T)
+    router.bias.copy_(w[-1])
+
+
+def paths(model: nn.Module) -> dict[str, ValueGroupPath]:
+    """The model's value-group paths by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, ValueGroupPath)}
+
+
+def set_kept(model: nn.Module, k: int) -> None:
+    """Let every value-group path keep k groups per token from now on. Raises ValueError out of 1..S, or for a reconstructor bound to its K."""
+    for path in paths(model).values():
+        check(1 <= k <= path.S, f"K={k}", f"1..{path.S}", "choose a K in that range")
+        check(k in (path.cfg.topk_groups, path.S) or path.cfg.reconstructor != "linear", f"K={k} with reconstructor=linear",
+              f"its matrices belong to the mask patterns of K={path.cfg.topk_groups}", "use pairwise, zero or mlp")
+        path.k = k
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of value routers and reconstructors, set trainable."""
+    out = [p for path in paths(model).values() for p in path.parameters()]
+    for p in out:
+        p.requires_grad_(True)
+    return out
+
+
+def aux_loss(model: nn.Module) -> Tensor | float:
+    """Mean of L_aux over the compressed layers of the last training forward; 0.0 where there is none."""
+    terms = [p.aux_loss for p in paths(model).values() if p.aux_loss is not None]
+    return torch.stack(terms).mean() if terms else 0.0
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that attach added, basis included, under its name in the model."""
+    out = {}
+    for name, path in paths(model).items():
+        out[f"{name}.basis_fwd"], out[f"{name}.basis_bwd"] = path.basis
+        out.update({f"{name}.{k}": p for k, p in path.named_parameters()})
+    return out
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Put `saved` into paths fresh from attach(model, cfg, None): folds the bases, copies the rest. ValueError lists what does not fit."""
+    trained, given = ({k: t for k, t in d.items() if ".basis_" not in k} for d in (state(model), saved))
+    copy_tensors(trained, given, "value-group state")
+    for name, path in paths(model).items():
+        fwd, bwd = saved.get(f"{name}.basis_fwd"), saved.get(f"{name}.basis_bwd")
+        check(fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.basis[0].shape, f"value-group state without a fitting basis for {name}",
+              f"two tensors of shape {tuple(path.basis[0].shape)}", "load the file it was trained with")
+        device = model.norm.weight.device
+        fold_basis(model.get_submodule(name.rsplit(".", 1)[0]), fwd.to(device), bwd.to(device))
+        path.basis = (fwd.double(), bwd.double())

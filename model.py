@@ -1,0 +1,279 @@
+"""A small transformer of the Llama family, its dense KV cache and `generate`: the trunk every method of this project grows on.
+
+RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v (Qwen2); tied or untied head. Parameter
+names are Hugging Face Llama's, so a Llama, Qwen2 or Mistral state dict fits once its "model." prefix is taken off.
+
+The one seam: `Attention` hands its input and its rotated q, k, v to `self.kv_path` and gets the attention output back. Dense
+storage is `DensePath` below; every other way of keeping keys and values is one such module in another file. A path is
+
+    forward(x, q, k, v, cache, pad) -> y       x (B, T, n_embd), q (B, H, T, D), k and v (B, Hkv, T, D), y (B, H, T, D)
+    new_cache(B, max_len, like)     -> cache   this layer's empty store, dtype and device of `like`; None for DensePath's default
+
+Letters: B batch, T new tokens, L tokens seen so far and now, H heads, Hkv KV heads, D head dimension.
+
+    python sample.py --out_dir=out/... --prompt="def "
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import ModelConfig
+from kernels import at_least_float32
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, in x's dtype (statistics in at least float32)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rope_table(n: int, dim: int, theta: float, device=None) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i/dim), both (n, dim/2) float32, computed in float64."""
+    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+    angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * freq
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by the angles of cos, sin (T, D/2) or (B, 1, T, D/2); same dtype."""
+    a, b = at_least_float32(x).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def attention_mask(T: int, L: int, pad: Tensor | None, device) -> Tensor:
+    """True where query i (position L - T + i) may read key j: j <= L - T + i and, per row, j >= pad. (B or 1, 1, T, L) bool."""
+    j = torch.arange(L, device=device)
+    mask = (j[None, :] <= torch.arange(L - T, L, device=device)[:, None])[None, None]  # (1, 1, T, L)
+    if pad is not None:
+        own = j[None, :] == torch.arange(L - T, L, device=device)[:, None]  # a padding query reads itself: no empty softmax
+        mask = mask & (j >= pad[:, None, None, None]) | own  # (B, 1, T, L)
+    return mask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
+    """Causal attention of the newest T tokens over all L. q (B, H, T, D); k, v (B, Hkv, L, D); pad (B,) left padding or None."""
+    T, L = q.size(2), k.size(2)
+    gqa = q.size(1) != k.size(1)
+    if pad is None and (T == L or T == 1):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(T, L, pad, q.device), enable_gqa=gqa)
+
+
+class DenseCache:
+    """One layer's keys and values, whole: two (B, Hkv, max_len, D) buffers filled from the left."""
+
+    def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, like: Tensor):
+        self.k = like.new_zeros(batch, n_kv_head, max_len, head_dim)
+        self.v = torch.zeros_like(self.k)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, Hkv, T, D); return all so far, (B, Hkv, L, D). Raises ValueError when the buffer is full."""
+        end = self.length + k.size(2)
+        if end > self.k.size(2):
+            raise ValueError(f"KV cache of {self.k.size(2)} tokens cannot take {end}: ask new_cache for a larger max_len")
+        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def nbytes(self) -> int:
+        """Bytes of the tensors held."""
+        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+
+
+class DensePath(nn.Module):
+    """Keys and values kept whole: the baseline, and what every other path equals when it keeps everything."""
+
+    def __init__(self, n_kv_head: int, head_dim: int):
+        super().__init__()
+        self.n_kv_head, self.head_dim = n_kv_head, head_dim
+
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> DenseCache:
+        return DenseCache(batch, max_len, self.n_kv_head, self.head_dim, like)
+
+    def forward(self, x, q, k, v, cache: DenseCache | None = None, pad: Tensor | None = None) -> Tensor:
+        if cache is not None:
+            k, v = cache.append(k, v)
+        return attend(q, k, v, pad)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        self.kv_path: nn.Module = DensePath(cfg.n_kv_head, cfg.head_dim)  # the seam
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        y = self.kv_path(x, q, k, v, cache, pad)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
+        self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
+        self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, pad)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class KVCache:
+    """What a batch has stored so far: one cache per layer, the left padding of each row, and the length in columns."""
+
+    def __init__(self, layers: list, pad: Tensor | None = None):
+        self.layers, self.pad, self.length = layers, pad, 0
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, every layer, indices and unused capacity included."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+
+class Transformer(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        cos, sin = rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self.apply(self._init)
+        for block in self.layers:  # residual branches start small, as in GPT-2
+            for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * cfg.n_layer))
+
+    @staticmethod
+    def _init(m: nn.Module) -> None:
+        if isinstance(m, nn.Linear | nn.Embedding):
+            nn.init.normal_(m.weight, std=0.02)
+            if getattr(m, "bias", None) is not None:
+                nn.init.zeros_(m.bias)
+
+    def new_cache(self, batch: int, max_len: int, pad: Tensor | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` rows of at most max_len columns; pad (B,) int64 counts each row's left padding."""
+        like = self.norm.weight.new_empty(0, dtype=dtype or self.embed_tokens.weight.dtype)
+        return KVCache([b.self_attn.kv_path.new_cache(batch, max_len, like) for b in self.layers], pad)
+
+    def _rope(self, start: int, T: int, pad: Tensor | None) -> tuple[Tensor, Tensor]:
+        if start + T > self.cfg.block_size:
+            raise ValueError(f"{start + T} tokens: the model's context is {self.cfg.block_size}; shorten the text or raise --block_size")
+        if pad is None:
+            return self.rope_cos[start:start + T], self.rope_sin[start:start + T]  # (T, D/2)
+        pos = (torch.arange(start, start + T, device=pad.device) - pad[:, None]).clamp_min(0)  # (B, T)
+        return self.rope_cos[pos][:, None], self.rope_sin[pos][:, None]  # (B, 1, T, D/2)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None, last_only: bool = False) -> Tensor:
+        """Logits (B, T, vocab), or (B, 1, vocab) of the newest token with last_only.
+
+        idx (B, T) int64 in [0, vocab); cache: what came before, extended in place; pad (B,) left padding of an uncached batch
+        (a cache carries its own). Raises ValueError past block_size. Ids are not range-checked here: data.check_ids is."""
+        start = cache.length if cache is not None else 0
+        pad = cache.pad if cache is not None else pad
+        cos, sin = self._rope(start, idx.size(1), pad)
+        x = self.embed_tokens(idx)  # (B, T, n_embd)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, cache.layers[i] if cache is not None else None, pad)
+        if cache is not None:
+            cache.length += idx.size(1)
+        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+
+
+def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats over targets (B, T) int64; -100 marks targets left out (all left out gives NaN)."""
+    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Probabilities (B, V) after temperature (> 0), then top-k (0: all), then the smallest set whose mass reaches top_p."""
+    probs = (at_least_float32(logits) / temperature).softmax(-1)
+    order = probs.argsort(dim=-1, descending=True, stable=True)  # ties: the lower id first
+    p = probs.gather(-1, order)
+    keep = torch.ones_like(p, dtype=torch.bool)
+    if top_k:
+        keep[:, top_k:] = False
+        p = p * keep
+        p = p / p.sum(-1, keepdim=True)
+    keep &= p.cumsum(-1) - p < top_p  # the token that crosses top_p is the last one kept
+    p = p * keep
+    return torch.zeros_like(probs).scatter(-1, order, p / p.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0,
+             top_p: float = 1.0, seed: int = 0, stop: int | None = None) -> tuple[list[list[int]], KVCache]:
+    """Continue every prompt; returns the new tokens of each row (the stop token not included) and the cache that was used.
+
+    prompts: B non-empty lists of ids, of any lengths (padded on the left); temperature 0 is greedy; row b draws from its own
+    stream seeded by (seed, b), so neither the batch around it nor its padding changes it. Raises ValueError for an empty
+    prompt, a setting out of range, or prompt + new tokens past the model's context."""
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("an empty prompt: at least one token is needed; give some text")
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}: "
+                         "need at least 1, at least 0, at least 0, and within (0, 1]; correct the flag")
+    device = model.embed_tokens.weight.device
+    T = max(map(len, prompts))
+    if T + max_new_tokens > model.cfg.block_size:
+        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones: the context is {model.cfg.block_size}; shorten either")
+    pad = torch.tensor([T - len(p) for p in prompts], device=device)
+    idx = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    cache = model.new_cache(len(prompts), T + max_new_tokens - 1, pad if pad.any() else None)
+    draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + b))
+                         for b in range(len(prompts))]).to(device)  # (B, max_new)
+    out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    was_training = model.training
+    model.eval()
+    for step in range(max_new_tokens):
+        logits = model(idx, cache, last_only=True)[:, -1]  # (B, V)
+        if temperature == 0:
+            idx = logits.argmax(-1, keepdim=True)  # (B, 1)
+        else:
+            cdf = sampling_probs(logits, temperature, top_k, top_p).double().cumsum(-1)  # (B, V)
+            idx = torch.searchsorted(cdf, draws[:, step:step + 1].double() * cdf[:, -1:], right=True).clamp_max(cdf.size(-1) - 1)
+        out.append(idx)
+        if stop is not None:
+            done |= idx[:, 0] == stop
+            if done.all():
+                break
+    model.train(was_training)
+    rows = torch.cat(out, 1).tolist()
+    return [r[:r.index(stop)] if stop is not None and stop in r else r for r in rows], cache

@@ -1,0 +1,590 @@
+"""Claims of data.py: whole documents in one split, checked files, safe downloads, pure batches. No network but loopback.
+
+    PYTHONPATH=. python -m pytest tests/test_data.py
+"""
+import contextlib
+import hashlib
+import json
+import random
+import socket
+import threading
+import time
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from config import DataConfig
+
+GOOD = random.Random(3).randbytes(70001)  # more than one block of the reader
+GOOD_SHA = hashlib.sha256(GOOD).hexdigest()
+TINY_RANKS = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b"hell": 258, b"hello": 259}
+
+
+def tiny_encoding(pattern=r"\S+|\s+", **more):
+    """A tiktoken.Encoding built offline: 256 bytes, four merges, one end token with a hole before it."""
+    tiktoken = pytest.importorskip("tiktoken", reason="the wrapper needs the package tiktoken")
+    return tiktoken.Encoding(**(dict(name="tiny", pat_str=pattern, mergeable_ranks=TINY_RANKS,
+                                     special_tokens={"<|endoftext|>": 261}) | more))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to connect fails at once, and is counted."""
+    tries = []
+
+    def refuse(self, address):
+        tries.append(address)
+        raise OSError("network blocked by the test")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    return tries
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A loopback server with one page per way a download goes wrong; .hits lists the paths asked for."""
+    release, hits = threading.Event(), []
+
+    class Pages(BaseHTTPRequestHandler):
+        def do_GET(self):
+            hits.append(self.path)
+            if self.path == "/missing":
+                return self.send_error(404)
+            body = {"/wrong": GOOD[:-1] + b"?", "/silent_cut": GOOD[:-77]}.get(self.path, extra.get(self.path, GOOD))
+            self.send_response(200)
+            if self.path != "/silent_cut":
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(body[:333] if self.path in ("/cut", "/stall") else body)
+                self.wfile.flush()
+                if self.path == "/stall":
+                    release.wait(20)
+
+        def log_message(self, *args):
+            pass
+    extra = {}
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    http.hits, http.extra, http.root = hits, extra, f"http://127.0.0.1:{http.server_address[1]}"
+    yield http
+    release.set()
+    http.shutdown()
+    http.server_close()
+
+
+def error_line(call, *args, **kwargs):
+    """The message of the ValueError of call(...), asserted to be one line."""
+    with pytest.raises(ValueError) as e:
+        call(*args, **kwargs)
+    assert type(e.value) is ValueError and "\n" not in str(e.value)
+    return str(e.value)
+
+
+# -- downloads
+
+def test_download_good_is_fetched_once(server, tmp_path):
+    """The bytes arrive whole, leave no other file behind, and a second call asks the server nothing."""
+    path = tmp_path / "deep" / "file.bin"
+    for _ in range(2):
+        assert data.download(server.root + "/good", GOOD_SHA, path, timeout=5) == path
+    assert path.read_bytes() == GOOD and server.hits == ["/good"]
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+
+
+@pytest.mark.parametrize("page, says", [("/cut", "333 of 70001 bytes"), ("/silent_cut", "sha256"), ("/wrong", "sha256"),
+                                        ("/missing", "404"), ("/stall", "timed out")])
+def test_download_failure_names_everything_and_leaves_nothing(server, tmp_path, page, says):
+    """Truncation, wrong bytes, 404 and stall: one line with the reason, URL, hash and path; no file appears."""
+    path, start = tmp_path / "file.bin", time.monotonic()
+    line = error_line(data.download, server.root + page, GOOD_SHA, path, timeout=0.3)
+    assert time.monotonic() - start < 4
+    assert says in line and server.root + page in line and GOOD_SHA in line and str(path) in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_download_part_exists_only_while_fetching(server, tmp_path):
+    """The bytes go to a .part file beside the target, and the target does not exist before they are all there."""
+    path, seen = tmp_path / "file.bin", []
+    t = threading.Thread(target=lambda: seen.append(error_line(data.download, server.root + "/stall", GOOD_SHA, path, timeout=0.7)))
+    t.start()
+    names = set()
+    while t.is_alive():
+        names |= {p.name for p in tmp_path.iterdir()}
+        t.join(0.01)
+    assert len(names) == 1 and names.pop().endswith(".part") and len(seen) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_download_mirrors_are_tried_in_order(server, tmp_path):
+    """A 404 and a wrong file move on to the next URL; those after the good one are not asked; all failing are all named."""
+    urls = [server.root + p for p in ("/missing", "/wrong", "/good", "/cut")]
+    assert data.download(urls, GOOD_SHA, tmp_path / "a", timeout=5).read_bytes() == GOOD
+    assert server.hits == ["/missing", "/wrong", "/good"]
+    line = error_line(data.download, urls[:2], GOOD_SHA, tmp_path / "b", timeout=5)
+    assert urls[0] in line and urls[1] in line
+
+
+def test_download_offline_is_one_line(no_network, tmp_path):
+    """Without a network the message names URL, hash and path; a file placed by hand is then taken as it is."""
+    path = tmp_path / "file.bin"
+    line = error_line(data.download, "http://127.0.0.1:9/x", GOOD_SHA, path, timeout=1)
+    assert "http://127.0.0.1:9/x" in line and GOOD_SHA in line and str(path) in line and no_network
+    path.write_bytes(GOOD)
+    assert data.download("http://127.0.0.1:9/x", GOOD_SHA, path) == path
+
+
+def test_download_wrong_file_is_named_and_kept(no_network, tmp_path):
+    """A different file at the target is neither used nor overwritten, and no connection is tried."""
+    path = tmp_path / "file.bin"
+    path.write_bytes(GOOD[1:])
+    line = error_line(data.download, "http://127.0.0.1:9/x", GOOD_SHA, path)
+    assert str(path) in line and GOOD_SHA in line and hashlib.sha256(GOOD[1:]).hexdigest() in line
+    assert path.read_bytes() == GOOD[1:] and not no_network
+
+
+def test_pinned_hashes_are_well_formed():
+    """Every pinned corpus has a sha256 of 64 hex digits and only https URLs."""
+    for name, (file, sha256, urls) in data.PINNED.items():
+        assert len(sha256) == 64 and int(sha256, 16) and file and urls and all(u.startswith("https://") for u in urls), name
+
+
+# -- corpora and splits
+
+WIKI = (" \n = First = \n \n text one \n = = Part = = \n more \n = = = Sub = = = \n = = odd = \n"
+        " = Second title = \n \n two \n = Third = \n three")
+
+
+def test_split_text_wikitext_headings_cut_documents():
+    """Only top-level headings cut; the blank line above the first belongs to the first document."""
+    docs = data.split_text(WIKI)
+    assert [d.strip().split("\n")[0].strip() for d in docs] == ["= First =", "= Second title =", "= Third ="]
+    assert "= = Part = =" in docs[0] and "= = = Sub = = =" in docs[0] and "".join(docs) == WIKI
+
+
+def test_split_text_blank_lines_make_long_pieces():
+    """Pieces are MIN_PIECE characters or more, end after a blank line, and are not needlessly long."""
+    paragraphs = [f"paragraph {i} " + "x" * (i * 37 % 501) + "\n" + "\n" * (1 + i % 3) for i in range(301)]
+    docs = data.split_text("".join(paragraphs))
+    assert "".join(docs) == "".join(paragraphs) and len(docs) > 5
+    assert all(len(d) >= data.MIN_PIECE and d.endswith("\n\n") for d in docs)
+    assert all(len(d) < data.MIN_PIECE + 600 for d in docs[:-1])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["\n", " ", "\r\n", " = A = ", " = = B = = ", "a", "\n\n", "é\n"]), max_size=41))
+def test_split_text_loses_nothing(bits):
+    """Concatenating the documents gives any text back, and none is empty, for pieces of 5 characters and up."""
+    old, data.MIN_PIECE = data.MIN_PIECE, 5
+    try:
+        docs = data.split_text("".join(bits))
+    finally:
+        data.MIN_PIECE = old
+    assert "".join(docs) == "".join(bits) and all(docs)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text(max_size=5), min_size=2, max_size=23).filter(lambda d: len(set(d)) > 1), st.sampled_from([0.01, 0.1, 0.5, 0.97]))
+def test_split_documents_never_shares_a_document(docs, fraction):
+    """Every document lands in exactly one part, copies together, both parts non-empty, in the original order."""
+    docs = [d or "-" for d in docs] + ["+"]
+    train, val = data.split_documents(docs, fraction)
+    assert train and val and not set(train) & set(val)
+    assert train == [d for d in docs if d in set(train)] and val == [d for d in docs if d in set(val)]
+    assert len(train) + len(val) == len(docs)
+
+
+def test_split_documents_depends_on_content_only():
+    """The choice survives reordering, and val has its share of the bytes and no more than one document above it."""
+    docs = [f"document {i} " * (1 + i * i % 17) for i in range(101)]
+    shuffled = random.Random(5).sample(docs, len(docs))
+    val, again = data.split_documents(docs, 0.2)[1], data.split_documents(shuffled, 0.2)[1]
+    assert set(val) == set(again)
+    want, have = 0.2 * sum(map(len, docs)), sum(map(len, val))
+    assert want <= have < want + max(map(len, docs))
+
+
+@pytest.mark.parametrize("docs", [[], ["one"], ["same", "same"]], ids=["none", "one", "copies"])
+def test_split_documents_refuses_one_document(docs):
+    """One different document cannot be in both parts; the message says what to give."""
+    assert "give more files" in error_line(data.split_documents, docs, 0.1)
+
+
+@pytest.mark.parametrize("corpus", ["pydocs", "pycode"])
+def test_embedded_corpora_need_no_network(no_network, tmp_path, corpus):
+    """They are found, split and prepared with connect blocked, without a single attempt; both splits hold real text."""
+    cfg, tok = DataConfig(data_dir=str(tmp_path)), data.get_tokenizer("byte")
+    if corpus == "pycode":  # its 10 MB are split once here; preparing is proved on pydocs
+        parts = data.documents(corpus, cfg)
+        assert any("class OrderedDict" in d for d in parts["train"] + parts["val"]) and sum(map(len, parts["train"])) > 10 ** 6
+    else:
+        made, parts = data.prepare(corpus, cfg, tok), data.documents(corpus, cfg)
+        for name, f in (("train", made.train), ("val", made.val)):
+            assert len(f) == sum(len(d.encode()) + 1 for d in parts[name]) and f.header["split"] == name
+            assert tok.decode(f.ids) == "".join(parts[name])
+    assert not set(parts["train"]) & set(parts["val"]) and not no_network
+
+
+def test_pycode_leaves_out_what_is_not_the_library(tmp_path, monkeypatch):
+    """Packages, tests, demos, generated and undecodable files are left out; the rest comes sorted by path."""
+    keep = {"b.py": "b", "a/z.py": "z", "a/b/c.py": "c", "a.py": "top"}
+    drop = ["site-packages/p.py", "dist-packages/p.py", "test/t.py", "a/tests/t.py", "idlelib/i.py", "lib2to3/l.py", "turtledemo/t.py",
+            "ensurepip/e.py", "config-3.99-x/c.py", "pydoc_data/topics.py", "a/__pycache__/x.py", "_sysconfigdata__x.py", "notes.txt"]
+    for name, text in {**keep, **dict.fromkeys(drop, "DROP"), "empty.py": ""}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert [d for d in data._pycode() if d] == ["top", "c", "z", "b"]
+    parts = data.documents("pycode", DataConfig())
+    assert sorted(parts["train"] + parts["val"]) == sorted(keep.values())
+
+
+def test_text_folder_is_sorted_and_file_is_split(tmp_path):
+    """A folder gives one document per file in path order, hidden and empty ones left out; a file's bytes survive the splitting."""
+    (tmp_path / "sub").mkdir()
+    for name, text in {"b.txt": "bb", "a.txt": "aa", "sub/c.txt": "cc", ".hidden": "no", "empty": ""}.items():
+        (tmp_path / name).write_text(text)
+    assert data._text(str(tmp_path)) == ["aa", "bb", "cc"]
+    text = ("line é\r\n" * 701 + "\r\n") * 5
+    (tmp_path / "b.txt").write_bytes(text.encode())
+    docs = data._text(str(tmp_path / "b.txt"))
+    assert len(docs) > 1 and "".join(docs) == text
+
+
+@pytest.mark.parametrize("kind, says", [("missing", "no such file"), ("empty", "holds no text"), ("folder", "holds no text"),
+                                        ("latin", "UTF-8"), ("short", "give more files"), ("name", "choose one")])
+def test_text_bad_path_is_one_line(tmp_path, kind, says):
+    """Missing, empty, undecodable, too short and unknown corpora are told in one line."""
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "short").write_text("one document only")
+    name = "texts" if kind == "name" else f"text:{tmp_path / kind}"
+    line = error_line(data.prepare, name, DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer())
+    assert says in line and (name.removeprefix("text:") in line or kind == "short")
+
+
+def test_wikitext_official_files_are_the_splits(server, tmp_path, monkeypatch):
+    """train, val and test are the archive's own files, nothing else is written, and ready token files need no archive."""
+    archive = tmp_path / "made.zip"
+    with zipfile.ZipFile(archive, "w") as z:
+        for part, file in (("train", "train"), ("val", "valid"), ("test", "test")):
+            z.writestr(f"wikitext-2/wiki.{file}.tokens", WIKI.replace("text one", part))
+        z.writestr("../escape.txt", "no")
+    server.extra["/w.zip"] = archive.read_bytes()
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(data.PINNED, "wikitext2", ("w.zip", sha256, (server.root + "/w.zip",)))
+    cfg, tok = DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer()
+    made, parts = data.prepare("wikitext2", cfg, tok), data.documents("wikitext2", cfg)
+    assert {s: "".join(d) for s, d in parts.items()} == {s: WIKI.replace("text one", s) for s in ("train", "val", "test")}
+    assert tok.decode(made.train.ids) == "".join(parts["train"]) and tok.decode(made.val.ids) == "".join(parts["val"])
+    assert list(made.val.ids).count(tok.eot) == 3 == len(parts["val"])
+    assert not (tmp_path / "escape.txt").exists() and len(list((tmp_path / "cache").iterdir())) == 3
+    (tmp_path / "cache" / "w.zip").unlink()
+    assert data.prepare("wikitext2", cfg, tok).val.path == made.val.path and server.hits == ["/w.zip"]
+
+
+# -- tokenizers
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=71))
+def test_byte_tokenizer_round_trip(text):
+    """decode(encode(text)) is text, ids are its UTF-8 bytes, and eot never comes from text."""
+    tok = data.ByteTokenizer()
+    ids = tok.encode(text)
+    assert ids == list(text.encode()) and tok.eot not in ids and tok.decode(ids) == text and tok.decode([tok.eot, *ids, tok.eot]) == text
+
+
+def test_byte_tokenizer_odd_input():
+    """Invalid UTF-8 and lone surrogates become U+FFFD; arrays and tensors decode too; ids outside are refused."""
+    tok = data.get_tokenizer("byte")
+    assert tok.decode([104, 255, 105]) == "h\ufffdi" and tok.decode(tok.encode("a\ud800b")) == "a\ufffdb"
+    assert tok.decode(np.array([104, 256], np.uint16)) == tok.decode(torch.tensor([104, 256])) == "h" and tok.decode([]) == ""
+    for bad in (257, -1):
+        assert f"token id {bad}" in error_line(tok.decode, [3, bad])
+    assert "choose one" in error_line(data.get_tokenizer, "bytes")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["hello", " ", "<|endoftext|>", "é", "\n", "he", "字"]), max_size=13))
+def test_tiktoken_wrapper_round_trip(words):
+    """Merges are used, text comes back, and the spelling of the end token is ordinary text."""
+    tok, text = data.TiktokenTokenizer(tiny_encoding()), "".join(words)
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and tok.eot not in ids and tok.decode([*ids, tok.eot]) == text
+    assert (tok.name, tok.vocab_size, tok.eot) == ("tiny", 262, 261) and tok.encode("hello") == [259]
+
+
+def test_tiktoken_wrapper_refuses_bad_ids_and_ends():
+    """Ids outside the vocabulary or in a hole, and an end token that is missing or not special, are one-line errors."""
+    tok = data.TiktokenTokenizer(tiny_encoding(), name="mine")
+    for bad in (262, -1, 260):
+        assert str(bad) in error_line(tok.decode, [7, bad])
+    assert tok.decode([255]) == "\ufffd" and tok.name == "mine"
+    assert "end token" in error_line(data.TiktokenTokenizer, tiny_encoding(special_tokens={"<s>": 260}))
+    assert data.TiktokenTokenizer(tiny_encoding(special_tokens={"<s>": 260}), eot=260).eot == 260
+    assert "special" in error_line(data.TiktokenTokenizer, tiny_encoding(), eot=259)
+
+
+def test_gpt2_offline_is_one_line(no_network, tmp_path, monkeypatch):
+    """Without network and cache the gpt2 tokenizer says so in one line and names the way out."""
+    registry = pytest.importorskip("tiktoken.registry", reason="needs the package tiktoken")
+    monkeypatch.setattr(registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert "--tokenizer=byte" in error_line(data.get_tokenizer, "gpt2")
+
+
+# -- token files
+
+class Numbers:
+    """A stand-in tokenizer of any vocabulary size."""
+    name, eot = "numbers", 0
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+
+@pytest.mark.parametrize("vocab, dtype, size", [(256, "uint8", 1), (257, "uint16", 2), (65536, "uint16", 2), (65537, "uint32", 4)])
+def test_token_file_layout(tmp_path, vocab, dtype, size):
+    """4096 bytes of magic and JSON, then little-endian ids of the smallest type that holds the vocabulary, mapped read-only."""
+    ids, path = np.arange(1, 1004, 7) % vocab, tmp_path / "x.tok"
+    ids[5] = vocab - 1
+    data.write_tokens(path, ids, Numbers(vocab), "a corpus", "train")
+    raw, f = path.read_bytes(), data.open_tokens(path, Numbers(vocab))
+    assert raw.startswith(b"subtoken tokens 1\n") and len(raw) == 4096 + size * len(ids) and raw[4095:4096] == b" "
+    assert raw[4096:] == b"".join(int(i).to_bytes(size, "little") for i in ids)
+    assert json.loads(raw[18:4096]) == f.header == dict(dtype=dtype, tokenizer="numbers", vocab_size=vocab, eot=0, count=len(ids),
+                                                        sha256=hashlib.sha256(raw[4096:]).hexdigest(), corpus="a corpus", split="train")
+    assert isinstance(f.ids, np.memmap) and not f.ids.flags.writeable and np.array_equal(f.ids, ids) and len(f) == len(ids)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.tok"]
+
+
+def test_token_file_in_pieces_equals_whole(tmp_path):
+    """An iterator of pieces gives the same bytes as one array; a failing one leaves the old file and nothing else."""
+    ids, tok = list(range(1, 252)), Numbers(256)
+    data.write_tokens(tmp_path / "a", ids, tok)
+    data.write_tokens(tmp_path / "b", iter([ids[:13], np.array(ids[13:14]), [], ids[14:]]), tok)
+    before = (tmp_path / "a").read_bytes()
+    assert before == (tmp_path / "b").read_bytes()
+    for bad in (iter([ids, [256]]), [-1], [], iter([])):
+        error_line(data.write_tokens, tmp_path / "a", bad, tok)
+    assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+def test_open_tokens_damaged_file_is_named(tmp_path):
+    """One flipped byte of the payload, or the file cut or grown anywhere, is refused with its name and what to do."""
+    path, tok = tmp_path / "x.tok", data.ByteTokenizer()
+    data.write_tokens(path, [i % 257 for i in range(503)], tok)
+    raw = path.read_bytes()
+    assert len(data.open_tokens(path, tok)) == 503
+    damaged = [raw[:n] for n in (0, 7, 18, 99, 4095, 4096, 4097, len(raw) - 1)] + [raw + b"\0"]
+    for at in (0, 3, 19, 30, 4096, 4097, 4600, len(raw) - 1):
+        damaged.append(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
+    for changed in damaged:
+        path.write_bytes(changed)
+        line = error_line(data.open_tokens, path, tok)
+        assert str(path) in line and "delete it, it is built again" in line
+    path.unlink()
+    assert str(path) in error_line(data.open_tokens, path, tok)
+
+
+@pytest.mark.parametrize("change", [dict(dtype="float8"), dict(dtype="uint32"), dict(dtype=7), dict(count=502), dict(count=0),
+                                    dict(count=-1), dict(count="503"), dict(count=True), dict(tokenizer="gpt2"), dict(vocab_size=256),
+                                    dict(eot=3), dict(sha256="0" * 64), dict(more=1)], ids=str)
+def test_open_tokens_header_is_checked(tmp_path, change):
+    """Every field that decides how the payload is read is checked against file and tokenizer; the file is named."""
+    path, tok = tmp_path / "x.tok", data.ByteTokenizer()
+    data.write_tokens(path, [i % 257 for i in range(503)], tok)
+    raw = path.read_bytes()
+    header = json.loads(raw[18:4096]) | change
+    path.write_bytes((raw[:18] + json.dumps(header).encode()).ljust(4096) + raw[4096:])
+    line = error_line(data.open_tokens, path, tok)
+    assert str(path) in line and "delete it" in line
+
+
+def test_open_tokens_id_too_large_is_refused(tmp_path):
+    """An id outside the vocabulary is found even where hash and header agree with the payload."""
+    path, tok = tmp_path / "x.tok", data.ByteTokenizer()
+    data.write_tokens(path, [5, 299, 7], Numbers(301))
+    raw = path.read_bytes()
+    header = json.loads(raw[18:4096]) | dict(tokenizer="byte", vocab_size=257, eot=256)
+    path.write_bytes((raw[:18] + json.dumps(header).encode()).ljust(4096) + raw[4096:])
+    line = error_line(data.open_tokens, path, tok)
+    assert "299" in line and "0..256" in line and str(path) in line
+
+
+def test_open_tokens_wrong_tokenizer_is_refused(tmp_path):
+    """A file of another tokenizer, or of another vocabulary of the same name, is refused and both are named."""
+    path = data.write_tokens(tmp_path / "x.tok", [1, 2, 3], Numbers(256))
+    line = error_line(data.open_tokens, path, data.ByteTokenizer())
+    assert "numbers" in line and "byte" in line
+    assert "255" in error_line(data.open_tokens, path, Numbers(255))
+
+
+@pytest.mark.parametrize("ids, bad", [([0, 9], 9), ([-1, 3], -1), (np.array([[2], [11]], np.uint64), 11), (torch.tensor([4, 10]), 10)],
+                         ids=["list", "negative", "array", "tensor"])
+def test_check_ids_out_of_range_is_named(ids, bad):
+    """Lists, arrays and tensors: the id outside 0..8 is named; ids inside, and none at all, pass."""
+    assert f"token id {bad}" in error_line(data.check_ids, ids, 9)
+    data.check_ids([], 9)
+    data.check_ids(torch.tensor([[0, 8]]), 9)
+    assert "integers" in error_line(data.check_ids, [0.5], 9)
+
+
+def text_corpus(folder, n=9):
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i}.txt").write_text(f"hello {i} " * (20 + i))
+    return f"text:{folder}"
+
+
+def test_prepare_is_cached_and_never_stale(tmp_path):
+    """The same corpus is not built twice; another text, tokenizer, pattern or val_fraction gets files of its own."""
+    corpus, cfg = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache"))
+    tok = data.ByteTokenizer()
+    first = data.prepare(corpus, cfg, tok)
+    stamp = first.train.path.stat().st_mtime_ns, first.train.path.stat().st_ino
+    again = data.prepare(corpus, cfg, tok)
+    assert (again.train.path.stat().st_mtime_ns, again.train.path.stat().st_ino) == stamp and again.train.path == first.train.path
+    seen = {first.train.path}
+    for c, t in ((cfg, data.TiktokenTokenizer(tiny_encoding())), (cfg, data.TiktokenTokenizer(tiny_encoding(pattern=r"\w|\W"))),
+                 (DataConfig(data_dir=cfg.data_dir, val_fraction=0.5), tok)):
+        seen.add(data.prepare(corpus, c, t).train.path)
+    (tmp_path / "t" / "3.txt").write_text("changed " * 31)
+    changed = data.prepare(corpus, cfg, tok)
+    seen.add(changed.train.path)
+    assert len(seen) == 5 and "changed" in tok.decode(changed.train.ids) + tok.decode(changed.val.ids)
+    assert all(f.ids[-1] == tok.eot for f in (changed.train, changed.val))
+    assert sum(int((f.ids == tok.eot).sum()) for f in (changed.train, changed.val)) == 9
+
+
+def test_prepare_val_fraction_is_part_of_the_name(tmp_path):
+    """Where train comes before val in the folder, any cut leaves the same documents in the same order: still another file."""
+    texts = sorted((f"text {i}" for i in range(9)), key=lambda t: hashlib.sha256(t.encode()).digest(), reverse=True)
+    for i, t in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(t)
+    for fraction, n in ((0.1, 1), (0.5, 5)):
+        made = data.prepare(f"text:{tmp_path}", DataConfig(data_dir=str(tmp_path / ".cache"), val_fraction=fraction), data.ByteTokenizer())
+        assert int((made.val.ids == 256).sum()) == n and int((made.train.ids == 256).sum()) == 9 - n
+
+
+def test_prepare_damaged_cache_is_named_then_rebuilt(tmp_path):
+    """A damaged cached file stops the run with its name; deleted, it is built again with the same bytes."""
+    corpus, cfg, tok = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer()
+    path = data.prepare(corpus, cfg, tok).val.path
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-2] ^ 2]))
+    assert str(path) in error_line(data.prepare, corpus, cfg, tok)
+    path.unlink()
+    assert data.prepare(corpus, cfg, tok).val.path.read_bytes() == raw
+
+
+def test_prepare_at_the_same_time_is_safe(tmp_path):
+    """Eight simultaneous preparations all see whole files, equal ones, and leave no temporary file."""
+    corpus, cfg, tok = text_corpus(tmp_path / "t", 23), DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer()
+    start, out = threading.Barrier(8), []
+
+    def work():
+        start.wait()
+        out.append(hashlib.sha256(data.prepare(corpus, cfg, tok).train.ids).hexdigest())
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(out) == 8 and len(set(out)) == 1 and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    """data_dir wins, then $XDG_CACHE_HOME, then ~/.cache; a folder that cannot be written is one line."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.cache_dir(DataConfig(data_dir=str(tmp_path))) == tmp_path
+    assert data.cache_dir(DataConfig()) == tmp_path / "xdg" / "subtoken"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.cache_dir(DataConfig()) == tmp_path / "home" / ".cache" / "subtoken"
+    (tmp_path / "file").touch()
+    cfg = DataConfig(data_dir=str(tmp_path / "file" / "under"))
+    assert "--data_dir" in error_line(data.prepare, text_corpus(tmp_path / "t"), cfg, data.ByteTokenizer())
+
+
+# -- batches
+
+IDS = np.arange(1009, dtype=np.uint16)  # each id is its own position
+
+
+def test_batch_is_pure():
+    """Equal calls give equal batches whatever was called between; seed, split and step each change them."""
+    def get(*key):
+        return data.batch(IDS, *key, batch_size=7, block_size=31)
+    keys = [("train", s, t) for s in (0, 1) for t in range(5)] + [("val", 0, 0), ("train", 12, 3), ("train", 1, 23)]
+    forward = {k: get(*k) for k in keys}
+    np.random.seed(0)
+    torch.manual_seed(0)
+    for k in reversed(keys):
+        x, y = get(*k)
+        assert torch.equal(x, forward[k][0]) and torch.equal(y, forward[k][1])
+    assert len({tuple(x[:, 0].tolist()) for x, _ in forward.values()}) == len(keys)
+
+
+def test_batch_is_windows_shifted_by_one():
+    """x and y are int64 (b, T), consecutive tokens, y one ahead; starts reach the first and last place and no further."""
+    firsts = set()
+    for step in range(41):
+        x, y = data.batch(IDS[:23], "train", 3, step, batch_size=13, block_size=19)
+        assert x.shape == y.shape == (13, 19) and x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+        assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(19))
+        firsts |= set(x[:, 0].tolist())
+    assert firsts == {0, 1, 2, 3}
+
+
+def test_batch_stream_is_pinned():
+    """The starts are those of this version on every machine: a resumed run sees the batches the unbroken one would."""
+    assert data.batch(IDS, "train", 1337, 5, 5, 11)[0][:, 0].tolist() == [94, 580, 835, 339, 728]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 11])
+def test_batch_ranks_make_up_the_global_batch(world):
+    """Slices of all ranks concatenate to the one-rank batch, sizes differ by one at most, and empty ones keep their shape."""
+    x, y = data.batch(IDS, "train", 1, 2, batch_size=7, block_size=13)
+    parts = [data.batch(IDS, "train", 1, 2, 7, 13, rank, world) for rank in range(world)]
+    assert torch.equal(torch.cat([p[0] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)
+    assert [len(p[0]) for p in parts] == [len(a) for a in np.array_split(np.arange(7), world)]
+    assert all(p[0].shape[1] == 13 and p[0].dtype == torch.int64 for p in parts)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 500])
+@pytest.mark.parametrize("length", [12, 13, 23, 24, 1009])
+def test_sequential_windows_do_not_overlap(n, length):
+    """Deterministic, evenly spaced, no target counted twice, as many as asked or fit, from the first token to the last."""
+    x, y = data.sequential(IDS[:length], n, 11)
+    assert len(x) == min(n, (length - 1) // 11) >= 1 and torch.equal(y, x + 1) and x.dtype == torch.int64
+    assert len(set(y.flatten().tolist())) == y.numel() and x[0, 0] == 0 and (len(x) == 1 or y[-1, -1] == length - 1)
+    gaps = (x[1:, 0] - x[:-1, 0]).tolist()
+    assert not gaps or (min(gaps) >= 11 and max(gaps) - min(gaps) <= 1)
+    assert torch.equal(x, data.sequential(IDS[:length], n, 11)[0])
+
+
+def test_short_corpus_is_refused_before_training(tmp_path):
+    """block_size tokens are one too few: count, context and remedy are named; one more token is enough."""
+    f = data.open_tokens(data.write_tokens(tmp_path / "x", range(1, 18), Numbers(256), "text:x", "val"), Numbers(256))
+    for call in (lambda: data.check_length(f, 17), lambda: data.batch(f, "val", 0, 0, 3, 17), lambda: data.sequential(f, 3, 17)):
+        line = error_line(call)
+        assert "17 tokens" in line and "block_size=17" in line and "text:x" in line and "--block_size" in line
+    data.check_length(f, 16)
+    assert data.batch(f, "val", 0, 0, 3, 16)[1][:, -1].tolist() == [17] * 3 and len(data.sequential(f, 3, 16)[0]) == 1
+
+
+def test_batch_bad_numbers_are_refused():
+    """A batch, window count, rank or context outside its range is one line."""
+    for call in (lambda: data.batch(IDS, "train", 0, 0, 0, 5), lambda: data.batch(IDS, "train", 0, 0, 3, 5, 2, 2),
+                 lambda: data.batch(IDS, "train", 0, 0, 3, 5, -1, 2), lambda: data.sequential(IDS, 0, 5),
+                 lambda: data.check_length(IDS, 0)):
+        error_line(call)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -84,6 +85,7 @@ class AdapterConfig:
     def __post_init__(self):
         check(self.adapter in ADAPTERS, f"adapter={self.adapter!r}", f"one of {', '.join(ADAPTERS)}", "choose one")
         check(self.r >= 1, f"r={self.r}", "a rank is at least 1", "give --r=1 or more")
+        check(self.alpha > 0, f"alpha={self.alpha}", "must be positive", "give for example 8")
         check(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "lies in [0, 1)", "give for example 0.05")
         check(self.balance_weight >= 0, f"balance_weight={self.balance_weight}", "is at least 0", "give for example 0.01")
         for n, k in (("subspaces", "subspace_topk"), ("experts", "expert_topk")):
@@ -238,6 +240,7 @@ class TrainConfig:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
+        check(self.seed + self.seeds <= 2 ** 32, f"seed={self.seed}", "at most 4294967295", "give a smaller --seed")  # torch.manual_seed's range
         for name in ("pretrain_lr", "adapt_lr", "max_minutes"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)}", "must be positive", "give for example 0.001")
         check(0 <= self.warmup <= 1, f"warmup={self.warmup}", "a share in [0, 1]", "give for example 0.1")
@@ -265,7 +268,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr and exit code 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def _to_bool(text: str) -> bool:
@@ -276,7 +279,17 @@ def _to_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-_TYPES = {"int": int, "float": float, "str": str, "bool": _to_bool}
+def _to_float(text: str) -> float:
+    try:
+        x = float(text)
+    except ValueError:
+        x = math.nan
+    if not math.isfinite(x):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return x
+
+
+_TYPES = {"int": int, "float": _to_float, "str": str, "bool": _to_bool}
 
 
 def parse_args(configs: dict[str, type], argv: list[str] | None = None, prog: str | None = None, description: str = "") -> argparse.Namespace:
@@ -332,12 +345,15 @@ def from_dict(cls: type, d: dict):
 
 
 def exit_on_bad_input(main):
-    """Run main(); a ValueError or a missing file becomes one line on stderr and exit code 2."""
+    """Run main(); a ValueError or a file that cannot be had becomes one line on stderr and exit code 2; Ctrl-C exit code 130."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 TASKS = ("perplexity",)
@@ -404,3 +420,19 @@ class SampleConfig:
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
         check(0 < self.top_p <= 1, f"top_p={self.top_p}", "lies in (0, 1]", "give for example 0.9")
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r}", "one of auto, float32, bfloat16", "choose one")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What bench.py measures."""
+    what: str = opt("train", "train: a training step against a plain loop; adapter: routed LoRA against LoRA", ("train", "adapter"))
+    steps: int = opt(30, "timed steps of each side, interleaved")
+    batch_size: int = opt(8, "sequences in a step")
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
+
+    def __post_init__(self):
+        for name, allowed in (("what", ("train", "adapter")), ("dtype", ("auto", "float32", "bfloat16"))):
+            check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(allowed)}", "choose one")
+        for name in ("steps", "batch_size"):
+            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")

@@ -173,7 +173,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
     if "value_groups" in methods or trained:
         if not trained:  # training-free: calibrate on the training split
             calibration = [batch(corpus.train, "calibrate", cfg.seed, i, cfg.batch_size, T)[0].to(device) for i in range(2)]
-            kv_router.attach(model, kv, calibration, cfg.seed)
+            kv_router.fold(kv_router.attach(model, kv, calibration, cfg.seed))
         kv = run.kv if trained else kv
         ks = [count_kept(b.strip(), kv.n_groups) for b in cfg.budgets.split(",") if b.strip()] or [kv.topk_groups]
         rows += sweep(model, x, y, ([kv.n_groups] if "dense" in methods and trained else []) + ks, kv=kv, **about)

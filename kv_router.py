@@ -70,7 +70,8 @@ def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Ten
 
 @torch.no_grad()
 def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
-    """Fold z = v @ fwd into v_proj (weight, bias, lora_B) and o_proj (weight, lora_A) of an Attention, in place, in float64.
+    """Fold z = v @ fwd into what writes it (v_proj's weight, bias, lora_B) and what reads it (o_proj's weight, lora_A, its own router)
+    of an Attention, in place, in float64.
 
     fwd, bwd (Hkv, D, D), inverse of each other: the logits do not change."""
     Hkv, D = fwd.shape[:2]
@@ -82,11 +83,12 @@ def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
     def input_side(t: Tensor) -> Tensor:  # (..., H*D) -> the same, columns reading the new basis
         return torch.einsum("hde,xhne->xhnd", bwd.double(), t.double().view(-1, Hkv, n, D)).reshape(t.shape).to(t.dtype)
 
-    for module, names, change in ((attn.v_proj, ("weight", "bias", "lora_B"), output_side), (attn.o_proj, ("weight", "lora_A"), input_side)):
-        for name in names:
-            p = getattr(module, name, None)
-            if p is not None:
-                setattr(module, name, nn.Parameter(change(p.data), requires_grad=p.requires_grad))
+    sides = ((attn.v_proj, ("weight", "bias", "lora_B"), output_side), (attn.o_proj, ("weight", "lora_A", "gate.linear.weight"), input_side))
+    for module, names, change in sides:
+        for name, p in list(module.named_parameters()):
+            if name in names:
+                *path, leaf = name.split(".")
+                setattr(module.get_submodule(".".join(path)), leaf, nn.Parameter(change(p.data), requires_grad=p.requires_grad))
 
 
 # ----------------------------------------------------------------------------- reconstructors
@@ -240,7 +242,8 @@ class ValueGroupPath(nn.Module):
         self.cfg, self.Hkv, self.D, self.S, self.k = cfg, model_cfg.n_kv_head, model_cfg.head_dim, cfg.n_groups, cfg.topk_groups
         self.mask_heads = self.Hkv if cfg.mask_scope == "head" else 1
         eye = torch.eye(self.D, dtype=torch.float64).repeat(self.Hkv, 1, 1)
-        self.basis = (eye, eye)  # (fwd, bwd) already folded into the projections; not a buffer: it keeps float64
+        self.set_basis(eye, eye)
+        self.folded = False  # True once W_v and W_o hold the basis and the path need not apply it
         self.router = nn.Linear(model_cfg.n_embd, self.mask_heads * self.S) if cfg.value_router == "linear" else None
         args = (self.Hkv, self.D, self.S)
         self.reconstructor = {"zero": lambda: Zero(), "linear": lambda: LinearPerPattern(*args, self.k), "pairwise": lambda: Pairwise(*args, self.k),
@@ -248,6 +251,13 @@ class ValueGroupPath(nn.Module):
         self.aux_loss: Tensor | None = None  # L_aux of the last training forward
         self.last_mask: Tensor | None = None  # mask of the last uncached forward while `record` is on
         self.record = False
+
+    def set_basis(self, fwd: Tensor, bwd: Tensor) -> None:
+        """z = v @ fwd, v = z @ bwd, (Hkv, D, D). Kept in float64 beside the copies in the path's own dtype that training applies."""
+        self.basis = (fwd.double().cpu(), bwd.double().cpu())
+        like = self.fwd if hasattr(self, "fwd") else torch.empty(0)
+        self.register_buffer("fwd", fwd.to(like), persistent=False)
+        self.register_buffer("bwd", bwd.to(like), persistent=False)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
         return PackedCache(batch, max_len, self.Hkv, self.D, self.cfg, self.k, like)
@@ -259,6 +269,13 @@ class ValueGroupPath(nn.Module):
         return self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S)).transpose(1, 2)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache | None = None, pad: Tensor | None = None) -> Tensor:
+        if not self.folded:  # training: adapters learn in the native basis; q is repeated per KV head, so bwd is as well
+            y = self._attend(x, q, k, v @ self.fwd, cache, pad)
+            return (y.unflatten(1, (self.Hkv, -1)) @ self.bwd.unsqueeze(1)).flatten(1, 2)
+        return self._attend(x, q, k, v, cache, pad)
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache | None, pad: Tensor | None) -> Tensor:
+        """The attention output in the value basis, v in it too."""
         logits = self.scores(x, v)
         mask = top_k_mask(logits.detach(), self.k)  # (B, 1 or Hkv, T, S)
         if cache is not None:
@@ -354,15 +371,16 @@ def group_energy(v: Tensor, n_groups: int, mask_heads: int) -> Tensor:
 class _Observe(nn.Module):
     """Wraps a path during calibration: adds up second moments of V and, for the router, of the input and the group energies."""
 
-    def __init__(self, inner: nn.Module, S: int, mask_heads: int):
+    def __init__(self, inner: nn.Module, path: ValueGroupPath):
         super().__init__()
-        self.inner, self.S, self.mask_heads, self.cov, self.xx, self.xe = inner, S, mask_heads, 0.0, 0.0, 0.0
+        self.inner, self.S, self.mask_heads, self.fwd = inner, path.S, path.mask_heads, path.fwd
+        self.cov, self.xx, self.xe = 0.0, 0.0, 0.0
 
     def forward(self, x, q, k, v, cache=None, pad=None):
-        w = v.double()
+        w = (v @ self.fwd).double()
         self.cov = self.cov + torch.einsum("bhtd,bhte->hde", w, w)
         ones = torch.cat((x, torch.ones_like(x[..., :1])), -1).double().flatten(0, 1)  # (B*T, n_embd + 1)
-        e = group_energy(v, self.S, self.mask_heads).double().transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
+        e = group_energy(w, self.S, self.mask_heads).transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
         self.xx, self.xe = self.xx + ones.T @ ones, self.xe + ones.T @ e
         return self.inner(x, q, k, v, cache, pad)
 
@@ -372,7 +390,8 @@ def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None,
     """Give the chosen layers value-group paths, in place. Returns the model.
 
     batches: token ids (B, T) on the model's device that calibrate bases, routers and linear reconstructors; None leaves the
-    native basis and untrained parts, for load_state to overwrite. Raises ValueError when S does not divide D."""
+    native basis and untrained parts, for load_state to overwrite. Until `fold` the paths apply their basis themselves, so that
+    adapters on v and o learn in the native one (in the new one they learn worse: docs/log.md). Raises ValueError when S does not divide D."""
     if cfg.kv == "dense":
         return model
     cfg.check_model(model.cfg)
@@ -380,9 +399,7 @@ def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None,
     paths = [ValueGroupPath(model.cfg, cfg).to(model.norm.weight.device, model.norm.weight.dtype) for _ in chosen]
     if batches is not None:
         for i, (attn, seen) in enumerate(zip(chosen, _observe(model, chosen, paths, batches), strict=True)):
-            fwd, bwd = value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i)
-            fold_basis(attn, fwd, bwd)
-            paths[i].basis = (fwd.cpu(), bwd.cpu())
+            paths[i].set_basis(*value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i))
         for path, seen in zip(paths, _observe(model, chosen, paths, batches), strict=True):  # again, in the new basis
             if path.router is not None:
                 _fit_router(path.router, seen.xx, seen.xe)
@@ -395,7 +412,7 @@ def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None,
 
 def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[_Observe]:
     inner = [attn.kv_path for attn in chosen]
-    seen = [_Observe(i, p.S, p.mask_heads) for i, p in zip(inner, paths, strict=True)]
+    seen = [_Observe(i, p) for i, p in zip(inner, paths, strict=True)]
     was_training = model.training
     model.eval()
     for attn, s in zip(chosen, seen, strict=True):
@@ -456,13 +473,22 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Put `saved` into paths fresh from attach(model, cfg, None): folds the bases, copies the rest. ValueError lists what does not fit."""
+    """Put `saved` into paths fresh from attach(model, cfg, None). ValueError lists what does not fit."""
     trained, given = ({k: t for k, t in d.items() if ".basis_" not in k} for d in (state(model), saved))
     copy_tensors(trained, given, "value-group state")
     for name, path in paths(model).items():
         fwd, bwd = saved.get(f"{name}.basis_fwd"), saved.get(f"{name}.basis_bwd")
         check(fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.basis[0].shape, f"value-group state without a fitting basis for {name}",
               f"two tensors of shape {tuple(path.basis[0].shape)}", "load the file it was trained with")
-        device = model.norm.weight.device
-        fold_basis(model.get_submodule(name.rsplit(".", 1)[0]), fwd.to(device), bwd.to(device))
-        path.basis = (fwd.double(), bwd.double())
+        path.set_basis(fwd, bwd)
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Fold every path's basis into the projections around it, adapters included, in place: the same logits, no run-time cost."""
+    for name, path in paths(model).items():
+        if not path.folded:
+            attn, (fwd, bwd) = model.get_submodule(name.rsplit(".", 1)[0]), path.basis
+            fold_basis(attn, fwd.to(attn.o_proj.weight.device), bwd.to(attn.o_proj.weight.device))
+            path.folded = True
+    return model

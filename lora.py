@@ -43,15 +43,20 @@ class Gate(nn.Module):
         self.counts: Tensor | None = None  # (n,) tokens routed while routing_stats records
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = at_least_float32(self.linear(x))
-        kept = top_k_mask(logits.detach(), self.k)
-        gates = logits.masked_fill(~kept, -math.inf).softmax(-1)  # (B, T, n)
+        return self.route(self.linear(x))
+
+    def route(self, logits: Tensor) -> Tensor:
+        """Gates (B, T, n) of the scores (B, T, n), in their dtype; records the load-balance loss while training."""
+        scores = at_least_float32(logits)
+        kept = top_k_mask(scores.detach(), self.k)
+        probs = scores.softmax(-1)  # over all n; over the kept ones after the division below
         if self.training and torch.is_grad_enabled():
-            share = kept.float().mean(-2) / self.k  # (B, n), sums to 1
-            self.balance = self.n * (share * logits.softmax(-1).mean(-2)).sum(-1).mean()
+            share = kept.to(probs.dtype).mean(-2) / self.k  # (B, n), sums to 1
+            self.balance = self.n * (share * probs.mean(-2)).sum(-1).mean()
         if self.counts is not None:
             self.counts += kept.flatten(0, -2).sum(0)
-        return gates.to(x.dtype)
+        gates = probs * kept
+        return (gates / gates.sum(-1, keepdim=True)).to(logits.dtype)
 
 
 class LoRALinear(nn.Linear):
@@ -66,24 +71,25 @@ class LoRALinear(nn.Linear):
         if gate is not None:
             self.gate = gate
 
-    def gates(self, x: Tensor) -> Tensor | None:
-        """(B, T, n) or None for plain LoRA."""
-        return None
+    def down(self, x: Tensor) -> Tensor:
+        """The gated low-rank activations of x (B, T, d_in), dropout applied: (B, T, n*r)."""
+        return F.linear(x, self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
-        u = F.linear(F.dropout(x, self.p, self.training), self.lora_A)  # (B, T, n*r)
-        gates = self.gates(x)
-        if gates is not None:
-            u = (u.unflatten(-1, (self.n, self.r)) * gates.unsqueeze(-1)).flatten(-2)
-        return y + F.linear(u * self.scaling, self.lora_B)  # scale the narrow side
+        u = self.down(F.dropout(x, self.p, self.training))
+        return F.linear(x, self.weight, self.bias) + F.linear(u * self.scaling, self.lora_B)  # scale the narrow side
+
+    def weigh(self, u: Tensor, gates: Tensor) -> Tensor:
+        """Branch activations u (B, T, n*r) times gates (B, T, n)."""
+        return (u.unflatten(-1, (self.n, self.r)) * gates.unsqueeze(-1)).flatten(-2)
 
 
 class RoutedLoRALinear(LoRALinear):
-    """Routed subspace LoRA: the projection's own router weighs its S subspaces per token (eq 3)."""
+    """Routed subspace LoRA: the projection's own router weighs its S subspaces per token (eq 3). Router and A read x in one product."""
 
-    def gates(self, x: Tensor) -> Tensor:
-        return self.gate(x)
+    def down(self, x: Tensor) -> Tensor:
+        u, logits = F.linear(x, torch.cat((self.lora_A, self.gate.linear.weight))).split([self.n * self.r, self.n], dim=-1)
+        return self.weigh(u, self.gate.route(logits + self.gate.linear.bias))
 
 
 class MoELoRALinear(LoRALinear):
@@ -93,8 +99,8 @@ class MoELoRALinear(LoRALinear):
         super().__init__(*args, **kwargs)
         self._router = (router,)  # in a tuple: the block owns the router, the projection only reads it
 
-    def gates(self, x: Tensor) -> Tensor:
-        return self._router[0].current
+    def down(self, x: Tensor) -> Tensor:
+        return self.weigh(F.linear(x, self.lora_A), self._router[0].current)
 
 
 class BlockRouter(Gate):

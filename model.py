@@ -15,11 +15,15 @@ Letters: B batch, T new tokens, L tokens seen so far and now, H heads, Hkv KV he
 """
 from __future__ import annotations
 
+import json
 import math
+import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from config import ModelConfig
@@ -70,6 +74,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(T, L, pad, q.device), enable_gqa=gqa)
 
 
+def storage_bytes(tensors) -> int:
+    """Bytes of the storages behind the tensors, each storage once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 class DenseCache:
     """One layer's keys and values, whole: two (B, Hkv, max_len, D) buffers filled from the left."""
 
@@ -87,9 +96,17 @@ class DenseCache:
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor held, by name."""
+        return {"k": self.k, "v": self.v}
+
+    def extra(self) -> dict[str, int]:
+        """The numbers that, with tensors(), make up the whole cache."""
+        return {"length": self.length}
+
     def nbytes(self) -> int:
-        """Bytes of the tensors held."""
-        return self.k.untyped_storage().nbytes() + self.v.untyped_storage().nbytes()
+        """Bytes of the tensors held, unused capacity included."""
+        return storage_bytes(self.tensors().values())
 
 
 class DensePath(nn.Module):
@@ -161,6 +178,34 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all tensors held, every layer, indices and unused capacity included."""
         return sum(layer.nbytes() for layer in self.layers)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything held to one safetensors file."""
+        tensors = {f"{i}.{name}": t.contiguous() for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
+        numbers = [layer.extra() for layer in self.layers]
+        if self.pad is not None:
+            tensors["pad"] = self.pad
+        save_file(tensors, path, metadata={"length": str(self.length), "layers": json.dumps(numbers)})
+
+    @staticmethod
+    def load(path: str | os.PathLike, model: Transformer) -> KVCache:
+        """Read a saved cache for `model`, to its device. Raises ValueError where the file is not one of this model's caches."""
+        try:
+            with safe_open(path, "pt", device=str(model.norm.weight.device)) as f:
+                meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+            numbers, pad = json.loads(meta["layers"]), tensors.pop("pad", None)
+            cache = model.new_cache(1, 1, pad)
+            for i, (layer, extra) in enumerate(zip(cache.layers, numbers, strict=True)):
+                mine = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(i)}
+                same = set(mine) == set(layer.tensors()) and set(extra) == set(layer.extra())
+                if not (same and all(mine[k].shape[-1] == t.shape[-1] or t.ndim == 1 for k, t in layer.tensors().items())):
+                    raise ValueError(f"layer {i} holds another kind or size of cache")
+                for name, value in {**mine, **extra}.items():
+                    setattr(layer, name, value)
+            cache.length = int(meta["length"])
+        except (SafetensorError, KeyError, ValueError, OSError) as e:
+            raise ValueError(f"{path} is not a cache of this model ({e}); give a file that KVCache.save wrote for it") from None
+        return cache
 
 
 class Transformer(nn.Module):

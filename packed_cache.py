@@ -14,6 +14,7 @@ from torch import Tensor
 
 from config import KVConfig, check
 from kernels import TILE, bits_to_mask, mask_dtype, mask_to_bits, row_numbers
+from model import storage_bytes
 
 
 class PackedCache:
@@ -26,7 +27,7 @@ class PackedCache:
     max(0, (n - tail) // block * block) of them. Capacity grows by a quarter when it is passed; ask for enough to avoid the copy."""
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, cfg: KVConfig, k: int, like: Tensor):
-        self.B, self.Hkv, self.D, self.S, self.k = batch, n_kv_head, head_dim, cfg.n_groups, k
+        self.Hkv, self.D, self.S, self.k = n_kv_head, head_dim, cfg.n_groups, k
         self.mask_heads = n_kv_head if cfg.mask_scope == "head" else 1
         self.tail, self.block = cfg.kv_tail, cfg.kv_tail_block
         self.n_packed = torch.zeros(batch, dtype=torch.int64, device=like.device)  # compressed tokens per sequence
@@ -37,6 +38,11 @@ class PackedCache:
         self.tail_v = torch.zeros_like(self.tail_k)
         self.tail_bits = torch.zeros(batch, self.mask_heads, width, dtype=mask_dtype(self.S), device=like.device)
         self._allocate(max(0, max_len - self.tail), like)
+
+    @property
+    def B(self) -> int:
+        """Sequences held."""
+        return self.n_packed.numel()
 
     def _allocate(self, cap: int, like: Tensor) -> None:
         B, Hkv, Hm = self.B, self.Hkv, self.mask_heads
@@ -57,7 +63,7 @@ class PackedCache:
 
     def nbytes(self) -> int:
         """Bytes of every tensor held, counts, offsets and unused capacity included."""
-        return sum(t.untyped_storage().nbytes() for t in self.tensors().values())
+        return storage_bytes(self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name: what save writes and nbytes counts."""
@@ -150,13 +156,17 @@ class PackedCache:
         self.tile_rows[(self._segment(self.mask_heads, -(-self.cap // TILE)) + at // TILE)[starts]] = number[..., 0][starts].int()
         self.n_packed = self.n_packed + goes
 
+    def extra(self) -> dict[str, int]:
+        """The numbers that, with tensors(), make up the whole cache."""
+        return {"cap": self.cap, "columns": self.columns}
+
     def slice(self, rows: list[int]) -> PackedCache:
         """A copy that holds the sequences `rows` only, in that order."""
         out = copy.copy(self)
         pick = torch.tensor(rows, device=self.bits.device)
         for name, t in self.tensors().items():
-            setattr(out, name, t.view(self.B, -1, *t.shape[1:])[pick].reshape(-1, *t.shape[1:]))
-        out.B = len(rows)
+            per_row = t.view(self.B, t.size(0) // self.B, *t.shape[1:])
+            setattr(out, name, per_row[pick].reshape(-1, *t.shape[1:]))
         return out
 
     def truncate(self, n_tokens: int) -> None:

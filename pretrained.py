@@ -109,4 +109,5 @@ def load_run(folder: str | os.PathLike, device: torch.device | str = "cpu") -> R
         kv_names = {k for k in saved if ".kv_path." in k}
         kv_router.load_state(model, {k: saved[k] for k in kv_names})
         lora.load_adapter_state(model, {k: t for k, t in saved.items() if k not in kv_names})
+        kv_router.fold(model)
     return Run(model.eval(), get_tokenizer(ckpt.config["tokenizer"]), path, ckpt.config, adapter, kv, base)

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ import checkpoint
 import eval as evaluation
 import kv_router
 import lora
-from data import batch, get_tokenizer, prepare, sequential
+from data import batch, check_length, get_tokenizer, prepare, sequential
 from model import Transformer, generate, lm_loss
 from pretrained import autocast, find_checkpoint, load_model_state, load_run, model_state, pick_device
 
@@ -192,6 +192,7 @@ class Trainer:
             for line in why:
                 print(line, file=sys.stderr)
         if path is None:
+            self.trim_metrics()
             return False
         ckpt = checkpoint.load(path)
         for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "lr", "corpus"):
@@ -200,13 +201,18 @@ class Trainer:
         self.s.restore(ckpt.tensors)
         self.opt.load_state_dict(ckpt.state["optimizer"])
         self.step, self.best = ckpt.step, ckpt.state["best"]
+        self.trim_metrics()
         if self.w.main:
-            kept = [r for r in checkpoint.read_jsonl(self.metrics) if r["step"] < self.step or r.get("after") == self.step] if self.metrics.is_file() else []
-            self.metrics.unlink(missing_ok=True)
-            for r in kept:
-                checkpoint.append_jsonl(self.metrics, r)
             print(f"{self.s.name}: resumed from {path}", file=sys.stderr)
         return True
+
+    def trim_metrics(self) -> None:
+        """Take out of metrics.jsonl the steps that will be done again."""
+        if self.w.main and self.metrics.is_file():
+            kept = [r for r in checkpoint.read_jsonl(self.metrics) if r["step"] < self.step or 0 < r.get("after", 0) == self.step]
+            self.metrics.unlink()
+            for r in kept:
+                checkpoint.append_jsonl(self.metrics, r)
 
     def save(self, name: str | None = None) -> None:
         if self.w.main:
@@ -221,6 +227,9 @@ class Trainer:
     def evaluate(self) -> None:
         """Log the validation loss after self.step steps; keep the best weights."""
         val = validation_loss(self.s, self.cfg, self.w)
+        if not math.isfinite(val):
+            raise NonFinite(f"{self.s.name}: validation loss {val} after step {self.step - 1}; last good checkpoint: "
+                            f"{checkpoint.newest(self.s.folder)[0] or 'none yet'}; try a lower rate")
         self.log(step=self.step, after=self.step, val_loss=val)
         if val < self.best:
             self.best = val
@@ -265,9 +274,12 @@ class Trainer:
                     self.show_sample()
                 if last_step or stopping or self.step % cfg.save_interval == 0:
                     self.save()
-                if stopping and not last_step:
+                if last_step and not stopping:  # a signal may have come while the last step was evaluated and saved
+                    stopping = bool(self.w.sum(torch.tensor([float(stop.signal is not None)], device=self.w.device)).item())
+                if stopping:
                     if self.w.main:
-                        print(f"{s.name}: stopped by a signal, saved step {self.step}; continue with --resume --out_dir={s.folder.parent}", file=sys.stderr)
+                        print(f"{s.name}: stopped by a signal, saved step {self.step}; continue with the same flags and "
+                              f"--resume --out_dir={s.folder.parent}", file=sys.stderr)
                     raise SystemExit(stop.exit_code or 130)
 
 
@@ -288,10 +300,18 @@ def matched_rank(model_cfg: ModelConfig, cfg: AdapterConfig, target: int) -> Ada
     return replace(cfg, r=r, alpha=cfg.alpha / cfg.r * r)
 
 
+def corpus_of(args, stage: str, tokenizer, block_size: int):
+    """The corpus of `stage`, both splits long enough for the context. Everything about it is checked here, before step 0."""
+    corpus = prepare(args.train.corpus(stage), args.data, tokenizer)
+    for tokens in (corpus.train, corpus.val):
+        check_length(tokens, block_size)
+    return corpus
+
+
 def pretrain_stage(args, tokenizer, run_dir: Path, w: World) -> Stage:
     cfg: TrainConfig = args.train
     model_cfg = replace(args.model, vocab_size=tokenizer.vocab_size)
-    corpus = prepare(cfg.corpus("pretrain"), args.data, tokenizer)
+    corpus = corpus_of(args, "pretrain", tokenizer, model_cfg.block_size)
     torch.manual_seed(cfg.seed)
     model = Transformer(model_cfg).to(w.device)
     share_parameters(model, w)
@@ -308,10 +328,16 @@ def adapt_stage(args, tokenizer, run_dir: Path, w: World, base: Path, adapter: A
     cfg: TrainConfig = args.train
     loaded = load_run(base, w.device)
     check(loaded.base == loaded.path, f"init_from={base}", "a base model is adapted, not an adapter", "give a pretrain stage's folder")
-    model, corpus = loaded.model, prepare(cfg.corpus("adapt"), args.data, tokenizer)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    for f in (f for f in to_dict(model.cfg) if f in args.given and f != "block_size"):
+        check(getattr(args.model, f) == getattr(model.cfg, f), f"{f}={getattr(args.model, f)}", f"the base has {getattr(model.cfg, f)}", f"leave --{f} out")
+    check("tokenizer" not in args.given or args.data.tokenizer == tokenizer.name, f"tokenizer={args.data.tokenizer!r}",
+          f"the base was trained with {tokenizer.name!r}", "leave --tokenizer out")
     if "block_size" in args.given or cfg.preset == "paper":
         check(args.model.block_size <= model.cfg.block_size, f"block_size={args.model.block_size}", f"the base knows {model.cfg.block_size} tokens",
               f"give --block_size={model.cfg.block_size} or less")
+        model.cfg = replace(model.cfg, block_size=args.model.block_size)  # a shorter context; positions are the same
+    corpus = corpus_of(args, "adapt", tokenizer, model.cfg.block_size)
     torch.manual_seed(seed)
     calibration = [batch(corpus.train, "calibrate", seed, i, 16, model.cfg.block_size)[0].to(w.device) for i in range(2)]
     kv_router.attach(model, kv, calibration, seed)
@@ -329,13 +355,28 @@ def adapt_stage(args, tokenizer, run_dir: Path, w: World, base: Path, adapter: A
 
 
 def train(stage: Stage, args, w: World) -> None:
-    """Run a stage, or continue it when resuming."""
+    """Run a stage, or continue it when resuming. Its last checkpoint is on disk when any rank returns."""
     if w.main:
         stage.folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(stage, args.train, w)
-    if args.train.resume:
-        trainer.resume()
-    trainer.run()
+    with out_of_memory_explained(stage.batch_size, stage.model.cfg.block_size, args.train.accumulation):
+        trainer = Trainer(stage, args.train, w)
+        if args.train.resume:
+            trainer.resume()
+        trainer.run()
+    if w.size > 1:
+        dist.barrier()
+
+
+@contextmanager
+def out_of_memory_explained(batch_size: int | str, context: int, accumulation: int):
+    """Turn running out of memory into a ValueError that names what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "allocate" not in str(e):
+            raise
+        raise ValueError(f"out of memory with batch size {batch_size}, context {context}, accumulation {accumulation}: less is needed; "
+                         "lower the batch size or --block_size, or raise --accumulation") from None
 
 
 def rows_of_table(args, model_cfg: ModelConfig) -> list[tuple[str, AdapterConfig, KVConfig]]:
@@ -354,10 +395,10 @@ def rows_of_table(args, model_cfg: ModelConfig) -> list[tuple[str, AdapterConfig
 def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
     """Pretrain, adapt every row with every seed that time allows, evaluate, write results.json and report.png, print the table."""
     begin, cfg = time.time(), args.train
+    corpus = corpus_of(args, "adapt", tokenizer, args.model.block_size)  # before pretraining: what is wrong with it is said now
     stage = pretrain_stage(args, tokenizer, run_dir, w)
     train(stage, args, w)
     base = find_checkpoint(stage.folder)
-    corpus = prepare(cfg.corpus("adapt"), args.data, tokenizer)
     x, y = sequential(corpus.val, 192, stage.model.cfg.block_size)
     about = dict(dtype=cfg.dtype)
     results = [{"name": "base"} | evaluation.row(stage.model, x, y, adapter=stage.adapter, kv=stage.kv, seed=cfg.seed, params=0, **about)]
@@ -391,62 +432,76 @@ def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
               f"{x.size(1)} tokens; {run_dir}/results.json, {run_dir}/report.png; {time.time() - begin:.0f} s")
 
 
-def open_run_dir(cfg: TrainConfig, w: World) -> Path:
-    """The run's folder: a fresh one under out/, or the named one, which must be empty unless --resume."""
+def open_run_dir(cfg: TrainConfig, w: World) -> tuple[Path, list[Path]]:
+    """The run's folder, a fresh one under out/ or the named one, which must be empty unless --resume; and the folders made for it, innermost first."""
+    def make(path: Path, exist_ok: bool) -> list[Path]:
+        made = [p for p in (path, *path.parents) if not p.exists()]
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        return made
+
     if not cfg.out_dir:
-        stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
+        stamp, n, made = time.strftime("%Y%m%d-%H%M%S"), 0, []
         names = [None]
         while w.main and names == [None]:
             path = Path("out") / (stamp + (f"-{n}" if n else ""))
             try:
-                path.mkdir(parents=True)
+                made = make(path, exist_ok=False)
                 names = [str(path)]
             except FileExistsError:
                 n += 1
         if w.size > 1:
             dist.broadcast_object_list(names, 0)
-        return Path(names[0])
+        return Path(names[0]), made
     path = Path(cfg.out_dir)
     check(not path.exists() or path.is_dir(), f"out_dir={path}", "is a file", "name a folder")
     full = path.is_dir() and any(path.iterdir())
     if cfg.resume:
         any_checkpoint = path.is_dir() and any(path.glob("*/step-*")) or any(path.glob("*/.*-step-*"))
         check(any_checkpoint, f"resume from {path}", "there is no checkpoint in it", "leave --resume out to start anew")
-    else:
-        check(not full, f"out_dir={path}", "is not empty", "give --resume to continue it, or another folder")
-        if w.size > 1:
-            dist.barrier()  # every rank has looked before rank 0 writes
-        path.mkdir(parents=True, exist_ok=True)
-    return path
+        return path, []
+    check(not full, f"out_dir={path}", "is not empty", "give --resume to continue it, or another folder")
+    if w.size > 1:
+        dist.barrier()  # every rank has looked before rank 0 writes
+    return path, make(path, exist_ok=True) if w.main else []
+
+
+def take_back(run_dir: Path, made: list[Path]) -> None:
+    """After bad input: remove what this start created, unless a stage has written something by then."""
+    if not any(run_dir.glob("*/*")):
+        (run_dir / "config.json").unlink(missing_ok=True)
+        for folder in [*(p for p in run_dir.iterdir() if p.is_dir()), *made]:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def run(args) -> None:
     cfg: TrainConfig = args.train
+    if cfg.stage == "adapt":
+        check(cfg.init_from != "scratch", "stage=adapt with init_from=scratch", "a pretrained base is adapted", "give --init_from=out/RUN/pretrain")
     with world(cfg.device) as w:
         tokenizer = get_tokenizer(args.data.tokenizer)
         if args.kv.kv == "value_groups" and cfg.stage == "all":
             args.kv.check_model(args.model)
-        run_dir = open_run_dir(cfg, w)
+        run_dir, made = open_run_dir(cfg, w)
         if w.main and not cfg.resume:
             checkpoint.write_json(run_dir / "config.json", {n: to_dict(getattr(args, n)) for n in CONFIGS})
         try:
-            if cfg.stage == "all":
-                run_all(args, tokenizer, run_dir, w)
-            elif cfg.stage == "pretrain":
-                train(pretrain_stage(args, tokenizer, run_dir, w), args, w)
-            else:
-                check(cfg.init_from != "scratch", "stage=adapt with init_from=scratch", "a pretrained base is adapted", "give --init_from=out/RUN/pretrain")
-                stage = adapt_stage(args, tokenizer, run_dir, w, find_checkpoint(cfg.init_from), args.adapter, args.kv, cfg.seed,
-                                    f"{args.adapter.adapter}-s{cfg.seed}")
-                train(stage, args, w)
+            with out_of_memory_explained(f"{cfg.pretrain_batch_size} (pretrain) / {cfg.adapt_batch_size} (adapt)", args.model.block_size, cfg.accumulation):
+                if cfg.stage == "all":
+                    run_all(args, tokenizer, run_dir, w)
+                elif cfg.stage == "pretrain":
+                    train(pretrain_stage(args, tokenizer, run_dir, w), args, w)
+                else:
+                    stage = adapt_stage(args, tokenizer, run_dir, w, find_checkpoint(cfg.init_from), args.adapter, args.kv, cfg.seed,
+                                        f"{args.adapter.adapter}-s{cfg.seed}")
+                    train(stage, args, w)
         except NonFinite as e:
             print(f"train.py: {e}", file=sys.stderr)
             raise SystemExit(3) from None
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "allocate" not in str(e):
-                raise
-            sizes = f"batch size {cfg.pretrain_batch_size} (pretrain) / {cfg.adapt_batch_size} (adapt), context {args.model.block_size}, accumulation {cfg.accumulation}"
-            raise ValueError(f"out of memory with {sizes}: needs less; lower --pretrain_batch_size, --adapt_batch_size or --block_size, or raise --accumulation") from None
+        except ValueError:
+            if w.main and not cfg.resume:
+                take_back(run_dir, made)
+            raise
 
 
 if __name__ == "__main__":

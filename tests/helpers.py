@@ -1,0 +1,104 @@
+"""Small models and plain oracles that several test files use."""
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+import kv_router
+from config import KVConfig, ModelConfig
+from model import Transformer
+
+TINY = ModelConfig(vocab_size=53, block_size=160, n_layer=2, n_embd=40, n_head=6, n_kv_head=3, head_dim=16, n_inner=56, qkv_bias=True)
+
+
+def randomise(module: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
+    """Every parameter drawn anew, norms and biases too: zeros hide errors."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_(std=std)
+    return module
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelConfig = TINY) -> Transformer:
+    """A random model in evaluation mode, large weights, float64."""
+    torch.manual_seed(seed)
+    return randomise(Transformer(cfg)).to(dtype).eval()
+
+
+def tokens(*shape: int, seed: int = 0, vocab: int = TINY.vocab_size) -> torch.Tensor:
+    """Random token ids."""
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def grouped_model(seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelConfig = TINY, fold: bool = True, **kv) -> Transformer:
+    """tiny_model with calibrated value groups on every layer and random reconstructor weights."""
+    model = tiny_model(seed, dtype, cfg)
+    kv_router.attach(model, KVConfig(**{"prefill": "routed", **kv}), [tokens(2, 70, seed=seed + 1)], seed)
+    for path in kv_router.paths(model).values():
+        randomise(path.reconstructor, 0.2)
+    return kv_router.fold(model) if fold else model
+
+
+def routed_value(path: kv_router.ValueGroupPath, v: torch.Tensor, kept: list[list[int]]) -> torch.Tensor:
+    """One token's value v (Hkv, D) as it is read when head h kept the groups kept[h]: loops, every reconstructor spelled out."""
+    Hkv, D = v.shape
+    d, S = D // path.S, path.S
+    dims = [torch.arange(g * d, (g + 1) * d) for g in range(S)]
+    seen = torch.zeros_like(v)
+    for h in range(Hkv):
+        for g in kept[h]:
+            seen[h, dims[g]] = v[h, dims[g]]
+    out, rec = seen.clone(), path.reconstructor
+    if path.cfg.reconstructor == "mlp":
+        bits = torch.tensor([[float(g in kept[h]) for g in range(S)] for h in range(path.mask_heads)], dtype=v.dtype)
+        hidden = rec.up.weight @ torch.cat((seen.flatten(), bits.flatten())) + rec.up.bias
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2 ** 0.5))
+        rebuilt = (rec.down.weight @ hidden + rec.down.bias).view(Hkv, D)
+    for h in range(Hkv):
+        lost = [g for g in range(S) if g not in kept[h]]
+        if not lost:
+            continue
+        if path.cfg.reconstructor == "mlp":
+            for g in lost:
+                out[h, dims[g]] = rebuilt[h, dims[g]]
+        elif path.cfg.reconstructor == "linear":
+            pattern = [sorted(c) for c in itertools.combinations(range(S), path.cfg.topk_groups)].index(sorted(kept[h]))
+            a, b = torch.cat([dims[g] for g in lost]), torch.cat([dims[g] for g in sorted(kept[h])])
+            out[h, a] = rec.weight[h, pattern] @ v[h, b]
+        elif path.cfg.reconstructor == "pairwise":
+            for g in lost:
+                for other in kept[h]:
+                    index = g * (S - 1) + (other if other < g else other - 1)
+                    out[h, dims[g]] += rec.weight[h, index] @ v[h, dims[other]]
+    return out
+
+
+def brute_force_path(path: kv_router.ValueGroupPath, x, q, k, v, pad=None, exact_until: int = 0) -> torch.Tensor:
+    """What ValueGroupPath must return for x (B, T, n), q (B, H, T, D), k, v (B, Hkv, T, D): token by token, head by head, no fused call.
+
+    pad (B,): left padding. exact_until: the first so many columns are one exact prefill; later ones are decoded token by token."""
+    B, H, T, D = q.shape
+    Hkv, n = k.size(1), H // k.size(1)
+    out = torch.full_like(q, float("nan"))
+    tail, block = path.cfg.kv_tail, path.cfg.kv_tail_block
+    for b in range(B):
+        first = 0 if pad is None else int(pad[b])
+        read = []
+        for t in range(first, T):
+            scores = path.scores(x[b:b + 1, t:t + 1], v[b:b + 1, :, t:t + 1])[0, :, 0].detach()  # (1 or Hkv, S)
+            kept = [sorted(range(path.S), key=lambda g, s=s: (-float(s[g]), g))[:path.k] for s in scores]
+            read.append(routed_value(path, v[b, :, t], kept * (Hkv // len(kept))))
+        for t in range(first, T):
+            seen = t - first + 1
+            compressed = max(0, (seen - tail) // block * block)
+            for h in range(H):
+                logits = torch.stack([q[b, h, t] @ k[b, h // n, j] for j in range(first, t + 1)]) / D ** 0.5
+                p = (logits - logits.max()).exp()
+                p = p / p.sum()
+                use = []
+                for j in range(first, t + 1):
+                    whole = t < exact_until or (j - first) >= compressed
+                    use.append(v[b, h // n, j] if whole else read[j - first][h // n])
+                out[b, h, t] = (p[:, None] * torch.stack(use)).sum(0)
+    return out

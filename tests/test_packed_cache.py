@@ -1,0 +1,133 @@
+"""The packed cache: what it stores, in which order, in how many bytes."""
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import grouped_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from config import KVConfig
+from packed_cache import PackedCache
+
+
+def filled(T: int, S: int, K: int, *, B=2, Hkv=3, D=16, scope="head", tail=0, block=1, cap=None, chunks=None, pad=None, seed=0):
+    """A cache that took T random tokens in chunks, and what it took: k, v (B, Hkv, T, D), mask."""
+    cfg = KVConfig(n_groups=S, topk_groups=K, mask_scope=scope, kv_tail=tail, kv_tail_block=block)
+    g = torch.Generator().manual_seed(seed)
+    k, v = torch.randn(2, B, Hkv, T, D, generator=g)
+    mask = kernels.top_k_mask(torch.randn(B, Hkv if scope == "head" else 1, T, S, generator=g), K)
+    cache, at = PackedCache(B, T if cap is None else cap, Hkv, D, cfg, K, k), 0
+    for n in chunks or [T]:
+        n_pad = torch.zeros(B, dtype=torch.int64) if pad is None else (torch.tensor(pad) - at).clamp(0, n)
+        cache.append(k[:, :, at:at + n], v[:, :, at:at + n], mask[:, :, at:at + n], n_pad)
+        at += n
+    return cache, k, v, mask
+
+
+@pytest.mark.parametrize("S", [2, 4, 8, 16])
+def test_bits_round_trip_and_have_the_stated_type(S):
+    """mask_to_bits puts group g in bit g, in uint8 up to S = 8 and int16 at 16 (bit 15 is the sign), and comes back."""
+    mask = torch.randint(0, 2, (300, S), generator=torch.Generator().manual_seed(S)).bool()
+    mask[0], mask[1] = True, False
+    bits = kernels.mask_to_bits(mask)
+    assert bits.dtype == (torch.uint8 if S <= 8 else torch.int16)
+    assert torch.equal(kernels.bits_to_mask(bits, S), mask)
+    for i in range(50):
+        assert int(bits[i]) & 0xFFFF == sum(1 << g for g in range(S) if mask[i, g])
+
+
+def test_rows_lie_token_major_group_minor_at_the_stated_number():
+    """Row of (t, g) = segment base + tile offset + pairs before it in the tile; looked up one by one, over three tiles, per head."""
+    T, S, K = 150, 4, 2
+    cache, k, v, mask = filled(T, S, K)
+    rows, keys = cache.rows.view(2, 3, -1, 4), cache.keys.view(2, 3, -1, 16)
+    tiles = cache.tile_rows.view(2, 3, -1)
+    assert torch.equal(keys, k) and rows.size(2) == T * K
+    for b in range(2):
+        for h in range(3):
+            count = 0
+            for t in range(T):
+                if t % kernels.TILE == 0:
+                    assert int(tiles[b, h, t // kernels.TILE]) == count
+                bits = int(cache.bits.view(2, 3, -1)[b, h, t])
+                for g in range(S):
+                    if mask[b, h, t, g]:
+                        at = count + bin(bits & ((1 << g) - 1)).count("1")
+                        assert torch.equal(rows[b, h, at], v[b, h, t, 4 * g:4 * g + 4])
+                count += K
+
+
+@given(T=st.integers(1, 140), S=st.sampled_from([2, 4, 8, 16]), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_unpack_returns_what_was_appended(T, S, data):
+    """Keys, kept values (zeros elsewhere) and masks come back for any length, chunks, padding, tail, scope and starting capacity."""
+    K, scope = data.draw(st.integers(1, S)), data.draw(st.sampled_from(["head", "layer"]))
+    cuts = sorted(data.draw(st.sets(st.integers(1, T), max_size=4)) | {0, T})
+    chunks = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    pad = [data.draw(st.integers(0, T - 1)), 0]
+    tail, block, cap = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 7)), data.draw(st.sampled_from([0, 1, T // 2, T]))
+    cache, k, v, mask = filled(T, S, K, scope=scope, tail=tail, block=block, cap=cap, chunks=chunks, pad=pad)
+    got_k, got_v, got_mask = cache.unpack()
+    for b in range(2):
+        n = T - pad[b]
+        compressed = max(0, (n - tail) // block * block)
+        assert int(cache.n_packed[b]) == compressed and int(cache.n_tail[b]) == n - compressed
+        want_v = v[b] * mask[b].repeat_interleave(16 // S, -1)
+        want_v = torch.cat((want_v[:, pad[b]:pad[b] + compressed], v[b, :, pad[b] + compressed:]), 1)
+        assert torch.equal(got_k[b, :, :n], k[b, :, pad[b]:]) and torch.equal(got_v[b, :, :n], want_v)
+        assert torch.equal(got_mask[b, :, :n], mask[b, :, pad[b]:])
+
+
+def test_nbytes_is_the_storage_and_close_to_the_kept_share():
+    """nbytes counts every tensor's storage; at T = 256, float32, it is keys + kept rows + masks + offsets and within 2 % of 75 %."""
+    T, D, Hkv, B = 256, 16, 8, 4
+    for scope in ("layer", "head"):
+        cache, *_ = filled(T, 4, 2, B=B, Hkv=Hkv, D=D, scope=scope)
+        Hm = Hkv if scope == "head" else 1
+        by_hand = 4 * B * Hkv * T * (D + D // 2) + B * Hm * T + 4 * B * Hm * (T // kernels.TILE) + 2 * 8 * B
+        found = sum(t.untyped_storage().nbytes() for t in vars(cache).values() if isinstance(t, torch.Tensor))
+        assert cache.nbytes() == by_hand == found
+        assert abs(cache.nbytes() / (4 * 2 * B * Hkv * T * D) / 0.75 - 1) < 0.02
+
+
+def test_nan_in_unwritten_slots_never_reaches_a_result():
+    """Slots past the tokens seen are not read: poisoned with NaN, unpacked values stay finite."""
+    cfg = KVConfig(kv_tail=4)
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 2, 3, 20, 16, generator=g)
+    mask = kernels.top_k_mask(torch.randn(2, 1, 20, 4, generator=g), 2)
+    cache = PackedCache(2, 64, 3, 16, cfg, 2, k)
+    for t in (cache.keys, cache.rows, cache.tail_k, cache.tail_v):
+        t.fill_(float("nan"))
+    cache.append(k, v, mask, torch.tensor([0, 7]))
+    assert all(t.isfinite().all() for t in cache.unpack()[:2])
+
+
+def test_slice_keeps_the_sequences_asked_for():
+    """slice([2, 0]) holds those sequences in that order and decodes them as before."""
+    model = grouped_model(kv_tail=3, mask_scope="head", value_router="norm")
+    x = tokens(3, 40)
+    cache = model.new_cache(3, 44)
+    model(x, cache)
+    part = [layer.slice([2, 0]) for layer in cache.layers]
+    whole = model(x[:, :1], cache)
+    cache.layers, cache.length = part, 40
+    assert (model(x[[2, 0], :1], cache) - whole[[2, 0]]).abs().max() < 1e-10
+
+
+def test_truncate_forgets_the_newest_tokens():
+    """After truncate(n) a cache without a tail equals one that never saw the rest."""
+    for n in (0, 1, 63, 64, 65, 99):
+        cache, k, v, mask = filled(100, 4, 2)
+        short, *_ = filled(100, 4, 2)
+        cache.truncate(n)
+        zero = torch.zeros(2, dtype=torch.int64)
+        cache.append(k[:, :, n:], v[:, :, n:], mask[:, :, n:], zero)
+        for a, b in zip(cache.unpack(), short.unpack(), strict=True):
+            assert torch.equal(a, b)
+        cache.truncate(n)
+        assert cache.unpack()[0].size(2) == n
+    with pytest.raises(ValueError, match="truncating"):
+        cache.truncate(-1)

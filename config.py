@@ -27,6 +27,11 @@ def check(ok: bool, came: str, allowed: str, do: str) -> None:
         raise ValueError(f"{came}: {allowed}; {do}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed whose products with steps and ranks would leave torch.manual_seed's range."""
+    check(seed < 2 ** 32, f"seed={seed}", "at most 4294967295", "give a smaller --seed")
+
+
 def count_kept(ratio: float | str | Fraction, n: int) -> int:
     """floor(ratio * n) in exact arithmetic (0.7 means 7/10, not its binary neighbour). The only place a ratio becomes a count.
 
@@ -73,7 +78,7 @@ class AdapterConfig:
     """Low-rank adapters (ST 3.1.1). `r` is the rank of one branch: LoRA has one, MoE-LoRA `experts`, routed `subspaces`."""
     adapter: str = opt("routed", "which adapter is trained", ADAPTERS)
     r: int = opt(4, "rank R of one branch (lora: the whole rank)")
-    alpha: float = opt(8.0, "LoRA alpha; the update is scaled by alpha / r")
+    alpha: float = opt(64.0, "LoRA alpha; the update is scaled by alpha / r")
     lora_dropout: float = opt(0.05, "dropout on the adapter's input")
     lora_targets: str = opt("q,k,v,o", "projections that are adapted, of q,k,v,o,gate,up,down")
     subspaces: int = opt(4, "subspaces S of routed subspace LoRA")
@@ -116,15 +121,16 @@ class KVConfig:
     n_groups: int = opt(4, "value groups S per head", GROUPS)
     topk_groups: int = opt(2, "groups K kept per token")
     value_basis: str = opt("output", "basis in which values are cut into groups, folded into W_v and W_o", BASES)
-    value_router: str = opt("linear", "linear: learned on the layer's input (the paper); norm: largest group norms", ROUTERS)
-    mask_scope: str = opt("layer", "layer: one mask for all KV heads (the paper); head: one per KV head", SCOPES)
+    value_router: str = opt("norm", "linear: learned on the layer's input (the paper); norm: largest group norms", ROUTERS)
+    mask_scope: str = opt("head", "layer: one mask for all KV heads (the paper); head: one per KV head", SCOPES)
     reconstructor: str = opt("zero", "what stands for a dropped group when it is read", RECONSTRUCTORS)
     recon_hidden: int = opt(0, "hidden width of the MLP reconstructor; 0 means Hkv * D")
     aux_weight: float = opt(0.1, "weight of the reconstruction loss L_aux")
     lm_to_router: bool = opt(False, "let the language-model loss train value router and reconstructor too")
+    kv_warmup: float = opt(0.0, "share of the adaptation steps during which values stay whole")
     kv_layers: str = opt("all", "layers compressed: all, deepest:SHARE, or a list such as 2,3")
     prefill: str = opt("exact", "exact: the prompt attends to whole values; routed: to routed ones (the paper)", PREFILLS)
-    kv_tail: int = opt(0, "newest tokens whose values stay whole (a dense tail), at least")
+    kv_tail: int = opt(4, "newest tokens whose values stay whole (a dense tail), at least")
     kv_tail_block: int = opt(1, "tokens of the tail compressed at a time when it overflows")
 
     def __post_init__(self):
@@ -134,6 +140,7 @@ class KVConfig:
         check(1 <= self.topk_groups <= self.n_groups, f"topk_groups={self.topk_groups} with n_groups={self.n_groups}",
               "needs 1 <= K <= S", f"give --topk_groups of at most {self.n_groups}")
         check(self.aux_weight >= 0, f"aux_weight={self.aux_weight}", "is at least 0", "give for example 0.1")
+        check(0 <= self.kv_warmup <= 1, f"kv_warmup={self.kv_warmup}", "a share in [0, 1]", "give for example 0.5")
         check(self.recon_hidden >= 0, f"recon_hidden={self.recon_hidden}", "is at least 0", "give 0 for Hkv * D")
         check(self.kv_tail >= 0 and self.kv_tail_block >= 1, f"kv_tail={self.kv_tail}, kv_tail_block={self.kv_tail_block}",
               "the tail is at least 0 and its block at least 1 token", "give for example --kv_tail=64 --kv_tail_block=16")
@@ -240,7 +247,7 @@ class TrainConfig:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
-        check(self.seed + self.seeds <= 2 ** 32, f"seed={self.seed}", "at most 4294967295", "give a smaller --seed")  # torch.manual_seed's range
+        check_seed(self.seed + self.seeds - 1)
         for name in ("pretrain_lr", "adapt_lr", "max_minutes"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)}", "must be positive", "give for example 0.001")
         check(0 <= self.warmup <= 1, f"warmup={self.warmup}", "a share in [0, 1]", "give for example 0.1")
@@ -260,7 +267,7 @@ class TrainConfig:
 PAPER = dict(  # ST 4.1 and 3.1; the rest of the paper's settings are the defaults above
     adapter="routed", r=4, alpha=8.0, lora_dropout=0.05, subspaces=4, subspace_topk=2, balance_weight=0.01,
     n_groups=4, topk_groups=2, value_basis="native", value_router="linear", mask_scope="layer", reconstructor="mlp",
-    aux_weight=0.1, lm_to_router=False, prefill="routed", adapt_lr=5e-4, weight_decay=0.01, beta1=0.9, beta2=0.999,
+    aux_weight=0.1, lm_to_router=False, prefill="routed", kv_tail=0, adapt_lr=5e-4, weight_decay=0.01, beta1=0.9, beta2=0.999,
     adapt_batch_size=8, block_size=512)
 
 
@@ -332,11 +339,11 @@ def to_dict(cfg) -> dict:
 
 
 def from_dict(cls: type, d: dict):
-    """The dataclass `cls` from a dict read from a file. Raises ValueError naming unknown, missing or mistyped entries."""
+    """The dataclass `cls` from a dict read from a file; what an older file lacks takes its default. Raises ValueError naming unknown
+    or mistyped entries."""
     names = {f.name: f for f in fields(cls)}
-    unknown, missing = sorted(set(d) - set(names)), sorted(set(names) - set(d))
-    check(not unknown and not missing, f"{cls.__name__} in a file", f"unknown entries {unknown}, missing entries {missing}",
-          "was it written by another version?")
+    unknown = sorted(set(d) - set(names))
+    check(not unknown, f"{cls.__name__} in a file", f"unknown entries {unknown}", "was it written by another version?")
     for k, v in d.items():
         kind = str(names[k].type)
         ok = isinstance(v, {"int": int, "float": (int, float), "str": str, "bool": bool}[kind]) and (kind == "bool" or not isinstance(v, bool))
@@ -393,6 +400,7 @@ class EvalConfig:
         for name in ("sequences", "batch_size"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         check(self.block_size >= 0 and self.seed >= 0, f"block_size={self.block_size}, seed={self.seed}", "at least 0", "give 0 or more")
+        check_seed(self.seed)
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r}", "one of auto, float32, bfloat16", "choose one")
         if self.dataset:
             check_corpus(self.dataset)
@@ -418,6 +426,7 @@ class SampleConfig:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("temperature", "top_k", "seed"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
+        check_seed(self.seed)
         check(0 < self.top_p <= 1, f"top_p={self.top_p}", "lies in (0, 1]", "give for example 0.9")
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r}", "one of auto, float32, bfloat16", "choose one")
 

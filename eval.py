@@ -57,13 +57,13 @@ def cache_bytes(model: Transformer, x: Tensor) -> tuple[int, int]:
     return cache.nbytes(), 2 * item * x.numel() * model.cfg.n_kv_head * model.cfg.head_dim * model.cfg.n_layer
 
 
-def kept_shares(model: Transformer) -> tuple[float, float]:
-    """KV kept in compressed layers and in the whole model, from K and S: (1 + K/S) / 2 where compressed, 1 elsewhere."""
-    paths = list(kv_router.paths(model).values())
-    if not paths:
-        return 1.0, 1.0
-    shares = [(1 + p.k / p.S) / 2 for p in paths]
-    return mean(shares), (sum(shares) + model.cfg.n_layer - len(shares)) / model.cfg.n_layer
+def kept_shares(model: Transformer, T: int) -> tuple[float, float]:
+    """KV kept in compressed layers and in the whole model after T tokens, by count: keys whole, K of S value groups, the tail whole."""
+    shares = []
+    for p in kv_router.paths(model).values():
+        packed = int(p.compressed(torch.tensor(T)))
+        shares.append((1 + (p.k / p.S * packed + T - packed) / T) / 2)
+    return (mean(shares) if shares else 1.0), (sum(shares) + model.cfg.n_layer - len(shares)) / model.cfg.n_layer
 
 
 def row(model: Transformer, x: Tensor, y: Tensor, *, adapter: AdapterConfig, kv: KVConfig, seed: int, batch_size: int = 16,
@@ -73,7 +73,7 @@ def row(model: Transformer, x: Tensor, y: Tensor, *, adapter: AdapterConfig, kv:
     value = math.exp(mean_loss(model, x, y, batch_size, dtype))
     held, dense = cache_bytes(model, x[:4])
     paths = list(kv_router.paths(model).values())
-    in_layers, in_model = kept_shares(model)
+    in_layers, in_model = kept_shares(model, x.size(1))
     grouped = bool(paths)
     return {"task": "perplexity", "method": "value_groups" if grouped else "dense", "adapter": adapter.adapter,
             "basis": kv.value_basis if grouped else "native", "n_groups": kv.n_groups if grouped else 1, "prefill": "routed" if grouped else "exact",

@@ -241,7 +241,7 @@ class ValueGroupPath(nn.Module):
         cfg.check_model(model_cfg)
         self.cfg, self.Hkv, self.D, self.S, self.k = cfg, model_cfg.n_kv_head, model_cfg.head_dim, cfg.n_groups, cfg.topk_groups
         self.mask_heads = self.Hkv if cfg.mask_scope == "head" else 1
-        eye = torch.eye(self.D, dtype=torch.float64).repeat(self.Hkv, 1, 1)
+        eye = torch.eye(self.D, dtype=torch.float64, device="cpu").repeat(self.Hkv, 1, 1)  # "cpu": paths are counted on meta tensors, too
         self.set_basis(eye, eye)
         self.folded = False  # True once W_v and W_o hold the basis and the path need not apply it
         self.router = nn.Linear(model_cfg.n_embd, self.mask_heads * self.S) if cfg.value_router == "linear" else None
@@ -254,7 +254,7 @@ class ValueGroupPath(nn.Module):
 
     def set_basis(self, fwd: Tensor, bwd: Tensor) -> None:
         """z = v @ fwd, v = z @ bwd, (Hkv, D, D). Kept in float64 beside the copies in the path's own dtype that training applies."""
-        self.basis = (fwd.double().cpu(), bwd.double().cpu())
+        self.basis = (fwd.double(), bwd.double())
         like = self.fwd if hasattr(self, "fwd") else torch.empty(0)
         self.register_buffer("fwd", fwd.to(like), persistent=False)
         self.register_buffer("bwd", bwd.to(like), persistent=False)
@@ -286,12 +286,13 @@ class ValueGroupPath(nn.Module):
             self.aux_loss = self._aux(logits, mask, v)
         if self.k == self.S:
             return attend(q, k, v, pad)
+        routed = self._routed(logits, mask, v)
         if self.cfg.kv_tail:
-            T = q.size(2)
             n_pad = torch.zeros(q.size(0), dtype=torch.int64, device=q.device) if pad is None else pad
-            visible = attention_mask(T, T, pad, q.device)
-            return self._read(q, k, v, mask, visible, self._whole(T, n_pad, torch.zeros_like(n_pad)))
-        return attend(q, k, self._routed(logits, mask, v), pad)
+            p = self._weights(q, k, attention_mask(q.size(2), q.size(2), pad, q.device))
+            whole = self._whole(q.size(2), n_pad, torch.zeros_like(n_pad)).repeat(1, 1, q.size(1) // self.Hkv, 1)
+            return (p @ routed + (p * whole) @ (v - routed)).view(q.shape)
+        return attend(q, k, routed, pad)
 
     def _routed(self, logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
         """v with dropped groups rebuilt. Router and reconstructor are constants to the loss, unless lm_to_router."""
@@ -324,7 +325,7 @@ class ValueGroupPath(nn.Module):
         whole = None
         if exact or self.cfg.kv_tail:
             new = self._whole(T, n_pad, n_old) if not exact else torch.ones(B, 1, T, T, dtype=torch.bool, device=q.device)
-            boundary = self._compressed(n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None])  # (B, T)
+            boundary = self.compressed(n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None])  # (B, T)
             boundary = cache.n_packed[:, None].expand(-1, T) if exact else boundary.maximum(cache.n_packed[:, None])
             whole = torch.cat((torch.arange(N, device=q.device) >= boundary[:, None, :, None], new), -1)
         y = self._read(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), torch.cat((old_mask, mask), 2), visible, whole)
@@ -332,26 +333,29 @@ class ValueGroupPath(nn.Module):
         cache.columns += T
         return y
 
-    def _compressed(self, seen: Tensor) -> Tensor:
+    def compressed(self, seen: Tensor) -> Tensor:
         """Tokens compressed once `seen` have been seen."""
         return ((seen - self.cfg.kv_tail).div(self.cfg.kv_tail_block, rounding_mode="floor") * self.cfg.kv_tail_block).clamp_min(0)
 
     def _whole(self, T: int, n_pad: Tensor, n_old: Tensor) -> Tensor:
         """True where query i of T new tokens reads new token j whole, because it is in the tail then: (B, 1, T, T) bool."""
         own = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]  # (B, T) token number
-        return (own[:, None, :] >= self._compressed(own + 1)[:, :, None])[:, None]
+        return (own[:, None, :] >= self.compressed(own + 1)[:, :, None])[:, None]
 
     def _read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, visible: Tensor, whole: Tensor | None) -> Tensor:
         """Attention of q (B, H, T, D) over L tokens: routed values, except whole ones where `whole`. visible, whole (B, 1, T, L) bool."""
-        B, H, T, D = q.shape
-        n = H // self.Hkv
-        logits = at_least_float32(q.reshape(B, self.Hkv, n * T, D) @ k.mT) * D ** -0.5  # (B, Hkv, n*T, L)
-        p = logits.masked_fill(~visible.repeat(1, 1, n, 1), float("-inf")).softmax(-1).to(v.dtype)
-        kept = v * spread(mask, D)
+        p, kept = self._weights(q, k, visible), v * spread(mask, self.D)
         if whole is None:
-            return self.reconstructor.read(p, kept, mask).view(B, H, T, D)
-        whole = whole.repeat(1, 1, n, 1)
-        return (self.reconstructor.read(p * ~whole, kept, mask) + (p * whole) @ v).view(B, H, T, D)
+            return self.reconstructor.read(p, kept, mask).view(q.shape)
+        whole = whole.repeat(1, 1, q.size(1) // self.Hkv, 1)
+        return (self.reconstructor.read(p * ~whole, kept, mask) + (p * whole) @ v).view(q.shape)
+
+    def _weights(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        """Attention weights of q (B, H, T, D) over k (B, Hkv, L, D) where visible (B or 1, 1, T, L): (B, Hkv, n*T, L), query heads in turn."""
+        B, H, T, D = q.shape
+        q = (q * D ** -0.5).reshape(B, self.Hkv, H // self.Hkv * T, D)
+        logits = at_least_float32(q @ k.mT).masked_fill(~visible.repeat(1, 1, H // self.Hkv, 1), float("-inf"))
+        return logits.softmax(-1).to(k.dtype)
 
 
 def _straight_through(logits: Tensor, mask: Tensor) -> Tensor:

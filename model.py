@@ -50,9 +50,12 @@ def rope_table(n: int, dim: int, theta: float, device=None) -> tuple[Tensor, Ten
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by the angles of cos, sin (T, D/2) or (B, 1, T, D/2); same dtype."""
-    a, b = at_least_float32(x).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by the angles of cos, sin (T, D/2) or (B, 1, T, D/2); same dtype.
+
+    The partner of every dimension is D/2 away in either direction: one roll, one fused multiply-add over whole rows."""
+    wide = at_least_float32(x)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (..., T, D)
+    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
 def attention_mask(T: int, L: int, pad: Tensor | None, device) -> Tensor:
@@ -269,7 +272,8 @@ def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities (B, V) after temperature (> 0), then top-k (0: all), then the smallest set whose mass reaches top_p."""
-    probs = (at_least_float32(logits) / temperature).softmax(-1)
+    logits = at_least_float32(logits)
+    probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # shifted first: 0 / tiny is no inf
     order = probs.argsort(dim=-1, descending=True, stable=True)  # ties: the lower id first
     p = probs.gather(-1, order)
     keep = torch.ones_like(p, dtype=torch.bool)
@@ -277,7 +281,8 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: fl
         keep[:, top_k:] = False
         p = p * keep
         p = p / p.sum(-1, keepdim=True)
-    keep &= p.cumsum(-1) - p < top_p  # the token that crosses top_p is the last one kept
+    if top_p < 1:
+        keep &= p.cumsum(-1) - p < top_p  # the token that crosses top_p is the last one kept
     p = p * keep
     return torch.zeros_like(probs).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
@@ -292,7 +297,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     prompt, a setting out of range, or prompt + new tokens past the model's context."""
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: at least one token is needed; give some text")
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}: "
                          "need at least 1, at least 0, at least 0, and within (0, 1]; correct the flag")
     device = model.embed_tokens.weight.device

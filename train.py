@@ -226,6 +226,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Log the validation loss after self.step steps; keep the best weights."""
+        kv_router.set_kept(self.s.model, self.s.kv.topk_groups)  # whole values belong to the warm-up, not to a result
         val = validation_loss(self.s, self.cfg, self.w)
         if not math.isfinite(val):
             raise NonFinite(f"{self.s.name}: validation loss {val} after step {self.step - 1}; last good checkpoint: "
@@ -256,6 +257,7 @@ class Trainer:
                 for group in self.opt.param_groups:
                     group["lr"] = lr
                 self.opt.zero_grad(set_to_none=True)
+                kv_router.set_kept(s.model, s.kv.n_groups if self.step < s.kv.kv_warmup * s.steps else s.kv.topk_groups)
                 loss, norm, stopping = gradients(s, self.forward, self.step, cfg, self.w, stop.signal is not None)
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     last = checkpoint.newest(s.folder)[0]
@@ -284,10 +286,10 @@ class Trainer:
 
 
 def share_parameters(model: Transformer, w: World) -> None:
-    """Every rank starts from rank 0's weights."""
+    """Every rank starts from rank 0's weights and value bases."""
     if w.size > 1:
-        for t in model.state_dict().values():
-            dist.broadcast(t, 0)
+        for t in (*model.parameters(), *model.buffers()):
+            dist.broadcast(t.data, 0)
 
 
 def matched_rank(model_cfg: ModelConfig, cfg: AdapterConfig, target: int) -> AdapterConfig:
@@ -382,7 +384,10 @@ def out_of_memory_explained(batch_size: int | str, context: int, accumulation: i
 def rows_of_table(args, model_cfg: ModelConfig) -> list[tuple[str, AdapterConfig, KVConfig]]:
     """Name, adapter and storage of each adapted row: LoRA, MoE-LoRA, sub-token."""
     a, kv, dense = replace(args.adapter, adapter="routed"), args.kv, KVConfig(kv="dense")
-    baselines = {"lora": replace(a, adapter="lora", r=8, alpha=16.0), "moe_lora": replace(a, adapter="moe_lora", r=8, alpha=16.0)}  # the paper's ranks
+    if args.train.preset == "paper":  # its ranks; it does not give LoRA's, which here is one MoE branch's
+        baselines = {kind: replace(a, adapter=kind, r=8, alpha=16.0) for kind in ("lora", "moe_lora")}
+    else:  # LoRA at half the scale, its best: its one branch always has weight 1, a routed one about a half
+        baselines = {"lora": replace(a, adapter="lora", alpha=a.alpha / 2), "moe_lora": replace(a, adapter="moe_lora")}
     if args.train.preset != "paper":
         with torch.device("meta"):
             meta = lora.attach(Transformer(model_cfg), a)
@@ -413,7 +418,7 @@ def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
         for name, adapter, kv in table_rows:
             stage = adapt_stage(args, tokenizer, run_dir, w, base, adapter, kv, seed, f"{adapter.adapter}-s{seed}")
             train(stage, args, w)
-            best = load_run(find_checkpoint(stage.folder), w.device).model if cfg.eval_interval else stage.model
+            best = load_run(find_checkpoint(stage.folder), w.device).model if cfg.eval_interval else kv_router.fold(stage.model)  # as load_run gives it
             how = dict(adapter=adapter, kv=kv, seed=seed, params=stage.config["trainable_parameters"], **about)
             paths = kv_router.paths(best)
             got = evaluation.sweep(best, x, y, [kv.topk_groups], **how) if paths else [evaluation.row(best, x, y, **how)]

@@ -10,6 +10,7 @@ from config import KVConfig, ModelConfig
 from model import Transformer
 
 TINY = ModelConfig(vocab_size=53, block_size=160, n_layer=2, n_embd=40, n_head=6, n_kv_head=3, head_dim=16, n_inner=56, qkv_bias=True)
+PAPER_LIKE = dict(prefill="routed", value_router="linear", mask_scope="layer", kv_tail=0)  # unless a test says otherwise
 
 
 def randomise(module: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
@@ -34,7 +35,7 @@ def tokens(*shape: int, seed: int = 0, vocab: int = TINY.vocab_size) -> torch.Te
 def grouped_model(seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelConfig = TINY, fold: bool = True, **kv) -> Transformer:
     """tiny_model with calibrated value groups on every layer and random reconstructor weights."""
     model = tiny_model(seed, dtype, cfg)
-    kv_router.attach(model, KVConfig(**{"prefill": "routed", **kv}), [tokens(2, 70, seed=seed + 1)], seed)
+    kv_router.attach(model, KVConfig(**{**PAPER_LIKE, **kv}), [tokens(2, 70, seed=seed + 1)], seed)
     for path in kv_router.paths(model).values():
         randomise(path.reconstructor, 0.2)
     return kv_router.fold(model) if fold else model

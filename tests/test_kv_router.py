@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import TINY, brute_force_path, grouped_model, randomise, tiny_model, tokens
+from helpers import PAPER_LIKE, TINY, brute_force_path, grouped_model, randomise, tiny_model, tokens
 
 import checkpoint
 import eval as evaluation
@@ -107,7 +107,7 @@ def test_pca_basis_diagonalises_and_is_orthogonal():
 def test_norm_router_keeps_the_largest_energies():
     """The norm rule keeps, per head or summed over heads, exactly the K groups whose squared norms are largest."""
     for scope in ("layer", "head"):
-        path = kv_router.ValueGroupPath(TINY, KVConfig(value_router="norm", mask_scope=scope)).double()
+        path = kv_router.ValueGroupPath(TINY, KVConfig(value_router="norm", mask_scope=scope, kv_tail=0)).double()
         x, _, _, v = qkv(path)
         mask = kv_router.top_k_mask(path.scores(x, v), 2)
         for b, t in itertools.product(range(2), range(9)):
@@ -303,9 +303,10 @@ def test_batch_rows_do_not_influence_each_other():
 # -- losses
 
 def test_lm_loss_and_aux_loss_reach_only_their_own_parameters():
-    """By default L_LM trains adapters and not router or reconstructor; L_aux the reverse, and nothing before it; lm_to_router joins them."""
-    for joined in (False, True):
-        model = grouped_model(fold=False, dtype=torch.float32, reconstructor="pairwise", lm_to_router=joined)
+    """By default L_LM trains adapters and not router or reconstructor; L_aux the reverse, and nothing before it; lm_to_router joins them;
+    with a dense tail and without."""
+    for joined, tail in itertools.product((False, True), (0, 3)):
+        model = grouped_model(fold=False, dtype=torch.float32, reconstructor="pairwise", lm_to_router=joined, kv_tail=tail)
         lora.attach(model, AdapterConfig(lora_dropout=0.0))
         routers = kv_router.trainable(model)
         adapters = list(lora.adapter_state(model).values())
@@ -325,7 +326,7 @@ def test_lm_loss_and_aux_loss_reach_only_their_own_parameters():
 
 def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
     """L_aux of a layer equals a hand-made MSE between whole and routed values, and is the same for any split of the batch."""
-    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(reconstructor="pairwise")).double(), 0.3).train()
+    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**PAPER_LIKE, reconstructor="pairwise")).double(), 0.3).train()
     x, q, k, v = qkv(path, B=4)
     path(x, q, k, v)
     whole = float(path.aux_loss.detach())
@@ -344,10 +345,12 @@ def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
 def test_uncompressed_layers_stay_dense_and_are_counted():
     """kv_layers leaves other layers alone, and whole-model KV counts them at 1."""
     model = tiny_model()
-    kv_router.attach(model, KVConfig(kv_layers="deepest:0.5"), [tokens(1, 20)])
+    kv_router.attach(model, KVConfig(kv_layers="deepest:0.5", kv_tail=0), [tokens(1, 20)])
     cache = model.new_cache(1, 10)
     assert isinstance(cache.layers[0], DenseCache) and not isinstance(cache.layers[1], DenseCache)
-    assert evaluation.kept_shares(model) == (0.75, 0.875)
+    assert evaluation.kept_shares(model, 40) == (0.75, 0.875)
+    tail = grouped_model(kv_tail=8)
+    assert evaluation.kept_shares(tail, 40) == ((1 + (0.5 * 32 + 8) / 40) / 2,) * 2
     for text in ("deepest:0.2", "7", "x", "", "deepest:2"):
         with pytest.raises(ValueError, match="kv_layers"):
             KVConfig(kv_layers=text).layers(2)
@@ -358,7 +361,7 @@ def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit():
     cfg = dict(value_basis="output", reconstructor="pairwise")
     model = grouped_model(fold=False, **cfg)
     saved = {k: t.clone() for k, t in kv_router.state(model).items()}
-    other = kv_router.attach(tiny_model(), KVConfig(prefill="routed", **cfg))
+    other = kv_router.attach(tiny_model(), KVConfig(**PAPER_LIKE, **cfg))
     kv_router.load_state(other, saved)
     assert torch.equal(other(tokens(2, 19)), model(tokens(2, 19)))
     assert (kv_router.fold(other)(tokens(2, 19)) - model(tokens(2, 19))).abs().max() < 1e-9
@@ -366,14 +369,14 @@ def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit():
     for bad in ({k: t for k, t in saved.items() if k != key}, {**saved, "extra": saved[key]}, {**saved, key: saved[key] * math.nan},
                 {**saved, key: saved[key][:-1]}, {k: t for k, t in saved.items() if "basis_fwd" not in k}):
         with pytest.raises(ValueError, match=r"router\.weight|extra|basis"):
-            kv_router.load_state(kv_router.attach(tiny_model(), KVConfig(**cfg)), bad)
+            kv_router.load_state(kv_router.attach(tiny_model(), KVConfig(**PAPER_LIKE, **cfg)), bad)
 
 
 def test_set_kept_changes_the_budget_and_refuses_foreign_patterns():
     """Any K works for zero, pairwise and mlp; the per-pattern reconstructor refuses another K, but may keep everything."""
     model = grouped_model(reconstructor="pairwise")
     kv_router.set_kept(model, 4)
-    assert evaluation.kept_shares(model) == (1.0, 1.0)
+    assert evaluation.kept_shares(model, 9) == (1.0, 1.0)
     bound = grouped_model(reconstructor="linear")
     kv_router.set_kept(bound, 4)
     for k in (0, 5, 3):

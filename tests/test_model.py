@@ -1,5 +1,6 @@
 """The trunk against hand-written float64 oracles: norm, rotation, attention, cache, decoding, sampling."""
 import cmath
+import dataclasses
 import itertools
 import math
 
@@ -15,11 +16,20 @@ VOCAB, CONTEXT = 23, 31
 GQA = pytest.mark.parametrize("n_kv_head", [4, 2, 1], ids=["groups1", "groups2", "groups4"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices this small only wait for their threads: on a busy machine a hundred times longer than they compute."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 def build(seed: int = 0, std: float = 0.35, dtype: torch.dtype = torch.float64, **shape) -> Transformer:
     """A tiny model whose every parameter is random and large: norms, biases and all, so that none can hide an error."""
-    cfg = dict(vocab_size=VOCAB, block_size=CONTEXT, n_layer=3, n_embd=20, n_head=4, n_kv_head=2, head_dim=6, n_inner=17,
-               rope_theta=100.0, qkv_bias=True, tie_embeddings=False)
-    model = Transformer(ModelConfig(**cfg | shape)).to(dtype)
+    base = ModelConfig(vocab_size=VOCAB, block_size=CONTEXT, n_layer=3, n_embd=20, n_head=4, n_kv_head=2, head_dim=6, n_inner=17,
+                       rope_theta=100.0, qkv_bias=True, tie_embeddings=False)
+    model = Transformer(dataclasses.replace(base, **shape)).to(dtype)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -306,7 +316,7 @@ def test_generate_greedy_equals_argmax_loop_without_cache(n_kv_head):
     model = build(n_kv_head=n_kv_head)
     rows, cache = generate(model, PROMPTS, 11)
     assert rows == [greedy_alone(model, p, 11) for p in PROMPTS]
-    assert len({tuple(r) for r in rows}) == 3 and len(set(sum(rows, []))) > 4  # not a constant model
+    assert len({tuple(r) for r in rows}) == 3 and len({t for r in rows for t in r}) > 4  # not a constant model
     assert cache.length == 7 + 11 - 1  # the last token was never fed back
     assert cache.nbytes() == 3 * 2 * 3 * n_kv_head * 17 * 6 * 8
 
@@ -335,7 +345,7 @@ def test_generate_sampling_is_reproducible():
     assert generate(model, PROMPTS, 9, temperature=1.0, seed=4)[0] != first
 
 
-@pytest.mark.parametrize("settings_", [dict(temperature=0.9), dict(temperature=1.4, top_k=7), dict(temperature=1.1, top_p=0.8)],
+@pytest.mark.parametrize("settings_", [{"temperature": 0.9}, {"temperature": 1.4, "top_k": 7}, {"temperature": 1.1, "top_p": 0.8}],
                          ids=["plain", "top_k", "top_p"])
 def test_generate_frequencies_match_the_probabilities(settings_):
     """Over 3000 rows the drawn ids follow sampling_probs (chi-square under its 1 - 1e-5 quantile) and never leave its support."""
@@ -359,7 +369,7 @@ def test_generate_stop_token_cuts_the_row():
     stop = free[0][4]
     cut = [r[:r.index(stop)] if stop in r else r for r in free]
     rows, _ = generate(model, PROMPTS, 11, stop=stop)
-    assert rows == cut and 0 < len(rows[0]) <= 4 and max(map(len, rows)) == 11
+    assert rows == cut and 0 < len(rows[0]) <= 4 and len(rows[0]) < max(map(len, rows))
     alone, cache = generate(model, PROMPTS[:1], 11, stop=stop)
     assert alone == [cut[0]] and cache.length == 7 + len(cut[0])
     assert generate(model, PROMPTS[:1], 11, stop=free[0][0])[0] == [[]]
@@ -379,9 +389,9 @@ def test_generate_leaves_the_model_as_it_was(training):
 @pytest.mark.parametrize("prompts, n, kw, match", [
     ([], 1, {}, "empty prompt"), ([[]], 1, {}, "empty prompt"), ([[3], []], 1, {}, "empty prompt"),
     ([[3]], 0, {}, "max_new_tokens=0"), ([[3]], -2, {}, "max_new_tokens=-2"),
-    ([[3]], 1, dict(temperature=-0.1), "temperature=-0.1"), ([[3]], 1, dict(temperature=math.nan), "temperature=nan"),
-    ([[3]], 1, dict(top_k=-1), "top_k=-1"), ([[3]], 1, dict(top_p=0.0), "top_p=0.0"), ([[3]], 1, dict(top_p=1.01), "top_p=1.01"),
-    ([[3]], 1, dict(top_p=math.nan), "top_p=nan"), ([[3], [2] * 28], 4, {}, "context is 31"),
+    ([[3]], 1, {"temperature": -0.1}, "temperature=-0.1"), ([[3]], 1, {"temperature": math.nan}, "temperature=nan"),
+    ([[3]], 1, {"top_k": -1}, "top_k=-1"), ([[3]], 1, {"top_p": 0.0}, "top_p=0.0"), ([[3]], 1, {"top_p": 1.01}, "top_p=1.01"),
+    ([[3]], 1, {"top_p": math.nan}, "top_p=nan"), ([[3], [2] * 28], 4, {}, "context is 31"),
 ], ids=str)
 def test_generate_bad_settings_are_one_line_errors(prompts, n, kw, match):
     """Every wrong setting is a ValueError of one line that names it."""

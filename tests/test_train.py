@@ -141,7 +141,7 @@ def copies(d: dict) -> dict:
 
 def python(*command, wait: float | None = 120, **kwargs):
     """A Python subprocess in the repository: finished within `wait` seconds, or running where wait is None."""
-    settings = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) | kwargs
+    settings = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
     p = subprocess.Popen([sys.executable, *map(str, command)], **settings)
     if wait is None:
         return p
@@ -162,7 +162,7 @@ def wait_for_steps(stage: Path, p: subprocess.Popen, n: int = 3, limit: float = 
 
 # -- resume, evaluation, signals
 
-@pytest.mark.parametrize("kind, flags", [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", ["--adapter=moe_lora", "--kv=dense"])],
+@pytest.mark.parametrize("kind, flags", [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", ["--adapter=moe_lora", "--reconstructor=mlp", "--kv_warmup=0.8"])],
                          ids=["pretrain", "adapt-routed", "adapt-moe_lora"])
 def test_resume_bitwise(kind, flags, tmp_path, run_stage, monkeypatch):
     """30 steps unbroken, and 20 steps, SIGTERM, a start with --resume: every loss and every final tensor, moments included, are the same bits."""
@@ -331,7 +331,7 @@ def test_out_of_memory_names_sizes(kind, error, tmp_path, run_stage, monkeypatch
             raise error
         return forward(self, *a, **k)
     monkeypatch.setattr(Transformer, "forward", boom)
-    with pytest.raises(ValueError, match="out of memory with batch size 5, context 24, accumulation 3: .*lower the batch size"):
+    with pytest.raises(ValueError, match=r"out of memory with batch size 5, context 24, accumulation 3: .*lower the batch size"):
         run_stage(kind, tmp_path / "run", f"--{kind}_batch_size=5", "--accumulation=3", "--block_size=24")
     assert not (tmp_path / "run").exists()
 
@@ -347,7 +347,7 @@ def test_out_of_memory_is_not_guessed(tmp_path, run_stage, monkeypatch):
 
 @pytest.fixture
 def stage_of(tmp_path, text, base):
-    """stage_of(*flags): an adapt stage whose lora_B is not zero (a zero B would hide every error), without dropout."""
+    """stage_of(*flags): an adapt stage whose lora_B and MLP reconstructor are not zero (zeros would hide every error), without dropout."""
     def make(*flags):
         args = adapt_arguments(tmp_path / "stage", text, base, "--lora_dropout=0", "--grad_clip=0", "--adapt_batch_size=11", *flags)
         w = train.World(0, 1, torch.device("cpu"))
@@ -356,6 +356,9 @@ def stage_of(tmp_path, text, base):
         for name, p in lora.adapter_state(stage.model).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(p, std=0.3)
+        for name, p in stage.model.named_parameters():
+            if name.endswith("reconstructor.down.weight"):
+                torch.nn.init.normal_(p, std=0.1)  # zero at the start, too
         stage.model.train()
         return stage, args.train
     return make
@@ -415,17 +418,21 @@ def rows_without_time(run: Path) -> list[dict]:
 
 
 def test_two_processes_equal_one(tmp_path, text):
-    """The whole pipeline on 2 gloo processes ends as on one: 3 sequences pretrain (uneven), 1 sequence adapts (one rank is empty)."""
+    """The whole pipeline on 2 gloo processes ends as on one: 3 sequences pretrain (uneven), 1 sequence adapts (one rank is empty).
+    Adaptation is compared from the same base: where eigenvalues nearly coincide, a basis is no continuous function of the weights."""
     flags = [f"--dataset={text}", f"--adapt_dataset={text}", "--pretrain_steps=8", "--adapt_steps=6", "--pretrain_batch_size=3",
              "--adapt_batch_size=1", "--seeds=1", "--lora_dropout=0", "--eval_interval=3"]
     p = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY, *flags, f"--out_dir={tmp_path / 'two'}", wait=100)
     assert p.returncode == 0, p.err
-    train.run(arguments(*flags, f"--out_dir={tmp_path / 'one'}"))
+    pretrain(tmp_path / "alone", text, *flags)
+    shutil.copytree(tmp_path / "two" / "pretrain", tmp_path / "one" / "pretrain")
+    train.run(arguments(*flags, f"--out_dir={tmp_path / 'one'}", "--resume"))
     for stage in ("pretrain", "lora-s0", "moe_lora-s0", "routed-s0"):
-        one, two = (losses(tmp_path / n / stage) for n in ("one", "two"))
+        pair = ("alone" if stage == "pretrain" else "one", "two")
+        one, two = (losses(tmp_path / n / stage) for n in pair)
         assert [s for s, _ in one] == [s for s, _ in two]
         assert [float(v) for _, v in two] == pytest.approx([float(v) for _, v in one], rel=1e-4), stage
-        one, two = (tensors(train.find_checkpoint(tmp_path / n / stage)) for n in ("one", "two"))
+        one, two = (tensors(train.find_checkpoint(tmp_path / n / stage)) for n in pair)
         assert one.keys() == two.keys()
         for k in one:
             if not k.startswith("optimizer"):
@@ -490,7 +497,7 @@ def test_adapt_saves_only_what_was_added(kind, tmp_path, base, run_stage, traine
         m.setattr(train, "make_optimizer", remember)
         stage = run_stage("adapt", tmp_path / "run", *KINDS[kind], "--adapt_steps=6", "--weight_decay=0.1")
     s = trainers[-1].s
-    added = set(lora.adapter_state(s.model)) | {k for k in kv_router.state(s.model)}
+    added = set(lora.adapter_state(s.model)) | set(kv_router.state(s.model))
     changed = {k for k, t in s.model.state_dict().items() if not torch.equal(t, before[k])}
     assert changed and changed <= added
     assert {id(p) for p in s.params} == {id(p) for n, p in s.model.named_parameters() if n in added}
@@ -499,6 +506,7 @@ def test_adapt_saves_only_what_was_added(kind, tmp_path, base, run_stage, traine
     assert set(saved) == {"adapter"} and set(saved["adapter"]) == added
     assert all(re.search(r"\.kv_path\.|lora_[AB]$|\.gate\.linear\.|lora_router\.linear\.", k) for k in added)
     run = load_run(stage)
+    kv_router.fold(s.model)
     x = torch.randint(257, (3, 31), generator=torch.Generator().manual_seed(0))
     s.model.eval()
     with torch.no_grad():
@@ -523,9 +531,6 @@ def test_losses_train_what_they_should(reconstructor, through, stage_of):
     only, unless lm_to_router lets it reach value routers and reconstructors too."""
     stage, _ = stage_of("--kv=value_groups", f"--reconstructor={reconstructor}", f"--lm_to_router={through}")
     x, y = data.batch(stage.corpus.train, "train", 0, 0, 5, 32)
-    if reconstructor == "mlp":
-        for path in kv_router.paths(stage.model).values():
-            torch.nn.init.normal_(path.reconstructor.down.weight, std=0.1)  # it starts as zero fill, which stops its first layer's gradient
     kv = {n for n in kv_router.state(stage.model) if ".basis_" not in n}
     adapters = set(lora.adapter_state(stage.model))
     lm = reached(stage, lm_loss(stage.model(x), y))
@@ -533,8 +538,8 @@ def test_losses_train_what_they_should(reconstructor, through, stage_of):
     stage.model(x)
     assert reached(stage, kv_router.aux_loss(stage.model)) == kv
     stage.model(x)
-    assert {n for n in reached(stage, lora.balance_loss(stage.model))} >= {n for n in adapters if ".gate." in n}
-    assert not kv & reached(stage, lora.balance_loss(stage.model.train()) if stage.model(x) is not None else None)
+    balance = reached(stage, lora.balance_loss(stage.model))
+    assert {n for n in adapters if ".gate." in n} <= balance <= (adapters | kv if through else adapters)  # through what earlier layers wrote
 
 
 def test_learning_rate_schedule():

@@ -346,10 +346,9 @@ def clean(stage_dir) -> list[str]:
     return done
 
 
-def write_json(path, obj) -> None:
-    """Replace `path` by `obj` as JSON, whole or not at all. Raises ValueError naming the key of a value JSON cannot hold (NaN, inf)."""
-    path = Path(path)
-    data, temp = _dump(obj, path.name), path.with_name(_hidden("tmp", path.name))
+def _replace(path: Path, data: bytes) -> None:
+    """Put `data` in the place of a file, whole or not at all."""
+    temp = path.with_name(_hidden("tmp", path.name))
     try:
         _write(temp, data)
         os.replace(temp, path)
@@ -357,6 +356,18 @@ def write_json(path, obj) -> None:
         temp.unlink(missing_ok=True)
         raise
     _sync_dir(path.parent)
+
+
+def write_json(path, obj) -> None:
+    """Replace `path` by `obj` as JSON, whole or not at all. Raises ValueError naming the key of a value JSON cannot hold (NaN, inf)."""
+    path = Path(path)
+    _replace(path, _dump(obj, path.name))
+
+
+def write_jsonl(path, objs: list) -> None:
+    """Replace `path` by one line of JSON for each of objs, whole or not at all."""
+    path = Path(path)
+    _replace(path, b"".join(_dump(obj, path.name, indent=None) for obj in objs))
 
 
 def append_jsonl(path, obj) -> None:

@@ -247,7 +247,8 @@ class TrainConfig:
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
-        check_seed(self.seed + self.seeds - 1)
+        check_seed(self.seed)
+        check(self.seeds <= 10 ** 6, f"seeds={self.seeds}", "at most a million", "give fewer")
         for name in ("pretrain_lr", "adapt_lr", "max_minutes"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)}", "must be positive", "give for example 0.001")
         check(0 <= self.warmup <= 1, f"warmup={self.warmup}", "a share in [0, 1]", "give for example 0.1")

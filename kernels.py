@@ -23,14 +23,9 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """bool like scores (..., n): True at the k largest of the last dimension; equal scores: the lower index wins. n small (n^2 work)."""
-    n = scores.size(-1)
-    if k == n:
-        return torch.ones_like(scores, dtype=torch.bool)
-    a, b = scores.unsqueeze(-1), scores.unsqueeze(-2)  # a_i against b_j, (..., n, n)
-    earlier = torch.ones(n, n, dtype=torch.bool, device=scores.device).tril(-1)  # [i, j]: j < i
-    beaten_by = (b > a) | ((b == a) & earlier)
-    return beaten_by.sum(-1) < k
+    """bool like scores (..., n): True at the k largest of the last dimension, exactly k; equal scores: the lower index wins."""
+    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
 
 
 def mask_dtype(n_groups: int) -> torch.dtype:

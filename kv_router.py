@@ -480,6 +480,8 @@ def load_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
     """Put `saved` into paths fresh from attach(model, cfg, None). ValueError lists what does not fit."""
     trained, given = ({k: t for k, t in d.items() if ".basis_" not in k} for d in (state(model), saved))
     copy_tensors(trained, given, "value-group state")
+    extra = sorted(k for k in saved if ".basis_" in k and k.rsplit(".", 1)[0] not in paths(model))
+    check(not extra, "value-group state", f"unexpected: {', '.join(extra)}", "load it with the kv_layers it was trained with")
     for name, path in paths(model).items():
         fwd, bwd = saved.get(f"{name}.basis_fwd"), saved.get(f"{name}.basis_bwd")
         check(fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.basis[0].shape, f"value-group state without a fitting basis for {name}",

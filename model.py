@@ -272,8 +272,7 @@ def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Probabilities (B, V) after temperature (> 0), then top-k (0: all), then the smallest set whose mass reaches top_p."""
-    logits = at_least_float32(logits)
-    probs = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)  # shifted first: 0 / tiny is no inf
+    probs = (at_least_float32(logits) / max(temperature, 1e-30)).softmax(-1)  # a smaller temperature would overflow to NaN
     order = probs.argsort(dim=-1, descending=True, stable=True)  # ties: the lower id first
     p = probs.gather(-1, order)
     keep = torch.ones_like(p, dtype=torch.bool)

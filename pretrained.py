@@ -50,6 +50,18 @@ def load_model_state(model: Transformer, saved: dict[str, Tensor], what: str) ->
     checkpoint.copy_tensors(model_state(model), saved, what)
 
 
+def added_state(model: Transformer) -> dict[str, Tensor]:
+    """Everything that was added to a base: adapters, value routers, reconstructors, bases."""
+    return {**lora.adapter_state(model), **kv_router.state(model)}
+
+
+def load_added_state(model: Transformer, saved: dict[str, Tensor]) -> None:
+    """Put added_state back into a model with the same things attached, not folded yet (ValueError lists what does not fit)."""
+    kv_names = {k for k in saved if ".kv_path." in k}
+    kv_router.load_state(model, {k: saved[k] for k in kv_names})
+    lora.load_adapter_state(model, {k: t for k, t in saved.items() if k not in kv_names})
+
+
 @dataclass
 class Run:
     """A loaded model and where it came from. base: the base checkpoint's folder, for an adapted model."""
@@ -105,9 +117,6 @@ def load_run(folder: str | os.PathLike, device: torch.device | str = "cpu") -> R
     if "adapter" in ckpt.tensors:
         kv_router.attach(model, kv)
         lora.attach(model, adapter)
-        saved = ckpt.tensors["adapter"]
-        kv_names = {k for k in saved if ".kv_path." in k}
-        kv_router.load_state(model, {k: saved[k] for k in kv_names})
-        lora.load_adapter_state(model, {k: t for k, t in saved.items() if k not in kv_names})
+        load_added_state(model, ckpt.tensors["adapter"])
         kv_router.fold(model)
     return Run(model.eval(), get_tokenizer(ckpt.config["tokenizer"]), path, ckpt.config, adapter, kv, base)

@@ -42,7 +42,7 @@ import kv_router
 import lora
 from data import batch, check_length, get_tokenizer, prepare, sequential
 from model import Transformer, generate, lm_loss
-from pretrained import autocast, find_checkpoint, load_model_state, load_run, model_state, pick_device
+from pretrained import added_state, autocast, find_checkpoint, load_added_state, load_model_state, load_run, model_state, pick_device
 
 
 class NonFinite(Exception):
@@ -121,14 +121,14 @@ class Stage:
         """What a checkpoint of this stage holds: the model, or only what was added to the frozen one."""
         if self.pretraining:
             return {"model": model_state(self.model)}
-        return {"adapter": {**lora.adapter_state(self.model), **kv_router.state(self.model)}}
+        return {"adapter": added_state(self.model)}
 
     def restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Put a checkpoint's tensors back into this stage's model, whose bases are folded already."""
+        """Put a checkpoint's tensors back into this stage's model."""
         if self.pretraining:
             load_model_state(self.model, saved["model"], "checkpoint")
         else:
-            checkpoint.copy_tensors(self.tensors()["adapter"], saved["adapter"], "checkpoint")
+            load_added_state(self.model, saved["adapter"])
 
 
 def micro_batches(x: Tensor, y: Tensor, n: int):
@@ -210,9 +210,7 @@ class Trainer:
         """Take out of metrics.jsonl the steps that will be done again."""
         if self.w.main and self.metrics.is_file():
             kept = [r for r in checkpoint.read_jsonl(self.metrics) if r["step"] < self.step or 0 < r.get("after", 0) == self.step]
-            self.metrics.unlink()
-            for r in kept:
-                checkpoint.append_jsonl(self.metrics, r)
+            checkpoint.write_jsonl(self.metrics, kept)
 
     def save(self, name: str | None = None) -> None:
         if self.w.main:
@@ -276,7 +274,7 @@ class Trainer:
                     self.show_sample()
                 if last_step or stopping or self.step % cfg.save_interval == 0:
                     self.save()
-                if last_step and not stopping:  # a signal may have come while the last step was evaluated and saved
+                if last_step and not stopping:  # a signal may have come since; and no rank goes on before rank 0 has saved
                     stopping = bool(self.w.sum(torch.tensor([float(stop.signal is not None)], device=self.w.device)).item())
                 if stopping:
                     if self.w.main:
@@ -365,8 +363,6 @@ def train(stage: Stage, args, w: World) -> None:
         if args.train.resume:
             trainer.resume()
         trainer.run()
-    if w.size > 1:
-        dist.barrier()
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def trained(tmp_path_factory, text) -> Path:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        for flags in (["--stage=pretrain", f"--out_dir={folder / 'a'}"], ["--stage=adapt", f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"]):
+        for flags in (["--stage=pretrain", f"--out_dir={folder / 'a'}"],
+                      ["--stage=adapt", f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"]):
             train.run(config.parse_args(train.CONFIGS, [*TINY, *flags, f"--dataset={text}"]))
     torch.set_num_threads(threads)
     shutil.move(folder / "a" / "pretrain", folder / "run" / "pretrain")
@@ -138,7 +139,8 @@ def test_defaults_exist_once(name):
 
 def test_both_syntaxes_give_the_same(here):
     """--key=value and --key value are one thing, for each type; a bare boolean means true; negative and last values are read."""
-    for flags in ([["--n_layer=3"], ["--n_layer", "3"]], [["--adapt_lr=1e-3"], ["--adapt_lr", "1e-3"]], [["--dataset=pycode"], ["--dataset", "pycode"]],
+    for flags in ([["--n_layer=3"], ["--n_layer", "3"]], [["--adapt_lr=1e-3"], ["--adapt_lr", "1e-3"]],
+                  [["--dataset=pycode"], ["--dataset", "pycode"]],
                   [["--compile"], ["--compile=true"], ["--compile", "yes"], ["--compile=0", "--compile=1"]]):
         parsed = [config.parse_args(train.CONFIGS, f) for f in flags]
         assert all(p == parsed[0] for p in parsed[1:]) and parsed[0] != config.parse_args(train.CONFIGS, [])
@@ -176,7 +178,7 @@ def every_field(kinds: tuple[str, ...]) -> list:
 
 @pytest.mark.parametrize("name, f", every_field(("int", "float", "bool")))
 def test_wrong_type(name, f, capsys):
-    """Words, empty text and, for integers, fractions are refused for every number and boolean, in both syntaxes; so are NaN and infinity."""
+    """Words, empty text, NaN, infinity and, for integers, fractions are refused for every number and boolean, in both syntaxes."""
     for value in {"int": ("two", "1.5", "", "nan"), "float": ("two", "", "nan", "inf"), "bool": ("maybe", "2")}[str(f.type)]:
         for flags in both(f.name, value):
             line = complaint(capsys, name, *NEEDED[name], *flags)
@@ -184,11 +186,12 @@ def test_wrong_type(name, f, capsys):
 
 
 OUT_OF_RANGE = {  # every numeric field, and values just outside its range
-    "vocab_size": [0], "block_size": [0, -1], "n_layer": [0], "n_embd": [0], "n_head": [0], "n_kv_head": [0, 3], "head_dim": [0, 15], "n_inner": [0],
-    "rope_theta": [0, -1], "norm_eps": [0, -1], "r": [0], "alpha": [0, -1], "lora_dropout": [-0.1, 1], "subspaces": [0, 1], "subspace_topk": [0, 5],
-    "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 32], "topk_groups": [0, 5], "recon_hidden": [-1],
-    "aux_weight": [-0.1], "kv_warmup": [-0.1, 1.1], "kv_tail": [-1], "kv_tail_block": [0], "val_fraction": [0, 1], "seed": [-1, 2 ** 32], "seeds": [0],
-    "max_minutes": [0], "pretrain_steps": [0], "adapt_steps": [0], "pretrain_batch_size": [0], "adapt_batch_size": [0], "accumulation": [0],
+    "vocab_size": [0], "block_size": [0, -1], "n_layer": [0], "n_embd": [0], "n_head": [0], "n_kv_head": [0, 3], "head_dim": [0, 15],
+    "n_inner": [0], "rope_theta": [0, -1], "norm_eps": [0, -1], "r": [0], "alpha": [0, -1], "lora_dropout": [-0.1, 1], "subspaces": [0, 1],
+    "subspace_topk": [0, 5], "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 32],
+    "topk_groups": [0, 5], "recon_hidden": [-1], "aux_weight": [-0.1], "kv_warmup": [-0.1, 1.1], "kv_tail": [-1], "kv_tail_block": [0],
+    "val_fraction": [0, 1], "seed": [-1, 2 ** 32], "seeds": [0, 10 ** 7], "max_minutes": [0], "pretrain_steps": [0], "adapt_steps": [0],
+    "pretrain_batch_size": [0], "adapt_batch_size": [0], "accumulation": [0],
     "pretrain_lr": [0, -1], "adapt_lr": [0, -1], "warmup": [-0.1, 1.1], "weight_decay": [-0.1], "beta1": [-0.1, 1], "beta2": [-0.1, 1],
     "grad_clip": [-1], "eval_interval": [-1], "eval_sequences": [0], "sample_interval": [-1], "save_interval": [0], "keep_checkpoints": [0],
     "sequences": [0], "batch_size": [0], "max_new_tokens": [0], "num_samples": [0], "temperature": [-0.1], "top_k": [-1], "top_p": [0, 1.1]}
@@ -208,18 +211,20 @@ def test_out_of_range(name, f, capsys, here):
 @pytest.mark.parametrize("flags, why", [
     (["--stage=finetune"], "stage='finetune'"), (["--adapter=dora"], "one of none, lora"), (["--kv=int4"], "one of dense, value_groups"),
     (["--lora_targets=q,z"], "lora_targets='q,z'"), (["--lora_targets="], "a list of q,k,v"), (["--value_basis=svd"], "native, random"),
-    (["--reconstructor=linear", "--n_groups=16", "--topk_groups=8"], "use --reconstructor=pairwise"), (["--kv_layers=2,x"], "kv_layers='2,x'"),
-    (["--kv_layers=deepest:0"], "(0, 1]"), (["--kv_layers=deepest:1.5"], "(0, 1]"), (["--kv_layers="], "kv_layers=''"), (["--kv_layers=-1"], "layers are"),
-    (["--dataset=imagenet"], "text:PATH"), (["--dataset=text:"], "text:PATH"), (["--adapt_dataset=x"], "text:PATH"), (["--tokenizer=bpe"], "byte, gpt2"),
+    (["--reconstructor=linear", "--n_groups=16", "--topk_groups=8"], "use --reconstructor=pairwise"),
+    (["--kv_layers=2,x"], "kv_layers='2,x'"), (["--kv_layers=deepest:0"], "(0, 1]"), (["--kv_layers=deepest:1.5"], "(0, 1]"),
+    (["--kv_layers="], "kv_layers=''"), (["--kv_layers=-1"], "layers are"), (["--dataset=imagenet"], "text:PATH"),
+    (["--dataset=text:"], "text:PATH"), (["--adapt_dataset=x"], "text:PATH"), (["--tokenizer=bpe"], "byte, gpt2"),
     (["--resume"], "resume without out_dir"), (["--init_from=x"], "give --stage=adapt"), (["--dtype=float64"], "dtype='float64'"),
-    (["--preset=big"], "preset='big'"), (["--topk_groups=3", "--n_groups=2"], "1 <= K <= S"), (["--n_head=6", "--n_kv_head=4"], "divide the query heads"),
+    (["--preset=big"], "preset='big'"), (["--topk_groups=3", "--n_groups=2"], "1 <= K <= S"),
+    (["--n_head=6", "--n_kv_head=4"], "divide the query heads"),
     (["--n_layer"], "expected one argument"), (["--stage=adapt"], "init_from=scratch"), (["--device=cuda:99"], "device='cuda:99'"),
     (["--device=tpu"], "device='tpu'"), (["--device=meta"], "device='meta'"), (["--head_dim=6", "--n_groups=4"], "S must divide D"),
     (["--n_groups=16", "--head_dim=8"], "S must divide D"), (["--kv_layers=7"], "layers are 0..3"),
     (["--stage=adapt", "--init_from=no/where"], "no such folder"), (["--stage=adapt", "--init_from=."], "no usable checkpoint"),
     (["--resume", "--out_dir=nowhere"], "there is no checkpoint in it"), (["--resume", "--out_dir=."], "there is no checkpoint in it"),
-    (["--dataset=text:missing.txt"], "no such file"), (["--adapt_dataset=text:missing.txt"], "no such file"), (["--out_dir=/dev/null"], "is a file"),
-    (["--out_dir=/dev/null/x"], "dev/null")], ids=lambda v: v[-1] if isinstance(v, list) else "")
+    (["--dataset=text:missing.txt"], "no such file"), (["--adapt_dataset=text:missing.txt"], "no such file"),
+    (["--out_dir=/dev/null"], "is a file"), (["--out_dir=/dev/null/x"], "dev/null")], ids=lambda v: v[-1] if isinstance(v, list) else "")
 def test_train_refuses(flags, why, capsys, here):
     """Choices, combinations, devices, folders and corpora that cannot be: said in one line, and no folder appears, out/ included."""
     assert why in complaint(capsys, "train", *flags)
@@ -227,9 +232,11 @@ def test_train_refuses(flags, why, capsys, here):
 
 
 @pytest.mark.parametrize("flags, why", [
-    ([], "no out_dir"), (["--budgets=0"], "(0, 1]"), (["--budgets=0.5,1.01"], "(0, 1]"), (["--budgets=-0.5"], "(0, 1]"), (["--budgets=half"], "(0, 1]"),
-    (["--budgets=nan"], "(0, 1]"), (["--budgets=1/0"], "(0, 1]"), (["--methods=h2o"], "dense, value_groups"), (["--tasks=needle"], "perplexity"),
-    (["--dataset=c4"], "text:PATH"), (["--dtype=int8"], "dtype='int8'")], ids=lambda v: v[-1] if isinstance(v, list) and v else "")
+    ([], "no out_dir"), (["--budgets=0"], "(0, 1]"), (["--budgets=0.5,1.01"], "(0, 1]"), (["--budgets=-0.5"], "(0, 1]"),
+    (["--budgets=half"], "(0, 1]"), (["--budgets=nan"], "(0, 1]"), (["--budgets=1/0"], "(0, 1]"),
+    (["--methods=h2o"], "dense, value_groups"),
+    (["--tasks=needle"], "perplexity"), (["--dataset=c4"], "text:PATH"),
+    (["--dtype=int8"], "dtype='int8'")], ids=lambda v: v[-1] if isinstance(v, list) and v else "")
 def test_eval_refuses(flags, why, capsys, here):
     """Budgets outside (0, 1], unknown methods, tasks and corpora, and no folder."""
     assert why in complaint(capsys, "eval", *(["--out_dir=x"] if flags else []), *flags)
@@ -299,10 +306,10 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
-@pytest.mark.parametrize("file", ["pretrain/model.safetensors", "pretrain/config.json", "pretrain/manifest.json", "routed-s0/adapter.safetensors",
-                                  "routed-s0/config.json"])
+@pytest.mark.parametrize("file", ["pretrain/model.safetensors", "pretrain/config.json", "pretrain/manifest.json",
+                                  "routed-s0/adapter.safetensors", "routed-s0/config.json"])
 def test_damaged_checkpoint_is_named(file, how, run, capsys, here):
-    """eval.py, sample.py and train.py --stage=adapt name a damaged checkpoint, the base of an adapter included, and read nothing from it."""
+    """eval.py, sample.py and train.py --stage=adapt name a damaged checkpoint, the base of an adapter included, and change nothing."""
     stage, name = file.split("/")
     where = run / stage / "step-00000002"
     damage(where / name, how)
@@ -310,14 +317,15 @@ def test_damaged_checkpoint_is_named(file, how, run, capsys, here):
     for program, flags in (("eval", ["--sequences=2"]), ("sample", ["--max_new_tokens=2"])):
         for out in {run / stage, run / "routed-s0", where}:
             line = complaint(capsys, program, f"--out_dir={out}", "--device=cpu", *flags)
-            assert stage in line and (name in line or "no usable checkpoint" in line or "that folder is gone" in line or "manifest" in line), line
+            assert stage in line and any(w in line for w in (name, "no usable checkpoint", "that folder is gone", "manifest")), line
     if stage == "pretrain":
         assert stage in complaint(capsys, "train", "--stage=adapt", f"--init_from={run / 'pretrain'}", "--out_dir=new", "--device=cpu")
     assert tree(run) == before and tree(here) == {}
 
 
-@pytest.mark.parametrize("stage, key, field, value", [("pretrain", "model", "n_embd", 40), ("pretrain", "model", "n_layer", 3), ("routed-s0", "adapter", "r", 5),
-                                                      ("routed-s0", "kv", "n_groups", 8), ("routed-s0", "adapter", "adapter", "moe_lora")])
+@pytest.mark.parametrize("stage, key, field, value", [
+    ("pretrain", "model", "n_embd", 40), ("pretrain", "model", "n_layer", 3), ("routed-s0", "adapter", "r", 5),
+    ("routed-s0", "kv", "kv_layers", "1"), ("routed-s0", "adapter", "adapter", "moe_lora")])
 def test_checkpoint_of_another_shape(stage, key, field, value, run, capsys):
     """A config.json that says another shape, with a manifest that fits it, is refused by names and shapes, not by a crash."""
     path = run / stage / "step-00000002"
@@ -327,7 +335,8 @@ def test_checkpoint_of_another_shape(stage, key, field, value, run, capsys):
     before = tree(run)
     for program in ("eval", "sample"):
         line = complaint(capsys, program, f"--out_dir={path}", "--device=cpu")
-        assert "does not fit" in line and ("of another shape" in line or "missing" in line or "unexpected" in line), line
+        assert "does not fit" in line or "value-group state" in line, line
+        assert any(w in line for w in ("of another shape", "missing", "unexpected")), line
     assert tree(run) == before
 
 
@@ -352,8 +361,9 @@ def test_damaged_checkpoint_of_a_process(run, here):
 
 
 @pytest.mark.parametrize("program, flags, why", [
-    ("sample", ["--prompt="], "an empty prompt"), ("sample", ["--prompt=" + "x" * 31], "the context is 32"), ("sample", ["--max_new_tokens=32"], "the context is 32"),
-    ("sample", ["--device=cuda:99"], "device='cuda:99'"), ("eval", ["--device=tpu"], "device='tpu'"), ("eval", ["--block_size=33"], "context is 32"),
+    ("sample", ["--prompt="], "an empty prompt"), ("sample", ["--prompt=" + "x" * 31], "the context is 32"),
+    ("sample", ["--max_new_tokens=32"], "the context is 32"), ("sample", ["--device=cuda:99"], "device='cuda:99'"),
+    ("eval", ["--device=tpu"], "device='tpu'"), ("eval", ["--block_size=33"], "context is 32"),
     ("eval", ["--methods=value_groups", "--budgets=0.1"], "at least one"), ("eval", ["--dataset=text:gone"], "no such file"),
     ("eval", ["--block_size=100000"], "100001 are needed")])
 def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
@@ -364,14 +374,15 @@ def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
     assert tree(run) == before and tree(here) == {}
 
 
-@pytest.mark.parametrize("flags, why", [(["--n_groups=16", "--kv_layers=2"], "layers are 0..1"), (["--adapter=none", "--kv=dense"], "nothing is left to train"),
-                                        (["--n_layer=3"], "the base has 2"), (["--block_size=33"], "the base knows 32"), (["--preset=paper"], "the base knows 32"),
-                                        (["--tokenizer=gpt2"], "tokenizer")])
+@pytest.mark.parametrize("flags, why", [
+    (["--n_groups=16", "--kv_layers=2"], "layers are 0..1"), (["--adapter=none", "--kv=dense"], "nothing is left to train"),
+    (["--n_layer=3"], "the base has 2"), (["--block_size=33"], "the base knows 32"), (["--preset=paper"], "the base knows 32"),
+    (["--tokenizer=gpt2"], "tokenizer")])
 def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text):
     """Layers, groups, contexts, shapes and tokenizers that do not go with the base, and a choice that trains nothing."""
-    line = complaint(capsys, "train", "--stage=adapt", f"--init_from={run / 'pretrain'}", f"--dataset={text}", "--device=cpu", "--out_dir=new", *flags)
-    assert why in line
-    assert "an adapter" in complaint(capsys, "train", "--stage=adapt", f"--init_from={run / 'routed-s0'}", f"--dataset={text}", "--device=cpu")
+    common = ["--stage=adapt", f"--dataset={text}", "--device=cpu"]
+    assert why in complaint(capsys, "train", *common, f"--init_from={run / 'pretrain'}", "--out_dir=new", *flags)
+    assert "an adapter" in complaint(capsys, "train", *common, f"--init_from={run / 'routed-s0'}")
     assert tree(here) == {}
 
 

@@ -283,7 +283,7 @@ def test_decode_mode_perplexity_equals_token_by_token_packed_decoding():
     cache, total = model.new_cache(3, 49), 0.0
     for t in range(49):
         logits = model(x[:, t:t + 1], cache)[:, 0]
-        total += float(torch.nn.functional.cross_entropy(logits, x[:, t + 1]))
+        total += float(torch.nn.functional.cross_entropy(logits, x[:, t + 1]).detach())
     assert abs(evaluation.mean_loss(model, x[:, :-1], x[:, 1:], 2) - total / 49) < 1e-9
     dense = evaluation.mean_loss(tiny_model(), x[:, :-1], x[:, 1:], 2)
     assert abs(dense - total / 49) > 1e-3  # and it is not the uncompressed model's

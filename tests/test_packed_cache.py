@@ -94,7 +94,7 @@ def test_nbytes_is_the_storage_and_close_to_the_kept_share():
 
 def test_nan_in_unwritten_slots_never_reaches_a_result():
     """Slots past the tokens seen are not read: poisoned with NaN, unpacked values stay finite."""
-    cfg = KVConfig(kv_tail=4)
+    cfg = KVConfig(kv_tail=4, mask_scope="layer")
     g = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 2, 3, 20, 16, generator=g)
     mask = kernels.top_k_mask(torch.randn(2, 1, 20, 4, generator=g), 2)

@@ -30,10 +30,14 @@ from pretrained import load_run
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim=16", "--n_inner=48", "--block_size=32", "--device=cpu",
         "--eval_sequences=6"]
-ROUTED = ["--adapter=routed", "--lora_dropout=0.1", "--accumulation=2", "--kv=value_groups", "--value_router=linear", "--reconstructor=pairwise"]
-ALL = ["--pretrain_steps=12", "--adapt_steps=4", "--seeds=2", "--max_minutes=99"]
-ROW = {"task", "method", "adapter", "basis", "n_groups", "prefill", "relevance", "value_keep", "token_keep", "kv_kept_layers", "kv_kept_model",
-       "cache_bytes", "dense_bytes", "metric", "value", "dense_value", "n", "seed", "seconds"}
+ROUTED = ["--adapter=routed", "--lora_dropout=0.1", "--accumulation=2", "--kv=value_groups", "--value_router=linear",
+          "--reconstructor=pairwise"]
+WARM = ["--adapter=moe_lora", "--reconstructor=mlp", "--kv_warmup=0.8"]
+CONTEXT = 128  # long enough for what is stored once per sequence not to count
+ALL = ["--pretrain_steps=12", "--adapt_steps=4", "--seeds=2", "--max_minutes=99", f"--block_size={CONTEXT}"]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+ROW = {"task", "method", "adapter", "basis", "n_groups", "prefill", "relevance", "value_keep", "token_keep", "kv_kept_layers",
+       "kv_kept_model", "cache_bytes", "dense_bytes", "metric", "value", "dense_value", "n", "seed", "seconds"}
 SIGNALS = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
 
 
@@ -162,10 +166,10 @@ def wait_for_steps(stage: Path, p: subprocess.Popen, n: int = 3, limit: float = 
 
 # -- resume, evaluation, signals
 
-@pytest.mark.parametrize("kind, flags", [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", ["--adapter=moe_lora", "--reconstructor=mlp", "--kv_warmup=0.8"])],
+@pytest.mark.parametrize("kind, flags", [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", WARM)],
                          ids=["pretrain", "adapt-routed", "adapt-moe_lora"])
 def test_resume_bitwise(kind, flags, tmp_path, run_stage, monkeypatch):
-    """30 steps unbroken, and 20 steps, SIGTERM, a start with --resume: every loss and every final tensor, moments included, are the same bits."""
+    """30 steps unbroken, and 20 steps, SIGTERM, a start with --resume: every loss and final tensor, moments included, are the same bits."""
     flags = [*flags, f"--{kind}_steps=30", "--eval_interval=6"]
     whole = run_stage(kind, tmp_path / "whole", *flags)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
@@ -209,8 +213,8 @@ def test_resume_newest_valid_says_why(tmp_path, text, run_stage, capsys):
     capsys.readouterr()
     run_stage("pretrain", tmp_path / "run", *flags, "--resume")
     lines = capsys.readouterr().err.splitlines()
-    for name, why in (("step-00000012", "model.safetensors is damaged"), ("step-00000099", "empty folder"), ("step-foreign", "its name is not"),
-                      (".tmp-step-00000016-77-0123abcd", "deleted")):
+    for name, why in (("step-00000012", "model.safetensors is damaged"), ("step-00000099", "empty folder"),
+                      ("step-foreign", "its name is not"), (".tmp-step-00000016-77-0123abcd", "deleted")):
         assert any(name in line and why in line for line in lines), (name, lines)
     assert any(line.endswith("resumed from " + str(stage / "step-00000008")) for line in lines)
     assert losses(stage) == trace
@@ -227,17 +231,30 @@ def test_resume_without_usable_checkpoint_starts_anew(tmp_path, run_stage, capsy
     assert losses(stage) == trace and len(checkpoint.read_jsonl(stage / "metrics.jsonl")) == 5 + 3
 
 
+def test_resume_remembers_the_best(tmp_path, run_stage, monkeypatch, trainers):
+    """After a resume the best weights are still the best: later, worse ones do not take their place."""
+    monkeypatch.setattr(train, "validation_loss", lambda *a: 1.0 + trainers[-1].step)
+    flags = ["--pretrain_steps=8", "--eval_interval=2"]
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        before_step(m, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_stage("pretrain", tmp_path / "run", *flags)
+    stage = run_stage("pretrain", tmp_path / "run", *flags, "--resume")
+    assert checkpoint.load(stage / "best").step == 2 and checkpoint.load(stage / "step-00000008").state["best"] == 3.0
+    assert train.find_checkpoint(stage) == stage / "best"
+
+
 def test_resume_refuses_other_flags(tmp_path, run_stage):
     """A checkpoint of another model, rate or length is not continued as if it were this run's."""
     run_stage("pretrain", tmp_path / "run", "--pretrain_steps=3")
-    for flag, what in (("--pretrain_lr=0.1", "lr=0.003"), ("--pretrain_steps=9", "steps=3"), ("--seed=4", "seed=0"), ("--n_inner=40", "model=")):
+    for flag, what in (("--pretrain_lr=0.1", "lr=0.003"), ("--pretrain_steps=9", "steps=3"), ("--seed=4", "seed=0"),
+                       ("--n_inner=40", "model=")):
         with pytest.raises(ValueError, match=f"was trained with {what}.*same flags"):
             run_stage("pretrain", tmp_path / "run", "--pretrain_steps=3", flag, "--resume")
 
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage):
-    """SIGINT or SIGTERM to a real process: one checkpoint, at a step boundary, exit 130 or 143, no traceback; --resume goes on to the end."""
+    """SIGINT or SIGTERM to a real process: one checkpoint, at a step boundary, exit 130 or 143, no traceback; --resume goes on."""
     number, code = SIGNALS[name]
     flags = [f"--dataset={text}", f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=700", "--pretrain_batch_size=2"]
     p = python("train.py", *TINY, "--stage=pretrain", *flags, wait=None)
@@ -282,10 +299,10 @@ def inject(monkeypatch, how: str, at: int, trainers: list) -> None:
         before_step(monkeypatch, 0, lambda: trainers[-1].s.params[-1].register_hook(lambda g: g * math.inf if now() else g))
 
 
-@pytest.mark.parametrize("kind, how", [("pretrain", "nan"), ("pretrain", "inf"), ("pretrain", "gradient"), ("pretrain", "masked"), ("adapt", "nan"),
-                                       ("adapt", "gradient")])
+@pytest.mark.parametrize("kind, how", [("pretrain", "nan"), ("pretrain", "inf"), ("pretrain", "gradient"), ("pretrain", "masked"),
+                                       ("adapt", "nan"), ("adapt", "gradient")])
 def test_non_finite_never_reaches_weights(kind, how, tmp_path, run_stage, monkeypatch, capsys, trainers):
-    """NaN or inf in the loss or a gradient, or labels all masked: exit 3 naming step, rate, norm and last good checkpoint; nothing changed."""
+    """NaN or inf in loss or gradient, or labels all masked: exit 3 naming step, rate, norm and last good checkpoint; nothing changed."""
     inject(monkeypatch, how, 7, trainers)
     before = {}
 
@@ -296,11 +313,13 @@ def test_non_finite_never_reaches_weights(kind, how, tmp_path, run_stage, monkey
                       moments=copies({f"{i}.{k}": v for i, s in t.opt.state_dict()["state"].items() for k, v in s.items()}))
     before_step(monkeypatch, 7, remember)
     with pytest.raises(SystemExit) as e:
-        run_stage(kind, tmp_path / "run", *(ROUTED if kind == "adapt" else []), f"--{kind}_steps=20", "--save_interval=5", "--eval_interval=3")
+        flags = [*(ROUTED if kind == "adapt" else []), f"--{kind}_steps=20", "--save_interval=5", "--eval_interval=3"]
+        run_stage(kind, tmp_path / "run", *flags)
     t = trainers[-1]
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert e.value.code == 3
-    assert re.search(r"step 7: loss \S+, gradient norm \S+, learning rate \d", message) and str(t.s.folder / "step-00000005") in message, message
+    assert re.search(r"step 7: loss \S+, gradient norm \S+, learning rate \d", message), message
+    assert str(t.s.folder / "step-00000005") in message
     assert math.isfinite(t.best) and t.best == before["best"] and t.step == 7
     assert_equal(t.s.model.state_dict(), before["weights"])
     assert_equal({f"{i}.{k}": v for i, s in t.opt.state_dict()["state"].items() for k, v in s.items()}, before["moments"])
@@ -320,7 +339,7 @@ def test_non_finite_validation_is_not_the_best(tmp_path, run_stage, monkeypatch,
 
 @pytest.mark.parametrize("kind", ["pretrain", "adapt"])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried 1 byte")],
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")],
                          ids=["cuda", "python", "cpu"])
 def test_out_of_memory_names_sizes(kind, error, tmp_path, run_stage, monkeypatch):
     """Out of memory becomes one ValueError with batch size, context and accumulation as this stage has them."""
@@ -351,7 +370,8 @@ def stage_of(tmp_path, text, base):
     def make(*flags):
         args = adapt_arguments(tmp_path / "stage", text, base, "--lora_dropout=0", "--grad_clip=0", "--adapt_batch_size=11", *flags)
         w = train.World(0, 1, torch.device("cpu"))
-        stage = train.adapt_stage(args, data.get_tokenizer("byte"), tmp_path / "stage", w, train.find_checkpoint(base), args.adapter, args.kv, 0, "s")
+        folder, found = tmp_path / "stage", train.find_checkpoint(base)
+        stage = train.adapt_stage(args, data.get_tokenizer("byte"), folder, w, found, args.adapter, args.kv, 0, "s")
         torch.manual_seed(1)
         for name, p in lora.adapter_state(stage.model).items():
             if "lora_B" in name:
@@ -380,11 +400,12 @@ def assert_close(a: dict, b: dict, tol: float) -> None:
     assert all(b[k].norm() > 0 for k in b) and max(far.values()) < tol, far
 
 
-@pytest.mark.parametrize("flags", [["--adapter=routed", "--reconstructor=pairwise"], ["--adapter=moe_lora", "--reconstructor=mlp", "--lm_to_router"]],
+@pytest.mark.parametrize("flags", [["--adapter=routed", "--reconstructor=pairwise"],
+                                   ["--adapter=moe_lora", "--reconstructor=mlp", "--lm_to_router"]],
                          ids=["routed", "moe_lora"])
 def test_accumulation_means_the_same_batch(flags, stage_of):
     """1, 2, 3, 8, 11 and 40 micro-steps of 11 sequences give the gradients of one pass, auxiliary losses included."""
-    stage, cfg = stage_of("--kv=value_groups", *flags)
+    stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", *flags)
     one = train.World(0, 1, torch.device("cpu"))
     loss, want = gradient(stage, cfg, 1, one)
     for n in (2, 3, 8, 11, 40):
@@ -396,7 +417,7 @@ def test_accumulation_means_the_same_batch(flags, stage_of):
 @pytest.mark.parametrize("ranks", [2, 3, 14])
 def test_ranks_mean_the_same_batch(ranks, stage_of):
     """The shares of 2, 3 and 14 ranks (11 sequences: uneven, and 3 of 14 shares empty) add up to the gradients of one process."""
-    stage, cfg = stage_of("--kv=value_groups", "--reconstructor=pairwise")
+    stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", "--reconstructor=pairwise")
 
     class Alone(train.World):
         def sum(self, t):
@@ -406,8 +427,9 @@ def test_ranks_mean_the_same_batch(ranks, stage_of):
     for rank in range(ranks):
         for p in stage.params:
             p.grad = None
-        parts.append((train.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=2), Alone(rank, ranks, torch.device("cpu")), False)[0],
-                      [p.grad.clone() for p in stage.params]))
+        w = Alone(rank, ranks, torch.device("cpu"))
+        share = train.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=2), w, False)[0]
+        parts.append((share, [p.grad.clone() for p in stage.params]))
     names = {p: n for n, p in stage.model.named_parameters()}
     assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-6)
     assert_close({names[p]: sum(part[1][i] for part in parts) for i, p in enumerate(stage.params)}, want, 2e-5)
@@ -421,8 +443,8 @@ def test_two_processes_equal_one(tmp_path, text):
     """The whole pipeline on 2 gloo processes ends as on one: 3 sequences pretrain (uneven), 1 sequence adapts (one rank is empty).
     Adaptation is compared from the same base: where eigenvalues nearly coincide, a basis is no continuous function of the weights."""
     flags = [f"--dataset={text}", f"--adapt_dataset={text}", "--pretrain_steps=8", "--adapt_steps=6", "--pretrain_batch_size=3",
-             "--adapt_batch_size=1", "--seeds=1", "--lora_dropout=0", "--eval_interval=3"]
-    p = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY, *flags, f"--out_dir={tmp_path / 'two'}", wait=100)
+             "--adapt_batch_size=1", "--seeds=1", "--lora_dropout=0"]
+    p = python(*TWO_PROCESSES, *TINY, *flags, f"--out_dir={tmp_path / 'two'}", wait=100)
     assert p.returncode == 0, p.err
     pretrain(tmp_path / "alone", text, *flags)
     shutil.copytree(tmp_path / "two" / "pretrain", tmp_path / "one" / "pretrain")
@@ -444,7 +466,7 @@ def test_two_processes_equal_one(tmp_path, text):
 
 def test_dying_rank_ends_the_job(tmp_path, text):
     """SIGKILL one of two ranks in the middle of training: the job ends by itself within 60 s, with an error."""
-    p = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY, "--stage=pretrain", f"--dataset={text}",
+    p = python(*TWO_PROCESSES, *TINY, "--stage=pretrain", f"--dataset={text}",
                f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=1000000", wait=None)
     try:
         wait_for_steps(tmp_path / "run" / "pretrain", p)
@@ -529,7 +551,7 @@ def reached(stage, loss) -> set[str]:
 def test_losses_train_what_they_should(reconstructor, through, stage_of):
     """L_aux trains value routers and reconstructors only, the balance loss adapter gates only, and the language-model loss adapters
     only, unless lm_to_router lets it reach value routers and reconstructors too."""
-    stage, _ = stage_of("--kv=value_groups", f"--reconstructor={reconstructor}", f"--lm_to_router={through}")
+    stage, _ = stage_of("--kv=value_groups", "--value_router=linear", f"--reconstructor={reconstructor}", f"--lm_to_router={through}")
     x, y = data.batch(stage.corpus.train, "train", 0, 0, 5, 32)
     kv = {n for n in kv_router.state(stage.model) if ".basis_" not in n}
     adapters = set(lora.adapter_state(stage.model))
@@ -539,7 +561,8 @@ def test_losses_train_what_they_should(reconstructor, through, stage_of):
     assert reached(stage, kv_router.aux_loss(stage.model)) == kv
     stage.model(x)
     balance = reached(stage, lora.balance_loss(stage.model))
-    assert {n for n in adapters if ".gate." in n} <= balance <= (adapters | kv if through else adapters)  # through what earlier layers wrote
+    allowed = adapters | kv if through else adapters  # through: by way of what earlier layers wrote
+    assert {n for n in adapters if ".gate." in n} <= balance <= allowed
 
 
 def test_learning_rate_schedule():
@@ -653,10 +676,10 @@ def test_pipeline_needs_no_network_and_leaves_rows(whole):
     trainable = {r["name"]: r["trainable_parameters"] for r in main}
     assert trainable["base"] == 0 and min(trainable["LoRA"], trainable["MoE-LoRA"]) >= trainable["sub-token"] > 0
     for r in main:
-        dense = 2 * 4 * (4 * 32) * 2 * 16 * 2  # K and V, float32, 4 sequences of 32 tokens, 2 heads of 16, 2 layers
+        dense = 2 * 4 * (4 * CONTEXT) * 2 * 16 * 2  # K and V, float32, 4 sequences, 2 heads of 16, 2 layers
         assert r["dense_bytes"] == dense and math.isfinite(r["value"]) and 1 < r["value"] < 400 and r["metric"] == "perplexity"
         if r["name"] == "sub-token":
-            assert abs(r["cache_bytes"] / dense - 0.75) < 0.02 and r["kv_kept_model"] == 0.75 and r["method"] == "value_groups"
+            assert 0.75 <= r["kv_kept_model"] <= r["cache_bytes"] / dense < 0.77 and r["method"] == "value_groups"
         else:
             assert r["cache_bytes"] == dense == r["dense_bytes"] and r["value"] == r["dense_value"] and r["kv_kept_model"] == 1.0
     png = (run / "report.png").read_bytes()
@@ -716,8 +739,8 @@ def test_eval_rows_of_a_run(whole, copy_of, capsys):
 
 def test_eval_training_free_on_a_base(copy_of, capsys):
     """eval.py compresses a pretrained stage without any training; everything kept is the dense model, and less kept holds fewer bytes."""
-    call(evaluation, EVAL, f"--out_dir={copy_of / 'pretrain'}", "--methods=dense,value_groups", "--budgets=0.5,1", "--n_groups=8", "--reconstructor=pairwise",
-         "--sequences=9", "--block_size=31", "--batch_size=4")
+    call(evaluation, EVAL, f"--out_dir={copy_of / 'pretrain'}", "--methods=dense,value_groups", "--budgets=0.5,1", "--n_groups=8",
+         "--reconstructor=pairwise", "--sequences=9", "--block_size=31", "--batch_size=4")
     dense, half, full = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (dense["method"], half["method"], half["n_groups"], half["adapter"]) == ("dense", "value_groups", 8, "none")
     assert dense["n"] == 9 * 31 and dense["cache_bytes"] == dense["dense_bytes"] > half["cache_bytes"]
@@ -727,7 +750,8 @@ def test_eval_training_free_on_a_base(copy_of, capsys):
 def test_sample_prints_text_and_bytes(copy_of, capsys):
     """sample.py prints the prompt with its continuation and the bytes the cache held: fewer than dense when adapted, as many when not."""
     for folder, less in ((copy_of, True), (copy_of / "pretrain", False)):
-        call(sample, {"sample": config.SampleConfig}, f"--out_dir={folder}", "--prompt=def f(", "--max_new_tokens=20", "--num_samples=2", "--top_k=5")
+        call(sample, {"sample": config.SampleConfig}, f"--out_dir={folder}", "--prompt=def f(", "--max_new_tokens=90", "--num_samples=2",
+             "--top_k=5")
         io = capsys.readouterr()
         assert io.out.count("def f(") >= 2 and io.out.count("-" * 20) >= 2
         held, tokens, dense = (int(n.replace(",", "")) for n in re.search(
@@ -739,7 +763,8 @@ def test_sample_prints_text_and_bytes(copy_of, capsys):
 def test_sample_is_repeatable(copy_of, capsys):
     """The same seed writes the same text, another seed another, and temperature 0 needs no seed."""
     texts = {}
-    for name, flags in {"a": ["--seed=1"], "b": ["--seed=1"], "c": ["--seed=2"], "d": ["--temperature=0"], "e": ["--temperature=0", "--seed=7"]}.items():
+    for name, flags in {"a": ["--seed=1"], "b": ["--seed=1"], "c": ["--seed=2"], "d": ["--temperature=0"],
+                        "e": ["--temperature=0", "--seed=7"]}.items():
         call(sample, {"sample": config.SampleConfig}, f"--out_dir={copy_of}", "--max_new_tokens=25", *flags)
         texts[name] = capsys.readouterr().out
     assert texts["a"] == texts["b"] != texts["c"] and texts["d"] == texts["e"] != texts["a"]

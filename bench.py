@@ -139,7 +139,9 @@ def interleaved(steps: dict, batches: list[tuple[Tensor, Tensor]], n: int) -> di
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def bench(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
@@ -171,13 +173,15 @@ def bench(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
     shape = f"B{cfg.batch_size} T{c.block_size} L{c.n_layer} d{c.n_embd} H{c.n_head}/{c.n_kv_head} D{c.head_dim}"
     common = {"name": f"{cfg.what} step", "shape": shape, "dtype": cfg.dtype, "device": device_name(device)}
     return [{**common, "impl": n, "peer": p, "ms": round(median(t), 3), "ratio": round(median(t) / median(o), 4),
-             "tokens_per_s": round(1e3 * cfg.batch_size * c.block_size / median(t))} for n, p, t, o in ((name, peer, mine, theirs), (peer, name, theirs, mine))]
+             "tokens_per_s": round(1e3 * cfg.batch_size * c.block_size / median(t))}
+            for n, p, t, o in ((name, peer, mine, theirs), (peer, name, theirs, mine))]
 
 
 def main() -> None:
     rows = bench(ARGS.bench, ARGS.model)
     for r in rows:
-        print(f"{r['name']:14s} {r['impl']:22s} {r['ms']:9.2f} ms  {r['tokens_per_s']:>9,d} tokens/s  {r['ratio']:.3f} of {r['peer']}", file=sys.stderr)
+        print(f"{r['name']:14s} {r['impl']:22s} {r['ms']:9.2f} ms  {r['tokens_per_s']:>9,d} tokens/s  {r['ratio']:.3f} of {r['peer']}",
+              file=sys.stderr)
     print(json.dumps(rows))
 
 

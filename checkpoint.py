@@ -14,7 +14,7 @@ next start, finishes or undoes what a kill left. One process writes to a stage f
 Reading: the bytes that were hashed are the bytes that are parsed: safetensors for weights, JSON for settings, and torch.load with
 weights_only=True for the state.
 
-    path, why_not = newest("out/run/pretrain"); ckpt = load(path); load_into(model, ckpt.tensors["model"], "model")
+    path, why_not = newest("out/run/pretrain"); ckpt = load(path); copy_tensors(model.state_dict(), ckpt.tensors["model"], "model")
 """
 from __future__ import annotations
 
@@ -413,11 +413,6 @@ def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) ->
         raise ValueError(f"{what} does not fit: {text}; use the checkpoint's own config, or another checkpoint")
     for k, t in own.items():
         t.copy_(saved[k])
-
-
-def load_into(module: torch.nn.Module, state_dict: dict[str, Tensor], what: str) -> None:
-    """copy_tensors into a module's state_dict."""
-    copy_tensors(module.state_dict(), state_dict, what)
 
 
 def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:

@@ -77,25 +77,30 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 class AdapterConfig:
     """Low-rank adapters (ST 3.1.1). `r` is the rank of one branch: LoRA has one, MoE-LoRA `experts`, routed `subspaces`."""
     adapter: str = opt("routed", "which adapter is trained", ADAPTERS)
-    r: int = opt(4, "rank R of one branch (lora: the whole rank)")
-    alpha: float = opt(64.0, "LoRA alpha; the update is scaled by alpha / r")
+    r: int = opt(0, "rank R of one branch (lora: the whole rank); 0: 16 for lora, 4 for moe_lora, 2 for routed")
+    alpha: float = opt(0.0, "LoRA alpha, the update is scaled by alpha / r; 0: 8 r K for K branches kept per token")
     lora_dropout: float = opt(0.05, "dropout on the adapter's input")
     lora_targets: str = opt("q,k,v,o", "projections that are adapted, of q,k,v,o,gate,up,down")
-    subspaces: int = opt(4, "subspaces S of routed subspace LoRA")
-    subspace_topk: int = opt(2, "subspaces kept per token")
+    subspaces: int = opt(8, "subspaces S of routed subspace LoRA")
+    subspace_topk: int = opt(4, "subspaces kept per token")
     experts: int = opt(4, "experts E of MoE-LoRA")
     expert_topk: int = opt(2, "experts kept per token")
     balance_weight: float = opt(0.01, "weight of the load-balance loss")
 
     def __post_init__(self):
         check(self.adapter in ADAPTERS, f"adapter={self.adapter!r}", f"one of {', '.join(ADAPTERS)}", "choose one")
-        check(self.r >= 1, f"r={self.r}", "a rank is at least 1", "give --r=1 or more")
-        check(self.alpha > 0, f"alpha={self.alpha}", "must be positive", "give for example 8")
+        check(self.r >= 0, f"r={self.r}", "a rank is at least 1", "give --r=1 or more, or 0 for the adapter's own default")
+        check(self.alpha >= 0, f"alpha={self.alpha}", "is at least 0", "give for example 8, or 0 for the adapter's own default")
         check(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout}", "lies in [0, 1)", "give for example 0.05")
         check(self.balance_weight >= 0, f"balance_weight={self.balance_weight}", "is at least 0", "give for example 0.01")
         for n, k in (("subspaces", "subspace_topk"), ("experts", "expert_topk")):
             check(1 <= getattr(self, k) <= getattr(self, n), f"{k}={getattr(self, k)} with {n}={getattr(self, n)}",
                   f"needs 1 <= {k} <= {n}", f"give a {k} of at most {getattr(self, n)}")
+        kept = {"moe_lora": self.expert_topk, "routed": self.subspace_topk}.get(self.adapter, 1)
+        if not self.r:
+            object.__setattr__(self, "r", {"moe_lora": 4, "routed": 2}.get(self.adapter, 16))
+        if not self.alpha:  # gates sum to 1, so K kept branches need K times the scale of plain LoRA
+            object.__setattr__(self, "alpha", 8.0 * self.r * kept)
         bad = [t for t in self.targets if t not in TARGETS]
         check(not bad and len(self.targets) > 0, f"lora_targets={self.lora_targets!r}", f"a list of {','.join(TARGETS)}", "separate by commas")
 
@@ -107,7 +112,7 @@ class AdapterConfig:
 KVS = ("dense", "value_groups")
 GROUPS = (2, 4, 8, 16)
 BASES = ("native", "random", "pca", "output")
-ROUTERS = ("linear", "norm")
+ROUTERS = ("linear", "norm", "static")
 SCOPES = ("layer", "head")
 RECONSTRUCTORS = ("zero", "linear", "pairwise", "mlp")
 PREFILLS = ("exact", "routed")
@@ -121,7 +126,8 @@ class KVConfig:
     n_groups: int = opt(4, "value groups S per head", GROUPS)
     topk_groups: int = opt(2, "groups K kept per token")
     value_basis: str = opt("output", "basis in which values are cut into groups, folded into W_v and W_o", BASES)
-    value_router: str = opt("norm", "linear: learned on the layer's input (the paper); norm: largest group norms", ROUTERS)
+    value_router: str = opt("norm", "linear: learned on the layer's input (the paper); norm: largest group norms; static: the first K groups",
+                            ROUTERS)
     mask_scope: str = opt("head", "layer: one mask for all KV heads (the paper); head: one per KV head", SCOPES)
     reconstructor: str = opt("zero", "what stands for a dropped group when it is read", RECONSTRUCTORS)
     recon_hidden: int = opt(0, "hidden width of the MLP reconstructor; 0 means Hkv * D")
@@ -161,7 +167,7 @@ class KVConfig:
             picked = sorted({int(t) for t in text.split(",")})
         except ValueError as e:
             raise ValueError(f"kv_layers={text!r}: {e}; {do}") from None
-        check(bool(picked) and 0 <= picked[0] and picked[-1] < n_layer, f"kv_layers={text!r}", f"layers are 0..{n_layer - 1}", do)
+        check(bool(picked) and picked[0] >= 0 and picked[-1] < n_layer, f"kv_layers={text!r}", f"layers are 0..{n_layer - 1}", do)
         return picked
 
     def check_model(self, m: ModelConfig) -> None:
@@ -307,7 +313,7 @@ def parse_args(configs: dict[str, type], argv: list[str] | None = None, prog: st
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120))
     known: dict[str, str] = {}
-    for name, cls in configs.items():
+    for cls in configs.values():
         group = parser.add_argument_group(cls.__doc__.splitlines()[0])
         for f in fields(cls):
             assert f.name not in known, f"{f.name} is defined by both {known[f.name]} and {cls.__name__}"

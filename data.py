@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import os
 import re
@@ -161,7 +162,7 @@ def split_text(text: str) -> list[str]:
             if m.end() - (cuts[-1] if cuts else 0) >= MIN_PIECE and len(text) - m.end() >= MIN_PIECE:
                 cuts.append(m.end())
     bounds = [0, *cuts, len(text)]
-    return [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    return [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
 
 
 def split_documents(docs: list[str], val_fraction: float) -> tuple[list[str], list[str]]:

@@ -29,30 +29,27 @@ import checkpoint
 import kv_router
 from data import batch, prepare, sequential
 from lora import count_trainable
-from model import Transformer, lm_loss
+from model import Transformer, evaluating, lm_loss
 from pretrained import Run, autocast, load_run, pick_device
 
 
-@torch.no_grad()
 def mean_loss(model: Transformer, x: Tensor, y: Tensor, batch_size: int, dtype: str = "float32") -> float:
-    """Mean next-token loss in nats over x, y (n, T) int64, decode mode, batch_size rows at a time. The model's mode is left as found."""
+    """Mean next-token loss in nats over x, y (n, T) int64, decode mode, batch_size rows at a time."""
     device, total = model.norm.weight.device, 0.0
-    was_training = model.training
-    model.eval()
-    for i in range(0, len(x), batch_size):
-        xb, yb = x[i:i + batch_size].to(device), y[i:i + batch_size].to(device)
-        with autocast(device, dtype):
-            total += lm_loss(model(xb), yb).item() * len(xb)
-    model.train(was_training)
+    with evaluating(model):
+        for i in range(0, len(x), batch_size):
+            xb, yb = x[i:i + batch_size].to(device), y[i:i + batch_size].to(device)
+            with autocast(device, dtype):
+                total += lm_loss(model(xb), yb).item() * len(xb)
     return total / len(x)
 
 
-@torch.no_grad()
 def cache_bytes(model: Transformer, x: Tensor) -> tuple[int, int]:
     """(bytes held, bytes a dense cache holds) after prefilling x (B, T) int64 into caches of exactly that length, all layers."""
     device = model.norm.weight.device
     cache = model.new_cache(len(x), x.size(1))
-    model(x.to(device), cache, last_only=True)
+    with evaluating(model):
+        model(x.to(device), cache, last_only=True)
     item = model.embed_tokens.weight.element_size()
     return cache.nbytes(), 2 * item * x.numel() * model.cfg.n_kv_head * model.cfg.head_dim * model.cfg.n_layer
 
@@ -98,14 +95,13 @@ def sweep(model: Transformer, x: Tensor, y: Tensor, ks: list[int], **about) -> l
     return rows
 
 
-@torch.no_grad()
 def kept_groups(model: Transformer, x: Tensor) -> Tensor:
     """Which groups each token of x (1, T) kept, per compressed layer: (layers, T, S) float in [0, 1], the mean over heads."""
     paths = list(kv_router.paths(model).values())
     for p in paths:
         p.record = True
-    model.eval()
-    model(x.to(model.norm.weight.device))
+    with evaluating(model):
+        model(x.to(model.norm.weight.device))
     masks = torch.stack([p.last_mask[0].float().mean(0) for p in paths]).cpu()  # (layers, T, S)
     for p in paths:
         p.record, p.last_mask = False, None
@@ -128,33 +124,40 @@ def table(rows: list[dict]) -> str:
 
 
 def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks: Tensor | None) -> None:
-    """Draw report.png: loss curves, perplexity against whole-model KV kept, and which groups each token kept."""
+    """Draw report.png: loss curves (mean of 5 steps), perplexity against whole-model KV kept, and which groups each token kept."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(17, 4.8), layout="constrained")
+    fig, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     for name, points in curves.items():
-        axes[0].plot([p["step"] for p in points if "loss" in p], [p["loss"] for p in points if "loss" in p], label=name, lw=1)
-    axes[0].set(xlabel="step", ylabel="training loss, nats per token", title="Loss")
-    names = dict.fromkeys(r.get("name", r["method"]) for r in rows)
-    for name in names:
-        mine = [r for r in rows if r.get("name", r["method"]) == name]
-        axes[1].plot([100 * r["kv_kept_model"] for r in mine], [r["value"] for r in mine], "o", ls="-" if "sweep" in name else "", ms=4, label=name)
-    axes[1].set(xlabel="KV kept in the whole model, %", ylabel="validation perplexity", title="Perplexity against stored bytes")
-    for ax in axes[:2]:
+        points = [p for p in points if "loss" in p]
+        smooth = [mean(q["loss"] for q in points[max(0, i - 4):i + 1]) for i in range(len(points))]
+        (first if name == "pretrain" else second).plot([p["step"] for p in points], smooth, label=name, lw=1)
+    for ax, title in ((first, "Pretraining"), (second, "Adaptation")):
+        ax.set(xlabel="step", ylabel="training loss, nats per token", title=title)
+    by_name: dict[str, list[dict]] = {}
+    for r in rows:
+        by_name.setdefault(r.get("name", r["method"]), []).append(r)
+    base = by_name.pop("base", []) if len(by_name) > 1 else []  # far above the others: named, not drawn
+    for name, mine in by_name.items():
+        mine = sorted(mine, key=lambda r: r["kv_kept_model"])
+        third.plot([100 * r["kv_kept_model"] for r in mine], [r["value"] for r in mine], "o", ls="-" if "sweep" in name else "", ms=5, label=name)
+    third.set(xlabel="KV kept in the whole model, %", ylabel="validation perplexity (decode mode)",
+              title="Perplexity against KV kept" + (f" (base without adapter: {base[0]['value']:.2f})" if base else ""))
+    for ax in (first, second, third):
         if ax.lines:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=8)
     if masks is None:
-        axes[2].text(0.5, 0.5, "dense: every token keeps everything", ha="center")
-        axes[2].set_axis_off()
+        fourth.text(0.5, 0.5, "dense: every token keeps everything", ha="center")
+        fourth.set_axis_off()
     else:
         L, T, S = masks.shape
-        axes[2].imshow(masks.transpose(1, 2).reshape(L * S, T), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        axes[2].set(xlabel="token", ylabel="layer (value groups top to bottom)", title="Groups kept by each token",
-                    yticks=[S * i + (S - 1) / 2 for i in range(L)], yticklabels=[str(i) for i in range(L)])
+        fourth.imshow(masks.transpose(1, 2).reshape(L * S, T).numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        fourth.set(xlabel="token", ylabel="layer (its value groups top to bottom)", title="Groups kept by each token (share of heads)",
+                   yticks=[S * i + (S - 1) / 2 for i in range(L)], yticklabels=[str(i) for i in range(L)])
         for i in range(1, L):
-            axes[2].axhline(S * i - 0.5, color="k", lw=0.5)
-    fig.savefig(folder / "report.png", dpi=110)
+            fourth.axhline(S * i - 0.5, color="k", lw=0.5)
+    fig.savefig(folder / "report.png", dpi=100)
     plt.close(fig)
 
 
@@ -164,7 +167,8 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
     corpus = prepare(cfg.dataset or run.config["corpus"], data, run.tokenizer)
     T = cfg.block_size or model.cfg.block_size
     x, y = sequential(corpus.val, cfg.sequences, T)
-    about = dict(adapter=run.adapter, seed=run.config.get("seed", 0), batch_size=cfg.batch_size, dtype=cfg.dtype, params=run.config.get("trainable_parameters", 0))
+    about = dict(adapter=run.adapter, seed=run.config.get("seed", 0), batch_size=cfg.batch_size, dtype=cfg.dtype,
+                 params=run.config.get("trainable_parameters", 0))
     methods = [m.strip() for m in cfg.methods.split(",") if m.strip()] or [run.kv.kv if kv_router.paths(model) else "dense"]
     rows, masks = [], None
     trained = bool(kv_router.paths(model))

@@ -6,7 +6,8 @@ the dropped ones are rebuilt from them when read (or stay zero). Keys are whole.
 Beyond the paper:
 * value basis: any invertible change of basis of V folds exactly into W_v, its bias and W_o (values carry no RoPE), so groups may be
   cut in a basis that sorts energy: native | random | pca | output (pca of what W_o reads, weighted by how much it reads).
-* router `norm`: keep the groups of largest norm, no parameters; mask per layer (the paper) or per KV head. The learned router
+* router `norm`: keep the groups of largest norm, no parameters (`static`, the first K for every token, is the ablation); mask per
+  layer (the paper) or per KV head. The learned router
   starts from a ridge regression of group energies on the layer's input, not from noise.
 * reconstructors linear in the kept groups run once per decode step, after attention: one accumulated vector per mask pattern
   (`linear`) or per dropped group (`pairwise`), instead of once per cached token (`mlp`, the paper's).
@@ -32,8 +33,10 @@ from torch import Tensor
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
 from kernels import at_least_float32, mask_to_bits, top_k_mask
-from model import attend, attention_mask
+from model import attend, attention_mask, evaluating
 from packed_cache import PackedCache
+
+QUERY_BLOCK = 64  # queries at a time where attention weights are formed in full
 
 
 # ----------------------------------------------------------------------------- value bases
@@ -263,7 +266,9 @@ class ValueGroupPath(nn.Module):
         return PackedCache(batch, max_len, self.Hkv, self.D, self.cfg, self.k, like)
 
     def scores(self, x: Tensor, v: Tensor) -> Tensor:
-        """Router logits (B, 1 or Hkv, T, S): linear on x (B, T, n_embd), or the groups' energies in v (B, Hkv, T, D)."""
+        """Router logits (B, 1 or Hkv, T, S): linear on x (B, T, n_embd), the groups' energies in v (B, Hkv, T, D), or the same for all."""
+        if self.cfg.value_router == "static":
+            return -torch.arange(self.S, device=v.device, dtype=v.dtype).expand(v.size(0), self.mask_heads, v.size(2), -1)
         if self.router is None:
             return group_energy(v, self.S, self.mask_heads)
         return self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S)).transpose(1, 2)
@@ -288,11 +293,24 @@ class ValueGroupPath(nn.Module):
             return attend(q, k, v, pad)
         routed = self._routed(logits, mask, v)
         if self.cfg.kv_tail:
-            n_pad = torch.zeros(q.size(0), dtype=torch.int64, device=q.device) if pad is None else pad
-            p = self._weights(q, k, attention_mask(q.size(2), q.size(2), pad, q.device))
-            whole = self._whole(q.size(2), n_pad, torch.zeros_like(n_pad)).repeat(1, 1, q.size(1) // self.Hkv, 1)
-            return (p @ routed + (p * whole) @ (v - routed)).view(q.shape)
+            return self._tailed(q, k, v, routed, pad)
         return attend(q, k, routed, pad)
+
+    def _tailed(self, q: Tensor, k: Tensor, v: Tensor, routed: Tensor, pad: Tensor | None) -> Tensor:
+        """Causal attention over routed values, whole ones for the tokens that are in the tail when they are read. In blocks of
+        queries: a block needs no later key, and tail tokens only among its nearest keys."""
+        B, H, T, D = q.shape
+        n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
+        visible, whole = attention_mask(T, T, pad, q.device), self._whole(T, n_pad, torch.zeros_like(n_pad))
+        reach, lost, parts = self.cfg.kv_tail + self.cfg.kv_tail_block - 1, v - routed, []
+        for a in range(0, T, QUERY_BLOCK):
+            b, near = min(a + QUERY_BLOCK, T), max(0, a - reach)  # keys before `near` are compressed for every query of the block
+            p = self._weights(q[:, :, a:b], k[:, :, :b], visible[..., a:b, :b])
+            far, close = p.split([near, b - near], -1)
+            kept_whole = close * whole[..., a:b, near:b].repeat(1, 1, H // self.Hkv, 1)
+            y = far @ routed[:, :, :near] + close @ routed[:, :, near:b] + kept_whole @ lost[:, :, near:b]
+            parts.append(y.view(B, H, b - a, D))
+        return torch.cat(parts, 2)
 
     def _routed(self, logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
         """v with dropped groups rebuilt. Router and reconstructor are constants to the loss, unless lm_to_router."""
@@ -354,8 +372,9 @@ class ValueGroupPath(nn.Module):
         """Attention weights of q (B, H, T, D) over k (B, Hkv, L, D) where visible (B or 1, 1, T, L): (B, Hkv, n*T, L), query heads in turn."""
         B, H, T, D = q.shape
         q = (q * D ** -0.5).reshape(B, self.Hkv, H // self.Hkv * T, D)
-        logits = at_least_float32(q @ k.mT).masked_fill(~visible.repeat(1, 1, H // self.Hkv, 1), float("-inf"))
-        return logits.softmax(-1).to(k.dtype)
+        logits = at_least_float32(q @ k.mT)
+        bias = torch.zeros_like(visible, dtype=logits.dtype).masked_fill(~visible, float("-inf"))  # added: its backward is free
+        return (logits + bias.repeat(1, 1, H // self.Hkv, 1)).softmax(-1).to(k.dtype)
 
 
 def _straight_through(logits: Tensor, mask: Tensor) -> Tensor:
@@ -417,15 +436,13 @@ def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None,
 def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[_Observe]:
     inner = [attn.kv_path for attn in chosen]
     seen = [_Observe(i, p) for i, p in zip(inner, paths, strict=True)]
-    was_training = model.training
-    model.eval()
     for attn, s in zip(chosen, seen, strict=True):
         attn.kv_path = s
-    for idx in batches:
-        model(idx)
+    with evaluating(model):
+        for idx in batches:
+            model(idx)
     for attn, i in zip(chosen, inner, strict=True):
         attn.kv_path = i
-    model.train(was_training)
     return seen
 
 
@@ -484,7 +501,8 @@ def load_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
     check(not extra, "value-group state", f"unexpected: {', '.join(extra)}", "load it with the kv_layers it was trained with")
     for name, path in paths(model).items():
         fwd, bwd = saved.get(f"{name}.basis_fwd"), saved.get(f"{name}.basis_bwd")
-        check(fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.basis[0].shape, f"value-group state without a fitting basis for {name}",
+        fits = fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.basis[0].shape
+        check(fits, f"value-group state without a fitting basis for {name}",
               f"two tensors of shape {tuple(path.basis[0].shape)}", "load the file it was trained with")
         path.set_basis(fwd, bwd)
 

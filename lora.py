@@ -30,6 +30,7 @@ from torch import Tensor
 from checkpoint import copy_tensors
 from config import AdapterConfig, check
 from kernels import at_least_float32, top_k_mask
+from model import evaluating
 
 
 class Gate(nn.Module):
@@ -177,20 +178,17 @@ def balance_loss(model: nn.Module) -> Tensor | float:
     return torch.stack(terms).mean() if terms else 0.0
 
 
-@torch.no_grad()
 def routing_stats(model: nn.Module, batches) -> dict[str, dict]:
     """Run the token batches (B, T) and return per router: share of tokens per branch (sums to 1) and its entropy in nats."""
     gates = {name: m for name, m in model.named_modules() if isinstance(m, Gate)}
     for g in gates.values():
         g.counts = torch.zeros(g.n, device=g.linear.weight.device)
-    was_training = model.training
-    model.eval()
-    for x in batches:
-        model(x)
-    model.train(was_training)
+    with evaluating(model):
+        for x in batches:
+            model(x)
     out = {}
     for name, g in gates.items():
-        share = (g.counts / g.counts.sum()).double()
+        share = (g.counts / g.counts.sum().clamp_min(1)).double()
         out[name] = {"share": share.tolist(), "entropy": float(-(share * share.clamp_min(1e-30).log()).sum())}
         g.counts = None
     return out

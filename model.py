@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -265,6 +266,18 @@ class Transformer(nn.Module):
         return self.lm_head(self.norm(x[:, -1:] if last_only else x))
 
 
+@contextmanager
+def evaluating(model: nn.Module):
+    """The model in evaluation mode inside the `with`, in the mode it had after it; no gradients."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean next-token cross-entropy in nats over targets (B, T) int64; -100 marks targets left out (all left out gives NaN)."""
     return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -286,16 +299,18 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: fl
     return torch.zeros_like(probs).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
 
-@torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, stop: int | None = None) -> tuple[list[list[int]], KVCache]:
     """Continue every prompt; returns the new tokens of each row (the stop token not included) and the cache that was used.
 
     prompts: B non-empty lists of ids, of any lengths (padded on the left); temperature 0 is greedy; row b draws from its own
     stream seeded by (seed, b), so neither the batch around it nor its padding changes it. Raises ValueError for an empty
-    prompt, a setting out of range, or prompt + new tokens past the model's context."""
+    prompt, an id outside the vocabulary, a setting out of range, or prompt + new tokens past the model's context."""
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: at least one token is needed; give some text")
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if low < 0 or high >= model.cfg.vocab_size:
+        raise ValueError(f"token ids {low}..{high} in a prompt: the vocabulary has 0..{model.cfg.vocab_size - 1}; use the model's own tokenizer")
     if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}: "
                          "need at least 1, at least 0, at least 0, and within (0, 1]; correct the flag")
@@ -309,20 +324,18 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + b))
                          for b in range(len(prompts))]).to(device)  # (B, max_new)
     out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    was_training = model.training
-    model.eval()
-    for step in range(max_new_tokens):
-        logits = model(idx, cache, last_only=True)[:, -1]  # (B, V)
-        if temperature == 0:
-            idx = logits.argmax(-1, keepdim=True)  # (B, 1)
-        else:
-            cdf = sampling_probs(logits, temperature, top_k, top_p).double().cumsum(-1)  # (B, V)
-            idx = torch.searchsorted(cdf, draws[:, step:step + 1].double() * cdf[:, -1:], right=True).clamp_max(cdf.size(-1) - 1)
-        out.append(idx)
-        if stop is not None:
-            done |= idx[:, 0] == stop
-            if done.all():
-                break
-    model.train(was_training)
+    with evaluating(model):
+        for step in range(max_new_tokens):
+            logits = model(idx, cache, last_only=True)[:, -1]  # (B, V)
+            if temperature == 0:
+                idx = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                cdf = sampling_probs(logits, temperature, top_k, top_p).double().cumsum(-1)  # (B, V)
+                idx = torch.searchsorted(cdf, draws[:, step:step + 1].double() * cdf[:, -1:], right=True).clamp_max(cdf.size(-1) - 1)
+            out.append(idx)
+            if stop is not None:
+                done |= idx[:, 0] == stop
+                if done.all():
+                    break
     rows = torch.cat(out, 1).tolist()
     return [r[:r.index(stop)] if stop is not None and stop in r else r for r in rows], cache

@@ -30,7 +30,8 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ok = name == "cpu" or (name.split(":")[0] == "cuda" and torch.cuda.is_available()
                            and (name == "cuda" or (name[5:].isdigit() and int(name[5:]) < torch.cuda.device_count())))
-    check(ok, f"device={name!r}", f"auto, cpu{f', cuda:0..{torch.cuda.device_count() - 1}' if torch.cuda.is_available() else ' (no GPU here)'}", "choose one")
+    gpus = f", cuda:0..{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else " (no GPU here)"
+    check(ok, f"device={name!r}", f"auto, cpu{gpus}", "choose one")
     return torch.device(name)
 
 
@@ -75,7 +76,7 @@ class Run:
 
 
 def find_checkpoint(folder: str | os.PathLike) -> Path:
-    """The checkpoint meant by a folder: itself; of a stage, the best, else the newest valid; of a run, that of its stage routed-s0,
+    """The checkpoint meant by a folder: itself; of a stage, the best, else the newest valid; of a run, that of its first stage routed-s*,
     else of its only stage, else of pretrain. Raises ValueError that says what was found instead."""
     folder = Path(folder)
     check(folder.is_dir(), f"{folder}", "no such folder", "give a folder that train.py wrote")
@@ -87,7 +88,7 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     if newest is not None:
         return newest
     stages = sorted(p for p in folder.iterdir() if p.is_dir() and ((p / "best").is_dir() or any(p.glob("step-*"))))
-    for stage in [folder / "routed-s0", *(stages if len(stages) == 1 else []), folder / "pretrain"]:
+    for stage in [*(s for s in stages if s.name.startswith("routed-s")), *(stages if len(stages) == 1 else []), folder / "pretrain"]:
         if stage in stages:
             return find_checkpoint(stage)
     names = ", ".join(p.name for p in stages) or "none"

@@ -99,6 +99,11 @@ def make_optimizer(params: list[torch.nn.Parameter], cfg: TrainConfig) -> torch.
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
+def optimizer_settings(cfg: TrainConfig) -> dict:
+    """The settings besides a stage's own that a resumed run must share with the unbroken one."""
+    return {name: getattr(cfg, name) for name in ("warmup", "weight_decay", "beta1", "beta2", "grad_clip", "dtype")}
+
+
 @dataclass
 class Stage:
     """One training stage: what is trained, on what, how long, and the folder that keeps it."""
@@ -195,7 +200,7 @@ class Trainer:
             self.trim_metrics()
             return False
         ckpt = checkpoint.load(path)
-        for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "lr", "corpus"):
+        for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "lr", "corpus", "optimizer"):
             check(ckpt.config[key] == self.s.config[key], f"{path} was trained with {key}={ckpt.config[key]}",
                   f"this run says {self.s.config[key]}", "resume with the same flags")
         self.s.restore(ckpt.tensors)
@@ -247,7 +252,8 @@ class Trainer:
         cfg, s = self.cfg, self.s
         s.model.train()
         tokens = s.batch_size * s.model.cfg.block_size
-        bar = tqdm(total=s.steps, initial=self.step, desc=s.name, unit="step", disable=not self.w.main, mininterval=0.5 if sys.stderr.isatty() else 20)
+        often = 0.5 if sys.stderr.isatty() else 20  # seconds; a log file needs fewer lines than a screen
+        bar = tqdm(total=s.steps, initial=self.step, desc=s.name, unit="step", disable=not self.w.main, mininterval=often, miniters=1)
         with checkpoint.GracefulStop() as stop, bar:
             while self.step < s.steps:
                 start = self.clock()
@@ -318,19 +324,21 @@ def pretrain_stage(args, tokenizer, run_dir: Path, w: World) -> Stage:
     adapter, kv = AdapterConfig(adapter="none"), KVConfig(kv="dense")
     config = {"stage": "pretrain", "model": to_dict(model_cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv),
               "seed": cfg.seed, "steps": cfg.pretrain_steps, "batch_size": cfg.pretrain_batch_size, "lr": cfg.pretrain_lr,
-              "corpus": cfg.corpus("pretrain"), "trainable_parameters": sum(p.numel() for p in model.parameters())}
+              "corpus": cfg.corpus("pretrain"), "optimizer": optimizer_settings(cfg),
+              "trainable_parameters": sum(p.numel() for p in model.parameters())}
     return Stage("pretrain", model, list(model.parameters()), corpus, tokenizer, run_dir / "pretrain", cfg.pretrain_steps, cfg.pretrain_batch_size,
                  cfg.pretrain_lr, cfg.seed, config, adapter, kv, True)
 
 
-def adapt_stage(args, tokenizer, run_dir: Path, w: World, base: Path, adapter: AdapterConfig, kv: KVConfig, seed: int, name: str) -> Stage:
-    """Load the frozen base, calibrate and fold value bases, attach adapters."""
+def adapt_stage(args, run_dir: Path, w: World, base: Path, adapter: AdapterConfig, kv: KVConfig, seed: int, name: str) -> Stage:
+    """Load the frozen base and its tokenizer, calibrate value groups, attach adapters."""
     cfg: TrainConfig = args.train
     loaded = load_run(base, w.device)
     check(loaded.base == loaded.path, f"init_from={base}", "a base model is adapted, not an adapter", "give a pretrain stage's folder")
     model, tokenizer = loaded.model, loaded.tokenizer
     for f in (f for f in to_dict(model.cfg) if f in args.given and f != "block_size"):
-        check(getattr(args.model, f) == getattr(model.cfg, f), f"{f}={getattr(args.model, f)}", f"the base has {getattr(model.cfg, f)}", f"leave --{f} out")
+        came, has = getattr(args.model, f), getattr(model.cfg, f)
+        check(came == has, f"{f}={came}", f"the base has {has}", f"leave --{f} out")
     check("tokenizer" not in args.given or args.data.tokenizer == tokenizer.name, f"tokenizer={args.data.tokenizer!r}",
           f"the base was trained with {tokenizer.name!r}", "leave --tokenizer out")
     if "block_size" in args.given or cfg.preset == "paper":
@@ -345,13 +353,16 @@ def adapt_stage(args, tokenizer, run_dir: Path, w: World, base: Path, adapter: A
     share_parameters(model, w)
     params = [p for p in model.parameters() if p.requires_grad] + kv_router.trainable(model)
     params = list(dict.fromkeys(params))
-    check(bool(params), f"adapter={adapter.adapter} with kv={kv.kv}, value_router={kv.value_router}", "nothing is left to train", "choose another adapter")
+    check(bool(params), f"adapter={adapter.adapter} with kv={kv.kv}, value_router={kv.value_router}", "nothing is left to train",
+          "choose another adapter")
     folder = run_dir / name
-    config = {"stage": "adapt", "model": to_dict(model.cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv), "seed": seed,
-              "steps": cfg.adapt_steps, "batch_size": cfg.adapt_batch_size, "lr": cfg.adapt_lr, "corpus": cfg.corpus("adapt"),
+    config = {"stage": "adapt", "model": to_dict(model.cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv),
+              "seed": seed, "steps": cfg.adapt_steps, "batch_size": cfg.adapt_batch_size, "lr": cfg.adapt_lr, "corpus": cfg.corpus("adapt"),
+              "optimizer": optimizer_settings(cfg),
               "trainable_parameters": lora.count_trainable(model),
               "base": os.path.relpath(loaded.path.resolve(), (folder / "x").resolve()), "base_sha256": checkpoint.tensor_hash(loaded.path)}
-    return Stage(name, model, params, corpus, tokenizer, folder, cfg.adapt_steps, cfg.adapt_batch_size, cfg.adapt_lr, seed, config, adapter, kv, False)
+    return Stage(name, model, params, corpus, tokenizer, folder, cfg.adapt_steps, cfg.adapt_batch_size, cfg.adapt_lr, seed, config,
+                 adapter, kv, False)
 
 
 def train(stage: Stage, args, w: World) -> None:
@@ -382,8 +393,8 @@ def rows_of_table(args, model_cfg: ModelConfig) -> list[tuple[str, AdapterConfig
     a, kv, dense = replace(args.adapter, adapter="routed"), args.kv, KVConfig(kv="dense")
     if args.train.preset == "paper":  # its ranks; it does not give LoRA's, which here is one MoE branch's
         baselines = {kind: replace(a, adapter=kind, r=8, alpha=16.0) for kind in ("lora", "moe_lora")}
-    else:  # LoRA at half the scale, its best: its one branch always has weight 1, a routed one about a half
-        baselines = {"lora": replace(a, adapter="lora", alpha=a.alpha / 2), "moe_lora": replace(a, adapter="moe_lora")}
+    else:  # the same scale of the whole update, as config.py sets it
+        baselines = {kind: replace(a, adapter=kind, r=0, alpha=0.0) for kind in ("lora", "moe_lora")}
     if args.train.preset != "paper":
         with torch.device("meta"):
             meta = lora.attach(Transformer(model_cfg), a)
@@ -412,9 +423,9 @@ def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
             break
         start = time.time()
         for name, adapter, kv in table_rows:
-            stage = adapt_stage(args, tokenizer, run_dir, w, base, adapter, kv, seed, f"{adapter.adapter}-s{seed}")
+            stage = adapt_stage(args, run_dir, w, base, adapter, kv, seed, f"{adapter.adapter}-s{seed}")
             train(stage, args, w)
-            best = load_run(find_checkpoint(stage.folder), w.device).model if cfg.eval_interval else kv_router.fold(stage.model)  # as load_run gives it
+            best = load_run(stage.folder, w.device).model  # what a user would load: the best checkpoint, bases folded
             how = dict(adapter=adapter, kv=kv, seed=seed, params=stage.config["trainable_parameters"], **about)
             paths = kv_router.paths(best)
             got = evaluation.sweep(best, x, y, [kv.topk_groups], **how) if paths else [evaluation.row(best, x, y, **how)]
@@ -434,7 +445,8 @@ def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
 
 
 def open_run_dir(cfg: TrainConfig, w: World) -> tuple[Path, list[Path]]:
-    """The run's folder, a fresh one under out/ or the named one, which must be empty unless --resume; and the folders made for it, innermost first."""
+    """The run's folder, a fresh one under out/ or the named one, which must be empty unless --resume; and the folders made for it,
+    innermost first."""
     def make(path: Path, exist_ok: bool) -> list[Path]:
         made = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=exist_ok)
@@ -457,7 +469,7 @@ def open_run_dir(cfg: TrainConfig, w: World) -> tuple[Path, list[Path]]:
     check(not path.exists() or path.is_dir(), f"out_dir={path}", "is a file", "name a folder")
     full = path.is_dir() and any(path.iterdir())
     if cfg.resume:
-        any_checkpoint = path.is_dir() and any(path.glob("*/step-*")) or any(path.glob("*/.*-step-*"))
+        any_checkpoint = (path.is_dir() and any(path.glob("*/step-*"))) or any(path.glob("*/.*-step-*"))
         check(any_checkpoint, f"resume from {path}", "there is no checkpoint in it", "leave --resume out to start anew")
         return path, []
     check(not full, f"out_dir={path}", "is not empty", "give --resume to continue it, or another folder")
@@ -487,13 +499,14 @@ def run(args) -> None:
         if w.main and not cfg.resume:
             checkpoint.write_json(run_dir / "config.json", {n: to_dict(getattr(args, n)) for n in CONFIGS})
         try:
-            with out_of_memory_explained(f"{cfg.pretrain_batch_size} (pretrain) / {cfg.adapt_batch_size} (adapt)", args.model.block_size, cfg.accumulation):
+            sizes = f"{cfg.pretrain_batch_size} (pretrain) / {cfg.adapt_batch_size} (adapt)"
+            with out_of_memory_explained(sizes, args.model.block_size, cfg.accumulation):
                 if cfg.stage == "all":
                     run_all(args, tokenizer, run_dir, w)
                 elif cfg.stage == "pretrain":
                     train(pretrain_stage(args, tokenizer, run_dir, w), args, w)
                 else:
-                    stage = adapt_stage(args, tokenizer, run_dir, w, find_checkpoint(cfg.init_from), args.adapter, args.kv, cfg.seed,
+                    stage = adapt_stage(args, run_dir, w, find_checkpoint(cfg.init_from), args.adapter, args.kv, cfg.seed,
                                         f"{args.adapter.adapter}-s{cfg.seed}")
                     train(stage, args, w)
         except NonFinite as e:

@@ -1,10 +1,12 @@
-"""Small models and plain oracles that several test files use."""
+"""Small models, plain oracles and forged checkpoints that several test files use."""
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import torch
 
+import checkpoint
 import kv_router
 from config import KVConfig, ModelConfig
 from model import Transformer
@@ -103,3 +105,14 @@ def brute_force_path(path: kv_router.ValueGroupPath, x, q, k, v, pad=None, exact
                     use.append(v[b, h // n, j] if whole else read[j - first][h // n])
                 out[b, h, t] = (p[:, None] * torch.stack(use)).sum(0)
     return out
+
+
+def remake(path: Path, step: int = 1, **files: bytes) -> Path:
+    """A checkpoint folder with a manifest that matches whatever it is given (as an attacker would)."""
+    path.mkdir(parents=True)
+    entries = {}
+    for name, data in files.items():
+        (path / name).write_bytes(data)
+        entries[name] = checkpoint.entry(data)
+    (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(step, entries))
+    return path

@@ -2,7 +2,6 @@
 import dataclasses
 import hashlib
 import json
-import random
 import re
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+import runs
 
 import checkpoint
 import config
@@ -20,45 +19,29 @@ import eval as evaluation
 import sample
 import train
 
-ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"train": (train, train.CONFIGS), "sample": (sample, {"sample": config.SampleConfig}),
             "eval": (evaluation, {"eval": config.EvalConfig, "kv": config.KVConfig, "data": config.DataConfig})}
-TINY = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim=16", "--n_inner=48", "--block_size=32", "--device=cpu",
-        "--eval_sequences=6", "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
+TINY = [*runs.TINY, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
 NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"]}
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch, tmp_path) -> Path:
-    """Every test works in an empty folder; token files go beside it, never to the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def here(own_cache, monkeypatch, tmp_path) -> Path:
+    """Every test works in an empty folder; token files go beside it."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    """A corpus of 12 documents of seeded words: text:PATH."""
-    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
-    for i in range(12):
-        (folder / f"{i:02d}.txt").write_text(" ".join("".join(rng.choices("abcdefghij", k=rng.randint(1, 7))) for _ in range(150)))
-    return f"text:{folder}"
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, text) -> Path:
+def trained(tmp_path_factory, text, one_thread) -> Path:
     """A run folder with stages pretrain and routed-s0."""
     folder = tmp_path_factory.mktemp("trained")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         for flags in (["--stage=pretrain", f"--out_dir={folder / 'a'}"],
                       ["--stage=adapt", f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"]):
             train.run(config.parse_args(train.CONFIGS, [*TINY, *flags, f"--dataset={text}"]))
-    torch.set_num_threads(threads)
     shutil.move(folder / "a" / "pretrain", folder / "run" / "pretrain")
     shutil.move(folder / "b" / "routed-s0", folder / "run" / "routed-s0")
     adapter = checkpoint.newest(folder / "run" / "routed-s0")[0]
@@ -103,7 +86,7 @@ def complaint(capsys, program: str, *flags, code: int = 2) -> str:
 def program(name: str, *flags, cwd=None) -> tuple[int, str, str, float]:
     """A true process: (exit code, stdout, stderr, seconds)."""
     start = time.time()
-    p = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=60)
+    p = subprocess.run([sys.executable, str(runs.ROOT / f"{name}.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=60)
     return p.returncode, p.stdout, p.stderr, time.time() - start
 
 
@@ -187,8 +170,8 @@ def test_wrong_type(name, f, capsys):
 
 OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "vocab_size": [0], "block_size": [0, -1], "n_layer": [0], "n_embd": [0], "n_head": [0], "n_kv_head": [0, 3], "head_dim": [0, 15],
-    "n_inner": [0], "rope_theta": [0, -1], "norm_eps": [0, -1], "r": [0], "alpha": [0, -1], "lora_dropout": [-0.1, 1], "subspaces": [0, 1],
-    "subspace_topk": [0, 5], "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 32],
+    "n_inner": [0], "rope_theta": [0, -1], "norm_eps": [0, -1], "r": [-1], "alpha": [-1], "lora_dropout": [-0.1, 1], "subspaces": [0, 3],
+    "subspace_topk": [0, 9], "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 32],
     "topk_groups": [0, 5], "recon_hidden": [-1], "aux_weight": [-0.1], "kv_warmup": [-0.1, 1.1], "kv_tail": [-1], "kv_tail_block": [0],
     "val_fraction": [0, 1], "seed": [-1, 2 ** 32], "seeds": [0, 10 ** 7], "max_minutes": [0], "pretrain_steps": [0], "adapt_steps": [0],
     "pretrain_batch_size": [0], "adapt_batch_size": [0], "accumulation": [0],

@@ -116,6 +116,14 @@ def test_norm_router_keeps_the_largest_energies():
                 assert sorted(mask[b, h, t].nonzero().flatten().tolist()) == sorted(row.argsort(descending=True)[:2].tolist())
 
 
+def test_static_router_keeps_the_first_groups_of_every_token():
+    """The ablation without routing: bits 0..K-1 for all tokens and heads."""
+    path = kv_router.ValueGroupPath(TINY, KVConfig(value_router="static", n_groups=8, topk_groups=3)).double()
+    x, _, _, v = qkv(path)
+    mask = kv_router.top_k_mask(path.scores(x, v), 3)
+    assert mask.shape == (2, 3, 9, 8) and mask[..., :3].all() and not mask[..., 3:].any()
+
+
 def test_fitted_router_is_the_least_squares_solution():
     """Calibration leaves the router at the regression of group energies on [x, 1], in units of the mean energy."""
     g = torch.Generator().manual_seed(0)
@@ -337,7 +345,7 @@ def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
     mask = kv_router.top_k_mask(path.scores(x, v), 2)
     kept = v * kv_router.spread(mask, 16)
     routed = kv_router.fill(kept, path.reconstructor.rebuild(kept, mask), mask)
-    assert abs(whole - float((routed - v).square().mean())) < 1e-12 and abs(whole - sum(parts) / 4) < 1e-12
+    assert abs(whole - float((routed - v).square().mean().detach())) < 1e-12 and abs(whole - sum(parts) / 4) < 1e-12
 
 
 # -- the model around it

@@ -19,15 +19,7 @@ ALL = "q,k,v,o,gate,up,down"
 KINDS = ["lora", "moe_lora", "routed"]
 R, ALPHA, S, K, E, KE = 3, 5.0, 5, 2, 4, 3
 NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for their threads: on a busy machine a hundred times longer than they compute."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(kind: str, **kw) -> AdapterConfig:

@@ -14,15 +14,7 @@ from model import DenseCache, RMSNorm, Transformer, apply_rope, attend, generate
 
 VOCAB, CONTEXT = 23, 31
 GQA = pytest.mark.parametrize("n_kv_head", [4, 2, 1], ids=["groups1", "groups2", "groups4"])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for their threads: on a busy machine a hundred times longer than they compute."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int = 0, std: float = 0.35, dtype: torch.dtype = torch.float64, **shape) -> Transformer:

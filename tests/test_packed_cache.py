@@ -1,6 +1,8 @@
 """The packed cache: what it stores, in which order, in how many bytes."""
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from helpers import grouped_model, tokens
@@ -65,7 +67,7 @@ def test_unpack_returns_what_was_appended(T, S, data):
     """Keys, kept values (zeros elsewhere) and masks come back for any length, chunks, padding, tail, scope and starting capacity."""
     K, scope = data.draw(st.integers(1, S)), data.draw(st.sampled_from(["head", "layer"]))
     cuts = sorted(data.draw(st.sets(st.integers(1, T), max_size=4)) | {0, T})
-    chunks = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]
+    chunks = [b - a for a, b in itertools.pairwise(cuts)]
     pad = [data.draw(st.integers(0, T - 1)), 0]
     tail, block, cap = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 7)), data.draw(st.sampled_from([0, 1, T // 2, T]))
     cache, k, v, mask = filled(T, S, K, scope=scope, tail=tail, block=block, cap=cap, chunks=chunks, pad=pad)

@@ -1,0 +1,90 @@
+"""Fixtures that several test files use; none is used unless a file or a test asks for it."""
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from runs import adapt_arguments, pretrain
+
+import lora
+import train
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread: tiny models are faster so, also where other work wants the cores, and subprocesses compute the same numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    """Token files go to the test's folder, never to the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    """A corpus of 12 documents of seeded words: text:PATH."""
+    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 7))) for _ in range(60)]
+    for i in range(12):
+        (folder / f"{i:02d}.txt").write_text(" ".join(rng.choices(words, k=150)) + ".\n")
+    return f"text:{folder}"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, text) -> Path:
+    """The folder of a pretrained stage."""
+    folder = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return pretrain(folder / "run", text, "--pretrain_steps=20")
+
+
+@pytest.fixture
+def run_stage(text, base):
+    """run_stage(kind, out, *flags) runs one stage of 'pretrain' or 'adapt' to its end and returns its folder."""
+    def go(kind: str, out: Path, *flags) -> Path:
+        if kind == "pretrain":
+            return pretrain(out, text, *flags)
+        args = adapt_arguments(out, text, base, *flags)
+        train.run(args)
+        return out / f"{args.adapter.adapter}-s{args.train.seed}"
+    return go
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list:
+    """The Trainers made from here on, newest last."""
+    made = []
+
+    class Spy(train.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+    monkeypatch.setattr(train, "Trainer", Spy)
+    return made
+
+
+@pytest.fixture
+def stage_of(tmp_path, text, base):
+    """stage_of(*flags): an adapt stage whose lora_B and MLP reconstructor are not zero (zeros would hide every error), without dropout."""
+    def make(*flags):
+        args = adapt_arguments(tmp_path / "stage", text, base, "--lora_dropout=0", "--grad_clip=0", "--adapt_batch_size=11", *flags)
+        w = train.World(0, 1, torch.device("cpu"))
+        folder, found = tmp_path / "stage", train.find_checkpoint(base)
+        stage = train.adapt_stage(args, folder, w, found, args.adapter, args.kv, 0, "s")
+        torch.manual_seed(1)
+        for name, p in lora.adapter_state(stage.model).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.3)
+        for name, p in stage.model.named_parameters():
+            if name.endswith("reconstructor.down.weight"):
+                torch.nn.init.normal_(p, std=0.1)  # zero at the start, too
+        stage.model.train()
+        return stage, args.train
+    return make

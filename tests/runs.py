@@ -1,0 +1,83 @@
+"""Runs of train.py on tiny models, in this process and in others, and what they leave behind: for several test files."""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import config
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim=16", "--n_inner=48", "--block_size=32", "--device=cpu",
+        "--eval_sequences=6"]
+
+
+def arguments(*flags):
+    return config.parse_args(train.CONFIGS, [*TINY, *map(str, flags)])
+
+
+def pretrain(out: Path, text: str, *flags) -> Path:
+    """Pretrain in this process; returns the stage's folder."""
+    train.run(arguments("--stage=pretrain", f"--dataset={text}", f"--out_dir={out}", *flags))
+    return out / "pretrain"
+
+
+def adapt_arguments(out: Path, text: str, base: Path, *flags):
+    return arguments("--stage=adapt", f"--dataset={text}", f"--out_dir={out}", f"--init_from={base}", *flags)
+
+
+def before_step(monkeypatch, n: int, act) -> None:
+    """Call act() just before the gradients of every optimizer step numbered n."""
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda step, *a: (act() if step == n else None, rate(step, *a))[1])
+
+
+def losses(stage: Path) -> list[tuple[int, str]]:
+    """Every training step logged, with repr(loss)."""
+    return [(r["step"], repr(r["loss"])) for r in checkpoint.read_jsonl(stage / "metrics.jsonl") if "loss" in r]
+
+
+def tensors(path: Path) -> dict:
+    """All tensors of a checkpoint, the optimizer's included, by name."""
+    c = checkpoint.load(path)
+    flat = {f"{stem}.{k}": t for stem, sd in c.tensors.items() for k, t in sd.items()}
+    return flat | {f"optimizer.{i}.{k}": t for i, s in c.state["optimizer"]["state"].items() for k, t in s.items()}
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    """Same names, same bits."""
+    assert a.keys() == b.keys() and a
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def copies(d: dict) -> dict:
+    return {k: t.detach().clone() for k, t in d.items()}
+
+
+def python(*command, wait: float | None = 120, **kwargs):
+    """A Python subprocess in the repository: finished within `wait` seconds, or running where wait is None."""
+    settings = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
+    p = subprocess.Popen([sys.executable, *map(str, command)], **settings)
+    if wait is None:
+        return p
+    try:
+        p.out, p.err = p.communicate(timeout=wait)
+    finally:
+        p.kill()
+    return p
+
+
+def wait_for_steps(stage: Path, p: subprocess.Popen, n: int = 3, limit: float = 90) -> None:
+    """Wait until a run has logged n steps; it must be alive then."""
+    end, metrics = time.time() + limit, stage / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= n):
+        assert p.poll() is None and time.time() < end, p.communicate()
+        time.sleep(0.01)
+
+
+def rows_without_time(run: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in json.loads((run / "results.json").read_text())]

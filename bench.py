@@ -165,7 +165,7 @@ def bench(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
             m = lora.attach(Transformer(c).to(device), adapter).train()
             return stepper(lambda x, y: lm_loss(m(x), y) + adapter.balance_weight * lora.balance_loss(m),
                            [p for p in m.parameters() if p.requires_grad], device, cfg.dtype, True)
-        routed = AdapterConfig(adapter="routed", subspaces=16, subspace_topk=8, r=1)
+        routed = AdapterConfig(adapter="routed")
         steps = {"routed subspace LoRA": adapted(routed),
                  "LoRA": adapted(AdapterConfig(adapter="lora", r=routed.r * routed.subspaces, alpha=routed.alpha * routed.subspaces))}
     times = interleaved(steps, batches, cfg.steps)

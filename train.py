@@ -24,6 +24,7 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 from config import AdapterConfig, DataConfig, KVConfig, ModelConfig, TrainConfig, check, exit_on_bad_input, parse_args, to_dict
 
@@ -404,6 +405,14 @@ def rows_of_table(args, model_cfg: ModelConfig) -> list[tuple[str, AdapterConfig
     return [("LoRA", baselines["lora"], dense), ("MoE-LoRA", baselines["moe_lora"], dense), ("sub-token", a, kv)]
 
 
+def finding(results: list[dict]) -> str:
+    """The paper's question about its table 1, answered from the rows: is the sub-token row at or below LoRA?"""
+    value = {name: mean(r["value"] for r in results if r["name"] == name) for name in ("LoRA", "MoE-LoRA", "sub-token")}
+    kept = next(r["cache_bytes"] / r["dense_bytes"] for r in results if r["name"] == "sub-token")
+    against = " and ".join(f"{value['sub-token'] / value[n] - 1:+.2%} against {n}" for n in ("LoRA", "MoE-LoRA"))
+    return f"Storing {kept:.1%} of the bytes, sub-token's perplexity is {against}, which store everything."
+
+
 def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
     """Pretrain, adapt every row with every seed that time allows, evaluate, write results.json and report.png, print the table."""
     begin, cfg = time.time(), args.train
@@ -440,7 +449,7 @@ def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
     if w.main:
         checkpoint.write_json(run_dir / "results.json", results + sweeps)
         evaluation.report(run_dir, results + sweeps, {n: checkpoint.read_jsonl(f / "metrics.jsonl") for n, f in curves.items()}, masks)
-        print(f"\n{evaluation.table(results)}\n\n{cfg.corpus('adapt')} validation, {x.numel():,} tokens; decode mode; cache of 4 sequences of "
+        print(f"\n{evaluation.table(results)}\n\n{finding(results)}\n{cfg.corpus('adapt')} validation, {x.numel():,} tokens; decode mode; cache of 4 sequences of "
               f"{x.size(1)} tokens; {run_dir}/results.json, {run_dir}/report.png; {time.time() - begin:.0f} s")
 
 

@@ -223,6 +223,7 @@ def test_pipeline_needs_no_network_and_leaves_rows(whole):
             assert r["cache_bytes"] == dense == r["dense_bytes"] and r["value"] == r["dense_value"] and r["kv_kept_model"] == 1.0
     png = (run / "report.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[-8:-4] == b"IEND" and len(png) > 10_000
+    assert f"Storing {main[-1]['cache_bytes'] / dense:.1%} of the bytes, sub-token's perplexity is " in out
     table = [line for line in out.splitlines() if re.match(r"(base|LoRA|MoE-LoRA|sub-token)\b", line)]
     assert [line.split()[0] for line in table] == ["base", "LoRA", "MoE-LoRA", "sub-token"]
     for line in table:
@@ -245,7 +246,7 @@ def test_pipeline_resumed_after_a_kill_ends_the_same(whole, tmp_path):
 def call(module, configs: dict, *flags) -> None:
     """The module's main() with these flags, in this process."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(module, "ARGS", config.parse_args(configs, list(map(str, flags))), raising=False)
+        m.setattr(module, "ARGS", config.parse_args(configs, ["--device=cpu", *map(str, flags)]), raising=False)
         module.main()
 
 

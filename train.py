@@ -449,8 +449,8 @@ def run_all(args, tokenizer, run_dir: Path, w: World) -> None:
     if w.main:
         checkpoint.write_json(run_dir / "results.json", results + sweeps)
         evaluation.report(run_dir, results + sweeps, {n: checkpoint.read_jsonl(f / "metrics.jsonl") for n, f in curves.items()}, masks)
-        print(f"\n{evaluation.table(results)}\n\n{finding(results)}\n{cfg.corpus('adapt')} validation, {x.numel():,} tokens; decode mode; cache of 4 sequences of "
-              f"{x.size(1)} tokens; {run_dir}/results.json, {run_dir}/report.png; {time.time() - begin:.0f} s")
+        print(f"\n{evaluation.table(results)}\n\n{finding(results)}\n{cfg.corpus('adapt')} validation, {x.numel():,} tokens; decode mode; cache of "
+              f"4 sequences of {x.size(1)} tokens; {run_dir}/results.json, {run_dir}/report.png; {time.time() - begin:.0f} s")
 
 
 def open_run_dir(cfg: TrainConfig, w: World) -> tuple[Path, list[Path]]:

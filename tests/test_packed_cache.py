@@ -120,16 +120,14 @@ def test_slice_keeps_the_sequences_asked_for():
 
 
 def test_truncate_forgets_the_newest_tokens():
-    """After truncate(n) a cache without a tail equals one that never saw the rest."""
+    """After truncate(n) other tokens can follow, and the cache holds the first n and then those, tile offsets included."""
     for n in (0, 1, 63, 64, 65, 99):
-        cache, k, v, mask = filled(100, 4, 2)
-        short, *_ = filled(100, 4, 2)
-        cache.truncate(n)
-        zero = torch.zeros(2, dtype=torch.int64)
-        cache.append(k[:, :, n:], v[:, :, n:], mask[:, :, n:], zero)
-        for a, b in zip(cache.unpack(), short.unpack(), strict=True):
-            assert torch.equal(a, b)
+        (cache, *first), (_, *second) = filled(100, 4, 2), filled(100, 4, 2, seed=1)
         cache.truncate(n)
         assert cache.unpack()[0].size(2) == n
+        cache.append(*(t[:, :, n:] for t in second), torch.zeros(2, dtype=torch.int64))
+        k, v, mask = (torch.cat((a[:, :, :n], b[:, :, n:]), 2) for a, b in zip(first, second, strict=True))
+        for got, want in zip(cache.unpack(), (k, v * mask.repeat_interleave(4, -1), mask), strict=True):
+            assert torch.equal(got, want)
     with pytest.raises(ValueError, match="truncating"):
         cache.truncate(-1)

@@ -48,16 +48,15 @@ class Gate(nn.Module):
 
     def route(self, logits: Tensor) -> Tensor:
         """Gates (B, T, n) of the scores (B, T, n), in their dtype; records the load-balance loss while training."""
-        scores = at_least_float32(logits)
-        kept = top_k_mask(scores.detach(), self.k)
-        probs = scores.softmax(-1)  # over all n; over the kept ones after the division below
+        kept = top_k_mask(logits.detach(), self.k).movedim(-1, 0)  # (n, B, T): branches outermost, so that softmax and sums
+        probs = at_least_float32(logits).movedim(-1, 0).contiguous().softmax(0)  # run along tokens; n alone is too short a row
         if self.training and torch.is_grad_enabled():
-            share = kept.to(probs.dtype).mean(-2) / self.k  # (B, n), sums to 1
-            self.balance = self.n * (share * probs.mean(-2)).sum(-1).mean()
+            share = kept.to(probs.dtype).mean(-1) / self.k  # (n, B), sums to 1 over n
+            self.balance = self.n * (share * probs.mean(-1)).sum(0).mean()
         if self.counts is not None:
-            self.counts += kept.flatten(0, -2).sum(0)
-        gates = probs * kept
-        return (gates / gates.sum(-1, keepdim=True)).to(logits.dtype)
+            self.counts += kept.flatten(1).sum(1)
+        gates = probs * kept  # softmax over the kept ones, after the division
+        return (gates / gates.sum(0)).movedim(0, -1).to(logits.dtype)
 
 
 class LoRALinear(nn.Linear):

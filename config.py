@@ -32,6 +32,11 @@ def check_seed(seed: int) -> None:
     check(seed < 2 ** 32, f"seed={seed}", "at most 4294967295", "give a smaller --seed")
 
 
+def comma_list(text: str) -> list[str]:
+    """The entries of a comma-separated flag, without blanks."""
+    return [t.strip() for t in text.split(",") if t.strip()]
+
+
 def count_kept(ratio: float | str | Fraction, n: int) -> int:
     """floor(ratio * n) in exact arithmetic (0.7 means 7/10, not its binary neighbour). The only place a ratio becomes a count.
 
@@ -106,7 +111,7 @@ class AdapterConfig:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return tuple(t.strip() for t in self.lora_targets.split(",") if t.strip())
+        return tuple(comma_list(self.lora_targets))
 
 
 KVS = ("dense", "value_groups")
@@ -374,10 +379,6 @@ TASKS = ("perplexity",)
 METHODS = ("dense", "value_groups")
 
 
-def _list(text: str) -> list[str]:
-    return [t.strip() for t in text.split(",") if t.strip()]
-
-
 @dataclass(frozen=True)
 class EvalConfig:
     """What eval.py measures."""
@@ -396,9 +397,9 @@ class EvalConfig:
     def __post_init__(self):
         check(bool(self.out_dir), "no out_dir", "a trained run is needed", "give --out_dir=DIR")
         for name, allowed in (("tasks", TASKS), ("methods", METHODS)):
-            bad = [t for t in _list(getattr(self, name)) if t not in allowed]
+            bad = [t for t in comma_list(getattr(self, name)) if t not in allowed]
             check(not bad, f"{name}={getattr(self, name)!r}", f"a list of {', '.join(allowed)}", "separate by commas")
-        for rho in _list(self.budgets):
+        for rho in comma_list(self.budgets):
             try:
                 ok = 0 < Fraction(rho) <= 1
             except (ValueError, ZeroDivisionError):

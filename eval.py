@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from statistics import mean, stdev
 
-from config import AdapterConfig, DataConfig, EvalConfig, KVConfig, count_kept, exit_on_bad_input, parse_args
+from config import AdapterConfig, DataConfig, EvalConfig, KVConfig, comma_list, count_kept, exit_on_bad_input, parse_args
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args({"eval": EvalConfig, "kv": KVConfig, "data": DataConfig}, description=__doc__.splitlines()[0])
@@ -169,7 +169,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
     x, y = sequential(corpus.val, cfg.sequences, T)
     about = dict(adapter=run.adapter, seed=run.config.get("seed", 0), batch_size=cfg.batch_size, dtype=cfg.dtype,
                  params=run.config.get("trainable_parameters", 0))
-    methods = [m.strip() for m in cfg.methods.split(",") if m.strip()] or [run.kv.kv if kv_router.paths(model) else "dense"]
+    methods = comma_list(cfg.methods) or [run.kv.kv if kv_router.paths(model) else "dense"]
     rows, masks = [], None
     trained = bool(kv_router.paths(model))
     if "dense" in methods and not trained:
@@ -179,7 +179,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
             calibration = [batch(corpus.train, "calibrate", cfg.seed, i, cfg.batch_size, T)[0].to(device) for i in range(2)]
             kv_router.fold(kv_router.attach(model, kv, calibration, cfg.seed))
         kv = run.kv if trained else kv
-        ks = [count_kept(b.strip(), kv.n_groups) for b in cfg.budgets.split(",") if b.strip()] or [kv.topk_groups]
+        ks = [count_kept(b, kv.n_groups) for b in comma_list(cfg.budgets)] or [kv.topk_groups]
         rows += sweep(model, x, y, ([kv.n_groups] if "dense" in methods and trained else []) + ks, kv=kv, **about)
         masks = kept_groups(model, x[:1])
     return rows, masks

@@ -393,7 +393,8 @@ def read_jsonl(path) -> list:
     return out
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first eight names, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
@@ -409,7 +410,7 @@ def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) ->
         "not finite": [k for k, t in saved.items() if not torch.isfinite(t).all()],
     }
     if any(faults.values()):
-        text = "; ".join(f"{kind}: {_few(names)}" for kind, names in faults.items() if names)
+        text = "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items() if names)
         raise ValueError(f"{what} does not fit: {text}; use the checkpoint's own config, or another checkpoint")
     for k, t in own.items():
         t.copy_(saved[k])

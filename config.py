@@ -60,6 +60,10 @@ class ModelConfig:
     head_dim: int = opt(16, "head dimension D; even, and divisible by the value groups S")
     n_inner: int = opt(344, "width of the SwiGLU MLP")
     rope_theta: float = opt(10000.0, "base of the rotary embedding")
+    rope_factor: float = opt(1.0, "Llama 3's RoPE scaling: slow rotations are slowed by this factor; 1: none")
+    rope_low_freq: float = opt(1.0, "rotations that turn less often than this in rope_original tokens are slowed in full")
+    rope_high_freq: float = opt(4.0, "rotations that turn more often than this in rope_original tokens are left alone")
+    rope_original: int = opt(8192, "context the unscaled rotations were trained with")
     norm_eps: float = opt(1e-5, "epsilon of RMSNorm")
     qkv_bias: bool = opt(False, "bias on the q, k and v projections (Qwen2)")
     tie_embeddings: bool = opt(True, "share the token embedding with the output head")
@@ -72,6 +76,10 @@ class ModelConfig:
         check(self.head_dim % 2 == 0, f"head_dim={self.head_dim}", "RoPE turns pairs, so it must be even", "give an even --head_dim")
         check(self.rope_theta > 0 and self.norm_eps > 0, f"rope_theta={self.rope_theta}, norm_eps={self.norm_eps}",
               "both are positive", "give positive values")
+        check(self.rope_factor >= 1 and 0 < self.rope_low_freq < self.rope_high_freq and self.rope_original >= 1,
+              f"rope_factor={self.rope_factor}, rope_low_freq={self.rope_low_freq}, rope_high_freq={self.rope_high_freq}, "
+              f"rope_original={self.rope_original}", "needs a factor of at least 1, 0 < low < high and at least 1 token",
+              "give the values of the model's config")
 
 
 ADAPTERS = ("none", "lora", "moe_lora", "routed")
@@ -131,6 +139,7 @@ class KVConfig:
     n_groups: int = opt(4, "value groups S per head", GROUPS)
     topk_groups: int = opt(2, "groups K kept per token")
     value_basis: str = opt("output", "basis in which values are cut into groups, folded into W_v and W_o", BASES)
+    learn_basis: bool = opt(False, "train the maps into and out of the value basis, each for itself; they still fold")
     value_router: str = opt("norm", "linear: learned on the layer's input (the paper); norm: largest group norms; static: the first K groups",
                             ROUTERS)
     mask_scope: str = opt("head", "layer: one mask for all KV heads (the paper); head: one per KV head", SCOPES)
@@ -193,6 +202,7 @@ def _binomial(n: int, k: int) -> int:
 CORPORA = ("pydocs", "pycode", "shakespeare", "wikitext2", "wikitext103")
 TOKENIZERS = ("byte", "gpt2")
 STAGES = ("all", "pretrain", "adapt")
+OBJECTIVES = ("lm", "distill")
 
 
 def check_corpus(name: str, flag: str = "dataset") -> None:
@@ -206,6 +216,7 @@ class DataConfig:
     """Text and its tokens."""
     tokenizer: str = opt("byte", "tokenizer", TOKENIZERS)
     val_fraction: float = opt(0.1, "share of the text, by document, held out for validation")
+    detokenize: bool = opt(False, "undo WikiText's spacing (' @-@ ', ' ,' ...) before text becomes tokens")
     data_dir: str = opt("", "where token files and downloads are kept; empty: the user's cache folder")
 
     def __post_init__(self):
@@ -218,11 +229,13 @@ class TrainConfig:
     """What train.py does. Steps are optimizer steps; batch sizes are sequences of the *global* batch, whatever the rank count."""
     stage: str = opt("all", "all: pretrain, then every adapter, then the table; or one stage", STAGES)
     out_dir: str = opt("", "folder for everything the run leaves; empty: a fresh one under out/")
-    init_from: str = opt("scratch", "adapt: folder of a pretrained run to start from (scratch: pretrain first)")
     resume: bool = opt(False, "continue the run in --out_dir from its newest valid checkpoint")
     preset: str = opt("default", "paper: the sub-token paper's settings for the adapt stage (explicit flags still win)", ("default", "paper"))
     dataset: str = opt("", "corpus of the stage; with stage=all the pretraining one (empty: pydocs, or pycode to adapt); or text:PATH")
     adapt_dataset: str = opt("", "corpus for adaptation, where it differs from --dataset (empty: pycode)")
+    test_dataset: str = opt("", "stage=all: corpus whose whole text gives the table's numbers (empty: the adaptation corpus's validation split)")
+    test_sequences: int = opt(192, "stage=all: sequences behind each number of the table")
+    objective: str = opt("lm", "adapt: lm: next-token loss; distill: KL to the same model reading whole values (needs --adapter=none)", OBJECTIVES)
     seed: int = opt(0, "seed of initialisation, batches and dropout")
     seeds: int = opt(3, "stage=all: adaptation seeds per row, fewer when --max_minutes would be passed")
     max_minutes: float = opt(3.7, "stage=all: start no further seed that would end after this many minutes")
@@ -248,13 +261,14 @@ class TrainConfig:
     keep_checkpoints: int = opt(2, "newest checkpoints kept per stage (the best by validation loss is kept besides)")
 
     def __post_init__(self):
-        for name, allowed in (("stage", STAGES), ("preset", ("default", "paper")), ("dtype", ("auto", "float32", "bfloat16"))):
+        for name, allowed in (("stage", STAGES), ("preset", ("default", "paper")), ("objective", OBJECTIVES),
+                              ("dtype", ("auto", "float32", "bfloat16"))):
             check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(allowed)}", "choose one")
-        for name in ("dataset", "adapt_dataset"):
+        for name in ("dataset", "adapt_dataset", "test_dataset"):
             if getattr(self, name):
                 check_corpus(getattr(self, name), name)
         for name in ("pretrain_steps", "adapt_steps", "pretrain_batch_size", "adapt_batch_size", "accumulation", "seeds",
-                     "eval_sequences", "save_interval", "keep_checkpoints"):
+                     "eval_sequences", "test_sequences", "save_interval", "keep_checkpoints"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
@@ -266,14 +280,48 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "lies in [0, 1)", "give for example 0.9")
         check(not self.resume or bool(self.out_dir), "resume without out_dir", "a run to continue is needed", "give --out_dir=DIR")
-        check(self.stage == "adapt" or self.init_from == "scratch", f"init_from={self.init_from!r} with stage={self.stage}",
-              "pretrained weights are adapted", "give --stage=adapt")
 
     def corpus(self, stage: str) -> str:
         """Corpus of `stage` ('pretrain' or 'adapt')."""
         if stage == "pretrain":
             return self.dataset or "pydocs"
         return self.adapt_dataset or (self.dataset if self.stage == "adapt" else "") or "pycode"
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The pretrained model that is adapted, measured or exported."""
+    init_from: str = opt("scratch", "a Hugging Face folder, a .gguf file, hf:ORG/NAME, or a run that train.py left; with --out_dir of an adapter: "
+                                    "where its base lies now; scratch: none")
+    revision: str = opt("", "branch, tag or commit of an hf: model; empty: main")
+    weights: str = opt("float32", "dtype in which a base's weights are held (bfloat16 needs computing in bfloat16)", ("float32", "bfloat16"))
+
+    def __post_init__(self):
+        check(self.weights in ("float32", "bfloat16"), f"weights={self.weights!r}", "one of float32, bfloat16", "choose one")
+        check(bool(self.init_from), "an empty init_from", "scratch or a place", "leave --init_from out or give a path")
+        check(not self.revision or self.init_from.startswith("hf:"), f"revision={self.revision!r} with init_from={self.init_from!r}",
+              "only models of the hub have revisions", "give --init_from=hf:ORG/NAME")
+
+    def place(self, out_dir: str) -> str:
+        """The folder or model meant by --out_dir and --init_from. Raises ValueError where neither is given."""
+        check(bool(out_dir) or self.init_from != "scratch", "no out_dir", "a trained run or a pretrained model is needed",
+              "give --out_dir=DIR or --init_from=PATH")
+        return out_dir or self.init_from
+
+    def options(self, out_dir: str) -> dict:
+        """Keyword arguments of pretrained.load_run for place(out_dir)."""
+        moved = self.init_from if out_dir and self.init_from != "scratch" else ""
+        return dict(base=moved, weights=self.weights, revision=self.revision)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Where a model is exported to."""
+    out_dir: str = opt("", "run, stage or checkpoint folder to export")
+    to: str = opt("", "folder to write, for transformers to load")
+
+    def __post_init__(self):
+        check(bool(self.to), "no folder to export to", "one is needed", "give --to=DIR")
 
 
 PAPER = dict(  # ST 4.1 and 3.1; the rest of the paper's settings are the defaults above
@@ -375,43 +423,54 @@ def exit_on_bad_input(main):
         sys.exit(130)
 
 
-TASKS = ("perplexity",)
+TASKS = ("perplexity", "continuation")
+SPLITS = ("val", "train", "test", "all")
 METHODS = ("dense", "value_groups")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """What eval.py measures."""
-    out_dir: str = opt("", "run, stage or checkpoint folder to evaluate")
+    out_dir: str = opt("", "run, stage or checkpoint folder to evaluate (or --init_from=PATH for a pretrained model)")
+    results: str = opt("", "folder for results.json and report.png (empty: --out_dir, or a fresh one under out/)")
     tasks: str = opt("perplexity", f"list of: {', '.join(TASKS)}")
     methods: str = opt("", f"list of: {', '.join(METHODS)} (empty: as trained)")
+    bases: str = opt("", "value bases tried without training, a list (empty: --value_basis)")
+    groups: str = opt("", "numbers of value groups S tried without training, a list (empty: --n_groups)")
     budgets: str = opt("", "value budgets rho for value_groups, shares of the groups kept, such as 0.25,0.5,0.75 (empty: as trained)")
-    dataset: str = opt("", "corpus whose validation split is read (empty: the one trained on)")
-    sequences: int = opt(192, "validation sequences")
-    block_size: int = opt(0, "tokens per sequence (0: the model's context)")
+    dataset: str = opt("", "corpus that is read (empty: the one trained on, or pycode)")
+    split: str = opt("val", "part of it: val, train, test (WikiText) or all", SPLITS)
+    calibrate: str = opt("", "corpus that bases are calibrated on, all of it (empty: the training split of --dataset)")
+    calibration: int = opt(32, "sequences that bases are calibrated on")
+    sequences: int = opt(192, "sequences")
+    block_size: int = opt(0, "tokens per sequence (0: what it was trained with, or 2048 for a pretrained model)")
+    query: int = opt(16, "continuation: tokens after the context that are never compressed")
+    continuation: int = opt(128, "continuation: tokens after those, whose loss is measured")
     batch_size: int = opt(16, "sequences at a time")
-    seed: int = opt(0, "seed of calibration batches and random bases")
+    seed: int = opt(0, "seed of windows, calibration batches and random bases")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
-        check(bool(self.out_dir), "no out_dir", "a trained run is needed", "give --out_dir=DIR")
-        for name, allowed in (("tasks", TASKS), ("methods", METHODS)):
+        for name, allowed in (("tasks", TASKS), ("methods", METHODS), ("bases", BASES), ("groups", tuple(map(str, GROUPS)))):
             bad = [t for t in comma_list(getattr(self, name)) if t not in allowed]
             check(not bad, f"{name}={getattr(self, name)!r}", f"a list of {', '.join(allowed)}", "separate by commas")
+        check(bool(comma_list(self.tasks)), f"tasks={self.tasks!r}", f"a list of {', '.join(TASKS)}", "name one at least")
         for rho in comma_list(self.budgets):
             try:
                 ok = 0 < Fraction(rho) <= 1
             except (ValueError, ZeroDivisionError):
                 ok = False
             check(ok, f"budgets={self.budgets!r}", "every budget is a share kept, in (0, 1]", "give for example 0.25,0.5,0.75")
-        for name in ("sequences", "batch_size"):
-            check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
+        for name, least in (("sequences", 1), ("calibration", 1), ("batch_size", 1), ("query", 0), ("continuation", 2)):
+            check(getattr(self, name) >= least, f"{name}={getattr(self, name)}", f"at least {least}", f"give --{name}={least} or more")
         check(self.block_size >= 0 and self.seed >= 0, f"block_size={self.block_size}, seed={self.seed}", "at least 0", "give 0 or more")
         check_seed(self.seed)
-        check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r}", "one of auto, float32, bfloat16", "choose one")
-        if self.dataset:
-            check_corpus(self.dataset)
+        for name, allowed in (("dtype", ("auto", "float32", "bfloat16")), ("split", SPLITS)):
+            check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(allowed)}", "choose one")
+        for name in ("dataset", "calibrate"):
+            if getattr(self, name):
+                check_corpus(getattr(self, name), name)
 
 
 @dataclass(frozen=True)
@@ -429,7 +488,6 @@ class SampleConfig:
     dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
-        check(bool(self.out_dir), "no out_dir", "a trained run is needed", "give --out_dir=DIR")
         for name in ("max_new_tokens", "num_samples"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("temperature", "top_k", "seed"):

@@ -1,4 +1,4 @@
-"""Text in, batches of token ids out: corpora, downloads, tokenizers, token files, batches.
+"""Text in, batches of token ids out: corpora, downloads, token files, batches.
 
 A corpus is a list of documents (str). Two need no network and are the same on every machine with the same Python: `pydocs`
 (the language reference inside CPython) and `pycode` (the standard library's source). `shakespeare`, `wikitext2`, `wikitext103`
@@ -10,7 +10,7 @@ token. Its name carries a hash of all that defines its content, so a changed tex
 
 A batch is a pure function of (seed, split, step): it needs no state to resume and means the same for any number of ranks.
 
-    python -c "import config, data; t = data.get_tokenizer('byte'); print(len(data.prepare('pydocs', config.DataConfig(), t).train))"
+    python -c "import config, data, tokenizer as t; print(len(data.prepare('pydocs', config.DataConfig(), t.get_tokenizer('byte')).train))"
 """
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from config import DataConfig, check, check_corpus
+from tokenizer import check_ids, one_line
 
 # name: (file, sha256, URLs tried in order)
 PINNED = {
@@ -50,11 +51,6 @@ RULES = 1  # part of every token file's name: raise it when the way text becomes
 
 
 # -- files that appear whole or not at all, and downloads
-
-def one_line(e: object) -> str:
-    """str(e) on one line, for messages that quote somebody else's error."""
-    return " ".join(str(e).split()) or type(e).__name__
-
 
 @contextlib.contextmanager
 def _new_file(path: Path, suffix: str):
@@ -165,6 +161,18 @@ def split_text(text: str) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
 
 
+DETOKENIZE = [(re.compile(a), b) for a, b in ((r" @([-,.])@ ", r"\1"), (r" ([,.;:)])", r"\1"), (r" ('s)\b", r"\1"), (r"\( ", "("),
+                                              (' "', '"'), ("<unk>", "X"))]
+
+
+def detokenize(text: str) -> str:
+    """WikiText as it would be typed: ' @-@ ' is a hyphen, punctuation stands at the word before it, an unknown word is X. A pretrained
+    model has seen text, not tokens. (Every space before a double quote goes, opening or closing: the marks do not say which it is.)"""
+    for pattern, by in DETOKENIZE:
+        text = pattern.sub(by, text)
+    return text
+
+
 def split_documents(docs: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
     """(train, val), each in the documents' own order. In order of the sha256 of their content documents go to val until it has
     val_fraction (0 < . < 1) of the UTF-8 bytes; each part gets at least one, and copies of one document stay together.
@@ -191,85 +199,26 @@ def cache_dir(cfg: DataConfig) -> Path:
 
 
 def documents(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
-    """Documents of each split, {"train": [...], "val": [...]} (WikiText has "test" too). Empty documents are dropped.
+    """Documents of each split, {"train": [...], "val": [...], "all": [...]} (WikiText has "test" too). Empty documents are dropped.
     May download. ValueError for an unknown, missing, empty or one-document corpus."""
     check_corpus(corpus)
+    splits = None
     if corpus in PINNED:
         name, sha256, urls = PINNED[corpus]
         path = download(urls, sha256, cache_dir(cfg) / name)
         if corpus in WIKITEXT_FOLDERS:
             with zipfile.ZipFile(path) as z:  # read in place: nothing an archive names is ever written
-                return {s: split_text(z.read(f"{WIKITEXT_FOLDERS[corpus]}/{f}").decode("utf-8")) for s, f in WIKITEXT_FILES.items()}
-        docs = split_text(path.read_bytes().decode("utf-8"))
+                splits = {s: split_text(z.read(f"{WIKITEXT_FOLDERS[corpus]}/{f}").decode("utf-8")) for s, f in WIKITEXT_FILES.items()}
+                splits["all"] = [d for s in splits.values() for d in s]
+        else:
+            docs = split_text(path.read_bytes().decode("utf-8"))
     else:
         docs = _text(corpus[5:]) if corpus.startswith("text:") else {"pydocs": _pydocs, "pycode": _pycode}[corpus]()
-    train, val = split_documents([d for d in docs if d], cfg.val_fraction)
-    return {"train": train, "val": val}
-
-
-# -- tokenizers: name, vocab_size, eot, encode(str) -> list[int], decode(ids) -> str
-
-def check_ids(ids, vocab_size: int) -> None:
-    """Raise ValueError unless every id (tensor, array or list of integers, any shape) lies in 0..vocab_size - 1."""
-    a = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-    if a.size:
-        check(a.dtype.kind in "iu", f"token ids of type {a.dtype}", "ids are integers", "encode the text with the tokenizer first")
-        bad = int(a.min()) if a.min() < 0 else int(a.max())
-        check(0 <= bad < vocab_size, f"token id {bad}", f"the vocabulary has ids 0..{vocab_size - 1}", "use the tokenizer of these ids")
-
-
-class ByteTokenizer:
-    """Ids 0..255 are the bytes of UTF-8, 256 ends a document."""
-    name, vocab_size, eot = "byte", 257, 256
-
-    def encode(self, text: str) -> list[int]:
-        """Bytes of the text; never eot. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
-        return list(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8"))
-
-    def decode(self, ids) -> str:
-        """Text of the ids; eot gives nothing, invalid UTF-8 gives U+FFFD. ValueError for an id outside 0..256."""
-        ids = [int(i) for i in ids]
-        check_ids(ids, self.vocab_size)
-        return bytes(i for i in ids if i != self.eot).decode("utf-8", "replace")
-
-
-class TiktokenTokenizer:
-    """Any tiktoken.Encoding. eot: id of its end-of-document token, a special one; by default that of <|endoftext|>."""
-
-    def __init__(self, encoding, name: str | None = None, eot: int | None = None):
-        self.encoding, self.name, self.vocab_size = encoding, name or encoding.name, encoding.n_vocab
-        try:
-            self.eot = encoding.encode_single_token("<|endoftext|>") if eot is None else int(eot)
-        except KeyError:
-            raise ValueError(f"tokenizer {self.name} has no <|endoftext|>: documents need an end token; name its id with eot=") from None
-        check(encoding.is_special_token(self.eot), f"tokenizer {self.name} with eot={self.eot}", "text could encode to it",
-              "give the id of a special token")
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text; the spelling of a special token is ordinary text, so eot never comes out."""
-        return self.encoding.encode_ordinary(text)
-
-    def decode(self, ids) -> str:
-        """Text of the ids; eot gives nothing, invalid UTF-8 gives U+FFFD. ValueError for an id that is not in the vocabulary."""
-        ids = [int(i) for i in ids]
-        check_ids(ids, self.vocab_size)
-        try:
-            return self.encoding.decode([i for i in ids if i != self.eot], errors="replace")
-        except KeyError as e:  # a hole in the numbering
-            raise ValueError(f"token id {one_line(e)}: {self.name} has no such token; use the tokenizer of these ids") from None
-
-
-def get_tokenizer(name: str):
-    """The tokenizer `byte` or `gpt2`. ValueError for another name, or if tiktoken or its vocabulary cannot be had."""
-    check(name in ("byte", "gpt2"), f"tokenizer={name!r}", "one of byte, gpt2", "choose one")
-    if name == "byte":
-        return ByteTokenizer()
-    try:
-        import tiktoken  # here, so that the default needs neither the package nor the network
-        return TiktokenTokenizer(tiktoken.get_encoding("gpt2"), "gpt2")
-    except (ImportError, OSError, ValueError) as e:
-        raise ValueError(f"tokenizer='gpt2': tiktoken or its vocabulary cannot be loaded ({one_line(e)}); pip install tiktoken, go online "
-                         "once, or set TIKTOKEN_CACHE_DIR to a folder that has the vocabulary, or use --tokenizer=byte") from None
+    if splits is None:
+        docs = [d for d in docs if d]
+        train, val = split_documents(docs, cfg.val_fraction)
+        splits = {"train": train, "val": val, "all": docs}
+    return {s: [detokenize(d) for d in docs] for s, docs in splits.items()} if cfg.detokenize else splits
 
 
 # -- token files
@@ -363,28 +312,36 @@ class Corpus:
 def _token_path(corpus: str, cfg: DataConfig, tokenizer, content: str, sample: str, split: str) -> Path:
     # ids of a probe tell apart tokenizers that share name and size but not their merges or their splitting pattern
     probe = tokenizer.encode("A probe:\n\tdef naïve(x): return x**2  # = Wiki = @-@ 1,234.5 it's 字 🙂\r\n  END " + sample)
-    parts = [RULES, corpus, tokenizer.name, tokenizer.vocab_size, tokenizer.eot, probe, cfg.val_fraction, content]
+    parts = [RULES, corpus, tokenizer.name, tokenizer.vocab_size, tokenizer.eot, tokenizer.bos, probe, cfg.val_fraction, cfg.detokenize, content]
     key = hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:16]
     label = re.sub(r"[^A-Za-z0-9.-]", "_", f"{corpus.split(':')[0]}-{tokenizer.name}"[:60])
     return cache_dir(cfg) / f"{label}-{split}-{key}.tok"
 
 
-def prepare(corpus: str, cfg: DataConfig, tokenizer) -> Corpus:
-    """Token files of a corpus (a name of config.CORPORA or text:PATH), built on first use under cache_dir(cfg), checked on every use.
-    ValueError as for documents, write_tokens and open_tokens: in particular a damaged file is named, not silently replaced."""
+def prepare_splits(corpus: str, cfg: DataConfig, tokenizer, splits: Sequence[str]) -> list[TokenFile]:
+    """Token files of some splits of a corpus (a name of config.CORPORA or text:PATH), built on first use under cache_dir(cfg), checked on
+    every use. ValueError as for documents, write_tokens and open_tokens: in particular a damaged file is named, not silently replaced."""
     check_corpus(corpus)
     docs, content = None, PINNED[corpus][1] if corpus in PINNED else ""  # this hash defines the text: ready files need no download
     if not content:
         docs = documents(corpus, cfg)
         content = hashlib.sha256(b"".join(hashlib.sha256(d.encode("utf-8")).digest() for s in docs for d in docs[s])).hexdigest()
     sample = docs["train"][0][:4096] if docs else ""
-    paths = {s: _token_path(corpus, cfg, tokenizer, content, sample, s) for s in ("train", "val")}
     label = f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
-    for split, path in paths.items():
+    first, files = [] if tokenizer.bos is None else [tokenizer.bos], []
+    for split in splits:
+        path = _token_path(corpus, cfg, tokenizer, content, sample, split)
         if not path.exists():
             docs = docs or documents(corpus, cfg)
-            write_tokens(path, ([*tokenizer.encode(d), tokenizer.eot] for d in docs[split]), tokenizer, label, split)
-    return Corpus(**{s: open_tokens(p, tokenizer) for s, p in paths.items()})
+            check(split in docs, f"split={split!r} of {corpus}", f"it has {', '.join(docs)}", "choose one of them")
+            write_tokens(path, ([*first, *tokenizer.encode(d), tokenizer.eot] for d in docs[split]), tokenizer, label, split)
+        files.append(open_tokens(path, tokenizer))
+    return files
+
+
+def prepare(corpus: str, cfg: DataConfig, tokenizer) -> Corpus:
+    """The training and validation splits of a corpus: see prepare_splits."""
+    return Corpus(*prepare_splits(corpus, cfg, tokenizer, ("train", "val")))
 
 
 # -- batches

@@ -7,6 +7,7 @@ Cache bytes are those of the tensors a packed cache holds after one sequence, ma
 Writes results.json and report.png into the folder and ends with one JSON line.
 
     python eval.py --out_dir=out/... --methods=dense,value_groups --budgets=0.25,0.5,0.75
+    python eval.py --init_from=model.gguf --tasks=continuation --methods=dense,value_groups --bases=native,pca,output --groups=4,8,16
 """
 from __future__ import annotations
 
@@ -14,23 +15,25 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
-from config import AdapterConfig, DataConfig, EvalConfig, KVConfig, comma_list, count_kept, exit_on_bad_input, parse_args
+from config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, check, comma_list, count_kept, exit_on_bad_input, parse_args
 
+CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "data": DataConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    ARGS = parse_args({"eval": EvalConfig, "kv": KVConfig, "data": DataConfig}, description=__doc__.splitlines()[0])
+    ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
 
 import torch
 from torch import Tensor
 
 import checkpoint
 import kv_router
-from data import batch, prepare, sequential
+from data import TokenFile, batch, prepare_splits, sequential
 from lora import count_trainable
 from model import Transformer, evaluating, lm_loss
-from pretrained import Run, autocast, load_run, pick_device
+from pretrained import Run, autocast, check_weights, is_foreign, load_run, pick_device
 
 
 def mean_loss(model: Transformer, x: Tensor, y: Tensor, batch_size: int, dtype: str = "float32") -> float:
@@ -44,14 +47,64 @@ def mean_loss(model: Transformer, x: Tensor, y: Tensor, batch_size: int, dtype: 
     return total / len(x)
 
 
-def cache_bytes(model: Transformer, x: Tensor) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean next-token loss over x, y (n, T) int64, decode mode."""
+    x: Tensor
+    y: Tensor
+    metric = "perplexity"
+
+    @property
+    def n(self) -> int:
+        return self.x.numel()
+
+    @property
+    def stored(self) -> Tensor:
+        """Sequences whose cache is measured."""
+        return self.x[:4]
+
+    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
+        return math.exp(mean_loss(model, self.x, self.y, batch_size, dtype))
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Mean loss in nats of the text that follows a compressed context, through the packed cache.
+
+    x (n, T) int64: T - query - last tokens of context, processed exactly and then compressed; `query` tokens that stay whole; `last`
+    tokens that read both and whose loss it is (the first of them is predicted by nobody). The paths' tail must be `query`."""
+    x: Tensor
+    query: int
+    last: int
+    metric = "loss"
+
+    @property
+    def n(self) -> int:
+        return len(self.x) * (self.last - 1)
+
+    @property
+    def stored(self) -> Tensor:
+        return self.x[:4, :-self.last]
+
+    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
+        device, total = model.norm.weight.device, 0.0
+        with evaluating(model), autocast(device, dtype):
+            for i in range(0, len(self.x), batch_size):
+                x = self.x[i:i + batch_size].to(device)
+                cache = model.new_cache(*x.shape)
+                model(x[:, :-self.last], cache, last_only=True)
+                logits = model(x[:, -self.last:], cache)
+                total += lm_loss(logits[:, :-1], x[:, 1 - self.last:]).item() * len(x)
+        return total / len(self.x)
+
+
+def cache_bytes(model: Transformer, x: Tensor, dtype: str = "float32") -> tuple[int, int]:
     """(bytes held, bytes a dense cache holds) after prefilling x (B, T) int64 into caches of exactly that length, all layers."""
     device = model.norm.weight.device
-    cache = model.new_cache(len(x), x.size(1))
-    with evaluating(model):
+    with evaluating(model), autocast(device, dtype):
+        cache = model.new_cache(len(x), x.size(1))
         model(x.to(device), cache, last_only=True)
-    item = model.embed_tokens.weight.element_size()
-    return cache.nbytes(), 2 * item * x.numel() * model.cfg.n_kv_head * model.cfg.head_dim * model.cfg.n_layer
+    return cache.nbytes(), model.dense_bytes(x.numel(), cache)
 
 
 def kept_shares(model: Transformer, T: int) -> tuple[float, float]:
@@ -63,34 +116,35 @@ def kept_shares(model: Transformer, T: int) -> tuple[float, float]:
     return (mean(shares) if shares else 1.0), (sum(shares) + model.cfg.n_layer - len(shares)) / model.cfg.n_layer
 
 
-def row(model: Transformer, x: Tensor, y: Tensor, *, adapter: AdapterConfig, kv: KVConfig, seed: int, batch_size: int = 16,
+def row(model: Transformer, task: Perplexity | Continuation, *, adapter: AdapterConfig, kv: KVConfig, seed: int, batch_size: int = 16,
         dtype: str = "float32", dense_value: float | None = None, params: int | None = None) -> dict:
-    """One result: decode-mode perplexity over x, y (n, T) and what the cache holds. dense_value: perplexity with whole values."""
+    """One result: the task's value and what the cache holds. dense_value: the value with whole values."""
     start = time.time()
-    value = math.exp(mean_loss(model, x, y, batch_size, dtype))
-    held, dense = cache_bytes(model, x[:4])
+    value = task.value(model, batch_size, dtype)
+    held, dense = cache_bytes(model, task.stored, dtype)
     paths = list(kv_router.paths(model).values())
-    in_layers, in_model = kept_shares(model, x.size(1))
+    in_layers, in_model = kept_shares(model, task.stored.size(1))
     grouped = bool(paths)
-    return {"task": "perplexity", "method": "value_groups" if grouped else "dense", "adapter": adapter.adapter,
-            "basis": kv.value_basis if grouped else "native", "n_groups": kv.n_groups if grouped else 1, "prefill": "routed" if grouped else "exact",
-            "relevance": f"fixed_k:{kv.value_router}" if grouped else "none", "value_keep": paths[0].k / paths[0].S if grouped else 1.0,
-            "token_keep": 1.0, "kv_kept_layers": in_layers, "kv_kept_model": in_model, "cache_bytes": held, "dense_bytes": dense,
-            "metric": "perplexity", "value": value, "dense_value": value if dense_value is None else dense_value, "n": x.numel(), "seed": seed,
-            "seconds": round(time.time() - start, 3), "trainable_parameters": count_trainable(model) if params is None else params,
-            "rank": adapter.r if adapter.adapter != "none" else 0}
+    exact = not grouped or (kv.prefill == "exact" and isinstance(task, Continuation))
+    return {"task": type(task).__name__.lower(), "method": "value_groups" if grouped else "dense", "adapter": adapter.adapter,
+            "basis": kv.value_basis + "+" * kv.learn_basis if grouped else "native", "n_groups": kv.n_groups if grouped else 1,
+            "prefill": "exact" if exact else "routed", "relevance": f"fixed_k:{kv.value_router}" if grouped else "none",
+            "value_keep": paths[0].k / paths[0].S if grouped else 1.0, "token_keep": 1.0, "kv_kept_layers": in_layers, "kv_kept_model": in_model,
+            "cache_bytes": held, "dense_bytes": dense, "metric": task.metric, "value": value,
+            "dense_value": value if dense_value is None else dense_value, "n": task.n, "seed": seed, "seconds": round(time.time() - start, 3),
+            "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0}
 
 
-def sweep(model: Transformer, x: Tensor, y: Tensor, ks: list[int], **about) -> list[dict]:
-    """One row per K in ks, the same model with K groups kept, each with the perplexity of K = S as its dense value."""
+def sweep(model: Transformer, task: Perplexity | Continuation, ks: list[int], **about) -> list[dict]:
+    """One row per K in ks, the same model with K groups kept, each with the value of K = S as its dense value."""
     paths = list(kv_router.paths(model).values())
-    before = paths[0].k
-    kv_router.set_kept(model, paths[0].S)
-    dense = math.exp(mean_loss(model, x, y, about.get("batch_size", 16), about.get("dtype", "float32")))
+    before, S = paths[0].k, paths[0].S
+    kv_router.set_kept(model, S)
+    whole = row(model, task, **about)
     rows = []
     for k in ks:
         kv_router.set_kept(model, k)
-        rows.append(row(model, x, y, dense_value=dense, **about))
+        rows.append(whole if k == S else row(model, task, dense_value=whole["value"], **about))
     kv_router.set_kept(model, before)
     return rows
 
@@ -109,17 +163,23 @@ def kept_groups(model: Transformer, x: Tensor) -> Tensor:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as text, one line per method and setting, perplexity as mean +- standard deviation over seeds."""
+    """The rows as text, one line per method and setting, the value as mean +- standard deviation over seeds, and what it is above the
+    same model's with whole values, where that is known."""
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
-        groups.setdefault((r.get("name", r["method"]), r["n_groups"], r["value_keep"]), []).append(r)
-    lines = [f"{'row':34s} {'trainable':>10s} {'KV kept':>8s} {'whole':>7s} {'cache bytes':>12s} {'of dense':>9s} {'perplexity':>17s} {'seeds':>5s}"]
-    for (name, s, keep), rs in groups.items():
+        groups.setdefault((r["task"], r.get("name", r["method"]), r["basis"], r["n_groups"], r["value_keep"]), []).append(r)
+    speed = any("tokens_per_s" in r for r in rows)
+    lines = [f"{'row':34s} {'trainable':>10s} {'KV kept':>8s} {'whole':>7s} {'cache bytes':>14s} {'of dense':>9s} {rows[0]['metric']:>19s} "
+             f"{'over whole':>10s} {'seeds':>5s}" + (f" {'tokens/s':>9s} {'peak memory':>11s}" if speed else "")]
+    for (_, name, basis, s, keep), rs in groups.items():
         r, values = rs[0], [r["value"] for r in rs]
-        label = name if s == 1 else f"{name} S={s} K={round(keep * s)}"
+        label = name if s == 1 else f"{name} {basis} S={s} K={round(keep * s)}"
         spread = f"{mean(values):.4f} +- {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-        lines.append(f"{label:34s} {r['trainable_parameters']:>10,d} {r['kv_kept_layers']:>8.1%} {r['kv_kept_model']:>7.1%} {r['cache_bytes']:>12,d} "
-                     f"{r['cache_bytes'] / r['dense_bytes']:>9.2%} {spread:>17s} {len(values):>5d}")
+        over = f"{mean(r['value'] - r['dense_value'] for r in rs):+.4f}" if s > 1 else ""
+        fast, peak = r.get("tokens_per_s"), r.get("peak_memory_bytes")
+        cost = f" {f'{fast:,.0f}' if fast else '':>9s} {f'{peak / 2 ** 30:.2f} GiB' if peak else 'n/a' if fast else '':>11s}" if speed else ""
+        lines.append(f"{label:34s} {r['trainable_parameters']:>10,d} {r['kv_kept_layers']:>8.1%} {r['kv_kept_model']:>7.1%} "
+                     f"{r['cache_bytes']:>14,d} {r['cache_bytes'] / r['dense_bytes']:>9.2%} {spread:>19s} {over:>10s} {len(values):>5d}" + cost)
     return "\n".join(lines)
 
 
@@ -137,13 +197,15 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
         ax.set(xlabel="step", ylabel="training loss, nats per token", title=title)
     by_name: dict[str, list[dict]] = {}
     for r in rows:
-        by_name.setdefault(r.get("name", r["method"]), []).append(r)
+        if r["task"] == rows[0]["task"]:  # one task to a picture
+            by_name.setdefault(r.get("name", r["method"] if r["n_groups"] == 1 else f"{r['basis']}, S = {r['n_groups']}"), []).append(r)
     base = by_name.pop("base", []) if len(by_name) > 1 else []  # far above the others: named, not drawn
     for name, mine in by_name.items():
         mine = sorted(mine, key=lambda r: r["kv_kept_model"])
         third.plot([100 * r["kv_kept_model"] for r in mine], [r["value"] for r in mine], "o", ls="-" if "sweep" in name else "", ms=5, label=name)
-    third.set(xlabel="KV kept in the whole model, %", ylabel="validation perplexity (decode mode)",
-              title="Perplexity against KV kept" + (f" (base without adapter: {base[0]['value']:.2f})" if base else ""))
+    metric = rows[0]["metric"]
+    beside = f" (base without adapter: {base[0]['value']:.2f})" if base else ""
+    third.set(xlabel="KV kept in the whole model, %", ylabel=f"{metric} ({rows[0]['task']})", title=f"{metric.capitalize()} against KV kept{beside}")
     for ax in (first, second, third):
         if ax.lines:
             ax.legend(fontsize=8)
@@ -161,41 +223,78 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
     plt.close(fig)
 
 
+def tasks(cfg: EvalConfig, text: TokenFile, T: int) -> list[Perplexity | Continuation]:
+    """The tasks named by cfg.tasks over a token file, windows of T tokens."""
+    out = []
+    for name in comma_list(cfg.tasks):
+        if name == "perplexity":
+            out.append(Perplexity(*sequential(text, cfg.sequences, T)))
+        else:
+            check(cfg.query + cfg.continuation < T, f"query={cfg.query}, continuation={cfg.continuation} with {T} tokens",
+                  "some context must be left", "give a larger --block_size")
+            out.append(Continuation(batch(text, "continuation", cfg.seed, 0, cfg.sequences, T)[0], cfg.query, cfg.continuation))
+    return out
+
+
 def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple[list[dict], Tensor | None]:
     """The rows eval.py prints, and the masks of one sequence."""
     model, device = run.model, run.model.norm.weight.device
-    corpus = prepare(cfg.dataset or run.config["corpus"], data, run.tokenizer)
-    T = cfg.block_size or model.cfg.block_size
-    x, y = sequential(corpus.val, cfg.sequences, T)
-    about = dict(adapter=run.adapter, seed=run.config.get("seed", 0), batch_size=cfg.batch_size, dtype=cfg.dtype,
+    T = cfg.block_size or run.config.get("block_size") or (min(2048, model.cfg.block_size) if is_foreign(run.path) else model.cfg.block_size)
+    check(model.cfg.block_size >= T, f"block_size={T}", f"the model's context is {model.cfg.block_size}", "give a smaller --block_size")
+    corpus = cfg.dataset or run.config.get("corpus", "pycode")
+    text, = prepare_splits(corpus, data, run.tokenizer, [cfg.split])
+    todo = tasks(cfg, text, T)
+    about = dict(adapter=run.adapter, seed=run.config.get("seed", cfg.seed), batch_size=cfg.batch_size, dtype=cfg.dtype,
                  params=run.config.get("trainable_parameters", 0))
-    methods = comma_list(cfg.methods) or [run.kv.kv if kv_router.paths(model) else "dense"]
-    rows, masks = [], None
     trained = bool(kv_router.paths(model))
+    methods = comma_list(cfg.methods) or [run.kv.kv if trained else "dense"]
+    check(not (trained and (cfg.bases or cfg.groups)), f"bases={cfg.bases!r}, groups={cfg.groups!r}", "the run has trained ones", "leave them out")
+    rows, masks = [], None
     if "dense" in methods and not trained:
-        rows.append(row(model, x, y, kv=run.kv, **about))
-    if "value_groups" in methods or trained:
-        if not trained:  # training-free: calibrate on the training split
-            calibration = [batch(corpus.train, "calibrate", cfg.seed, i, cfg.batch_size, T)[0].to(device) for i in range(2)]
-            kv_router.fold(kv_router.attach(model, kv, calibration, cfg.seed))
-        kv = run.kv if trained else kv
-        ks = [count_kept(b, kv.n_groups) for b in comma_list(cfg.budgets)] or [kv.topk_groups]
-        rows += sweep(model, x, y, ([kv.n_groups] if "dense" in methods and trained else []) + ks, kv=kv, **about)
-        masks = kept_groups(model, x[:1])
+        rows += [row(model, task, kv=run.kv, **about) for task in todo]
+    if "value_groups" not in methods and not trained:
+        return rows, None
+    settings, calibration = [run.kv], None
+    if not trained:  # training-free: every basis with every number of groups
+        check(bool(cfg.calibrate) or cfg.split in ("val", "test"), f"split={cfg.split}", "bases would be calibrated on the text that is measured",
+              "give --calibrate=CORPUS")
+        other, = prepare_splits(cfg.calibrate or corpus, data, run.tokenizer, ["all" if cfg.calibrate else "train"])
+        windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
+        calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
+        settings = [replace(kv, value_basis=b, n_groups=s, topk_groups=max(1, s * kv.topk_groups // kv.n_groups))
+                    for b in comma_list(cfg.bases) or [kv.value_basis] for s in map(int, comma_list(cfg.groups) or [kv.n_groups])]
+    for setting in settings:
+        if not trained:
+            kv_router.attach(kv_router.detach(model), setting, calibration, cfg.seed)
+        ks = [count_kept(b, setting.n_groups) for b in comma_list(cfg.budgets)] or [setting.topk_groups]
+        ks = ([setting.n_groups] if "dense" in methods and trained else []) + ks
+        for task in todo:
+            tail = dict(kv_tail=task.query, kv_tail_block=1) if isinstance(task, Continuation) else {}
+            with kv_router.storing(model, **tail):
+                rows += sweep(model, task, ks, kv=replace(setting, **tail), **about)
+        masks = kept_groups(model, batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0])
     return rows, masks
+
+
+def results_folder(cfg: EvalConfig) -> Path:
+    """--results, else --out_dir, else a fresh folder under out/; it exists then."""
+    folder = Path(cfg.results or cfg.out_dir or f"out/eval-{time.strftime('%Y%m%d-%H%M%S')}")
+    check(not folder.exists() or folder.is_dir(), f"results={folder}", "is a file", "name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def main() -> None:
     cfg: EvalConfig = ARGS.eval
     device = pick_device(cfg.device)
-    run = load_run(cfg.out_dir, device)
+    check_weights(ARGS.base.weights, device, cfg.dtype)
+    run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
     rows, masks = evaluate(run, cfg, ARGS.kv, ARGS.data)
-    folder = Path(cfg.out_dir)
-    metrics = folder / "metrics.jsonl"
-    curves = {run.path.parent.name: checkpoint.read_jsonl(metrics if metrics.is_file() else run.path.parent / "metrics.jsonl")}
-    report(folder, rows, curves, masks)
+    folder, metrics = results_folder(cfg), [Path(cfg.out_dir) / "metrics.jsonl", run.path.parent / "metrics.jsonl"]
+    found = [m for m in metrics if m.is_file()] if cfg.out_dir else []
+    report(folder, rows, {run.path.parent.name: checkpoint.read_jsonl(found[0])} if found else {}, masks)
     checkpoint.write_json(folder / "results.json", rows)
-    print(table(rows), file=sys.stderr)
+    print(table(rows), f"\n{folder}/results.json, {folder}/report.png", file=sys.stderr)
     print(json.dumps(rows))
 
 

@@ -11,6 +11,8 @@ Beyond the paper:
   starts from a ridge regression of group energies on the layer's input, not from noise.
 * reconstructors linear in the kept groups run once per decode step, after attention: one accumulated vector per mask pattern
   (`linear`) or per dropped group (`pairwise`), instead of once per cached token (`mlp`, the paper's).
+* learn_basis: the maps into and out of the basis are trained, each for itself, so that what is read is the best linear guess of the
+  value from the groups kept. They still fold: a token is encoded once, when it is packed, and decoding stays free.
 * the packed cache: dropped groups are not stored at all. `ValueGroupPath` with a cache runs *packed*, without one *masked*; the
   logits agree (tested). Without a cache every earlier token is read as routed: decode mode, what token-by-token decoding gives.
 
@@ -24,6 +26,8 @@ Letters: B batch, T new tokens, L all tokens, H, Hkv heads, D head dimension, S 
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -33,10 +37,10 @@ from torch import Tensor
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
 from kernels import at_least_float32, mask_to_bits, top_k_mask
-from model import attend, attention_mask, evaluating
+from model import DensePath, attend, attention_mask, evaluating
 from packed_cache import PackedCache
 
-QUERY_BLOCK = 64  # queries at a time where attention weights are formed in full
+QUERY_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time where attention weights are formed in full
 
 
 # ----------------------------------------------------------------------------- value bases
@@ -237,16 +241,21 @@ def fill(kept: Tensor, rebuilt: Tensor, mask: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------- the KV path
 
 class ValueGroupPath(nn.Module):
-    """Fixed top-K value groups on one layer (eqs 4-7): routed values in training and evaluation, packed storage with a cache."""
+    """Fixed top-K value groups on one layer (eqs 4-7): routed values in training and evaluation, packed storage with a cache.
+
+    A routed value is decode(mask * encode(v)), a whole one v itself, so keeping everything is dense, exactly. Before `fold` encode is
+    v @ enc and decode @ dec; after it W_o holds dec and W_v its inverse, and encode is @ (dec enc), nothing at all while that is one."""
 
     def __init__(self, model_cfg: ModelConfig, cfg: KVConfig):
         super().__init__()
         cfg.check_model(model_cfg)
         self.cfg, self.Hkv, self.D, self.S, self.k = cfg, model_cfg.n_kv_head, model_cfg.head_dim, cfg.n_groups, cfg.topk_groups
         self.mask_heads = self.Hkv if cfg.mask_scope == "head" else 1
+        self.folded = False
+        if cfg.learn_basis:
+            self.enc, self.dec = (nn.Parameter(torch.empty(self.Hkv, self.D, self.D)) for _ in range(2))
         eye = torch.eye(self.D, dtype=torch.float64, device="cpu").repeat(self.Hkv, 1, 1)  # "cpu": paths are counted on meta tensors, too
         self.set_basis(eye, eye)
-        self.folded = False  # True once W_v and W_o hold the basis and the path need not apply it
         self.router = nn.Linear(model_cfg.n_embd, self.mask_heads * self.S) if cfg.value_router == "linear" else None
         args = (self.Hkv, self.D, self.S)
         self.reconstructor = {"zero": lambda: Zero(), "linear": lambda: LinearPerPattern(*args, self.k), "pairwise": lambda: Pairwise(*args, self.k),
@@ -255,43 +264,66 @@ class ValueGroupPath(nn.Module):
         self.last_mask: Tensor | None = None  # mask of the last uncached forward while `record` is on
         self.record = False
 
-    def set_basis(self, fwd: Tensor, bwd: Tensor) -> None:
-        """z = v @ fwd, v = z @ bwd, (Hkv, D, D). Kept in float64 beside the copies in the path's own dtype that training applies."""
-        self.basis = (fwd.double(), bwd.double())
-        like = self.fwd if hasattr(self, "fwd") else torch.empty(0)
-        self.register_buffer("fwd", fwd.to(like), persistent=False)
-        self.register_buffer("bwd", bwd.to(like), persistent=False)
+    def set_basis(self, enc: Tensor, dec: Tensor) -> None:
+        """z = v @ enc, v = z @ dec, (Hkv, D, D): inverse of each other unless learn_basis has trained them."""
+        if self.cfg.learn_basis:
+            with torch.no_grad():
+                self.enc.copy_(enc)
+                self.dec.copy_(dec)
+            return
+        self._exact = (enc.double(), dec.double())  # beside the copies in the path's own dtype that training applies
+        like = self.enc if hasattr(self, "enc") else torch.empty(0)
+        self.register_buffer("enc", enc.to(like), persistent=False)
+        self.register_buffer("dec", dec.to(like), persistent=False)
+
+    def basis(self) -> tuple[Tensor, Tensor]:
+        """The maps (Hkv, D, D) float64 into and out of the value basis."""
+        return (self.enc.detach().double(), self.dec.detach().double()) if self.cfg.learn_basis else self._exact
+
+    def fold(self, attn: nn.Module) -> None:
+        """Put the basis into the projections of `attn` around this path, in place."""
+        enc, dec = (t.to(attn.o_proj.weight.device) for t in self.basis())
+        fold_basis(attn, torch.linalg.inv(dec) if self.cfg.learn_basis else enc, dec)
+        self.folded = True
+        if self.cfg.learn_basis:
+            del self.enc, self.dec
+            self.register_buffer("enc", (dec @ enc).to(attn.o_proj.weight.dtype), persistent=False)
+
+    def encode(self, v: Tensor) -> Tensor:
+        """Values (B, Hkv, T, D) as attention gets them -> the coordinates that are cut into groups; as they are if all are kept."""
+        return v if self.k == self.S or (self.folded and not self.cfg.learn_basis) else v @ self.enc.to(v.dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """What is read of the groups, (B, Hkv, ., D), -> the space of whole values."""
+        return z if self.k == self.S or self.folded else z @ self.dec.to(z.dtype)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
         return PackedCache(batch, max_len, self.Hkv, self.D, self.cfg, self.k, like)
 
-    def scores(self, x: Tensor, v: Tensor) -> Tensor:
-        """Router logits (B, 1 or Hkv, T, S): linear on x (B, T, n_embd), the groups' energies in v (B, Hkv, T, D), or the same for all."""
+    def scores(self, x: Tensor, z: Tensor) -> Tensor:
+        """Router logits (B, 1 or Hkv, T, S): linear on x (B, T, n_embd), the groups' energies in z (B, Hkv, T, D), or the same for all."""
         if self.cfg.value_router == "static":
-            return -torch.arange(self.S, device=v.device, dtype=v.dtype).expand(v.size(0), self.mask_heads, v.size(2), -1)
+            return -torch.arange(self.S, device=z.device, dtype=z.dtype).expand(z.size(0), self.mask_heads, z.size(2), -1)
         if self.router is None:
-            return group_energy(v, self.S, self.mask_heads)
+            return group_energy(z, self.S, self.mask_heads)
         return self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S)).transpose(1, 2)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache | None = None, pad: Tensor | None = None) -> Tensor:
-        if not self.folded:  # training: adapters learn in the native basis; q is repeated per KV head, so bwd is as well
-            y = self._attend(x, q, k, v @ self.fwd, cache, pad)
-            return (y.unflatten(1, (self.Hkv, -1)) @ self.bwd.unsqueeze(1)).flatten(1, 2)
-        return self._attend(x, q, k, v, cache, pad)
-
-    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache | None, pad: Tensor | None) -> Tensor:
-        """The attention output in the value basis, v in it too."""
-        logits = self.scores(x, v)
+        if self.k == self.S and cache is None and not self.record:
+            self.aux_loss = None  # whole values: nothing to rebuild
+            return attend(q, k, v, pad)
+        z = self.encode(v)
+        logits = self.scores(x, z)
         mask = top_k_mask(logits.detach(), self.k)  # (B, 1 or Hkv, T, S)
         if cache is not None:
-            return self._packed(q, k, v, mask, cache, pad)
+            return self._packed(q, k, v, z, mask, cache, pad)
         if self.record:
             self.last_mask = mask
         if self.training and torch.is_grad_enabled():
-            self.aux_loss = self._aux(logits, mask, v)
+            self.aux_loss = self._aux(logits, mask, z)
         if self.k == self.S:
             return attend(q, k, v, pad)
-        routed = self._routed(logits, mask, v)
+        routed = self.decode(self._routed(logits, mask, z))
         if self.cfg.kv_tail:
             return self._tailed(q, k, v, routed, pad)
         return attend(q, k, routed, pad)
@@ -303,8 +335,9 @@ class ValueGroupPath(nn.Module):
         n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
         visible, whole = attention_mask(T, T, pad, q.device), self._whole(T, n_pad, torch.zeros_like(n_pad))
         reach, lost, parts = self.cfg.kv_tail + self.cfg.kv_tail_block - 1, v - routed, []
-        for a in range(0, T, QUERY_BLOCK):
-            b, near = min(a + QUERY_BLOCK, T), max(0, a - reach)  # keys before `near` are compressed for every query of the block
+        step = QUERY_BLOCK[q.device.type]
+        for a in range(0, T, step):
+            b, near = min(a + step, T), max(0, a - reach)  # keys before `near` are compressed for every query of the block
             p = self._weights(q[:, :, a:b], k[:, :, :b], visible[..., a:b, :b])
             far, close = p.split([near, b - near], -1)
             kept_whole = close * whole[..., a:b, near:b].repeat(1, 1, H // self.Hkv, 1)
@@ -312,32 +345,34 @@ class ValueGroupPath(nn.Module):
             parts.append(y.view(B, H, b - a, D))
         return torch.cat(parts, 2)
 
-    def _routed(self, logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
-        """v with dropped groups rebuilt. Router and reconstructor are constants to the loss, unless lm_to_router."""
-        kept = v * spread(mask, self.D)
+    def _routed(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+        """z with dropped groups rebuilt. Router and reconstructor are constants to the loss, unless lm_to_router."""
+        kept = z * spread(mask, self.D)
         if self.cfg.lm_to_router and self.router is not None and self.training:
             m = spread(_straight_through(logits, mask), self.D)
-            return m * v + (1 - m) * self.reconstructor(kept, mask)
+            return m * z + (1 - m) * self.reconstructor(kept, mask)
         if self.cfg.lm_to_router:
             return fill(kept, self.reconstructor(kept, mask), mask)
         constants = {n: p.detach() for n, p in self.reconstructor.named_parameters()}
         return fill(kept, torch.func.functional_call(self.reconstructor, constants, (kept, mask)), mask)
 
-    def _aux(self, logits: Tensor, mask: Tensor, v: Tensor) -> Tensor:
-        """L_aux = MSE(rebuilt V, V), V detached (eq 15); gradients reach the router straight through top-K, and the reconstructor."""
-        v = v.detach()
-        rebuilt = self.reconstructor(v * spread(mask, self.D), mask)
+    def _aux(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+        """L_aux = MSE(rebuilt V, V), V detached (eq 15), in the value basis; gradients reach the router straight through top-K, and the
+        reconstructor."""
+        z = z.detach()
+        rebuilt = self.reconstructor(z * spread(mask, self.D), mask)
         m = spread(_straight_through(logits, mask) if self.router is not None else mask, self.D)
-        return F.mse_loss(m * v + (~m if m.dtype == torch.bool else 1 - m) * rebuilt, v)
+        return F.mse_loss(m * z + (~m if m.dtype == torch.bool else 1 - m) * rebuilt, z)
 
-    def _packed(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cache: PackedCache, pad: Tensor | None) -> Tensor:
-        """Attention over the cache and the T new tokens, which are appended to it."""
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, cache: PackedCache, pad: Tensor | None) -> Tensor:
+        """Attention over the cache and the T new tokens (v whole, z encoded), which are appended to it."""
         B, T = q.size(0), q.size(2)
         n_old = cache.n_packed + cache.n_tail
         n_pad = torch.zeros_like(n_old) if pad is None else (pad - cache.columns).clamp(0, T)
         old_k, old_v, old_mask = cache.unpack()
         N = old_k.size(2)
-        old = (torch.arange(N, device=q.device) < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
+        at = torch.arange(N, device=q.device)
+        old = (at < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
         visible = torch.cat((old, attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)), -1)
         exact = self.cfg.prefill == "exact" and T > 1
         whole = None
@@ -345,9 +380,11 @@ class ValueGroupPath(nn.Module):
             new = self._whole(T, n_pad, n_old) if not exact else torch.ones(B, 1, T, T, dtype=torch.bool, device=q.device)
             boundary = self.compressed(n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None])  # (B, T)
             boundary = cache.n_packed[:, None].expand(-1, T) if exact else boundary.maximum(cache.n_packed[:, None])
-            whole = torch.cat((torch.arange(N, device=q.device) >= boundary[:, None, :, None], new), -1)
-        y = self._read(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), torch.cat((old_mask, mask), 2), visible, whole)
-        cache.append(k, v, mask, n_pad)
+            whole = torch.cat((at >= boundary[:, None, :, None], new), -1)
+        packed = (at < cache.n_packed[:, None])[:, None, :, None]  # rows hold encoded values already, the tail whole ones
+        groups = torch.cat((torch.where(packed, old_v, self.encode(old_v)), z), 2)
+        y = self._read(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), groups, torch.cat((old_mask, mask), 2), visible, whole)
+        cache.append(k, v, mask, n_pad, self.encode)
         cache.columns += T
         return y
 
@@ -360,13 +397,14 @@ class ValueGroupPath(nn.Module):
         own = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]  # (B, T) token number
         return (own[:, None, :] >= self.compressed(own + 1)[:, :, None])[:, None]
 
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, visible: Tensor, whole: Tensor | None) -> Tensor:
-        """Attention of q (B, H, T, D) over L tokens: routed values, except whole ones where `whole`. visible, whole (B, 1, T, L) bool."""
-        p, kept = self._weights(q, k, visible), v * spread(mask, self.D)
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, visible: Tensor, whole: Tensor | None) -> Tensor:
+        """Attention of q (B, H, T, D) over L tokens: routed values from the groups z, except whole ones, v, where `whole`.
+        visible, whole (B, 1, T, L) bool."""
+        p, kept = self._weights(q, k, visible), z * spread(mask, self.D)
         if whole is None:
-            return self.reconstructor.read(p, kept, mask).view(q.shape)
+            return self.decode(self.reconstructor.read(p, kept, mask)).view(q.shape)
         whole = whole.repeat(1, 1, q.size(1) // self.Hkv, 1)
-        return (self.reconstructor.read(p * ~whole, kept, mask) + (p * whole) @ v).view(q.shape)
+        return (self.decode(self.reconstructor.read(p * ~whole, kept, mask)) + (p * whole) @ v).view(q.shape)
 
     def _weights(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         """Attention weights of q (B, H, T, D) over k (B, Hkv, L, D) where visible (B or 1, 1, T, L): (B, Hkv, n*T, L), query heads in turn."""
@@ -396,11 +434,11 @@ class _Observe(nn.Module):
 
     def __init__(self, inner: nn.Module, path: ValueGroupPath):
         super().__init__()
-        self.inner, self.S, self.mask_heads, self.fwd = inner, path.S, path.mask_heads, path.fwd
+        self.inner, self.S, self.mask_heads, self.enc = inner, path.S, path.mask_heads, path.enc
         self.cov, self.xx, self.xe = 0.0, 0.0, 0.0
 
     def forward(self, x, q, k, v, cache=None, pad=None):
-        w = (v @ self.fwd).double()
+        w = (v @ self.enc.to(v.dtype)).double()
         self.cov = self.cov + torch.einsum("bhtd,bhte->hde", w, w)
         ones = torch.cat((x, torch.ones_like(x[..., :1])), -1).double().flatten(0, 1)  # (B*T, n_embd + 1)
         e = group_energy(w, self.S, self.mask_heads).transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
@@ -419,7 +457,8 @@ def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None,
         return model
     cfg.check_model(model.cfg)
     chosen = [model.layers[i].self_attn for i in cfg.layers(model.cfg.n_layer)]
-    paths = [ValueGroupPath(model.cfg, cfg).to(model.norm.weight.device, model.norm.weight.dtype) for _ in chosen]
+    dtype = at_least_float32(model.norm.weight).dtype  # what is trained is never narrower than that
+    paths = [ValueGroupPath(model.cfg, cfg).to(model.norm.weight.device, dtype) for _ in chosen]
     if batches is not None:
         for i, (attn, seen) in enumerate(zip(chosen, _observe(model, chosen, paths, batches), strict=True)):
             paths[i].set_basis(*value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i))
@@ -431,6 +470,27 @@ def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None,
     for attn, path in zip(chosen, paths, strict=True):
         attn.kv_path = path
     return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Put whole values back into a model whose bases are not folded, in place. Returns the model."""
+    for name, path in paths(model).items():
+        check(not path.folded, f"{name}", "its basis is folded into the weights", "load the base anew")
+        model.get_submodule(name.rsplit(".", 1)[0]).kv_path = DensePath(path.Hkv, path.D)
+    return model
+
+
+@contextmanager
+def storing(model: nn.Module, **changes):
+    """Inside the `with` every value-group path stores by a KVConfig changed so (kv_tail, kv_tail_block, prefill)."""
+    before = {p: p.cfg for p in paths(model).values()}
+    for p, cfg in before.items():
+        p.cfg = replace(cfg, **changes)
+    try:
+        yield
+    finally:
+        for p, cfg in before.items():
+            p.cfg = cfg
 
 
 def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[_Observe]:
@@ -484,11 +544,11 @@ def aux_loss(model: nn.Module) -> Tensor | float:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that attach added, basis included, under its name in the model."""
+    """Everything that attach added, basis included (float64), under its name in the model. Not for a folded model."""
     out = {}
     for name, path in paths(model).items():
-        out[f"{name}.basis_fwd"], out[f"{name}.basis_bwd"] = path.basis
-        out.update({f"{name}.{k}": p for k, p in path.named_parameters()})
+        out[f"{name}.basis_fwd"], out[f"{name}.basis_bwd"] = path.basis()
+        out.update({f"{name}.{k}": p for k, p in path.named_parameters() if k not in ("enc", "dec")})
     return out
 
 
@@ -501,18 +561,16 @@ def load_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
     check(not extra, "value-group state", f"unexpected: {', '.join(extra)}", "load it with the kv_layers it was trained with")
     for name, path in paths(model).items():
         fwd, bwd = saved.get(f"{name}.basis_fwd"), saved.get(f"{name}.basis_bwd")
-        fits = fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.basis[0].shape
-        check(fits, f"value-group state without a fitting basis for {name}",
-              f"two tensors of shape {tuple(path.basis[0].shape)}", "load the file it was trained with")
+        fits = fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.enc.shape
+        check(fits, f"value-group state without a fitting basis for {name}", f"two tensors of shape {tuple(path.enc.shape)}",
+              "load the file it was trained with")
         path.set_basis(fwd, bwd)
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
-    """Fold every path's basis into the projections around it, adapters included, in place: the same logits, no run-time cost."""
+    """Fold every path's basis into the projections around it, adapters included, in place: the same logits, no cost when decoding."""
     for name, path in paths(model).items():
         if not path.folded:
-            attn, (fwd, bwd) = model.get_submodule(name.rsplit(".", 1)[0]), path.basis
-            fold_basis(attn, fwd.to(attn.o_proj.weight.device), bwd.to(attn.o_proj.weight.device))
-            path.folded = True
+            path.fold(model.get_submodule(name.rsplit(".", 1)[0]))
     return model

@@ -43,10 +43,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_table(n: int, dim: int, theta: float, device=None) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/dim), both (n, dim/2) float32, computed in float64."""
-    freq = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    angle = torch.arange(n, dtype=torch.float64, device=device)[:, None] * freq
+def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, both (block_size, D/2) float32, computed in float64.
+
+    Frequency i is theta^(-2i/D). With rope_factor > 1 (Llama 3) one that turns fewer than rope_low_freq times in rope_original
+    tokens is divided by the factor, one that turns more than rope_high_freq times stays, and in between the two are blended."""
+    D = cfg.head_dim
+    freq = cfg.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64, device=device) / D)  # (D/2,)
+    turns = cfg.rope_original * freq / (2 * math.pi)
+    stay = ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
+    freq = freq * (stay + (1 - stay) / cfg.rope_factor)
+    angle = torch.arange(cfg.block_size, dtype=torch.float64, device=device)[:, None] * freq
     return angle.cos().float(), angle.sin().float()
 
 
@@ -222,7 +229,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta)
+        cos, sin = rope_table(cfg)  # real on the CPU even while the parameters are built on the meta device
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.apply(self._init)
@@ -238,9 +245,18 @@ class Transformer(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def new_cache(self, batch: int, max_len: int, pad: Tensor | None = None, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `batch` rows of at most max_len columns; pad (B,) int64 counts each row's left padding."""
-        like = self.norm.weight.new_empty(0, dtype=dtype or self.embed_tokens.weight.dtype)
+        """An empty cache for `batch` rows of at most max_len columns; pad (B,) int64 counts each row's left padding. dtype: that of the
+        weights, or under autocast the one computed in."""
+        device = self.norm.weight.device.type
+        if dtype is None:
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embed_tokens.weight.dtype
+        like = self.norm.weight.new_empty(0, dtype=dtype)
         return KVCache([b.self_attn.kv_path.new_cache(batch, max_len, like) for b in self.layers], pad)
+
+    def dense_bytes(self, n_tokens: int, cache: KVCache) -> int:
+        """Bytes of all keys and values of n_tokens, kept whole in the dtype of `cache`."""
+        item = next(t for t in cache.layers[0].tensors().values() if t.is_floating_point()).element_size()
+        return 2 * item * n_tokens * self.cfg.n_kv_head * self.cfg.head_dim * self.cfg.n_layer
 
     def _rope(self, start: int, T: int, pad: Tensor | None) -> tuple[Tensor, Tensor]:
         if start + T > self.cfg.block_size:

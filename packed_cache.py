@@ -8,6 +8,7 @@ Letters: B sequences, Hkv KV heads, Hm mask heads (1 or Hkv), D head dimension, 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -107,8 +108,9 @@ class PackedCache:
         inside = number - first  # (B, Hm, N, S)
         return self._segment(self.Hkv, self.cap * self.k)[..., None] + (offset.unsqueeze(-1) + inside)
 
-    def append(self, k: Tensor, v: Tensor, mask: Tensor, n_pad: Tensor) -> None:
-        """Take T new tokens: k, v (B, Hkv, T, D), mask (B, 1 or Hkv, T, S) bool; the first n_pad (B,) of each row are padding."""
+    def append(self, k: Tensor, v: Tensor, mask: Tensor, n_pad: Tensor, encode: Callable[[Tensor], Tensor] = lambda v: v) -> None:
+        """Take T new tokens: k, v (B, Hkv, T, D), mask (B, 1 or Hkv, T, S) bool; the first n_pad (B,) of each row are padding.
+        encode: what a value (B, Hkv, W, D) goes through when it is compressed, before its groups are taken."""
         n_new = k.size(2) - n_pad
         count = self.n_tail + n_new  # tokens not yet compressed
         seen = self.n_packed + count
@@ -126,14 +128,14 @@ class PackedCache:
         bits = left_align(self.tail_bits.unsqueeze(-1), mask_to_bits(mask).unsqueeze(-1)).squeeze(-1)  # (B, Hm, width)
         k, v = left_align(self.tail_k, k), left_align(self.tail_v, v)
         goes = total - self.n_packed  # (B,) tokens that are compressed now
-        self._pack(k, v, bits, goes)
+        self._pack(k, v, bits, goes, encode)
         self.n_tail = count - goes
         stays = valid & (slot >= goes[:, None])
         b, s = stays.nonzero(as_tuple=True)
         to = s - goes[b]
         self.tail_k[b, :, to], self.tail_v[b, :, to], self.tail_bits[b, :, to] = k[b, :, s], v[b, :, s], bits[b, :, s]
 
-    def _pack(self, k: Tensor, v: Tensor, bits: Tensor, goes: Tensor) -> None:
+    def _pack(self, k: Tensor, v: Tensor, bits: Tensor, goes: Tensor, encode: Callable[[Tensor], Tensor]) -> None:
         """Compress the first goes (B,) tokens of the left-aligned k, v (B, Hkv, W, D), bits (B, Hm, W)."""
         width = int(goes.max()) if self.B else 0
         if width == 0:
@@ -151,7 +153,7 @@ class PackedCache:
         number = rows_before.unsqueeze(-1) + row_numbers(mask)  # (B, Hm, width, S)
         kept = mask.expand(-1, self.Hkv, -1, -1)
         index = (self._segment(self.Hkv, self.cap * self.k)[..., None] + number)[kept]
-        self.rows[index] = v[:, :, :width].unflatten(-1, (self.S, -1))[kept]
+        self.rows[index] = encode(v[:, :, :width]).unflatten(-1, (self.S, -1))[kept]
         starts = mine & (at % TILE == 0)
         self.tile_rows[(self._segment(self.mask_heads, -(-self.cap // TILE)) + at // TILE)[starts]] = number[..., 0][starts].int()
         self.n_packed = self.n_packed + goes

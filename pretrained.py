@@ -1,27 +1,45 @@
-"""Models in and out of folders: what a run of train.py left, put together again.
+"""Real weights and their tokenizers, in and out; and what a run of train.py left, put together again.
 
-A checkpoint folder holds model.safetensors (a base) or adapter.safetensors (adapters, value routers and bases, with the path of
-the base they belong to), config.json and a manifest. `load_run` takes a checkpoint, a stage or a run folder.
+In: a Hugging Face folder (config.json, .safetensors, tokenizer.json), a .gguf file, or hf:ORG/NAME from the hub. Llama (SmolLM2,
+Llama 3's RoPE scaling), Qwen2 and Qwen2.5 (bias on q, k, v), Mistral. Every tensor's name and shape is checked; what is missing,
+unexpected or not supported is refused by name. Tensors go one by one into a model without storage, so that loading needs the
+model's size and one tensor. Out: `export`, a folder that transformers loads with equal logits.
 
-    from pretrained import load_run
-    run = load_run("out/...")
-    run.model, run.tokenizer
+A checkpoint folder of ours holds model.safetensors (a base) or adapter.safetensors (adapters, value routers and bases, with the
+base they belong to), config.json and a manifest. `load_run` takes any of all these.
+
+    python pretrained.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf --to=out/smollm2
 """
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from config import BaseConfig, ExportConfig, exit_on_bad_input, parse_args
+
+CONFIGS = {"export": ExportConfig, "base": BaseConfig}
+if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
+    ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
+
+import numpy as np
 import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoint
 import kv_router
 import lora
-from config import AdapterConfig, KVConfig, ModelConfig, check, from_dict
-from data import get_tokenizer
+from config import AdapterConfig, KVConfig, ModelConfig, check, from_dict, to_dict
 from model import Transformer
+from tokenizer import definition_from_gguf, from_definition, get_tokenizer, one_line
 
 
 def pick_device(name: str) -> torch.device:
@@ -35,10 +53,20 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def in_bfloat16(device: torch.device, dtype: str) -> bool:
+    """Whether --dtype computes in bfloat16 on this device."""
+    return dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
 def autocast(device: torch.device, dtype: str):
     """The context in which the model computes: bfloat16 autocast, or float32 as it is. auto: bfloat16 on a GPU that has it."""
-    use = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16, enabled=use)
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, dtype))
+
+
+def check_weights(weights: str, device: torch.device, dtype: str) -> None:
+    """Raise ValueError where weights held in bfloat16 would meet a computation in float32."""
+    check(weights == "float32" or in_bfloat16(device, dtype), f"weights={weights} with dtype={dtype} on {device.type}",
+          "they need computing in bfloat16", "give --dtype=bfloat16 or --weights=float32")
 
 
 def model_state(model: Transformer) -> dict[str, Tensor]:
@@ -65,14 +93,16 @@ def load_added_state(model: Transformer, saved: dict[str, Tensor]) -> None:
 
 @dataclass
 class Run:
-    """A loaded model and where it came from. base: the base checkpoint's folder, for an adapted model."""
+    """A loaded model and where it came from. base: the base checkpoint's folder or the pretrained model's files, as a later load
+    needs it; base_sha256: of its weights."""
     model: Transformer
     tokenizer: object
     path: Path
     config: dict
     adapter: AdapterConfig
     kv: KVConfig
-    base: Path
+    base: str
+    base_sha256: str
 
 
 def find_checkpoint(folder: str | os.PathLike) -> Path:
@@ -95,29 +125,386 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     raise ValueError(f"{folder}: no usable checkpoint ({'; '.join(why) or f'stages found: {names}'}); give a stage's folder")
 
 
-def load_run(folder: str | os.PathLike, device: torch.device | str = "cpu") -> Run:
-    """Load base, value groups and adapters of a checkpoint, stage or run folder. ValueError names what is damaged or does not fit."""
-    path = find_checkpoint(folder)
+def load_run(where: str | os.PathLike, device: torch.device | str = "cpu", *, base: str = "", weights: str = "float32", block_size: int = 0,
+             revision: str = "") -> Run:
+    """Base, value groups and adapters of a checkpoint, stage or run folder of ours, or a pretrained model (see load_pretrained).
+
+    base: where the base of an adapter lies now, if it was moved. ValueError names what is damaged or does not fit."""
+    options = dict(weights=weights, block_size=block_size, revision=revision)
+    if is_foreign(where):
+        return load_pretrained(where, device, **options)
+    path = find_checkpoint(where)
     ckpt = checkpoint.load(path)
     entries = {"model", "tokenizer", "adapter", "kv"}
     check(entries <= set(ckpt.config), f"{path}/config.json", f"lacks {sorted(entries - set(ckpt.config))}", "was it written by train.py?")
-    model = Transformer(from_dict(ModelConfig, ckpt.config["model"]))
     adapter, kv = from_dict(AdapterConfig, ckpt.config["adapter"]), from_dict(KVConfig, ckpt.config["kv"])
-    base = path
-    if "base" in ckpt.config:
-        base = Path(os.path.normpath(path / ckpt.config["base"]))
-        check(base.is_dir(), f"{path} adapts {base}", "that folder is gone", "move base and adapter together")
-        base_ckpt = checkpoint.load(base)
-        found = checkpoint.tensor_hash(base)
-        check(found == ckpt.config["base_sha256"], f"{base}/model.safetensors has sha256 {found[:12]}...",
-              f"{path} was trained on {ckpt.config['base_sha256'][:12]}...", "give the base it was trained on")
-        load_model_state(model, base_ckpt.tensors["model"], str(base))
-    else:
+    if "base" not in ckpt.config:
+        model = Transformer(from_dict(ModelConfig, ckpt.config["model"]))
         load_model_state(model, ckpt.tensors.get("model", {}), str(path))
-    model.to(device)
-    if "adapter" in ckpt.tensors:
-        kv_router.attach(model, kv)
-        lora.attach(model, adapter)
-        load_added_state(model, ckpt.tensors["adapter"])
-        kv_router.fold(model)
-    return Run(model.eval(), get_tokenizer(ckpt.config["tokenizer"]), path, ckpt.config, adapter, kv, base)
+        model.to(device, getattr(torch, weights))
+        return Run(model.eval(), get_tokenizer(ckpt.config["tokenizer"]), path, ckpt.config, adapter, kv, str(path), checkpoint.tensor_hash(path))
+    below = _load_base(path, ckpt.config, base, device, options)
+    kv_router.attach(below.model, kv)
+    lora.attach(below.model, adapter)
+    load_added_state(below.model, ckpt.tensors.get("adapter", {}))
+    kv_router.fold(below.model)
+    return Run(below.model.eval(), below.tokenizer, path, ckpt.config, adapter, kv, below.base, below.base_sha256)
+
+
+def _load_base(path: Path, config: dict, moved: str, device: torch.device | str, options: dict) -> Run:
+    """The base that the adapter in `path` belongs to, from where its config says or from `moved`; its weights must be the same."""
+    where, at = moved or config["base"], ""
+    if where.startswith("hf:"):
+        where, _, at = where.partition("@")
+    elif not moved and not os.path.isabs(where):
+        where = os.path.normpath(path / where)
+    check(where.startswith("hf:") or Path(where).exists(), f"{path} adapts {where}", "that is gone",
+          "move base and adapter together, or say where it is with --init_from")
+    run = load_run(where, device, **{**options, "revision": at or options["revision"]})
+    check(run.base_sha256 == config["base_sha256"], f"{where}: the weights have sha256 {run.base_sha256[:12]}...",
+          f"{path} was trained on {config['base_sha256'][:12]}...", "give the base it was trained on")
+    return run
+
+
+def base_reference(run: Run, folder: Path) -> str:
+    """How an adapter in folder/step-* names its base: one of our checkpoints by relative path, a model's files by absolute path."""
+    return os.path.relpath(run.path.resolve(), (folder / "x").resolve()) if (run.path / checkpoint.MANIFEST).is_file() else run.base
+
+
+# ----------------------------------------------------------------------------- a model's own files
+
+SUPPORTED = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+def is_foreign(where: str | os.PathLike) -> bool:
+    """True for what another project wrote: hf:ORG/NAME, a .gguf file, a folder with a config.json and no manifest of ours."""
+    path = Path(where)
+    return str(where).startswith("hf:") or path.suffix == ".gguf" or (
+        (path / "config.json").is_file() and not (path / checkpoint.MANIFEST).exists() and "model_type" in _json(path / "config.json"))
+
+
+def _json(path: Path) -> dict:
+    try:
+        d = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as JSON ({one_line(e)}): a model's folder needs it; copy the folder again") from None
+    check(isinstance(d, dict), f"{path}", "holds no JSON object", "copy the folder again")
+    return d
+
+
+def model_config(d: dict, where: str, context: int = 0) -> ModelConfig:
+    """ModelConfig from a Hugging Face config.json's content. context: tokens wanted, 0 for all the model knows.
+
+    Raises ValueError, naming it, for an architecture or a setting that this trunk does not have."""
+    kind, do = d.get("model_type"), "use a Llama, Qwen2 or Mistral model"
+    check(kind in SUPPORTED, f"{where}: model_type={kind!r}", f"one of {', '.join(SUPPORTED)} is supported", do)
+    refused = {"quantization_config": None, "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "hidden_act": "silu"}
+    for key, only in refused.items():
+        came = d.get(key, only)
+        check(came in (only, None), f"{where}: {key}={came!r}", f"only {only!r} is supported", do)
+    try:
+        n_embd, n_head = int(d["hidden_size"]), int(d["num_attention_heads"])
+        longest = int(d["max_position_embeddings"])
+        rope = {"rope_theta": d.get("rope_theta", 10000.0), **(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
+        scaling = rope.get("rope_type", rope.get("type", "default"))
+        check(scaling in ("default", "llama3"), f"{where}: RoPE scaling {scaling!r}", "only Llama 3's is supported", do)
+        scaled = {} if scaling == "default" else dict(
+            rope_factor=float(rope["factor"]), rope_low_freq=float(rope["low_freq_factor"]), rope_high_freq=float(rope["high_freq_factor"]),
+            rope_original=int(rope["original_max_position_embeddings"]))
+        window = d.get("sliding_window") if kind == "mistral" or d.get("use_sliding_window") else None
+        check(context <= longest, f"block_size={context} with {where}", f"the model knows {longest} tokens", f"give --block_size={longest} or less")
+        context = context or longest
+        check(window is None or window >= context, f"{where}: sliding window of {window} tokens",
+              f"shorter than the context of {context}, which is not supported", f"give --block_size={window} or less")
+        return ModelConfig(
+            vocab_size=int(d["vocab_size"]), block_size=context, n_layer=int(d["num_hidden_layers"]), n_embd=n_embd, n_head=n_head,
+            n_kv_head=int(d.get("num_key_value_heads") or n_head), head_dim=int(d.get("head_dim") or n_embd // n_head),
+            n_inner=int(d["intermediate_size"]), rope_theta=float(rope["rope_theta"]), norm_eps=float(d["rms_norm_eps"]),
+            qkv_bias=kind == "qwen2", tie_embeddings=bool(d.get("tie_word_embeddings", False)), **scaled)
+    except KeyError as e:
+        raise ValueError(f"{where}: its config lacks {e}; use the model's own config.json") from None
+    except TypeError as e:
+        raise ValueError(f"{where}: a setting of its config has the wrong type ({one_line(e)}); use the model's own config.json") from None
+
+
+@dataclass
+class Files:
+    """A model's files, opened: its config, where each tensor (our name) comes from, its tokenizer, and the files to be hashed.
+
+    read(name) gives one tensor in the file's dtype, on the CPU."""
+    name: str
+    config: dict
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    definition: dict | None
+    special: dict  # bos and eot ids where the files say them
+    weights: list[Path]
+
+
+def _safetensors_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, from the index or from every .safetensors file in the folder."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            where = _json(index).get("weight_map")
+            ok = isinstance(where, dict) and all(isinstance(f, str) and Path(f).name == f for f in where.values())
+            check(ok, f"{index}", "has no weight_map of file names", "copy the folder again")
+            lost = sorted({f for f in where.values() if not (folder / f).is_file()})
+            check(not lost, f"{folder} lacks {', '.join(lost[:4])}", "its index names them", "copy the folder again")
+            return {name: folder / f for name, f in where.items()}
+        found = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as f:
+                for name in f.keys():  # noqa: SIM118 (not a dict)
+                    check(name not in found, f"{path}: tensor {name}", f"is in {found.get(name)} too", "remove the extra file")
+                    found[name] = path
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{folder}: a .safetensors file cannot be read ({one_line(e)}); copy it again") from None
+    other = "; it has .bin files, which can run code: convert them to .safetensors" if any(folder.glob("*.bin")) else ""
+    check(bool(found), f"{folder}", f"no .safetensors file in it{other}", "give a folder with the weights")
+    return found
+
+
+def _open_folder(folder: Path) -> Files:
+    config, at, shapes = _json(folder / "config.json"), {}, {}
+    for theirs, path in _safetensors_files(folder).items():
+        if not theirs.endswith("rotary_emb.inv_freq"):  # old files hold this table; ours is computed
+            at[theirs.removeprefix("model.")] = (path, theirs)
+    try:
+        for path in {p for p, _ in at.values()}:
+            with safe_open(path, "pt") as f:
+                inside = set(f.keys())
+                for ours, (p, theirs) in at.items():
+                    if p == path:
+                        check(theirs in inside, f"{path}: no tensor {theirs}", "the index says it is there", "copy the folder again")
+                        shapes[ours] = tuple(f.get_slice(theirs).get_shape())
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{folder}: a .safetensors file cannot be read ({one_line(e)}); copy it again") from None
+
+    def read(name: str) -> Tensor:
+        path, theirs = at[name]
+        with safe_open(path, "pt") as f:  # opened anew for each tensor: what was mapped for the last one is given back
+            return f.get_tensor(theirs)
+
+    definition = _json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
+    return Files(folder.resolve().name, config, shapes, read, definition, {}, sorted({p for p, _ in at.values()}))
+
+
+GGUF_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+              "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+              "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+
+
+def _our_name(theirs: str) -> str:
+    """blk.3.attn_q.weight -> layers.3.self_attn.q_proj.weight; an unknown name stays as it is."""
+    parts = theirs.split(".")
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in GGUF_NAMES:
+        return f"layers.{parts[1]}.{GGUF_NAMES[parts[2]]}.{parts[3]}"
+    return f"{GGUF_NAMES[parts[0]]}.{parts[1]}" if len(parts) == 2 and parts[0] in GGUF_NAMES else theirs
+
+
+def unpermute(t: Tensor, n_head: int) -> Tensor:
+    """Undo llama.cpp's order of a q or k projection's rows (n_head * D, ...): it pairs dimension 2i with 2i + 1, RoPE here i with i + D/2."""
+    return t.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _open_gguf(path: Path) -> Files:
+    check(path.is_file(), f"{path}", "no such file", "give a .gguf file")
+    try:
+        import gguf  # here: an optional extra
+    except ImportError:
+        raise ValueError(f"{path}: reading GGUF needs the package gguf; pip install gguf, or give a Hugging Face folder") from None
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {k: f.contents() for k, f in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} cannot be read as GGUF ({one_line(e)}); copy it again") from None
+    tensors = {_our_name(t.name): t for t in reader.tensors}
+    config = _gguf_config(fields, tensors, str(path))
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]} if config["model_type"] == "llama" else {}
+
+    def read(name: str) -> Tensor:
+        t = tensors[name]
+        try:
+            a = torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))  # a copy: the file is mapped
+        except NotImplementedError:
+            raise ValueError(f"{path}: {t.name} is {t.tensor_type.name}, which gguf cannot dequantise; use F16, Q8_0, Q4_0 or Q4_1") from None
+        n = heads.get(name.split(".")[-2])
+        return unpermute(a, n) if n else a
+
+    definition = None
+    if "tokenizer.ggml.model" in fields:
+        tok = {k.removeprefix("tokenizer.ggml."): v for k, v in fields.items() if k.startswith("tokenizer.ggml.")}
+        try:
+            definition = definition_from_gguf(tok["tokens"], tok["merges"], tok["token_type"], tok.get("pre", "default"), tok.get("bos_token_id"),
+                                              bool(tok.get("add_bos_token", False)), tok["model"])
+        except KeyError as e:
+            raise ValueError(f"{path}: its tokenizer lacks {e}; use another file of this model") from None
+    shapes = {k: tuple(int(n) for n in reversed(t.shape)) for k, t in tensors.items()}
+    shapes.pop("rope_freqs.weight", None)  # read into the config
+    return Files(path.stem, config, shapes, read, definition, {}, [path])
+
+
+def _gguf_config(fields: dict, tensors: dict, where: str) -> dict:
+    """A GGUF file's settings as a config.json."""
+    arch = fields.get("general.architecture")
+    check(arch in ("llama", "qwen2"), f"{where}: architecture {arch!r}", "llama (Mistral too) and qwen2 are supported", "use such a model")
+
+    def get(key: str, default=None):
+        value = fields.get(f"{arch}.{key}", default)
+        check(value is not None, f"{where}: {arch}.{key}", "is not in the file", "use another file of this model")
+        return value
+
+    check(not get("expert_count", 0), f"{where}: {get('expert_count', 0)} experts", "mixtures of experts are not supported", "use a dense model")
+    scaling = get("rope.scaling.type", "none")
+    check(scaling == "none", f"{where}: RoPE scaling {scaling!r}", "only Llama 3's is supported", "use another model")
+    n_head, n_embd = get("attention.head_count"), get("embedding_length")
+    d = {"model_type": arch, "hidden_size": n_embd, "num_attention_heads": n_head, "num_key_value_heads": get("attention.head_count_kv", n_head),
+         "num_hidden_layers": get("block_count"), "intermediate_size": get("feed_forward_length"), "max_position_embeddings": get("context_length"),
+         "head_dim": get("attention.key_length", get("rope.dimension_count", n_embd // n_head)), "rope_theta": get("rope.freq_base", 10000.0),
+         "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12), "tie_word_embeddings": "lm_head.weight" not in tensors,
+         "vocab_size": int(tensors["embed_tokens.weight"].shape[-1]) if "embed_tokens.weight" in tensors else 0}
+    check(get("rope.dimension_count", d["head_dim"]) == d["head_dim"], f"{where}: RoPE on {get('rope.dimension_count', 0)} dimensions",
+          f"all {d['head_dim']} of a head are needed", "use another model")
+    if "rope_freqs.weight" in tensors:  # Llama 3's divisors of each frequency: the four numbers behind them are found again
+        want = np.asarray(tensors["rope_freqs.weight"].data, dtype=np.float64).ravel()
+        d["rope_scaling"] = dict(rope_type="llama3", factor=float(want.max()), low_freq_factor=1.0, high_freq_factor=4.0,
+                                 original_max_position_embeddings=8192)
+        turns = 8192 * d["rope_theta"] ** (-np.arange(0, d["head_dim"], 2) / d["head_dim"]) / (2 * math.pi)
+        stay = np.clip((turns - 1) / 3, 0, 1)
+        ours = 1 / (stay + (1 - stay) / want.max())
+        check(want.shape == ours.shape and np.allclose(want, ours, rtol=1e-3), f"{where}: its rope_freqs",
+              "are not those of Llama 3's scaling (1, 4, 8192)", "use the model's Hugging Face folder")
+    return d
+
+
+def _open_hub(name: str, revision: str) -> Path:
+    """The local folder of hf:ORG/NAME at a revision, downloaded by huggingface_hub into its own cache."""
+    check(name.count("/") == 1 and all(name.split("/")), f"hf:{name}", "a model is named hf:ORG/NAME", "for example hf:HuggingFaceTB/SmolLM2-135M")
+    try:
+        from huggingface_hub import snapshot_download  # here: an optional extra
+    except ImportError:
+        raise ValueError(f"hf:{name} needs the package huggingface_hub; pip install huggingface_hub, or give a folder") from None
+    try:
+        return Path(snapshot_download(name, revision=revision or "main", allow_patterns=[
+            "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]))
+    except (OSError, ValueError, RuntimeError) as e:  # the hub's errors are OSError or ValueError, whatever lies below them
+        raise ValueError(f"hf:{name} at revision {revision or 'main'} cannot be had ({one_line(e)[:200]}): the hub or its local cache must have it; "
+                         "go online, check name and --revision, or give a folder") from None
+
+
+def weights_hash(files: list[Path]) -> str:
+    """sha256 over the sha256 of each file: the identity of a model's weights."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as f:
+            whole.update(hashlib.file_digest(f, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _fill(model: Transformer, files: Files, device: torch.device, dtype: torch.dtype) -> None:
+    """Put every tensor of `files` into `model`, which was built on the meta device: one at a time, to its place and dtype."""
+    want, shapes = {k: tuple(t.shape) for k, t in model_state(model).items()}, dict(files.shapes)
+    if model.cfg.tie_embeddings:
+        shapes.pop("lm_head.weight", None)  # some files hold the shared matrix twice
+    faults = {"missing": [k for k in want if k not in shapes], "unexpected": [k for k in shapes if k not in want],
+              "of another shape": [f"{k} {shapes[k]} for {want[k]}" for k in want if k in shapes and shapes[k] != want[k]]}
+    text = "; ".join(f"{kind}: {checkpoint.few(names)}" for kind, names in faults.items() if names)
+    check(not text, f"the tensors of {files.name} do not fit its config: {text}", "every name and shape must", "use the model's own files")
+    for name in want:
+        try:
+            t = files.read(name)
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{files.name}: {name} cannot be read ({one_line(e)}); copy the file again") from None
+        check(t.is_floating_point(), f"{files.name}: {name} is {t.dtype}", "f32, f16 and bf16 are read", "use unquantised weights")
+        t = t.to(device, dtype, copy=True)
+        check(bool(torch.isfinite(t).all()), f"{files.name}: {name}", f"not all finite in {dtype}", "copy the file again")
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(t))
+    if model.cfg.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.rope_cos, model.rope_sin = model.rope_cos.to(device), model.rope_sin.to(device)
+
+
+def load_pretrained(where: str | os.PathLike, device: torch.device | str = "cpu", weights: str = "float32", block_size: int = 0,
+                    revision: str = "") -> Run:
+    """A model and its tokenizer from a Hugging Face folder, a .gguf file or hf:ORG/NAME.
+
+    weights: float32 or bfloat16, the dtype the weights are held in; block_size: context in tokens, 0 for all the model knows;
+    revision: branch, tag or commit of an hf: model. Raises ValueError, one line, naming what is missing or not supported."""
+    text, device = str(where), torch.device(device)
+    hub = text.startswith("hf:")
+    path = _open_hub(text[3:], revision) if hub else Path(text).expanduser()
+    files = _open_gguf(path) if path.suffix == ".gguf" else _open_folder(path)
+    cfg = model_config(files.config, text, block_size)
+    with torch.device("meta"):
+        model = Transformer(cfg)
+    _fill(model, files, device, getattr(torch, weights))
+    check(files.definition is not None, f"{text}", "no tokenizer.json in it", "copy the model's tokenizer.json there")
+    tokenizer = from_definition(files.definition, text[3:].replace("/", "-") if hub else files.name, **files.special)
+    check(tokenizer.vocab_size <= cfg.vocab_size, f"{text}: a tokenizer of {tokenizer.vocab_size} ids", f"the model has {cfg.vocab_size}",
+          "use the model's own tokenizer.json")
+    adapter, kv = AdapterConfig(adapter="none"), KVConfig(kv="dense")
+    base = f"hf:{text[3:]}@{path.name}" if hub else str(path.resolve())
+    config = {"stage": "pretrained", "model": to_dict(cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv)}
+    return Run(model.eval(), tokenizer, path, config, adapter, kv, base, weights_hash(files.weights))
+
+
+# ----------------------------------------------------------------------------- out
+
+def export(run: Run, folder: str | os.PathLike) -> Path:
+    """Write config.json, model.safetensors (the weights' dtype) and, where it has a definition, the tokenizer: a folder that
+    transformers loads with equal logits. Plain LoRA is merged first, in place.
+
+    Raises ValueError for what transformers cannot represent (routed adapters, value groups) and for a folder that is not empty."""
+    model, folder = run.model, Path(folder)
+    check(run.adapter.adapter in ("none", "lora"), f"adapter={run.adapter.adapter}", "its update depends on the token: no weight can hold it",
+          "export the base, or an adapter=lora")
+    check(run.kv.kv == "dense", f"kv={run.kv.kv}", "transformers keeps whole values only", "export the base, or a run with --kv=dense")
+    check(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"{folder}", "is not an empty folder", "name a fresh one")
+    lora.merge(model)
+    part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        (part / "config.json").write_text(json.dumps(_their_config(model, run.tokenizer), indent=1))
+        tensors = {k if k.startswith("lm_head") else f"model.{k}": t.contiguous() for k, t in model_state(model).items()}
+        save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        if run.tokenizer.definition is not None:
+            (part / "tokenizer.json").write_text(json.dumps(run.tokenizer.definition, ensure_ascii=False), encoding="utf-8")
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            (part / "tokenizer_config.json").write_text(json.dumps(about))
+        if folder.exists():
+            folder.rmdir()
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _their_config(model: Transformer, tokenizer) -> dict:
+    c = model.cfg
+    kind = "qwen2" if c.qkv_bias else "llama"
+    check(kind == "llama" or c.head_dim * c.n_head == c.n_embd, f"head_dim={c.head_dim} with a bias on q, k, v", "Qwen2 needs n_embd / n_head",
+          "export is not possible")
+    d = {"architectures": [SUPPORTED[kind]], "model_type": kind, "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer,
+         "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "intermediate_size": c.n_inner, "hidden_act": "silu",
+         "max_position_embeddings": c.block_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta, "tie_word_embeddings": c.tie_embeddings,
+         "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."), "bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eot}
+    if kind == "llama":
+        d["head_dim"] = c.head_dim
+    if c.rope_factor > 1:
+        d["rope_scaling"] = {"rope_type": "llama3", "factor": c.rope_factor, "low_freq_factor": c.rope_low_freq, "high_freq_factor": c.rope_high_freq,
+                             "original_max_position_embeddings": c.rope_original}
+    return d
+
+
+def main() -> None:
+    cfg: ExportConfig = ARGS.export
+    run = load_run(ARGS.base.place(cfg.out_dir), "cpu", **ARGS.base.options(cfg.out_dir))
+    folder = export(run, cfg.to)
+    n = sum(p.numel() for p in run.model.parameters())
+    print(f"{folder}: {n:,} parameters in {run.model.norm.weight.dtype}, tokenizer {run.tokenizer.name}")
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)

@@ -1,5 +1,6 @@
-"""Text from a trained run, generated through the packed cache, with the bytes that cache held.
+"""Text from a trained run or a pretrained model, generated through the packed cache, with the bytes that cache held.
 
+    python sample.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf --prompt="The capital of France is" --temperature=0
     python sample.py --out_dir=out/... --prompt="def " --max_new_tokens=200 --temperature=0
 """
 from __future__ import annotations
@@ -7,29 +8,32 @@ from __future__ import annotations
 import sys
 import time
 
-from config import SampleConfig, exit_on_bad_input, parse_args
+from config import BaseConfig, SampleConfig, exit_on_bad_input, parse_args
 
+CONFIGS = {"sample": SampleConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    ARGS = parse_args({"sample": SampleConfig}, description=__doc__.splitlines()[0])
+    ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
 
 from model import generate
-from pretrained import autocast, load_run, pick_device
+from pretrained import autocast, check_weights, load_run, pick_device
 
 
 def main() -> None:
     cfg: SampleConfig = ARGS.sample
     device = pick_device(cfg.device)
-    run = load_run(cfg.out_dir, device)
-    prompts = [run.tokenizer.encode(cfg.prompt)] * cfg.num_samples
+    check_weights(ARGS.base.weights, device, cfg.dtype)
+    run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
+    first = [] if run.tokenizer.bos is None else [run.tokenizer.bos]
+    prompts = [first + run.tokenizer.encode(cfg.prompt)] * cfg.num_samples
     start = time.time()
     with autocast(device, cfg.dtype):
         rows, cache = generate(run.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
                                seed=cfg.seed, stop=run.tokenizer.eot)
-    seconds, m = time.time() - start, run.model.cfg
+    seconds = time.time() - start
     for r in rows:
         print(cfg.prompt + run.tokenizer.decode(r))
         print("-" * 20)
-    dense = 2 * m.n_layer * m.n_kv_head * m.head_dim * cache.length * len(rows) * run.model.embed_tokens.weight.element_size()
+    dense = run.model.dense_bytes(cache.length * len(rows), cache)
     print(f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} bytes for {cache.length} tokens a row, "
           f"{cache.nbytes() / dense:.1%} of a dense one's {dense:,}", file=sys.stderr)
 

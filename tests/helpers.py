@@ -1,9 +1,10 @@
-"""Small models, plain oracles and forged checkpoints that several test files use."""
+"""Small models, plain oracles, a tiny tokenizer and forged checkpoints that several test files use."""
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint
@@ -116,3 +117,21 @@ def remake(path: Path, step: int = 1, **files: bytes) -> Path:
         entries[name] = checkpoint.entry(data)
     (path / "manifest.json").write_bytes(checkpoint.manifest_bytes(step, entries))
     return path
+
+
+def error_line(call, *args, **kwargs):
+    """The message of the ValueError of call(...), asserted to be one line."""
+    with pytest.raises(ValueError) as e:
+        call(*args, **kwargs)
+    assert type(e.value) is ValueError and "\n" not in str(e.value)
+    return str(e.value)
+
+
+TINY_RANKS = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b"hell": 258, b"hello": 259}
+
+
+def tiny_encoding(pattern=r"\S+|\s+", **more):
+    """A tiktoken.Encoding built offline: 256 bytes, four merges, one end token with a hole before it."""
+    tiktoken = pytest.importorskip("tiktoken", reason="the wrapper needs the package tiktoken")
+    return tiktoken.Encoding(**(dict(name="tiny", pat_str=pattern, mergeable_ranks=TINY_RANKS,
+                                     special_tokens={"<|endoftext|>": 261}) | more))

@@ -15,22 +15,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
+from helpers import error_line, tiny_encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+import tokenizer
 from config import DataConfig
 
 GOOD = random.Random(3).randbytes(70001)  # more than one block of the reader
 GOOD_SHA = hashlib.sha256(GOOD).hexdigest()
-TINY_RANKS = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b"hell": 258, b"hello": 259}
-
-
-def tiny_encoding(pattern=r"\S+|\s+", **more):
-    """A tiktoken.Encoding built offline: 256 bytes, four merges, one end token with a hole before it."""
-    tiktoken = pytest.importorskip("tiktoken", reason="the wrapper needs the package tiktoken")
-    return tiktoken.Encoding(**(dict(name="tiny", pat_str=pattern, mergeable_ranks=TINY_RANKS,
-                                     special_tokens={"<|endoftext|>": 261}) | more))
 
 
 @pytest.fixture
@@ -78,14 +72,6 @@ def server(monkeypatch):
     release.set()
     http.shutdown()
     http.server_close()
-
-
-def error_line(call, *args, **kwargs):
-    """The message of the ValueError of call(...), asserted to be one line."""
-    with pytest.raises(ValueError) as e:
-        call(*args, **kwargs)
-    assert type(e.value) is ValueError and "\n" not in str(e.value)
-    return str(e.value)
 
 
 # -- downloads
@@ -219,7 +205,7 @@ def test_split_documents_refuses_one_document(docs):
 @pytest.mark.parametrize("corpus", ["pydocs", "pycode"])
 def test_embedded_corpora_need_no_network(no_network, tmp_path, corpus):
     """They are found, split and prepared with connect blocked, without a single attempt; both splits hold real text."""
-    cfg, tok = DataConfig(data_dir=str(tmp_path)), data.get_tokenizer("byte")
+    cfg, tok = DataConfig(data_dir=str(tmp_path)), tokenizer.get_tokenizer("byte")
     if corpus == "pycode":  # its 10 MB are split once here; preparing is proved on pydocs
         parts = data.documents(corpus, cfg)
         assert any("class OrderedDict" in d for d in parts["train"] + parts["val"]) and sum(map(len, parts["train"])) > 10 ** 6
@@ -267,7 +253,7 @@ def test_text_bad_path_is_one_line(tmp_path, kind, says):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "short").write_text("one document only")
     name = "texts" if kind == "name" else f"text:{tmp_path / kind}"
-    line = error_line(data.prepare, name, DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer())
+    line = error_line(data.prepare, name, DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer())
     assert says in line and (name.removeprefix("text:") in line or kind == "short")
 
 
@@ -281,7 +267,7 @@ def test_wikitext_official_files_are_the_splits(server, tmp_path, monkeypatch):
     server.extra["/w.zip"] = archive.read_bytes()
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(data.PINNED, "wikitext2", ("w.zip", sha256, (server.root + "/w.zip",)))
-    cfg, tok = DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer()
+    cfg, tok = DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
     made, parts = data.prepare("wikitext2", cfg, tok), data.documents("wikitext2", cfg)
     assert {s: "".join(d) for s, d in parts.items()} == {s: WIKI.replace("text one", s) for s in ("train", "val", "test")}
     assert tok.decode(made.train.ids) == "".join(parts["train"]) and tok.decode(made.val.ids) == "".join(parts["val"])
@@ -289,56 +275,6 @@ def test_wikitext_official_files_are_the_splits(server, tmp_path, monkeypatch):
     assert not (tmp_path / "escape.txt").exists() and len(list((tmp_path / "cache").iterdir())) == 3
     (tmp_path / "cache" / "w.zip").unlink()
     assert data.prepare("wikitext2", cfg, tok).val.path == made.val.path and server.hits == ["/w.zip"]
-
-
-# -- tokenizers
-
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=71))
-def test_byte_tokenizer_round_trip(text):
-    """decode(encode(text)) is text, ids are its UTF-8 bytes, and eot never comes from text."""
-    tok = data.ByteTokenizer()
-    ids = tok.encode(text)
-    assert ids == list(text.encode()) and tok.eot not in ids and tok.decode(ids) == text and tok.decode([tok.eot, *ids, tok.eot]) == text
-
-
-def test_byte_tokenizer_odd_input():
-    """Invalid UTF-8 and lone surrogates become U+FFFD; arrays and tensors decode too; ids outside are refused."""
-    tok = data.get_tokenizer("byte")
-    assert tok.decode([104, 255, 105]) == "h\ufffdi" and tok.decode(tok.encode("a\ud800b")) == "a\ufffdb"
-    assert tok.decode(np.array([104, 256], np.uint16)) == tok.decode(torch.tensor([104, 256])) == "h" and tok.decode([]) == ""
-    for bad in (257, -1):
-        assert f"token id {bad}" in error_line(tok.decode, [3, bad])
-    assert "choose one" in error_line(data.get_tokenizer, "bytes")
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["hello", " ", "<|endoftext|>", "é", "\n", "he", "字"]), max_size=13))
-def test_tiktoken_wrapper_round_trip(words):
-    """Merges are used, text comes back, and the spelling of the end token is ordinary text."""
-    tok, text = data.TiktokenTokenizer(tiny_encoding()), "".join(words)
-    ids = tok.encode(text)
-    assert tok.decode(ids) == text and tok.eot not in ids and tok.decode([*ids, tok.eot]) == text
-    assert (tok.name, tok.vocab_size, tok.eot) == ("tiny", 262, 261) and tok.encode("hello") == [259]
-
-
-def test_tiktoken_wrapper_refuses_bad_ids_and_ends():
-    """Ids outside the vocabulary or in a hole, and an end token that is missing or not special, are one-line errors."""
-    tok = data.TiktokenTokenizer(tiny_encoding(), name="mine")
-    for bad in (262, -1, 260):
-        assert str(bad) in error_line(tok.decode, [7, bad])
-    assert tok.decode([255]) == "\ufffd" and tok.name == "mine"
-    assert "end token" in error_line(data.TiktokenTokenizer, tiny_encoding(special_tokens={"<s>": 260}))
-    assert data.TiktokenTokenizer(tiny_encoding(special_tokens={"<s>": 260}), eot=260).eot == 260
-    assert "special" in error_line(data.TiktokenTokenizer, tiny_encoding(), eot=259)
-
-
-def test_gpt2_offline_is_one_line(no_network, tmp_path, monkeypatch):
-    """Without network and cache the gpt2 tokenizer says so in one line and names the way out."""
-    registry = pytest.importorskip("tiktoken.registry", reason="needs the package tiktoken")
-    monkeypatch.setattr(registry, "ENCODINGS", {})
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    assert "--tokenizer=byte" in error_line(data.get_tokenizer, "gpt2")
 
 
 # -- token files
@@ -380,7 +316,7 @@ def test_token_file_in_pieces_equals_whole(tmp_path):
 
 def test_open_tokens_damaged_file_is_named(tmp_path):
     """One flipped byte of the payload, or the file cut or grown anywhere, is refused with its name and what to do."""
-    path, tok = tmp_path / "x.tok", data.ByteTokenizer()
+    path, tok = tmp_path / "x.tok", tokenizer.ByteTokenizer()
     data.write_tokens(path, [i % 257 for i in range(503)], tok)
     raw = path.read_bytes()
     assert len(data.open_tokens(path, tok)) == 503
@@ -400,7 +336,7 @@ def test_open_tokens_damaged_file_is_named(tmp_path):
                                     dict(eot=3), dict(sha256="0" * 64), dict(more=1)], ids=str)
 def test_open_tokens_header_is_checked(tmp_path, change):
     """Every field that decides how the payload is read is checked against file and tokenizer; the file is named."""
-    path, tok = tmp_path / "x.tok", data.ByteTokenizer()
+    path, tok = tmp_path / "x.tok", tokenizer.ByteTokenizer()
     data.write_tokens(path, [i % 257 for i in range(503)], tok)
     raw = path.read_bytes()
     header = json.loads(raw[18:4096]) | change
@@ -411,7 +347,7 @@ def test_open_tokens_header_is_checked(tmp_path, change):
 
 def test_open_tokens_id_too_large_is_refused(tmp_path):
     """An id outside the vocabulary is found even where hash and header agree with the payload."""
-    path, tok = tmp_path / "x.tok", data.ByteTokenizer()
+    path, tok = tmp_path / "x.tok", tokenizer.ByteTokenizer()
     data.write_tokens(path, [5, 299, 7], Numbers(301))
     raw = path.read_bytes()
     header = json.loads(raw[18:4096]) | dict(tokenizer="byte", vocab_size=257, eot=256)
@@ -423,19 +359,9 @@ def test_open_tokens_id_too_large_is_refused(tmp_path):
 def test_open_tokens_wrong_tokenizer_is_refused(tmp_path):
     """A file of another tokenizer, or of another vocabulary of the same name, is refused and both are named."""
     path = data.write_tokens(tmp_path / "x.tok", [1, 2, 3], Numbers(256))
-    line = error_line(data.open_tokens, path, data.ByteTokenizer())
+    line = error_line(data.open_tokens, path, tokenizer.ByteTokenizer())
     assert "numbers" in line and "byte" in line
     assert "255" in error_line(data.open_tokens, path, Numbers(255))
-
-
-@pytest.mark.parametrize("ids, bad", [([0, 9], 9), ([-1, 3], -1), (np.array([[2], [11]], np.uint64), 11), (torch.tensor([4, 10]), 10)],
-                         ids=["list", "negative", "array", "tensor"])
-def test_check_ids_out_of_range_is_named(ids, bad):
-    """Lists, arrays and tensors: the id outside 0..8 is named; ids inside, and none at all, pass."""
-    assert f"token id {bad}" in error_line(data.check_ids, ids, 9)
-    data.check_ids([], 9)
-    data.check_ids(torch.tensor([[0, 8]]), 9)
-    assert "integers" in error_line(data.check_ids, [0.5], 9)
 
 
 def text_corpus(folder, n=9):
@@ -448,13 +374,13 @@ def text_corpus(folder, n=9):
 def test_prepare_is_cached_and_never_stale(tmp_path):
     """The same corpus is not built twice; another text, tokenizer, pattern or val_fraction gets files of its own."""
     corpus, cfg = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache"))
-    tok = data.ByteTokenizer()
+    tok = tokenizer.ByteTokenizer()
     first = data.prepare(corpus, cfg, tok)
     stamp = first.train.path.stat().st_mtime_ns, first.train.path.stat().st_ino
     again = data.prepare(corpus, cfg, tok)
     assert (again.train.path.stat().st_mtime_ns, again.train.path.stat().st_ino) == stamp and again.train.path == first.train.path
     seen = {first.train.path}
-    for c, t in ((cfg, data.TiktokenTokenizer(tiny_encoding())), (cfg, data.TiktokenTokenizer(tiny_encoding(pattern=r"\w|\W"))),
+    for c, t in ((cfg, tokenizer.TiktokenTokenizer(tiny_encoding())), (cfg, tokenizer.TiktokenTokenizer(tiny_encoding(pattern=r"\w|\W"))),
                  (DataConfig(data_dir=cfg.data_dir, val_fraction=0.5), tok)):
         seen.add(data.prepare(corpus, c, t).train.path)
     (tmp_path / "t" / "3.txt").write_text("changed " * 31)
@@ -471,13 +397,13 @@ def test_prepare_val_fraction_is_part_of_the_name(tmp_path):
     for i, t in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(t)
     for fraction, n in ((0.1, 1), (0.5, 5)):
-        made = data.prepare(f"text:{tmp_path}", DataConfig(data_dir=str(tmp_path / ".cache"), val_fraction=fraction), data.ByteTokenizer())
+        made = data.prepare(f"text:{tmp_path}", DataConfig(data_dir=str(tmp_path / ".cache"), val_fraction=fraction), tokenizer.ByteTokenizer())
         assert int((made.val.ids == 256).sum()) == n and int((made.train.ids == 256).sum()) == 9 - n
 
 
 def test_prepare_damaged_cache_is_named_then_rebuilt(tmp_path):
     """A damaged cached file stops the run with its name; deleted, it is built again with the same bytes."""
-    corpus, cfg, tok = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer()
+    corpus, cfg, tok = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
     path = data.prepare(corpus, cfg, tok).val.path
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-2] ^ 2]))
@@ -488,7 +414,7 @@ def test_prepare_damaged_cache_is_named_then_rebuilt(tmp_path):
 
 def test_prepare_at_the_same_time_is_safe(tmp_path):
     """Eight simultaneous preparations all see whole files, equal ones, and leave no temporary file."""
-    corpus, cfg, tok = text_corpus(tmp_path / "t", 23), DataConfig(data_dir=str(tmp_path / "cache")), data.ByteTokenizer()
+    corpus, cfg, tok = text_corpus(tmp_path / "t", 23), DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
     start, out = threading.Barrier(8), []
 
     def work():
@@ -512,7 +438,7 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert data.cache_dir(DataConfig()) == tmp_path / "home" / ".cache" / "subtoken"
     (tmp_path / "file").touch()
     cfg = DataConfig(data_dir=str(tmp_path / "file" / "under"))
-    assert "--data_dir" in error_line(data.prepare, text_corpus(tmp_path / "t"), cfg, data.ByteTokenizer())
+    assert "--data_dir" in error_line(data.prepare, text_corpus(tmp_path / "t"), cfg, tokenizer.ByteTokenizer())
 
 
 # -- batches

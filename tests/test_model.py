@@ -82,7 +82,7 @@ def test_rope_equals_complex_rotation():
 def test_rope_table_far_positions_are_float32_exact():
     """Angles are computed in float64: even at position 99,999 cos and sin are right to half a float32 ulp."""
     n, dim, theta = 100_000, 6, 1e6
-    cos, sin = rope_table(n, dim, theta)
+    cos, sin = rope_table(dataclasses.replace(build().cfg, block_size=n, head_dim=dim, rope_theta=theta))
     assert cos.shape == sin.shape == (n, dim // 2) and cos.dtype == sin.dtype == torch.float32
     for t, i in itertools.product([0, 1, 4097, 77_777, 99_999], range(dim // 2)):
         angle = t * theta ** (-2 * i / dim)
@@ -93,7 +93,7 @@ def test_rope_table_far_positions_are_float32_exact():
 def test_rope_scores_depend_on_distance_only():
     """<rope(q, m), rope(k, n)> is the same for all m, n of one distance, and differs between distances."""
     T, D = 11, 8
-    cos, sin = (t.double() for t in rope_table(T, D, 30.0))
+    cos, sin = (t.double() for t in rope_table(dataclasses.replace(build().cfg, block_size=T, head_dim=D, rope_theta=30.0)))
     q, k = (apply_rope(normal(1, 1, 1, D, seed=s).expand(1, 1, T, D), cos, sin)[0, 0] for s in (4, 5))
     score = q @ k.T
     for distance in range(-T + 1, T):

@@ -123,7 +123,7 @@ class AdapterConfig:
 
 
 KVS = ("dense", "value_groups")
-GROUPS = (2, 4, 8, 16)
+GROUPS = (2, 4, 8, 16, 32, 64)
 BASES = ("native", "random", "pca", "output")
 ROUTERS = ("linear", "norm", "static")
 SCOPES = ("layer", "head")
@@ -165,9 +165,9 @@ class KVConfig:
         check(self.kv_tail >= 0 and self.kv_tail_block >= 1, f"kv_tail={self.kv_tail}, kv_tail_block={self.kv_tail_block}",
               "the tail is at least 0 and its block at least 1 token", "give for example --kv_tail=64 --kv_tail_block=16")
         n_patterns = _binomial(self.n_groups, self.topk_groups)
-        check(self.reconstructor != "linear" or n_patterns <= MAX_PATTERNS,
+        check(self.reconstructor != "linear" or (n_patterns <= MAX_PATTERNS and self.n_groups <= 16),
               f"reconstructor=linear with S={self.n_groups}, K={self.topk_groups} ({n_patterns} mask patterns)",
-              f"one matrix per pattern is allowed up to {MAX_PATTERNS} patterns", "use --reconstructor=pairwise")
+              f"one matrix per pattern is allowed up to {MAX_PATTERNS} patterns and S = 16", "use --reconstructor=pairwise")
         self.layers(10 ** 6)
 
     def layers(self, n_layer: int) -> list[int]:
@@ -235,6 +235,9 @@ class TrainConfig:
     adapt_dataset: str = opt("", "corpus for adaptation, where it differs from --dataset (empty: pycode)")
     test_dataset: str = opt("", "stage=all: corpus whose whole text gives the table's numbers (empty: the adaptation corpus's validation split)")
     test_sequences: int = opt(192, "stage=all: sequences behind each number of the table")
+    distill_steps: int = opt(0, "stage=all with --learn_basis: steps that distil the value basis on the frozen base before the table's adaptations")
+    distill_lr: float = opt(3e-3, "peak learning rate of those steps")
+    kv_from: str = opt("", "adapt: run whose trained value groups (same base and settings) are started from, instead of calibrating")
     objective: str = opt("lm", "adapt: lm: next-token loss; distill: KL to the same model reading whole values (needs --adapter=none)", OBJECTIVES)
     seed: int = opt(0, "seed of initialisation, batches and dropout")
     seeds: int = opt(3, "stage=all: adaptation seeds per row, fewer when --max_minutes would be passed")
@@ -270,15 +273,21 @@ class TrainConfig:
         for name in ("pretrain_steps", "adapt_steps", "pretrain_batch_size", "adapt_batch_size", "accumulation", "seeds",
                      "eval_sequences", "test_sequences", "save_interval", "keep_checkpoints"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
-        for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay"):
+        for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay", "distill_steps"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
         check_seed(self.seed)
         check(self.seeds <= 10 ** 6, f"seeds={self.seeds}", "at most a million", "give fewer")
-        for name in ("pretrain_lr", "adapt_lr", "max_minutes"):
+        for name in ("pretrain_lr", "adapt_lr", "distill_lr", "max_minutes"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)}", "must be positive", "give for example 0.001")
         check(0 <= self.warmup <= 1, f"warmup={self.warmup}", "a share in [0, 1]", "give for example 0.1")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "lies in [0, 1)", "give for example 0.9")
+        check(self.stage == "adapt" or self.objective == "lm", f"objective={self.objective} with stage={self.stage}", "one adaptation may distil",
+              "give --stage=adapt, or --distill_steps=N for the table")
+        check(self.stage == "adapt" or not self.kv_from, f"kv_from={self.kv_from!r} with stage={self.stage}", "one adaptation starts from it",
+              "give --stage=adapt, or --distill_steps=N for the table")
+        check(self.stage == "all" or not self.distill_steps, f"distill_steps={self.distill_steps} with stage={self.stage}", "the table's rows use it",
+              "give --stage=all, or --objective=distill")
         check(not self.resume or bool(self.out_dir), "resume without out_dir", "a run to continue is needed", "give --out_dir=DIR")
 
     def corpus(self, stage: str) -> str:

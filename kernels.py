@@ -1,7 +1,7 @@
 """Ground floor: pure tensor functions that the routing and the packed cache are made of, in plain PyTorch.
 
 Masks are bool with the groups last; in storage a token's mask is one integer whose bit g says that group g is kept (uint8 up
-to S = 8, int16 for S = 16). A row is one kept group: D/S numbers. Rows lie token-major, group-minor, without gaps, so
+to S = 8, then int16, int32, int64). A row is one kept group: D/S numbers. Rows lie token-major, group-minor, without gaps, so
 
     row of (t, g) = base + offset(t) + popcount(mask_t & ((1 << g) - 1))
 
@@ -29,20 +29,23 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
 
 def mask_dtype(n_groups: int) -> torch.dtype:
-    """Integer type that holds one token's mask: uint8 for S <= 8, int16 for S = 16."""
-    return torch.uint8 if n_groups <= 8 else torch.int16
+    """Integer type that holds one token's mask: uint8 for S <= 8, int16 for S = 16, int32 for 32, int64 for 64."""
+    return {16: torch.int16, 32: torch.int32, 64: torch.int64}.get(n_groups, torch.uint8)
 
 
 def mask_to_bits(mask: Tensor) -> Tensor:
-    """bool (..., S) -> one integer per token (...), bit g = group g kept."""
-    weight = 1 << torch.arange(mask.size(-1), device=mask.device, dtype=torch.int32)
-    bits = (mask.int() * weight).sum(-1, dtype=torch.int32)
-    return bits.to(torch.uint8) if mask.size(-1) <= 8 else torch.where(bits > 32767, bits - 65536, bits).to(torch.int16)
+    """bool (..., S) -> one integer per token (...), bit g = group g kept; the highest bit of int16 to int64 is their sign."""
+    S = mask.size(-1)
+    weight = torch.ones((), dtype=torch.int64, device=mask.device) << torch.arange(S, device=mask.device)
+    bits = (mask * weight).sum(-1)
+    if S in (16, 32):
+        bits = bits - (bits >> (S - 1) << S)  # what does not fit is negative
+    return bits.to(mask_dtype(S))
 
 
 def bits_to_mask(bits: Tensor, n_groups: int) -> Tensor:
     """Inverse of mask_to_bits: integers (...) -> bool (..., S)."""
-    return (bits.int().unsqueeze(-1) >> torch.arange(n_groups, device=bits.device, dtype=torch.int32) & 1).bool()
+    return (bits.long().unsqueeze(-1) >> torch.arange(n_groups, device=bits.device) & 1).bool()
 
 
 def row_numbers(mask: Tensor) -> Tensor:

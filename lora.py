@@ -140,10 +140,12 @@ def attach(model: nn.Module, cfg: AdapterConfig) -> nn.Module:
                     parent.lora_router = routers[parent_name]
                     parent.register_forward_pre_hook(routers[parent_name].before_block)
                 new = MoELoRALinear(*shape, n=cfg.experts, router=routers[parent_name])
+            wide = at_least_float32(old.weight).dtype  # what is trained is never narrower: a bfloat16 weight would swallow small steps
+            new.to(old.weight.device, wide)
             new.weight, new.bias = old.weight, old.bias
-            setattr(parent, f"{target}_proj", new.to(old.weight.device, old.weight.dtype))
+            setattr(parent, f"{target}_proj", new)
         for router in routers.values():
-            router.to(old.weight.device, old.weight.dtype)
+            router.to(old.weight.device, wide)
     return model
 
 
@@ -201,7 +203,7 @@ def merge(model: nn.Module) -> nn.Module:
     for name, m in list(_adapted(model)):
         check(type(m) is LoRALinear, f"merging {type(m).__name__}", "only plain LoRA has one update for all tokens", "keep the adapter apart")
         plain = nn.Linear(m.in_features, m.out_features, m.bias is not None, device=m.weight.device, dtype=m.weight.dtype)
-        plain.weight = nn.Parameter(m.weight + m.scaling * (m.lora_B @ m.lora_A), requires_grad=False)
+        plain.weight = nn.Parameter((m.weight + m.scaling * (m.lora_B @ m.lora_A)).to(m.weight.dtype), requires_grad=False)
         plain.bias = m.bias
         parent, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, plain)

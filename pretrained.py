@@ -33,6 +33,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import checkpoint
 import kv_router
@@ -67,6 +68,14 @@ def check_weights(weights: str, device: torch.device, dtype: str) -> None:
     """Raise ValueError where weights held in bfloat16 would meet a computation in float32."""
     check(weights == "float32" or in_bfloat16(device, dtype), f"weights={weights} with dtype={dtype} on {device.type}",
           "they need computing in bfloat16", "give --dtype=bfloat16 or --weights=float32")
+
+
+def place(model: Transformer, device: torch.device | str, dtype: torch.dtype) -> Transformer:
+    """The model on a device, its weights in dtype, in place. The tables of positions stay as they are: bfloat16 would blur them."""
+    tables = model.rope_cos, model.rope_sin
+    model.to(device, dtype)
+    model.rope_cos, model.rope_sin = (t.to(device) for t in tables)
+    return model
 
 
 def model_state(model: Transformer) -> dict[str, Tensor]:
@@ -141,7 +150,7 @@ def load_run(where: str | os.PathLike, device: torch.device | str = "cpu", *, ba
     if "base" not in ckpt.config:
         model = Transformer(from_dict(ModelConfig, ckpt.config["model"]))
         load_model_state(model, ckpt.tensors.get("model", {}), str(path))
-        model.to(device, getattr(torch, weights))
+        place(model, device, getattr(torch, weights))
         return Run(model.eval(), get_tokenizer(ckpt.config["tokenizer"]), path, ckpt.config, adapter, kv, str(path), checkpoint.tensor_hash(path))
     below = _load_base(path, ckpt.config, base, device, options)
     kv_router.attach(below.model, kv)
@@ -186,7 +195,7 @@ def is_foreign(where: str | os.PathLike) -> bool:
 def _json(path: Path) -> dict:
     try:
         d = json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path} cannot be read as JSON ({one_line(e)}): a model's folder needs it; copy the folder again") from None
     check(isinstance(d, dict), f"{path}", "holds no JSON object", "copy the folder again")
     return d
@@ -196,35 +205,44 @@ def model_config(d: dict, where: str, context: int = 0) -> ModelConfig:
     """ModelConfig from a Hugging Face config.json's content. context: tokens wanted, 0 for all the model knows.
 
     Raises ValueError, naming it, for an architecture or a setting that this trunk does not have."""
-    kind, do = d.get("model_type"), "use a Llama, Qwen2 or Mistral model"
-    check(kind in SUPPORTED, f"{where}: model_type={kind!r}", f"one of {', '.join(SUPPORTED)} is supported", do)
+    kind, do, own = d.get("model_type"), "use a Llama, Qwen2 or Mistral model", "use the model's own config"
+    check(isinstance(kind, str) and kind in SUPPORTED, f"{where}: model_type={kind!r}", f"one of {', '.join(SUPPORTED)} is supported", do)
     refused = {"quantization_config": None, "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "hidden_act": "silu"}
     for key, only in refused.items():
         came = d.get(key, only)
         check(came in (only, None), f"{where}: {key}={came!r}", f"only {only!r} is supported", do)
-    try:
-        n_embd, n_head = int(d["hidden_size"]), int(d["num_attention_heads"])
-        longest = int(d["max_position_embeddings"])
-        rope = {"rope_theta": d.get("rope_theta", 10000.0), **(d.get("rope_scaling") or {}), **(d.get("rope_parameters") or {})}
-        scaling = rope.get("rope_type", rope.get("type", "default"))
-        check(scaling in ("default", "llama3"), f"{where}: RoPE scaling {scaling!r}", "only Llama 3's is supported", do)
-        scaled = {} if scaling == "default" else dict(
-            rope_factor=float(rope["factor"]), rope_low_freq=float(rope["low_freq_factor"]), rope_high_freq=float(rope["high_freq_factor"]),
-            rope_original=int(rope["original_max_position_embeddings"]))
-        window = d.get("sliding_window") if kind == "mistral" or d.get("use_sliding_window") else None
-        check(context <= longest, f"block_size={context} with {where}", f"the model knows {longest} tokens", f"give --block_size={longest} or less")
-        context = context or longest
-        check(window is None or window >= context, f"{where}: sliding window of {window} tokens",
-              f"shorter than the context of {context}, which is not supported", f"give --block_size={window} or less")
-        return ModelConfig(
-            vocab_size=int(d["vocab_size"]), block_size=context, n_layer=int(d["num_hidden_layers"]), n_embd=n_embd, n_head=n_head,
-            n_kv_head=int(d.get("num_key_value_heads") or n_head), head_dim=int(d.get("head_dim") or n_embd // n_head),
-            n_inner=int(d["intermediate_size"]), rope_theta=float(rope["rope_theta"]), norm_eps=float(d["rms_norm_eps"]),
-            qkv_bias=kind == "qwen2", tie_embeddings=bool(d.get("tie_word_embeddings", False)), **scaled)
-    except KeyError as e:
-        raise ValueError(f"{where}: its config lacks {e}; use the model's own config.json") from None
-    except TypeError as e:
-        raise ValueError(f"{where}: a setting of its config has the wrong type ({one_line(e)}); use the model's own config.json") from None
+
+    def number(settings: dict, key: str, kind: type, default=None):
+        value = default if settings.get(key) is None else settings[key]
+        check(value is not None, f"{where}: its config lacks {key!r}", "every setting is needed", own)
+        ok = type(value) in (int, float) and 0 < value < 2 ** 40 and (kind is float or value == int(value))
+        check(ok, f"{where}: {key}={value!r}", f"a positive {'number' if kind is float else 'whole number'} is needed", own)
+        return kind(value)
+
+    scaling, scaled = {}, {}
+    for key in ("rope_scaling", "rope_parameters"):  # of transformers 4, of transformers 5
+        check(isinstance(d.get(key), dict | None), f"{where}: {key}={d.get(key)!r}", "an object or null is needed", own)
+        scaling |= d.get(key) or {}
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    check(name in ("default", "llama3"), f"{where}: RoPE scaling {name!r}", "only Llama 3's is supported", do)
+    if name == "llama3":
+        scaled = dict(rope_factor=number(scaling, "factor", float), rope_low_freq=number(scaling, "low_freq_factor", float),
+                      rope_high_freq=number(scaling, "high_freq_factor", float),
+                      rope_original=number(scaling, "original_max_position_embeddings", int))
+    longest = number(d, "max_position_embeddings", int)
+    check(longest <= 2 ** 24, f"{where}: max_position_embeddings={longest}", "more than 16 million tokens is no model's context", own)
+    check(context <= longest, f"block_size={context} with {where}", f"the model knows {longest} tokens", f"give --block_size={longest} or less")
+    context = context or longest
+    if (kind == "mistral" or d.get("use_sliding_window")) and d.get("sliding_window", 4096) is not None:  # absent means 4096 there
+        window = number(d, "sliding_window", int, 4096)
+        check(window >= context, f"{where}: sliding window of {window} tokens", f"shorter than the context of {context}, which is not supported",
+              f"give --block_size={window} or less")
+    n_embd, n_head = number(d, "hidden_size", int), number(d, "num_attention_heads", int)
+    return ModelConfig(
+        vocab_size=number(d, "vocab_size", int), block_size=context, n_layer=number(d, "num_hidden_layers", int), n_embd=n_embd, n_head=n_head,
+        n_kv_head=number(d, "num_key_value_heads", int, n_head), head_dim=number(d, "head_dim", int, n_embd // n_head),
+        n_inner=number(d, "intermediate_size", int), rope_theta=number({**d, **scaling}, "rope_theta", float, 10000.0),
+        norm_eps=number(d, "rms_norm_eps", float), qkv_bias=kind == "qwen2", tie_embeddings=bool(d.get("tie_word_embeddings", False)), **scaled)
 
 
 @dataclass
@@ -237,15 +255,14 @@ class Files:
     shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     definition: dict | None
-    special: dict  # bos and eot ids where the files say them
     weights: list[Path]
 
 
 def _safetensors_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or from every .safetensors file in the folder."""
-    index = folder / "model.safetensors.index.json"
+    """Tensor name -> file: from model.safetensors, else from the index, else from every .safetensors file in the folder."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     try:
-        if index.is_file():
+        if index.is_file() and not whole.is_file():
             where = _json(index).get("weight_map")
             ok = isinstance(where, dict) and all(isinstance(f, str) and Path(f).name == f for f in where.values())
             check(ok, f"{index}", "has no weight_map of file names", "copy the folder again")
@@ -253,7 +270,7 @@ def _safetensors_files(folder: Path) -> dict[str, Path]:
             check(not lost, f"{folder} lacks {', '.join(lost[:4])}", "its index names them", "copy the folder again")
             return {name: folder / f for name, f in where.items()}
         found = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
             with safe_open(path, "pt") as f:
                 for name in f.keys():  # noqa: SIM118 (not a dict)
                     check(name not in found, f"{path}: tensor {name}", f"is in {found.get(name)} too", "remove the extra file")
@@ -269,7 +286,9 @@ def _open_folder(folder: Path) -> Files:
     config, at, shapes = _json(folder / "config.json"), {}, {}
     for theirs, path in _safetensors_files(folder).items():
         if not theirs.endswith("rotary_emb.inv_freq"):  # old files hold this table; ours is computed
-            at[theirs.removeprefix("model.")] = (path, theirs)
+            ours = theirs.removeprefix("model.")
+            check(ours not in at, f"{path}: tensor {theirs}", f"{ours} is there with and without the prefix", "use the model's own files")
+            at[ours] = (path, theirs)
     try:
         for path in {p for p, _ in at.values()}:
             with safe_open(path, "pt") as f:
@@ -287,7 +306,7 @@ def _open_folder(folder: Path) -> Files:
             return f.get_tensor(theirs)
 
     definition = _json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
-    return Files(folder.resolve().name, config, shapes, read, definition, {}, sorted({p for p, _ in at.values()}))
+    return Files(folder.resolve().name, config, shapes, read, definition, sorted({p for p, _ in at.values()}))
 
 
 GGUF_NAMES = {"token_embd": "embed_tokens", "output_norm": "norm", "output": "lm_head", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -326,23 +345,27 @@ def _open_gguf(path: Path) -> Files:
     def read(name: str) -> Tensor:
         t = tensors[name]
         try:
-            a = torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type)))  # a copy: the file is mapped
+            a = gguf.quants.dequantize(t.data, t.tensor_type)
         except NotImplementedError:
             raise ValueError(f"{path}: {t.name} is {t.tensor_type.name}, which gguf cannot dequantise; use F16, Q8_0, Q4_0 or Q4_1") from None
+        a = torch.from_numpy(a if a.flags.writeable else a.copy())  # F32 comes as the mapped file itself
         n = heads.get(name.split(".")[-2])
         return unpermute(a, n) if n else a
 
     definition = None
     if "tokenizer.ggml.model" in fields:
         tok = {k.removeprefix("tokenizer.ggml."): v for k, v in fields.items() if k.startswith("tokenizer.ggml.")}
+        pre, bos = tok.get("pre", "default"), tok.get("bos_token_id")
+        begins = tok.get("add_bos_token", pre in ("llama-bpe", "llama3") and bos is not None)  # llama.cpp's default
         try:
-            definition = definition_from_gguf(tok["tokens"], tok["merges"], tok["token_type"], tok.get("pre", "default"), tok.get("bos_token_id"),
-                                              bool(tok.get("add_bos_token", False)), tok["model"])
+            definition = definition_from_gguf(tok["tokens"], tok["merges"], tok["token_type"], pre, bos, bool(begins), tok["model"])
         except KeyError as e:
             raise ValueError(f"{path}: its tokenizer lacks {e}; use another file of this model") from None
+        except TypeError as e:
+            raise ValueError(f"{path}: its tokenizer is damaged ({one_line(e)}); copy it again") from None
     shapes = {k: tuple(int(n) for n in reversed(t.shape)) for k, t in tensors.items()}
     shapes.pop("rope_freqs.weight", None)  # read into the config
-    return Files(path.stem, config, shapes, read, definition, {}, [path])
+    return Files(path.stem, config, shapes, read, definition, [path])
 
 
 def _gguf_config(fields: dict, tensors: dict, where: str) -> dict:
@@ -353,28 +376,33 @@ def _gguf_config(fields: dict, tensors: dict, where: str) -> dict:
     def get(key: str, default=None):
         value = fields.get(f"{arch}.{key}", default)
         check(value is not None, f"{where}: {arch}.{key}", "is not in the file", "use another file of this model")
+        check(type(value) in (int, float), f"{where}: {arch}.{key}={value!r}", "one number is needed", "use another model")
         return value
 
     check(not get("expert_count", 0), f"{where}: {get('expert_count', 0)} experts", "mixtures of experts are not supported", "use a dense model")
-    scaling = get("rope.scaling.type", "none")
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 1))  # without a type they mean linear scaling
+    scaling = fields.get(f"{arch}.rope.scaling.type", "none" if factor in (0, 1) else "linear")
     check(scaling == "none", f"{where}: RoPE scaling {scaling!r}", "only Llama 3's is supported", "use another model")
     n_head, n_embd = get("attention.head_count"), get("embedding_length")
     d = {"model_type": arch, "hidden_size": n_embd, "num_attention_heads": n_head, "num_key_value_heads": get("attention.head_count_kv", n_head),
          "num_hidden_layers": get("block_count"), "intermediate_size": get("feed_forward_length"), "max_position_embeddings": get("context_length"),
-         "head_dim": get("attention.key_length", get("rope.dimension_count", n_embd // n_head)), "rope_theta": get("rope.freq_base", 10000.0),
-         "rms_norm_eps": round(get("attention.layer_norm_rms_epsilon"), 12), "tie_word_embeddings": "lm_head.weight" not in tensors,
-         "vocab_size": int(tensors["embed_tokens.weight"].shape[-1]) if "embed_tokens.weight" in tensors else 0}
+         "head_dim": get("attention.key_length", get("rope.dimension_count", n_embd // max(n_head, 1))),
+         "rope_theta": get("rope.freq_base", 10000.0), "rms_norm_eps": float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+         "tie_word_embeddings": "lm_head.weight" not in tensors, "use_sliding_window": True,
+         "sliding_window": get("attention.sliding_window", 0) or None,
+         "vocab_size": int(tensors["embed_tokens.weight"].shape[-1]) if "embed_tokens.weight" in tensors else None}
     check(get("rope.dimension_count", d["head_dim"]) == d["head_dim"], f"{where}: RoPE on {get('rope.dimension_count', 0)} dimensions",
           f"all {d['head_dim']} of a head are needed", "use another model")
     if "rope_freqs.weight" in tensors:  # Llama 3's divisors of each frequency: the four numbers behind them are found again
-        want = np.asarray(tensors["rope_freqs.weight"].data, dtype=np.float64).ravel()
-        d["rope_scaling"] = dict(rope_type="llama3", factor=float(want.max()), low_freq_factor=1.0, high_freq_factor=4.0,
-                                 original_max_position_embeddings=8192)
-        turns = 8192 * d["rope_theta"] ** (-np.arange(0, d["head_dim"], 2) / d["head_dim"]) / (2 * math.pi)
-        stay = np.clip((turns - 1) / 3, 0, 1)
-        ours = 1 / (stay + (1 - stay) / want.max())
-        check(want.shape == ours.shape and np.allclose(want, ours, rtol=1e-3), f"{where}: its rope_freqs",
-              "are not those of Llama 3's scaling (1, 4, 8192)", "use the model's Hugging Face folder")
+        want, D = np.asarray(tensors["rope_freqs.weight"].data, dtype=np.float64).ravel(), d["head_dim"]
+        ok = 2 * want.size == D and want.min() >= 1
+        if ok:
+            factor = float(want.max())
+            turns = 8192 * float(d["rope_theta"]) ** (-np.arange(0, D, 2) / D) / (2 * math.pi)
+            stay = np.clip((turns - 1) / 3, 0, 1)
+            ok = np.allclose(want, 1 / (stay + (1 - stay) / factor), rtol=1e-3)
+        check(bool(ok), f"{where}: its rope_freqs", "are not those of Llama 3's scaling (1, 4, 8192)", "use the model's Hugging Face folder")
+        d["rope_scaling"] = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     return d
 
 
@@ -387,8 +415,8 @@ def _open_hub(name: str, revision: str) -> Path:
         raise ValueError(f"hf:{name} needs the package huggingface_hub; pip install huggingface_hub, or give a folder") from None
     try:
         return Path(snapshot_download(name, revision=revision or "main", allow_patterns=[
-            "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]))
-    except (OSError, ValueError, RuntimeError) as e:  # the hub's errors are OSError or ValueError, whatever lies below them
+            "config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"], ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as e:  # OSError and ValueError of the hub's own; its transport (httpx, hf_xet) raises other kinds
         raise ValueError(f"hf:{name} at revision {revision or 'main'} cannot be had ({one_line(e)[:200]}): the hub or its local cache must have it; "
                          "go online, check name and --revision, or give a folder") from None
 
@@ -397,9 +425,19 @@ def weights_hash(files: list[Path]) -> str:
     """sha256 over the sha256 of each file: the identity of a model's weights."""
     whole = hashlib.sha256()
     for path in files:
+        one = hashlib.sha256()
         with open(path, "rb") as f:
-            whole.update(hashlib.file_digest(f, "sha256").digest())
+            while block := f.read(1 << 24):
+                one.update(block)
+        whole.update(one.digest())
     return whole.hexdigest()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules keep the weights they get: drawing them would be in vain, and on the meta device costs a second of imports and 150 MB."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
 
 
 def _fill(model: Transformer, files: Files, device: torch.device, dtype: torch.dtype) -> None:
@@ -416,7 +454,8 @@ def _fill(model: Transformer, files: Files, device: torch.device, dtype: torch.d
             t = files.read(name)
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{files.name}: {name} cannot be read ({one_line(e)}); copy the file again") from None
-        check(t.is_floating_point(), f"{files.name}: {name} is {t.dtype}", "f32, f16 and bf16 are read", "use unquantised weights")
+        wide = t.is_floating_point() and t.element_size() > 1  # not float8, whose scales lie elsewhere
+        check(wide, f"{files.name}: {name} is {t.dtype}", "bfloat16, float16, float32 and float64 are read", "use unquantised weights")
         t = t.to(device, dtype, copy=True)
         check(bool(torch.isfinite(t).all()), f"{files.name}: {name}", f"not all finite in {dtype}", "copy the file again")
         owner, _, leaf = name.rpartition(".")
@@ -434,16 +473,18 @@ def load_pretrained(where: str | os.PathLike, device: torch.device | str = "cpu"
     revision: branch, tag or commit of an hf: model. Raises ValueError, one line, naming what is missing or not supported."""
     text, device = str(where), torch.device(device)
     hub = text.startswith("hf:")
-    path = _open_hub(text[3:], revision) if hub else Path(text).expanduser()
+    path = _open_hub(text[3:], revision) if hub else Path(text)
     files = _open_gguf(path) if path.suffix == ".gguf" else _open_folder(path)
     cfg = model_config(files.config, text, block_size)
-    with torch.device("meta"):
-        model = Transformer(cfg)
-    _fill(model, files, device, getattr(torch, weights))
     check(files.definition is not None, f"{text}", "no tokenizer.json in it", "copy the model's tokenizer.json there")
-    tokenizer = from_definition(files.definition, text[3:].replace("/", "-") if hub else files.name, **files.special)
+    tokenizer = from_definition(files.definition, text[3:].replace("/", "-") if hub else files.name)
     check(tokenizer.vocab_size <= cfg.vocab_size, f"{text}: a tokenizer of {tokenizer.vocab_size} ids", f"the model has {cfg.vocab_size}",
           "use the model's own tokenizer.json")
+    last = f"layers.{cfg.n_layer - 1}.input_layernorm.weight"
+    check(last in files.shapes, f"{text}: a config of {cfg.n_layer} layers", f"no tensor {last}", "use the model's own files")
+    with torch.device("meta"), _Undrawn():
+        model = Transformer(cfg)
+    _fill(model, files, device, getattr(torch, weights))
     adapter, kv = AdapterConfig(adapter="none"), KVConfig(kv="dense")
     base = f"hf:{text[3:]}@{path.name}" if hub else str(path.resolve())
     config = {"stage": "pretrained", "model": to_dict(cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv)}
@@ -462,13 +503,15 @@ def export(run: Run, folder: str | os.PathLike) -> Path:
           "export the base, or an adapter=lora")
     check(run.kv.kv == "dense", f"kv={run.kv.kv}", "transformers keeps whole values only", "export the base, or a run with --kv=dense")
     check(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), f"{folder}", "is not an empty folder", "name a fresh one")
+    config = _their_config(model, run.tokenizer)
     lora.merge(model)
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")
     part.mkdir(parents=True)
     try:
-        (part / "config.json").write_text(json.dumps(_their_config(model, run.tokenizer), indent=1))
+        (part / "config.json").write_text(json.dumps(config, indent=1))
         tensors = {k if k.startswith("lm_head") else f"model.{k}": t.contiguous() for k, t in model_state(model).items()}
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)  # safetensors makes it 0600, whatever the umask says
         if run.tokenizer.definition is not None:
             (part / "tokenizer.json").write_text(json.dumps(run.tokenizer.definition, ensure_ascii=False), encoding="utf-8")
             about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

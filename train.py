@@ -41,16 +41,6 @@ from tokenizer import get_tokenizer
 from trainer import NonFinite, Stage, World, optimizer_settings, out_of_memory_explained, share_parameters, train, world
 
 
-def matched_rank(model_cfg: ModelConfig, cfg: AdapterConfig, target: int) -> AdapterConfig:
-    """cfg with the smallest rank whose trainable parameters are at least `target`, alpha / r kept. Counted on meta tensors."""
-    def count(r: int) -> int:
-        with torch.device("meta"):
-            return lora.count_trainable(lora.attach(Transformer(model_cfg), replace(cfg, r=r)))
-    one, two = count(1), count(2)
-    r = max(1, -(-(target - (2 * one - two)) // (two - one)))
-    return replace(cfg, r=r, alpha=cfg.alpha / cfg.r * r)
-
-
 def corpus_of(args, stage: str, tokenizer, block_size: int):
     """The corpus of `stage`, both splits long enough for the context. Everything about it is checked here, before step 0."""
     corpus = prepare(args.train.corpus(stage), args.data, tokenizer)
@@ -96,29 +86,54 @@ def adapt_window(args, base: Run) -> int:
     return asked or (min(512, longest) if is_foreign(base.path) else longest)
 
 
-def adapt_stage(args, run_dir: Path, w: World, loaded: Run, adapter: AdapterConfig, kv: KVConfig, seed: int, name: str) -> Stage:
-    """Calibrate value groups on a loaded base and attach adapters to it, in place."""
+def adapt_stage(args, run_dir: Path, w: World, loaded: Run, adapter: AdapterConfig, kv: KVConfig, seed: int, name: str, *,
+                objective: str = "", steps: int = 0, lr: float = 0.0, kv_from: str | Path = "") -> Stage:
+    """Give a loaded base value groups, calibrated or from another run, and adapters, in place. What is left out follows the flags."""
     cfg: TrainConfig = args.train
+    objective, steps, lr, kv_from = objective or cfg.objective, steps or cfg.adapt_steps, lr or cfg.adapt_lr, kv_from or cfg.kv_from
     model, tokenizer, window = loaded.model, loaded.tokenizer, adapt_window(args, loaded)
-    check(cfg.objective == "lm" or adapter.adapter == "none", f"objective={cfg.objective} with adapter={adapter.adapter}",
+    check(objective == "lm" or adapter.adapter == "none", f"objective={objective} with adapter={adapter.adapter}",
           "the base itself is the teacher", "give --adapter=none")
     corpus = corpus_of(args, "adapt", tokenizer, window)
     torch.manual_seed(seed)
-    calibration = [batch(corpus.train, "calibrate", seed, i, 16, window)[0].to(w.device) for i in range(2)]
-    kv_router.attach(model, kv, calibration, seed)
+    began = start_from(model, kv, kv_from, loaded.base_sha256) if kv_from and kv.kv != "dense" else ""
+    if not began:
+        kv_router.attach(model, kv, [batch(corpus.train, "calibrate", seed, i, 16, window)[0].to(w.device) for i in range(2)], seed)
     lora.attach(model, adapter)
     share_parameters(model, w)
     params = [p for p in model.parameters() if p.requires_grad] + kv_router.trainable(model)
     params = list(dict.fromkeys(params))
     check(bool(params), f"adapter={adapter.adapter} with kv={kv.kv}, value_router={kv.value_router}", "nothing is left to train",
           "choose another adapter")
+    check(adapter.adapter != "none" or (not kv.kv_warmup and kv.topk_groups < kv.n_groups),
+          f"adapter=none with kv_warmup={kv.kv_warmup}, topk_groups={kv.topk_groups} of {kv.n_groups}", "whole values train nothing",
+          "give --kv_warmup=0 and a smaller --topk_groups")
     folder = run_dir / name
     config = {"stage": "adapt", "model": to_dict(model.cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv),
-              "seed": seed, "steps": cfg.adapt_steps, "batch_size": cfg.adapt_batch_size, "lr": cfg.adapt_lr, "corpus": cfg.corpus("adapt"),
-              "block_size": window, "objective": cfg.objective, "optimizer": optimizer_settings(cfg),
+              "seed": seed, "steps": steps, "batch_size": cfg.adapt_batch_size, "lr": lr, "corpus": cfg.corpus("adapt"), "block_size": window,
+              "objective": objective, "kv_from": began, "optimizer": optimizer_settings(cfg),
               "trainable_parameters": lora.count_trainable(model), "base": base_reference(loaded, folder), "base_sha256": loaded.base_sha256}
-    return Stage(name, model, params, corpus, tokenizer, folder, cfg.adapt_steps, cfg.adapt_batch_size, cfg.adapt_lr, seed, config,
-                 adapter, kv, False, window)
+    return Stage(name, model, params, corpus, tokenizer, folder, steps, cfg.adapt_batch_size, lr, seed, config, adapter, kv, False, window, objective)
+
+
+def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256: str) -> str:
+    """Attach value groups as the run at `where` left them; returns the sha256 of their file. ValueError where base or settings differ."""
+    path = find_checkpoint(where)
+    ckpt = checkpoint.load(path)
+    check(ckpt.config.get("base_sha256") == base_sha256, f"kv_from={where}", "it was trained on another base", "give a run on this one")
+    check(ckpt.config["kv"] == to_dict(kv), f"kv_from={where}", "it has other --kv settings", "give the flags it was trained with")
+    kv_router.load_state(kv_router.attach(model, kv), {k: t for k, t in ckpt.tensors["adapter"].items() if ".kv_path." in k})
+    return checkpoint.tensor_hash(path, "adapter.safetensors")
+
+
+def matched_rank(model_cfg: ModelConfig, cfg: AdapterConfig, target: int) -> AdapterConfig:
+    """cfg with the smallest rank whose trainable parameters are at least `target`, alpha / r kept. Counted on meta tensors."""
+    def count(r: int) -> int:
+        with torch.device("meta"):
+            return lora.count_trainable(lora.attach(Transformer(model_cfg), replace(cfg, r=r)))
+    one, two = count(1), count(2)
+    r = max(1, -(-(target - (2 * one - two)) // (two - one)))
+    return replace(cfg, r=r, alpha=cfg.alpha / cfg.r * r)
 
 
 def rows_of_table(args, model_cfg: ModelConfig) -> list[tuple[str, AdapterConfig, KVConfig]]:
@@ -126,14 +141,13 @@ def rows_of_table(args, model_cfg: ModelConfig) -> list[tuple[str, AdapterConfig
     a, kv, dense = replace(args.adapter, adapter="routed"), args.kv, KVConfig(kv="dense")
     if args.train.preset == "paper":  # its ranks; it does not give LoRA's, which here is one MoE branch's
         baselines = {kind: replace(a, adapter=kind, r=8, alpha=16.0) for kind in ("lora", "moe_lora")}
-    else:  # the same scale of the whole update, as config.py sets it
-        baselines = {kind: replace(a, adapter=kind, r=0, alpha=0.0) for kind in ("lora", "moe_lora")}
-    if args.train.preset != "paper":
+    else:  # as many parameters, and the same scale of the whole update, as config.py sets it
+        shape = replace(model_cfg, block_size=1)  # counting needs no table of positions
         with torch.device("meta"):
-            meta = lora.attach(Transformer(model_cfg), a)
-            added = [kv_router.ValueGroupPath(model_cfg, kv) for _ in kv.layers(model_cfg.n_layer)] if kv.kv == "value_groups" else []
+            meta = lora.attach(Transformer(shape), a)
+            added = [kv_router.ValueGroupPath(shape, kv) for _ in kv.layers(shape.n_layer)] if kv.kv == "value_groups" else []
         target = lora.count_trainable(meta) + sum(p.numel() for path in added for p in path.parameters())
-        baselines = {k: matched_rank(model_cfg, b, target) for k, b in baselines.items()}
+        baselines = {kind: matched_rank(shape, replace(a, adapter=kind, r=0, alpha=0.0), target) for kind in ("lora", "moe_lora")}
     return [("LoRA", baselines["lora"], dense), ("MoE-LoRA", baselines["moe_lora"], dense), ("sub-token", a, kv)]
 
 
@@ -150,26 +164,38 @@ def pretrained_base(args, run_dir: Path, w: World) -> tuple[str | Path, dict[str
     if args.base.init_from != "scratch":
         return args.base.init_from, {}
     tokenizer = get_tokenizer(args.data.tokenizer)
-    corpus_of(args, "adapt", tokenizer, args.model.block_size)  # before pretraining: what is wrong with it is said now
+    corpus_of(args, "adapt", tokenizer, args.model.block_size)  # before pretraining: what is wrong with these texts is said now
+    test_text(args, tokenizer, args.model.block_size)
     stage = pretrain_stage(args, tokenizer, run_dir, w)
     train(stage, args, w)
     return find_checkpoint(stage.folder), {"pretrain": stage.folder}
 
 
-def test_text(args, base: Run) -> evaluation.Perplexity:
+def test_text(args, tokenizer, window: int) -> evaluation.Perplexity:
     """The text behind the table's numbers: --test_dataset, or the validation split of the adaptation corpus."""
     cfg: TrainConfig = args.train
     name, split = (cfg.test_dataset, "all") if cfg.test_dataset else (cfg.corpus("adapt"), "val")
-    text, = prepare_splits(name, args.data, base.tokenizer, [split])
-    return evaluation.Perplexity(*sequential(text, cfg.test_sequences, adapt_window(args, base)))
+    text, = prepare_splits(name, args.data, tokenizer, [split])
+    return evaluation.Perplexity(*sequential(text, cfg.test_sequences, window))
 
 
-def table_row(args, run_dir: Path, w: World, where: str | Path, adapter: AdapterConfig, kv: KVConfig,
-              seed: int) -> tuple[list[dict], list[dict], Tensor | None]:
+def distilled(args, run_dir: Path, w: World, where: str | Path) -> Path | str:
+    """Folder of value groups trained to change the base's predictions little, without adapters; "" where --distill_steps is 0."""
+    cfg: TrainConfig = args.train
+    if not cfg.distill_steps:
+        return ""
+    stage = adapt_stage(args, run_dir, w, load_base(args, where, w.device), AdapterConfig(adapter="none"), args.kv, cfg.seed, "distill",
+                        objective="distill", steps=cfg.distill_steps, lr=cfg.distill_lr)
+    train(stage, args, w)
+    return stage.folder
+
+
+def table_row(args, run_dir: Path, w: World, where: str | Path, adapter: AdapterConfig, kv: KVConfig, seed: int,
+              kv_from: str | Path) -> tuple[list[dict], list[dict], Tensor | None]:
     """Train one row of the table (or find it trained) and measure it: its result; for the first seed other K and a sequence's masks."""
     base = load_base(args, where, w.device)
-    task = test_text(args, base)
-    stage = adapt_stage(args, run_dir, w, base, adapter, kv, seed, f"{adapter.adapter}-s{seed}")
+    task = test_text(args, base.tokenizer, adapt_window(args, base))
+    stage = adapt_stage(args, run_dir, w, base, adapter, kv, seed, f"{adapter.adapter}-s{seed}", objective="lm", kv_from=kv_from)
     train(stage, args, w)
     best = load_run(stage.folder, w.device, **args.base.options("")).model  # what a user would load: the best checkpoint, bases folded
     log = checkpoint.read_jsonl(stage.folder / "metrics.jsonl")
@@ -190,11 +216,12 @@ def run_all(args, run_dir: Path, w: World) -> None:
     begin, cfg = time.time(), args.train
     where, curves = pretrained_base(args, run_dir, w)
     base = load_base(args, where, w.device)
-    task, shape = test_text(args, base), base.model.cfg
+    task, shape = test_text(args, base.tokenizer, adapt_window(args, base)), base.model.cfg
     args.kv.check_model(shape)
     corpus_of(args, "adapt", base.tokenizer, adapt_window(args, base))
     results = [{"name": "base"} | evaluation.row(base.model, task, adapter=base.adapter, kv=base.kv, seed=cfg.seed, params=0, dtype=cfg.dtype)]
     del base  # each row loads its own: peak memory is that of one
+    kv_from = distilled(args, run_dir, w, where)
     sweeps, masks, seconds = [], None, 0.0
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         late = torch.tensor([float(seed > cfg.seed and time.time() - begin + seconds > 60 * cfg.max_minutes)], device=w.device)
@@ -203,7 +230,7 @@ def run_all(args, run_dir: Path, w: World) -> None:
             break
         start = time.time()
         for name, adapter, kv in rows_of_table(args, shape):
-            got, more, seen = table_row(args, run_dir, w, where, adapter, kv, seed)
+            got, more, seen = table_row(args, run_dir, w, where, adapter, kv, seed, kv_from)
             results += [{"name": name} | r for r in got]
             if seed == cfg.seed:
                 curves[name] = run_dir / f"{adapter.adapter}-s{seed}"
@@ -268,6 +295,9 @@ def run(args) -> None:
           "give --init_from=out/RUN/pretrain")
     check(cfg.stage != "pretrain" or where == "scratch", f"init_from={where!r} with stage=pretrain", "pretrained weights are adapted",
           "give --stage=adapt or all")
+    check(cfg.stage == "adapt" or cfg.objective == "lm", f"objective={cfg.objective} with stage={cfg.stage}", "one adaptation is trained by it",
+          "give --stage=adapt, or --distill_steps=N for the table")
+    check(not cfg.distill_steps or args.kv.learn_basis, f"distill_steps={cfg.distill_steps}", "there is no basis to train", "give --learn_basis")
     with world(cfg.device) as w:
         check_weights(args.base.weights, w.device, cfg.dtype)
         if args.kv.kv == "value_groups" and cfg.stage == "all" and where == "scratch":

@@ -111,6 +111,7 @@ class Stage:
     kv: KVConfig
     pretraining: bool
     window: int  # tokens in a training sequence
+    objective: str = "lm"
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint of this stage holds: the model, or only what was added to the frozen one."""
@@ -151,7 +152,7 @@ def gradients(stage: Stage, forward, step: int, cfg: TrainConfig, w: World, stop
     for xb, yb in micro_batches(x.to(w.device), y.to(w.device), cfg.accumulation):
         share = len(xb) / stage.batch_size
         with autocast(w.device, cfg.dtype):
-            loss = lm_loss(forward(xb), yb) if cfg.objective == "lm" or stage.pretraining else distillation_loss(stage, forward, xb)
+            loss = lm_loss(forward(xb), yb) if stage.objective == "lm" else distillation_loss(stage, forward, xb)
         whole = loss + stage.adapter.balance_weight * lora.balance_loss(m) + stage.kv.aux_weight * kv_router.aux_loss(m)
         (whole * share).backward()
         total[0] += loss.item() * share
@@ -201,7 +202,8 @@ class Trainer:
             self.trim_metrics()
             return False
         ckpt = checkpoint.load(path)
-        for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "block_size", "lr", "corpus", "objective", "optimizer"):
+        for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "block_size", "lr", "corpus", "objective", "kv_from",
+                    "optimizer"):
             check(ckpt.config.get(key) == self.s.config.get(key), f"{path} was trained with {key}={ckpt.config.get(key)}",
                   f"this run says {self.s.config.get(key)}", "resume with the same flags")
         self.s.restore(ckpt.tensors)

@@ -8,6 +8,7 @@ from runs import adapt_arguments, pretrain
 
 import lora
 import train
+import trainer
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def run_stage(text, base):
             return pretrain(out, text, *flags)
         args = adapt_arguments(out, text, base, *flags)
         train.run(args)
-        return out / f"{args.adapter.adapter}-s{args.train.seed}"
+        kind = args.adapter.adapter if args.adapter.adapter != "none" else args.kv.kv
+        return out / f"{kind}-s{args.train.seed}"
     return go
 
 
@@ -62,11 +64,11 @@ def trainers(monkeypatch) -> list:
     """The Trainers made from here on, newest last."""
     made = []
 
-    class Spy(train.Trainer):
+    class Spy(trainer.Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
-    monkeypatch.setattr(train, "Trainer", Spy)
+    monkeypatch.setattr(trainer, "Trainer", Spy)
     return made
 
 
@@ -75,9 +77,9 @@ def stage_of(tmp_path, text, base):
     """stage_of(*flags): an adapt stage whose lora_B and MLP reconstructor are not zero (zeros would hide every error), without dropout."""
     def make(*flags):
         args = adapt_arguments(tmp_path / "stage", text, base, "--lora_dropout=0", "--grad_clip=0", "--adapt_batch_size=11", *flags)
-        w = train.World(0, 1, torch.device("cpu"))
-        folder, found = tmp_path / "stage", train.find_checkpoint(base)
-        stage = train.adapt_stage(args, folder, w, found, args.adapter, args.kv, 0, "s")
+        w = trainer.World(0, 1, torch.device("cpu"))
+        loaded = train.load_base(args, base, w.device)
+        stage = train.adapt_stage(args, tmp_path / "stage", w, loaded, args.adapter, args.kv, 0, "s")
         torch.manual_seed(1)
         for name, p in lora.adapter_state(stage.model).items():
             if "lora_B" in name:

@@ -36,12 +36,31 @@ def tokens(*shape: int, seed: int = 0, vocab: int = TINY.vocab_size) -> torch.Te
 
 
 def grouped_model(seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelConfig = TINY, fold: bool = True, **kv) -> Transformer:
-    """tiny_model with calibrated value groups on every layer and random reconstructor weights."""
+    """tiny_model with calibrated value groups on every layer, random reconstructor weights and, with learn_basis, maps that are no
+    longer inverse of each other."""
     model = tiny_model(seed, dtype, cfg)
     kv_router.attach(model, KVConfig(**{**PAPER_LIKE, **kv}), [tokens(2, 70, seed=seed + 1)], seed)
     for path in kv_router.paths(model).values():
         randomise(path.reconstructor, 0.2)
+        if path.cfg.learn_basis:
+            perturb_basis(path)
     return kv_router.fold(model) if fold else model
+
+
+def perturb_basis(path: kv_router.ValueGroupPath, std: float = 0.2) -> None:
+    """Move enc and dec of a path with learn_basis, each for itself: dec @ enc is far from 1 then."""
+    with torch.no_grad():
+        for p in (path.enc, path.dec):
+            p += std * p.std() * torch.randn(p.shape, dtype=p.dtype)
+    assert (path.dec @ path.enc - torch.eye(path.D)).abs().max() > 0.1
+
+
+def coordinates(path: kv_router.ValueGroupPath, v: torch.Tensor) -> torch.Tensor:
+    """Values v (B, Hkv, T, D) as a path gets them, in the coordinates it cuts into groups: one product per head and token."""
+    if path.k == path.S or (path.folded and not path.cfg.learn_basis):
+        return v
+    return torch.stack([torch.stack([torch.stack([v[b, h, t] @ path.enc[h] for t in range(v.size(2))]) for h in range(v.size(1))])
+                        for b in range(v.size(0))])
 
 
 def routed_value(path: kv_router.ValueGroupPath, v: torch.Tensor, kept: list[list[int]]) -> torch.Tensor:
@@ -88,11 +107,12 @@ def brute_force_path(path: kv_router.ValueGroupPath, x, q, k, v, pad=None, exact
     tail, block = path.cfg.kv_tail, path.cfg.kv_tail_block
     for b in range(B):
         first = 0 if pad is None else int(pad[b])
-        read = []
+        read, z = [], coordinates(path, v[b:b + 1])
         for t in range(first, T):
-            scores = path.scores(x[b:b + 1, t:t + 1], v[b:b + 1, :, t:t + 1])[0, :, 0].detach()  # (1 or Hkv, S)
+            scores = path.scores(x[b:b + 1, t:t + 1], z[:, :, t:t + 1])[0, :, 0].detach()  # (1 or Hkv, S)
             kept = [sorted(range(path.S), key=lambda g, s=s: (-float(s[g]), g))[:path.k] for s in scores]
-            read.append(routed_value(path, v[b, :, t], kept * (Hkv // len(kept))))
+            seen = routed_value(path, z[0, :, t], kept * (Hkv // len(kept)))
+            read.append(seen if path.folded or path.k == path.S else torch.stack([seen[h] @ path.dec[h] for h in range(Hkv)]))
         for t in range(first, T):
             seen = t - first + 1
             compressed = max(0, (seen - tail) // block * block)

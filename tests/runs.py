@@ -5,11 +5,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import checkpoint
 import config
 import train
+import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim=16", "--n_inner=48", "--block_size=32", "--device=cpu",
@@ -30,10 +32,17 @@ def adapt_arguments(out: Path, text: str, base: Path, *flags):
     return arguments("--stage=adapt", f"--dataset={text}", f"--out_dir={out}", f"--init_from={base}", *flags)
 
 
+def call(module, *flags) -> None:
+    """The module's main() with these flags, in this process."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(module, "ARGS", config.parse_args(module.CONFIGS, ["--device=cpu", *map(str, flags)]), raising=False)
+        module.main()
+
+
 def before_step(monkeypatch, n: int, act) -> None:
     """Call act() just before the gradients of every optimizer step numbered n."""
-    rate = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda step, *a: (act() if step == n else None, rate(step, *a))[1])
+    rate = trainer.learning_rate
+    monkeypatch.setattr(trainer, "learning_rate", lambda step, *a: (act() if step == n else None, rate(step, *a))[1])
 
 
 def losses(stage: Path) -> list[tuple[int, str]]:
@@ -80,4 +89,4 @@ def wait_for_steps(stage: Path, p: subprocess.Popen, n: int = 3, limit: float = 
 
 
 def rows_without_time(run: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in json.loads((run / "results.json").read_text())]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in json.loads((run / "results.json").read_text())]

@@ -16,13 +16,14 @@ import checkpoint
 import config
 import data
 import eval as evaluation
+import pretrained
 import sample
 import train
+from tokenizer import get_tokenizer
 
-PROGRAMS = {"train": (train, train.CONFIGS), "sample": (sample, {"sample": config.SampleConfig}),
-            "eval": (evaluation, {"eval": config.EvalConfig, "kv": config.KVConfig, "data": config.DataConfig})}
+PROGRAMS = {name: (module, module.CONFIGS) for name, module in (("train", train), ("sample", sample), ("eval", evaluation), ("pretrained", pretrained))}
 TINY = [*runs.TINY, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
-NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"]}
+NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"], "pretrained": ["--to=x"]}
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +116,8 @@ def test_defaults_exist_once(name):
     configs = PROGRAMS[name][1]
     args = config.parse_args(configs, NEEDED[name])
     for key, cls in configs.items():
-        assert getattr(args, key) == cls(**({"out_dir": "x"} if key == name and NEEDED[name] else {}))
+        first = key == next(iter(configs))  # the group of the program's own flags
+        assert getattr(args, key) == cls(**(dict(f[2:].split("=") for f in NEEDED[name]) if first else {}))
         assert all(f.metadata["help"] and str(f.type) in ("int", "float", "str", "bool") for f in dataclasses.fields(cls))
     assert args.given == {n.split("=")[0][2:] for n in NEEDED[name]}
 
@@ -132,7 +134,8 @@ def test_both_syntaxes_give_the_same(here):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_unknown_flag_is_answered_by_the_nearest(name, capsys, here):
     """A misspelt flag gets the nearest real one; foreign flags, in both syntaxes and mixed with good ones, are refused."""
-    typos = {"train": ("n_layr", "n_layer"), "eval": ("budget", "budgets"), "sample": ("temprature", "temperature")}
+    typos = {"train": ("n_layr", "n_layer"), "eval": ("budget", "budgets"), "sample": ("temprature", "temperature"),
+             "pretrained": ("init_form", "init_from")}
     wrong, right = typos[name]
     for flags in both(wrong, 3):
         assert f"unknown flag --{wrong}: did you mean --{right}?" in complaint(capsys, name, *NEEDED[name], *flags)
@@ -146,9 +149,8 @@ def test_unknown_flag_is_answered_by_the_nearest(name, capsys, here):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_wrong_flag_of_a_process(name, here):
     """True processes: one line, exit 2, before torch is loaded, nothing left behind."""
-    first = next(iter(PROGRAMS[name][1].values()))
-    number = next(f.name for f in dataclasses.fields(first) if str(f.type) == "int")
-    for flags in (["--no_such_flag=1"], [f"--{number}", "many"]):
+    wrong = {"train": ["--seed", "many"], "eval": ["--sequences", "many"], "sample": ["--top_k", "many"], "pretrained": ["--weights", "int8"]}[name]
+    for flags in (["--no_such_flag=1"], wrong, ["--revision=main", "--init_from=x"]):
         code, out, err, seconds = program(name, *NEEDED[name], *flags, cwd=here)
         assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"{name}.py: ") and seconds < 3, err
     assert tree(here) == {}
@@ -171,11 +173,14 @@ def test_wrong_type(name, f, capsys):
 OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "vocab_size": [0], "block_size": [0, -1], "n_layer": [0], "n_embd": [0], "n_head": [0], "n_kv_head": [0, 3], "head_dim": [0, 15],
     "n_inner": [0], "rope_theta": [0, -1], "norm_eps": [0, -1], "r": [-1], "alpha": [-1], "lora_dropout": [-0.1, 1], "subspaces": [0, 3],
-    "subspace_topk": [0, 9], "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 32],
+    "subspace_topk": [0, 9], "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 128],
     "topk_groups": [0, 5], "recon_hidden": [-1], "aux_weight": [-0.1], "kv_warmup": [-0.1, 1.1], "kv_tail": [-1], "kv_tail_block": [0],
     "val_fraction": [0, 1], "seed": [-1, 2 ** 32], "seeds": [0, 10 ** 7], "max_minutes": [0], "pretrain_steps": [0], "adapt_steps": [0],
     "pretrain_batch_size": [0], "adapt_batch_size": [0], "accumulation": [0],
     "pretrain_lr": [0, -1], "adapt_lr": [0, -1], "warmup": [-0.1, 1.1], "weight_decay": [-0.1], "beta1": [-0.1, 1], "beta2": [-0.1, 1],
+
+    "distill_lr": [0, -1], "distill_steps": [-1], "rope_factor": [0.5], "rope_low_freq": [0, 4], "rope_high_freq": [1], "rope_original": [0],
+    "test_sequences": [0], "calibration": [0], "query": [-1], "continuation": [1, -1],
     "grad_clip": [-1], "eval_interval": [-1], "eval_sequences": [0], "sample_interval": [-1], "save_interval": [0], "keep_checkpoints": [0],
     "sequences": [0], "batch_size": [0], "max_new_tokens": [0], "num_samples": [0], "temperature": [-0.1], "top_k": [-1], "top_p": [0, 1.1]}
 
@@ -198,7 +203,16 @@ def test_out_of_range(name, f, capsys, here):
     (["--kv_layers=2,x"], "kv_layers='2,x'"), (["--kv_layers=deepest:0"], "(0, 1]"), (["--kv_layers=deepest:1.5"], "(0, 1]"),
     (["--kv_layers="], "kv_layers=''"), (["--kv_layers=-1"], "layers are"), (["--dataset=imagenet"], "text:PATH"),
     (["--dataset=text:"], "text:PATH"), (["--adapt_dataset=x"], "text:PATH"), (["--tokenizer=bpe"], "byte, gpt2"),
-    (["--resume"], "resume without out_dir"), (["--init_from=x"], "give --stage=adapt"), (["--dtype=float64"], "dtype='float64'"),
+    (["--init_from=x", "--stage=pretrain"], "give --stage=adapt or all"), (["--init_from="], "an empty init_from"),
+    (["--revision=v1"], "only models of the hub have revisions"), (["--revision=v1", "--init_from=some/folder"], "give --init_from=hf:ORG/NAME"),
+    (["--weights=float16"], "one of float32, bfloat16"), (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
+    (["--weights=bfloat16", "--stage=adapt", "--init_from=x"], "give --dtype=bfloat16"), (["--objective=mse"], "objective='mse'"),
+    (["--objective=distill"], "distill_steps=N"), (["--objective=distill", "--stage=pretrain"], "stage=pretrain"),
+    (["--test_dataset=c4"], "test_dataset='c4'"), (["--test_dataset=text:missing.txt"], "no such file"),
+    (["--distill_steps=3"], "give --learn_basis"), (["--distill_steps=3", "--learn_basis", "--stage=pretrain"], "give --stage=all"),
+    (["--kv_from=x"], "one adaptation starts from it"), (["--stage=adapt", "--init_from=no.gguf"], "no.gguf"),
+    (["--stage=adapt", "--init_from=hf:name"], "hf:ORG/NAME"), (["--detokenize=perhaps"], "neither true nor false"),
+    (["--resume"], "resume without out_dir"), (["--init_from=x"], "no such folder"), (["--dtype=float64"], "dtype='float64'"),
     (["--preset=big"], "preset='big'"), (["--topk_groups=3", "--n_groups=2"], "1 <= K <= S"),
     (["--n_head=6", "--n_kv_head=4"], "divide the query heads"),
     (["--n_layer"], "expected one argument"), (["--stage=adapt"], "init_from=scratch"), (["--device=cuda:99"], "device='cuda:99'"),
@@ -218,11 +232,24 @@ def test_train_refuses(flags, why, capsys, here):
     ([], "no out_dir"), (["--budgets=0"], "(0, 1]"), (["--budgets=0.5,1.01"], "(0, 1]"), (["--budgets=-0.5"], "(0, 1]"),
     (["--budgets=half"], "(0, 1]"), (["--budgets=nan"], "(0, 1]"), (["--budgets=1/0"], "(0, 1]"),
     (["--methods=h2o"], "dense, value_groups"),
+    (["--tasks="], "name one at least"), (["--split=half"], "val, train, test"), (["--bases=svd"], "native, random"),
+    (["--groups=3"], "a list of 2, 4, 8, 16"), (["--groups=4,x"], "groups='4,x'"), (["--calibrate=c4"], "calibrate='c4'"),
+    (["--revision=v1"], "only models of the hub"), (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
+    (["--weights=bfloat16"], "give --dtype=bfloat16"), (["--weights=int8"], "one of float32, bfloat16"), (["--init_from="], "an empty init_from"),
     (["--tasks=needle"], "perplexity"), (["--dataset=c4"], "text:PATH"),
     (["--dtype=int8"], "dtype='int8'")], ids=lambda v: v[-1] if isinstance(v, list) and v else "")
 def test_eval_refuses(flags, why, capsys, here):
     """Budgets outside (0, 1], unknown methods, tasks and corpora, and no folder."""
-    assert why in complaint(capsys, "eval", *(["--out_dir=x"] if flags else []), *flags)
+    assert why in complaint(capsys, "eval", "--device=cpu", *(["--out_dir=x"] if flags else []), *flags)
+    assert tree(here) == {}
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--to="], "no folder to export to"), (["--to=x"], "no out_dir"), (["--to=x", "--init_from=no/where"], "no such folder"),
+    (["--to=x", "--out_dir=no/where"], "no such folder"), (["--to=x", "--revision=v1"], "only models of the hub")], ids=lambda v: v[-1] if v else "")
+def test_export_refuses(flags, why, capsys, here):
+    """No folder to write to, no model to export."""
+    assert why in complaint(capsys, "pretrained", *flags)
     assert tree(here) == {}
 
 
@@ -249,7 +276,7 @@ def test_corpus_that_cannot_be_trained_on(capsys, here, text):
 def test_token_id_out_of_range(capsys, here, text, tmp_path):
     """A token file with an id past the vocabulary, though its sha256 is right, and one with a wrong sha256, are named before step 0."""
     flags = [*TINY, "--stage=pretrain", f"--dataset={text}", "--out_dir=run"]
-    tokens = data.prepare(text, config.DataConfig(), data.get_tokenizer("byte")).train
+    tokens = data.prepare(text, config.DataConfig(), get_tokenizer("byte")).train
     raw = bytearray(tokens.path.read_bytes())
     payload = raw[data.HEADER_BYTES:]
     payload[10:12] = (300).to_bytes(2, "little")  # ids of the byte tokenizer end at 256
@@ -300,7 +327,7 @@ def test_damaged_checkpoint_is_named(file, how, run, capsys, here):
     for program, flags in (("eval", ["--sequences=2"]), ("sample", ["--max_new_tokens=2"])):
         for out in {run / stage, run / "routed-s0", where}:
             line = complaint(capsys, program, f"--out_dir={out}", "--device=cpu", *flags)
-            assert stage in line and any(w in line for w in (name, "no usable checkpoint", "that folder is gone", "manifest")), line
+            assert stage in line and any(w in line for w in (name, "no usable checkpoint", "that is gone", "manifest")), line
     if stage == "pretrain":
         assert stage in complaint(capsys, "train", "--stage=adapt", f"--init_from={run / 'pretrain'}", "--out_dir=new", "--device=cpu")
     assert tree(run) == before and tree(here) == {}
@@ -331,7 +358,7 @@ def test_adapter_without_its_base(run, capsys):
     checkpoint.save(base.parent, base.name, step=c.step, tensors=c.tensors, config=c.config, state=c.state)
     assert "give the base it was trained on" in complaint(capsys, "sample", f"--out_dir={run / 'routed-s0'}", "--device=cpu")
     shutil.rmtree(run / "pretrain")
-    assert "that folder is gone" in complaint(capsys, "sample", f"--out_dir={run / 'routed-s0'}", "--device=cpu")
+    assert "that is gone; move base and adapter together" in complaint(capsys, "sample", f"--out_dir={run / 'routed-s0'}", "--device=cpu")
 
 
 def test_damaged_checkpoint_of_a_process(run, here):
@@ -348,7 +375,10 @@ def test_damaged_checkpoint_of_a_process(run, here):
     ("sample", ["--max_new_tokens=32"], "the context is 32"), ("sample", ["--device=cuda:99"], "device='cuda:99'"),
     ("eval", ["--device=tpu"], "device='tpu'"), ("eval", ["--block_size=33"], "context is 32"),
     ("eval", ["--methods=value_groups", "--budgets=0.1"], "at least one"), ("eval", ["--dataset=text:gone"], "no such file"),
-    ("eval", ["--block_size=100000"], "100001 are needed")])
+    ("eval", ["--block_size=100000"], "the model's context is 32"), ("eval", ["--split=test"], "it has train, val, all"),
+    ("eval", ["--tasks=continuation", "--query=20", "--continuation=12"], "some context must be left"),
+    ("eval", ["--tasks=continuation"], "32 tokens"),
+    ("eval", ["--sequences=2", "--results=/dev/null/x"], "dev/null"), ("eval", ["--results=/dev/null"], "is a file")])
 def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
     """Prompts, contexts, budgets, devices and corpora that do not go with a whole checkpoint."""
     before = tree(run)
@@ -360,7 +390,10 @@ def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
 @pytest.mark.parametrize("flags, why", [
     (["--n_groups=16", "--kv_layers=2"], "layers are 0..1"), (["--adapter=none", "--kv=dense"], "nothing is left to train"),
     (["--n_layer=3"], "the base has 2"), (["--block_size=33"], "the base knows 32"), (["--preset=paper"], "the base knows 32"),
-    (["--tokenizer=gpt2"], "tokenizer")])
+    (["--tokenizer=gpt2"], "tokenizer"), (["--objective=distill"], "give --adapter=none"),
+    (["--objective=distill", "--adapter=lora", "--learn_basis"], "give --adapter=none"),
+    (["--adapter=none", "--learn_basis", "--kv_warmup=0.5"], "kv_warmup"), (["--adapter=none", "--learn_basis", "--topk_groups=4"], "topk_groups"),
+    (["--kv_from=no/where"], "no such folder")])
 def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text):
     """Layers, groups, contexts, shapes and tokenizers that do not go with the base, and a choice that trains nothing."""
     common = ["--stage=adapt", f"--dataset={text}", "--device=cpu"]

@@ -4,6 +4,7 @@
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 import socket
@@ -269,7 +270,8 @@ def test_wikitext_official_files_are_the_splits(server, tmp_path, monkeypatch):
     monkeypatch.setitem(data.PINNED, "wikitext2", ("w.zip", sha256, (server.root + "/w.zip",)))
     cfg, tok = DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
     made, parts = data.prepare("wikitext2", cfg, tok), data.documents("wikitext2", cfg)
-    assert {s: "".join(d) for s, d in parts.items()} == {s: WIKI.replace("text one", s) for s in ("train", "val", "test")}
+    whole = {s: WIKI.replace("text one", s) for s in ("train", "val", "test")}
+    assert {s: "".join(d) for s, d in parts.items()} == whole | {"all": "".join(whole.values())}
     assert tok.decode(made.train.ids) == "".join(parts["train"]) and tok.decode(made.val.ids) == "".join(parts["val"])
     assert list(made.val.ids).count(tok.eot) == 3 == len(parts["val"])
     assert not (tmp_path / "escape.txt").exists() and len(list((tmp_path / "cache").iterdir())) == 3
@@ -389,6 +391,50 @@ def test_prepare_is_cached_and_never_stale(tmp_path):
     assert len(seen) == 5 and "changed" in tok.decode(changed.train.ids) + tok.decode(changed.val.ids)
     assert all(f.ids[-1] == tok.eot for f in (changed.train, changed.val))
     assert sum(int((f.ids == tok.eot).sum()) for f in (changed.train, changed.val)) == 9
+
+
+def test_detokenize_undoes_wikitext_spacing():
+    """Hyphens and marks inside numbers lose their '@', punctuation joins the word before it, brackets close, unknown words are X; text
+    without such spacing stays as it is, and doing it twice changes nothing more."""
+    pairs = {"a well @-@ known 1 @,@ 234 @.@ 5": "a well-known 1,234.5", "one , two ; three : four .": "one, two; three: four.",
+             "( in brackets )": "(in brackets)", "Valkyria 's": "Valkyria's", "the <unk> of <unk>": "the X of X", 'he said " yes "': 'he said" yes"',
+             " = Title = \n": " = Title = \n", "def f(x): return x - 1": "def f(x): return x - 1", "a 's' b": "a's' b", "": ""}
+    for before, after in pairs.items():
+        assert data.detokenize(before) == after == data.detokenize(after)
+
+
+def test_prepare_splits_all_and_what_a_corpus_lacks(tmp_path):
+    """`all` is every document once, in the corpus's order; a text has no `test`, which is said in one line and leaves no file."""
+    corpus, cfg, tok = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
+    line = error_line(data.prepare_splits, corpus, cfg, tok, ["test"])
+    assert "split='test'" in line and "it has train, val, all" in line and not (tmp_path / "cache").exists()
+    everything, val = data.prepare_splits(corpus, cfg, tok, ["all", "val"])
+    assert tok.decode(everything.ids) == "".join((tmp_path / "t" / f"{i}.txt").read_text() for i in range(9))
+    assert (everything.header["split"], val.header["split"]) == ("all", "val") and int((everything.ids == tok.eot).sum()) == 9
+    made = data.prepare(corpus, cfg, tok)
+    assert val.path == made.val.path and len(made.train) + len(made.val) == len(everything)
+
+
+def test_bos_begins_every_document_and_detokenize_its_own_file(tmp_path):
+    """A tokenizer with a bos puts it before every document, and the end token after it; bos and --detokenize each name another file,
+    and --detokenize changes the text that becomes tokens, not which document is held out."""
+    (tmp_path / "t").mkdir()
+    for i in range(9):
+        (tmp_path / "t" / f"{i}.txt").write_text(f"hello {i} , " * (20 + i))
+    corpus, tok = f"text:{tmp_path / 't'}", tokenizer.TiktokenTokenizer(tiny_encoding())
+    with_bos = tokenizer.TiktokenTokenizer(tiny_encoding(), bos=104)
+    cfg = DataConfig(data_dir=str(tmp_path / "cache"))
+    plain, begun = data.prepare(corpus, cfg, tok), data.prepare(corpus, cfg, with_bos)
+    typed = data.prepare(corpus, DataConfig(data_dir=cfg.data_dir, detokenize=True), tok)
+    assert len({f.path for c in (plain, begun, typed) for f in (c.train, c.val)}) == 6
+
+    def documents(ids):
+        cuts = [-1, *np.flatnonzero(ids == tok.eot)]
+        return [ids[a + 1:b].tolist() for a, b in itertools.pairwise(cuts)]
+    for split in ("train", "val"):
+        bare, longer, short = (documents(getattr(c, split).ids) for c in (plain, begun, typed))
+        assert longer == [[104, *d] for d in bare] and len(short) == len(bare) > 0
+        assert [tok.decode(d) for d in short] == [tok.decode(d).replace(" ,", ",") for d in bare]
 
 
 def test_prepare_val_fraction_is_part_of_the_name(tmp_path):

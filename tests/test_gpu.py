@@ -7,10 +7,10 @@ from helpers import TINY, grouped_model, tokens
 from runs import adapt_arguments, losses, pretrain
 
 import train
-from data import get_tokenizer
 from kernels import top_k_mask
 from model import generate
 from pretrained import autocast, load_run
+from tokenizer import get_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"), pytest.mark.usefixtures("own_cache")]
 CUDA = torch.device("cuda")

@@ -24,6 +24,8 @@ SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least o
     dict(n_groups=2, topk_groups=1, value_basis="output", reconstructor="pairwise", value_router="norm", mask_scope="layer"),
     dict(n_groups=4, topk_groups=3, value_basis="pca", reconstructor="linear", value_router="norm", mask_scope="layer", kv_tail=3),
     dict(n_groups=4, topk_groups=1, value_basis="native", reconstructor="mlp", value_router="linear", mask_scope="head", kv_tail=2, kv_tail_block=5),
+    dict(n_groups=4, topk_groups=2, value_basis="output", reconstructor="zero", value_router="norm", mask_scope="head", kv_tail=3, learn_basis=True),
+    dict(n_groups=8, topk_groups=3, value_basis="pca", reconstructor="pairwise", value_router="linear", mask_scope="layer", learn_basis=True),
 ]
 
 
@@ -32,6 +34,7 @@ def name(s: dict) -> str:
 
 
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=name)
+each_learned = pytest.mark.parametrize("setting", [s for s in SETTINGS if "learn_basis" in s], ids=name)
 
 
 def qkv(path, B=2, T=9, seed=0, n_embd=TINY.n_embd, H=TINY.n_head):
@@ -238,6 +241,68 @@ def test_keep_all_equals_dense_exactly():
         assert torch.equal(model(tokens(3, 57)), want)
 
 
+@pytest.mark.parametrize("prefill", ["exact", "routed"])
+def test_keep_all_equals_dense_whatever_the_maps(prefill):
+    """K = S with maps that are not inverse of each other: every logit is the dense model's bit for bit. A packed cache holds the dense
+    keys and values, not encoded ones, and the logits read from it, like those of the folded model, agree to rounding."""
+    setting = dict(topk_groups=4, value_basis="output", reconstructor="pairwise", learn_basis=True, kv_tail=3, prefill=prefill)
+    x, dense, free, folded = tokens(2, 57), tiny_model(), grouped_model(fold=False, **setting), grouped_model(**setting)
+    want = dense(x)
+    assert torch.equal(free(x), want) and (folded(x) - want).abs().max() < 1e-8
+    for model in (free, folded):
+        cache, whole = model.new_cache(2, 57), dense.new_cache(2, 57)
+        got = torch.cat([model(x[:, a:b], cache) for a, b in ((0, 30), *((t, t + 1) for t in range(30, 57)))], 1)
+        assert (got - want).abs().max() < 1e-8
+        dense(x, whole)
+        k, v, mask = cache.layers[0].unpack()
+        assert mask.all() and int(cache.layers[0].n_packed[0]) == 54
+        assert (k - whole.layers[0].k).abs().max() < 1e-12 and (model is folded or (v - whole.layers[0].v).abs().max() < 1e-12)
+
+
+@each_learned
+@pytest.mark.parametrize("pad", [None, (0, 4)], ids=["", "padded"])
+def test_learned_maps_have_the_loops_gradients(setting, pad):
+    """The gradients of both maps, and of q, k, v through them, are to 1e-9 those of the token-by-token loops, and none is zero."""
+    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**setting)).double(), 0.3).eval()
+    pad = None if pad is None else torch.tensor(pad)
+    x, q, k, v = qkv(path)
+    inputs = [t.requires_grad_(True) for t in (q, k, v)] + [path.enc, path.dec]
+    got, want = path(x, q, k, v, None, pad), brute_force_path(path, x, q, k, v, pad)
+    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).masked_fill(want.isnan(), 0)
+    ours, plain = (torch.autograd.grad((out.nan_to_num() * weight).sum(), inputs) for out in (got, want))
+    for a, b in zip(ours, plain, strict=True):
+        assert b.abs().max() > 1e-3 and (a - b).abs().max() < 1e-9
+
+
+@each_learned
+def test_learned_maps_pass_gradcheck(setting):
+    """Autograd through the maps equals finite differences (the mask is a constant: the router here looks at the layer's input)."""
+    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "value_router": "linear"})).double(), 0.3).eval()
+    x, q, k, v = qkv(path, B=1, T=5)
+
+    def run(v, enc, dec):
+        return torch.func.functional_call(path, {"enc": enc, "dec": dec}, (x, q, k, v))
+    inputs = [t.detach().clone().requires_grad_(True) for t in (v, path.enc, path.dec)]
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_learned_maps_are_only_the_language_models():
+    """L_LM trains both maps; L_aux trains neither, though it is measured in their coordinates; an adapter beside them still learns."""
+    model = grouped_model(fold=False, learn_basis=True, reconstructor="pairwise", value_basis="output")
+    lora.attach(model, AdapterConfig(adapter="lora", lora_dropout=0.0))
+    randomise(torch.nn.ParameterList(lora.adapter_state(model).values()), 0.2)
+    kv_router.trainable(model)
+    model.train()
+    reached = []
+    for loss in (lambda: model(tokens(2, 21)).square().mean(), lambda: (model(tokens(2, 21)), kv_router.aux_loss(model))[1]):
+        model.zero_grad()
+        loss().backward()
+        reached.append({n.rsplit("kv_path.")[-1] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0})
+    lm, aux = ({n for n in names if "lora_" not in n} for names in reached)
+    assert lm == {"enc", "dec"} and aux == {"router.weight", "router.bias", "reconstructor.weight"}
+    assert len(reached[0] - lm) == 16 and not reached[1] - aux
+
+
 @each_setting
 def test_no_output_depends_on_a_later_token(setting):
     """Causality: changing token 20 of 37 leaves the logits before it as they were, bit for bit, and changes its own."""
@@ -364,9 +429,11 @@ def test_uncompressed_layers_stay_dense_and_are_counted():
             KVConfig(kv_layers=text).layers(2)
 
 
-def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit():
-    """state / load_state carry bases, routers and reconstructors; a missing, strange or non-finite tensor is refused by name."""
-    cfg = dict(value_basis="output", reconstructor="pairwise")
+@pytest.mark.parametrize("learned", [False, True], ids=["", "learned"])
+def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit(learned):
+    """state / load_state carry bases, trained ones too, routers and reconstructors; a missing, strange or non-finite tensor is refused
+    by name."""
+    cfg = dict(value_basis="output", reconstructor="pairwise", learn_basis=learned)
     model = grouped_model(fold=False, **cfg)
     saved = {k: t.clone() for k, t in kv_router.state(model).items()}
     other = kv_router.attach(tiny_model(), KVConfig(**PAPER_LIKE, **cfg))

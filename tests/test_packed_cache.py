@@ -14,7 +14,7 @@ from config import KVConfig
 from packed_cache import PackedCache
 
 
-def filled(T: int, S: int, K: int, *, B=2, Hkv=3, D=16, scope="head", tail=0, block=1, cap=None, chunks=None, pad=None, seed=0):
+def filled(T: int, S: int, K: int, *, B=2, Hkv=3, D=16, scope="head", tail=0, block=1, cap=None, chunks=None, pad=None, seed=0, encode=None):
     """A cache that took T random tokens in chunks, and what it took: k, v (B, Hkv, T, D), mask."""
     cfg = KVConfig(n_groups=S, topk_groups=K, mask_scope=scope, kv_tail=tail, kv_tail_block=block)
     g = torch.Generator().manual_seed(seed)
@@ -23,21 +23,21 @@ def filled(T: int, S: int, K: int, *, B=2, Hkv=3, D=16, scope="head", tail=0, bl
     cache, at = PackedCache(B, T if cap is None else cap, Hkv, D, cfg, K, k), 0
     for n in chunks or [T]:
         n_pad = torch.zeros(B, dtype=torch.int64) if pad is None else (torch.tensor(pad) - at).clamp(0, n)
-        cache.append(k[:, :, at:at + n], v[:, :, at:at + n], mask[:, :, at:at + n], n_pad)
+        cache.append(k[:, :, at:at + n], v[:, :, at:at + n], mask[:, :, at:at + n], n_pad, *([encode] if encode else []))
         at += n
     return cache, k, v, mask
 
 
-@pytest.mark.parametrize("S", [2, 4, 8, 16])
+@pytest.mark.parametrize("S", [2, 4, 8, 16, 32, 64])
 def test_bits_round_trip_and_have_the_stated_type(S):
-    """mask_to_bits puts group g in bit g, in uint8 up to S = 8 and int16 at 16 (bit 15 is the sign), and comes back."""
+    """mask_to_bits puts group g in bit g, in uint8 up to S = 8, then the integer of S bits (the highest is its sign), and comes back."""
     mask = torch.randint(0, 2, (300, S), generator=torch.Generator().manual_seed(S)).bool()
     mask[0], mask[1] = True, False
     bits = kernels.mask_to_bits(mask)
-    assert bits.dtype == (torch.uint8 if S <= 8 else torch.int16)
+    assert bits.dtype == {16: torch.int16, 32: torch.int32, 64: torch.int64}.get(S, torch.uint8)
     assert torch.equal(kernels.bits_to_mask(bits, S), mask)
     for i in range(50):
-        assert int(bits[i]) & 0xFFFF == sum(1 << g for g in range(S) if mask[i, g])
+        assert int(bits[i]) % (1 << max(S, 8)) == sum(1 << g for g in range(S) if mask[i, g])
 
 
 def test_rows_lie_token_major_group_minor_at_the_stated_number():
@@ -64,19 +64,21 @@ def test_rows_lie_token_major_group_minor_at_the_stated_number():
 @given(T=st.integers(1, 140), S=st.sampled_from([2, 4, 8, 16]), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_unpack_returns_what_was_appended(T, S, data):
-    """Keys, kept values (zeros elsewhere) and masks come back for any length, chunks, padding, tail, scope and starting capacity."""
+    """Keys, kept values (zeros elsewhere) and masks come back for any length, chunks, padding, tail, scope and starting capacity. A value
+    is encoded once, when it is compressed, and not while it is in the tail."""
     K, scope = data.draw(st.integers(1, S)), data.draw(st.sampled_from(["head", "layer"]))
     cuts = sorted(data.draw(st.sets(st.integers(1, T), max_size=4)) | {0, T})
     chunks = [b - a for a, b in itertools.pairwise(cuts)]
     pad = [data.draw(st.integers(0, T - 1)), 0]
     tail, block, cap = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 7)), data.draw(st.sampled_from([0, 1, T // 2, T]))
-    cache, k, v, mask = filled(T, S, K, scope=scope, tail=tail, block=block, cap=cap, chunks=chunks, pad=pad)
+    encode = data.draw(st.sampled_from([None, lambda v: 3 * v.flip(-1) + 1]))
+    cache, k, v, mask = filled(T, S, K, scope=scope, tail=tail, block=block, cap=cap, chunks=chunks, pad=pad, encode=encode)
     got_k, got_v, got_mask = cache.unpack()
     for b in range(2):
         n = T - pad[b]
         compressed = max(0, (n - tail) // block * block)
         assert int(cache.n_packed[b]) == compressed and int(cache.n_tail[b]) == n - compressed
-        want_v = v[b] * mask[b].repeat_interleave(16 // S, -1)
+        want_v = (encode(v[b]) if encode else v[b]) * mask[b].repeat_interleave(16 // S, -1)
         want_v = torch.cat((want_v[:, pad[b]:pad[b] + compressed], v[b, :, pad[b] + compressed:]), 1)
         assert torch.equal(got_k[b, :, :n], k[b, :, pad[b]:]) and torch.equal(got_v[b, :, :n], want_v)
         assert torch.equal(got_mask[b, :, :n], mask[b, :, pad[b]:])

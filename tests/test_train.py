@@ -16,6 +16,7 @@ import checkpoint
 import data
 import eval as evaluation
 import train
+import trainer
 from model import Transformer, lm_loss
 
 ROUTED = ["--adapter=routed", "--lora_dropout=0.1", "--accumulation=2", "--kv=value_groups", "--value_router=linear",
@@ -95,7 +96,7 @@ def test_resume_without_usable_checkpoint_starts_anew(tmp_path, run_stage, capsy
 
 def test_resume_remembers_the_best(tmp_path, run_stage, monkeypatch, trainers):
     """After a resume the best weights are still the best: later, worse ones do not take their place."""
-    monkeypatch.setattr(train, "validation_loss", lambda *a: 1.0 + trainers[-1].step)
+    monkeypatch.setattr(trainer, "validation_loss", lambda *a: 1.0 + trainers[-1].step)
     flags = ["--pretrain_steps=8", "--eval_interval=2"]
     with monkeypatch.context() as m, pytest.raises(SystemExit):
         before_step(m, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -136,7 +137,7 @@ def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage)
 
 def test_signal_in_last_step_ends_the_pipeline(tmp_path, text, monkeypatch):
     """A signal that comes while the last step of pretraining is evaluated is not lost: the step is saved and adaptation does not begin."""
-    monkeypatch.setattr(train.Trainer, "evaluate", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         train.run(arguments(f"--dataset={text}", f"--adapt_dataset={text}", f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=3"))
     assert stopped.value.code == 130
@@ -151,12 +152,12 @@ def inject(monkeypatch, how: str, at: int, trainers: list) -> None:
     def now():
         return trainers[-1].step == at
     if how in ("nan", "inf"):
-        monkeypatch.setattr(train, "lm_loss", lambda *a: lm_loss(*a) * (float(how) if now() else 1.0))
+        monkeypatch.setattr(trainer, "lm_loss", lambda *a: lm_loss(*a) * (float(how) if now() else 1.0))
     elif how == "masked":
         def masked(*a, **k):
             x, y = data.batch(*a, **k)
             return x, y.fill_(-100) if a[3] == at and a[1] == "train" else y
-        monkeypatch.setattr(train, "batch", masked)
+        monkeypatch.setattr(trainer, "batch", masked)
     else:
         before_step(monkeypatch, 0, lambda: trainers[-1].s.params[-1].register_hook(lambda g: g * math.inf if now() else g))
 
@@ -219,7 +220,7 @@ def test_out_of_memory_names_sizes(kind, error, tmp_path, run_stage, monkeypatch
 
 def test_out_of_memory_is_not_guessed(tmp_path, run_stage, monkeypatch):
     """Any other RuntimeError stays what it is."""
-    monkeypatch.setattr(train, "lm_loss", lambda *a: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr(trainer, "lm_loss", lambda *a: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         run_stage("pretrain", tmp_path / "run")
 
@@ -230,7 +231,7 @@ def gradient(stage, cfg, accumulation: int, w) -> tuple[float, dict]:
     """Loss and gradients of step 3, by parameter."""
     for p in stage.params:
         p.grad = None
-    loss, norm, _ = train.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=accumulation), w, False)
+    loss, norm, _ = trainer.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=accumulation), w, False)
     assert norm > 0
     names = {p: n for n, p in stage.model.named_parameters()}
     return loss, {names[p]: p.grad.clone() for p in stage.params}
@@ -248,7 +249,7 @@ def assert_close(a: dict, b: dict, tol: float) -> None:
 def test_accumulation_means_the_same_batch(flags, stage_of):
     """1, 2, 3, 8, 11 and 40 micro-steps of 11 sequences give the gradients of one pass, auxiliary losses included."""
     stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", *flags)
-    one = train.World(0, 1, torch.device("cpu"))
+    one = trainer.World(0, 1, torch.device("cpu"))
     loss, want = gradient(stage, cfg, 1, one)
     for n in (2, 3, 8, 11, 40):
         other, got = gradient(stage, cfg, n, one)
@@ -261,16 +262,16 @@ def test_ranks_mean_the_same_batch(ranks, stage_of):
     """The shares of 2, 3 and 14 ranks (11 sequences: uneven, and 3 of 14 shares empty) add up to the gradients of one process."""
     stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", "--reconstructor=pairwise")
 
-    class Alone(train.World):
+    class Alone(trainer.World):
         def sum(self, t):
             return t
-    loss, want = gradient(stage, cfg, 1, train.World(0, 1, torch.device("cpu")))
+    loss, want = gradient(stage, cfg, 1, trainer.World(0, 1, torch.device("cpu")))
     parts = []
     for rank in range(ranks):
         for p in stage.params:
             p.grad = None
         w = Alone(rank, ranks, torch.device("cpu"))
-        share = train.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=2), w, False)[0]
+        share = trainer.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=2), w, False)[0]
         parts.append((share, [p.grad.clone() for p in stage.params]))
     names = {p: n for n, p in stage.model.named_parameters()}
     assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-6)

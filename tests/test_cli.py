@@ -21,7 +21,8 @@ import sample
 import train
 from tokenizer import get_tokenizer
 
-PROGRAMS = {name: (module, module.CONFIGS) for name, module in (("train", train), ("sample", sample), ("eval", evaluation), ("pretrained", pretrained))}
+PROGRAMS = {"train": (train, train.CONFIGS), "sample": (sample, sample.CONFIGS), "eval": (evaluation, evaluation.CONFIGS),
+            "pretrained": (pretrained, pretrained.CONFIGS)}
 TINY = [*runs.TINY, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
 NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"], "pretrained": ["--to=x"]}
 

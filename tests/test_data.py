@@ -275,6 +275,9 @@ def test_wikitext_official_files_are_the_splits(server, tmp_path, monkeypatch):
     assert tok.decode(made.train.ids) == "".join(parts["train"]) and tok.decode(made.val.ids) == "".join(parts["val"])
     assert list(made.val.ids).count(tok.eot) == 3 == len(parts["val"])
     assert not (tmp_path / "escape.txt").exists() and len(list((tmp_path / "cache").iterdir())) == 3
+    test, = data.prepare_splits("wikitext2", cfg, tok, ["test"])
+    assert tok.decode(test.ids) == "".join(parts["test"])
+    assert data.prepare("wikitext2", DataConfig(data_dir=cfg.data_dir, detokenize=True), tok).val.path != made.val.path  # though the pin is one
     (tmp_path / "cache" / "w.zip").unlink()
     assert data.prepare("wikitext2", cfg, tok).val.path == made.val.path and server.hits == ["/w.zip"]
 

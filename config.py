@@ -443,7 +443,7 @@ class EvalConfig:
     out_dir: str = opt("", "run, stage or checkpoint folder to evaluate (or --init_from=PATH for a pretrained model)")
     results: str = opt("", "folder for results.json and report.png (empty: --out_dir, or a fresh one under out/)")
     tasks: str = opt("perplexity", f"list of: {', '.join(TASKS)}")
-    methods: str = opt("", f"list of: {', '.join(METHODS)} (empty: as trained)")
+    methods: str = opt("", f"list of: {', '.join(METHODS)} (empty: as trained; of a base dense, with --bases, --groups or --budgets both)")
     bases: str = opt("", "value bases tried without training, a list (empty: --value_basis)")
     groups: str = opt("", "numbers of value groups S tried without training, a list (empty: --n_groups)")
     budgets: str = opt("", "value budgets rho for value_groups, shares of the groups kept, such as 0.25,0.5,0.75 (empty: as trained)")
@@ -480,6 +480,8 @@ class EvalConfig:
         for name in ("dataset", "calibrate"):
             if getattr(self, name):
                 check_corpus(getattr(self, name), name)
+        check(not self.calibrate or self.calibrate != self.dataset, f"calibrate={self.calibrate!r}", "that is the text that is measured",
+              "give another, or leave it out to calibrate on the training split")
 
 
 @dataclass(frozen=True)

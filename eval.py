@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -246,28 +247,30 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
     todo = tasks(cfg, text, T)
     about = dict(adapter=run.adapter, seed=run.config.get("seed", cfg.seed), batch_size=cfg.batch_size, dtype=cfg.dtype,
                  params=run.config.get("trainable_parameters", 0))
-    trained = bool(kv_router.paths(model))
-    methods = comma_list(cfg.methods) or [run.kv.kv if trained else "dense"]
-    check(not (trained and (cfg.bases or cfg.groups)), f"bases={cfg.bases!r}, groups={cfg.groups!r}", "the run has trained ones", "leave them out")
-    rows, masks = [], None
-    if "dense" in methods and not trained:
-        rows += [row(model, task, kv=run.kv, **about) for task in todo]
-    if "value_groups" not in methods and not trained:
-        return rows, None
-    settings, calibration = [run.kv], None
-    if not trained:  # training-free: every basis with every number of groups
+    trained, free = bool(kv_router.paths(model)), cfg.bases or cfg.groups
+    check(not (trained and free), f"bases={cfg.bases!r}, groups={cfg.groups!r}", "the run has trained ones", "leave them out")
+    methods = comma_list(cfg.methods) or (["value_groups"] if trained else ["dense"] + ["value_groups"] * bool(free or cfg.budgets))
+    settings = [run.kv] if trained else [
+        replace(kv, value_basis=b, n_groups=s, topk_groups=max(1, s * kv.topk_groups // kv.n_groups))
+        for b in comma_list(cfg.bases) or [kv.value_basis] for s in map(int, comma_list(cfg.groups) or [kv.n_groups])]
+    plan = []  # (setting, its Ks): what is wrong with a budget is said before anything is measured
+    for setting in settings if trained or "value_groups" in methods else []:
+        setting.check_model(model.cfg)
+        ks = [count_kept(b, setting.n_groups) for b in comma_list(cfg.budgets)] or [setting.topk_groups]
+        plan.append((setting, [setting.n_groups] * (trained and "dense" in methods) + ks * ("value_groups" in methods)))
+    calibration = None
+    if plan and not trained:  # training-free: every basis with every number of groups
         check(bool(cfg.calibrate) or cfg.split in ("val", "test"), f"split={cfg.split}", "bases would be calibrated on the text that is measured",
               "give --calibrate=CORPUS")
         other, = prepare_splits(cfg.calibrate or corpus, data, run.tokenizer, ["all" if cfg.calibrate else "train"])
         windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
         calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
-        settings = [replace(kv, value_basis=b, n_groups=s, topk_groups=max(1, s * kv.topk_groups // kv.n_groups))
-                    for b in comma_list(cfg.bases) or [kv.value_basis] for s in map(int, comma_list(cfg.groups) or [kv.n_groups])]
-    for setting in settings:
+    rows, masks = [], None
+    if "dense" in methods and not trained:
+        rows += [row(model, task, kv=run.kv, **about) for task in todo]
+    for setting, ks in plan:
         if not trained:
             kv_router.attach(kv_router.detach(model), setting, calibration, cfg.seed)
-        ks = [count_kept(b, setting.n_groups) for b in comma_list(cfg.budgets)] or [setting.topk_groups]
-        ks = ([setting.n_groups] if "dense" in methods and trained else []) + ks
         for task in todo:
             tail = dict(kv_tail=task.query, kv_tail_block=1) if isinstance(task, Continuation) else {}
             with kv_router.storing(model, **tail):
@@ -278,8 +281,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
 
 def results_folder(cfg: EvalConfig) -> Path:
     """--results, else --out_dir, else a fresh folder under out/; it exists then."""
-    folder = Path(cfg.results or cfg.out_dir or f"out/eval-{time.strftime('%Y%m%d-%H%M%S')}")
-    check(not folder.exists() or folder.is_dir(), f"results={folder}", "is a file", "name a folder")
+    folder = Path(cfg.results or cfg.out_dir or f"out/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -288,6 +290,8 @@ def main() -> None:
     cfg: EvalConfig = ARGS.eval
     device = pick_device(cfg.device)
     check_weights(ARGS.base.weights, device, cfg.dtype)
+    results = Path(cfg.results or ".")
+    check(results.is_dir() or not results.exists(), f"results={results}", "is a file", "name a folder")
     run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
     rows, masks = evaluate(run, cfg, ARGS.kv, ARGS.data)
     folder, metrics = results_folder(cfg), [Path(cfg.out_dir) / "metrics.jsonl", run.path.parent / "metrics.jsonl"]

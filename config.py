@@ -432,7 +432,7 @@ def exit_on_bad_input(main):
         sys.exit(130)
 
 
-TASKS = ("perplexity", "continuation")
+TASKS = ("perplexity", "continuation", "needle", "variable_tracking", "multiple_choice")
 SPLITS = ("val", "train", "test", "all")
 METHODS = ("dense", "value_groups")
 
@@ -451,10 +451,16 @@ class EvalConfig:
     split: str = opt("val", "part of it: val, train, test (WikiText) or all", SPLITS)
     calibrate: str = opt("", "corpus that bases are calibrated on, all of it (empty: the training split of --dataset)")
     calibration: int = opt(32, "sequences that bases are calibrated on")
-    sequences: int = opt(192, "sequences")
-    block_size: int = opt(0, "tokens per sequence (0: what it was trained with, or 2048 for a pretrained model)")
-    query: int = opt(16, "continuation: tokens after the context that are never compressed")
+    sequences: int = opt(192, "sequences, or prompts, of each task")
+    block_size: int = opt(0, "tokens per sequence, an answer included (0: what it was trained with, or 2048 for a pretrained model)")
+    query: int = opt(16, "continuation and prompts: tokens at the end of the context that are never compressed")
     continuation: int = opt(128, "continuation: tokens after those, whose loss is measured")
+    distractors: int = opt(0, "needle: other named numbers in the text, at most 31")
+    chains: int = opt(1, "variable_tracking: chains of assignments in the text")
+    hops: int = opt(4, "variable_tracking: assignments of a chain after its first")
+    questions: str = opt("", "multiple_choice: a CSV file of MMLU's format, or a folder of them")
+    shots: int = opt(5, "multiple_choice: worked examples before each question")
+    shots_from: str = opt("", "multiple_choice: file or folder of the examples (empty: the first rows of the file itself, then not asked)")
     batch_size: int = opt(16, "sequences at a time")
     seed: int = opt(0, "seed of windows, calibration batches and random bases")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
@@ -473,6 +479,12 @@ class EvalConfig:
             check(ok, f"budgets={self.budgets!r}", "every budget is a share kept, in (0, 1]", "give for example 0.25,0.5,0.75")
         for name, least in (("sequences", 1), ("calibration", 1), ("batch_size", 1), ("query", 0), ("continuation", 2)):
             check(getattr(self, name) >= least, f"{name}={getattr(self, name)}", f"at least {least}", f"give --{name}={least} or more")
+        for name, least, most in (("distractors", 0, 31), ("chains", 1, 100), ("hops", 1, 100), ("shots", 0, 100)):
+            check(least <= getattr(self, name) <= most, f"{name}={getattr(self, name)}", f"{least} to {most}", "give a number in that range")
+        check(bool(self.questions) or "multiple_choice" not in comma_list(self.tasks), "multiple_choice without questions",
+              "a file of them is needed", "give --questions=PATH, MMLU's CSV file or a folder of them")
+        check(bool(self.questions) or not self.shots_from, f"shots_from={self.shots_from!r} without questions", "nothing is asked",
+              "give --questions=PATH")
         check(self.block_size >= 0 and self.seed >= 0, f"block_size={self.block_size}, seed={self.seed}", "at least 0", "give 0 or more")
         check_seed(self.seed)
         for name, allowed in (("dtype", ("auto", "float32", "bfloat16")), ("split", SPLITS)):

@@ -192,6 +192,18 @@ def split_documents(docs: list[str], val_fraction: float) -> tuple[list[str], li
     return [d for d, h in pairs if h not in val], [d for d, h in pairs if h in val]
 
 
+def whole_split(corpus: str, official: str) -> str:
+    """The split that means a corpus as a whole: all of it, or of WikiText the `official` one, since its files belong to different uses."""
+    return official if corpus in WIKITEXT_FOLDERS else "all"
+
+
+def same_text(a: str, b: str) -> bool:
+    """Whether two corpora share text: the same name or path, or both WikiText (the small one is part of the large)."""
+    if a.startswith("text:") and b.startswith("text:"):
+        return Path(a[5:]).expanduser().resolve() == Path(b[5:]).expanduser().resolve()
+    return a == b or {a, b} <= set(WIKITEXT_FOLDERS)
+
+
 def cache_dir(cfg: DataConfig) -> Path:
     """Folder of token files and downloads: cfg.data_dir, or `subtoken` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")

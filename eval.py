@@ -12,11 +12,10 @@ Writes results.json and report.png into the folder and ends with one JSON line.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -31,72 +30,11 @@ from torch import Tensor
 
 import checkpoint
 import kv_router
-from data import TokenFile, batch, prepare_splits, sequential
+from data import batch, prepare_splits
 from lora import count_trainable
-from model import Transformer, evaluating, lm_loss
+from model import Transformer, evaluating
 from pretrained import Run, autocast, check_weights, is_foreign, load_run, pick_device
-
-
-def mean_loss(model: Transformer, x: Tensor, y: Tensor, batch_size: int, dtype: str = "float32") -> float:
-    """Mean next-token loss in nats over x, y (n, T) int64, decode mode, batch_size rows at a time."""
-    device, total = model.norm.weight.device, 0.0
-    with evaluating(model):
-        for i in range(0, len(x), batch_size):
-            xb, yb = x[i:i + batch_size].to(device), y[i:i + batch_size].to(device)
-            with autocast(device, dtype):
-                total += lm_loss(model(xb), yb).item() * len(xb)
-    return total / len(x)
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean next-token loss over x, y (n, T) int64, decode mode."""
-    x: Tensor
-    y: Tensor
-    metric = "perplexity"
-
-    @property
-    def n(self) -> int:
-        return self.x.numel()
-
-    @property
-    def stored(self) -> Tensor:
-        """Sequences whose cache is measured."""
-        return self.x[:4]
-
-    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
-        return math.exp(mean_loss(model, self.x, self.y, batch_size, dtype))
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """Mean loss in nats of the text that follows a compressed context, through the packed cache.
-
-    x (n, T) int64: T - query - last tokens of context, processed exactly and then compressed; `query` tokens that stay whole; `last`
-    tokens that read both and whose loss it is (the first of them is predicted by nobody). The paths' tail must be `query`."""
-    x: Tensor
-    query: int
-    last: int
-    metric = "loss"
-
-    @property
-    def n(self) -> int:
-        return len(self.x) * (self.last - 1)
-
-    @property
-    def stored(self) -> Tensor:
-        return self.x[:4, :-self.last]
-
-    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
-        device, total = model.norm.weight.device, 0.0
-        with evaluating(model), autocast(device, dtype):
-            for i in range(0, len(self.x), batch_size):
-                x = self.x[i:i + batch_size].to(device)
-                cache = model.new_cache(*x.shape)
-                model(x[:, :-self.last], cache, last_only=True)
-                logits = model(x[:, -self.last:], cache)
-                total += lm_loss(logits[:, :-1], x[:, 1 - self.last:]).item() * len(x)
-        return total / len(self.x)
+from tasks import READING, Continuation, Perplexity, Task, make_tasks, mean_loss  # noqa: F401 (offered here, too)
 
 
 def cache_bytes(model: Transformer, x: Tensor, dtype: str = "float32") -> tuple[int, int]:
@@ -117,7 +55,7 @@ def kept_shares(model: Transformer, T: int) -> tuple[float, float]:
     return (mean(shares) if shares else 1.0), (sum(shares) + model.cfg.n_layer - len(shares)) / model.cfg.n_layer
 
 
-def row(model: Transformer, task: Perplexity | Continuation, *, adapter: AdapterConfig, kv: KVConfig, seed: int, batch_size: int = 16,
+def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig, seed: int, batch_size: int = 16,
         dtype: str = "float32", dense_value: float | None = None, params: int | None = None) -> dict:
     """One result: the task's value and what the cache holds. dense_value: the value with whole values."""
     start = time.time()
@@ -126,8 +64,8 @@ def row(model: Transformer, task: Perplexity | Continuation, *, adapter: Adapter
     paths = list(kv_router.paths(model).values())
     in_layers, in_model = kept_shares(model, task.stored.size(1))
     grouped = bool(paths)
-    exact = not grouped or (kv.prefill == "exact" and isinstance(task, Continuation))
-    return {"task": type(task).__name__.lower(), "method": "value_groups" if grouped else "dense", "adapter": adapter.adapter,
+    exact = not grouped or (kv.prefill == "exact" and task.query is not None)
+    return {"task": task.name, "method": "value_groups" if grouped else "dense", "adapter": adapter.adapter,
             "basis": kv.value_basis + "+" * kv.learn_basis if grouped else "native", "n_groups": kv.n_groups if grouped else 1,
             "prefill": "exact" if exact else "routed", "relevance": f"fixed_k:{kv.value_router}" if grouped else "none",
             "value_keep": paths[0].k / paths[0].S if grouped else 1.0, "token_keep": 1.0, "kv_kept_layers": in_layers, "kv_kept_model": in_model,
@@ -136,7 +74,7 @@ def row(model: Transformer, task: Perplexity | Continuation, *, adapter: Adapter
             "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0}
 
 
-def sweep(model: Transformer, task: Perplexity | Continuation, ks: list[int], **about) -> list[dict]:
+def sweep(model: Transformer, task: Task, ks: list[int], **about) -> list[dict]:
     """One row per K in ks, the same model with K groups kept, each with the value of K = S as its dense value."""
     paths = list(kv_router.paths(model).values())
     before, S = paths[0].k, paths[0].S
@@ -164,15 +102,18 @@ def kept_groups(model: Transformer, x: Tensor) -> Tensor:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as text, one line per method and setting, the value as mean +- standard deviation over seeds, and what it is above the
-    same model's with whole values, where that is known."""
+    """The rows as text, one table per task: one line per method and setting, the value as mean +- standard deviation over seeds, and what
+    it is above the same model's with whole values, where that is known."""
+    names = list(dict.fromkeys(r["task"] for r in rows))
+    if len(names) > 1:
+        return "\n\n".join(f"{name}\n{table([r for r in rows if r['task'] == name])}" for name in names)
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
-        groups.setdefault((r["task"], r.get("name", r["method"]), r["basis"], r["n_groups"], r["value_keep"]), []).append(r)
+        groups.setdefault((r.get("name", r["method"]), r["basis"], r["n_groups"], r["value_keep"]), []).append(r)
     speed = any("tokens_per_s" in r for r in rows)
     lines = [f"{'row':34s} {'trainable':>10s} {'KV kept':>8s} {'whole':>7s} {'cache bytes':>14s} {'of dense':>9s} {rows[0]['metric']:>19s} "
              f"{'over whole':>10s} {'seeds':>5s}" + (f" {'tokens/s':>9s} {'peak memory':>11s}" if speed else "")]
-    for (_, name, basis, s, keep), rs in groups.items():
+    for (name, basis, s, keep), rs in groups.items():
         r, values = rs[0], [r["value"] for r in rs]
         label = name if s == 1 else f"{name} {basis} S={s} K={round(keep * s)}"
         spread = f"{mean(values):.4f} +- {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
@@ -224,27 +165,15 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
     plt.close(fig)
 
 
-def tasks(cfg: EvalConfig, text: TokenFile, T: int) -> list[Perplexity | Continuation]:
-    """The tasks named by cfg.tasks over a token file, windows of T tokens."""
-    out = []
-    for name in comma_list(cfg.tasks):
-        if name == "perplexity":
-            out.append(Perplexity(*sequential(text, cfg.sequences, T)))
-        else:
-            check(cfg.query + cfg.continuation < T, f"query={cfg.query}, continuation={cfg.continuation} with {T} tokens",
-                  "some context must be left", "give a larger --block_size")
-            out.append(Continuation(batch(text, "continuation", cfg.seed, 0, cfg.sequences, T)[0], cfg.query, cfg.continuation))
-    return out
-
-
 def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple[list[dict], Tensor | None]:
     """The rows eval.py prints, and the masks of one sequence."""
     model, device = run.model, run.model.norm.weight.device
     T = cfg.block_size or run.config.get("block_size") or (min(2048, model.cfg.block_size) if is_foreign(run.path) else model.cfg.block_size)
     check(model.cfg.block_size >= T, f"block_size={T}", f"the model's context is {model.cfg.block_size}", "give a smaller --block_size")
     corpus = cfg.dataset or run.config.get("corpus", "pycode")
-    text, = prepare_splits(corpus, data, run.tokenizer, [cfg.split])
-    todo = tasks(cfg, text, T)
+    reads = bool({*comma_list(cfg.tasks)} & {*READING})  # the other tasks make their own text
+    text, = prepare_splits(corpus, data, run.tokenizer, [cfg.split]) if reads else [None]
+    todo = make_tasks(cfg, run.tokenizer, T, text)
     about = dict(adapter=run.adapter, seed=run.config.get("seed", cfg.seed), batch_size=cfg.batch_size, dtype=cfg.dtype,
                  params=run.config.get("trainable_parameters", 0))
     trained, free = bool(kv_router.paths(model)), cfg.bases or cfg.groups
@@ -260,8 +189,8 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
         plan.append((setting, [setting.n_groups] * (trained and "dense" in methods) + ks * ("value_groups" in methods)))
     calibration = None
     if plan and not trained:  # training-free: every basis with every number of groups
-        check(bool(cfg.calibrate) or cfg.split in ("val", "test"), f"split={cfg.split}", "bases would be calibrated on the text that is measured",
-              "give --calibrate=CORPUS")
+        check(not reads or bool(cfg.calibrate) or cfg.split in ("val", "test"), f"split={cfg.split}",
+              "bases would be calibrated on the text that is measured", "give --calibrate=CORPUS")
         other, = prepare_splits(cfg.calibrate or corpus, data, run.tokenizer, ["all" if cfg.calibrate else "train"])
         windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
         calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
@@ -272,10 +201,10 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
         if not trained:
             kv_router.attach(kv_router.detach(model), setting, calibration, cfg.seed)
         for task in todo:
-            tail = dict(kv_tail=task.query, kv_tail_block=1) if isinstance(task, Continuation) else {}
+            tail = dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}
             with kv_router.storing(model, **tail):
                 rows += sweep(model, task, ks, kv=replace(setting, **tail), **about)
-        masks = kept_groups(model, batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0])
+        masks = kept_groups(model, batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0] if reads else todo[0].stored[:1, :512])
     return rows, masks
 
 

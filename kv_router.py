@@ -366,9 +366,19 @@ class ValueGroupPath(nn.Module):
 
     def _packed(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, cache: PackedCache, pad: Tensor | None) -> Tensor:
         """Attention over the cache and the T new tokens (v whole, z encoded), which are appended to it."""
-        B, T = q.size(0), q.size(2)
-        n_old = cache.n_packed + cache.n_tail
+        T, n_old = q.size(2), cache.n_packed + cache.n_tail
         n_pad = torch.zeros_like(n_old) if pad is None else (pad - cache.columns).clamp(0, T)
+        if cache.columns == 0 and T > 1 and self.cfg.prefill == "exact":
+            y = attend(q, k, v, pad)  # nothing is compressed yet
+        else:
+            y = self._attend_stored(q, k, v, z, mask, cache, n_old, n_pad)
+        cache.append(k, v, mask, n_pad, self.encode)
+        cache.columns += T
+        return y
+
+    def _attend_stored(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, cache: PackedCache, n_old: Tensor, n_pad: Tensor) -> Tensor:
+        """Attention output over what the cache holds, n_old (B,) tokens, and the new ones, the first n_pad (B,) of which are padding."""
+        B, T = q.size(0), q.size(2)
         old_k, old_v, old_mask = cache.unpack()
         N = old_k.size(2)
         at = torch.arange(N, device=q.device)
@@ -383,10 +393,7 @@ class ValueGroupPath(nn.Module):
             whole = torch.cat((at >= boundary[:, None, :, None], new), -1)
         packed = (at < cache.n_packed[:, None])[:, None, :, None]  # rows hold encoded values already, the tail whole ones
         groups = torch.cat((torch.where(packed, old_v, self.encode(old_v)), z), 2)
-        y = self._read(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), groups, torch.cat((old_mask, mask), 2), visible, whole)
-        cache.append(k, v, mask, n_pad, self.encode)
-        cache.columns += T
-        return y
+        return self._read(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), groups, torch.cat((old_mask, mask), 2), visible, whole)
 
     def compressed(self, seen: Tensor) -> Tensor:
         """Tokens compressed once `seen` have been seen."""
@@ -500,7 +507,7 @@ def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor])
         attn.kv_path = s
     with evaluating(model):
         for idx in batches:
-            model(idx)
+            model(idx, last_only=True)
     for attn, i in zip(chosen, inner, strict=True):
         attn.kv_path = i
     return seen

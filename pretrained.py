@@ -134,12 +134,12 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     raise ValueError(f"{folder}: no usable checkpoint ({'; '.join(why) or f'stages found: {names}'}); give a stage's folder")
 
 
-def load_run(where: str | os.PathLike, device: torch.device | str = "cpu", *, base: str = "", weights: str = "float32", block_size: int = 0,
+def load_run(where: str | os.PathLike, device: torch.device | str = "cpu", *, base: str = "", weights: str = "float32",
              revision: str = "") -> Run:
     """Base, value groups and adapters of a checkpoint, stage or run folder of ours, or a pretrained model (see load_pretrained).
 
     base: where the base of an adapter lies now, if it was moved. ValueError names what is damaged or does not fit."""
-    options = dict(weights=weights, block_size=block_size, revision=revision)
+    options = dict(weights=weights, revision=revision)
     if is_foreign(where):
         return load_pretrained(where, device, **options)
     path = find_checkpoint(where)
@@ -201,8 +201,8 @@ def _json(path: Path) -> dict:
     return d
 
 
-def model_config(d: dict, where: str, context: int = 0) -> ModelConfig:
-    """ModelConfig from a Hugging Face config.json's content. context: tokens wanted, 0 for all the model knows.
+def model_config(d: dict, where: str) -> ModelConfig:
+    """ModelConfig from a Hugging Face config.json's content. The context is cut to the sliding window, within which attention is the same.
 
     Raises ValueError, naming it, for an architecture or a setting that this trunk does not have."""
     kind, do, own = d.get("model_type"), "use a Llama, Qwen2 or Mistral model", "use the model's own config"
@@ -231,15 +231,11 @@ def model_config(d: dict, where: str, context: int = 0) -> ModelConfig:
                       rope_original=number(scaling, "original_max_position_embeddings", int))
     longest = number(d, "max_position_embeddings", int)
     check(longest <= 2 ** 24, f"{where}: max_position_embeddings={longest}", "more than 16 million tokens is no model's context", own)
-    check(context <= longest, f"block_size={context} with {where}", f"the model knows {longest} tokens", f"give --block_size={longest} or less")
-    context = context or longest
     if (kind == "mistral" or d.get("use_sliding_window")) and d.get("sliding_window", 4096) is not None:  # absent means 4096 there
-        window = number(d, "sliding_window", int, 4096)
-        check(window >= context, f"{where}: sliding window of {window} tokens", f"shorter than the context of {context}, which is not supported",
-              f"give --block_size={window} or less")
+        longest = min(longest, number(d, "sliding_window", int, 4096))
     n_embd, n_head = number(d, "hidden_size", int), number(d, "num_attention_heads", int)
     return ModelConfig(
-        vocab_size=number(d, "vocab_size", int), block_size=context, n_layer=number(d, "num_hidden_layers", int), n_embd=n_embd, n_head=n_head,
+        vocab_size=number(d, "vocab_size", int), block_size=longest, n_layer=number(d, "num_hidden_layers", int), n_embd=n_embd, n_head=n_head,
         n_kv_head=number(d, "num_key_value_heads", int, n_head), head_dim=number(d, "head_dim", int, n_embd // n_head),
         n_inner=number(d, "intermediate_size", int), rope_theta=number({**d, **scaling}, "rope_theta", float, 10000.0),
         norm_eps=number(d, "rms_norm_eps", float), qkv_bias=kind == "qwen2", tie_embeddings=bool(d.get("tie_word_embeddings", False)), **scaled)
@@ -465,17 +461,16 @@ def _fill(model: Transformer, files: Files, device: torch.device, dtype: torch.d
     model.rope_cos, model.rope_sin = model.rope_cos.to(device), model.rope_sin.to(device)
 
 
-def load_pretrained(where: str | os.PathLike, device: torch.device | str = "cpu", weights: str = "float32", block_size: int = 0,
-                    revision: str = "") -> Run:
+def load_pretrained(where: str | os.PathLike, device: torch.device | str = "cpu", weights: str = "float32", revision: str = "") -> Run:
     """A model and its tokenizer from a Hugging Face folder, a .gguf file or hf:ORG/NAME.
 
-    weights: float32 or bfloat16, the dtype the weights are held in; block_size: context in tokens, 0 for all the model knows;
-    revision: branch, tag or commit of an hf: model. Raises ValueError, one line, naming what is missing or not supported."""
+    weights: float32 or bfloat16, the dtype the weights are held in; revision: branch, tag or commit of an hf: model. Raises
+    ValueError, one line, naming what is missing or not supported."""
     text, device = str(where), torch.device(device)
     hub = text.startswith("hf:")
     path = _open_hub(text[3:], revision) if hub else Path(text)
     files = _open_gguf(path) if path.suffix == ".gguf" else _open_folder(path)
-    cfg = model_config(files.config, text, block_size)
+    cfg = model_config(files.config, text)
     check(files.definition is not None, f"{text}", "no tokenizer.json in it", "copy the model's tokenizer.json there")
     tokenizer = from_definition(files.definition, text[3:].replace("/", "-") if hub else files.name)
     check(tokenizer.vocab_size <= cfg.vocab_size, f"{text}: a tokenizer of {tokenizer.vocab_size} ids", f"the model has {cfg.vocab_size}",
@@ -514,7 +509,8 @@ def export(run: Run, folder: str | os.PathLike) -> Path:
         (part / "model.safetensors").chmod((part / "config.json").stat().st_mode)  # safetensors makes it 0600, whatever the umask says
         if run.tokenizer.definition is not None:
             (part / "tokenizer.json").write_text(json.dumps(run.tokenizer.definition, ensure_ascii=False), encoding="utf-8")
-            about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            special = {t["id"]: t["content"] for t in run.tokenizer.definition.get("added_tokens", [])}
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "eos_token": special.get(run.tokenizer.eot)}
             (part / "tokenizer_config.json").write_text(json.dumps(about))
         if folder.exists():
             folder.rmdir()

@@ -34,7 +34,7 @@ import checkpoint
 import eval as evaluation
 import kv_router
 import lora
-from data import batch, check_length, prepare, prepare_splits, sequential
+from data import batch, check_length, prepare, prepare_splits, same_text, sequential, whole_split
 from model import Transformer
 from pretrained import Run, base_reference, check_weights, find_checkpoint, is_foreign, load_run
 from tokenizer import get_tokenizer
@@ -49,6 +49,12 @@ def corpus_of(args, stage: str, tokenizer, block_size: int):
     return corpus
 
 
+def of_text(args, corpus) -> dict:
+    """What a checkpoint says of its text: how it was prepared, and the sha256 of the tokens of both splits."""
+    prepared = {k: v for k, v in to_dict(args.data).items() if k != "data_dir"}
+    return {"data": prepared, "tokens": [t.header["sha256"] for t in (corpus.train, corpus.val)]}
+
+
 def pretrain_stage(args, tokenizer, run_dir: Path, w: World) -> Stage:
     cfg: TrainConfig = args.train
     model_cfg = replace(args.model, vocab_size=tokenizer.vocab_size)
@@ -59,7 +65,7 @@ def pretrain_stage(args, tokenizer, run_dir: Path, w: World) -> Stage:
     adapter, kv = AdapterConfig(adapter="none"), KVConfig(kv="dense")
     config = {"stage": "pretrain", "model": to_dict(model_cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv),
               "seed": cfg.seed, "steps": cfg.pretrain_steps, "batch_size": cfg.pretrain_batch_size, "lr": cfg.pretrain_lr,
-              "corpus": cfg.corpus("pretrain"), "block_size": model_cfg.block_size, "optimizer": optimizer_settings(cfg),
+              "corpus": cfg.corpus("pretrain"), "block_size": model_cfg.block_size, "optimizer": optimizer_settings(cfg), **of_text(args, corpus),
               "trainable_parameters": sum(p.numel() for p in model.parameters())}
     return Stage("pretrain", model, list(model.parameters()), corpus, tokenizer, run_dir / "pretrain", cfg.pretrain_steps, cfg.pretrain_batch_size,
                  cfg.pretrain_lr, cfg.seed, config, adapter, kv, True, model_cfg.block_size)
@@ -111,7 +117,7 @@ def adapt_stage(args, run_dir: Path, w: World, loaded: Run, adapter: AdapterConf
     folder = run_dir / name
     config = {"stage": "adapt", "model": to_dict(model.cfg), "tokenizer": tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv),
               "seed": seed, "steps": steps, "batch_size": cfg.adapt_batch_size, "lr": lr, "corpus": cfg.corpus("adapt"), "block_size": window,
-              "objective": objective, "kv_from": began, "optimizer": optimizer_settings(cfg),
+              "objective": objective, "kv_from": began, "optimizer": optimizer_settings(cfg), **of_text(args, corpus), "weights": args.base.weights,
               "trainable_parameters": lora.count_trainable(model), "base": base_reference(loaded, folder), "base_sha256": loaded.base_sha256}
     return Stage(name, model, params, corpus, tokenizer, folder, steps, cfg.adapt_batch_size, lr, seed, config, adapter, kv, False, window, objective)
 
@@ -172,9 +178,12 @@ def pretrained_base(args, run_dir: Path, w: World) -> tuple[str | Path, dict[str
 
 
 def test_text(args, tokenizer, window: int) -> evaluation.Perplexity:
-    """The text behind the table's numbers: --test_dataset, or the validation split of the adaptation corpus."""
+    """The text behind the table's numbers: --test_dataset (WikiText's test split, all of another), or the validation split of the
+    adaptation corpus."""
     cfg: TrainConfig = args.train
-    name, split = (cfg.test_dataset, "all") if cfg.test_dataset else (cfg.corpus("adapt"), "val")
+    name, split = (cfg.test_dataset, whole_split(cfg.test_dataset, "test")) if cfg.test_dataset else (cfg.corpus("adapt"), "val")
+    check(split == "test" or not cfg.test_dataset or not same_text(cfg.test_dataset, cfg.corpus("adapt")), f"test_dataset={cfg.test_dataset!r}",
+          "that is the text adapted on", "give another, or leave it out to use its validation split")
     text, = prepare_splits(name, args.data, tokenizer, [split])
     return evaluation.Perplexity(*sequential(text, cfg.test_sequences, window))
 
@@ -270,8 +279,8 @@ def open_run_dir(cfg: TrainConfig, w: World) -> tuple[Path, list[Path]]:
     check(not path.exists() or path.is_dir(), f"out_dir={path}", "is a file", "name a folder")
     full = path.is_dir() and any(path.iterdir())
     if cfg.resume:
-        any_checkpoint = (path.is_dir() and any(path.glob("*/step-*"))) or any(path.glob("*/.*-step-*"))
-        check(any_checkpoint, f"resume from {path}", "there is no checkpoint in it", "leave --resume out to start anew")
+        begun = path.is_dir() and ((path / "config.json").is_file() or any(path.glob("*/step-*")) or any(path.glob("*/.*-step-*")))
+        check(begun, f"resume from {path}", "there is no checkpoint in it", "leave --resume out to start anew")
         return path, []
     check(not full, f"out_dir={path}", "is not empty", "give --resume to continue it, or another folder")
     if w.size > 1:
@@ -297,6 +306,10 @@ def run(args) -> None:
           "give --stage=adapt or all")
     check(cfg.stage == "adapt" or cfg.objective == "lm", f"objective={cfg.objective} with stage={cfg.stage}", "one adaptation is trained by it",
           "give --stage=adapt, or --distill_steps=N for the table")
+    pretraining = sorted(f for f in args.given if f == "dataset" or f.startswith("pretrain_"))
+    check(cfg.stage != "all" or where == "scratch" or not pretraining, f"{', '.join(pretraining)} with init_from={where!r}", "nothing is pretrained",
+          "leave it out; --adapt_dataset names the corpus of the adaptation")
+    check(not (cfg.kv_from and args.kv.kv == "dense"), f"kv_from={cfg.kv_from!r} with kv=dense", "there are no value groups", "leave one out")
     check(not cfg.distill_steps or args.kv.learn_basis, f"distill_steps={cfg.distill_steps}", "there is no basis to train", "give --learn_basis")
     with world(cfg.device) as w:
         check_weights(args.base.weights, w.device, cfg.dtype)

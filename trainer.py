@@ -203,7 +203,7 @@ class Trainer:
             return False
         ckpt = checkpoint.load(path)
         for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "block_size", "lr", "corpus", "objective", "kv_from",
-                    "optimizer"):
+                    "optimizer", "data", "tokens", "weights", "base_sha256"):
             check(ckpt.config.get(key) == self.s.config.get(key), f"{path} was trained with {key}={ckpt.config.get(key)}",
                   f"this run says {self.s.config.get(key)}", "resume with the same flags")
         self.s.restore(ckpt.tensors)
@@ -248,7 +248,9 @@ class Trainer:
         if self.w.main:
             prompt = self.s.tokenizer.encode("The ")
             n = min(120, self.s.model.cfg.block_size - len(prompt))
-            text = self.s.tokenizer.decode(generate(self.s.model, [prompt], n, temperature=0.8, seed=self.s.seed, stop=self.s.tokenizer.eot)[0][0])
+            with autocast(self.w.device, self.cfg.dtype):
+                rows, _ = generate(self.s.model, [prompt], n, temperature=0.8, seed=self.s.seed, stop=self.s.tokenizer.eot)
+            text = self.s.tokenizer.decode(rows[0])
             tqdm.write(f"  [{self.s.name}, step {self.step}] The {' '.join(text.split())}", file=sys.stderr)
 
     def run(self) -> None:

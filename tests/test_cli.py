@@ -182,6 +182,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
 
     "distill_lr": [0, -1], "distill_steps": [-1], "rope_factor": [0.5], "rope_low_freq": [0, 4], "rope_high_freq": [1], "rope_original": [0],
     "test_sequences": [0], "calibration": [0], "query": [-1], "continuation": [1, -1],
+    "distractors": [-1, 32], "chains": [0, 101], "hops": [0, 101], "shots": [-1, 101],
     "grad_clip": [-1], "eval_interval": [-1], "eval_sequences": [0], "sample_interval": [-1], "save_interval": [0], "keep_checkpoints": [0],
     "sequences": [0], "batch_size": [0], "max_new_tokens": [0], "num_samples": [0], "temperature": [-0.1], "top_k": [-1], "top_p": [0, 1.1]}
 
@@ -237,7 +238,8 @@ def test_train_refuses(flags, why, capsys, here):
     (["--groups=3"], "a list of 2, 4, 8, 16"), (["--groups=4,x"], "groups='4,x'"), (["--calibrate=c4"], "calibrate='c4'"),
     (["--revision=v1"], "only models of the hub"), (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
     (["--weights=bfloat16"], "give --dtype=bfloat16"), (["--weights=int8"], "one of float32, bfloat16"), (["--init_from="], "an empty init_from"),
-    (["--tasks=needle"], "perplexity"), (["--dataset=c4"], "text:PATH"),
+    (["--tasks=haystack"], "perplexity"), (["--dataset=c4"], "text:PATH"), (["--tasks=needle,multiple_choice"], "give --questions=PATH"),
+    (["--shots_from=dev"], "give --questions=PATH"),
     (["--dtype=int8"], "dtype='int8'")], ids=lambda v: v[-1] if isinstance(v, list) and v else "")
 def test_eval_refuses(flags, why, capsys, here):
     """Budgets outside (0, 1], unknown methods, tasks and corpora, and no folder."""
@@ -378,7 +380,9 @@ def test_damaged_checkpoint_of_a_process(run, here):
     ("eval", ["--methods=value_groups", "--budgets=0.1"], "at least one"), ("eval", ["--dataset=text:gone"], "no such file"),
     ("eval", ["--block_size=100000"], "the model's context is 32"), ("eval", ["--split=test"], "it has train, val, all"),
     ("eval", ["--tasks=continuation", "--query=20", "--continuation=12"], "some context must be left"),
-    ("eval", ["--tasks=continuation"], "32 tokens"),
+    ("eval", ["--tasks=continuation"], "32 tokens"), ("eval", ["--tasks=needle"], "22 tokens for a prompt"),
+    ("eval", ["--tasks=variable_tracking", "--hops=3"], "4 tokens for a prompt"),
+    ("eval", ["--tasks=multiple_choice", "--questions=gone.csv"], "no such file or folder"),
     ("eval", ["--sequences=2", "--results=/dev/null/x"], "dev/null"), ("eval", ["--results=/dev/null"], "is a file")])
 def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
     """Prompts, contexts, budgets, devices and corpora that do not go with a whole checkpoint."""

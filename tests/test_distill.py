@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import adapt_arguments, assert_equal, before_step, copies, losses, rows_without_time, tensors
+from runs import arguments, adapt_arguments, assert_equal, before_step, copies, losses, rows_without_time, tensors
 
 import checkpoint
 import data
@@ -198,7 +198,7 @@ def test_table_on_a_given_base(tmp_path, text, base, monkeypatch):
     monkeypatch.setattr(kv_router, "load_state", lambda model, saved: (began.append(copies(saved)), attach_state(model, saved))[1])
     flags = ["--stage=all", f"--adapt_dataset={text}", f"--test_dataset=text:{other}", "--test_sequences=999", "--adapt_steps=2", "--seeds=2",
              "--max_minutes=99", "--learn_basis", "--distill_steps=3", "--distill_lr=0.01"]
-    train.run(adapt_arguments(tmp_path / "run", text, base, *flags))
+    train.run(arguments(*flags, f"--out_dir={tmp_path / 'run'}", f"--init_from={base}"))
     run = tmp_path / "run"
     kinds = ("lora", "moe_lora", "routed")
     assert sorted(p.name for p in run.iterdir() if p.is_dir()) == sorted(["distill", *(f"{k}-s{i}" for k in kinds for i in (0, 1))])

@@ -155,7 +155,6 @@ WRONG = {
     "linear": (dict(fields={"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}), "RoPE scaling 'linear'"),
     "factor without a type": (dict(fields={"rope.scaling.factor": 4.0}), "RoPE scaling 'linear'"),
     "old linear": (dict(fields={"rope.scale_linear": 4.0}), "RoPE scaling 'linear'"),
-    "window": (dict(fields={"attention.sliding_window": 32}), "sliding window of 32 tokens"),
     "half rope": (dict(fields={"rope.dimension_count": 8}), "RoPE on 8 dimensions"),
     "no layers": (dict(fields={"block_count": None}), "llama.block_count: is not in the file"),
     "too many layers": (dict(fields={"block_count": 9999}), "no tensor layers.9998"),

@@ -123,21 +123,19 @@ def test_config_defaults_are_those_of_transformers():
     assert (c.head_dim, c.n_kv_head, c.rope_theta, c.tie_embeddings, c.qkv_bias) == (6, 4, 10000, False, True)
     c = pretrained.model_config(config_json("llama", hidden_size=36, num_key_value_heads=..., head_dim=..., rope_parameters=None), "x")
     assert (c.head_dim, c.n_kv_head, c.rope_factor, c.qkv_bias) == (6, 6, 1, False)
-    long = dict(max_position_embeddings=8192, sliding_window=...)
-    assert "sliding window of 4096" in error_line(pretrained.model_config, config_json("mistral", **long), "x")
-    assert pretrained.model_config(config_json("mistral", **long), "x", 4096).block_size == 4096
+    assert pretrained.model_config(config_json("mistral", max_position_embeddings=8192, sliding_window=...), "x").block_size == 4096
     assert pretrained.model_config(config_json("qwen2", use_sliding_window=False, sliding_window=8), "x").block_size == 29
 
 
-def test_block_size_shortens_the_context_and_fits_a_sliding_window(folder):
-    """block_size cuts the context, refuses more than the model knows, and makes a Mistral with a shorter window loadable: same logits."""
+def test_a_sliding_window_cuts_the_context(folder):
+    """A Mistral or Qwen2 whose window is shorter than its context loads with the window as its context: same logits inside, refused past it."""
     x = ids("x", 263, 2, 11)
-    whole, short = pretrained.load_run(folder), pretrained.load_run(folder, block_size=11)
-    assert short.model.cfg.block_size == 11 and torch.equal(logits(whole.model, x), logits(short.model, x))
-    assert "the model knows 29 tokens" in error_line(pretrained.load_run, folder, block_size=30)
+    want = logits(pretrained.load_run(folder).model, x)
     edit(folder, model_type="mistral", sliding_window=11)
-    assert "give --block_size=11 or less" in error_line(pretrained.load_run, folder)
-    assert torch.equal(logits(pretrained.load_run(folder, block_size=11).model, x), logits(short.model, x))
+    model = pretrained.load_run(folder).model
+    assert model.cfg.block_size == 11 and torch.equal(logits(model, x), want)
+    assert "the model's context is 11" in error_line(model, ids("x", 263, 1, 12))
+    assert pretrained.model_config(config_json("qwen2", use_sliding_window=True, sliding_window=5), "x").block_size == 5
 
 
 def test_names_without_prefix_old_tables_and_extra_files_load(folder):
@@ -213,8 +211,7 @@ CONFIG_REFUSALS = {
     "llama3 without factor": (dict(rope_scaling={"rope_type": "llama3"}), "lacks 'factor'"),
     "llama3 upside down": (dict(rope_scaling=SCALING | {"low_freq_factor": 8.0}), "rope_low_freq=8.0"),
     "scaling is text": (dict(rope_scaling="llama3"), "rope_scaling='llama3'"),
-    "mistral window": (dict(model_type="mistral", sliding_window=28), "sliding window of 28"),
-    "qwen window": (dict(model_type="qwen2", use_sliding_window=True, sliding_window=5), "sliding window of 5"),
+    "window of nothing": (dict(model_type="mistral", sliding_window=0), "sliding_window=0"),
     "no layers": (dict(num_hidden_layers=...), "lacks 'num_hidden_layers'"), "zero heads": (dict(num_attention_heads=0), "num_attention_heads=0"),
     "text": (dict(hidden_size="eighteen"), "hidden_size='eighteen'"), "digits as text": (dict(hidden_size="18"), "hidden_size='18'"),
     "list": (dict(num_key_value_heads=[2, 2]), "num_key_value_heads=[2, 2]"), "true": (dict(num_hidden_layers=True), "num_hidden_layers=True"),

@@ -282,8 +282,6 @@ class TrainConfig:
         check(0 <= self.warmup <= 1, f"warmup={self.warmup}", "a share in [0, 1]", "give for example 0.1")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "lies in [0, 1)", "give for example 0.9")
-        check(self.stage == "adapt" or self.objective == "lm", f"objective={self.objective} with stage={self.stage}", "one adaptation may distil",
-              "give --stage=adapt, or --distill_steps=N for the table")
         check(self.stage == "adapt" or not self.kv_from, f"kv_from={self.kv_from!r} with stage={self.stage}", "one adaptation starts from it",
               "give --stage=adapt, or --distill_steps=N for the table")
         check(self.stage == "all" or not self.distill_steps, f"distill_steps={self.distill_steps} with stage={self.stage}", "the table's rows use it",
@@ -492,8 +490,6 @@ class EvalConfig:
         for name in ("dataset", "calibrate"):
             if getattr(self, name):
                 check_corpus(getattr(self, name), name)
-        check(not self.calibrate or self.calibrate != self.dataset, f"calibrate={self.calibrate!r}", "that is the text that is measured",
-              "give another, or leave it out to calibrate on the training split")
 
 
 @dataclass(frozen=True)

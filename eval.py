@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 import checkpoint
 import kv_router
-from data import batch, prepare_splits
+from data import batch, prepare_splits, same_text, whole_split
 from lora import count_trainable
 from model import Transformer, evaluating
 from pretrained import Run, autocast, check_weights, is_foreign, load_run, pick_device
@@ -74,26 +74,28 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
             "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0}
 
 
-def sweep(model: Transformer, task: Task, ks: list[int], **about) -> list[dict]:
-    """One row per K in ks, the same model with K groups kept, each with the value of K = S as its dense value."""
+def sweep(model: Transformer, task: Task, ks: list[int], dense_value: float | None = None, **about) -> list[dict]:
+    """One row per K in ks, the same model with K groups kept, each with the value of K = S as its dense value, measured unless given."""
     paths = list(kv_router.paths(model).values())
     before, S = paths[0].k, paths[0].S
-    kv_router.set_kept(model, S)
-    whole = row(model, task, **about)
-    rows = []
+    rows, whole = [], None
+    if dense_value is None or S in ks:
+        kv_router.set_kept(model, S)
+        whole = row(model, task, **about)
+        dense_value = whole["value"] if dense_value is None else dense_value
     for k in ks:
         kv_router.set_kept(model, k)
-        rows.append(whole if k == S else row(model, task, dense_value=whole["value"], **about))
+        rows.append(whole if k == S else row(model, task, dense_value=dense_value, **about))
     kv_router.set_kept(model, before)
     return rows
 
 
-def kept_groups(model: Transformer, x: Tensor) -> Tensor:
+def kept_groups(model: Transformer, x: Tensor, dtype: str = "float32") -> Tensor:
     """Which groups each token of x (1, T) kept, per compressed layer: (layers, T, S) float in [0, 1], the mean over heads."""
     paths = list(kv_router.paths(model).values())
     for p in paths:
         p.record = True
-    with evaluating(model):
+    with evaluating(model), autocast(model.norm.weight.device, dtype):
         model(x.to(model.norm.weight.device))
     masks = torch.stack([p.last_mask[0].float().mean(0) for p in paths]).cpu()  # (layers, T, S)
     for p in paths:
@@ -165,8 +167,8 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
     plt.close(fig)
 
 
-def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple[list[dict], Tensor | None]:
-    """The rows eval.py prints, and the masks of one sequence."""
+def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: set[str] = frozenset()) -> tuple[list[dict], Tensor | None]:
+    """The rows eval.py prints, and the masks of one sequence. given: the flags named on the command line."""
     model, device = run.model, run.model.norm.weight.device
     T = cfg.block_size or run.config.get("block_size") or (min(2048, model.cfg.block_size) if is_foreign(run.path) else model.cfg.block_size)
     check(model.cfg.block_size >= T, f"block_size={T}", f"the model's context is {model.cfg.block_size}", "give a smaller --block_size")
@@ -176,8 +178,10 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
     todo = make_tasks(cfg, run.tokenizer, T, text)
     about = dict(adapter=run.adapter, seed=run.config.get("seed", cfg.seed), batch_size=cfg.batch_size, dtype=cfg.dtype,
                  params=run.config.get("trainable_parameters", 0))
-    trained, free = bool(kv_router.paths(model)), cfg.bases or cfg.groups
-    check(not (trained and free), f"bases={cfg.bases!r}, groups={cfg.groups!r}", "the run has trained ones", "leave them out")
+    trained = bool(kv_router.paths(model))
+    free = sorted(given & {"bases", "groups", "calibrate", "calibration", *(f.name for f in fields(KVConfig))})
+    check(not (trained and free), f"{', '.join(free)} with {run.path}", "its value groups are trained with their own settings", "leave them out")
+    check(not kv.learn_basis, "learn_basis", "measuring trains nothing", "train with train.py --learn_basis, then give --out_dir")
     methods = comma_list(cfg.methods) or (["value_groups"] if trained else ["dense"] + ["value_groups"] * bool(free or cfg.budgets))
     settings = [run.kv] if trained else [
         replace(kv, value_basis=b, n_groups=s, topk_groups=max(1, s * kv.topk_groups // kv.n_groups))
@@ -191,26 +195,30 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig) -> tuple
     if plan and not trained:  # training-free: every basis with every number of groups
         check(not reads or bool(cfg.calibrate) or cfg.split in ("val", "test"), f"split={cfg.split}",
               "bases would be calibrated on the text that is measured", "give --calibrate=CORPUS")
-        other, = prepare_splits(cfg.calibrate or corpus, data, run.tokenizer, ["all" if cfg.calibrate else "train"])
+        check(not (reads and cfg.calibrate and same_text(cfg.calibrate, corpus)), f"calibrate={cfg.calibrate!r}", "that is the text that is measured",
+              "give another, or leave it out to calibrate on the training split")
+        other, = prepare_splits(cfg.calibrate or corpus, data, run.tokenizer, [whole_split(cfg.calibrate, "train") if cfg.calibrate else "train"])
         windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
         calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
     rows, masks = [], None
     if "dense" in methods and not trained:
         rows += [row(model, task, kv=run.kv, **about) for task in todo]
+    known = {r["task"]: r["value"] for r in rows}  # the dense value of every setting
     for setting, ks in plan:
         if not trained:
             kv_router.attach(kv_router.detach(model), setting, calibration, cfg.seed)
         for task in todo:
             tail = dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}
             with kv_router.storing(model, **tail):
-                rows += sweep(model, task, ks, kv=replace(setting, **tail), **about)
-        masks = kept_groups(model, batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0] if reads else todo[0].stored[:1, :512])
+                rows += sweep(model, task, ks, known.get(task.name), kv=replace(setting, **tail), **about)
+        masks = kept_groups(model, batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0] if reads else todo[0].stored[:1, :512], cfg.dtype)
     return rows, masks
 
 
-def results_folder(cfg: EvalConfig) -> Path:
-    """--results, else --out_dir, else a fresh folder under out/; it exists then."""
-    folder = Path(cfg.results or cfg.out_dir or f"out/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+def results_folder(cfg: EvalConfig, run: Run) -> Path:
+    """--results, else the folder of the stage that is evaluated, else a fresh one under out/; it exists then."""
+    fresh = f"out/eval-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    folder = Path(cfg.results) if cfg.results else run.path.parent if cfg.out_dir else Path(fresh)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -221,11 +229,13 @@ def main() -> None:
     check_weights(ARGS.base.weights, device, cfg.dtype)
     results = Path(cfg.results or ".")
     check(results.is_dir() or not results.exists(), f"results={results}", "is a file", "name a folder")
+    check(not (cfg.out_dir and is_foreign(cfg.out_dir)), f"out_dir={cfg.out_dir}", "is no run of train.py", "give it as --init_from")
     run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
-    rows, masks = evaluate(run, cfg, ARGS.kv, ARGS.data)
-    folder, metrics = results_folder(cfg), [Path(cfg.out_dir) / "metrics.jsonl", run.path.parent / "metrics.jsonl"]
-    found = [m for m in metrics if m.is_file()] if cfg.out_dir else []
-    report(folder, rows, {run.path.parent.name: checkpoint.read_jsonl(found[0])} if found else {}, masks)
+    prepared = {k: v for k, v in run.config.get("data", {}).items() if k not in ARGS.given}  # as the run's text was, unless flags say else
+    rows, masks = evaluate(run, cfg, ARGS.kv, replace(ARGS.data, **prepared), ARGS.given)
+    folder, metrics = results_folder(cfg, run), run.path.parent / "metrics.jsonl"
+    curves = {run.path.parent.name: checkpoint.read_jsonl(metrics)} if cfg.out_dir and metrics.is_file() else {}
+    report(folder, rows, curves, masks)
     checkpoint.write_json(folder / "results.json", rows)
     print(table(rows), f"\n{folder}/results.json, {folder}/report.png", file=sys.stderr)
     print(json.dumps(rows))

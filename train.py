@@ -215,7 +215,7 @@ def table_row(args, run_dir: Path, w: World, where: str | Path, adapter: Adapter
     S, K = kv.n_groups, kv.topk_groups
     ks = sorted({max(1, S // 4), S // 2, max(1, 3 * S // 4), S} - {K}) if seed == args.train.seed and kv.reconstructor != "linear" else []
     rows = evaluation.sweep(best, task, [K, *ks], **how)
-    masks = evaluation.kept_groups(best, task.x[:1]) if seed == args.train.seed else None
+    masks = evaluation.kept_groups(best, task.x[:1], args.train.dtype) if seed == args.train.seed else None
     return [rows[0] | cost], rows[1:], masks
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import arguments, adapt_arguments, assert_equal, before_step, copies, losses, rows_without_time, tensors
+from runs import adapt_arguments, arguments, assert_equal, before_step, copies, losses, rows_without_time, tensors
 
 import checkpoint
 import data

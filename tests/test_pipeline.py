@@ -264,19 +264,20 @@ def copy_of(whole, tmp_path):
 
 
 def test_eval_rows_of_a_run(whole, copy_of, capsys):
-    """eval.py on a run: a row per budget and one with everything kept, the last line of stdout is those rows as JSON, and the trained
-    budget has the very value that train.py reported."""
+    """eval.py on a run: a row per budget and one with everything kept, the last line of stdout is those rows as JSON, they go to the
+    stage's folder beside the run's own, and the trained budget has the very value that train.py reported."""
+    before = (copy_of / "results.json").read_bytes()
     call(evaluation, f"--out_dir={copy_of}", "--methods=dense,value_groups", "--budgets=0.25,0.5,0.75")
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])
-    assert rows == json.loads((copy_of / "results.json").read_text())
+    assert rows == json.loads((copy_of / "routed-s0" / "results.json").read_text()) and (copy_of / "results.json").read_bytes() == before
     assert [r["value_keep"] for r in rows] == [1.0, 0.25, 0.5, 0.75] and all(r.keys() >= ROW and r["adapter"] == "routed" for r in rows)
     assert rows[0]["value"] == rows[0]["dense_value"]
     held = [r["cache_bytes"] for r in rows]
     assert held[0] > held[3] > held[2] > held[1]
     mine = next(r for r in json.loads((whole[0] / "results.json").read_text()) if r["name"] == "sub-token" and r["seed"] == 0)
     assert {k: rows[2][k] for k in ROW - {"seconds"}} == {k: mine[k] for k in ROW - {"seconds"}}
-    assert (copy_of / "report.png").read_bytes()[:4] == b"\x89PNG"
+    assert (copy_of / "routed-s0" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_eval_training_free_on_a_base(copy_of, capsys):

@@ -36,7 +36,7 @@ import kv_router
 import lora
 from data import batch, check_length, prepare, prepare_splits, same_text, sequential, whole_split
 from model import Transformer
-from pretrained import Run, base_reference, check_weights, find_checkpoint, is_foreign, load_run
+from pretrained import Run, base_reference, check_weights, find_checkpoint, is_foreign, load_added_state, load_run
 from tokenizer import get_tokenizer
 from trainer import NonFinite, Stage, World, optimizer_settings, out_of_memory_explained, share_parameters, train, world
 
@@ -206,7 +206,8 @@ def table_row(args, run_dir: Path, w: World, where: str | Path, adapter: Adapter
     task = test_text(args, base.tokenizer, adapt_window(args, base))
     stage = adapt_stage(args, run_dir, w, base, adapter, kv, seed, f"{adapter.adapter}-s{seed}", objective="lm", kv_from=kv_from)
     train(stage, args, w)
-    best = load_run(stage.folder, w.device, **args.base.options("")).model  # what a user would load: the best checkpoint, bases folded
+    load_added_state(stage.model, checkpoint.load(find_checkpoint(stage.folder)).tensors["adapter"])
+    best = kv_router.fold(stage.model).eval()  # what a user would load: the best checkpoint, bases folded
     log = checkpoint.read_jsonl(stage.folder / "metrics.jsonl")
     cost = {"tokens_per_s": median(r["tokens_per_s"] for r in log if "loss" in r), "peak_memory_bytes": log[-1].get("peak_memory_bytes")}
     how = dict(adapter=adapter, kv=kv, seed=seed, params=stage.config["trainable_parameters"], dtype=args.train.dtype)

@@ -233,7 +233,8 @@ class TrainConfig:
     preset: str = opt("default", "paper: the sub-token paper's settings for the adapt stage (explicit flags still win)", ("default", "paper"))
     dataset: str = opt("", "corpus of the stage; with stage=all the pretraining one (empty: pydocs, or pycode to adapt); or text:PATH")
     adapt_dataset: str = opt("", "corpus for adaptation, where it differs from --dataset (empty: pycode)")
-    test_dataset: str = opt("", "stage=all: corpus whose whole text gives the table's numbers (empty: the adaptation corpus's validation split)")
+    test_dataset: str = opt("", "stage=all: corpus that gives the table's numbers, all of it or WikiText's test split (empty: the adaptation "
+                                       "corpus's validation split)")
     test_sequences: int = opt(192, "stage=all: sequences behind each number of the table")
     distill_steps: int = opt(0, "stage=all with --learn_basis: steps that distil the value basis on the frozen base before the table's adaptations")
     distill_lr: float = opt(3e-3, "peak learning rate of those steps")
@@ -439,7 +440,7 @@ METHODS = ("dense", "value_groups")
 class EvalConfig:
     """What eval.py measures."""
     out_dir: str = opt("", "run, stage or checkpoint folder to evaluate (or --init_from=PATH for a pretrained model)")
-    results: str = opt("", "folder for results.json and report.png (empty: --out_dir, or a fresh one under out/)")
+    results: str = opt("", "folder for results.json and report.png (empty: the stage's folder, or a fresh one under out/)")
     tasks: str = opt("perplexity", f"list of: {', '.join(TASKS)}")
     methods: str = opt("", f"list of: {', '.join(METHODS)} (empty: as trained; of a base dense, with --bases, --groups or --budgets both)")
     bases: str = opt("", "value bases tried without training, a list (empty: --value_basis)")
@@ -447,7 +448,7 @@ class EvalConfig:
     budgets: str = opt("", "value budgets rho for value_groups, shares of the groups kept, such as 0.25,0.5,0.75 (empty: as trained)")
     dataset: str = opt("", "corpus that is read (empty: the one trained on, or pycode)")
     split: str = opt("val", "part of it: val, train, test (WikiText) or all", SPLITS)
-    calibrate: str = opt("", "corpus that bases are calibrated on, all of it (empty: the training split of --dataset)")
+    calibrate: str = opt("", "corpus that bases are calibrated on, all of it or WikiText's training split (empty: the training split of --dataset)")
     calibration: int = opt(32, "sequences that bases are calibrated on")
     sequences: int = opt(192, "sequences, or prompts, of each task")
     block_size: int = opt(0, "tokens per sequence, an answer included (0: what it was trained with, or 2048 for a pretrained model)")

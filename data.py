@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from config import DataConfig, check, check_corpus
-from tokenizer import check_ids, one_line
+from tokenizer import check_ids, encoded, one_line
 
 # name: (file, sha256, URLs tried in order)
 PINNED = {
@@ -340,13 +340,13 @@ def prepare_splits(corpus: str, cfg: DataConfig, tokenizer, splits: Sequence[str
         content = hashlib.sha256(b"".join(hashlib.sha256(d.encode("utf-8")).digest() for s in docs for d in docs[s])).hexdigest()
     sample = docs["train"][0][:4096] if docs else ""
     label = f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
-    first, files = [] if tokenizer.bos is None else [tokenizer.bos], []
+    files = []
     for split in splits:
         path = _token_path(corpus, cfg, tokenizer, content, sample, split)
         if not path.exists():
             docs = docs or documents(corpus, cfg)
             check(split in docs, f"split={split!r} of {corpus}", f"it has {', '.join(docs)}", "choose one of them")
-            write_tokens(path, ([*first, *tokenizer.encode(d), tokenizer.eot] for d in docs[split]), tokenizer, label, split)
+            write_tokens(path, ([*encoded(tokenizer, d), tokenizer.eot] for d in docs[split]), tokenizer, label, split)
         files.append(open_tokens(path, tokenizer))
     return files
 

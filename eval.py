@@ -34,7 +34,7 @@ from data import batch, prepare_splits, same_text, whole_split
 from lora import count_trainable
 from model import Transformer, evaluating
 from pretrained import Run, autocast, check_weights, is_foreign, load_run, pick_device
-from tasks import READING, Continuation, Perplexity, Task, make_tasks, mean_loss  # noqa: F401 (offered here, too)
+from tasks import READING, Task, make_tasks
 
 
 def cache_bytes(model: Transformer, x: Tensor, dtype: str = "float32") -> tuple[int, int]:

@@ -38,7 +38,7 @@ from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
 from kernels import at_least_float32, mask_to_bits, top_k_mask
 from model import DensePath, attend, attention_mask, evaluating
-from packed_cache import PackedCache
+from packed_cache import PackedCache, compressed
 
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time where attention weights are formed in full
 
@@ -397,7 +397,7 @@ class ValueGroupPath(nn.Module):
 
     def compressed(self, seen: Tensor) -> Tensor:
         """Tokens compressed once `seen` have been seen."""
-        return ((seen - self.cfg.kv_tail).div(self.cfg.kv_tail_block, rounding_mode="floor") * self.cfg.kv_tail_block).clamp_min(0)
+        return compressed(seen, self.cfg.kv_tail, self.cfg.kv_tail_block)
 
     def _whole(self, T: int, n_pad: Tensor, n_old: Tensor) -> Tensor:
         """True where query i of T new tokens reads new token j whole, because it is in the tail then: (B, 1, T, T) bool."""

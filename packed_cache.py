@@ -18,6 +18,11 @@ from kernels import TILE, bits_to_mask, mask_dtype, mask_to_bits, row_numbers
 from model import storage_bytes
 
 
+def compressed(seen: Tensor, tail: int, block: int) -> Tensor:
+    """Tokens compressed once `seen` (int64, any shape) have been seen, with a tail of at least `tail`, compressed `block` at a time."""
+    return ((seen - tail).div(block, rounding_mode="floor") * block).clamp_min(0)
+
+
 class PackedCache:
     """One layer's cache: whole keys, kept value rows only, one mask per token, and a dense tail of the newest tokens.
 
@@ -114,7 +119,7 @@ class PackedCache:
         n_new = k.size(2) - n_pad
         count = self.n_tail + n_new  # tokens not yet compressed
         seen = self.n_packed + count
-        total = ((seen - self.tail).div(self.block, rounding_mode="floor") * self.block).clamp_min(0).maximum(self.n_packed)
+        total = compressed(seen, self.tail, self.block).maximum(self.n_packed)
         width = int(count.max())
         slot = torch.arange(width, device=k.device)
         valid = slot < count[:, None]  # (B, width): tail first, then the new tokens, left-aligned

@@ -93,11 +93,17 @@ def added_state(model: Transformer) -> dict[str, Tensor]:
     return {**lora.adapter_state(model), **kv_router.state(model)}
 
 
+def split_added(saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what belongs to value groups, what belongs to adapters) of an added_state."""
+    groups = {k: t for k, t in saved.items() if ".kv_path." in k}
+    return groups, {k: t for k, t in saved.items() if k not in groups}
+
+
 def load_added_state(model: Transformer, saved: dict[str, Tensor]) -> None:
     """Put added_state back into a model with the same things attached, not folded yet (ValueError lists what does not fit)."""
-    kv_names = {k for k in saved if ".kv_path." in k}
-    kv_router.load_state(model, {k: saved[k] for k in kv_names})
-    lora.load_adapter_state(model, {k: t for k, t in saved.items() if k not in kv_names})
+    groups, adapters = split_added(saved)
+    kv_router.load_state(model, groups)
+    lora.load_adapter_state(model, adapters)
 
 
 @dataclass

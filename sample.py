@@ -16,6 +16,7 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
 
 from model import generate
 from pretrained import autocast, check_weights, load_run, pick_device
+from tokenizer import encoded
 
 
 def main() -> None:
@@ -23,8 +24,7 @@ def main() -> None:
     device = pick_device(cfg.device)
     check_weights(ARGS.base.weights, device, cfg.dtype)
     run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
-    first = [] if run.tokenizer.bos is None else [run.tokenizer.bos]
-    prompts = [first + run.tokenizer.encode(cfg.prompt)] * cfg.num_samples
+    prompts = [encoded(run.tokenizer, cfg.prompt)] * cfg.num_samples
     start = time.time()
     with autocast(device, cfg.dtype):
         rows, cache = generate(run.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,

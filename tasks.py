@@ -31,6 +31,7 @@ from config import EvalConfig, check, comma_list
 from data import TokenFile, batch, sequential
 from model import KVCache, Transformer, evaluating, generate, lm_loss
 from pretrained import autocast
+from tokenizer import encoded
 
 READING = ("perplexity", "continuation")  # the tasks that need a corpus
 LETTERS = "ABCD"
@@ -143,7 +144,9 @@ class ThroughCache:
 
 @dataclass(frozen=True)
 class Prompts:
-    """n prompts of token ids, of any lengths, with one answer each; value is the mean score. The paths' tail must be `query`."""
+    """n prompts of token ids, of any lengths, with one answer each; value is the mean score. The paths' tail must be `query`.
+
+    A task is a subclass with scores(model, prompts, answers) -> list[float]: of a batch, each in [0, 1]."""
     prompts: list[list[int]]
     answers: list
     query: int
@@ -158,10 +161,6 @@ class Prompts:
         """The first four prompts, cut at the front to the shortest of them."""
         first = self.prompts[:4]
         return torch.tensor([p[-min(map(len, first)):] for p in first])
-
-    def scores(self, model: Transformer, prompts: list[list[int]], answers: list) -> list[float]:
-        """Of a batch, each in [0, 1]."""
-        raise NotImplementedError
 
     def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
         device, out = model.norm.weight.device, []
@@ -220,11 +219,6 @@ def decoded(tokenizer, ids: list[int]) -> str:
         except ValueError:
             continue
     return ""
-
-
-def encoded(tokenizer, text: str) -> list[int]:
-    """Ids of a prompt, the token that begins a text first where the tokenizer has one."""
-    return ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
 
 
 # ----------------------------------------------------------------------------- needle and variable tracking

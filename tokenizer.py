@@ -65,6 +65,11 @@ def _valid(text: str) -> str:
 
 # -- tokenizers
 
+def encoded(tokenizer, text: str) -> list[int]:
+    """Ids of a text from its start: the token that begins one first, where the tokenizer has such a token."""
+    return ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(text)
+
+
 class ByteTokenizer:
     """Ids 0..255 are the bytes of UTF-8, 256 ends a document."""
     name, vocab_size, eot, bos, definition = "byte", 257, 256, None, None

@@ -36,7 +36,8 @@ import kv_router
 import lora
 from data import batch, check_length, prepare, prepare_splits, same_text, sequential, whole_split
 from model import Transformer
-from pretrained import Run, base_reference, check_weights, find_checkpoint, is_foreign, load_added_state, load_run
+from pretrained import Run, base_reference, check_weights, find_checkpoint, is_foreign, load_added_state, load_run, split_added
+from tasks import Perplexity
 from tokenizer import get_tokenizer
 from trainer import NonFinite, Stage, World, optimizer_settings, out_of_memory_explained, share_parameters, train, world
 
@@ -128,7 +129,7 @@ def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256:
     ckpt = checkpoint.load(path)
     check(ckpt.config.get("base_sha256") == base_sha256, f"kv_from={where}", "it was trained on another base", "give a run on this one")
     check(ckpt.config["kv"] == to_dict(kv), f"kv_from={where}", "it has other --kv settings", "give the flags it was trained with")
-    kv_router.load_state(kv_router.attach(model, kv), {k: t for k, t in ckpt.tensors["adapter"].items() if ".kv_path." in k})
+    kv_router.load_state(kv_router.attach(model, kv), split_added(ckpt.tensors["adapter"])[0])
     return checkpoint.tensor_hash(path, "adapter.safetensors")
 
 
@@ -177,7 +178,7 @@ def pretrained_base(args, run_dir: Path, w: World) -> tuple[str | Path, dict[str
     return find_checkpoint(stage.folder), {"pretrain": stage.folder}
 
 
-def test_text(args, tokenizer, window: int) -> evaluation.Perplexity:
+def test_text(args, tokenizer, window: int) -> Perplexity:
     """The text behind the table's numbers: --test_dataset (WikiText's test split, all of another), or the validation split of the
     adaptation corpus."""
     cfg: TrainConfig = args.train
@@ -185,7 +186,7 @@ def test_text(args, tokenizer, window: int) -> evaluation.Perplexity:
     check(split == "test" or not cfg.test_dataset or not same_text(cfg.test_dataset, cfg.corpus("adapt")), f"test_dataset={cfg.test_dataset!r}",
           "that is the text adapted on", "give another, or leave it out to use its validation split")
     text, = prepare_splits(name, args.data, tokenizer, [split])
-    return evaluation.Perplexity(*sequential(text, cfg.test_sequences, window))
+    return Perplexity(*sequential(text, cfg.test_sequences, window))
 
 
 def distilled(args, run_dir: Path, w: World, where: str | Path) -> Path | str:
@@ -200,10 +201,9 @@ def distilled(args, run_dir: Path, w: World, where: str | Path) -> Path | str:
 
 
 def table_row(args, run_dir: Path, w: World, where: str | Path, adapter: AdapterConfig, kv: KVConfig, seed: int,
-              kv_from: str | Path) -> tuple[list[dict], list[dict], Tensor | None]:
+              kv_from: str | Path, task: Perplexity) -> tuple[list[dict], list[dict], Tensor | None]:
     """Train one row of the table (or find it trained) and measure it: its result; for the first seed other K and a sequence's masks."""
     base = load_base(args, where, w.device)
-    task = test_text(args, base.tokenizer, adapt_window(args, base))
     stage = adapt_stage(args, run_dir, w, base, adapter, kv, seed, f"{adapter.adapter}-s{seed}", objective="lm", kv_from=kv_from)
     train(stage, args, w)
     load_added_state(stage.model, checkpoint.load(find_checkpoint(stage.folder)).tensors["adapter"])
@@ -240,7 +240,7 @@ def run_all(args, run_dir: Path, w: World) -> None:
             break
         start = time.time()
         for name, adapter, kv in rows_of_table(args, shape):
-            got, more, seen = table_row(args, run_dir, w, where, adapter, kv, seed, kv_from)
+            got, more, seen = table_row(args, run_dir, w, where, adapter, kv, seed, kv_from, task)
             results += [{"name": name} | r for r in got]
             if seed == cfg.seed:
                 curves[name] = run_dir / f"{adapter.adapter}-s{seed}"

@@ -24,7 +24,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-import eval as evaluation
 import kv_router
 import lora
 from config import AdapterConfig, KVConfig, TrainConfig, check
@@ -32,6 +31,7 @@ from data import batch, sequential
 from kernels import at_least_float32
 from model import Transformer, generate, lm_loss
 from pretrained import added_state, autocast, load_added_state, load_model_state, model_state, pick_device
+from tasks import mean_loss
 
 
 class NonFinite(Exception):
@@ -173,7 +173,7 @@ def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
     n = len(x[mine])
     total = torch.zeros(1, dtype=torch.float64, device=w.device)
     if n:
-        total += evaluation.mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n
+        total += mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n
     return w.sum(total).item() / len(x)
 
 

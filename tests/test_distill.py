@@ -219,5 +219,5 @@ def test_table_on_a_given_base(tmp_path, text, base, monkeypatch):
         assert c["objective"] == "lm" and c["kv_from"] == checkpoint.tensor_hash(run / "distill" / "step-00000003", "adapter.safetensors")
     dense = load_run(base)
     text_file, = data.prepare_splits(f"text:{other}", train.DataConfig(), dense.tokenizer, ["all"])
-    value = train.evaluation.Perplexity(*data.sequential(text_file, 999, 32)).value(dense.model, 16, "float32")
+    value = train.Perplexity(*data.sequential(text_file, 999, 32)).value(dense.model, 16, "float32")
     assert main[0]["value"] == pytest.approx(value, rel=1e-6)

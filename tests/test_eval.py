@@ -15,6 +15,7 @@ from runs import call
 import eval as evaluation
 import kernels
 import kv_router
+import tasks
 from config import AdapterConfig, DataConfig, EvalConfig, KVConfig
 from data import documents, prepare_splits
 from pretrained import load_run
@@ -69,12 +70,12 @@ def test_continuation_equals_the_oracle(name, query, last):
     """Through the packed cache: the context is read whole while it is processed, is compressed for what follows the query and for nothing
     before, the query stays whole, and the loss is that of the last tokens; the same for any batch size."""
     model, x = grouped_model(prefill="exact", **SETTINGS[name]), tokens(5, 67, seed=3)
-    task = evaluation.Continuation(x, query, last)
+    task = tasks.Continuation(x, query, last)
     with kv_router.storing(model, kv_tail=query, kv_tail_block=1):
         got = [task.value(model, n, "float32") for n in (2, 5)]
     want = oracle(model, x, query, last)
     assert got[0] == pytest.approx(want, abs=1e-8) and got[1] == pytest.approx(want, abs=1e-8)
-    assert abs(want - evaluation.Continuation(x, query, last).value(tiny_model(), 5, "float32")) > 1e-3  # it is not the dense model's
+    assert abs(want - tasks.Continuation(x, query, last).value(tiny_model(), 5, "float32")) > 1e-3  # it is not the dense model's
     assert task.n == 5 * (last - 1)
 
 
@@ -86,14 +87,14 @@ def test_nothing_dropped_costs_nothing(name):
     model, x, dense = grouped_model(prefill="exact", fold=False, **setting), tokens(5, 41, seed=4), tiny_model()
     about = dict(adapter=AdapterConfig(adapter="none"), kv=KVConfig(**{**setting, "prefill": "exact"}), seed=0, batch_size=2)
     S, K = setting.get("n_groups", 4), setting.get("topk_groups", 2)
-    for task, tolerance in ((evaluation.Perplexity(x[:, :-1], x[:, 1:]), 0), (evaluation.Continuation(x, 6, 9), 1e-10)):
+    for task, tolerance in ((tasks.Perplexity(x[:, :-1], x[:, 1:]), 0), (tasks.Continuation(x, 6, 9), 1e-10)):
         want = task.value(dense, 2, "float32")
         rows = evaluation.sweep(model, task, [K, S, 1], **about)
         assert [r["value_keep"] for r in rows] == [K / S, 1.0, 1 / S]
         assert all(abs(r["dense_value"] - want) <= tolerance for r in rows) and rows[1]["value"] == rows[1]["dense_value"]
         assert abs(rows[0]["value"] - want) > 1e-3 and {p.k for p in kv_router.paths(model).values()} == {K}
         assert rows[0]["metric"] == task.metric and rows[0]["n"] == task.n
-        assert rows[0]["prefill"] == ("exact" if isinstance(task, evaluation.Continuation) else "routed")
+        assert rows[0]["prefill"] == ("exact" if isinstance(task, tasks.Continuation) else "routed")
         assert rows[0]["basis"] == setting.get("value_basis", "output") + ("+" if setting.get("learn_basis") else "")
 
 
@@ -103,7 +104,7 @@ def test_continuation_row_counts_context_and_query(scope):
     dense bytes those of the same tokens; the continuation is not in it."""
     setting = dict(prefill="exact", mask_scope=scope, value_router="norm", value_basis="output")
     model, x, query, last = grouped_model(dtype=torch.float32, **setting), tokens(5, 150), 11, 16
-    task, N, B, D, Hkv = evaluation.Continuation(x, query, last), 150 - query - last, 4, TINY.head_dim, TINY.n_kv_head
+    task, N, B, D, Hkv = tasks.Continuation(x, query, last), 150 - query - last, 4, TINY.head_dim, TINY.n_kv_head
     Hm = Hkv if scope == "head" else 1
     with kv_router.storing(model, kv_tail=query, kv_tail_block=1):
         row = evaluation.row(model, task, adapter=AdapterConfig(adapter="none"), kv=KVConfig(**setting), seed=0)
@@ -228,6 +229,6 @@ def test_perplexity_is_exp_of_the_mean_loss():
     with torch.no_grad():
         p = model(x[:, :-1]).softmax(-1)
     want = math.exp(-sum(math.log(p[b, t, x[b, t + 1]]) for b in range(5) for t in range(22)) / 110)
-    task = evaluation.Perplexity(x[:, :-1], x[:, 1:])
+    task = tasks.Perplexity(x[:, :-1], x[:, 1:])
     assert task.value(model, 2, "float32") == pytest.approx(want, rel=1e-9) and task.n == 110
     assert dataclasses.replace(task).stored.shape == (4, 22)

@@ -12,6 +12,7 @@ import checkpoint
 import eval as evaluation
 import kv_router
 import lora
+import tasks
 from config import AdapterConfig, KVConfig
 from model import DenseCache, KVCache, generate
 
@@ -357,8 +358,8 @@ def test_decode_mode_perplexity_equals_token_by_token_packed_decoding():
     for t in range(49):
         logits = model(x[:, t:t + 1], cache)[:, 0]
         total += float(torch.nn.functional.cross_entropy(logits, x[:, t + 1]).detach())
-    assert abs(evaluation.mean_loss(model, x[:, :-1], x[:, 1:], 2) - total / 49) < 1e-9
-    dense = evaluation.mean_loss(tiny_model(), x[:, :-1], x[:, 1:], 2)
+    assert abs(tasks.mean_loss(model, x[:, :-1], x[:, 1:], 2) - total / 49) < 1e-9
+    dense = tasks.mean_loss(tiny_model(), x[:, :-1], x[:, 1:], 2)
     assert abs(dense - total / 49) > 1e-3  # and it is not the uncompressed model's
 
 

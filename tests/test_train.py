@@ -14,7 +14,6 @@ from runs import TINY, arguments, assert_equal, before_step, copies, losses, pre
 
 import checkpoint
 import data
-import eval as evaluation
 import train
 import trainer
 from model import Transformer, lm_loss
@@ -193,7 +192,7 @@ def test_non_finite_never_reaches_weights(kind, how, tmp_path, run_stage, monkey
 
 def test_non_finite_validation_is_not_the_best(tmp_path, run_stage, monkeypatch, capsys):
     """A validation loss that is no number ends the run with exit 3 before anything is saved as best."""
-    monkeypatch.setattr(evaluation, "mean_loss", lambda *a: math.nan)
+    monkeypatch.setattr(trainer, "mean_loss", lambda *a: math.nan)
     with pytest.raises(SystemExit) as e:
         run_stage("pretrain", tmp_path / "run", "--pretrain_steps=4", "--eval_interval=2")
     assert e.value.code == 3 and "validation loss nan after step 1" in capsys.readouterr().err

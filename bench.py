@@ -2,12 +2,14 @@
 
 `train`: a pretraining step of model.py against the plain loop below, the same layers written the short way of a teaching script
 (one file, fused q/k/v projection, AdamW and clipping as such scripts have them). Their losses are compared first, from equal
-weights. `adapter`: an adaptation step of routed subspace LoRA against plain LoRA of the same total rank.
+weights. `adapter`: an adaptation step of routed subspace LoRA against plain LoRA of the same total rank. `select`: a prompt's
+prefill with selection, and choosing alone, against the dense prefill.
 
 Ends with one JSON line, a list of rows: name, impl, peer, shape, dtype, ms, ratio (ours / peer), tokens_per_s, device.
 
     python bench.py train
     python bench.py adapter
+    python bench.py select --out_dir=out/SELECT --block_size=2048
 """
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ import sys
 import time
 from statistics import median
 
-from config import AdapterConfig, BenchConfig, ModelConfig, exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, parse_args
+from config import AdapterConfig, BaseConfig, BenchConfig, KVConfig, ModelConfig, SelectConfig
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     argv = [f"--what={sys.argv[1]}", *sys.argv[2:]] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else sys.argv[1:]
-    ARGS = parse_args({"bench": BenchConfig, "model": ModelConfig}, argv, description=__doc__.splitlines()[0])
+    ARGS = parse_args({"bench": BenchConfig, "model": ModelConfig, "base": BaseConfig}, argv, description=__doc__.splitlines()[0])
 
 import torch
 import torch.nn as nn
@@ -29,8 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora
-from model import Transformer, lm_loss
-from pretrained import autocast, pick_device
+import selector
+from model import Transformer, evaluating, lm_loss
+from pretrained import autocast, load_run, pick_device
+from relevance import Prompt
 
 
 class PlainNorm(nn.Module):
@@ -177,8 +182,45 @@ def bench(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
             for n, p, t, o in ((name, peer, mine, theirs), (peer, name, theirs, mine))]
 
 
+def bench_select(cfg: BenchConfig, c: ModelConfig, base: BaseConfig) -> list[dict]:
+    """A dense prefill, one with selection, and choosing alone, of the same prompts; ratios to the dense prefill."""
+    device = pick_device(cfg.device)
+    torch.manual_seed(0)
+    named = bool(cfg.out_dir or base.init_from != "scratch")
+    run = load_run(base.place(cfg.out_dir), device, **base.options(cfg.out_dir)) if named else None
+    model = run.model if named else Transformer(c).to(device)
+    T, dense = min(c.block_size, model.cfg.block_size), Transformer(model.cfg).to(device)  # a prefill costs the same with any weights
+    if selector.selector_of(model) is None:
+        selector.attach(model, KVConfig(kv="select", n_groups=4, kv_tail=16), SelectConfig(kv_keep=0.25))
+    batches = [tuple(torch.randint(0, model.cfg.vocab_size, (2, cfg.batch_size, T), device=device)) for _ in range(4)]
+    s, n_context = model.selector, T - model.selector.kv.kv_tail
+
+    def prefill(m: Transformer):
+        def step(x, y):
+            m(x, m.new_cache(*x.shape), last_only=True).sum().item()  # waits for the device
+        return step
+
+    def choose(x, y):
+        hidden, q, k, z = s.watch(model, x)
+        prompt = Prompt(hidden, q, k, tuple(t[:, :, :n_context] for t in z), n_context, None, s.rope)
+        z[-1].sum().item()  # waits for the device
+        start = time.perf_counter()
+        s.choose(prompt).keep.sum().item()
+        chosen.append(1e3 * (time.perf_counter() - start))
+
+    chosen: list[float] = []
+    with evaluating(model), evaluating(dense), autocast(device, cfg.dtype):
+        times = interleaved({"dense": prefill(dense), "select": prefill(model), "choose": choose}, batches, cfg.steps)
+    times["choose"] = chosen[2:]  # the choice alone, without the pass that showed it the prompt
+    base_ms = median(times["dense"])
+    shape = f"B{cfg.batch_size} T{T} L{model.cfg.n_layer} d{model.cfg.n_embd} H{model.cfg.n_head}/{model.cfg.n_kv_head} D{model.cfg.head_dim}"
+    return [{"name": "prefill", "impl": name if name == "dense" else f"{name}: {s.cfg.described()}", "peer": "dense", "shape": shape,
+             "dtype": cfg.dtype, "ms": round(median(t), 3), "ratio": round(median(t) / base_ms, 4),
+             "tokens_per_s": round(1e3 * cfg.batch_size * T / median(t)), "device": device_name(device)} for name, t in times.items()]
+
+
 def main() -> None:
-    rows = bench(ARGS.bench, ARGS.model)
+    rows = bench_select(ARGS.bench, ARGS.model, ARGS.base) if ARGS.bench.what == "select" else bench(ARGS.bench, ARGS.model)
     for r in rows:
         print(f"{r['name']:14s} {r['impl']:22s} {r['ms']:9.2f} ms  {r['tokens_per_s']:>9,d} tokens/s  {r['ratio']:.3f} of {r['peer']}",
               file=sys.stderr)

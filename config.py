@@ -1,4 +1,4 @@
-"""Every setting of the project, once: frozen, validated dataclasses from which the command lines are built.
+"""Every setting of the project, once: frozen, validated dataclasses from which cli.py builds the command lines.
 
 Nothing heavy is imported here, so `--help` and a wrong flag are answered before torch is loaded. Letters are those of the
 README: H heads, Hkv KV heads, D head dimension, S value groups, K groups kept, rho value budget. Ratios say what is *kept*.
@@ -7,11 +7,7 @@ README: H heads, Hkv KV heads, D head dimension, S value groups, K groups kept, 
 """
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import math
-import sys
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 
@@ -37,13 +33,14 @@ def comma_list(text: str) -> list[str]:
     return [t.strip() for t in text.split(",") if t.strip()]
 
 
-def count_kept(ratio: float | str | Fraction, n: int) -> int:
+def count_kept(ratio: float | str | Fraction, n: int, least: int = 0) -> int:
     """floor(ratio * n) in exact arithmetic (0.7 means 7/10, not its binary neighbour). The only place a ratio becomes a count.
 
-    ratio: share kept, 0 < ratio <= 1; n: how many there are, >= 1. Raises ValueError outside the range or if nothing is kept."""
+    ratio: share kept, 0 < ratio <= 1; n: how many there are, >= 1; least: what is kept anyway. Raises ValueError outside the range or
+    if nothing is kept."""
     r = ratio if isinstance(ratio, Fraction) else Fraction(str(ratio))
     check(0 < r <= 1, f"a budget of {ratio}", "the share kept lies in (0, 1]", "give for example 0.5")
-    kept = int(r * n)
+    kept = max(int(r * n), least)
     check(kept >= 1, f"a budget of {ratio} of {n}", "at least one must be kept", f"give {float(Fraction(1, n)):.4g} or more")
     return kept
 
@@ -122,11 +119,11 @@ class AdapterConfig:
         return tuple(comma_list(self.lora_targets))
 
 
-KVS = ("dense", "value_groups")
+KVS = ("dense", "value_groups", "select")
 GROUPS = (2, 4, 8, 16, 32, 64)
 BASES = ("native", "random", "pca", "output")
 ROUTERS = ("linear", "norm", "static")
-SCOPES = ("layer", "head")
+SCOPES = ("shared", "layer", "head")
 RECONSTRUCTORS = ("zero", "linear", "pairwise", "mlp")
 PREFILLS = ("exact", "routed")
 MAX_PATTERNS = 70  # C(8, 4): above this a matrix per mask pattern is refused in favour of the pairwise form
@@ -142,13 +139,13 @@ class KVConfig:
     learn_basis: bool = opt(False, "train the maps into and out of the value basis, each for itself; they still fold")
     value_router: str = opt("norm", "linear: learned on the layer's input (the paper); norm: largest group norms; static: the first K groups",
                             ROUTERS)
-    mask_scope: str = opt("head", "layer: one mask for all KV heads (the paper); head: one per KV head", SCOPES)
+    mask_scope: str = opt("head", "head: one mask per KV head; layer: one for all heads of a layer; shared: one for all layers (select only)", SCOPES)
     reconstructor: str = opt("zero", "what stands for a dropped group when it is read", RECONSTRUCTORS)
     recon_hidden: int = opt(0, "hidden width of the MLP reconstructor; 0 means Hkv * D")
     aux_weight: float = opt(0.1, "weight of the reconstruction loss L_aux")
     lm_to_router: bool = opt(False, "let the language-model loss train value router and reconstructor too")
     kv_warmup: float = opt(0.0, "share of the adaptation steps during which values stay whole")
-    kv_layers: str = opt("all", "layers compressed: all, deepest:SHARE, or a list such as 2,3")
+    kv_layers: str = opt("all", "layers compressed: all, deepest:SHARE, from:LAYER, or a list such as 2,3")
     prefill: str = opt("exact", "exact: the prompt attends to whole values; routed: to routed ones (the paper)", PREFILLS)
     kv_tail: int = opt(4, "newest tokens whose values stay whole (a dense tail), at least")
     kv_tail_block: int = opt(1, "tokens of the tail compressed at a time when it overflows")
@@ -168,17 +165,22 @@ class KVConfig:
         check(self.reconstructor != "linear" or (n_patterns <= MAX_PATTERNS and self.n_groups <= 16),
               f"reconstructor=linear with S={self.n_groups}, K={self.topk_groups} ({n_patterns} mask patterns)",
               f"one matrix per pattern is allowed up to {MAX_PATTERNS} patterns and S = 16", "use --reconstructor=pairwise")
+        check(self.kv != "select" or (self.reconstructor == "zero" and self.value_router == "norm"),
+              f"kv=select with reconstructor={self.reconstructor}, value_router={self.value_router}",
+              "relevance and norms choose, nothing is rebuilt", "leave both out")
+        check(self.kv == "select" or self.mask_scope != "shared", f"mask_scope=shared with kv={self.kv}", "a fixed K is routed in every layer",
+              "give layer or head, or --kv=select")
         self.layers(10 ** 6)
 
     def layers(self, n_layer: int) -> list[int]:
         """The compressed layers' indices, ascending. Raises ValueError for a malformed or empty choice."""
-        text, do = self.kv_layers, "give all, deepest:0.22 or a list such as 2,3"
+        text, do = self.kv_layers, "give all, deepest:0.22, from:22 or a list such as 2,3"
         try:
             if text == "all":
                 return list(range(n_layer))
             if text.startswith("deepest:"):
                 return list(range(n_layer - count_kept(text.split(":", 1)[1], n_layer), n_layer))
-            picked = sorted({int(t) for t in text.split(",")})
+            picked = list(range(int(text[5:]), n_layer)) if text.startswith("from:") else sorted({int(t) for t in text.split(",")})
         except ValueError as e:
             raise ValueError(f"kv_layers={text!r}: {e}; {do}") from None
         check(bool(picked) and picked[0] >= 0 and picked[-1] < n_layer, f"kv_layers={text!r}", f"layers are 0..{n_layer - 1}", do)
@@ -186,10 +188,74 @@ class KVConfig:
 
     def check_model(self, m: ModelConfig) -> None:
         """Raise ValueError where this storage does not fit the model's shape."""
-        if self.kv == "value_groups":
+        if self.kv != "dense":
             check(m.head_dim % self.n_groups == 0, f"n_groups={self.n_groups} with head_dim={m.head_dim}", "S must divide D",
                   "give --n_groups of " + " or ".join(str(s) for s in GROUPS if m.head_dim % s == 0))
             self.layers(m.n_layer)
+
+
+SIGNALS = ("oracle", "observed", "future", "predictor", "predictor_query", "uniform", "random")  # relevance of a token for what follows
+TOKEN_SIGNALS = (*SIGNALS, "expected_attention", "quest", "h2o", "streaming", "snapkv")
+PREDICTORS = ("predictor", "expected_attention", "predictor_query")  # the signals that are trained
+ALLOCATIONS = ("head", "layer", "global")
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """What kv=select keeps of a prompt (ST 3.2, equations 8-13, and this project's additions). Shares are of the compressed layers."""
+    relevance: str = opt("future", "what says how much a token will be read", SIGNALS)
+    token_relevance: str = opt("", f"what tokens are kept by, of {', '.join(TOKEN_SIGNALS)} (empty: --relevance)")
+    kv_keep: float = opt(0.0, "share of keys and values kept, tokens and groups chosen together under one budget; 0: the two shares below")
+    token_keep: float = opt(1.0, "share of the context's tokens kept, key and value")
+    value_keep: float = opt(0.5, "value budget rho: share of the kept tokens' (token, group) pairs kept")
+    fixed_k: bool = opt(False, "every kept token keeps the same number of groups")
+    allocation: str = opt("global", "what shares one budget: every head for itself, the heads of a layer, or everything", ALLOCATIONS)
+    hedge: float = opt(0.5, "exponent on relevance where groups are scored: 1 is the paper's rule, 0 the norm alone")
+    sinks: int = opt(4, "first tokens that are always kept whole")
+    pool: int = opt(5, "observed: tokens over which attention is max-pooled (1: none)")
+    past: int = opt(64, "future: earlier queries, spread over the last 1,024 context tokens, that stand for those to come")
+    ahead: int = opt(64, "future: how many tokens after the prompt they are moved")
+    predictors: str = opt("", f"what --stage=select trains, of {', '.join(PREDICTORS)} (empty: those named as relevance)")
+    readers: int = opt(128, "training a predictor: last tokens of a window, whose attention is the target")
+    predictor_loss: str = opt("mse", "predictor and expected_attention: mse on scores normalised per group (the paper), or kl on their shares",
+                              ("mse", "kl"))
+
+    def __post_init__(self):
+        for name, allowed in (("relevance", SIGNALS), ("token_relevance", ("", *TOKEN_SIGNALS)), ("allocation", ALLOCATIONS),
+                              ("predictor_loss", ("mse", "kl"))):
+            check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(filter(None, allowed))}", "choose one")
+        bad = [p for p in comma_list(self.predictors) if p not in PREDICTORS]
+        check(not bad, f"predictors={self.predictors!r}", f"a list of {', '.join(PREDICTORS)}", "separate by commas")
+        for name in ("token_keep", "value_keep"):
+            check(0 < getattr(self, name) <= 1, f"{name}={getattr(self, name)}", "a share kept, in (0, 1]", "give for example 0.5")
+        check(0 <= self.kv_keep <= 1, f"kv_keep={self.kv_keep}", "a share kept, in (0, 1], or 0", "give for example 0.25")
+        check(0 <= self.hedge <= 1, f"hedge={self.hedge}", "lies in [0, 1]", "give for example 0.5")
+        check(self.sinks >= 0 and self.ahead >= 0, f"sinks={self.sinks}, ahead={self.ahead}", "at least 0", "give 0 or more")
+        check(self.pool >= 1 and self.pool % 2 == 1, f"pool={self.pool}", "an odd number", "give for example 5")
+        check(self.past >= 1 and self.readers >= 1, f"past={self.past}, readers={self.readers}", "at least 1", "give 1 or more")
+        check(not (self.kv_keep and (self.fixed_k or self.tokens_by != self.relevance)), f"kv_keep={self.kv_keep} with fixed_k or a token_relevance",
+              "tokens and groups are chosen together", "give --token_keep and --value_keep instead")
+
+    def described(self) -> str:
+        """The rule in a few words: signals, budget, exponent."""
+        budget = f"kv={self.kv_keep:g}" if self.kv_keep else f"tokens={self.token_keep:g} groups={self.value_keep:g}" + " fixed" * self.fixed_k
+        by = self.relevance if self.tokens_by == self.relevance or self.token_keep == 1 else f"{self.tokens_by}/{self.relevance}"
+        return f"{by} {budget} hedge={self.hedge:g}"
+
+    @property
+    def trained(self) -> list[str]:
+        """The predictors that are trained."""
+        return comma_list(self.predictors) or [p for p in PREDICTORS if p in (self.relevance, self.tokens_by)]
+
+    @property
+    def tokens_by(self) -> str:
+        """The signal that tokens are kept by."""
+        return self.token_relevance or self.relevance
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is kept."""
+        return (self.kv_keep or self.token_keep * self.value_keep) == 1
 
 
 def _binomial(n: int, k: int) -> int:
@@ -201,7 +267,7 @@ def _binomial(n: int, k: int) -> int:
 
 CORPORA = ("pydocs", "pycode", "shakespeare", "wikitext2", "wikitext103")
 TOKENIZERS = ("byte", "gpt2")
-STAGES = ("all", "pretrain", "adapt")
+STAGES = ("all", "pretrain", "adapt", "select")
 OBJECTIVES = ("lm", "distill")
 
 
@@ -227,7 +293,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """What train.py does. Steps are optimizer steps; batch sizes are sequences of the *global* batch, whatever the rank count."""
-    stage: str = opt("all", "all: pretrain, then every adapter, then the table; or one stage", STAGES)
+    stage: str = opt("all", "all: pretrain, then every adapter, then the table; or one stage (select: predictors of relevance)", STAGES)
     out_dir: str = opt("", "folder for everything the run leaves; empty: a fresh one under out/")
     resume: bool = opt(False, "continue the run in --out_dir from its newest valid checkpoint")
     preset: str = opt("default", "paper: the sub-token paper's settings for the adapt stage (explicit flags still win)", ("default", "paper"))
@@ -238,7 +304,7 @@ class TrainConfig:
     test_sequences: int = opt(192, "stage=all: sequences behind each number of the table")
     distill_steps: int = opt(0, "stage=all with --learn_basis: steps that distil the value basis on the frozen base before the table's adaptations")
     distill_lr: float = opt(3e-3, "peak learning rate of those steps")
-    kv_from: str = opt("", "adapt: run whose trained value groups (same base and settings) are started from, instead of calibrating")
+    kv_from: str = opt("", "adapt, select: run whose trained value groups (same base and settings) are started from, instead of calibrating")
     objective: str = opt("lm", "adapt: lm: next-token loss; distill: KL to the same model reading whole values (needs --adapter=none)", OBJECTIVES)
     seed: int = opt(0, "seed of initialisation, batches and dropout")
     seeds: int = opt(3, "stage=all: adaptation seeds per row, fewer when --max_minutes would be passed")
@@ -250,6 +316,9 @@ class TrainConfig:
     adapt_steps: int = opt(60, "steps of adaptation")
     pretrain_batch_size: int = opt(8, "sequences in a pretraining step")
     adapt_batch_size: int = opt(8, "sequences in an adaptation step")
+    select_steps: int = opt(400, "steps of training predictors")
+    select_batch_size: int = opt(4, "sequences in such a step")
+    select_lr: float = opt(1e-2, "its peak learning rate (a tenth of it for the paper's predictors)")
     accumulation: int = opt(1, "micro-steps a rank splits its share of the batch into")
     pretrain_lr: float = opt(3e-3, "peak learning rate of pretraining")
     adapt_lr: float = opt(5e-3, "peak learning rate of adaptation")
@@ -271,19 +340,20 @@ class TrainConfig:
         for name in ("dataset", "adapt_dataset", "test_dataset"):
             if getattr(self, name):
                 check_corpus(getattr(self, name), name)
-        for name in ("pretrain_steps", "adapt_steps", "pretrain_batch_size", "adapt_batch_size", "accumulation", "seeds",
+        for name in ("pretrain_steps", "adapt_steps", "select_steps", "pretrain_batch_size", "adapt_batch_size", "select_batch_size", "accumulation",
+                     "seeds",
                      "eval_sequences", "test_sequences", "save_interval", "keep_checkpoints"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("eval_interval", "sample_interval", "seed", "grad_clip", "weight_decay", "distill_steps"):
             check(getattr(self, name) >= 0, f"{name}={getattr(self, name)}", "at least 0", f"give --{name}=0 or more")
         check_seed(self.seed)
         check(self.seeds <= 10 ** 6, f"seeds={self.seeds}", "at most a million", "give fewer")
-        for name in ("pretrain_lr", "adapt_lr", "distill_lr", "max_minutes"):
+        for name in ("pretrain_lr", "adapt_lr", "distill_lr", "select_lr", "max_minutes"):
             check(getattr(self, name) > 0, f"{name}={getattr(self, name)}", "must be positive", "give for example 0.001")
         check(0 <= self.warmup <= 1, f"warmup={self.warmup}", "a share in [0, 1]", "give for example 0.1")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)}", "lies in [0, 1)", "give for example 0.9")
-        check(self.stage == "adapt" or not self.kv_from, f"kv_from={self.kv_from!r} with stage={self.stage}", "one adaptation starts from it",
+        check(self.stage in ("adapt", "select") or not self.kv_from, f"kv_from={self.kv_from!r} with stage={self.stage}", "one stage starts from it",
               "give --stage=adapt, or --distill_steps=N for the table")
         check(self.stage == "all" or not self.distill_steps, f"distill_steps={self.distill_steps} with stage={self.stage}", "the table's rows use it",
               "give --stage=all, or --objective=distill")
@@ -293,7 +363,7 @@ class TrainConfig:
         """Corpus of `stage` ('pretrain' or 'adapt')."""
         if stage == "pretrain":
             return self.dataset or "pydocs"
-        return self.adapt_dataset or (self.dataset if self.stage == "adapt" else "") or "pycode"
+        return self.adapt_dataset or (self.dataset if self.stage in ("adapt", "select") else "") or "pycode"
 
 
 @dataclass(frozen=True)
@@ -339,68 +409,6 @@ PAPER = dict(  # ST 4.1 and 3.1; the rest of the paper's settings are the defaul
     adapt_batch_size=8, block_size=512)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr and exit code 2."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
-
-
-def _to_bool(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def _to_float(text: str) -> float:
-    try:
-        x = float(text)
-    except ValueError:
-        x = math.nan
-    if not math.isfinite(x):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return x
-
-
-_TYPES = {"int": int, "float": _to_float, "str": str, "bool": _to_bool}
-
-
-def parse_args(configs: dict[str, type], argv: list[str] | None = None, prog: str | None = None, description: str = "") -> argparse.Namespace:
-    """Build a command line from dataclasses, parse argv, and return a namespace with one validated instance per entry of
-    `configs`, plus `given`: the set of flags named on the command line. --key=value and --key value both work; a bare boolean
-    flag means true. Any mistake prints one line to stderr and exits with code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120))
-    known: dict[str, str] = {}
-    for cls in configs.values():
-        group = parser.add_argument_group(cls.__doc__.splitlines()[0])
-        for f in fields(cls):
-            assert f.name not in known, f"{f.name} is defined by both {known[f.name]} and {cls.__name__}"
-            known[f.name] = cls.__name__
-            kind, choices = str(f.type), f.metadata["choices"]
-            text = f"{f.metadata['help']} ({kind}; default {f.default!r}{'; one of ' + ', '.join(map(str, choices)) if choices else ''})"
-            extra = dict(nargs="?", const=True) if kind == "bool" else {}
-            group.add_argument(f"--{f.name}", type=_TYPES[kind], default=argparse.SUPPRESS, metavar=kind.upper(),
-                               help=text.replace("%", "%%"), **extra)
-    space, rest = parser.parse_known_args(argv)
-    if rest:
-        flag = rest[0].split("=")[0]
-        near = difflib.get_close_matches(flag.lstrip("-"), known, n=1, cutoff=0.0)
-        parser.error(f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)" if flag.startswith("--")
-                     else f"unexpected argument {rest[0]!r}: flags are --key=value or --key value")
-    given = vars(space)
-    chosen = {**(PAPER if given.get("preset") == "paper" else {}), **given}
-    out = argparse.Namespace(given=set(given))
-    try:
-        for name, cls in configs.items():
-            setattr(out, name, cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}))
-    except ValueError as e:
-        parser.error(str(e))
-    return out
-
-
 def to_dict(cfg) -> dict:
     """A dataclass as plain JSON types."""
     return dataclasses.asdict(cfg)
@@ -419,21 +427,9 @@ def from_dict(cls: type, d: dict):
     return cls(**d)
 
 
-def exit_on_bad_input(main):
-    """Run main(); a ValueError or a file that cannot be had becomes one line on stderr and exit code 2; Ctrl-C exit code 130."""
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-TASKS = ("perplexity", "continuation", "needle", "variable_tracking", "multiple_choice")
+TASKS = ("perplexity", "continuation", "needle", "needle_reuse", "variable_tracking", "multiple_choice")
 SPLITS = ("val", "train", "test", "all")
-METHODS = ("dense", "value_groups")
+METHODS = ("dense", "value_groups", "select")
 
 
 @dataclass(frozen=True)
@@ -442,10 +438,15 @@ class EvalConfig:
     out_dir: str = opt("", "run, stage or checkpoint folder to evaluate (or --init_from=PATH for a pretrained model)")
     results: str = opt("", "folder for results.json and report.png (empty: the stage's folder, or a fresh one under out/)")
     tasks: str = opt("perplexity", f"list of: {', '.join(TASKS)}")
-    methods: str = opt("", f"list of: {', '.join(METHODS)} (empty: as trained; of a base dense, with --bases, --groups or --budgets both)")
+    methods: str = opt("", f"list of: {', '.join(METHODS)} (empty: as trained; of a base dense, and what the other flags ask for)")
     bases: str = opt("", "value bases tried without training, a list (empty: --value_basis)")
     groups: str = opt("", "numbers of value groups S tried without training, a list (empty: --n_groups)")
-    budgets: str = opt("", "value budgets rho for value_groups, shares of the groups kept, such as 0.25,0.5,0.75 (empty: as trained)")
+    budgets: str = opt("", "value budgets rho, shares of the groups kept, such as 0.25,0.5,0.75 (empty: as trained, or --value_keep)")
+    token_budgets: str = opt("", "select: shares of the tokens kept, a list, each with every value budget (empty: --token_keep)")
+    kv_budgets: str = opt("", "select: shares of keys and values kept under one budget, a list (empty: --kv_keep)")
+    relevances: str = opt("", "select: signals, a list (empty: --relevance)")
+    token_relevances: str = opt("", "select: signals that tokens are kept by, a list (empty: --token_relevance)")
+    splits: str = opt("", "first compressed layers, a list: each compresses the layers from there on (empty: --kv_layers)")
     dataset: str = opt("", "corpus that is read (empty: the one trained on, or pycode)")
     split: str = opt("val", "part of it: val, train, test (WikiText) or all", SPLITS)
     calibrate: str = opt("", "corpus that bases are calibrated on, all of it or WikiText's training split (empty: the training split of --dataset)")
@@ -454,7 +455,7 @@ class EvalConfig:
     block_size: int = opt(0, "tokens per sequence, an answer included (0: what it was trained with, or 2048 for a pretrained model)")
     query: int = opt(16, "continuation and prompts: tokens at the end of the context that are never compressed")
     continuation: int = opt(128, "continuation: tokens after those, whose loss is measured")
-    distractors: int = opt(0, "needle: other named numbers in the text, at most 31")
+    distractors: int = opt(0, "needle, needle_reuse (at least 1): other named numbers in the text, at most 31")
     chains: int = opt(1, "variable_tracking: chains of assignments in the text")
     hops: int = opt(4, "variable_tracking: assignments of a chain after its first")
     questions: str = opt("", "multiple_choice: a CSV file of MMLU's format, or a folder of them")
@@ -466,20 +467,25 @@ class EvalConfig:
     dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
-        for name, allowed in (("tasks", TASKS), ("methods", METHODS), ("bases", BASES), ("groups", tuple(map(str, GROUPS)))):
+        for name, allowed in (("tasks", TASKS), ("methods", METHODS), ("bases", BASES), ("groups", tuple(map(str, GROUPS))),
+                              ("relevances", SIGNALS), ("token_relevances", TOKEN_SIGNALS)):
             bad = [t for t in comma_list(getattr(self, name)) if t not in allowed]
             check(not bad, f"{name}={getattr(self, name)!r}", f"a list of {', '.join(allowed)}", "separate by commas")
         check(bool(comma_list(self.tasks)), f"tasks={self.tasks!r}", f"a list of {', '.join(TASKS)}", "name one at least")
-        for rho in comma_list(self.budgets):
-            try:
-                ok = 0 < Fraction(rho) <= 1
-            except (ValueError, ZeroDivisionError):
-                ok = False
-            check(ok, f"budgets={self.budgets!r}", "every budget is a share kept, in (0, 1]", "give for example 0.25,0.5,0.75")
+        for name in ("budgets", "token_budgets", "kv_budgets"):
+            for share in comma_list(getattr(self, name)):
+                try:
+                    ok = 0 < Fraction(share) <= 1
+                except (ValueError, ZeroDivisionError):
+                    ok = False
+                check(ok, f"{name}={getattr(self, name)!r}", "every budget is a share kept, in (0, 1]", "give for example 0.25,0.5,0.75")
+        check(all(s.isdigit() for s in comma_list(self.splits)), f"splits={self.splits!r}", "a list of layers", "give for example 0,22")
         for name, least in (("sequences", 1), ("calibration", 1), ("batch_size", 1), ("query", 0), ("continuation", 2)):
             check(getattr(self, name) >= least, f"{name}={getattr(self, name)}", f"at least {least}", f"give --{name}={least} or more")
         for name, least, most in (("distractors", 0, 31), ("chains", 1, 100), ("hops", 1, 100), ("shots", 0, 100)):
             check(least <= getattr(self, name) <= most, f"{name}={getattr(self, name)}", f"{least} to {most}", "give a number in that range")
+        check(self.distractors or "needle_reuse" not in comma_list(self.tasks), "needle_reuse without distractors",
+              "a second question needs an answer", "give --distractors=3")
         check(bool(self.questions) or "multiple_choice" not in comma_list(self.tasks), "multiple_choice without questions",
               "a file of them is needed", "give --questions=PATH, MMLU's CSV file or a folder of them")
         check(bool(self.questions) or not self.shots_from, f"shots_from={self.shots_from!r} without questions", "nothing is asked",
@@ -520,14 +526,16 @@ class SampleConfig:
 @dataclass(frozen=True)
 class BenchConfig:
     """What bench.py measures."""
-    what: str = opt("train", "train: a training step against a plain loop; adapter: routed LoRA against LoRA", ("train", "adapter"))
+    what: str = opt("train", "train: a training step against a plain loop; adapter: routed LoRA against LoRA; select: choosing against prefill",
+                    ("train", "adapter", "select"))
+    out_dir: str = opt("", "select: a run of train.py --stage=select (or --init_from=PATH; else a model of random weights)")
     steps: int = opt(30, "timed steps of each side, interleaved")
     batch_size: int = opt(8, "sequences in a step")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
 
     def __post_init__(self):
-        for name, allowed in (("what", ("train", "adapter")), ("dtype", ("auto", "float32", "bfloat16"))):
+        for name, allowed in (("what", ("train", "adapter", "select")), ("dtype", ("auto", "float32", "bfloat16"))):
             check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(allowed)}", "choose one")
         for name in ("steps", "batch_size"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")

@@ -8,6 +8,7 @@ Writes results.json and report.png into the folder and ends with one JSON line.
 
     python eval.py --out_dir=out/... --methods=dense,value_groups --budgets=0.25,0.5,0.75
     python eval.py --init_from=model.gguf --tasks=continuation --methods=dense,value_groups --bases=native,pca,output --groups=4,8,16
+    python eval.py --out_dir=out/SELECT --tasks=needle --kv_budgets=0.5,0.25 --relevances=predictor_query,observed
 """
 from __future__ import annotations
 
@@ -18,10 +19,13 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
-from config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, check, comma_list, count_kept, exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, parse_args
+from config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept
 
-CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "data": DataConfig, "base": BaseConfig}
+CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig, "base": BaseConfig}
+DEFAULT_SELECT = SelectConfig()
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
 
@@ -30,29 +34,47 @@ from torch import Tensor
 
 import checkpoint
 import kv_router
+import selector
 from data import batch, prepare_splits, same_text, whole_split
 from lora import count_trainable
-from model import Transformer, evaluating
-from pretrained import Run, autocast, check_weights, is_foreign, load_run, pick_device
+from model import KVCache, Transformer, evaluating
+from packed_cache import PackedCache, SelectedCache
+from pretrained import Run, attach_storage, autocast, check_weights, is_foreign, load_run, pick_device
 from tasks import READING, Task, make_tasks
+
+
+def filled_cache(model: Transformer, x: Tensor, dtype: str = "float32") -> KVCache:
+    """A cache of exactly that length that x (B, T) int64 was prefilled into."""
+    x = x.to(model.norm.weight.device)
+    with evaluating(model), autocast(x.device, dtype), selector.diagnosed(model, x, x.size(1)):
+        cache = model.new_cache(*x.shape)
+        model(x, cache, last_only=True)
+    return cache
 
 
 def cache_bytes(model: Transformer, x: Tensor, dtype: str = "float32") -> tuple[int, int]:
     """(bytes held, bytes a dense cache holds) after prefilling x (B, T) int64 into caches of exactly that length, all layers."""
-    device = model.norm.weight.device
-    with evaluating(model), autocast(device, dtype):
-        cache = model.new_cache(len(x), x.size(1))
-        model(x.to(device), cache, last_only=True)
+    cache = filled_cache(model, x, dtype)
     return cache.nbytes(), model.dense_bytes(x.numel(), cache)
 
 
-def kept_shares(model: Transformer, T: int) -> tuple[float, float]:
-    """KV kept in compressed layers and in the whole model after T tokens, by count: keys whole, K of S value groups, the tail whole."""
-    shares = []
-    for p in kv_router.paths(model).values():
-        packed = int(p.compressed(torch.tensor(T)))
-        shares.append((1 + (p.k / p.S * packed + T - packed) / T) / 2)
-    return (mean(shares) if shares else 1.0), (sum(shares) + model.cfg.n_layer - len(shares)) / model.cfg.n_layer
+def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
+    """What a filled cache keeps, by count. kv_kept_layers, kv_kept_model: of keys and values in compressed layers, in the whole model;
+    value_keep: of the kept tokens' value groups; token_keep. A fixed K counts the whole tokens of its tail, selection the context only."""
+    tokens, values, layers = [], [], []
+    for p, c in zip((b.self_attn.kv_path for b in model.layers), cache.layers, strict=True):
+        if isinstance(c, SelectedCache):
+            C = (cache.length - p.cfg.kv_tail) * c.n_packed.numel()
+            kept, rows = int(c.n_packed.sum()), int(c.n_rows.sum()) / c.S
+            tokens, values, layers = [*tokens, kept / C], [*values, rows / C], [*layers, (kept + rows) / C / 2]
+        elif isinstance(c, PackedCache):
+            T = cache.length
+            packed = int(p.compressed(torch.tensor(T)))
+            tokens, values, layers = [*tokens, 1.0], [*values, p.k / p.S], [*layers, (1 + (p.k / p.S * packed + T - packed) / T) / 2]
+    whole = model.cfg.n_layer - len(layers)
+    kept = mean(tokens) if layers else 1.0
+    return {"value_keep": mean(values) / kept if layers else 1.0, "token_keep": kept, "kv_kept_layers": mean(layers) if layers else 1.0,
+            "kv_kept_model": (sum(layers) + whole) / model.cfg.n_layer}
 
 
 def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig, seed: int, batch_size: int = 16,
@@ -60,16 +82,20 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
     """One result: the task's value and what the cache holds. dense_value: the value with whole values."""
     start = time.time()
     value = task.value(model, batch_size, dtype)
-    held, dense = cache_bytes(model, task.stored, dtype)
-    paths = list(kv_router.paths(model).values())
-    in_layers, in_model = kept_shares(model, task.stored.size(1))
-    grouped = bool(paths)
+    cache, chooser = filled_cache(model, task.stored, dtype), selector.selector_of(model)
+    method = "dense" if chooser and chooser.cfg.whole else "select" if chooser else "value_groups" if kv_router.paths(model) else "dense"
+    dense, grouped = model.dense_bytes(task.stored.numel(), cache), method != "dense"
     exact = not grouped or (kv.prefill == "exact" and task.query is not None)
-    return {"task": task.name, "method": "value_groups" if grouped else "dense", "adapter": adapter.adapter,
-            "basis": kv.value_basis + "+" * kv.learn_basis if grouped else "native", "n_groups": kv.n_groups if grouped else 1,
-            "prefill": "exact" if exact else "routed", "relevance": f"fixed_k:{kv.value_router}" if grouped else "none",
-            "value_keep": paths[0].k / paths[0].S if grouped else 1.0, "token_keep": 1.0, "kv_kept_layers": in_layers, "kv_kept_model": in_model,
-            "cache_bytes": held, "dense_bytes": dense, "metric": task.metric, "value": value,
+    shares, basis = kept_shares(model, cache), kv.value_basis + "+" * kv.learn_basis if grouped else "native"
+    relevance, setting = "none", ""
+    if method == "value_groups":
+        relevance, setting = f"fixed_k:{kv.value_router}", f"{basis} S={kv.n_groups} K={round(shares['value_keep'] * kv.n_groups)}"
+    elif method == "select":
+        relevance, setting = chooser.cfg.described(), f"{basis} S={kv.n_groups} {kv.mask_scope} {chooser.cfg.allocation}"
+    setting += f" layers {kv.kv_layers}" * (grouped and kv.kv_layers != "all") + " routed" * (method == "select" and not exact)
+    return {"task": task.name, "method": method, "adapter": adapter.adapter, "basis": basis, "n_groups": kv.n_groups if grouped else 1,
+            "prefill": "exact" if exact else "routed", "relevance": relevance, "setting": setting, **shares,
+            "cache_bytes": cache.nbytes(), "dense_bytes": dense, "metric": task.metric, "value": value,
             "dense_value": value if dense_value is None else dense_value, "n": task.n, "seed": seed, "seconds": round(time.time() - start, 3),
             "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0}
 
@@ -111,18 +137,18 @@ def table(rows: list[dict]) -> str:
         return "\n\n".join(f"{name}\n{table([r for r in rows if r['task'] == name])}" for name in names)
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
-        groups.setdefault((r.get("name", r["method"]), r["basis"], r["n_groups"], r["value_keep"]), []).append(r)
-    speed = any("tokens_per_s" in r for r in rows)
-    lines = [f"{'row':34s} {'trainable':>10s} {'KV kept':>8s} {'whole':>7s} {'cache bytes':>14s} {'of dense':>9s} {rows[0]['metric']:>19s} "
+        label = " ".join(filter(None, (r.get("name", r["method"]), r["relevance"] if r["method"] == "select" else "", r.get("setting", ""))))
+        groups.setdefault((label, r["value_keep"], r["token_keep"]), []).append(r)
+    speed, width = any("tokens_per_s" in r for r in rows), max(34, *(len(label) for label, *_ in groups))
+    lines = [f"{'row':{width}s} {'trainable':>10s} {'KV kept':>8s} {'whole':>7s} {'cache bytes':>14s} {'of dense':>9s} {rows[0]['metric']:>19s} "
              f"{'over whole':>10s} {'seeds':>5s}" + (f" {'tokens/s':>9s} {'peak memory':>11s}" if speed else "")]
-    for (name, basis, s, keep), rs in groups.items():
+    for (label, *_), rs in groups.items():
         r, values = rs[0], [r["value"] for r in rs]
-        label = name if s == 1 else f"{name} {basis} S={s} K={round(keep * s)}"
         spread = f"{mean(values):.4f} +- {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-        over = f"{mean(r['value'] - r['dense_value'] for r in rs):+.4f}" if s > 1 else ""
+        over = f"{mean(r['value'] - r['dense_value'] for r in rs):+.4f}" if r["n_groups"] > 1 else ""
         fast, peak = r.get("tokens_per_s"), r.get("peak_memory_bytes")
         cost = f" {f'{fast:,.0f}' if fast else '':>9s} {f'{peak / 2 ** 30:.2f} GiB' if peak else 'n/a' if fast else '':>11s}" if speed else ""
-        lines.append(f"{label:34s} {r['trainable_parameters']:>10,d} {r['kv_kept_layers']:>8.1%} {r['kv_kept_model']:>7.1%} "
+        lines.append(f"{label:{width}s} {r['trainable_parameters']:>10,d} {r['kv_kept_layers']:>8.1%} {r['kv_kept_model']:>7.1%} "
                      f"{r['cache_bytes']:>14,d} {r['cache_bytes'] / r['dense_bytes']:>9.2%} {spread:>19s} {over:>10s} {len(values):>5d}" + cost)
     return "\n".join(lines)
 
@@ -142,7 +168,9 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
     by_name: dict[str, list[dict]] = {}
     for r in rows:
         if r["task"] == rows[0]["task"]:  # one task to a picture
-            by_name.setdefault(r.get("name", r["method"] if r["n_groups"] == 1 else f"{r['basis']}, S = {r['n_groups']}"), []).append(r)
+            series = {"dense": "dense", "value_groups": f"{r['basis']}, S = {r['n_groups']}",
+                      "select": f"{r['relevance'].split(' ')[0]}, {r.get('setting')}"}
+            by_name.setdefault(r.get("name", series[r["method"]]), []).append(r)
     base = by_name.pop("base", []) if len(by_name) > 1 else []  # far above the others: named, not drawn
     for name, mine in by_name.items():
         mine = sorted(mine, key=lambda r: r["kv_kept_model"])
@@ -167,30 +195,122 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
     plt.close(fig)
 
 
-def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: set[str] = frozenset()) -> tuple[list[dict], Tensor | None]:
-    """The rows eval.py prints, and the masks of one sequence. given: the flags named on the command line."""
+def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_value: float | None = None, **about) -> list[dict]:
+    """One row per way to choose, the same model; the dense value is measured unless given."""
+    s = model.selector
+    before = s.cfg
+    if dense_value is None:
+        s.set(replace(before, kv_keep=1.0, fixed_k=False, token_relevance=""))
+        dense_value = task.value(model, about["batch_size"], about["dtype"])
+    rows = []
+    for variant in variants:
+        s.set(variant)
+        rows.append(row(model, task, dense_value=dense_value, **about))
+    s.set(before)
+    return rows
+
+
+def ways_to_choose(cfg: EvalConfig, base: SelectConfig) -> list[SelectConfig]:
+    """The grid of the list flags: every --kv_budgets, and every --token_budgets with every --budgets, for each signal."""
+    def listed(text: str, default):
+        return [type(default)(t) for t in comma_list(text)] or [default]
+    out = []
+    for r in listed(cfg.relevances, base.relevance):
+        out += [replace(base, relevance=r, kv_keep=b, token_relevance="", fixed_k=False)
+                for b in listed(cfg.kv_budgets, base.kv_keep) if b and (cfg.kv_budgets or not (cfg.budgets or cfg.token_budgets))]
+        if cfg.budgets or cfg.token_budgets or not (cfg.kv_budgets or base.kv_keep):
+            out += [replace(base, relevance=r, kv_keep=0.0, token_relevance=by if tokens < 1 else "", token_keep=tokens, value_keep=rho)
+                    for by in listed(cfg.token_relevances, base.token_relevance) for tokens in listed(cfg.token_budgets, base.token_keep)
+                    for rho in listed(cfg.budgets, base.value_keep)]
+    return list(dict.fromkeys(out))
+
+
+def chosen(model: Transformer, x: Tensor, dtype: str = "float32") -> selector.Choice:
+    """What the selector keeps of a prompt x (1, T), all compressed layers."""
+    s = model.selector
+    s.record = True
+    filled_cache(model, x, dtype)
+    s.record = False
+    return s.chosen
+
+
+def groups_figure(folder: Path, choice: selector.Choice, title: str) -> None:
+    """Draw groups.png, the paper's figure 1: how many groups tokens keep, and how many against their rank by relevance."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    S, C = choice.mask.size(-1), choice.mask.size(-2)
+    kept = choice.mask.sum(-1).float().flatten(0, -2).cpu()  # (masks, C)
+    by_rank = kept.gather(-1, choice.score.flatten(0, -2).cpu().argsort(-1, descending=True)).mean(0)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    left.bar(range(S + 1), kept.long().flatten().bincount(minlength=S + 1) / kept.numel(), color="tab:blue")
+    left.set(xlabel=f"groups kept of {S}", ylabel="share of tokens", title="Groups kept per token")
+    width = max(1, C // 64)
+    bins = by_rank[:C // width * width].view(-1, width).mean(-1)
+    right.step([100 * i / len(bins) for i in range(len(bins))], bins, where="post", color="tab:blue")
+    right.set(xlabel="rank by relevance, % of the context (0: most relevant)", ylabel="groups kept, mean", ylim=(0, S * 1.02),
+              title="Groups kept against relevance")
+    fig.suptitle(title)
+    fig.savefig(folder / "groups.png", dpi=100)
+    plt.close(fig)
+
+
+class Shown(NamedTuple):
+    """What pictures are drawn from: masks (layers, T, S) of one sequence, share of heads; what selection kept of a prompt, and by which rule."""
+    masks: Tensor | None = None
+    choice: selector.Choice | None = None
+    rule: str = ""
+
+
+def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given: set[str]) -> tuple[list[str], list[tuple[KVConfig, list]]]:
+    """The methods, and every setting with what is tried in it: Ks of value groups, or ways to choose. What is wrong is said here."""
+    trained = run.kv.kv != "dense"
+    free = sorted(given & {"bases", "groups", "splits", "calibrate", "calibration", *(f.name for f in fields(KVConfig))})
+    check(not (trained and free), f"{', '.join(free)} with {run.path}", "its value groups are trained with their own settings", "leave them out")
+    check(not kv.learn_basis, "learn_basis", "measuring trains nothing", "train with train.py --learn_basis, then give --out_dir")
+    asked = sorted(given & {"kv_budgets", "token_budgets", "relevances", "token_relevances", *(f.name for f in fields(SelectConfig))})
+    methods = comma_list(cfg.methods)
+    if not methods:
+        selects = bool(asked) or (kv.kv == "select" and "kv" in given)
+        methods = [run.kv.kv] if trained else ["dense"] + ["select"] * selects + ["value_groups"] * bool(not selects and (free or cfg.budgets))
+    check(not asked or "select" in methods, f"{', '.join(asked)}", "only kv=select chooses", "give --methods=select, or leave them out")
+    check(not trained or not {"value_groups", "select"} & {*methods} - {run.kv.kv}, f"methods={cfg.methods} with {run.path}",
+          f"it was trained for {run.kv.kv}", "name that, or give its base")
+    alone = [t for t in comma_list(cfg.tasks) if t == "perplexity"]
+    check("select" not in methods or not alone, "perplexity with select", "selection compresses prompts", "give --tasks=continuation or another")
+    grid = [run.kv] if trained else [
+        replace(kv, kv="value_groups", value_basis=b, n_groups=s, topk_groups=max(1, s * kv.topk_groups // kv.n_groups), kv_layers=layers,
+                mask_scope=kv.mask_scope if kv.mask_scope != "shared" else "layer")
+        for b in comma_list(cfg.bases) or [kv.value_basis] for s in map(int, comma_list(cfg.groups) or [kv.n_groups])
+        for layers in [f"from:{n}" for n in comma_list(cfg.splits)] or [kv.kv_layers]]
+    plan = []
+    for setting in grid:
+        setting.check_model(run.model.cfg)
+        if "value_groups" in methods or run.kv.kv == "value_groups":
+            ks = [count_kept(b, setting.n_groups) for b in comma_list(cfg.budgets)] or [setting.topk_groups]
+            plan.append((setting, [setting.n_groups] * (trained and "dense" in methods) + ks * ("value_groups" in methods)))
+        if "select" in methods or run.kv.kv == "select":
+            ways = ways_to_choose(cfg, select)
+            if trained:
+                run.model.selector.set(ways[0])
+                ways = [replace(ways[0], kv_keep=1.0, fixed_k=False, token_relevance="")] * ("dense" in methods) + ways * ("select" in methods)
+            plan.append((setting if trained else replace(setting, kv="select", mask_scope=kv.mask_scope), ways))
+    return methods, plan
+
+
+def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: set[str] = frozenset(),
+             select: SelectConfig = DEFAULT_SELECT) -> tuple[list[dict], Shown]:
+    """The rows eval.py prints, and what its pictures show. given: the flags named on the command line."""
     model, device = run.model, run.model.norm.weight.device
     T = cfg.block_size or run.config.get("block_size") or (min(2048, model.cfg.block_size) if is_foreign(run.path) else model.cfg.block_size)
     check(model.cfg.block_size >= T, f"block_size={T}", f"the model's context is {model.cfg.block_size}", "give a smaller --block_size")
     corpus = cfg.dataset or run.config.get("corpus", "pycode")
     reads = bool({*comma_list(cfg.tasks)} & {*READING})  # the other tasks make their own text
+    trained, (methods, plan) = run.kv.kv != "dense", plan_of(run, cfg, kv, select, given)
     text, = prepare_splits(corpus, data, run.tokenizer, [cfg.split]) if reads else [None]
     todo = make_tasks(cfg, run.tokenizer, T, text)
     about = dict(adapter=run.adapter, seed=run.config.get("seed", cfg.seed), batch_size=cfg.batch_size, dtype=cfg.dtype,
                  params=run.config.get("trainable_parameters", 0))
-    trained = bool(kv_router.paths(model))
-    free = sorted(given & {"bases", "groups", "calibrate", "calibration", *(f.name for f in fields(KVConfig))})
-    check(not (trained and free), f"{', '.join(free)} with {run.path}", "its value groups are trained with their own settings", "leave them out")
-    check(not kv.learn_basis, "learn_basis", "measuring trains nothing", "train with train.py --learn_basis, then give --out_dir")
-    methods = comma_list(cfg.methods) or (["value_groups"] if trained else ["dense"] + ["value_groups"] * bool(free or cfg.budgets))
-    settings = [run.kv] if trained else [
-        replace(kv, value_basis=b, n_groups=s, topk_groups=max(1, s * kv.topk_groups // kv.n_groups))
-        for b in comma_list(cfg.bases) or [kv.value_basis] for s in map(int, comma_list(cfg.groups) or [kv.n_groups])]
-    plan = []  # (setting, its Ks): what is wrong with a budget is said before anything is measured
-    for setting in settings if trained or "value_groups" in methods else []:
-        setting.check_model(model.cfg)
-        ks = [count_kept(b, setting.n_groups) for b in comma_list(cfg.budgets)] or [setting.topk_groups]
-        plan.append((setting, [setting.n_groups] * (trained and "dense" in methods) + ks * ("value_groups" in methods)))
     calibration = None
     if plan and not trained:  # training-free: every basis with every number of groups
         check(not reads or bool(cfg.calibrate) or cfg.split in ("val", "test"), f"split={cfg.split}",
@@ -200,19 +320,35 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         other, = prepare_splits(cfg.calibrate or corpus, data, run.tokenizer, [whole_split(cfg.calibrate, "train") if cfg.calibrate else "train"])
         windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
         calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
-    rows, masks = [], None
+    rows, shown = [], Shown()
     if "dense" in methods and not trained:
         rows += [row(model, task, kv=run.kv, **about) for task in todo]
     known = {r["task"]: r["value"] for r in rows}  # the dense value of every setting
-    for setting, ks in plan:
+    for setting, tried in plan:
+        selects = setting.kv == "select"
         if not trained:
-            kv_router.attach(kv_router.detach(model), setting, calibration, cfg.seed)
+            attach_storage(selector.detach(model), setting, tried[0] if selects else select, calibration, cfg.seed)
         for task in todo:
             tail = dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}
             with kv_router.storing(model, **tail):
-                rows += sweep(model, task, ks, known.get(task.name), kv=replace(setting, **tail), **about)
-        masks = kept_groups(model, batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0] if reads else todo[0].stored[:1, :512], cfg.dtype)
-    return rows, masks
+                measure = choices if selects else sweep
+                rows += measure(model, task, tried, known.get(task.name), kv=replace(setting, **tail), **about)
+        some = batch(text, "masks", cfg.seed, 0, 1, T if selects else min(T, 512))[0] if reads else todo[0].stored[:1, :T if selects else 512]
+        if selects and tried:
+            model.selector.set(tried[-1])
+            choice = chosen(model, some, cfg.dtype)
+            shown = Shown(choice.mask[:, 0].float().mean(1).cpu(), choice, tried[-1].described())
+        elif tried:
+            shown = Shown(kept_groups(model, some, cfg.dtype))
+    return rows, shown
+
+
+def reuse_note(rows: list[dict]) -> str:
+    """What a second question gets from a cache compressed for a first one, beside what that one got; empty without both tasks."""
+    first, second = ({(r["relevance"], r["setting"], r["kv_kept_layers"]): r["value"] for r in rows if r["task"] == t and r["method"] == "select"}
+                     for t in ("needle", "needle_reuse"))
+    lines = [f"{how[0]}: first question {first[how]:.3f}, second {second[how]:.3f}" for how in first if how in second]
+    return "\nReuse of a cache compressed for the first question:\n" + "\n".join(lines) if lines else ""
 
 
 def results_folder(cfg: EvalConfig, run: Run) -> Path:
@@ -232,12 +368,16 @@ def main() -> None:
     check(not (cfg.out_dir and is_foreign(cfg.out_dir)), f"out_dir={cfg.out_dir}", "is no run of train.py", "give it as --init_from")
     run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
     prepared = {k: v for k, v in run.config.get("data", {}).items() if k not in ARGS.given}  # as the run's text was, unless flags say else
-    rows, masks = evaluate(run, cfg, ARGS.kv, replace(ARGS.data, **prepared), ARGS.given)
+    select = replace(run.select, **{f.name: getattr(ARGS.select, f.name) for f in fields(SelectConfig) if f.name in ARGS.given})
+    rows, shown = evaluate(run, cfg, ARGS.kv, replace(ARGS.data, **prepared), ARGS.given, select)
     folder, metrics = results_folder(cfg, run), run.path.parent / "metrics.jsonl"
     curves = {run.path.parent.name: checkpoint.read_jsonl(metrics)} if cfg.out_dir and metrics.is_file() else {}
-    report(folder, rows, curves, masks)
+    report(folder, rows, curves, shown.masks)
+    if shown.choice is not None:
+        groups_figure(folder, shown.choice, shown.rule)
     checkpoint.write_json(folder / "results.json", rows)
-    print(table(rows), f"\n{folder}/results.json, {folder}/report.png", file=sys.stderr)
+    pictures = ", ".join(f"{folder}/{name}" for name in ("results.json", "report.png", *(["groups.png"] if shown.choice else [])))
+    print(f"{table(rows)}{reuse_note(rows)}\n{pictures}", file=sys.stderr)
     print(json.dumps(rows))
 
 

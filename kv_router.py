@@ -26,6 +26,7 @@ Letters: B batch, T new tokens, L all tokens, H, Hkv heads, D head dimension, S 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -289,13 +290,18 @@ class ValueGroupPath(nn.Module):
             del self.enc, self.dec
             self.register_buffer("enc", (dec @ enc).to(attn.o_proj.weight.dtype), persistent=False)
 
+    @property
+    def whole(self) -> bool:
+        """Whether every group is kept."""
+        return self.k == self.S
+
     def encode(self, v: Tensor) -> Tensor:
         """Values (B, Hkv, T, D) as attention gets them -> the coordinates that are cut into groups; as they are if all are kept."""
-        return v if self.k == self.S or (self.folded and not self.cfg.learn_basis) else v @ self.enc.to(v.dtype)
+        return v if self.whole or (self.folded and not self.cfg.learn_basis) else v @ self.enc.to(v.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
         """What is read of the groups, (B, Hkv, ., D), -> the space of whole values."""
-        return z if self.k == self.S or self.folded else z @ self.dec.to(z.dtype)
+        return z if self.whole or self.folded else z @ self.dec.to(z.dtype)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
         return PackedCache(batch, max_len, self.Hkv, self.D, self.cfg, self.k, like)
@@ -454,8 +460,8 @@ class _Observe(nn.Module):
 
 
 @torch.no_grad()
-def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None, seed: int = 0) -> nn.Module:
-    """Give the chosen layers value-group paths, in place. Returns the model.
+def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None, seed: int = 0, make: Callable | None = None) -> nn.Module:
+    """Give the chosen layers value-group paths, in place; make(model_cfg, cfg) -> path: another kind of them. Returns the model.
 
     batches: token ids (B, T) on the model's device that calibrate bases, routers and linear reconstructors; None leaves the
     native basis and untrained parts, for load_state to overwrite. Until `fold` the paths apply their basis themselves, so that
@@ -465,7 +471,7 @@ def attach(model: nn.Module, cfg: KVConfig, batches: list[Tensor] | None = None,
     cfg.check_model(model.cfg)
     chosen = [model.layers[i].self_attn for i in cfg.layers(model.cfg.n_layer)]
     dtype = at_least_float32(model.norm.weight).dtype  # what is trained is never narrower than that
-    paths = [ValueGroupPath(model.cfg, cfg).to(model.norm.weight.device, dtype) for _ in chosen]
+    paths = [(make or ValueGroupPath)(model.cfg, cfg).to(model.norm.weight.device, dtype) for _ in chosen]
     if batches is not None:
         for i, (attn, seen) in enumerate(zip(chosen, _observe(model, chosen, paths, batches), strict=True)):
             paths[i].set_basis(*value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i))

@@ -86,8 +86,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor
 
 
 def storage_bytes(tensors) -> int:
-    """Bytes of the storages behind the tensors, each storage once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of the storages behind the tensors, each storage once. Empty tensors are left out: read from a file they have the address of
+    another one, which they would hide."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
 class DenseCache:
@@ -187,12 +188,13 @@ class KVCache:
         self.layers, self.pad, self.length = layers, pad, 0
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held, every layer, indices and unused capacity included."""
-        return sum(layer.nbytes() for layer in self.layers)
+        """Bytes of all tensors held, indices and unused capacity included; what layers share is counted once."""
+        return storage_bytes([t for layer in self.layers for t in layer.tensors().values()])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything held to one safetensors file."""
-        tensors = {f"{i}.{name}": t.contiguous() for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
+        tensors = {f"{i}.{name}": t.clone(memory_format=torch.contiguous_format)  # layers may share storage, which the format refuses
+                   for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
         numbers = [layer.extra() for layer in self.layers]
         if self.pad is not None:
             tensors["pad"] = self.pad

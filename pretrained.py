@@ -5,8 +5,8 @@ Llama 3's RoPE scaling), Qwen2 and Qwen2.5 (bias on q, k, v), Mistral. Every ten
 unexpected or not supported is refused by name. Tensors go one by one into a model without storage, so that loading needs the
 model's size and one tensor. Out: `export`, a folder that transformers loads with equal logits.
 
-A checkpoint folder of ours holds model.safetensors (a base) or adapter.safetensors (adapters, value routers and bases, with the
-base they belong to), config.json and a manifest. `load_run` takes any of all these.
+A checkpoint folder of ours holds model.safetensors (a base), adapter.safetensors (adapters, value routers and bases, with the base
+they belong to) or selector.safetensors (bases and predictors, likewise), config.json and a manifest. `load_run` takes any of all these.
 
     python pretrained.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf --to=out/smollm2
 """
@@ -18,10 +18,11 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import BaseConfig, ExportConfig, exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, parse_args
+from config import BaseConfig, ExportConfig
 
 CONFIGS = {"export": ExportConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
@@ -38,7 +39,8 @@ from torch.overrides import TorchFunctionMode
 import checkpoint
 import kv_router
 import lora
-from config import AdapterConfig, KVConfig, ModelConfig, check, from_dict, to_dict
+import selector
+from config import AdapterConfig, KVConfig, ModelConfig, SelectConfig, check, from_dict, to_dict
 from model import Transformer
 from tokenizer import definition_from_gguf, from_definition, get_tokenizer, one_line
 
@@ -89,20 +91,22 @@ def load_model_state(model: Transformer, saved: dict[str, Tensor], what: str) ->
 
 
 def added_state(model: Transformer) -> dict[str, Tensor]:
-    """Everything that was added to a base: adapters, value routers, reconstructors, bases."""
-    return {**lora.adapter_state(model), **kv_router.state(model)}
+    """Everything that was added to a base: adapters, value routers, reconstructors, bases, the selector."""
+    return {**lora.adapter_state(model), **kv_router.state(model), **selector.state(model)}
 
 
-def split_added(saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(what belongs to value groups, what belongs to adapters) of an added_state."""
+def split_added(saved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(what belongs to value groups, what to the selector, what to adapters) of an added_state."""
     groups = {k: t for k, t in saved.items() if ".kv_path." in k}
-    return groups, {k: t for k, t in saved.items() if k not in groups}
+    chosen = {k: t for k, t in saved.items() if k.startswith("selector.")}
+    return groups, chosen, {k: t for k, t in saved.items() if k not in groups and k not in chosen}
 
 
 def load_added_state(model: Transformer, saved: dict[str, Tensor]) -> None:
     """Put added_state back into a model with the same things attached, not folded yet (ValueError lists what does not fit)."""
-    groups, adapters = split_added(saved)
+    groups, chosen, adapters = split_added(saved)
     kv_router.load_state(model, groups)
+    selector.load_state(model, chosen)
     lora.load_adapter_state(model, adapters)
 
 
@@ -118,6 +122,7 @@ class Run:
     kv: KVConfig
     base: str
     base_sha256: str
+    select: SelectConfig = field(default_factory=SelectConfig)
 
 
 def find_checkpoint(folder: str | os.PathLike) -> Path:
@@ -158,12 +163,20 @@ def load_run(where: str | os.PathLike, device: torch.device | str = "cpu", *, ba
         load_model_state(model, ckpt.tensors.get("model", {}), str(path))
         place(model, device, getattr(torch, weights))
         return Run(model.eval(), get_tokenizer(ckpt.config["tokenizer"]), path, ckpt.config, adapter, kv, str(path), checkpoint.tensor_hash(path))
-    below = _load_base(path, ckpt.config, base, device, options)
-    kv_router.attach(below.model, kv)
+    below, select = _load_base(path, ckpt.config, base, device, options), from_dict(SelectConfig, ckpt.config.get("select", {}))
+    attach_storage(below.model, kv, select)
     lora.attach(below.model, adapter)
-    load_added_state(below.model, ckpt.tensors.get("adapter", {}))
+    load_added_state(below.model, {**ckpt.tensors.get("adapter", {}), **ckpt.tensors.get("selector", {})})
     kv_router.fold(below.model)
-    return Run(below.model.eval(), below.tokenizer, path, ckpt.config, adapter, kv, below.base, below.base_sha256)
+    return Run(below.model.eval(), below.tokenizer, path, ckpt.config, adapter, kv, below.base, below.base_sha256, select)
+
+
+def attach_storage(model: Transformer, kv: KVConfig, select: SelectConfig, batches: list[Tensor] | None = None, seed: int = 0,
+                   fit: bool = False) -> Transformer:
+    """Give a model the KV paths of `kv`, in place: value groups, selecting ones, or none. Returns the model."""
+    if kv.kv == "select":
+        return selector.attach(model, kv, select, batches, seed, fit)
+    return kv_router.attach(model, kv, batches, seed)
 
 
 def _load_base(path: Path, config: dict, moved: str, device: torch.device | str, options: dict) -> Run:

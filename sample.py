@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 import time
 
-from config import BaseConfig, SampleConfig, exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, parse_args
+from config import BaseConfig, SampleConfig
 
 CONFIGS = {"sample": SampleConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once

@@ -31,6 +31,7 @@ from config import EvalConfig, check, comma_list
 from data import TokenFile, batch, sequential
 from model import KVCache, Transformer, evaluating, generate, lm_loss
 from pretrained import autocast
+from selector import diagnosed
 from tokenizer import encoded
 
 READING = ("perplexity", "continuation")  # the tasks that need a corpus
@@ -118,7 +119,8 @@ class Continuation:
             for i in range(0, len(self.x), batch_size):
                 x = self.x[i:i + batch_size].to(device)
                 cache = model.new_cache(*x.shape)
-                model(x[:, :-self.last], cache, last_only=True)
+                with diagnosed(model, x, x.size(1) - self.last):
+                    model(x[:, :-self.last], cache, last_only=True)
                 logits = model(x[:, -self.last:], cache)
                 total += lm_loss(logits[:, :-1], x[:, 1 - self.last:]).item() * len(x)
         return total / len(self.x)
@@ -127,19 +129,22 @@ class Continuation:
 # ----------------------------------------------------------------------------- prompts with a known answer
 
 class ThroughCache:
-    """A model for `generate` that processes all of a prompt but its last token, and lets that one read what is kept of the others."""
+    """A model for `generate` that processes all of a prompt but its last tokens, and lets those read what is kept of the others."""
 
-    def __init__(self, model: Transformer):
-        self.model = model
+    def __init__(self, model: Transformer, last: int = 1):
+        self.model, self.last = model, last
 
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
     def __call__(self, idx: Tensor, cache: KVCache, last_only: bool = True) -> Tensor:
         """Logits (B, 1, vocab) of the newest token; idx (B, T) int64."""
-        if idx.size(1) > 1:
-            self.model(idx[:, :-1], cache, last_only=True)
-        return self.model(idx[:, -1:], cache, last_only=True)
+        if idx.size(1) > self.last:
+            idx, new = idx[:, :-self.last], idx[:, -self.last:]
+            with diagnosed(self.model, idx, idx.size(1), cache.pad):
+                self.model(idx, cache, last_only=True)
+            idx = new
+        return self.model(idx, cache, last_only=True)
 
 
 @dataclass(frozen=True)
@@ -175,8 +180,8 @@ class Generated(Prompts):
     """Prompts continued greedily by `room` tokens through the packed cache; `score(text, answer)` is of the text up to the end token."""
     room: int
 
-    def scores(self, model: Transformer, prompts: list[list[int]], answers: list) -> list[float]:
-        rows, _ = generate(ThroughCache(model), prompts, self.room, stop=self.tokenizer.eot)
+    def scores(self, model: Transformer, prompts: list[list[int]], answers: list, last: int = 1) -> list[float]:
+        rows, _ = generate(ThroughCache(model, last), prompts, self.room, stop=self.tokenizer.eot)
         return [self.score(decoded(self.tokenizer, r), a) for r, a in zip(rows, answers, strict=True)]
 
 
@@ -188,6 +193,23 @@ class Needle(Generated):
     def score(text: str, answer: int) -> float:
         found = re.search("[0-9]", text)
         return float(found is not None and found[0] == str(answer))
+
+
+@dataclass(frozen=True)
+class NeedleReuse(Needle):
+    """Needle of a second question: the cache is compressed for the first, which stands before it; seconds: its length in each prompt."""
+    seconds: list[int]
+    name = "needle_reuse"
+
+    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
+        total, device = 0.0, model.norm.weight.device
+        with evaluating(model), autocast(device, dtype):
+            for m in sorted(set(self.seconds)):  # a batch has one length: all that is compressed ends in the same column
+                rows = [i for i, s in enumerate(self.seconds) if s == m]
+                for j in range(0, len(rows), batch_size):
+                    prompts, answers = zip(*((self.prompts[i], self.answers[i]) for i in rows[j:j + batch_size]), strict=True)
+                    total += sum(self.scores(model, list(prompts), list(answers), m))
+        return total / self.n
 
 
 class VariableTracking(Generated):
@@ -255,22 +277,27 @@ def haystack(tokenizer, rng: random.Random, before: str, facts: Sequence[str], d
         rng.shuffle(filler)  # the short ones of a round's end go anywhere
 
 
-def needle(tokenizer, length: int, n: int, seed: int, query: int, distractors: int = 0) -> Needle:
-    """n needles in contexts of `length` tokens, the room for the answer included; distractors: other named numbers, none of them the answer."""
-    prompts, answers = [], []
+def needle(tokenizer, length: int, n: int, seed: int, query: int, distractors: int = 0, reuse: bool = False) -> Needle:
+    """n needles in contexts of `length` tokens, the room for the answer included; distractors: other named numbers, none of them the answer.
+    reuse: after the first question and its answer, another number is asked for, and that is the answer."""
+    prompts, answers, seconds = [], [], []
     for i in range(n):
         rng = random.Random(f"needle {seed} {i} {distractors}")
-        answers.append(rng.randint(1, 9))
-        others = [d for d in range(1, 10) if d != answers[-1]]
-        if distractors:
-            named = rng.sample(PLACES, distractors + 1)
-            facts = [f"The lucky number of {p} is {rng.choice(others) if j else answers[-1]}." for j, p in enumerate(named)]
+        numbers = [rng.randint(1, 9)]
+        others = [d for d in range(1, 10) if d != numbers[0]]
+        names = rng.sample(PLACES, distractors + 1) if distractors else []
+        numbers += [rng.choice(others) for _ in names[1:]]
+        facts = [f"The lucky number of {p} is {d}." for p, d in zip(names, numbers, strict=False)] or [f"The magic number is {numbers[0]}."]
+        if names:
             rng.shuffle(facts)
-            what = f"lucky number of {named[0]}"
-        else:
-            facts, what = [f"The magic number is {answers[-1]}."], "magic number"
+        asked = [f"\n\nWhat is the {what}? The {what} is" for what in ([f"lucky number of {p}" for p in names[:2]] or ["magic number"])]
+        second = tokenizer.encode(f" {numbers[0]}.{asked[1]}") if reuse else []
         depths = sorted(rng.random() for _ in facts)
-        prompts.append(haystack(tokenizer, rng, "", facts, depths, f"\n\nWhat is the {what}? The {what} is", length - NEEDLE_ROOM))
+        prompts.append(haystack(tokenizer, rng, "", facts, depths, asked[0], length - NEEDLE_ROOM - len(second)) + second)
+        answers.append(numbers[1 if reuse else 0])
+        seconds.append(len(second))
+    if reuse:
+        return NeedleReuse(prompts, answers, query, tokenizer, NEEDLE_ROOM, seconds)
     return Needle(prompts, answers, query, tokenizer, NEEDLE_ROOM)
 
 
@@ -407,8 +434,8 @@ def make_tasks(cfg: EvalConfig, tokenizer, T: int, text: TokenFile | None) -> li
             check(cfg.query + cfg.continuation < T, f"query={cfg.query}, continuation={cfg.continuation} with {T} tokens",
                   "some context must be left", "give a larger --block_size")
             out.append(Continuation(batch(text, "continuation", cfg.seed, 0, cfg.sequences, T)[0], cfg.query, cfg.continuation))
-        elif name == "needle":
-            out.append(needle(*common, cfg.distractors))
+        elif name in ("needle", "needle_reuse"):
+            out.append(needle(*common, cfg.distractors, name == "needle_reuse"))
         elif name == "variable_tracking":
             out.append(variable_tracking(*common, cfg.chains, cfg.hops))
         else:

@@ -8,6 +8,7 @@ many trainable parameters as the sub-token row (--preset=paper: the paper's rank
 
     python train.py
     python train.py --stage=adapt --init_from=out/RUN/pretrain --adapter=routed --kv=value_groups --reconstructor=pairwise
+    python train.py --stage=select --init_from=out/RUN/pretrain --predictors=predictor,predictor_query
     python train.py --stage=adapt --init_from=model.gguf --adapter=none --learn_basis --objective=distill --dataset=text:some.txt
     torchrun --nproc_per_node=2 train.py --stage=pretrain
 """
@@ -20,9 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
-from config import AdapterConfig, BaseConfig, DataConfig, KVConfig, ModelConfig, TrainConfig, check, exit_on_bad_input, parse_args, to_dict
+from cli import exit_on_bad_input, parse_args
+from config import AdapterConfig, BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, TrainConfig, check, to_dict
 
-CONFIGS = {"train": TrainConfig, "model": ModelConfig, "adapter": AdapterConfig, "kv": KVConfig, "data": DataConfig, "base": BaseConfig}
+CONFIGS = {"train": TrainConfig, "model": ModelConfig, "adapter": AdapterConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig,
+           "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
 
@@ -36,7 +39,7 @@ import kv_router
 import lora
 from data import batch, check_length, prepare, prepare_splits, same_text, sequential, whole_split
 from model import Transformer
-from pretrained import Run, base_reference, check_weights, find_checkpoint, is_foreign, load_added_state, load_run, split_added
+from pretrained import Run, attach_storage, base_reference, check_weights, find_checkpoint, is_foreign, load_added_state, load_run, split_added
 from tasks import Perplexity
 from tokenizer import get_tokenizer
 from trainer import NonFinite, Stage, World, optimizer_settings, out_of_memory_explained, share_parameters, train, world
@@ -123,13 +126,43 @@ def adapt_stage(args, run_dir: Path, w: World, loaded: Run, adapter: AdapterConf
     return Stage(name, model, params, corpus, tokenizer, folder, steps, cfg.adapt_batch_size, lr, seed, config, adapter, kv, False, window, objective)
 
 
+def select_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
+    """Give a loaded base selecting paths, calibrated (or with the bases of --kv_from), and train their predictors of relevance."""
+    cfg: TrainConfig = args.train
+    select = replace(args.select, predictors=args.select.predictors or ",".join(args.select.trained) or "predictor_query")
+    kv = replace(args.kv, kv="select", kv_tail=args.kv.kv_tail if "kv_tail" in args.given else 16)
+    model, tokenizer, window = loaded.model, loaded.tokenizer, adapt_window(args, loaded)
+    corpus = corpus_of(args, "adapt", tokenizer, window)
+    torch.manual_seed(cfg.seed)
+    batches = [batch(corpus.train, "calibrate", cfg.seed, i, 4, window)[0].to(w.device) for i in range(6)]
+    model.requires_grad_(False)
+    attach_storage(model, kv, select, batches, cfg.seed, fit=True)
+    began = start_from(model, kv, cfg.kv_from, loaded.base_sha256) if cfg.kv_from else ""
+    if began:  # other bases: what was measured in the old ones is measured anew
+        model.selector.calibrate(model, batches, fit=True)
+    share_parameters(model, w)
+    params = list(model.selector.predictors.parameters())
+    folder = run_dir / f"select-s{cfg.seed}"
+    config = {"stage": "select", "model": to_dict(model.cfg), "tokenizer": tokenizer.name, "adapter": to_dict(loaded.adapter), "kv": to_dict(kv),
+              "select": to_dict(select), "seed": cfg.seed, "steps": cfg.select_steps, "batch_size": cfg.select_batch_size, "lr": cfg.select_lr,
+              "corpus": cfg.corpus("adapt"), "block_size": window, "objective": "select", "kv_from": began, "optimizer": optimizer_settings(cfg),
+              **of_text(args, corpus), "weights": args.base.weights, "trainable_parameters": sum(p.numel() for p in params),
+              "base": base_reference(loaded, folder), "base_sha256": loaded.base_sha256}
+    return Stage(folder.name, model, params, corpus, tokenizer, folder, cfg.select_steps, cfg.select_batch_size, cfg.select_lr, cfg.seed, config,
+                 loaded.adapter, kv, False, window, "select")
+
+
 def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256: str) -> str:
     """Attach value groups as the run at `where` left them; returns the sha256 of their file. ValueError where base or settings differ."""
     path = find_checkpoint(where)
     ckpt = checkpoint.load(path)
     check(ckpt.config.get("base_sha256") == base_sha256, f"kv_from={where}", "it was trained on another base", "give a run on this one")
-    check(ckpt.config["kv"] == to_dict(kv), f"kv_from={where}", "it has other --kv settings", "give the flags it was trained with")
-    kv_router.load_state(kv_router.attach(model, kv), split_added(ckpt.tensors["adapter"])[0])
+    of_a_basis = ("n_groups", "value_basis", "learn_basis", "kv_layers") if kv.kv == "select" else to_dict(kv)
+    check(all(ckpt.config["kv"].get(f) == getattr(kv, f) for f in of_a_basis), f"kv_from={where}", "it has other --kv settings",
+          "give the flags it was trained with")
+    if kv.kv != "select":
+        kv_router.attach(model, kv)
+    kv_router.load_state(model, split_added(ckpt.tensors["adapter"])[0])
     return checkpoint.tensor_hash(path, "adapter.safetensors")
 
 
@@ -301,10 +334,12 @@ def take_back(run_dir: Path, made: list[Path]) -> None:
 def run(args) -> None:
     cfg: TrainConfig = args.train
     where = args.base.init_from
-    check(cfg.stage != "adapt" or where != "scratch", "stage=adapt with init_from=scratch", "a pretrained base is adapted",
+    check(cfg.stage not in ("adapt", "select") or where != "scratch", f"stage={cfg.stage} with init_from=scratch", "a pretrained base is needed",
           "give --init_from=out/RUN/pretrain")
     check(cfg.stage != "pretrain" or where == "scratch", f"init_from={where!r} with stage=pretrain", "pretrained weights are adapted",
           "give --stage=adapt or all")
+    check(args.kv.kv != "select" or cfg.stage == "select", f"kv=select with stage={cfg.stage}", "it compresses prompts: nothing is adapted over it",
+          "give --stage=select")
     check(cfg.stage == "adapt" or cfg.objective == "lm", f"objective={cfg.objective} with stage={cfg.stage}", "one adaptation is trained by it",
           "give --stage=adapt, or --distill_steps=N for the table")
     pretraining = sorted(f for f in args.given if f == "dataset" or f.startswith("pretrain_"))
@@ -324,6 +359,8 @@ def run(args) -> None:
             with out_of_memory_explained(sizes, args.model.block_size, cfg.accumulation):
                 if cfg.stage == "all":
                     run_all(args, run_dir, w)
+                elif cfg.stage == "select":
+                    train(select_stage(args, run_dir, w, load_base(args, where, w.device)), args, w)
                 elif cfg.stage == "pretrain":
                     train(pretrain_stage(args, get_tokenizer(args.data.tokenizer), run_dir, w), args, w)
                 else:

@@ -82,10 +82,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def make_optimizer(params: list[torch.nn.Parameter], cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, weight decay on matrices only."""
-    groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
+    """AdamW, weight decay on matrices only; a parameter's attribute `rate`, where it has one, scales its learning rate."""
+    groups: dict[tuple, list] = {}
+    for p in params:
+        groups.setdefault((p.ndim < 2, getattr(p, "rate", 1.0)), []).append(p)
+    settings = [{"params": ps, "weight_decay": 0.0 if vector else cfg.weight_decay, "rate": rate} for (vector, rate), ps in sorted(groups.items())]
+    return torch.optim.AdamW(settings, lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
 def optimizer_settings(cfg: TrainConfig) -> dict:
@@ -117,14 +119,20 @@ class Stage:
         """What a checkpoint of this stage holds: the model, or only what was added to the frozen one."""
         if self.pretraining:
             return {"model": model_state(self.model)}
-        return {"adapter": added_state(self.model)}
+        return {"selector" if self.objective == "select" else "adapter": added_state(self.model)}
 
     def restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
         """Put a checkpoint's tensors back into this stage's model."""
         if self.pretraining:
             load_model_state(self.model, saved["model"], "checkpoint")
         else:
-            load_added_state(self.model, saved["adapter"])
+            load_added_state(self.model, saved["selector" if self.objective == "select" else "adapter"])
+
+    def loss(self, forward, x: Tensor, y: Tensor) -> Tensor:
+        """What is minimised over x, y (B, T), a mean over sequences: by objective lm, distill or select."""
+        if self.objective == "select":
+            return self.model.selector.loss(self.model, x)
+        return lm_loss(forward(x), y) if self.objective == "lm" else distillation_loss(self, forward, x)
 
 
 def micro_batches(x: Tensor, y: Tensor, n: int):
@@ -144,7 +152,7 @@ def distillation_loss(stage: Stage, forward, x: Tensor) -> Tensor:
 
 def gradients(stage: Stage, forward, step: int, cfg: TrainConfig, w: World, stop: bool) -> tuple[float, float, bool]:
     """Fill .grad with the gradient of the global batch's mean loss; returns (loss, gradient norm after the
-    sum, any rank's stop), the loss next-token or distillation."""
+    sum, any rank's stop)."""
     m = stage.model
     torch.manual_seed((stage.seed * 1_000_003 + step) * 4099 + w.rank)  # dropout
     x, y = batch(stage.corpus.train, "train", stage.seed, step, stage.batch_size, stage.window, w.rank, w.size)
@@ -152,7 +160,7 @@ def gradients(stage: Stage, forward, step: int, cfg: TrainConfig, w: World, stop
     for xb, yb in micro_batches(x.to(w.device), y.to(w.device), cfg.accumulation):
         share = len(xb) / stage.batch_size
         with autocast(w.device, cfg.dtype):
-            loss = lm_loss(forward(xb), yb) if stage.objective == "lm" else distillation_loss(stage, forward, xb)
+            loss = stage.loss(forward, xb, yb)
         whole = loss + stage.adapter.balance_weight * lora.balance_loss(m) + stage.kv.aux_weight * kv_router.aux_loss(m)
         (whole * share).backward()
         total[0] += loss.item() * share
@@ -172,7 +180,11 @@ def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
     mine = slice(w.rank, None, w.size)
     n = len(x[mine])
     total = torch.zeros(1, dtype=torch.float64, device=w.device)
-    if n:
+    if n and stage.objective == "select":
+        with torch.no_grad(), autocast(w.device, cfg.dtype):
+            for part in x[mine].split(stage.batch_size):
+                total += stage.model.selector.loss(stage.model, part.to(w.device)).double() * len(part)
+    elif n:
         total += mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n
     return w.sum(total).item() / len(x)
 
@@ -203,7 +215,7 @@ class Trainer:
             return False
         ckpt = checkpoint.load(path)
         for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "block_size", "lr", "corpus", "objective", "kv_from",
-                    "optimizer", "data", "tokens", "weights", "base_sha256"):
+                    "select", "optimizer", "data", "tokens", "weights", "base_sha256"):
             check(ckpt.config.get(key) == self.s.config.get(key), f"{path} was trained with {key}={ckpt.config.get(key)}",
                   f"this run says {self.s.config.get(key)}", "resume with the same flags")
         self.s.restore(ckpt.tensors)
@@ -267,7 +279,7 @@ class Trainer:
                 start = self.clock()
                 lr = learning_rate(self.step, s.steps, s.lr, cfg.warmup)
                 for group in self.opt.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["rate"]
                 self.opt.zero_grad(set_to_none=True)
                 kv_router.set_kept(s.model, s.kv.n_groups if self.step < s.kv.kv_warmup * s.steps else s.kv.topk_groups)
                 loss, norm, stopping = gradients(s, self.forward, self.step, cfg, self.w, stop.signal is not None)

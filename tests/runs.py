@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import checkpoint
-import config
+import cli
 import train
 import trainer
 
@@ -19,7 +19,7 @@ TINY = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim
 
 
 def arguments(*flags):
-    return config.parse_args(train.CONFIGS, [*TINY, *map(str, flags)])
+    return cli.parse_args(train.CONFIGS, [*TINY, *map(str, flags)])
 
 
 def pretrain(out: Path, text: str, *flags) -> Path:
@@ -35,7 +35,7 @@ def adapt_arguments(out: Path, text: str, base: Path, *flags):
 def call(module, *flags) -> None:
     """The module's main() with these flags, in this process."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(module, "ARGS", config.parse_args(module.CONFIGS, ["--device=cpu", *map(str, flags)]), raising=False)
+        m.setattr(module, "ARGS", cli.parse_args(module.CONFIGS, ["--device=cpu", *map(str, flags)]), raising=False)
         module.main()
 
 

@@ -13,6 +13,7 @@ import pytest
 import runs
 
 import checkpoint
+import cli
 import config
 import data
 import eval as evaluation
@@ -43,7 +44,7 @@ def trained(tmp_path_factory, text, one_thread) -> Path:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         for flags in (["--stage=pretrain", f"--out_dir={folder / 'a'}"],
                       ["--stage=adapt", f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"]):
-            train.run(config.parse_args(train.CONFIGS, [*TINY, *flags, f"--dataset={text}"]))
+            train.run(cli.parse_args(train.CONFIGS, [*TINY, *flags, f"--dataset={text}"]))
     shutil.move(folder / "a" / "pretrain", folder / "run" / "pretrain")
     shutil.move(folder / "b" / "routed-s0", folder / "run" / "routed-s0")
     adapter = checkpoint.newest(folder / "run" / "routed-s0")[0]
@@ -70,7 +71,7 @@ def complaint(capsys, program: str, *flags, code: int = 2) -> str:
     capsys.readouterr()
 
     def main():
-        args = config.parse_args(configs, list(map(str, flags)), prog=f"{program}.py")
+        args = cli.parse_args(configs, list(map(str, flags)), prog=f"{program}.py")
         if program == "train":
             train.run(args)
         else:
@@ -78,7 +79,7 @@ def complaint(capsys, program: str, *flags, code: int = 2) -> str:
                 m.setattr(module, "ARGS", args, raising=False)
                 module.main()
     with pytest.raises(SystemExit) as e:
-        config.exit_on_bad_input(main)
+        cli.exit_on_bad_input(main)
     io = capsys.readouterr()
     assert e.value.code == code, io.err
     assert io.out == "" and io.err.count("\n") == 1 and io.err.endswith("\n") and len(io.err) > 20 and "Traceback" not in io.err, io
@@ -115,7 +116,7 @@ def test_help_lists_every_field(name):
 def test_defaults_exist_once(name):
     """Without flags, parse_args gives the dataclasses' own defaults; no field is defined twice, each has type, default and help."""
     configs = PROGRAMS[name][1]
-    args = config.parse_args(configs, NEEDED[name])
+    args = cli.parse_args(configs, NEEDED[name])
     for key, cls in configs.items():
         first = key == next(iter(configs))  # the group of the program's own flags
         assert getattr(args, key) == cls(**(dict(f[2:].split("=") for f in NEEDED[name]) if first else {}))
@@ -128,8 +129,8 @@ def test_both_syntaxes_give_the_same(here):
     for flags in ([["--n_layer=3"], ["--n_layer", "3"]], [["--adapt_lr=1e-3"], ["--adapt_lr", "1e-3"]],
                   [["--dataset=pycode"], ["--dataset", "pycode"]],
                   [["--compile"], ["--compile=true"], ["--compile", "yes"], ["--compile=0", "--compile=1"]]):
-        parsed = [config.parse_args(train.CONFIGS, f) for f in flags]
-        assert all(p == parsed[0] for p in parsed[1:]) and parsed[0] != config.parse_args(train.CONFIGS, [])
+        parsed = [cli.parse_args(train.CONFIGS, f) for f in flags]
+        assert all(p == parsed[0] for p in parsed[1:]) and parsed[0] != cli.parse_args(train.CONFIGS, [])
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -177,7 +178,10 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "subspace_topk": [0, 9], "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 128],
     "topk_groups": [0, 5], "recon_hidden": [-1], "aux_weight": [-0.1], "kv_warmup": [-0.1, 1.1], "kv_tail": [-1], "kv_tail_block": [0],
     "val_fraction": [0, 1], "seed": [-1, 2 ** 32], "seeds": [0, 10 ** 7], "max_minutes": [0], "pretrain_steps": [0], "adapt_steps": [0],
-    "pretrain_batch_size": [0], "adapt_batch_size": [0], "accumulation": [0],
+    "pretrain_batch_size": [0], "adapt_batch_size": [0], "accumulation": [0], "select_steps": [0], "select_batch_size": [0], "select_lr": [0, -1],
+    "kv_keep": [-0.1, 1.1], "token_keep": [0, 1.1], "value_keep": [0, 1.1], "hedge": [-0.1, 1.1], "sinks": [-1],
+    "ahead": [-1], "pool": [0, 4],
+    "past": [0], "readers": [0],
     "pretrain_lr": [0, -1], "adapt_lr": [0, -1], "warmup": [-0.1, 1.1], "weight_decay": [-0.1], "beta1": [-0.1, 1], "beta2": [-0.1, 1],
 
     "distill_lr": [0, -1], "distill_steps": [-1], "rope_factor": [0.5], "rope_low_freq": [0, 4], "rope_high_freq": [1], "rope_original": [0],
@@ -212,7 +216,7 @@ def test_out_of_range(name, f, capsys, here):
     (["--objective=distill"], "distill_steps=N"), (["--objective=distill", "--stage=pretrain"], "stage=pretrain"),
     (["--test_dataset=c4"], "test_dataset='c4'"), (["--test_dataset=text:missing.txt"], "no such file"),
     (["--distill_steps=3"], "give --learn_basis"), (["--distill_steps=3", "--learn_basis", "--stage=pretrain"], "give --stage=all"),
-    (["--kv_from=x"], "one adaptation starts from it"), (["--stage=adapt", "--init_from=no.gguf"], "no.gguf"),
+    (["--kv_from=x"], "one stage starts from it"), (["--stage=adapt", "--init_from=no.gguf"], "no.gguf"),
     (["--stage=adapt", "--init_from=hf:name"], "hf:ORG/NAME"), (["--detokenize=perhaps"], "neither true nor false"),
     (["--resume"], "resume without out_dir"), (["--init_from=x"], "no such folder"), (["--dtype=float64"], "dtype='float64'"),
     (["--preset=big"], "preset='big'"), (["--topk_groups=3", "--n_groups=2"], "1 <= K <= S"),
@@ -420,5 +424,5 @@ def test_ctrl_c_is_one_line(capsys):
     def main():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as e:
-        config.exit_on_bad_input(main)
+        cli.exit_on_bad_input(main)
     assert e.value.code == 130 and capsys.readouterr().err.count("\n") == 1

@@ -15,6 +15,7 @@ import torch
 from runs import TINY, arguments, call, copies, python, rows_without_time
 
 import checkpoint
+import cli
 import config
 import data
 import eval as evaluation
@@ -141,14 +142,14 @@ def test_adapt_uses_a_shorter_context_and_the_bases_shape(tmp_path, text, base, 
     or tokenizer the base has not is refused, not ignored."""
     args = ["--stage=adapt", f"--init_from={base}", f"--dataset={text}", "--adapt_steps=2"]
     for flags, context in (([], 32), (["--block_size=9"], 9)):
-        train.run(config.parse_args(train.CONFIGS, [*args, *flags, f"--out_dir={tmp_path / str(context)}"]))
+        train.run(cli.parse_args(train.CONFIGS, [*args, *flags, f"--out_dir={tmp_path / str(context)}"]))
         stage, loaded = trainers[-1].s, load_run(tmp_path / str(context))
         assert stage.window == stage.config["block_size"] == loaded.config["block_size"] == context
         assert stage.model.cfg.block_size == loaded.model.cfg.block_size == 32
     for flag, why in (("--n_layer=3", "the base has 2"), ("--block_size=33", "the base knows 32"), ("--n_groups=16", None)):
         if why:
             with pytest.raises(ValueError, match=why):
-                train.run(config.parse_args(train.CONFIGS, [*args, flag, f"--out_dir={tmp_path / 'no'}"]))
+                train.run(cli.parse_args(train.CONFIGS, [*args, flag, f"--out_dir={tmp_path / 'no'}"]))
             assert not (tmp_path / "no").exists()
 
 
@@ -191,7 +192,7 @@ runpy.run_path("train.py", run_name="__main__")
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, "")
-import config, train, trainer
+import cli, train, trainer
 calls, rate = [], trainer.learning_rate
 def learning_rate(*a):
     calls.append(a)
@@ -199,7 +200,7 @@ def learning_rate(*a):
         os.kill(os.getpid(), signal.SIGKILL)
     return rate(*a)
 trainer.learning_rate = learning_rate
-train.run(config.parse_args(train.CONFIGS, sys.argv[1:]))
+train.run(cli.parse_args(train.CONFIGS, sys.argv[1:]))
 """
 
 
@@ -251,7 +252,7 @@ def test_pipeline_resumed_after_a_kill_ends_the_same(whole, tmp_path):
     p = python("-c", KILLED, *flags)
     assert p.returncode == -signal.SIGKILL, p.err
     assert (tmp_path / "run/moe_lora-s0/step-00000002").is_dir() and not (tmp_path / "run/routed-s0").exists()
-    train.run(config.parse_args(train.CONFIGS, [*flags, "--resume"]))
+    train.run(cli.parse_args(train.CONFIGS, [*flags, "--resume"]))
     assert rows_without_time(tmp_path / "run") == rows_without_time(whole[0])
 
 

@@ -521,8 +521,8 @@ def test_tasks_that_make_their_text_read_no_corpus(byte_model, text, tmp_path, m
         cfg = dict(tasks="needle", sequences=2, calibration=2, device="cpu", block_size=250, dataset="text:gone") | cfg
         return evaluation.evaluate(load_run(byte_model), EvalConfig(**cfg), KVConfig(), DataConfig())
     assert rows()[0][0]["task"] == "needle" and asked == []
-    got, masks = rows(methods="value_groups", dataset=text, split="all")
-    assert asked == [(text, "train")] and masks.shape[1] == tasks.needle(ByteTokenizer(), 250, 2, 0, 16).stored.size(1)
+    got, shown = rows(methods="value_groups", dataset=text, split="all")
+    assert asked == [(text, "train")] and shown.masks.shape[1] == tasks.needle(ByteTokenizer(), 250, 2, 0, 16).stored.size(1)
     rows(methods="value_groups", dataset="", calibrate=text)
     assert asked == [(text, "all")]
     rows(tasks="needle,perplexity", dataset=text)
@@ -534,8 +534,8 @@ def test_tasks_that_make_their_text_read_no_corpus(byte_model, text, tmp_path, m
 
 def test_table_names_each_metric():
     """Rows of one task make one table, with its metric at the head of the column; rows of several one table each."""
-    row = dict(method="dense", basis="native", n_groups=1, value_keep=1.0, trainable_parameters=0, kv_kept_layers=1, kv_kept_model=1, cache_bytes=8,
-               dense_bytes=8, value=0.5, dense_value=0.5)
+    row = dict(method="dense", basis="native", n_groups=1, value_keep=1.0, token_keep=1.0, trainable_parameters=0, kv_kept_layers=1,
+               kv_kept_model=1, cache_bytes=8, dense_bytes=8, value=0.5, dense_value=0.5)
     a, b = row | dict(task="needle", metric="accuracy"), row | dict(task="variable_tracking", metric="recall")
     both = evaluation.table([a, b, a | dict(value=0.7)]).split("\n\n")
     assert both == ["needle\n" + evaluation.table([a, a | dict(value=0.7)]), "variable_tracking\n" + evaluation.table([b])]

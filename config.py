@@ -168,8 +168,6 @@ class KVConfig:
         check(self.kv != "select" or (self.reconstructor == "zero" and self.value_router == "norm"),
               f"kv=select with reconstructor={self.reconstructor}, value_router={self.value_router}",
               "relevance and norms choose, nothing is rebuilt", "leave both out")
-        check(self.kv == "select" or self.mask_scope != "shared", f"mask_scope=shared with kv={self.kv}", "a fixed K is routed in every layer",
-              "give layer or head, or --kv=select")
         self.layers(10 ** 6)
 
     def layers(self, n_layer: int) -> list[int]:
@@ -191,6 +189,8 @@ class KVConfig:
         if self.kv != "dense":
             check(m.head_dim % self.n_groups == 0, f"n_groups={self.n_groups} with head_dim={m.head_dim}", "S must divide D",
                   "give --n_groups of " + " or ".join(str(s) for s in GROUPS if m.head_dim % s == 0))
+            check(self.kv == "select" or self.mask_scope != "shared", f"mask_scope=shared with kv={self.kv}", "a fixed K is routed in every layer",
+                  "give layer or head, or --kv=select")
             self.layers(m.n_layer)
 
 
@@ -210,7 +210,7 @@ class SelectConfig:
     value_keep: float = opt(0.5, "value budget rho: share of the kept tokens' (token, group) pairs kept")
     fixed_k: bool = opt(False, "every kept token keeps the same number of groups")
     allocation: str = opt("global", "what shares one budget: every head for itself, the heads of a layer, or everything", ALLOCATIONS)
-    hedge: float = opt(0.5, "exponent on relevance where groups are scored: 1 is the paper's rule, 0 the norm alone")
+    hedge: float = opt(0.75, "exponent on relevance where groups are scored: 1 is the paper's rule, 0 the norm alone")
     sinks: int = opt(4, "first tokens that are always kept whole")
     pool: int = opt(5, "observed: tokens over which attention is max-pooled (1: none)")
     past: int = opt(64, "future: earlier queries, spread over the last 1,024 context tokens, that stand for those to come")

@@ -22,7 +22,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args
-from config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept
+from config import PREDICTORS, AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept
 
 CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig, "base": BaseConfig}
 DEFAULT_SELECT = SelectConfig()
@@ -73,7 +73,7 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
             tokens, values, layers = [*tokens, 1.0], [*values, p.k / p.S], [*layers, (1 + (p.k / p.S * packed + T - packed) / T) / 2]
     whole = model.cfg.n_layer - len(layers)
     kept = mean(tokens) if layers else 1.0
-    return {"value_keep": mean(values) / kept if layers else 1.0, "token_keep": kept, "kv_kept_layers": mean(layers) if layers else 1.0,
+    return {"value_keep": mean(values) / max(kept, 1e-30) if layers else 1.0, "token_keep": kept, "kv_kept_layers": mean(layers) if layers else 1.0,
             "kv_kept_model": (sum(layers) + whole) / model.cfg.n_layer}
 
 
@@ -243,11 +243,11 @@ def groups_figure(folder: Path, choice: selector.Choice, title: str) -> None:
     kept = choice.mask.sum(-1).float().flatten(0, -2).cpu()  # (masks, C)
     by_rank = kept.gather(-1, choice.score.flatten(0, -2).cpu().argsort(-1, descending=True)).mean(0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    left.bar(range(S + 1), kept.long().flatten().bincount(minlength=S + 1) / kept.numel(), color="tab:blue")
+    left.bar(range(S + 1), (kept.long().flatten().bincount(minlength=S + 1) / kept.numel()).tolist(), color="tab:blue")
     left.set(xlabel=f"groups kept of {S}", ylabel="share of tokens", title="Groups kept per token")
     width = max(1, C // 64)
     bins = by_rank[:C // width * width].view(-1, width).mean(-1)
-    right.step([100 * i / len(bins) for i in range(len(bins))], bins, where="post", color="tab:blue")
+    right.step([100 * i / len(bins) for i in range(len(bins))], bins.tolist(), where="post", color="tab:blue")
     right.set(xlabel="rank by relevance, % of the context (0: most relevant)", ylabel="groups kept, mean", ylim=(0, S * 1.02),
               title="Groups kept against relevance")
     fig.suptitle(title)
@@ -290,7 +290,9 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
             ks = [count_kept(b, setting.n_groups) for b in comma_list(cfg.budgets)] or [setting.topk_groups]
             plan.append((setting, [setting.n_groups] * (trained and "dense" in methods) + ks * ("value_groups" in methods)))
         if "select" in methods or run.kv.kv == "select":
-            ways = ways_to_choose(cfg, select)
+            ways, has = ways_to_choose(cfg, select), run.model.selector.predictors if trained else ()
+            for name in sorted({n for way in ways for n in (way.relevance, way.tokens_by) if n in PREDICTORS and n not in has}):
+                check(False, f"relevance={name}", "it has not been trained", f"train.py --stage=select --predictors={name}, and give that run")
             if trained:
                 run.model.selector.set(ways[0])
                 ways = [replace(ways[0], kv_keep=1.0, fixed_k=False, token_relevance="")] * ("dense" in methods) + ways * ("select" in methods)
@@ -345,7 +347,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
 
 def reuse_note(rows: list[dict]) -> str:
     """What a second question gets from a cache compressed for a first one, beside what that one got; empty without both tasks."""
-    first, second = ({(r["relevance"], r["setting"], r["kv_kept_layers"]): r["value"] for r in rows if r["task"] == t and r["method"] == "select"}
+    first, second = ({(r["relevance"], r["setting"]): r["value"] for r in rows if r["task"] == t and r["method"] == "select"}
                      for t in ("needle", "needle_reuse"))
     lines = [f"{how[0]}: first question {first[how]:.3f}, second {second[how]:.3f}" for how in first if how in second]
     return "\nReuse of a cache compressed for the first question:\n" + "\n".join(lines) if lines else ""

@@ -38,6 +38,7 @@ from model import Transformer, attend, attention_mask, evaluating, lm_loss
 from packed_cache import SelectedCache, pack_layers
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 
+
 class Choice(NamedTuple):
     """What is kept of a context: keep (Lm, B, Hm, C) tokens, mask (Lm, B, Hm, C, S) pairs, bool; score (Lm, B, Hm, C) of each token."""
     keep: Tensor
@@ -196,6 +197,7 @@ class Selector(nn.Module):
     def look(self, model: Transformer, idx: Tensor, n_context: int, n_prompt: int, pad: Tensor | None = None) -> tuple[Prompt, Tensor]:
         """The prompt idx[:, :n_prompt], and the attention on its context of the tokens after it (of its query region where there are
         none), (L, B, Hkv, C)."""
+        check(n_context < n_prompt, "a query region of 0 tokens", "relevance needs somebody who asks", "give --query or --kv_tail of 1 or more")
         x, q, k, z = self.watch(model, idx, pad)
         whole = Prompt(x, q, k, tuple(t[:, :, :n_context] for t in z), n_context, pad, self.rope)
         alpha = whole.causal(whole.column[n_prompt if n_prompt < whole.T else n_context:])

@@ -201,6 +201,11 @@ class NeedleReuse(Needle):
     seconds: list[int]
     name = "needle_reuse"
 
+    @property
+    def stored(self) -> Tensor:
+        """What is compressed, up to the second question."""
+        return Needle([p[:-m] for p, m in zip(self.prompts[:4], self.seconds, strict=False)], [], self.query, self.tokenizer, self.room).stored
+
     def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
         total, device = 0.0, model.norm.weight.device
         with evaluating(model), autocast(device, dtype):

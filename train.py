@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from cli import exit_on_bad_input, parse_args
-from config import AdapterConfig, BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, TrainConfig, check, to_dict
+from config import AdapterConfig, BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, TrainConfig, check, comma_list, to_dict
 
 CONFIGS = {"train": TrainConfig, "model": ModelConfig, "adapter": AdapterConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig,
            "base": BaseConfig}
@@ -129,8 +129,11 @@ def adapt_stage(args, run_dir: Path, w: World, loaded: Run, adapter: AdapterConf
 def select_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
     """Give a loaded base selecting paths, calibrated (or with the bases of --kv_from), and train their predictors of relevance."""
     cfg: TrainConfig = args.train
-    select = replace(args.select, predictors=args.select.predictors or ",".join(args.select.trained) or "predictor_query")
-    kv = replace(args.kv, kv="select", kv_tail=args.kv.kv_tail if "kv_tail" in args.given else 16)
+    names = comma_list(args.select.predictors) or args.select.trained or ["predictor_query"]
+    relevance = args.select.relevance if "relevance" in args.given else next((n for n in ("predictor_query", "predictor") if n in names), "future")
+    select = replace(args.select, predictors=",".join(names), relevance=relevance)
+    other = dict(kv_tail=16, reconstructor="zero", value_router="norm") | (dict(mask_scope="shared") if cfg.preset == "paper" else {})
+    kv = replace(args.kv, kv="select", **{f: v for f, v in other.items() if f not in args.given})
     model, tokenizer, window = loaded.model, loaded.tokenizer, adapt_window(args, loaded)
     corpus = corpus_of(args, "adapt", tokenizer, window)
     torch.manual_seed(cfg.seed)
@@ -156,6 +159,7 @@ def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256:
     """Attach value groups as the run at `where` left them; returns the sha256 of their file. ValueError where base or settings differ."""
     path = find_checkpoint(where)
     ckpt = checkpoint.load(path)
+    check("adapter" in ckpt.tensors, f"kv_from={where}", "it trained no value groups", "give an adapt stage's folder")
     check(ckpt.config.get("base_sha256") == base_sha256, f"kv_from={where}", "it was trained on another base", "give a run on this one")
     of_a_basis = ("n_groups", "value_basis", "learn_basis", "kv_layers") if kv.kv == "select" else to_dict(kv)
     check(all(ckpt.config["kv"].get(f) == getattr(kv, f) for f in of_a_basis), f"kv_from={where}", "it has other --kv settings",

@@ -227,6 +227,15 @@ def test_out_of_range(name, f, capsys, here):
     (["--stage=adapt", "--init_from=no/where"], "no such folder"), (["--stage=adapt", "--init_from=."], "no usable checkpoint"),
     (["--resume", "--out_dir=nowhere"], "there is no checkpoint in it"), (["--resume", "--out_dir=."], "there is no checkpoint in it"),
     (["--dataset=text:missing.txt"], "no such file"), (["--adapt_dataset=text:missing.txt"], "no such file"),
+    (["--stage=select"], "init_from=scratch"), (["--stage=select", "--init_from=no/where"], "no such folder"),
+    (["--kv=select"], "give --stage=select"), (["--kv=select", "--stage=adapt", "--init_from=x"], "give --stage=select"),
+    (["--stage=select", "--init_from=x", "--objective=distill"], "objective=distill with stage=select"),
+    (["--stage=select", "--init_from=x", "--predictors=observed"], "predictor, expected_attention, predictor_query"),
+    (["--relevance=quest"], "relevance='quest'"), (["--token_relevance=norm"], "token_relevance='norm'"),
+    (["--allocation=token"], "head, layer, global"), (["--predictor_loss=ce"], "one of mse, kl"),
+    (["--kv_keep=0.5", "--fixed_k"], "give --token_keep"),
+    (["--kv_keep=0.5", "--token_relevance=h2o"], "give --token_keep"), (["--kv=select", "--reconstructor=mlp"], "leave both out"),
+    (["--kv=select", "--value_router=linear"], "leave both out"), (["--mask_scope=shared"], "or --kv=select"),
     (["--out_dir=/dev/null"], "is a file"), (["--out_dir=/dev/null/x"], "dev/null")], ids=lambda v: v[-1] if isinstance(v, list) else "")
 def test_train_refuses(flags, why, capsys, here):
     """Choices, combinations, devices, folders and corpora that cannot be: said in one line, and no folder appears, out/ included."""
@@ -244,6 +253,10 @@ def test_train_refuses(flags, why, capsys, here):
     (["--weights=bfloat16"], "give --dtype=bfloat16"), (["--weights=int8"], "one of float32, bfloat16"), (["--init_from="], "an empty init_from"),
     (["--tasks=haystack"], "perplexity"), (["--dataset=c4"], "text:PATH"), (["--tasks=needle,multiple_choice"], "give --questions=PATH"),
     (["--shots_from=dev"], "give --questions=PATH"),
+    (["--kv_budgets=0"], "(0, 1]"), (["--kv_budgets=0.5,2"], "(0, 1]"), (["--token_budgets=0.5,x"], "(0, 1]"),
+    (["--relevances=h2o"], "relevances='h2o'"), (["--token_relevances=norm"], "quest, h2o, streaming, snapkv"),
+    (["--splits=-1"], "a list of layers"), (["--splits=0,x"], "a list of layers"),
+    (["--tasks=needle_reuse"], "give --distractors"), (["--methods=select,snapkv"], "dense, value_groups, select"),
     (["--dtype=int8"], "dtype='int8'")], ids=lambda v: v[-1] if isinstance(v, list) and v else "")
 def test_eval_refuses(flags, why, capsys, here):
     """Budgets outside (0, 1], unknown methods, tasks and corpora, and no folder."""

@@ -182,8 +182,7 @@ def brute_force(p: Prompt, s: selector.Selector) -> tuple[torch.Tensor, torch.Te
     share_one = {"head": [[u] for u in units], "layer": [[u for u in units if u[0] == a] for a in range(len(layers))], "global": [units]}
     keep = torch.zeros(len(layers), len(p.x[0]), len(heads), C, dtype=torch.bool)
     mask = torch.zeros(*keep.shape, S, dtype=torch.bool)
-    for b in range(keep.size(1)):
-        first = 0 if p.pad is None else int(p.pad[b])
+    for b, first in enumerate([0] * keep.size(1) if p.pad is None else p.pad.tolist()):
         there, n = range(first, C), C - first
         for group in share_one[cfg.allocation] if n > 0 else ():
             token, pair = {}, {}
@@ -579,8 +578,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(scope, kind):
     for name in PREDICTORS.split(","):
         m, idx = selecting(scope, cfg=config(predictors=name, predictor_loss=kind), fold=False), tokens(3, 70, seed=9)
         (p,) = m.selector.predictors.values()
-        optimizer = torch.optim.AdamW(p.parameters(), lr=1e-3)
-        losses = []
+        optimizer, losses = torch.optim.AdamW(p.parameters(), lr=1e-3), []
         for _ in range(6):
             optimizer.zero_grad()
             losses.append(m.selector.loss(m, idx))

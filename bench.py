@@ -20,7 +20,7 @@ import time
 from statistics import median
 
 from cli import exit_on_bad_input, parse_args
-from config import AdapterConfig, BaseConfig, BenchConfig, KVConfig, ModelConfig, SelectConfig
+from config import AdapterConfig, BaseConfig, BenchConfig, KVConfig, ModelConfig, SelectConfig, check
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     argv = [f"--what={sys.argv[1]}", *sys.argv[2:]] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else sys.argv[1:]
@@ -34,7 +34,7 @@ from torch import Tensor
 import lora
 import selector
 from model import Transformer, evaluating, lm_loss
-from pretrained import autocast, load_run, pick_device
+from pretrained import autocast, check_weights, load_run, pick_device, place
 from relevance import Prompt
 
 
@@ -187,13 +187,18 @@ def bench_select(cfg: BenchConfig, c: ModelConfig, base: BaseConfig) -> list[dic
     device = pick_device(cfg.device)
     torch.manual_seed(0)
     named = bool(cfg.out_dir or base.init_from != "scratch")
+    check_weights(base.weights, device, cfg.dtype)
     run = load_run(base.place(cfg.out_dir), device, **base.options(cfg.out_dir)) if named else None
+    check(run is None or (run.kv.kv in ("dense", "select") and run.adapter.adapter == "none"), f"{cfg.out_dir or base.init_from}",
+          "a base or a run of --stage=select is measured", "give one of those")
     model = run.model if named else Transformer(c).to(device)
-    T, dense = min(c.block_size, model.cfg.block_size), Transformer(model.cfg).to(device)  # a prefill costs the same with any weights
+    T, dense = min(c.block_size, model.cfg.block_size), Transformer(model.cfg)  # a prefill costs the same with any weights
+    place(dense, device, model.norm.weight.dtype)
     if selector.selector_of(model) is None:
         selector.attach(model, KVConfig(kv="select", n_groups=4, kv_tail=16), SelectConfig(kv_keep=0.25))
     batches = [tuple(torch.randint(0, model.cfg.vocab_size, (2, cfg.batch_size, T), device=device)) for _ in range(4)]
     s, n_context = model.selector, T - model.selector.kv.kv_tail
+    check(n_context >= 1, f"block_size={T}", f"the query region has {s.kv.kv_tail}", "give a larger --block_size")
 
     def prefill(m: Transformer):
         def step(x, y):

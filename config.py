@@ -210,8 +210,8 @@ class SelectConfig:
     value_keep: float = opt(0.5, "value budget rho: share of the kept tokens' (token, group) pairs kept")
     fixed_k: bool = opt(False, "every kept token keeps the same number of groups")
     allocation: str = opt("global", "what shares one budget: every head for itself, the heads of a layer, or everything", ALLOCATIONS)
-    hedge: float = opt(0.75, "exponent on relevance where groups are scored: 1 is the paper's rule, 0 the norm alone")
-    sinks: int = opt(4, "first tokens that are always kept whole")
+    hedge: float = opt(0.75, "exponent on relevance where groups are scored: 1: the paper's rule, 0: norms alone; predictor has none")
+    sinks: int = opt(4, "first tokens that are kept before any other, as far as the budget goes")
     pool: int = opt(5, "observed: tokens over which attention is max-pooled (1: none)")
     past: int = opt(64, "future: earlier queries, spread over the last 1,024 context tokens, that stand for those to come")
     ahead: int = opt(64, "future: how many tokens after the prompt they are moved")
@@ -240,7 +240,7 @@ class SelectConfig:
         """The rule in a few words: signals, budget, exponent."""
         budget = f"kv={self.kv_keep:g}" if self.kv_keep else f"tokens={self.token_keep:g} groups={self.value_keep:g}" + " fixed" * self.fixed_k
         by = self.relevance if self.tokens_by == self.relevance or self.token_keep == 1 else f"{self.tokens_by}/{self.relevance}"
-        return f"{by} {budget} hedge={self.hedge:g}"
+        return f"{by} {budget}" + ("" if self.relevance == "predictor" else f" hedge={self.hedge:g}")
 
     @property
     def trained(self) -> list[str]:
@@ -537,5 +537,6 @@ class BenchConfig:
     def __post_init__(self):
         for name, allowed in (("what", ("train", "adapter", "select")), ("dtype", ("auto", "float32", "bfloat16"))):
             check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(allowed)}", "choose one")
+        check(self.what == "select" or not self.out_dir, f"out_dir={self.out_dir} with {self.what}", "only select measures a run", "leave it out")
         for name in ("steps", "batch_size"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")

@@ -17,12 +17,13 @@ import os
 import sys
 import time
 from dataclasses import fields, replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args
-from config import PREDICTORS, AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept
+from config import PREDICTORS, AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept, to_dict
 
 CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig, "base": BaseConfig}
 DEFAULT_SELECT = SelectConfig()
@@ -97,7 +98,8 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
             "prefill": "exact" if exact else "routed", "relevance": relevance, "setting": setting, **shares,
             "cache_bytes": cache.nbytes(), "dense_bytes": dense, "metric": task.metric, "value": value,
             "dense_value": value if dense_value is None else dense_value, "n": task.n, "seed": seed, "seconds": round(time.time() - start, 3),
-            "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0}
+            "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0,
+            **({"select": to_dict(chooser.cfg)} if method == "select" else {})}
 
 
 def sweep(model: Transformer, task: Task, ks: list[int], dense_value: float | None = None, **about) -> list[dict]:
@@ -163,8 +165,9 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
         points = [p for p in points if "loss" in p]
         smooth = [mean(q["loss"] for q in points[max(0, i - 4):i + 1]) for i in range(len(points))]
         (first if name == "pretrain" else second).plot([p["step"] for p in points], smooth, label=name, lw=1)
-    for ax, title in ((first, "Pretraining"), (second, "Adaptation")):
-        ax.set(xlabel="step", ylabel="training loss, nats per token", title=title)
+    predicts = any(name.startswith("select") for name in curves)
+    for ax, title in ((first, "Pretraining"), (second, "Predictors of relevance" if predicts else "Adaptation")):
+        ax.set(xlabel="step", ylabel="training loss, nats per token" if ax is first or not predicts else "training loss", title=title)
     by_name: dict[str, list[dict]] = {}
     for r in rows:
         if r["task"] == rows[0]["task"]:  # one task to a picture
@@ -199,13 +202,14 @@ def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_
     """One row per way to choose, the same model; the dense value is measured unless given."""
     s = model.selector
     before = s.cfg
-    if dense_value is None:
+    rows = []
+    if dense_value is None and not variants[0].whole:
         s.set(replace(before, kv_keep=1.0, fixed_k=False, token_relevance=""))
         dense_value = task.value(model, about["batch_size"], about["dtype"])
-    rows = []
     for variant in variants:
         s.set(variant)
         rows.append(row(model, task, dense_value=dense_value, **about))
+        dense_value = rows[0]["value"] if dense_value is None else dense_value
     s.set(before)
     return rows
 
@@ -213,7 +217,7 @@ def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_
 def ways_to_choose(cfg: EvalConfig, base: SelectConfig) -> list[SelectConfig]:
     """The grid of the list flags: every --kv_budgets, and every --token_budgets with every --budgets, for each signal."""
     def listed(text: str, default):
-        return [type(default)(t) for t in comma_list(text)] or [default]
+        return [float(Fraction(t)) if isinstance(default, float) else t for t in comma_list(text)] or [default]
     out = []
     for r in listed(cfg.relevances, base.relevance):
         out += [replace(base, relevance=r, kv_keep=b, token_relevance="", fixed_k=False)
@@ -222,6 +226,8 @@ def ways_to_choose(cfg: EvalConfig, base: SelectConfig) -> list[SelectConfig]:
             out += [replace(base, relevance=r, kv_keep=0.0, token_relevance=by if tokens < 1 else "", token_keep=tokens, value_keep=rho)
                     for by in listed(cfg.token_relevances, base.token_relevance) for tokens in listed(cfg.token_budgets, base.token_keep)
                     for rho in listed(cfg.budgets, base.value_keep)]
+    named = sorted({*comma_list(cfg.token_relevances)} - {way.token_relevance for way in out})
+    check(not named, f"token_relevances={','.join(named)}", "no token is dropped by it", "give --token_budgets of less than 1")
     return list(dict.fromkeys(out))
 
 
@@ -270,10 +276,15 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
     check(not kv.learn_basis, "learn_basis", "measuring trains nothing", "train with train.py --learn_basis, then give --out_dir")
     asked = sorted(given & {"kv_budgets", "token_budgets", "relevances", "token_relevances", *(f.name for f in fields(SelectConfig))})
     methods = comma_list(cfg.methods)
+    single, both = sorted(given & {"fixed_k", "token_relevance", "token_relevances", "token_keep", "value_keep"}), cfg.budgets or cfg.token_budgets
+    check(not (single and (cfg.kv_budgets or "kv_keep" in given) and not both), f"{', '.join(single)} with kv_keep or kv_budgets",
+          "tokens and groups are chosen together there", "leave them out, or add --token_budgets or --budgets")
+    check(not ("kv_keep" in given and both), "kv_keep with budgets or token_budgets", "one or the other", "give --kv_budgets beside them")
     if not methods:
         selects = bool(asked) or (kv.kv == "select" and "kv" in given)
         methods = [run.kv.kv] if trained else ["dense"] + ["select"] * selects + ["value_groups"] * bool(not selects and (free or cfg.budgets))
     check(not asked or "select" in methods, f"{', '.join(asked)}", "only kv=select chooses", "give --methods=select, or leave them out")
+    check("select" in methods or kv.mask_scope != "shared", "mask_scope=shared", "a fixed K is routed in every layer", "give layer or head")
     check(not trained or not {"value_groups", "select"} & {*methods} - {run.kv.kv}, f"methods={cfg.methods} with {run.path}",
           f"it was trained for {run.kv.kv}", "name that, or give its base")
     alone = [t for t in comma_list(cfg.tasks) if t == "perplexity"]
@@ -311,6 +322,8 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
     trained, (methods, plan) = run.kv.kv != "dense", plan_of(run, cfg, kv, select, given)
     text, = prepare_splits(corpus, data, run.tokenizer, [cfg.split]) if reads else [None]
     todo = make_tasks(cfg, run.tokenizer, T, text)
+    short = [task.stored.size(1) for task in todo if "select" in methods and task.stored.size(1) <= (task.query or 0)]
+    check(not short, f"query={cfg.query}", f"prompts of {min(short, default=0)} tokens have no context then", "give a smaller --query")
     about = dict(adapter=run.adapter, seed=run.config.get("seed", cfg.seed), batch_size=cfg.batch_size, dtype=cfg.dtype,
                  params=run.config.get("trainable_parameters", 0))
     calibration = None
@@ -335,12 +348,12 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
             with kv_router.storing(model, **tail):
                 measure = choices if selects else sweep
                 rows += measure(model, task, tried, known.get(task.name), kv=replace(setting, **tail), **about)
-        some = batch(text, "masks", cfg.seed, 0, 1, T if selects else min(T, 512))[0] if reads else todo[0].stored[:1, :T if selects else 512]
-        if selects and tried:
-            model.selector.set(tried[-1])
-            choice = chosen(model, some, cfg.dtype)
-            shown = Shown(choice.mask[:, 0].float().mean(1).cpu(), choice, tried[-1].described())
-        elif tried:
+                if selects and task is todo[0]:  # the first prompt of the first task
+                    model.selector.set(tried[-1])
+                    choice = chosen(model, task.stored[:1], cfg.dtype)
+                    shown = Shown(choice.mask[:, 0].float().mean(1).cpu(), choice, tried[-1].described())
+        if tried and not selects:
+            some = batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0] if reads else todo[0].stored[:1, :512]
             shown = Shown(kept_groups(model, some, cfg.dtype))
     return rows, shown
 
@@ -371,6 +384,8 @@ def main() -> None:
     run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
     prepared = {k: v for k, v in run.config.get("data", {}).items() if k not in ARGS.given}  # as the run's text was, unless flags say else
     select = replace(run.select, **{f.name: getattr(ARGS.select, f.name) for f in fields(SelectConfig) if f.name in ARGS.given})
+    if run.kv.kv == "select" and "tasks" not in ARGS.given:
+        cfg = replace(cfg, tasks="continuation")
     rows, shown = evaluate(run, cfg, ARGS.kv, replace(ARGS.data, **prepared), ARGS.given, select)
     folder, metrics = results_folder(cfg, run), run.path.parent / "metrics.jsonl"
     curves = {run.path.parent.name: checkpoint.read_jsonl(metrics)} if cfg.out_dir and metrics.is_file() else {}

@@ -88,7 +88,7 @@ def select_joint(value: Tensor, m: Tensor) -> Tensor:
     total = best.movedim(-1, 0).contiguous().cumsum(0).movedim(0, -1)  # along the outermost dimension a GPU sums many times faster
     density, last = (total / (S + 1 + rank)).max(-1, keepdim=True)  # (..., N, 1)
     with_key = rank <= last
-    density = torch.where(with_key, density, best).flatten(-2)  # (..., N S)
+    density = torch.where(with_key, density, best.minimum(density)).flatten(-2)  # (..., N S); rounding must not put a group before its key
     cost = torch.where(with_key, (rank == 0) * (S + 1 + last), 1).flatten(-2)
     density, order = density.sort(dim=-1, descending=True, stable=True)
     fits = (long_cumsum(cost.gather(-1, order)) <= m.unsqueeze(-1)) & (density > float("-inf"))

@@ -192,7 +192,7 @@ class KVCache:
         return storage_bytes([t for layer in self.layers for t in layer.tensors().values()])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything held to one safetensors file."""
+        """Write everything held to one safetensors file, what layers share once for each of them."""
         tensors = {f"{i}.{name}": t.clone(memory_format=torch.contiguous_format)  # layers may share storage, which the format refuses
                    for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
         numbers = [layer.extra() for layer in self.layers]

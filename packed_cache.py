@@ -44,7 +44,7 @@ class Flat:
         return {n: getattr(self, n) for n in self.NAMES}
 
     def nbytes(self) -> int:
-        """Bytes of every tensor held, counts, offsets and unused capacity included."""
+        """Bytes of every tensor held, counts, offsets and unused capacity included; of views (pack_layers) the whole they belong to."""
         return storage_bytes(self.tensors().values())
 
     def _read_mask(self, count: Tensor, mask_base: Tensor, N: int) -> Tensor:

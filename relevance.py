@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import SelectConfig, check
+from config import SelectConfig, check, count_kept
 from model import apply_rope
 
 SPAN = 1024  # context tokens, the last ones, that `future` draws its queries from
@@ -129,12 +129,14 @@ class Prompt:
                 p[..., self.T - visible.size(1):].masked_fill_(~visible.repeat(n, 1), NEVER)
             if self.pad is not None:
                 p.masked_fill_(~self.real[:, None, None], NEVER)
-            out.append((weight @ p.softmax(-1)[..., :self.n_context]).squeeze(-2))
+            with torch.autocast(p.device.type, enabled=False):  # the sum in float32
+                out.append((weight @ p.softmax(-1)[..., :self.n_context]).squeeze(-2))
         return torch.cat(out) * self.valid[:, None]
 
     def moved(self, columns: Tensor, ahead: int) -> Tensor:
         """queries(columns) as if their tokens came `ahead` after the prompt: RoPE turns them further. (L, B, H, Q, D)."""
-        cos, sin = (t[(self.T + ahead - columns).clamp_max(len(t) - 1)].unsqueeze(-3) for t in self.rope)  # (B, 1, Q, D/2); padding cancels
+        place = min(self.T + ahead, len(self.rope[0]) - 1)  # no further than the model's context
+        cos, sin = (t[place - columns].unsqueeze(-3) for t in self.rope)  # (B, 1, Q, D/2); padding cancels
         return apply_rope(self.queries(columns), cos, sin)
 
     def past(self, cfg: SelectConfig) -> Tensor:
@@ -170,7 +172,7 @@ def random(prompt: Prompt, cfg: SelectConfig) -> Tensor:
 
 def oracle(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     """Attention of what follows (of the query region where nothing does), from a diagnostic pass: eq 12."""
-    assert prompt.oracle is not None, "oracle relevance needs selector.diagnosed around the prompt"
+    check(prompt.oracle is not None, "relevance=oracle", "it needs a pass that has seen what follows", "measure it with eval.py, use another here")
     return prompt.oracle
 
 
@@ -201,8 +203,8 @@ def h2o(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     for rows in prompt.column.split(512):
         part = prompt.causal(rows, prompt.real[:, rows].float())
         total = total + part * prompt.real[:, rows].sum(-1)[:, None, None]
-    recent = prompt.valid.sum(-1, keepdim=True) * cfg.token_keep / 2  # (B, 1)
-    new = (prompt.n_context - prompt.column[:prompt.n_context]) <= recent  # (B, C)
+    recent = prompt.counts(lambda n: count_kept(cfg.token_keep, n, 1) // 2)
+    new = (prompt.n_context - prompt.column[:prompt.n_context]) <= recent[:, None]  # (B, C)
     return total + new[:, None] * (prompt.T + streaming(prompt, cfg)[0])
 
 
@@ -273,7 +275,7 @@ class HiddenPredictor(nn.Module):
         if kind == "mse":
             return (out * self.std[at] + self.mean[at]).clamp_min(0).view(shape).transpose(2, 3)
         out = out.view(shape).transpose(2, 3).masked_fill(~prompt.valid[:, None, :, None], float("-inf"))
-        return out.flatten(-2).softmax(-1).view_as(out) * self.std[at].mean((-1, -2))[:, None, None, None, None]
+        return out.flatten(-2).softmax(-1).view_as(out) * self.mean[at].mean((-1, -2))[:, None, None, None, None]
 
     def loss(self, prompt: Prompt, target: Tensor, kind: str) -> Tensor:
         """mse: to the normalised target; kl: from the target's shares over a prompt's (token, group) pairs. No padding here."""

@@ -135,7 +135,7 @@ class Selector(nn.Module):
             return Choice(keep, keep.unsqueeze(-1).expand(*keep.shape, self.S), keep.float())
         sink, norm = valid & (valid.cumsum(-1) <= cfg.sinks), self.norms(prompt, 1.0)
         alpha = self.relevance(prompt, cfg.relevance)
-        by = alpha if cfg.tokens_by == cfg.relevance else self.relevance(prompt, cfg.tokens_by)
+        by = alpha if cfg.tokens_by == cfg.relevance or cfg.token_keep == 1 else self.relevance(prompt, cfg.tokens_by)
         if by.ndim == 5:
             token = by.square().sum(-1).sqrt()
         else:
@@ -232,8 +232,8 @@ class Selector(nn.Module):
         """Measure gain and feeling on batches of windows (B, T), with `fit` also what the predictors' inputs and targets look like."""
         layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
         energy, effect = 0.0, 0.0
-        for idx in batches:
-            z = self.watch(model, idx)[3]
+        for few in (part for idx in batches for part in idx.split(2)):  # a pass holds what every layer saw
+            z = self.watch(model, few)[3]
             cov = torch.stack([torch.einsum("bhtd,bhte->hde", w, w) for w in map(at_least_float32, z)]).double()  # (L, Hkv, D, D)
             read = torch.stack([reading(attn) for attn in layers])
             energy, effect = energy + cov.diagonal(dim1=-2, dim2=-1).sum(-1), effect + (cov * read).sum((-1, -2))
@@ -326,6 +326,8 @@ class SelectPath(ValueGroupPath):
             return self._attend_stored(q, k, v, cache, pad)
         z = self.encode(v[:, :, :C])
         if self.cfg.prefill == "exact":
+            if self.index == 0:
+                cache.pending.seen.clear()  # of a pass that failed
             cache.pending.seen.append((self, x, q, k, v, z, cache))
             if len(cache.pending.seen) == s.L:
                 s.finish(cache.pending, pad)

@@ -131,7 +131,10 @@ def select_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
     cfg: TrainConfig = args.train
     names = comma_list(args.select.predictors) or args.select.trained or ["predictor_query"]
     relevance = args.select.relevance if "relevance" in args.given else next((n for n in ("predictor_query", "predictor") if n in names), "future")
-    select = replace(args.select, predictors=",".join(names), relevance=relevance)
+    by = args.select.token_relevance or ("expected_attention" if names == ["expected_attention"] else "")
+    select = replace(args.select, predictors=",".join(names), relevance=relevance, token_relevance=by)
+    check("oracle" not in (select.relevance, select.tokens_by), "relevance=oracle", "it is measured, not used: it has seen what follows",
+          "leave it out, and give eval.py --relevances=oracle")
     other = dict(kv_tail=16, reconstructor="zero", value_router="norm") | (dict(mask_scope="shared") if cfg.preset == "paper" else {})
     kv = replace(args.kv, kv="select", **{f: v for f, v in other.items() if f not in args.given})
     model, tokenizer, window = loaded.model, loaded.tokenizer, adapt_window(args, loaded)
@@ -342,6 +345,9 @@ def run(args) -> None:
           "give --init_from=out/RUN/pretrain")
     check(cfg.stage != "pretrain" or where == "scratch", f"init_from={where!r} with stage=pretrain", "pretrained weights are adapted",
           "give --stage=adapt or all")
+    unused = [f for f in ("adapter", "topk_groups", "compile") if f in args.given]
+    unused += ["kv"] * ("kv" in args.given and args.kv.kv != "select") + ["learn_basis"] * (args.kv.learn_basis and not cfg.kv_from)
+    check(cfg.stage != "select" or not unused, f"{', '.join(unused)} with stage=select", "it trains predictors alone", "leave them out")
     check(args.kv.kv != "select" or cfg.stage == "select", f"kv=select with stage={cfg.stage}", "it compresses prompts: nothing is adapted over it",
           "give --stage=select")
     check(cfg.stage == "adapt" or cfg.objective == "lm", f"objective={cfg.objective} with stage={cfg.stage}", "one adaptation is trained by it",

@@ -230,6 +230,8 @@ def test_out_of_range(name, f, capsys, here):
     (["--stage=select"], "init_from=scratch"), (["--stage=select", "--init_from=no/where"], "no such folder"),
     (["--kv=select"], "give --stage=select"), (["--kv=select", "--stage=adapt", "--init_from=x"], "give --stage=select"),
     (["--stage=select", "--init_from=x", "--objective=distill"], "objective=distill with stage=select"),
+    (["--stage=select", "--init_from=x", "--adapter=lora", "--compile"], "adapter, compile with stage=select"),
+    (["--stage=select", "--init_from=x", "--kv=dense", "--learn_basis"], "kv, learn_basis with stage=select"),
     (["--stage=select", "--init_from=x", "--predictors=observed"], "predictor, expected_attention, predictor_query"),
     (["--relevance=quest"], "relevance='quest'"), (["--token_relevance=norm"], "token_relevance='norm'"),
     (["--allocation=token"], "head, layer, global"), (["--predictor_loss=ce"], "one of mse, kl"),

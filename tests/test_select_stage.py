@@ -360,7 +360,7 @@ def test_a_row_equals_its_oracle(selected, measure, text):
     rows = measure(*flags, "--methods=dense,select", f"--relevances={ALL.replace('expected_attention,', '')}",
                    "--token_relevances=expected_attention", "--token_budgets=0.5", "--budgets=0.4")
     assert [(r["method"], r["relevance"]) for r in rows] == [("dense", "none"), *(
-        ("select", f"expected_attention/{n} tokens=0.5 groups=0.4 hedge=0.75") for n in ("predictor", "predictor_query"))]
+        ("select", f"expected_attention/{n} tokens=0.5 groups=0.4{hedge}") for n, hedge in (("predictor", ""), ("predictor_query", " hedge=0.75")))]
     run, x = load_run(selected.folder), windows(text)
     model = run.model
     for r, name in zip(rows, ("all", "predictor", "predictor_query"), strict=True):
@@ -386,6 +386,11 @@ def test_a_row_equals_its_oracle(selected, measure, text):
     ("base", ["--methods=select", "--tasks=perplexity"], "--tasks=continuation"),
     ("run", ["--tasks=perplexity,continuation"], "--tasks=continuation"), ("base", ["--methods=dense", "--kv_budgets=0.5"], "give --methods=select"),
     ("base", ["--methods=value_groups", "--hedge=1"], "give --methods=select"),
+    ("base", ["--methods=select", "--tasks=needle", "--block_size=250", "--query=1000"], "have no context then"),
+    ("base", ["--tasks=continuation", "--token_relevances=h2o,quest"], "no token is dropped by it"),
+    ("base", ["--tasks=continuation", "--kv_budgets=.5", "--fixed_k"], "chosen together there"),
+    ("base", ["--tasks=continuation", "--kv_keep=.5", "--value_keep=.25"], "chosen together there"),
+    ("base", ["--methods=value_groups", "--mask_scope=shared"], "give layer or head"),
     ("run", ["--bases=native,pca"], "leave them out"), ("run", ["--n_groups=8"], "leave them out"), ("run", ["--splits=1"], "leave them out"),
     ("run", ["--methods=value_groups"], "name that, or give its base"), ("run", ["--methods=dense,value_groups"], "name that, or give its base"),
     ("base", ["--relevances=predictor_query", "--kv_budgets=0.5"], "train.py --stage=select --predictors=predictor_query"),

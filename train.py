@@ -129,13 +129,15 @@ def adapt_stage(args, run_dir: Path, w: World, loaded: Run, adapter: AdapterConf
 def select_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
     """Give a loaded base selecting paths, calibrated (or with the bases of --kv_from), and train their predictors of relevance."""
     cfg: TrainConfig = args.train
-    names = comma_list(args.select.predictors) or args.select.trained or ["predictor_query"]
+    paper = cfg.preset == "paper"
+    names = comma_list(args.select.predictors) or args.select.trained or ["predictor" if paper else "predictor_query"]
     relevance = args.select.relevance if "relevance" in args.given else next((n for n in ("predictor_query", "predictor") if n in names), "future")
     by = args.select.token_relevance or ("expected_attention" if names == ["expected_attention"] else "")
-    select = replace(args.select, predictors=",".join(names), relevance=relevance, token_relevance=by)
+    rule = {f: v for f, v in dict(sinks=0, hedge=1.0).items() if paper and f not in args.given}
+    select = replace(args.select, predictors=",".join(names), relevance=relevance, token_relevance=by, **rule)
     check("oracle" not in (select.relevance, select.tokens_by), "relevance=oracle", "it is measured, not used: it has seen what follows",
           "leave it out, and give eval.py --relevances=oracle")
-    other = dict(kv_tail=16, reconstructor="zero", value_router="norm") | (dict(mask_scope="shared") if cfg.preset == "paper" else {})
+    other = dict(kv_tail=16, reconstructor="zero", value_router="norm") | (dict(mask_scope="shared") if paper else {})
     kv = replace(args.kv, kv="select", **{f: v for f, v in other.items() if f not in args.given})
     model, tokenizer, window = loaded.model, loaded.tokenizer, adapt_window(args, loaded)
     corpus = corpus_of(args, "adapt", tokenizer, window)

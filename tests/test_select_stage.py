@@ -186,6 +186,16 @@ def test_which_predictors_are_trained(flags, want, tmp_path, text, base):
     assert stage.kv.kv_tail == 16 and not any(p.requires_grad for n, p in stage.model.named_parameters() if not n.startswith("selector."))
 
 
+def test_preset_paper_selects_as_the_paper_does(tmp_path, text, base):
+    """One mask for all layers in the native basis, a routed prefill, the paper's predictor and rule; a flag still wins."""
+    args = select_arguments(tmp_path / "run", text, base, "--preset=paper", "--block_size=45", "--sinks=3")
+    w = trainer.World(0, 1, torch.device("cpu"))
+    stage = train.select_stage(args, tmp_path / "run", w, train.load_base(args, base, w.device))
+    kv, select = stage.kv, stage.model.selector.cfg
+    assert (kv.kv, kv.mask_scope, kv.value_basis, kv.prefill, kv.reconstructor) == ("select", "shared", "native", "routed", "zero")
+    assert (select.relevance, select.predictors, select.hedge, select.sinks) == ("predictor", "predictor", 1.0, 3)
+
+
 def test_resume_is_bitwise(tmp_path, text, base, monkeypatch):
     """Stopped by SIGTERM after 5 of 9 steps and resumed: the losses, validation losses and final tensors, the optimizer's included, of the
     unbroken run. Another predictor, rule of choosing, storage or rate is refused in one line that names it."""

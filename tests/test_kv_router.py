@@ -416,15 +416,21 @@ def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
 
 # -- the model around it
 
+def kept(model, T: int) -> tuple[float, float]:
+    """KV kept in compressed layers and in the whole model, of a cache of T tokens."""
+    shares = evaluation.kept_shares(model, evaluation.filled_cache(model, tokens(1, T)))
+    return shares["kv_kept_layers"], shares["kv_kept_model"]
+
+
 def test_uncompressed_layers_stay_dense_and_are_counted():
     """kv_layers leaves other layers alone, and whole-model KV counts them at 1."""
     model = tiny_model()
     kv_router.attach(model, KVConfig(kv_layers="deepest:0.5", kv_tail=0), [tokens(1, 20)])
     cache = model.new_cache(1, 10)
     assert isinstance(cache.layers[0], DenseCache) and not isinstance(cache.layers[1], DenseCache)
-    assert evaluation.kept_shares(model, 40) == (0.75, 0.875)
+    assert kept(model, 40) == (0.75, 0.875)
     tail = grouped_model(kv_tail=8)
-    assert evaluation.kept_shares(tail, 40) == ((1 + (0.5 * 32 + 8) / 40) / 2,) * 2
+    assert kept(tail, 40) == ((1 + (0.5 * 32 + 8) / 40) / 2,) * 2
     for text in ("deepest:0.2", "7", "x", "", "deepest:2"):
         with pytest.raises(ValueError, match="kv_layers"):
             KVConfig(kv_layers=text).layers(2)
@@ -452,7 +458,7 @@ def test_set_kept_changes_the_budget_and_refuses_foreign_patterns():
     """Any K works for zero, pairwise and mlp; the per-pattern reconstructor refuses another K, but may keep everything."""
     model = grouped_model(reconstructor="pairwise")
     kv_router.set_kept(model, 4)
-    assert evaluation.kept_shares(model, 9) == (1.0, 1.0)
+    assert kept(model, 9) == (1.0, 1.0)
     bound = grouped_model(reconstructor="linear")
     kv_router.set_kept(bound, 4)
     for k in (0, 5, 3):

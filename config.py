@@ -252,6 +252,10 @@ class SelectConfig:
         """The signal that tokens are kept by."""
         return self.token_relevance or self.relevance
 
+    def everything(self) -> SelectConfig:
+        """These settings, but everything is kept."""
+        return dataclasses.replace(self, kv_keep=1.0, fixed_k=False, token_relevance="")
+
     @property
     def whole(self) -> bool:
         """Whether everything is kept."""

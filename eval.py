@@ -23,7 +23,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args
-from config import PREDICTORS, AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept, to_dict
+from config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept, to_dict
 
 CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig, "base": BaseConfig}
 DEFAULT_SELECT = SelectConfig()
@@ -51,12 +51,6 @@ def filled_cache(model: Transformer, x: Tensor, dtype: str = "float32") -> KVCac
         cache = model.new_cache(*x.shape)
         model(x, cache, last_only=True)
     return cache
-
-
-def cache_bytes(model: Transformer, x: Tensor, dtype: str = "float32") -> tuple[int, int]:
-    """(bytes held, bytes a dense cache holds) after prefilling x (B, T) int64 into caches of exactly that length, all layers."""
-    cache = filled_cache(model, x, dtype)
-    return cache.nbytes(), model.dense_bytes(x.numel(), cache)
 
 
 def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
@@ -204,7 +198,7 @@ def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_
     before = s.cfg
     rows = []
     if dense_value is None and not variants[0].whole:
-        s.set(replace(before, kv_keep=1.0, fixed_k=False, token_relevance=""))
+        s.set(before.everything())
         dense_value = task.value(model, about["batch_size"], about["dtype"])
     for variant in variants:
         s.set(variant)
@@ -301,12 +295,12 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
             ks = [count_kept(b, setting.n_groups) for b in comma_list(cfg.budgets)] or [setting.topk_groups]
             plan.append((setting, [setting.n_groups] * (trained and "dense" in methods) + ks * ("value_groups" in methods)))
         if "select" in methods or run.kv.kv == "select":
-            ways, has = ways_to_choose(cfg, select), run.model.selector.predictors if trained else ()
-            for name in sorted({n for way in ways for n in (way.relevance, way.tokens_by) if n in PREDICTORS and n not in has}):
-                check(False, f"relevance={name}", "it has not been trained", f"train.py --stage=select --predictors={name}, and give that run")
+            ways = ways_to_choose(cfg, select)
+            for way in ways:
+                selector.check_trained(way, run.model.selector.predictors if trained else ())
             if trained:
                 run.model.selector.set(ways[0])
-                ways = [replace(ways[0], kv_keep=1.0, fixed_k=False, token_relevance="")] * ("dense" in methods) + ways * ("select" in methods)
+                ways = [ways[0].everything()] * ("dense" in methods) + ways * ("select" in methods)
             plan.append((setting if trained else replace(setting, kv="select", mask_scope=kv.mask_scope), ways))
     return methods, plan
 

@@ -76,6 +76,16 @@ class Prompt:
         """Context columns that are no padding: (B, C) bool."""
         return self.real[:, :self.n_context]
 
+    @property
+    def layers(self) -> slice:
+        """Which of all compressed layers these are."""
+        return slice(self.first, self.first + self.L)
+
+    @property
+    def start(self) -> Tensor:
+        """Column of each row's first token: (B or 1, 1) int64."""
+        return self.column[:1, None] if self.pad is None else self.pad[:, None]
+
     def counts(self, f: Callable[[int], int]) -> Tensor:
         """f(number of context tokens) of every row, 0 for a row without context: (B,) int64."""
         n = self.valid.sum(1).tolist() if self.pad is not None else [self.n_context] * len(self.k[0])
@@ -211,8 +221,7 @@ def h2o(prompt: Prompt, cfg: SelectConfig) -> Tensor:
 def quest(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     """Pages of PAGE tokens by an upper bound on what the query region's logits can be in them, as shares; a page's tokens score alike."""
     C, k = prompt.n_context, prompt.keys[..., :prompt.n_context, :].float()
-    first = torch.zeros(k.size(1), 1, dtype=torch.long, device=k.device) if prompt.pad is None else prompt.pad[:, None]
-    page = (prompt.column[:C] - first).clamp_min(0) // PAGE  # (B, C): a page starts with a row's first token
+    page = ((prompt.column[:C] - prompt.start).clamp_min(0) // PAGE).expand(k.size(1), -1)  # (B, C): a page starts with a row's first token
     at = page[None, :, None, :, None].expand_as(k)
     hole = ~prompt.valid[:, None, :, None]
     shape = (*k.shape[:3], -(-C // PAGE), k.size(-1))
@@ -252,7 +261,7 @@ class HiddenPredictor(nn.Module):
 
     def normalised(self, prompt: Prompt) -> Tensor:
         """The network's outputs: (L, B * C, n_out)."""
-        at = slice(prompt.first, prompt.first + prompt.L)
+        at = prompt.layers
         up, up_bias, down, down_bias = (p[at] for p in (self.up, self.up_bias, self.down, self.down_bias))
         x = torch.stack([x[:, :prompt.n_context] for x in prompt.x[:up.size(0)]]).flatten(1, 2).to(up.dtype)  # (L, B C, E)
         return F.gelu(x @ up + up_bias) @ down + down_bias
@@ -270,7 +279,7 @@ class HiddenPredictor(nn.Module):
 
     def forward(self, prompt: Prompt, kind: str) -> Tensor:
         """Scores >= 0, (L, B, Hm, C, S or 1)."""
-        out, (B, C), at = self.normalised(prompt), prompt.valid.shape, slice(prompt.first, prompt.first + prompt.L)
+        out, (B, C), at = self.normalised(prompt), prompt.valid.shape, prompt.layers
         shape = (-1, B, C, self.heads, out.size(-1) // self.heads)
         if kind == "mse":
             return (out * self.std[at] + self.mean[at]).clamp_min(0).view(shape).transpose(2, 3)
@@ -314,13 +323,12 @@ class QueryPredictor(nn.Module):
         """(L, Hkv, B, C, FEATURES): logs of observed attention, as it is and max-pooled over 5 and 15, of past queries' attention, as it
         is and pooled, of the value's norm; the key's norm, the log distance to the prompt's end, whether it is one of the first 4."""
         C = prompt.n_context
-        first = torch.zeros_like(prompt.valid[:, :1], dtype=torch.long) if prompt.pad is None else prompt.pad[:, None]
         seen, past = prompt.observed, prompt.past(cfg)
         norm = norms(prompt.values)
         shares = torch.stack((seen, pooled(seen, 5), pooled(seen, 15), past, pooled(past, 5), norm), -1)
         column = prompt.column[:C]
         rest = (norms(prompt.keys[..., :C, :]), ((C - column) / 64 + 1).log().expand_as(seen),
-                ((column - first) < 4).float()[:, None].expand_as(seen))
+                ((column - prompt.start) < 4).float()[:, None].expand_as(seen))
         return torch.cat((shares.clamp_min(TINY).log(), torch.stack(rest, -1)), -1).transpose(1, 2)
 
     @torch.no_grad()
@@ -332,7 +340,7 @@ class QueryPredictor(nn.Module):
 
     def log_scores(self, prompt: Prompt, cfg: SelectConfig) -> Tensor:
         """(L, B, Hkv, C), -inf for padding."""
-        (B, C), dtype, at = prompt.valid.shape, self.up.dtype, slice(prompt.first, prompt.first + prompt.L)
+        (B, C), dtype, at = prompt.valid.shape, self.up.dtype, prompt.layers
         f = self.features(prompt, cfg).flatten(2, 3).to(dtype)  # (L, Hkv, B C, F)
         f = (f - self.mean[at].unsqueeze(2)) / self.std[at].unsqueeze(2)
         s = F.gelu(f @ self.up[at] + self.up_bias[at]) @ self.down[at] + f @ self.linear[at]

@@ -19,7 +19,7 @@ Letters: L compressed layers, B batch, T prompt, C context, Hm mask heads (1 or 
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -87,9 +87,7 @@ class Selector(nn.Module):
 
     def set(self, cfg: SelectConfig) -> None:
         """Choose by these settings from now on. Raises ValueError for a predictor it does not have, or what a routed prefill cannot do."""
-        for name in {cfg.relevance, cfg.tokens_by}:
-            check(name in PLAIN or name in self.predictors, f"relevance={name}", "it has not been trained",
-                  f"train.py --stage=select --predictors={name}, and give that run")
+        check_trained(cfg, self.predictors)
         check(self.kv.prefill == "exact" or self.kv.mask_scope == "shared" or cfg.allocation != "global", "allocation=global with prefill=routed",
               "a layer cannot wait for those after it", "give --allocation=layer, --mask_scope=shared or --prefill=exact")
         self.cfg = cfg
@@ -105,7 +103,7 @@ class Selector(nn.Module):
         """Norms of the context's value groups, with `hedge` times their layer's weight feeling^hedge * gain: (Lm, B, Hm, C, S)."""
         norm = prompt.norms(self.S)  # (L, B, Hkv, C, S)
         if hedge is not None:
-            at = slice(prompt.first, prompt.first + prompt.L)
+            at = prompt.layers
             norm = norm * (self.feeling[at, None] ** hedge * self.gain[at])[:, None, :, None, None]
         return norm if self.kv.mask_scope == "head" else self.per_mask(norm.square()).sqrt()
 
@@ -116,7 +114,7 @@ class Selector(nn.Module):
         if name == "predictor_query":
             return self.per_mask(self.predictors[name](prompt, self.cfg))
         out = self.predictors[name](prompt, self.cfg.predictor_loss)
-        at = slice(prompt.first, prompt.first + prompt.L)
+        at = prompt.layers
         return out * self.per_mask((self.feeling[at, None] * self.gain[at])[:, None, :, None, None]) if name == "predictor" else out.squeeze(-1)
 
     @torch.no_grad()
@@ -244,6 +242,13 @@ class Selector(nn.Module):
             wants = [self.targets(p, a) for p, a in zip(prompts, alphas, strict=True)]
             for name, p in self.predictors.items():
                 p.fit(list(prompts), self.cfg if name == "predictor_query" else [w[name] for w in wants])
+
+
+def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
+    """Raise ValueError where a setting names a predictor that is not among those it has."""
+    for name in sorted({cfg.relevance, cfg.tokens_by}):
+        check(name in PLAIN or name in has, f"relevance={name}", "it has not been trained",
+              f"train.py --stage=select --predictors={name}, and give that run")
 
 
 def reading(attn: nn.Module) -> Tensor:

@@ -1,96 +1,483 @@
-"""Ground floor: pure tensor functions that the routing and the packed cache are made of, in plain PyTorch.
+"""Triton kernels, each beside its plain PyTorch reference, which is its specification.
 
-Masks are bool with the groups last; in storage a token's mask is one integer whose bit g says that group g is kept (uint8 up
-to S = 8, then int16, int32, int64). A row is one kept group: D/S numbers. Rows lie token-major, group-minor, without gaps, so
+* `packed_attention`: queries over what a packed cache stores and a dense tail. A program reads a piece of one head's tokens, each kept
+  byte once, and leaves a softmax of its own; `_merge_kernel` joins the pieces by their log-sum-exp. Group g of token t lies in row
+  offset(t) + popcount(mask_t & ((1 << g) - 1)) (layout.py), so the address of a value is computed per group, and loads stay 16 bytes wide.
+* `append_token`: one more token per sequence, all on the device, so that decoding can be captured in a CUDA graph.
 
-    row of (t, g) = base + offset(t) + popcount(mask_t & ((1 << g) - 1))
+`impl`: "auto" runs the kernel on CUDA tensors and the reference elsewhere, "triton" and "torch" force one; the kernels run on CPU tensors
+in Triton's interpreter (TRITON_INTERPRET=1). None has a gradient.
 
-where offset(t) is stored once per tile of TILE tokens and counted up inside the tile.
-
-Letters: B batch, Hkv KV heads, T tokens, S groups, d = D/S numbers in a row.
+Letters: B sequences, H heads, Hkv KV heads, Hm mask heads (1 or Hkv), n = H/Hkv, D head dimension, S groups, d = D/S, T queries, W tail
+slots, P sums, R = P T n rows of queries that share a KV head.
 """
 from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 64  # tokens per stored row offset
+from layout import at_least_float32, bits_to_mask, mask_to_bits, tile_size
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the references need none
+    triton = tl = None
+jit = triton.jit if triton else lambda f: f
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 if its type is narrower, else as it is: the type for softmax, scores and losses."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+def use_triton(impl: str, x: Tensor) -> bool:
+    """Whether a function runs its kernel: impl "triton" always (CPU tensors need TRITON_INTERPRET=1), "torch" never, "auto" on a GPU."""
+    assert impl in ("auto", "triton", "torch") and (triton or impl != "triton"), f"impl={impl} with triton {'there' if triton else 'missing'}"
+    return triton is not None and x.dtype != torch.float64 and (impl == "triton" or (impl == "auto" and x.is_cuda))
 
 
-def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """bool like scores (..., n): True at the k largest of the last dimension, exactly k; equal scores: the lower index wins."""
-    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+# ----------------------------------------------------------------------------- attention over packed values
+
+class Packed(NamedTuple):
+    """One layer's packed tokens. Segment (sequence, head) holds n tokens: keys and rows from token_base and row_base on, masks (and what
+    counts rows, where every token may keep another number: k = 0) from mask_base and tile_base on."""
+    keys: Tensor  # (slots, D)
+    rows: Tensor  # (row slots, d)
+    bits: Tensor  # (mask slots,) layout.mask_dtype
+    before: Tensor | None  # (mask slots,) uint8, rows of its tile before each token
+    tile_rows: Tensor | None  # (tiles,) int32, the segment's rows before each tile
+    n: Tensor  # (B, Hm) int64 tokens
+    token_base: Tensor  # (B, Hkv) int64, like row_base
+    row_base: Tensor
+    mask_base: Tensor  # (B, Hm) int64, like tile_base
+    tile_base: Tensor
+    n_groups: int
+    k: int  # groups every token keeps; 0: see before and tile_rows
+    longest: int  # no segment holds more tokens
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Dense and left-aligned: k (B, Hkv, N, D), z (B, Hkv, N, D) with zeros where dropped, mask (B, Hm, N, S) bool, valid (B, Hm, N)
+        bool: slots that hold a token; the rest are zeros. N: the largest count."""
+        (B, Hkv), S, tile = self.token_base.shape, self.n_groups, tile_size(self.n_groups)
+        N = int(self.n.max()) if self.n.numel() else 0
+        valid = torch.arange(N, device=self.n.device) < self.n.unsqueeze(-1)  # (B, Hm, N)
+        b, h, t = valid.nonzero(as_tuple=True)
+        at, mask = self.mask_base[b, h] + t, torch.zeros(*valid.shape, S, dtype=torch.bool, device=self.n.device)
+        mask[b, h, t] = bits_to_mask(self.bits[at], S)
+        offset = torch.zeros(valid.shape, dtype=torch.int64, device=self.n.device)
+        offset[b, h, t] = t * self.k if self.k else self.tile_rows[self.tile_base[b, h] + t // tile].long() + self.before[at].long()
+        row = self.row_base[..., None, None] + offset.unsqueeze(-1) + mask.long().cumsum(-1) - mask.long()  # (B, Hkv, N, S)
+        b, h, t = valid.expand(-1, Hkv, -1).nonzero(as_tuple=True)
+        k = self.keys.new_zeros(B, Hkv, N, self.keys.size(-1))
+        k[b, h, t] = self.keys[self.token_base[b, h] + t]
+        z = self.rows.new_zeros(B, Hkv, N, S, self.rows.size(-1))
+        kept = mask.expand(-1, Hkv, -1, -1)
+        z[kept] = self.rows[row[kept]]
+        return k, z.flatten(-2), mask, valid
 
 
-def select_top_m(scores: Tensor, m: Tensor) -> Tensor:
-    """Mask of the m largest scores of each row: bool like scores, exactly min(m, entries above -inf) of the last dimension True.
-
-    scores (..., N) float, without NaN (it would sort before everything); m (...) int64, 0 or more, broadcastable to scores.shape[:-1],
-    so every row may have its own. Tie rule: of equal scores the lower index wins; in a plane (C, S) flattened token-major and
-    group-minor that is the earlier token, then the lower group. +inf comes first, -inf is never picked."""
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    m = m.minimum((scores > float("-inf")).sum(-1))
-    first = torch.arange(scores.size(-1), device=scores.device) < m.unsqueeze(-1)  # (..., N) in sorted order
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, first)
+    @staticmethod
+    def of_whole(k: Tensor, v: Tensor, n: Tensor) -> Packed:
+        """Whole values, k, v (B, Hkv, N, D) of which the first n (B, Hm) tokens of a segment count: one group, always kept."""
+        B, Hkv, N, D = k.shape
+        base = torch.arange(B * Hkv, device=k.device).view(B, Hkv) * N
+        mask_base = torch.arange(n.numel(), device=k.device).view(n.shape) * N
+        bits = torch.ones(n.numel() * N, dtype=torch.uint8, device=k.device)
+        return Packed(k.reshape(-1, D), v.reshape(-1, D), bits, None, None, n, base, base, mask_base, mask_base, 1, 1, N)
 
 
-def mask_dtype(n_groups: int) -> torch.dtype:
-    """Integer type that holds one token's mask: uint8 for S <= 8, int16 for S = 16, int32 for 32, int64 for 64."""
-    return {16: torch.int16, 32: torch.int32, 64: torch.int64}.get(n_groups, torch.uint8)
+class Tail(NamedTuple):
+    """Tokens with whole values: k, v (B, Hkv, W, D); sequence b holds the count[b] ones in slots first[b], first[b] + 1, ... modulo W, oldest
+    first. first, count (B,) int64."""
+    k: Tensor
+    v: Tensor
+    first: Tensor
+    count: Tensor
+
+    def order(self) -> Tensor:
+        """Number of the token in each slot, oldest 0, count or more where there is none: (B, W) int64."""
+        W = max(self.k.size(2), 1)
+        return (torch.arange(self.k.size(2), device=self.k.device) - self.first[:, None]) % W
 
 
-def mask_to_bits(mask: Tensor) -> Tensor:
-    """bool (..., S) -> one integer per token (...), bit g = group g kept; the highest bit of int16 to int64 is their sign."""
-    S = mask.size(-1)
-    weight = torch.ones((), dtype=torch.int64, device=mask.device) << torch.arange(S, device=mask.device)
-    bits = (mask * weight).sum(-1)
-    if S in (16, 32):
-        bits = bits - (bits >> (S - 1) << S)  # what does not fit is negative
-    return bits.to(mask_dtype(S))
+class Sums(NamedTuple):
+    """Which packed tokens each of P attention sums takes: those with mask & select == want. select, want (P,) int64; the first takes all
+    (0, 0), and only it the tail."""
+    select: Tensor
+    want: Tensor
 
 
-def bits_to_mask(bits: Tensor, n_groups: int) -> Tensor:
-    """Inverse of mask_to_bits: integers (...) -> bool (..., S)."""
-    return (bits.long().unsqueeze(-1) >> torch.arange(n_groups, device=bits.device) & 1).bool()
+def packed_attention_ref(q: Tensor, packed: Packed | None, tail: Tail | None, sums: Sums | None = None) -> tuple[Tensor, Tensor]:
+    """packed_attention by unpacking everything: the specification."""
+    B, H, T, D = q.shape
+    keys, values, seen, takes = [], [], [], []
+    Hkv = (packed.token_base if packed else tail.k).size(1)
+    if packed:
+        k, z, mask, valid = packed.unpack()
+        keys, values, seen = [k], [z], [valid[:, :, None].expand(-1, Hkv, T, -1)]
+        if sums:
+            bits = mask_to_bits(mask).long().expand(-1, Hkv, -1)[:, :, None]  # (B, Hkv, 1, N)
+            takes = [((bits & s) == w) for s, w in zip(sums.select, sums.want, strict=True)]
+    if tail:
+        order = tail.order()[:, None]  # (B, 1, W)
+        last = tail.count[:, None, None] - T + torch.arange(T, device=q.device)[:, None]  # (B, T, 1) what each query may read
+        keys, values = [*keys, tail.k], [*values, tail.v]
+        seen.append(((order <= last) & (order < tail.count[:, None, None]))[:, None].expand(-1, Hkv, -1, -1))
+        takes = [F.pad(t, (0, order.size(-1)), value=i == 0) for i, t in enumerate(takes)]
+    k, v, seen = torch.cat(keys, 2), torch.cat(values, 2), torch.cat(seen, -1).unsqueeze(2)  # (B, Hkv, 1, T, L)
+    s = at_least_float32((q * D ** -0.5).view(B, Hkv, -1, T, D) @ k.unsqueeze(2).mT).masked_fill(~seen, float("-inf"))  # (B, Hkv, n, T, L)
+    lse = s.logsumexp(-1)
+    p = (s - lse.clamp_min(torch.finfo(s.dtype).min).unsqueeze(-1)).exp().to(v.dtype)
+    out = [(p * t.unsqueeze(2) if takes else p) @ v.unsqueeze(2) for t in takes or [None]]
+    return (torch.stack(out, -2).view(B, H, T, -1, D) if sums else out[0].view(B, H, T, D)), lse.view(B, H, T)
 
 
-def row_numbers(mask: Tensor) -> Tensor:
-    """Number of kept (token, group) pairs before each pair, token-major and group-minor: bool (..., T, S) -> int64 (..., T, S)."""
-    kept = mask.flatten(-2).long()
-    return (kept.cumsum(-1) - kept).view(mask.shape)
+def merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """One softmax over what two calls of packed_attention read apart, (out, lse) each: (B, H, T, D). Where neither read a thing: 0."""
+    (x, p), (y, q) = a, b
+    w = (p - p.maximum(q).clamp_min(torch.finfo(p.dtype).min)).exp(), (q - p.maximum(q).clamp_min(torch.finfo(p.dtype).min)).exp()
+    total = (w[0] + w[1]).clamp_min(torch.finfo(p.dtype).tiny)
+    return (x * (w[0] / total).unsqueeze(-1) + y * (w[1] / total).unsqueeze(-1)).to(x.dtype)
 
 
-def long_cumsum(x: Tensor, block: int = 1024) -> Tensor:
-    """x.cumsum(-1) of integers (..., N), block by block: a GPU sums few long rows slowly."""
-    blocks = F.pad(x, (0, -x.size(-1) % block)).unflatten(-1, (-1, block)).cumsum(-1)  # (..., N / block, block)
-    before = blocks[..., -1].cumsum(-1) - blocks[..., -1]
-    return (blocks + before.unsqueeze(-1)).flatten(-2)[..., :x.size(-1)]
+@jit
+def _popcount(x):
+    """Bits set in each uint32 or uint64, int32; the compiler knows the idiom."""
+    if x.dtype == tl.uint64:
+        x = x - ((x >> 1) & 0x5555555555555555)
+        x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+        return ((x * 0x0101010101010101) >> 56).to(tl.int32)
+    else:
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-def select_joint(value: Tensor, m: Tensor) -> Tensor:
-    """Tokens and their groups under one budget: bool mask (..., N, S) of the pairs kept; a token is kept if one of its groups is.
+@jit
+def _product(a, b, c):
+    """a @ b + c in float32; float32 factors are not rounded."""
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, c, input_precision="ieee")
+    else:
+        return tl.dot(a, b, c)
 
-    value (..., N, S) float: what a pair is worth, >= 0, inf for one that must stay, -inf for a token that is none; m (...) int64: the
-    budget in groups. A kept token pays S for its key, and 1 for each group. Greedy by worth per cost: a token comes with the groups that
-    make (their worth) / (S + their number) largest, further ones alone; what does not fit ends it, so at most 2 S - 1 of the budget
-    stay unused. No choice of that cost is worth more. Of equal ones the earlier token wins, then the lower group; of two ways to come
-    that are equal, the one with fewer groups."""
-    S = value.size(-1)
-    best, group = value.sort(dim=-1, descending=True, stable=True)  # (..., N, S)
-    rank = torch.arange(S, device=value.device)
-    total = best.movedim(-1, 0).contiguous().cumsum(0).movedim(0, -1)  # along the outermost dimension a GPU sums many times faster
-    density, last = (total / (S + 1 + rank)).max(-1, keepdim=True)  # (..., N, 1)
-    with_key = rank <= last
-    density = torch.where(with_key, density, best.minimum(density)).flatten(-2)  # (..., N S); rounding must not put a group before its key
-    cost = torch.where(with_key, (rank == 0) * (S + 1 + last), 1).flatten(-2)
-    density, order = density.sort(dim=-1, descending=True, stable=True)
-    fits = (long_cumsum(cost.gather(-1, order)) <= m.unsqueeze(-1)) & (density > float("-inf"))
-    by_rank = torch.zeros_like(fits).scatter(-1, order, fits).view(value.shape)
-    return torch.zeros_like(by_rank).scatter(-1, group, by_rank)
+
+@jit
+def _softmax_step(s, v, m, den, acc, take, P: tl.constexpr):
+    """Online softmax: maximum m, sum den (M,) and weighted values acc (M, DP) after a block of logits s (M, N), in units of log 2, and values
+    v (N, DP). take, broadcastable to s: what goes into acc, where there are P > 1 sums."""
+    top = tl.maximum(m, tl.max(s, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet
+    p, alpha = tl.exp2(s - base[:, None]), tl.exp2(m - base)
+    den = den * alpha + tl.sum(p, 1)
+    if P > 1:
+        p = tl.where(take, p, 0.0)
+    return top, den, _product(p.to(v.dtype), v, acc * alpha[:, None])
+
+
+@jit
+def _where_rows(bits, before, tile_rows, t, hi, K: tl.constexpr, TILE: tl.constexpr):
+    """Masks of tokens t, 0 from hi on, and the number of rows before each, int32."""
+    mask = tl.load(bits + t, mask=t < hi, other=0)
+    if K > 0:
+        return mask, t * K
+    else:
+        return mask, tl.load(tile_rows + t // TILE, mask=t < hi, other=0) + tl.load(before + t, mask=t < hi, other=0).to(tl.int32)
+
+
+@jit
+def _pieces(n, first, tail_n, b, W, chunk, N: tl.constexpr):
+    """Packed tokens (at n), tail slots, the tail's first and count of a segment; its equal pieces of about chunk tokens: size, number."""
+    count, first, tail_n = tl.load(n).to(tl.int32), (tl.load(first + b) % W).to(tl.int32), tl.load(tail_n + b).to(tl.int32)
+    slots = tl.where(tail_n > 0, tl.minimum(first + tail_n, W), 0)
+    total = tl.maximum(count + slots, 1)
+    parts = (total + chunk - 1) // chunk
+    size = ((total + parts - 1) // parts + N - 1) // N * N
+    return count, slots, first, tail_n, size, (total + size - 1) // size
+
+
+@jit
+def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_base, row_base, mask_base, tile_base, tail_k, tail_v, tail_first,
+                      tail_n, select, want, out, lse, part, part_ml, scale, Hkv, Hm, n_b, n_h, n, T, W, chunk, q_b, q_h, q_t,
+                      D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+                      DP: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+    """One piece of one segment: M of its R query rows over packed tokens and tail slots, N at a time. Row (sum, query, head of the group)."""
+    c, seg, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
+    b, h, R = seg // Hkv, seg % Hkv, P * T * n
+    mseg = b * Hm + (h if Hm > 1 else 0)
+    keys += tl.load(token_base + seg) * D
+    rows += tl.load(row_base + seg) * (D // S)
+    mask_at = tl.load(mask_base + mseg)
+    bits += mask_at
+    if K == 0:
+        before += mask_at
+        tile_rows += tl.load(tile_base + mseg)
+    count, slots, first, tail_n, size, active = _pieces(n_packed + b * n_b + h * n_h, tail_first, tail_n, b, W, chunk, N)
+    if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
+        if c >= active:
+            return
+    own, j, which = row // n % T, row % n, row // (T * n)  # query, head of the group, sum
+    dims, at, d = tl.arange(0, DP), tl.arange(0, N), D // S
+    in_d, in_r = dims < D, row < R
+    there = in_r[:, None] & in_d[None, :]
+    x = tl.load(q + b * q_b + (h * n + j)[:, None] * q_h + own[:, None] * q_t + dims[None, :], mask=there, other=0.0)
+    m, den = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+    acc, none = tl.zeros([M, DP], tl.float32), tl.zeros([M, N], tl.float32)
+    if P > 1:
+        select = tl.load(select + which, mask=in_r, other=0).to(tl.uint32)
+        want = tl.load(want + which, mask=in_r, other=0).to(tl.uint32)
+    group = dims // d
+
+    lo, hi = c * size, tl.minimum((c + 1) * size, count)
+    mask, offset = _where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
+    for t0 in tl.range(lo, hi, N, num_stages=STAGES):
+        t = t0 + at
+        live = t < hi
+        if S == 64:
+            word = mask.to(tl.uint64, bitcast=True)
+        elif S == 16:
+            word = mask.to(tl.uint16, bitcast=True).to(tl.uint32)
+        else:
+            word = mask.to(tl.uint32)
+        key = tl.load(keys + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0, eviction_policy="evict_first")
+        one, g = tl.full([1, 1], 1, word.dtype), group[None, :].to(word.dtype)
+        has = ((word[:, None] >> g) & one) != 0
+        place = (offset[:, None] + _popcount(word[:, None] & ((one << g) - one))) * d + (dims % d)[None, :]
+        if ALIGN > 1:  # neighbouring dimensions of a group lie side by side: loads as wide as that allows
+            place = tl.max_contiguous(tl.multiple_of(place, [1, ALIGN]), [1, ALIGN])
+            has = tl.max_constancy(has, [1, ALIGN])
+        value = tl.load(rows + place, mask=has if DP == D else has & in_d[None, :], other=0.0, eviction_policy="evict_first")
+        mask, offset = _where_rows(bits, before, tile_rows, t + N, hi, K, TILE)  # of the next block, while this one's values come
+        s = tl.where(live[None, :], _product(x, tl.trans(key), none) * scale, float("-inf"))
+        take = live[None, :]
+        if P > 1:
+            take = (word[None, :] & select[:, None]) == want[:, None]
+        m, den, acc = _softmax_step(s, value, m, den, acc, take, P)
+
+    lo, hi = tl.maximum(c * size - count, 0), tl.minimum((c + 1) * size - count, slots)
+    tail_k += seg.to(tl.int64) * W * D
+    tail_v += seg.to(tl.int64) * W * D
+    for t0 in tl.range(lo, hi, N, num_stages=STAGES):
+        t = t0 + at
+        order = (t - first + W) % W
+        live = (t < hi) & (order < tail_n)
+        key = tl.load(tail_k + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
+        value = tl.load(tail_v + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
+        seen = live[None, :] & (order[None, :] <= tail_n - T + own[:, None])
+        s = tl.where(seen, _product(x, tl.trans(key), none) * scale, float("-inf"))
+        m, den, acc = _softmax_step(s, value, m, den, acc, (which == 0)[:, None], P)
+
+    if SPLIT:
+        at_row = (seg.to(tl.int64) * tl.num_programs(0) + c) * R + row
+        tl.store(part + at_row[:, None] * D + dims[None, :], acc, mask=there)
+        tl.store(part_ml + at_row * 2, m, mask=in_r)
+        tl.store(part_ml + at_row * 2 + 1, den, mask=in_r)
+    else:
+        at_row = (seg.to(tl.int64) * n + j) * T + own
+        total = tl.where(den > 0, den, 1.0)
+        tl.store(out + (at_row * P + which)[:, None] * D + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=there)
+        tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r & (which == 0))
+
+
+@jit
+def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, Hkv, n_b, n_h, n, T, W, chunk, max_parts,
+                  D: tl.constexpr, P: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+    """One query row of one segment: its pieces' softmaxes joined, C at a time."""
+    r, seg = tl.program_id(0), tl.program_id(1)
+    b, h = seg // Hkv, seg % Hkv
+    _, _, _, _, _, active = _pieces(n_packed + b * n_b + h * n_h, tail_first, tail_n, b, W, chunk, N)
+    dims = tl.arange(0, DP)
+    top, total, mixed = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DP], tl.float32)
+    for c0 in range(0, active, C):
+        c = c0 + tl.arange(0, C)
+        at = (seg.to(tl.int64) * max_parts + c) * (P * T * n) + r
+        m = tl.load(part_ml + at * 2, mask=c < active, other=float("-inf"))
+        den = tl.load(part_ml + at * 2 + 1, mask=c < active, other=0.0)
+        o = tl.load(part + at[:, None] * D + dims[None, :], mask=(c < active)[:, None] & (dims < D)[None, :], other=0.0)
+        new = tl.maximum(top, tl.max(m, 0))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        w, alpha = tl.exp2(m - base), tl.exp2(top - base)
+        total = total * alpha + tl.sum(den * w, 0)
+        mixed = mixed * alpha + tl.sum(o * w[:, None], 0)
+        top = new
+    total = tl.where(total > 0, total, 1.0)
+    at = (seg.to(tl.int64) * n + r % n) * T + r // n % T
+    tl.store(out + (at * P + r // (T * n)) * D + dims, (mixed / total).to(out.dtype.element_ty), mask=dims < D)
+    if r < T * n:
+        tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453)
+
+
+_per_sm: dict[tuple, int] = {}  # programs of a compiled variant that a multiprocessor holds at a time
+
+
+def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: Sums | None = None, impl: str = "auto",
+                     chunk: int = 0) -> tuple[Tensor, Tensor]:
+    """Attention of the newest T tokens, q (B, H, T, D), over packed tokens, all older than they, and a tail that ends with those T:
+    (out, lse). One of packed and tail may be None.
+
+    out (B, H, T, D) like q; with `sums` (B, H, T, P, D), softmax weights times values summed over what each sum takes, dropped groups
+    zero; lse (B, H, T) float32 (float64 of float64): log of the sum of exp(q . k / sqrt(D)), -inf (and out 0) where there is nothing to
+    read. chunk: tokens to a program, 0: as many as fill the card once. The kernel takes D up to 256 and, with sums, S up to 32; float64
+    and what is larger go to the reference."""
+    B, H, T, D = q.shape
+    if not use_triton(impl, q) or D > 256 or (sums and packed and packed.n_groups > 32):
+        return packed_attention_ref(q, packed, tail, sums)
+    Hkv = (packed.token_base if packed else tail.k).size(1)
+    none = None if packed and tail else torch.zeros(B, Hkv, dtype=torch.int64, device=q.device)
+    p, tail = packed or Packed(q, q, none, None, None, none, none, none, none, none, 1, 1, 0), tail or Tail(q[:, :, :0], q, none, none)
+    Hm, n, S, W = p.mask_base.size(1), H // Hkv, p.n_groups, tail.k.size(2)
+    P = len(sums.select) if sums else 1
+    R, narrow, large = P * T * n, q.dtype != torch.float32, p.longest + W
+    M = min(64, max(16, triton.next_power_of_2(R)))
+    N, warps, stages = (32, 1, 1) if M == 16 and narrow else (64 if narrow else 32, 4, 2)  # what an H100 likes: docs/log.md
+    DP, blocks = max(16, triton.next_power_of_2(D)), -(-R // M)
+    shape = dict(D=D, S=S, K=p.k, TILE=tile_size(S), P=P, M=M, N=N, DP=DP, ALIGN=D // S & -(D // S), STAGES=stages)
+    variant = (q.dtype, p.bits.dtype, *shape.values())
+    if not chunk:  # one piece per program that runs at a time
+        programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
+        size = -(-((packed.keys.size(0) if packed else 0) + B * Hkv * W) // max(1, programs - B * Hkv))
+    size = max(N, -(-(chunk or size) // N) * N)
+    parts = max(1, -(-large // size))
+    out = q.new_empty(B, H, T, P, D) if sums else q.new_empty(B, H, T, D)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    part, part_ml = (torch.empty(B * Hkv * parts * R * w if parts > 1 else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
+    select, want = sums or (tail.count, tail.count)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    where = (Hkv, Hm, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, n, T, max(W, 1), size)
+    compiled = _attention_kernel[(parts, B * Hkv, blocks)](
+        q, p.keys, p.rows, p.bits, p.before, p.tile_rows, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first,
+        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, *q.stride()[:3], **shape, SPLIT=parts > 1,
+        num_warps=warps)
+    if q.is_cuda and not chunk and variant not in _per_sm:
+        _per_sm[variant] = _resident(compiled, warps, q.device)
+        return packed_attention(q, packed, tail, sums, impl)  # once more, in pieces of the right size
+    if parts > 1:
+        _merge_kernel[(R, B * Hkv)](part, part_ml, p.n, tail.first, tail.count, out, lse, Hkv, *where[2:], parts, D=D, P=P, DP=DP, N=N,
+                                    C=8192 // DP, num_warps=4)
+    return out, lse
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _resident(compiled, warps: int, device: torch.device) -> int:
+    """Programs of a compiled kernel that fit a multiprocessor at a time, by registers, shared memory and warps."""
+    card = torch.cuda.get_device_properties(device)
+    registers = -(-compiled.n_regs // 8) * 8 * 32 * warps
+    return max(1, min(card.regs_per_multiprocessor // registers, card.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
+                      card.max_threads_per_multi_processor // (32 * warps)))
+
+
+# ----------------------------------------------------------------------------- one more token
+
+@jit
+def _append_tail_kernel(k, v, tail_k, tail_v, first, count, Hkv, W, k_b, k_h, v_b, v_h, D: tl.constexpr, DP: tl.constexpr):
+    b, h = tl.program_id(0) // Hkv, tl.program_id(0) % Hkv
+    dims = tl.arange(0, DP)
+    slot = (tl.load(first + b) + tl.load(count + b) - 1) % W
+    to = (tl.program_id(0) * W + slot) * D + dims
+    tl.store(tail_k + to, tl.load(k + b * k_b + h * k_h + dims, mask=dims < D), mask=dims < D)
+    tl.store(tail_v + to, tl.load(v + b * v_b + h * v_h + dims, mask=dims < D), mask=dims < D)
+
+
+def append_tail(tail: Tail, k: Tensor, v: Tensor, impl: str = "auto") -> None:
+    """Store one token per sequence, k, v (B, Hkv, 1, D), as the newest of tail, whose count includes it already."""
+    if not use_triton(impl, k):
+        b, slot = torch.arange(k.size(0), device=k.device), (tail.first + tail.count - 1) % tail.k.size(2)
+        tail.k[b, :, slot], tail.v[b, :, slot] = k[:, :, 0], v[:, :, 0]
+        return
+    (B, Hkv, _, D), (k, v) = k.shape, (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    _append_tail_kernel[(B * Hkv,)](k, v, tail.k, tail.v, tail.first, tail.count, Hkv, tail.k.size(2), *k.stride()[:2], *v.stride()[:2], D,
+                                    triton.next_power_of_2(D), num_warps=1)
+
+
+@jit
+def _encoded(v, enc, h, in_h, D: tl.constexpr, ENCODE: tl.constexpr):
+    """Values at v (HP,) pointers, one per head, times enc (Hkv, D, D): (HP, D) in their own dtype."""
+    dims = tl.arange(0, D)
+    if ENCODE:
+        z = tl.zeros([h.shape[0], D], tl.float32)
+        for i in range(D):
+            x = tl.load(v + i, mask=in_h, other=0.0).to(tl.float32)
+            z += x[:, None] * tl.load(enc + (h * D + i)[:, None] * D + dims[None, :], mask=in_h[:, None], other=0.0).to(tl.float32)
+        return z.to(v.dtype.element_ty)
+    else:
+        return tl.load(v[:, None] + dims[None, :], mask=in_h[:, None], other=0.0)
+
+
+@jit
+def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_base, mask_base, tail_k, tail_v, tail_bits, n_packed, n_tail, Hkv,
+                          W, keep, block, k_b, k_h, v_b, v_h, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, HP: tl.constexpr,
+                          SHARED: tl.constexpr, SCORES: tl.constexpr, ENCODE: tl.constexpr):
+    """One sequence: mask of the new token; if the tail is full its oldest `block` tokens are packed; the new one goes to the tail."""
+    b, h, dims, d = tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, D), D // S
+    in_h, Hm = h < Hkv, 1 if SHARED else Hkv
+    seg, mh = b * Hkv + h, h * 0 if SHARED else h
+    packed, held = tl.load(n_packed + b), tl.load(n_tail + b)
+    k += b * k_b + h * k_h  # (HP,) pointers
+    v += b * v_b + h * v_h
+    g = tl.arange(0, S)
+    if SCORES:
+        e = tl.load(scores + ((b * Hm + mh) * S)[:, None] + g[None, :], mask=in_h[:, None], other=0.0).to(tl.float32)
+    else:
+        z = _encoded(v, enc, h, in_h, D, ENCODE).to(tl.float32)
+        e = tl.sum(tl.reshape(z * z, (HP, S, d)), 2)
+        if SHARED:
+            e = tl.sum(e, 0)[None, :] + tl.zeros([HP, S], tl.float32)
+    word = tl.zeros([HP], tl.int64)
+    for _ in range(K):  # the largest K, of equal ones the lower group
+        best = tl.argmax(e, 1, tie_break_left=True)
+        word |= tl.full([HP], 1, tl.int64) << best
+        e = tl.where(g[None, :] == best[:, None], float("-inf"), e)
+    full = held + 1 == keep + block
+    if full:
+        token_at, row_at = tl.load(token_base + seg, mask=in_h, other=0), tl.load(row_base + seg, mask=in_h, other=0)
+        mask_at = tl.load(mask_base + b * Hm + mh, mask=in_h, other=0)
+        for i in range(block):
+            t = packed + i
+            if i == held:  # there is no tail: the new token itself
+                from_k, from_v, kept = k, v, word
+            else:
+                ring = seg * W + t % W
+                from_k, from_v = tail_k + ring * D, tail_v + ring * D
+                kept = tl.load(tail_bits + (b * Hm + mh) * W + t % W, mask=in_h, other=0).to(tl.int64)
+            tl.store(keys + (token_at + t)[:, None] * D + dims[None, :], tl.load(from_k[:, None] + dims[None, :], mask=in_h[:, None]),
+                     mask=in_h[:, None])
+            tl.store(bits + mask_at + t, kept.to(bits.dtype.element_ty), mask=h < Hm)
+            bit = tl.full([1, 1], 1, tl.uint64) << (dims // d)[None, :].to(tl.uint64)
+            kept = kept.to(tl.uint64, bitcast=True)[:, None]
+            row = (row_at + t * K)[:, None] + _popcount(kept & (bit - 1))
+            tl.store(rows + row * d + (dims % d)[None, :], _encoded(from_v, enc, h, in_h, D, ENCODE), mask=in_h[:, None] & ((kept & bit) != 0))
+    tl.debug_barrier()  # what was packed has been read
+    if held < keep + block - 1 or keep > 0:  # it has not been packed at once
+        at = (packed + held) % W
+        to, there = ((seg * W + at) * D)[:, None] + dims[None, :], in_h[:, None]
+        tl.store(tail_k + to, tl.load(k[:, None] + dims[None, :], mask=there), mask=there)
+        tl.store(tail_v + to, tl.load(v[:, None] + dims[None, :], mask=there), mask=there)
+        tl.store(tail_bits + (b * Hm + mh) * W + at, word.to(tail_bits.dtype.element_ty), mask=h < Hm)
+    tl.store(n_packed + b, packed + tl.where(full, block, 0))
+    tl.store(n_tail + b, held + 1 - tl.where(full, block, 0))
+
+
+def can_append(head_dim: int) -> bool:
+    """Whether append_packed has a kernel for heads of this size."""
+    return triton is not None and head_dim & (head_dim - 1) == 0 and 16 <= head_dim <= 256
+
+
+def append_packed(packed: Packed, tail: Tail, tail_bits: Tensor, n_packed: Tensor, n_tail: Tensor, k: Tensor, v: Tensor, keep: int, block: int,
+                  scores: Tensor | None = None, enc: Tensor | None = None) -> None:
+    """One token per sequence, k, v (B, Hkv, 1, D), into a cache of fixed K, all on the device: PackedCache.append is the specification.
+
+    n_packed, n_tail (B,) int64, updated; the tail keeps `keep` tokens and gives away its oldest `block` when it holds as many more. scores
+    (B, Hm, S): the new token keeps the K largest; None: by its groups' norms. enc (Hkv, D, D): what values go through when packed."""
+    (B, Hkv, _, D), W, Hm = k.shape, tail.k.size(2), packed.mask_base.size(1)
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    _append_packed_kernel[(B,)](
+        k, v, scores, enc, packed.keys, packed.rows, packed.bits, packed.token_base, packed.row_base, packed.mask_base, tail.k, tail.v, tail_bits,
+        n_packed, n_tail, Hkv, max(W, 1), keep, block, *k.stride()[:2], *v.stride()[:2], D=D, S=packed.n_groups, K=packed.k,
+        HP=triton.next_power_of_2(Hkv), SHARED=Hm == 1, SCORES=scores is not None, ENCODE=enc is not None, num_warps=4)

@@ -25,7 +25,6 @@ Letters: B batch, T new tokens, L all tokens, H, Hkv heads, D head dimension, S 
 """
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,9 +36,11 @@ from torch import Tensor
 
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
-from kernels import at_least_float32, mask_to_bits, top_k_mask
+from kernels import Packed, Tail, can_append, merged, packed_attention
+from layout import at_least_float32, top_k_mask
 from model import DensePath, attend, attention_mask, evaluating
 from packed_cache import PackedCache, compressed
+from reconstruct import MLP, LinearPerPattern, Pairwise, Zero, fill, spread
 
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time where attention weights are formed in full
 
@@ -99,146 +100,6 @@ def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
                 setattr(module.get_submodule(".".join(path)), leaf, nn.Parameter(change(p.data), requires_grad=p.requires_grad))
 
 
-# ----------------------------------------------------------------------------- reconstructors
-
-class Zero(nn.Module):
-    """Dropped groups are zero. Also the interface: `rebuild` gives whole values, `read` the attention output over packed ones."""
-
-    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
-        """What stands for dropped groups. kept (B, Hkv, T, D) with zeros where dropped, mask (B, 1 or Hkv, T, S) bool -> (B, Hkv, T, D)."""
-        return torch.zeros_like(kept)
-
-    def forward(self, kept: Tensor, mask: Tensor) -> Tensor:
-        return self.rebuild(kept, mask)
-
-    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-        """Attention output of weights p (B, Hkv, n*T, L) over packed values kept (B, Hkv, L, D): (B, Hkv, n*T, D)."""
-        return p @ kept
-
-
-class LinearPerPattern(Zero):
-    """One (D - K d, K d) matrix per KV head and mask pattern; after attention, so one product per pattern and decode step."""
-
-    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, k: int):
-        super().__init__()
-        self.n_groups, self.k, d = n_groups, k, head_dim // n_groups
-        combos = list(itertools.combinations(range(n_groups), k))
-        dims = torch.arange(head_dim).view(n_groups, d)
-        kept = torch.stack([dims[list(c)].flatten() for c in combos])  # (P, K d)
-        lost = torch.stack([dims[[g for g in range(n_groups) if g not in c]].flatten() for c in combos])  # (P, D - K d)
-        index = torch.full((1 << n_groups,), -1)
-        for i, c in enumerate(combos):
-            index[sum(1 << g for g in c)] = i
-        for name, t in (("kept_dims", kept), ("lost_dims", lost), ("pattern_index", index)):
-            self.register_buffer(name, t, persistent=False)
-        self.weight = nn.Parameter(torch.zeros(n_kv_head, len(combos), head_dim - k * d, k * d))
-
-    @torch.no_grad()
-    def fit(self, cov: Tensor) -> None:
-        """Least squares from the second moment cov (Hkv, D, D): R = C_lost,kept C_kept,kept^-1 per pattern."""
-        for p in range(self.weight.size(1)):
-            a, b = self.lost_dims[p], self.kept_dims[p]
-            self.weight[:, p] = _solve(cov[:, a][:, :, b], cov[:, b][:, :, b]).to(self.weight)
-
-    def _patterns(self, mask: Tensor) -> Tensor:
-        index = self.pattern_index[mask_to_bits(mask).int() & 0xFFFF]  # (B, 1 or Hkv, T)
-        return index
-
-    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
-        index, out = self._patterns(mask), torch.zeros_like(kept)
-        for p in range(self.weight.size(1)):
-            rebuilt = kept[..., self.kept_dims[p]] @ self.weight[:, p].mT  # (B, Hkv, T, D - K d)
-            out[..., self.lost_dims[p]] += rebuilt * (index == p).unsqueeze(-1)
-        return out
-
-    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-        index, out = self._patterns(mask), p @ kept
-        for i in range(self.weight.size(1)):
-            acc = (p * (index == i).unsqueeze(-2)) @ kept[..., self.kept_dims[i]]  # sum of this pattern's tokens
-            out[..., self.lost_dims[i]] += acc @ self.weight[:, i].mT
-        return out
-
-
-class Pairwise(Zero):
-    """Dropped group h gets sum over kept g of R_hg v_g: S(S-1) matrices (d, d) per KV head, any mask, S accumulated vectors."""
-
-    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, k: int):
-        super().__init__()
-        self.n_groups, self.k, d = n_groups, k, head_dim // n_groups
-        self.weight = nn.Parameter(torch.zeros(n_kv_head, n_groups * (n_groups - 1), d, d))
-        self.register_buffer("off_diagonal", ~torch.eye(n_groups, dtype=torch.bool), persistent=False)
-
-    def matrix(self) -> Tensor:
-        """All R_hg in place, zeros for h = g: (Hkv, D, D), rows the group rebuilt, columns the group it is rebuilt from."""
-        Hkv, _, d, _ = self.weight.shape
-        full = self.weight.new_zeros(Hkv, self.n_groups, self.n_groups, d, d)
-        full[:, self.off_diagonal] = self.weight
-        return full.transpose(2, 3).reshape(Hkv, self.n_groups * d, self.n_groups * d)
-
-    @torch.no_grad()
-    def fit(self, cov: Tensor) -> None:
-        """Least squares from cov (Hkv, D, D) when the K kept groups are a uniformly random subset of the others."""
-        S, d = self.n_groups, self.weight.size(-1)
-        both = self.k / (S - 1) * ((self.k - 1) / (S - 2) if S > 2 else 0.0)  # two given groups are both kept
-        one = self.k / (S - 1)
-        rows = []
-        for h in range(S):
-            others = [i for i in range(S * d) if i // d != h]
-            c = cov[:, others][:, :, others]
-            same = torch.block_diag(*[torch.ones(d, d, dtype=cov.dtype, device=cov.device)] * (S - 1))
-            normal = c * (both + (one - both) * same)
-            r = _solve(one * cov[:, h * d:(h + 1) * d][:, :, others], normal)  # (Hkv, d, (S-1) d)
-            rows.append(r.unflatten(-1, (S - 1, d)).transpose(1, 2))  # (Hkv, S-1, d, d)
-        self.weight.copy_(torch.cat(rows, 1))
-
-    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
-        return kept @ self.matrix().mT
-
-    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-        d, R, parts = kept.size(-1) // self.n_groups, self.matrix(), []
-        for h in range(self.n_groups):
-            acc = (p * (~mask[..., h]).unsqueeze(-2)) @ kept  # over the tokens that dropped group h
-            parts.append(acc @ R[:, h * d:(h + 1) * d].mT)
-        return p @ kept + torch.cat(parts, -1)
-
-
-class MLP(Zero):
-    """The paper's: two-layer GELU MLP from a layer's kept groups (zeros elsewhere) and mask bits to its whole value, per cached token."""
-
-    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, hidden: int):
-        super().__init__()
-        width = n_kv_head * head_dim
-        self.up = nn.Linear(width + mask_heads * n_groups, hidden or width)
-        self.down = nn.Linear(hidden or width, width)
-        nn.init.zeros_(self.down.weight)  # starts as zero fill
-        nn.init.zeros_(self.down.bias)
-
-    def rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
-        B, Hkv, T, D = kept.shape
-        flat = torch.cat((kept.transpose(1, 2).flatten(2), mask.transpose(1, 2).flatten(2).to(kept.dtype)), -1)
-        return self.down(F.gelu(self.up(flat))).view(B, T, Hkv, D).transpose(1, 2)
-
-    def read(self, p: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-        return p @ fill(kept, self.rebuild(kept, mask), mask)
-
-
-def _solve(b: Tensor, a: Tensor) -> Tensor:
-    """x with x @ a = b for symmetric a (Hkv, m, m), ridge 1e-6 of the mean diagonal, float64."""
-    a, b = a.double(), b.double()
-    ridge = 1e-6 * a.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(a.size(-1), dtype=a.dtype, device=a.device)
-    return torch.linalg.solve(a + ridge, b.mT).mT
-
-
-def spread(mask: Tensor, head_dim: int) -> Tensor:
-    """Mask per group (..., S) -> per dimension (..., D)."""
-    return mask.repeat_interleave(head_dim // mask.size(-1), dim=-1)
-
-
-def fill(kept: Tensor, rebuilt: Tensor, mask: Tensor) -> Tensor:
-    """Kept groups as they are, rebuilt ones elsewhere."""
-    return torch.where(spread(mask, kept.size(-1)), kept, rebuilt)
-
-
 # ----------------------------------------------------------------------------- the KV path
 
 class ValueGroupPath(nn.Module):
@@ -246,6 +107,8 @@ class ValueGroupPath(nn.Module):
 
     A routed value is decode(mask * encode(v)), a whole one v itself, so keeping everything is dense, exactly. Before `fold` encode is
     v @ enc and decode @ dec; after it W_o holds dec and W_v its inverse, and encode is @ (dec enc), nothing at all while that is one."""
+
+    reads_chunks = True
 
     def __init__(self, model_cfg: ModelConfig, cfg: KVConfig):
         super().__init__()
@@ -374,29 +237,57 @@ class ValueGroupPath(nn.Module):
         """Attention over the cache and the T new tokens (v whole, z encoded), which are appended to it."""
         T, n_old = q.size(2), cache.n_packed + cache.n_tail
         n_pad = torch.zeros_like(n_old) if pad is None else (pad - cache.columns).clamp(0, T)
-        if cache.columns == 0 and T > 1 and self.cfg.prefill == "exact":
-            y = attend(q, k, v, pad)  # nothing is compressed yet
+        cache.columns += T
+        if T == 1:  # reads what is left of it and of all before
+            cache.append(k, v, mask, n_pad, self.encode)
+            return self.attend_packed(q, cache.packed(), cache.whole())
+        if self.cfg.prefill == "exact":  # a chunk reads itself whole, and of all before what is stored
+            y = attend(q, k, v, pad) if cache.columns == T else self.attend_packed(q, cache.packed(), cache.beside(k, v, n_pad))
         else:
             y = self._attend_stored(q, k, v, z, mask, cache, n_old, n_pad)
         cache.append(k, v, mask, n_pad, self.encode)
-        cache.columns += T
         return y
 
+    def attend_packed(self, q: Tensor, packed: Packed, tail: Tail) -> Tensor:
+        """Attention of q (B, H, T, D) over packed values, as they are read, and the whole ones of a tail that ends with the T queries' tokens."""
+        if isinstance(self.reconstructor, MLP):  # rebuilt on every read
+            k, z, mask, _ = packed.unpack()
+            packed = Packed.of_whole(k, self.decode(fill(z, self.reconstructor(z, mask), mask)), packed.n)
+            return packed_attention(q, packed, tail)[0]
+        (B, *_, D), sums, apart = q.shape, self.reconstructor.sums(), not (self.whole or self.folded)
+        y, lse = packed_attention(q, packed, None if apart else tail, sums)
+        if sums:
+            acc = y.view(B, self.Hkv, -1, y.size(-2), D)  # (B, Hkv, n T, P, D)
+            y = (acc[..., 0, :] + self.reconstructor.added(acc[..., 1:, :])).view(q.shape)
+        if apart:
+            y = merged((self.decode(y.view(B, self.Hkv, -1, D)).view(q.shape), lse), packed_attention(q, None, tail))
+        return y
+
+    def can_step(self) -> bool:
+        """Whether `step` has kernels for this storage."""
+        return can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
+
+    def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache, tail: None) -> Tensor:
+        """forward for one token per sequence without padding, on the device alone; counts kept on the host (columns) stay."""
+        scores = None if self.router is None and self.cfg.value_router == "norm" else self.scores(x, v)[:, :, 0].contiguous()
+        plain = self.whole or not self.cfg.learn_basis
+        cache.append_token(k, v, scores, None if plain else self.enc.to(v.dtype))
+        return self.attend_packed(q, cache.packed(), cache.whole())
+
     def _attend_stored(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, cache: PackedCache, n_old: Tensor, n_pad: Tensor) -> Tensor:
-        """Attention output over what the cache holds, n_old (B,) tokens, and the new ones, the first n_pad (B,) of which are padding."""
+        """Attention output over what the cache holds, n_old (B,) tokens, and the new ones, the first n_pad (B,) of which are padding; each
+        query reads as routed what has left the tail by then."""
         B, T = q.size(0), q.size(2)
         old_k, old_v, old_mask = cache.unpack()
         N = old_k.size(2)
         at = torch.arange(N, device=q.device)
         old = (at < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
         visible = torch.cat((old, attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)), -1)
-        exact = self.cfg.prefill == "exact" and T > 1
         whole = None
-        if exact or self.cfg.kv_tail:
-            new = self._whole(T, n_pad, n_old) if not exact else torch.ones(B, 1, T, T, dtype=torch.bool, device=q.device)
+        if self.cfg.kv_tail:
             boundary = self.compressed(n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None])  # (B, T)
-            boundary = cache.n_packed[:, None].expand(-1, T) if exact else boundary.maximum(cache.n_packed[:, None])
-            whole = torch.cat((at >= boundary[:, None, :, None], new), -1)
+            boundary = boundary.maximum(cache.n_packed[:, None])
+            whole = torch.cat((at >= boundary[:, None, :, None], self._whole(T, n_pad, n_old)), -1)
         packed = (at < cache.n_packed[:, None])[:, None, :, None]  # rows hold encoded values already, the tail whole ones
         groups = torch.cat((torch.where(packed, old_v, self.encode(old_v)), z), 2)
         return self._read(q, torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), groups, torch.cat((old_mask, mask), 2), visible, whole)

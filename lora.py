@@ -29,7 +29,7 @@ from torch import Tensor
 
 from checkpoint import copy_tensors
 from config import AdapterConfig, check
-from kernels import at_least_float32, top_k_mask
+from layout import at_least_float32, top_k_mask
 from model import evaluating
 
 

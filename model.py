@@ -7,7 +7,9 @@ The one seam: `Attention` hands its input and its rotated q, k, v to `self.kv_pa
 storage is `DensePath` below; every other way of keeping keys and values is one such module in another file. A path is
 
     forward(x, q, k, v, cache, pad) -> y       x (B, T, n_embd), q (B, H, T, D), k and v (B, Hkv, T, D), y (B, H, T, D)
-    new_cache(B, max_len, like)     -> cache   this layer's empty store, dtype and device of `like`; None for DensePath's default
+    new_cache(B, max_len, like)     -> cache   this layer's empty store, dtype and device of `like`
+    step(x, q, k, v, cache, tail)   -> y       forward of one token per sequence that asks the host nothing (see Steps); can_step() says
+                                               whether it has that, reads_chunks whether a prompt may come in pieces
 
 Letters: B batch, T new tokens, L tokens seen so far and now, H heads, Hkv KV heads, D head dimension.
 
@@ -15,6 +17,7 @@ Letters: B batch, T new tokens, L tokens seen so far and now, H heads, Hkv KV he
 """
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -28,7 +31,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import ModelConfig
-from kernels import at_least_float32
+from kernels import Tail, append_tail, packed_attention
+from layout import at_least_float32
 
 
 class RMSNorm(nn.Module):
@@ -101,12 +105,31 @@ class DenseCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, Hkv, T, D); return all so far, (B, Hkv, L, D). Raises ValueError when the buffer is full."""
+        self.reserve(k.size(2))
         end = self.length + k.size(2)
-        if end > self.k.size(2):
-            raise ValueError(f"KV cache of {self.k.size(2)} tokens cannot take {end}: ask new_cache for a larger max_len")
         self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def reserve(self, n_columns: int) -> None:
+        """See that n_columns more fit. Raises ValueError where they do not."""
+        if self.length + n_columns > self.k.size(2):
+            raise ValueError(f"KV cache of {self.k.size(2)} tokens cannot take {self.length + n_columns}: ask new_cache for a larger max_len")
+
+    def steps(self, pad: Tensor) -> Tail:
+        """What `step` goes on from, the first pad (B,) columns being padding; its count is the caller's to raise before each."""
+        return Tail(self.k, self.v, pad, self.length - pad)
+
+    def stepped(self, n: int) -> None:
+        """n calls of `step` have been made."""
+        self.length += n
+
+    @staticmethod
+    def join(caches: list[DenseCache]) -> DenseCache:
+        """One cache of the sequences of all, in order; each must have the same length."""
+        out = copy.copy(caches[0])
+        out.k, out.v = torch.cat([c.k for c in caches]), torch.cat([c.v for c in caches])
+        return out
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, by name."""
@@ -124,6 +147,8 @@ class DenseCache:
 class DensePath(nn.Module):
     """Keys and values kept whole: the baseline, and what every other path equals when it keeps everything."""
 
+    reads_chunks = True
+
     def __init__(self, n_kv_head: int, head_dim: int):
         super().__init__()
         self.n_kv_head, self.head_dim = n_kv_head, head_dim
@@ -136,6 +161,13 @@ class DensePath(nn.Module):
             k, v = cache.append(k, v)
         return attend(q, k, v, pad)
 
+    def can_step(self) -> bool:
+        return True
+
+    def step(self, x, q, k, v, cache: DenseCache, tail: Tail) -> Tensor:
+        append_tail(tail, k, v)
+        return packed_attention(q, None, tail)[0]
+
 
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
@@ -147,14 +179,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
         self.kv_path: nn.Module = DensePath(cfg.n_kv_head, cfg.head_dim)  # the seam
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None) -> Tensor:
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), rotated."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        y = self.kv_path(x, q, k, v, cache, pad)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def output(self, y: Tensor) -> Tensor:
+        """y (B, H, T, D) -> (B, T, n_embd)."""
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None) -> Tensor:
+        return self.output(self.kv_path(x, *self.project(x, cos, sin), cache, pad))
 
 
 class MLP(nn.Module):
@@ -180,6 +218,16 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, pad)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """forward up to its kv_path: what that gets."""
+        h = self.input_layernorm(x)
+        return h, *self.self_attn.project(h, cos, sin)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """forward from its kv_path's y on."""
+        x = x + self.self_attn.output(y)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
 
 class KVCache:
     """What a batch has stored so far: one cache per layer, the left padding of each row, and the length in columns."""
@@ -190,6 +238,16 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all tensors held, indices and unused capacity included; what layers share is counted once."""
         return storage_bytes([t for layer in self.layers for t in layer.tensors().values()])
+
+    @staticmethod
+    def join(caches: list[KVCache]) -> KVCache:
+        """One cache of the sequences of all, in order; each must have the same length."""
+        if len(caches) == 1:
+            return caches[0]
+        layers = [type(ls[0]).join(ls) for ls in zip(*(c.layers for c in caches), strict=True)]
+        out = KVCache(layers, None if caches[0].pad is None else torch.cat([c.pad for c in caches]))
+        out.length = caches[0].length
+        return out
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything held to one safetensors file, what layers share once for each of them."""
@@ -317,43 +375,134 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: fl
     return torch.zeros_like(probs).scatter(-1, order, p / p.sum(-1, keepdim=True))
 
 
+@torch.no_grad()
+def prefill(model: Transformer, idx: Tensor, max_len: int, pad: Tensor | None = None, at_once: int = 0) -> tuple[Tensor, KVCache]:
+    """Logits (B, V) after prompts idx (B, T), the first pad (B,) tokens of each row padding, and the cache that holds them.
+
+    at_once: tokens processed at a time, 0 for all: fewer rows at a time, and a row that is longer in pieces, each of which reads itself
+    whole and what came before as it is stored. A storage that looks at a whole prompt (kv=select) gets whole rows."""
+    (B, T), chunk = idx.shape, at_once or idx.numel()
+    if not all(getattr(b.self_attn.kv_path, "reads_chunks", False) for b in model.layers):
+        chunk = max(chunk, T)
+    logits, caches = [], []
+    for rows in torch.arange(B).split(max(1, chunk // T)):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        cache = model.new_cache(len(rows), max_len, None if pad is None else pad[part])
+        for piece in idx[part].split(chunk, 1):
+            last = model(piece, cache, last_only=True)[:, -1]
+        logits.append(last)
+        caches.append(cache)
+    return torch.cat(logits), KVCache.join(caches)
+
+
+class Steps:
+    """Decoding without the host: the whole step is one CUDA graph, replayed for every token. pick(logits (B, V), step (1,)) -> ids (B, 1).
+
+    The first two steps run as they are, to warm up; `compiled`: what lies between two attentions goes through torch.compile first. A
+    cache that is stepped grows as by forward, with room for n tokens reserved."""
+
+    WARM = 2
+
+    def __init__(self, model: Transformer, cache: KVCache, idx: Tensor, pick, n: int, compiled: bool = False):
+        self.model, self.cache, self.idx, self.pick, self.done, self.graph = model, cache, idx.clone(), pick, 0, None
+        for layer in cache.layers:
+            layer.reserve(n)
+        self.pad = torch.zeros(len(idx), dtype=torch.int64, device=idx.device) if cache.pad is None else cache.pad
+        tails = [layer.steps(self.pad) for layer in cache.layers]
+        self.counts = torch.stack([t.count for t in tails if t] or [self.pad])  # raised together
+        rows = iter(self.counts)
+        self.tails = [t and t._replace(count=next(rows)) for t in tails]
+        self.column, self.step = torch.tensor([[cache.length], [1]], device=idx.device)
+        self.before, self.after = (torch.compile(f, dynamic=False) if compiled else f for f in (Block.before, Block.after))
+
+    @staticmethod
+    def possible(model: Transformer) -> bool:
+        """Whether every layer of the model can step, on the device it is on."""
+        return model.norm.weight.is_cuda and model.norm.weight.dtype != torch.float64 and all(
+            hasattr(b.self_attn.kv_path, "step") and b.self_attn.kv_path.can_step() for b in model.layers)
+
+    def _once(self) -> None:
+        m = self.model
+        self.counts += 1
+        at = self.column - self.pad if self.cache.pad is not None else self.column  # (B or 1,)
+        cos, sin = (t[at][:, None, None] for t in (m.rope_cos, m.rope_sin))  # (B or 1, 1, 1, D/2)
+        x = m.embed_tokens(self.idx)
+        for block, layer, tail in zip(m.layers, self.cache.layers, self.tails, strict=True):
+            h, q, k, v = self.before(block, x, cos, sin)
+            x = self.after(block, x, block.self_attn.kv_path.step(h, q, k, v, layer, tail))
+        self.idx.copy_(self.pick(m.lm_head(m.norm(x))[:, -1], self.step))
+        self.column += 1
+        self.step += 1
+
+    def next(self) -> Tensor:
+        """The next token of every sequence, (B, 1), in a buffer that the following call overwrites."""
+        if self.done < self.WARM:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._once()
+            torch.cuda.current_stream().wait_stream(side)
+        else:
+            if self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self._once()
+            self.graph.replay()
+        self.done += 1
+        self.cache.length += 1
+        for layer in self.cache.layers:
+            layer.stepped(1)
+        return self.idx
+
+
+@torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, stop: int | None = None) -> tuple[list[list[int]], KVCache]:
+             top_p: float = 1.0, seed: int = 0, stop: int | None = None, prefill_tokens: int = 0,
+             compiled: bool = False) -> tuple[list[list[int]], KVCache]:
     """Continue every prompt; returns the new tokens of each row (the stop token not included) and the cache that was used.
 
     prompts: B non-empty lists of ids, of any lengths (padded on the left); temperature 0 is greedy; row b draws from its own
-    stream seeded by (seed, b), so neither the batch around it nor its padding changes it. Raises ValueError for an empty
-    prompt, an id outside the vocabulary, a setting out of range, or prompt + new tokens past the model's context."""
+    stream seeded by (seed, b), so neither the batch around it nor its padding changes it. prefill_tokens: how many tokens of the prompts
+    are processed at a time, 0 for all (see prefill). On a GPU the steps are CUDA graphs where the storage has kernels (see Steps), with
+    `compiled` torch.compile around attention. Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of
+    range, or prompt + new tokens past the model's context."""
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: at least one token is needed; give some text")
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if low < 0 or high >= model.cfg.vocab_size:
         raise ValueError(f"token ids {low}..{high} in a prompt: the vocabulary has 0..{model.cfg.vocab_size - 1}; use the model's own tokenizer")
-    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}: "
-                         "need at least 1, at least 0, at least 0, and within (0, 1]; correct the flag")
-    device = model.embed_tokens.weight.device
-    T = max(map(len, prompts))
+    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or prefill_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}, "
+                         f"prefill_tokens={prefill_tokens}: need at least 1, at least 0, at least 0, within (0, 1], and at least 0; correct the flag")
+    device, (B, T) = model.embed_tokens.weight.device, (len(prompts), max(map(len, prompts)))
     if T + max_new_tokens > model.cfg.block_size:
         raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones: the context is {model.cfg.block_size}; shorten either")
     pad = torch.tensor([T - len(p) for p in prompts], device=device)
     idx = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
-    cache = model.new_cache(len(prompts), T + max_new_tokens - 1, pad if pad.any() else None)
-    draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + b))
-                         for b in range(len(prompts))]).to(device)  # (B, max_new)
-    out, done = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + b)) for b in range(B)]).to(device)
+
+    def pick(logits: Tensor, step: Tensor) -> Tensor:  # (B, V), (1,) -> (B, 1)
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        cdf = sampling_probs(logits, temperature, top_k, top_p).double().cumsum(-1)  # (B, V)
+        draw = draws.index_select(1, step).double() * cdf[:, -1:]
+        return torch.searchsorted(cdf, draw, right=True).clamp_max(cdf.size(-1) - 1)
+
     with evaluating(model):
-        for step in range(max_new_tokens):
-            logits = model(idx, cache, last_only=True)[:, -1]  # (B, V)
-            if temperature == 0:
-                idx = logits.argmax(-1, keepdim=True)  # (B, 1)
+        logits, cache = prefill(model, idx, T + max_new_tokens - 1, pad if pad.any() else None, prefill_tokens)
+        idx = pick(logits, torch.zeros(1, dtype=torch.int64, device=device))
+        out, done = [idx], idx[:, 0] == stop if stop is not None else None
+        steps = None
+        if Steps.possible(model) and max_new_tokens - 1 > Steps.WARM:
+            steps = Steps(model, cache, idx, pick, max_new_tokens - 1, compiled)
+        for step in range(1, max_new_tokens):
+            if done is not None and done.all():
+                break
+            if steps:
+                out.append(steps.next().clone())
             else:
-                cdf = sampling_probs(logits, temperature, top_k, top_p).double().cumsum(-1)  # (B, V)
-                idx = torch.searchsorted(cdf, draws[:, step:step + 1].double() * cdf[:, -1:], right=True).clamp_max(cdf.size(-1) - 1)
-            out.append(idx)
-            if stop is not None:
-                done |= idx[:, 0] == stop
-                if done.all():
-                    break
+                out.append(pick(model(out[-1], cache, last_only=True)[:, -1], torch.tensor([step], device=device)))
+            if done is not None:
+                done |= out[-1][:, 0] == stop
     rows = torch.cat(out, 1).tolist()
     return [r[:r.index(stop)] if stop is not None and stop in r else r for r in rows], cache

@@ -16,11 +16,14 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig, check
-from kernels import TILE, bits_to_mask, mask_dtype, mask_to_bits, row_numbers
+from kernels import Packed, Tail, append_packed
+from layout import bits_to_mask, mask_dtype, mask_to_bits, row_numbers, tile_size
 from model import storage_bytes
+from packing import pack_values
 
 
 def compressed(seen: Tensor, tail: int, block: int) -> Tensor:
@@ -29,8 +32,8 @@ def compressed(seen: Tensor, tail: int, block: int) -> Tensor:
 
 
 class Flat:
-    """What both caches share: the flat tensors keys (., D), rows (., d), bits, tile_rows, and how they are read. Heads that share one
-    mask (Hm = 1) share its bits and tile_rows. A subclass names the tensors it holds in NAMES."""
+    """What both caches share: named tensors, among them keys (., D), rows (., d) and bits, and where segments begin in them. Heads that share
+    one mask (Hm = 1) share its bits and what counts rows. A subclass names the tensors it holds in NAMES."""
 
     NAMES: tuple[str, ...] = ()
 
@@ -47,44 +50,17 @@ class Flat:
         """Bytes of every tensor held, counts, offsets and unused capacity included; of views (pack_layers) the whole they belong to."""
         return storage_bytes(self.tensors().values())
 
-    def _read_mask(self, count: Tensor, mask_base: Tensor, N: int) -> Tensor:
-        """Masks of the first count (B, Hm) tokens of segments that start at mask_base (B, Hm): bool (B, Hm, N, S), False past them."""
-        b, h, t = (torch.arange(N, device=count.device) < count.unsqueeze(-1)).nonzero(as_tuple=True)
-        mask = torch.zeros(*count.shape, N, self.S, dtype=torch.bool, device=count.device)  # (B, Hm, N, S)
-        mask[b, h, t] = bits_to_mask(self.bits[mask_base[b, h] + t], self.S)
-        return mask
-
-    def _read(self, count: Tensor, bases: list[Tensor], N: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first count (B, Hm) packed tokens of every segment, dense and left-aligned: k (B, Hkv, N, D), z (B, Hkv, N, D) with zeros
-        where dropped, mask (B, Hm, N, S). bases: first slots in keys and rows (B, Hkv), in bits and tile_rows (B, Hm), int64."""
-        token_base, row_base, mask_base, tile_base = bases
-        Hkv, mask = token_base.size(1), self._read_mask(count, mask_base, N)
-        here = torch.arange(N, device=count.device) < count.unsqueeze(-1)  # (B, Hm, N)
-        b, h, t = here.nonzero(as_tuple=True)
-        offset = torch.zeros(here.shape, dtype=torch.int64, device=count.device)
-        offset[b, h, t] = self.tile_rows[tile_base[b, h] + t // TILE].long()
-        number = row_numbers(mask)  # (B, Hm, N, S), counted from the segment's first token
-        first = number[:, :, ::TILE, :1].repeat_interleave(TILE, 2)[:, :, :N]  # the same count at the tile's first token
-        row = row_base[..., None, None] + (offset.unsqueeze(-1) + number - first)  # (B, Hkv, N, S) segment, tile, inside the tile
-        b, h, t = here.expand(-1, Hkv, -1).nonzero(as_tuple=True)
-        k = self.keys.new_zeros(self.B, Hkv, N, self.D)
-        k[b, h, t] = self.keys[token_base[b, h] + t]
-        z = self.keys.new_zeros(self.B, Hkv, N, self.S, self.D // self.S)
-        kept = mask.expand(-1, Hkv, -1, -1)
-        z[kept] = self.rows[row[kept]]
-        return k, z.flatten(-2), mask
-
 
 class PackedCache(Flat):
     """One layer's cache: whole keys, kept value rows only, one mask per token, and a dense tail of the newest tokens.
 
-    Flat and ragged by (sequence, KV head); padding is not stored. Packed part: keys (slots, D); rows (row slots, D/S), token-major,
-    group-minor; bits (mask slots,), one mask per token, shared by the KV heads when mask_heads = 1; tile_rows (tiles,) int32, the
-    rows before each tile of TILE tokens, shared likewise. Segment starts follow from the capacities: every segment has the same.
-    Tail: k, v, bits of the tokens not yet compressed. A sequence that has seen n tokens has compressed
-    max(0, (n - tail) // block * block) of them. Capacity grows by a quarter when it is passed; ask for enough to avoid the copy."""
+    Flat by (sequence, KV head); padding is not stored. Packed part: keys (slots, D); rows (row slots, D/S), token-major, group-minor, K of
+    every token; bits (mask slots,), one mask per token, shared by the KV heads when mask_heads = 1. Segments have the same capacity; where
+    they start: token_base, row_base (B, Hkv), mask_base (B, Hm) int64. Tail: k, v, bits of the tokens not yet compressed, token number t of a
+    sequence in slot t modulo the tail's width. A sequence that has seen n tokens has compressed max(0, (n - tail) // block * block) of
+    them. Capacity grows by a quarter when it is passed; ask for enough to avoid the copy."""
 
-    NAMES = ("keys", "rows", "bits", "tile_rows", "n_packed", "n_tail", "tail_k", "tail_v", "tail_bits")
+    NAMES = ("keys", "rows", "bits", "token_base", "row_base", "mask_base", "n_packed", "n_tail", "tail_k", "tail_v", "tail_bits")
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, cfg: KVConfig, k: int, like: Tensor):
         self.Hkv, self.D, self.S, self.k = n_kv_head, head_dim, cfg.n_groups, k
@@ -104,21 +80,66 @@ class PackedCache(Flat):
         self.keys = like.new_zeros(B * Hkv * cap, self.D)
         self.rows = like.new_zeros(B * Hkv * cap * self.k, self.D // self.S)
         self.bits = torch.zeros(B * Hm * cap, dtype=mask_dtype(self.S), device=like.device)
-        self.tile_rows = torch.zeros(B * Hm * -(-cap // TILE), dtype=torch.int32, device=like.device)
         self.cap = cap
+        self._set_bases()
 
-    def _grow(self, need: int) -> None:
-        old, cap = (self.keys, self.rows, self.bits, self.tile_rows), self.cap
-        self._allocate(max(need, cap + cap // 4), self.keys)
-        for new, t, segments in zip((self.keys, self.rows, self.bits, self.tile_rows), old,
-                                    (self.B * self.Hkv, self.B * self.Hkv, self.B * self.mask_heads, self.B * self.mask_heads), strict=True):
-            if t.numel():
-                t = t.view(segments, -1, *t.shape[1:])
-                new.view(segments, -1, *new.shape[1:])[:, :t.size(1)] = t
+    def _set_bases(self) -> None:
+        """First slot of every segment, from capacity and number of sequences."""
+        segments = torch.arange(self.B * self.Hkv, device=self.bits.device).view(self.B, self.Hkv)
+        self.token_base, self.row_base = segments * self.cap, segments * (self.cap * self.k)
+        self.mask_base = torch.arange(self.B * self.mask_heads, device=self.bits.device).view(self.B, self.mask_heads) * self.cap
 
-    def _segment(self, heads: int, cap: int) -> Tensor:
-        """First slot of each (sequence, head) segment, (B, heads, 1) int64."""
-        return (torch.arange(self.B * heads, device=self.bits.device) * cap).view(self.B, heads, 1)
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for n_tokens more per sequence."""
+        need = int((self.n_packed + self.n_tail).max()) + n_tokens - self.tail if self.B else 0
+        if need > self.cap:
+            old, cap = (self.keys, self.rows, self.bits), self.cap
+            self._allocate(max(need, cap + cap // 4), self.keys)
+            for new, t, heads in zip((self.keys, self.rows, self.bits), old, (self.Hkv, self.Hkv, self.mask_heads), strict=True):
+                if t.numel():
+                    t = t.view(self.B * heads, -1, *t.shape[1:])
+                    new.view(self.B * heads, -1, *new.shape[1:])[:, :t.size(1)] = t
+
+    def packed(self) -> Packed:
+        """The packed part, as kernels.packed_attention reads it."""
+        n = self.n_packed.unsqueeze(1).expand(-1, self.mask_heads)
+        return Packed(self.keys, self.rows, self.bits, None, None, n, self.token_base, self.row_base, self.mask_base, self.mask_base, self.S,
+                      self.k, self.cap)
+
+    def whole(self) -> Tail:
+        """The tail, likewise."""
+        return Tail(self.tail_k, self.tail_v, self.n_packed, self.n_tail)
+
+    def steps(self, pad: Tensor) -> None:
+        """See model.DenseCache.steps: this cache counts for itself."""
+        return None
+
+    def stepped(self, n: int) -> None:
+        """n calls of `step` have been made."""
+        self.columns += n
+
+    def _tail_slots(self) -> Tensor:
+        """The tail's slots, oldest token first: (B, width) int64; the first n_tail hold tokens."""
+        width = self.tail_k.size(2)
+        return (self.n_packed[:, None] + torch.arange(width, device=self.bits.device)) % max(width, 1)
+
+    def _left_align(self, new: Tensor, ring: Tensor, source: Tensor) -> Tensor:
+        """The tokens source (B, width) of [tail | new], new (B, h, T, x): (B, h, width, x)."""
+        slots = self._tail_slots()[:, None, :, None].expand(-1, ring.size(1), -1, ring.size(3))
+        both = torch.cat((ring.gather(2, slots), new), 2)
+        return both.gather(2, source[:, None, :, None].expand(-1, both.size(1), -1, both.size(3)))
+
+    def beside(self, k: Tensor, v: Tensor, n_pad: Tensor) -> Tail:
+        """The tail and T new tokens after it, not yet appended: k, v (B, Hkv, T, D), the first n_pad (B,) of each row padding."""
+        source, count = self._joined(k.size(2), n_pad)
+        return Tail(self._left_align(k, self.tail_k, source), self._left_align(v, self.tail_v, source), torch.zeros_like(count), count)
+
+    def _joined(self, T: int, n_pad: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the tokens of [tail | T new] lie when padding and unused slots are left out, (B, width), and their number (B,)."""
+        count, W = self.n_tail + T - n_pad, self.tail_k.size(2)
+        slot = torch.arange(min(int(count.max()), W + T) if self.B else 0, device=count.device)
+        source = torch.where(slot < self.n_tail[:, None], slot, W + n_pad[:, None] + slot - self.n_tail[:, None])
+        return source.clamp_max(W + T - 1), count
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
         """Packed part and tail as dense tensors, left-aligned: k (B, Hkv, N, D), v with zeros where dropped, mask (B, 1 or Hkv, N, S).
@@ -126,40 +147,27 @@ class PackedCache(Flat):
         N is the longest sequence's token count; tail tokens have their whole v and the mask they will be packed with; slots past
         a sequence's own count hold zeros."""
         N = int((self.n_packed + self.n_tail).max()) if self.B else 0
-        bases = [self._segment(h, cap)[..., 0] for h, cap in ((self.Hkv, self.cap), (self.Hkv, self.cap * self.k), (self.mask_heads, self.cap),
-                                                              (self.mask_heads, -(-self.cap // TILE)))]
-        k, v, full = self._read(self.n_packed[:, None].expand(-1, self.mask_heads), bases, N)
-        tail = torch.arange(self.tail_k.size(2), device=k.device) < self.n_tail[:, None]  # (B, width)
-        b, s = tail.nonzero(as_tuple=True)
-        at = self.n_packed[b] + s
-        k[b, :, at], v[b, :, at], full[b, :, at] = self.tail_k[b, :, s], self.tail_v[b, :, s], bits_to_mask(self.tail_bits[b, :, s], self.S)
+        k, v, full, _ = self.packed().unpack()
+        k, v, full = (F.pad(t, (0, 0, 0, N - t.size(2))) for t in (k, v, full))
+        b, s = (torch.arange(self.tail_k.size(2), device=k.device) < self.n_tail[:, None]).nonzero(as_tuple=True)
+        at, slot = self.n_packed[b] + s, self._tail_slots()[b, s]
+        k[b, :, at], v[b, :, at] = self.tail_k[b, :, slot], self.tail_v[b, :, slot]
+        full[b, :, at] = bits_to_mask(self.tail_bits[b, :, slot], self.S)
         return k, v, full
 
     def append(self, k: Tensor, v: Tensor, mask: Tensor, n_pad: Tensor, encode: Callable[[Tensor], Tensor] = lambda v: v) -> None:
         """Take T new tokens: k, v (B, Hkv, T, D), mask (B, 1 or Hkv, T, S) bool; the first n_pad (B,) of each row are padding.
         encode: what a value (B, Hkv, W, D) goes through when it is compressed, before its groups are taken."""
-        n_new = k.size(2) - n_pad
-        count = self.n_tail + n_new  # tokens not yet compressed
-        seen = self.n_packed + count
-        total = compressed(seen, self.tail, self.block).maximum(self.n_packed)
-        width = int(count.max())
-        slot = torch.arange(width, device=k.device)
-        valid = slot < count[:, None]  # (B, width): tail first, then the new tokens, left-aligned
-        source = torch.where(slot < self.n_tail[:, None], slot, self.tail_k.size(2) + n_pad[:, None] + slot - self.n_tail[:, None])
-        source = source.clamp_max(self.tail_k.size(2) + k.size(2) - 1)  # (B, width) into [tail | new]
-
-        def left_align(a: Tensor, b: Tensor) -> Tensor:  # (B, h, ., x) twice -> (B, h, width, x)
-            both = torch.cat((a, b), 2)
-            return both.gather(2, source[:, None, :, None].expand(-1, both.size(1), -1, both.size(3)))
-
-        bits = left_align(self.tail_bits.unsqueeze(-1), mask_to_bits(mask).unsqueeze(-1)).squeeze(-1)  # (B, Hm, width)
-        k, v = left_align(self.tail_k, k), left_align(self.tail_v, v)
+        source, count = self._joined(k.size(2), n_pad)  # tokens not yet compressed
+        total = compressed(self.n_packed + count, self.tail, self.block).maximum(self.n_packed)
+        slot = torch.arange(source.size(1), device=k.device)
+        bits = self._left_align(mask_to_bits(mask).unsqueeze(-1), self.tail_bits.unsqueeze(-1), source).squeeze(-1)  # (B, Hm, width)
+        k, v = self._left_align(k, self.tail_k, source), self._left_align(v, self.tail_v, source)
         goes = total - self.n_packed  # (B,) tokens that are compressed now
+        b, s = ((slot < count[:, None]) & (slot >= goes[:, None])).nonzero(as_tuple=True)  # those that stay
+        to = (self.n_packed[b] + s) % max(self.tail_k.size(2), 1)
         self._pack(k, v, bits, goes, encode)
         self.n_tail = count - goes
-        stays = valid & (slot >= goes[:, None])
-        b, s = stays.nonzero(as_tuple=True)
-        to = s - goes[b]
         self.tail_k[b, :, to], self.tail_v[b, :, to], self.tail_bits[b, :, to] = k[b, :, s], v[b, :, s], bits[b, :, s]
 
     def _pack(self, k: Tensor, v: Tensor, bits: Tensor, goes: Tensor, encode: Callable[[Tensor], Tensor]) -> None:
@@ -167,23 +175,23 @@ class PackedCache(Flat):
         width = int(goes.max()) if self.B else 0
         if width == 0:
             return
-        if int((self.n_packed + goes).max()) > self.cap:
-            self._grow(int((self.n_packed + goes).max()))
+        self.reserve(int((self.n_packed + goes).max()) - int((self.n_packed + self.n_tail).max()) + self.tail)
         t = torch.arange(width, device=k.device)
         packed = (t < goes[:, None])[:, None]  # (B, 1, width)
         at = self.n_packed[:, None, None] + t  # (B, 1, width) token number in its sequence
-        rows_before = (self.n_packed * self.k)[:, None, None]  # every packed token keeps K rows
         mask = bits_to_mask(bits[:, :, :width], self.S) & packed.unsqueeze(-1)
         here, mine = packed.expand(-1, self.Hkv, -1), packed.expand(-1, self.mask_heads, -1)
-        self.keys[(self._segment(self.Hkv, self.cap) + at)[here]] = k[:, :, :width][here]
-        self.bits[(self._segment(self.mask_heads, self.cap) + at)[mine]] = bits[:, :, :width][mine]
-        number = rows_before.unsqueeze(-1) + row_numbers(mask)  # (B, Hm, width, S)
+        self.keys[(self.token_base.unsqueeze(-1) + at)[here]] = k[:, :, :width][here]
+        self.bits[(self.mask_base.unsqueeze(-1) + at)[mine]] = bits[:, :, :width][mine]
+        number = self.row_base[..., None, None] + (self.n_packed * self.k)[:, None, None, None] + row_numbers(mask)  # (B, Hkv, width, S)
         kept = mask.expand(-1, self.Hkv, -1, -1)
-        index = (self._segment(self.Hkv, self.cap * self.k)[..., None] + number)[kept]
-        self.rows[index] = encode(v[:, :, :width]).unflatten(-1, (self.S, -1))[kept]
-        starts = mine & (at % TILE == 0)
-        self.tile_rows[(self._segment(self.mask_heads, -(-self.cap // TILE)) + at // TILE)[starts]] = number[..., 0][starts].int()
+        self.rows[number[kept]] = encode(v[:, :, :width]).unflatten(-1, (self.S, -1))[kept]
         self.n_packed = self.n_packed + goes
+
+    def append_token(self, k: Tensor, v: Tensor, scores: Tensor | None, enc: Tensor | None) -> None:
+        """append of one token per sequence, k, v (B, Hkv, 1, D), without padding, on the device alone; room must have been reserved. Its
+        mask: the K largest of scores (B, Hm, S), or of the groups' norms; enc (Hkv, D, D): what encode multiplies by. `columns` stays."""
+        append_packed(self.packed(), self.whole(), self.tail_bits, self.n_packed, self.n_tail, k, v, self.tail, self.block, scores, enc)
 
     def extra(self) -> dict[str, int]:
         """The numbers that, with tensors(), make up the whole cache."""
@@ -196,6 +204,16 @@ class PackedCache(Flat):
         for name, t in self.tensors().items():
             per_row = t.view(self.B, t.size(0) // self.B, *t.shape[1:])
             setattr(out, name, per_row[pick].reshape(-1, *t.shape[1:]))
+        out._set_bases()
+        return out
+
+    @staticmethod
+    def join(caches: Sequence[PackedCache]) -> PackedCache:
+        """One cache of the sequences of all, in order; each must have the same capacity and columns."""
+        out = copy.copy(caches[0])
+        for name in PackedCache.NAMES:
+            setattr(out, name, torch.cat([getattr(c, name) for c in caches]))
+        out._set_bases()
         return out
 
     def truncate(self, n_tokens: int) -> None:
@@ -225,11 +243,12 @@ class SelectedCache(Flat):
     Packed part, segments sequence-major, then head, each exactly as long as what it keeps: keys (n_tokens, D); rows (n_rows, d),
     token-major, group-minor; bits (n_masks,), one per surviving token; positions (n_masks,), their columns, int16 where max_len allows,
     empty if no token but padding was dropped: then survivor i of sequence b is column n_pad[b] + i; tile_rows (tiles,) int32, the
-    segment's rows before each TILE of its survivors. A survivor may have no rows. Per segment, int64: n_packed and n_rows (B, Hm), its
+    segment's rows before each tile of its survivors, and before (n_masks,) uint8, those of its tile before each. A survivor may have no
+    rows. Per segment, int64: n_packed and n_rows (B, Hm), its
     survivors and rows; its first slots token_base and row_base (B, Hkv), mask_base and tile_base (B, Hm).
     Tail: tail_k, tail_v (B, Hkv, cap, D), of which tail_len columns are filled, the first tail_pad (B,) of them padding."""
 
-    LAYOUT = ("bits", "positions", "tile_rows", "n_packed", "n_rows", "n_pad", "token_base", "row_base", "mask_base", "tile_base")
+    LAYOUT = ("bits", "positions", "before", "tile_rows", "n_packed", "n_rows", "n_pad", "token_base", "row_base", "mask_base", "tile_base")
     NAMES = ("keys", "rows", *LAYOUT, "tail_k", "tail_v", "tail_pad")
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, like: Tensor):
@@ -241,7 +260,7 @@ class SelectedCache(Flat):
             return torch.zeros(shape, dtype=dtype, device=like.device)
 
         self.keys, self.rows = like.new_zeros(0, head_dim), like.new_zeros(0, head_dim // n_groups)
-        self.bits, self.tile_rows = zeros(0, dtype=mask_dtype(n_groups)), zeros(0, dtype=torch.int32)
+        self.bits, self.before, self.tile_rows = zeros(0, dtype=mask_dtype(n_groups)), zeros(0, dtype=torch.uint8), zeros(0, dtype=torch.int32)
         self.positions = zeros(0, dtype=torch.int16 if max_len <= 32767 else torch.int32)
         self.n_packed, self.n_rows, self.n_pad, self.tail_pad = zeros(batch, mask_heads), zeros(batch, mask_heads), zeros(batch), zeros(batch)
         self._set_bases()
@@ -255,7 +274,7 @@ class SelectedCache(Flat):
     def _set_bases(self) -> None:
         """Segment starts for segments without gaps, from n_packed and n_rows."""
         self.token_base, self.row_base = (starts(n.expand(-1, self.Hkv)) for n in (self.n_packed, self.n_rows))
-        self.mask_base, self.tile_base = starts(self.n_packed), starts(-(-self.n_packed // TILE))
+        self.mask_base, self.tile_base = starts(self.n_packed), starts(-(-self.n_packed // tile_size(self.S)))
 
     def pack(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, valid: Tensor, bits_from: SelectedCache | None = None) -> None:
         """Store a context of C columns: k and encoded values z (B, Hkv, C, D), of which the tokens keep (B, Hm, C) bool survive, each with
@@ -267,42 +286,55 @@ class SelectedCache(Flat):
         assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding right of a token; it must be on the left"
         keep = keep & valid[:, None]  # (B, Hm, C)
         mask = mask & keep.unsqueeze(-1)  # (B, Hm, C, S)
-        if bits_from is None:
-            self._lay_out(keep, mask, valid)
-        else:
+        if bits_from is not None:
             same = torch.equal(bits_from.n_packed, keep.sum(-1)) and torch.equal(bits_from.n_rows, mask.sum((-2, -1)))
             assert same and bits_from.token_base.shape == (B, self.Hkv), "bits_from was packed with another keep or mask, or was truncated"
-            for name in self.LAYOUT:
-                setattr(self, name, getattr(bits_from, name))
-        self.keys = k[keep.expand(-1, self.Hkv, -1)].to(self.keys.dtype)  # (n_tokens, D)
-        kept = mask.expand(-1, self.Hkv, -1, -1).reshape(-1)  # (B * Hkv * C * S,) flat: one index per row, not four
-        self.rows = z.reshape(-1, self.D // self.S)[kept].to(self.rows.dtype)  # (n_rows, d)
+        dtype = self.keys.dtype
+        self.keys, self.rows, *index = pack_values(k.to(dtype), z.to(dtype), keep, mask)
+        if bits_from is None:
+            self.bits, self.before, self.tile_rows, self.n_packed, self.n_rows = index
+            if (valid[:, None] & ~keep).any():
+                self.positions = torch.arange(C, device=keep.device).expand_as(keep)[keep].to(self.positions.dtype)  # (n_masks,)
+            self.n_pad = (~valid).sum(-1)
+            self._set_bases()
+        for name in self.LAYOUT if bits_from else ():
+            setattr(self, name, getattr(bits_from, name))
         self.n_context = C
 
-    def _lay_out(self, keep: Tensor, mask: Tensor, valid: Tensor) -> None:
-        """Build the tensors of LAYOUT from keep (B, Hm, C), mask (B, Hm, C, S), both False where not valid (B, C)."""
-        self.bits = mask_to_bits(mask[keep])  # (n_masks,)
-        if (valid[:, None] & ~keep).any():
-            self.positions = torch.arange(keep.size(-1), device=keep.device).expand_as(keep)[keep].to(self.positions.dtype)  # (n_masks,)
-        rows = mask.sum(-1)  # (B, Hm, C) of each token
-        tile_first = keep & ((keep.cumsum(-1) - 1) % TILE == 0)
-        self.tile_rows = (rows.cumsum(-1) - rows)[tile_first].int()  # (tiles,)
-        self.n_packed, self.n_rows, self.n_pad = keep.sum(-1), rows.sum(-1), (~valid).sum(-1)
-        self._set_bases()
+    def packed(self) -> Packed:
+        """The packed part, as kernels.packed_attention reads it."""
+        return Packed(self.keys, self.rows, self.bits, self.before, self.tile_rows, self.n_packed, self.token_base, self.row_base, self.mask_base,
+                      self.tile_base, self.S, 0, self.n_context)
+
+    def whole(self) -> Tail:
+        """The filled part of the tail, likewise."""
+        return Tail(self.tail_k, self.tail_v, self.tail_pad, self.tail_len - self.tail_pad)
+
+    def steps(self, pad: Tensor) -> Tail:
+        """See model.DenseCache.steps; the tail knows its padding."""
+        return self.whole()
+
+    def stepped(self, n: int) -> None:
+        """n calls of `step` have been made."""
+        self.tail_len += n
 
     def append(self, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
         """Take T new columns, whole: k, v (B, Hkv, T, D); the first n_pad (B,) of each row are padding, and so are all before them."""
         end = self.tail_len + k.size(2)
-        cap = self.tail_k.size(2)
+        self.reserve(k.size(2))
+        self.tail_k[:, :, self.tail_len:end], self.tail_v[:, :, self.tail_len:end] = k, v
+        self.tail_pad = torch.where(n_pad > 0, self.tail_len + n_pad, self.tail_pad)
+        self.tail_len = end
+
+    def reserve(self, n_columns: int) -> None:
+        """Make room for n_columns more."""
+        end, cap = self.tail_len + n_columns, self.tail_k.size(2)
         if end > cap:
             cap = max(end, cap + cap // 4 if cap else self.max_len - self.n_context)
             for name in ("tail_k", "tail_v"):
                 new = self.keys.new_zeros(self.B, self.Hkv, cap, self.D)
                 new[:, :, :self.tail_len] = getattr(self, name)[:, :, :self.tail_len]
                 setattr(self, name, new)
-        self.tail_k[:, :, self.tail_len:end], self.tail_v[:, :, self.tail_len:end] = k, v
-        self.tail_pad = torch.where(n_pad > 0, self.tail_len + n_pad, self.tail_pad)
-        self.tail_len = end
 
     def _survivors(self) -> Tensor:
         """Which of the N slots of each segment hold a survivor, N the largest count: (B, Hm, N) bool."""
@@ -310,11 +342,8 @@ class SelectedCache(Flat):
         return torch.arange(N, device=self.bits.device) < self.n_packed.unsqueeze(-1)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The packed part, dense and left-aligned by segment: k (B, Hkv, N, D), z (B, Hkv, N, D) with zeros where dropped,
-        mask (B, Hm, N, S) bool, valid (B, Hm, N) bool: slots that hold a survivor; the rest are zeros. N: the largest count."""
-        valid = self._survivors()
-        k, z, mask = self._read(self.n_packed, [self.token_base, self.row_base, self.mask_base, self.tile_base], valid.size(-1))
-        return k, z, mask, valid
+        """The packed part, dense and left-aligned by segment: see Packed.unpack."""
+        return self.packed().unpack()
 
     def tail(self) -> tuple[Tensor, Tensor, Tensor]:
         """Views of the filled part of the tail: k, v (B, Hkv, n, D), and valid (B, n) bool, False for padding."""
@@ -333,10 +362,33 @@ class SelectedCache(Flat):
         masks = slots(self.mask_base[pick], out.n_packed)
         out.keys = self.keys[slots(self.token_base[pick], out.n_packed.expand(-1, self.Hkv))]
         out.rows = self.rows[slots(self.row_base[pick], out.n_rows.expand(-1, self.Hkv))]
-        out.bits, out.positions = self.bits[masks], self.positions[masks] if self.positions.numel() else self.positions.clone()
-        out.tile_rows = self.tile_rows[slots(self.tile_base[pick], -(-out.n_packed // TILE))]
+        out.bits, out.before = self.bits[masks], self.before[masks]
+        out.positions = self.positions[masks] if self.positions.numel() else self.positions.clone()
+        out.tile_rows = self.tile_rows[slots(self.tile_base[pick], -(-out.n_packed // tile_size(self.S)))]
         out._set_bases()
         return out
+
+    @staticmethod
+    def join(caches: Sequence[SelectedCache]) -> SelectedCache:
+        """One cache of the sequences of all, in order; each must have the same columns. It shares nothing."""
+        out = copy.copy(caches[0])
+        parts = [c.slice(list(range(c.B))) for c in caches]  # exactly sized
+        cap = max(c.tail_k.size(2) for c in parts)
+        if any(c.positions.numel() for c in parts):
+            for c in parts:
+                c.positions = c.columns_held()
+        for name in ("keys", "rows", "bits", "before", "tile_rows", "positions", "n_packed", "n_rows", "n_pad", "tail_pad"):
+            setattr(out, name, torch.cat([getattr(c, name) for c in parts]))
+        out.tail_k, out.tail_v = (torch.cat([F.pad(getattr(c, n), (0, 0, 0, cap - c.tail_k.size(2))) for c in parts]) for n in ("tail_k", "tail_v"))
+        out._set_bases()
+        return out
+
+    def columns_held(self) -> Tensor:
+        """Column of every survivor, like bits: (n_masks,) in the type of positions. The packed part must be exactly sized."""
+        if self.positions.numel():
+            return self.positions
+        held = self._survivors()
+        return (self.n_pad[:, None, None] + torch.arange(held.size(-1), device=held.device)).expand_as(held)[held].to(self.positions.dtype)
 
     def truncate(self, n_columns: int) -> None:
         """Forget the columns from n_columns on (padding counted). Packed slots are given up, not freed; slice([...]) frees them."""
@@ -351,7 +403,7 @@ class SelectedCache(Flat):
         if self.positions.numel():
             column = self.positions[(self.mask_base.unsqueeze(-1) + slot).clamp_max(self.positions.numel() - 1)]  # (B, Hm, N)
         held = held & (column < n_columns)
-        self.n_rows = (self._read_mask(self.n_packed, self.mask_base, slot.numel()) & held.unsqueeze(-1)).sum((-2, -1))
+        self.n_rows = (self.packed().unpack()[2] & held.unsqueeze(-1)).sum((-2, -1))
         self.n_packed, self.n_pad, self.n_context = held.sum(-1), self.n_pad.clamp_max(n_columns), n_columns
 
 
@@ -370,7 +422,7 @@ def pack_layers(caches: Sequence[SelectedCache], k: Tensor, z: Tensor, keep: Ten
         parts[base] = parts[base] - first
         parts[flat] = [getattr(big, flat)[a:b] for a, b in pairwise(bounds)]
         if flat == "bits":
-            parts["positions"] = [big.positions[a:b] for a, b in pairwise(bounds)]
+            parts["positions"], parts["before"] = ([t[a:b] for a, b in pairwise(bounds)] for t in (big.positions, big.before))
     for i, cache in enumerate(caches):
         for name, per_layer in parts.items():
             setattr(cache, name, per_layer[i])

@@ -32,10 +32,12 @@ from torch import Tensor
 import kv_router
 from checkpoint import copy_tensors
 from config import KVConfig, SelectConfig, check, count_kept
-from kernels import at_least_float32, select_joint, select_top_m, top_k_mask
+from kernels import Tail, append_tail, can_append
 from kv_router import ValueGroupPath, spread
+from layout import at_least_float32, top_k_mask
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
 from packed_cache import SelectedCache, pack_layers
+from packing import select_joint, select_top_m
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 
 
@@ -291,6 +293,8 @@ class SelectPath(ValueGroupPath):
     """One layer that stores what the selector keeps of a prompt, and everything after it whole. The first call with a cache and more
     tokens than the query region is the prompt; without a cache values are whole, or as `replaying` prescribes."""
 
+    reads_chunks = False  # a prompt is chosen from as a whole
+
     def __init__(self, model_cfg, cfg: KVConfig, selector: Selector, index: int):
         self._shared, self.index = (selector,), index  # in a tuple: it is the model's module, not this one's
         super().__init__(model_cfg, selector.kv)
@@ -370,17 +374,18 @@ class SelectPath(ValueGroupPath):
 
     def _attend_stored(self, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, pad: Tensor | None) -> Tensor:
         """Attention of T new tokens, appended to the tail, over what is stored."""
-        (B, H, T, _), before = q.shape, cache.columns
-        cache.append(k, v, torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else (pad - before).clamp(0, T))
-        packed_k, z, _, valid = cache.unpack()
-        tail_k, tail_v, tail_valid = cache.tail()
-        n = tail_k.size(2)
-        visible = attention_mask(T, n, None, q.device) & tail_valid[:, None, None]  # (B, 1, T, n)
-        visible = visible | torch.eye(n, dtype=torch.bool, device=q.device)[n - T:]  # a padding query reads itself: no empty softmax
-        old = valid.expand(-1, self.Hkv, -1).repeat_interleave(H // self.Hkv, 1).unsqueeze(-2)  # (B, H, 1, N)
-        visible = torch.cat((old.expand(-1, -1, T, -1), visible.expand(-1, H, -1, -1)), -1)
-        keys, values = torch.cat((packed_k, tail_k), 2), torch.cat((self.decode(z), tail_v), 2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible, enable_gqa=self.Hkv != H)
+        n_pad = torch.zeros(len(q), dtype=torch.int64, device=q.device) if pad is None else (pad - cache.columns).clamp(0, q.size(2))
+        cache.append(k, v, n_pad)
+        return self.attend_packed(q, cache.packed(), cache.whole())
+
+    def can_step(self) -> bool:
+        """Whether `step` has kernels for this storage."""
+        return can_append(self.D) and (self.whole or self.folded)
+
+    def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, tail: Tail) -> Tensor:
+        """forward for one token per sequence, on the device alone: into the tail, whose count is one up already."""
+        append_tail(tail, k, v)
+        return self.attend_packed(q, cache.packed(), tail)
 
 
 # ----------------------------------------------------------------------------- attaching, looking, saving

@@ -28,7 +28,7 @@ import kv_router
 import lora
 from config import AdapterConfig, KVConfig, TrainConfig, check
 from data import batch, sequential
-from kernels import at_least_float32
+from layout import at_least_float32
 from model import Transformer, generate, lm_loss
 from pretrained import added_state, autocast, load_added_state, load_model_state, model_state, pick_device
 from tasks import mean_loss

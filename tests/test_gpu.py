@@ -7,7 +7,7 @@ from helpers import TINY, grouped_model, tokens
 from runs import adapt_arguments, losses, pretrain
 
 import train
-from kernels import top_k_mask
+from layout import top_k_mask
 from model import generate
 from pretrained import autocast, load_run
 from tokenizer import get_tokenizer

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import lora
 from config import AdapterConfig, ModelConfig
-from kernels import top_k_mask
+from layout import top_k_mask
 
 SHAPE = ModelConfig(vocab_size=23, block_size=31, n_layer=2, n_embd=12, n_head=4, n_kv_head=2, head_dim=6, n_inner=17,
                     qkv_bias=True, tie_embeddings=False)

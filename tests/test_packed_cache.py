@@ -9,7 +9,7 @@ from helpers import grouped_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
+import layout
 from config import KVConfig
 from packed_cache import PackedCache
 
@@ -19,7 +19,7 @@ def filled(T: int, S: int, K: int, *, B=2, Hkv=3, D=16, scope="head", tail=0, bl
     cfg = KVConfig(n_groups=S, topk_groups=K, mask_scope=scope, kv_tail=tail, kv_tail_block=block)
     g = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, B, Hkv, T, D, generator=g)
-    mask = kernels.top_k_mask(torch.randn(B, Hkv if scope == "head" else 1, T, S, generator=g), K)
+    mask = layout.top_k_mask(torch.randn(B, Hkv if scope == "head" else 1, T, S, generator=g), K)
     cache, at = PackedCache(B, T if cap is None else cap, Hkv, D, cfg, K, k), 0
     for n in chunks or [T]:
         n_pad = torch.zeros(B, dtype=torch.int64) if pad is None else (torch.tensor(pad) - at).clamp(0, n)
@@ -33,26 +33,23 @@ def test_bits_round_trip_and_have_the_stated_type(S):
     """mask_to_bits puts group g in bit g, in uint8 up to S = 8, then the integer of S bits (the highest is its sign), and comes back."""
     mask = torch.randint(0, 2, (300, S), generator=torch.Generator().manual_seed(S)).bool()
     mask[0], mask[1] = True, False
-    bits = kernels.mask_to_bits(mask)
+    bits = layout.mask_to_bits(mask)
     assert bits.dtype == {16: torch.int16, 32: torch.int32, 64: torch.int64}.get(S, torch.uint8)
-    assert torch.equal(kernels.bits_to_mask(bits, S), mask)
+    assert torch.equal(layout.bits_to_mask(bits, S), mask)
     for i in range(50):
         assert int(bits[i]) % (1 << max(S, 8)) == sum(1 << g for g in range(S) if mask[i, g])
 
 
 def test_rows_lie_token_major_group_minor_at_the_stated_number():
-    """Row of (t, g) = segment base + tile offset + pairs before it in the tile; looked up one by one, over three tiles, per head."""
+    """Row of (t, g) = segment base + K t + kept groups of t before g; looked up one by one, per head."""
     T, S, K = 150, 4, 2
     cache, k, v, mask = filled(T, S, K)
     rows, keys = cache.rows.view(2, 3, -1, 4), cache.keys.view(2, 3, -1, 16)
-    tiles = cache.tile_rows.view(2, 3, -1)
     assert torch.equal(keys, k) and rows.size(2) == T * K
     for b in range(2):
         for h in range(3):
             count = 0
             for t in range(T):
-                if t % kernels.TILE == 0:
-                    assert int(tiles[b, h, t // kernels.TILE]) == count
                 bits = int(cache.bits.view(2, 3, -1)[b, h, t])
                 for g in range(S):
                     if mask[b, h, t, g]:
@@ -85,12 +82,12 @@ def test_unpack_returns_what_was_appended(T, S, data):
 
 
 def test_nbytes_is_the_storage_and_close_to_the_kept_share():
-    """nbytes counts every tensor's storage; at T = 256, float32, it is keys + kept rows + masks + offsets and within 2 % of 75 %."""
+    """nbytes counts every tensor's storage; at T = 256, float32, keys + kept rows + masks + segment starts and counts, within 2 % of 75 %."""
     T, D, Hkv, B = 256, 16, 8, 4
     for scope in ("layer", "head"):
         cache, *_ = filled(T, 4, 2, B=B, Hkv=Hkv, D=D, scope=scope)
         Hm = Hkv if scope == "head" else 1
-        by_hand = 4 * B * Hkv * T * (D + D // 2) + B * Hm * T + 4 * B * Hm * (T // kernels.TILE) + 2 * 8 * B
+        by_hand = 4 * B * Hkv * T * (D + D // 2) + B * Hm * T + 2 * 8 * B + 8 * B * (2 * Hkv + Hm)
         found = sum(t.untyped_storage().nbytes() for t in vars(cache).values() if isinstance(t, torch.Tensor))
         assert cache.nbytes() == by_hand == found
         assert abs(cache.nbytes() / (4 * 2 * B * Hkv * T * D) / 0.75 - 1) < 0.02
@@ -101,7 +98,7 @@ def test_nan_in_unwritten_slots_never_reaches_a_result():
     cfg = KVConfig(kv_tail=4, mask_scope="layer")
     g = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 2, 3, 20, 16, generator=g)
-    mask = kernels.top_k_mask(torch.randn(2, 1, 20, 4, generator=g), 2)
+    mask = layout.top_k_mask(torch.randn(2, 1, 20, 4, generator=g), 2)
     cache = PackedCache(2, 64, 3, 16, cfg, 2, k)
     for t in (cache.keys, cache.rows, cache.tail_k, cache.tail_v):
         t.fill_(float("nan"))

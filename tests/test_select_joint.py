@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-import kernels
+import packing
 
 INF = math.inf
 DTYPES = [torch.float32, torch.float64]
@@ -60,8 +60,8 @@ def worth_of(value, mask) -> tuple[int, Fraction]:
 
 
 def compare(value: torch.Tensor, m: torch.Tensor) -> None:
-    """Assert that kernels.select_joint picks what the oracle picks, row by row; value (..., N, S), m (...)."""
-    got = kernels.select_joint(value, m)
+    """Assert that packing.select_joint picks what the oracle picks, row by row; value (..., N, S), m (...)."""
+    got = packing.select_joint(value, m)
     assert got.dtype == torch.bool and got.shape == value.shape
     rows = zip(value.flatten(0, -3).tolist(), m.flatten().tolist(), got.flatten(0, -3).tolist(), strict=True)
     for row, budget, picked in rows:
@@ -102,19 +102,19 @@ def test_equal_tokens_are_kept_from_the_first_and_equal_groups_from_group_0():
         even = torch.ones(N, S, dtype=torch.float64)
         for whole in (0, 1, 2):
             for more in (0, 2 * S - 1):
-                mask = kernels.select_joint(even, torch.tensor(2 * S * whole + more))
+                mask = packing.select_joint(even, torch.tensor(2 * S * whole + more))
                 assert mask.all(-1).tolist() == [t < whole for t in range(N)] and int(mask.sum()) == S * whole
     one = torch.tensor([[0., 3, 3, 0], [0, 3, 3, 0]], dtype=torch.float64)  # rate 6 / 6: two groups come with each key
-    assert kernels.select_joint(one, torch.tensor(6)).nonzero().tolist() == [[0, 1], [0, 2]]
-    assert kernels.select_joint(one, torch.tensor(13)).nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [1, 1], [1, 2]]
+    assert packing.select_joint(one, torch.tensor(6)).nonzero().tolist() == [[0, 1], [0, 2]]
+    assert packing.select_joint(one, torch.tensor(13)).nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [1, 1], [1, 2]]
     late = torch.tensor([[5., 0], [3, 3], [5, 1]], dtype=torch.float64)  # rates 5/3, 6/4, 5/3
-    assert kernels.select_joint(late, torch.tensor(6)).nonzero().tolist() == [[0, 0], [2, 0]]
+    assert packing.select_joint(late, torch.tensor(6)).nonzero().tolist() == [[0, 0], [2, 0]]
 
 
 def test_a_group_that_only_keeps_the_rate_up_is_left_for_later():
     """Rates 6/3 and (6 + 2)/4 are equal: the token comes with one group, so a budget of 3 buys it, and the next unit buys the other."""
     value = torch.tensor([[6., 2.]], dtype=torch.float64)
-    assert [int(kernels.select_joint(value, torch.tensor(m)).sum()) for m in range(6)] == [0, 0, 0, 1, 2, 2]
+    assert [int(packing.select_joint(value, torch.tensor(m)).sum()) for m in range(6)] == [0, 0, 0, 1, 2, 2]
 
 
 @pytest.mark.parametrize(("N", "S"), [(1, 3), (2, 2), (3, 2), (2, 3), (3, 3)], ids=lambda n: str(n))
@@ -127,7 +127,7 @@ def test_no_choice_of_that_cost_is_worth_more(N, S):
                                           for v, b in zip(row, bits, strict=True))]
         priced = [(cost_of(c), worth_of(value.tolist(), c)) for c in able]
         for m in range(2 * S * N + 2):
-            mask = kernels.select_joint(value, torch.tensor(m)).tolist()
+            mask = packing.select_joint(value, torch.tensor(m)).tolist()
             spent, worth = cost_of(mask), worth_of(value.tolist(), mask)
             assert spent <= m and worth == max(w for c, w in priced if c <= spent), (value, m, mask)
 
@@ -139,7 +139,7 @@ def test_the_unused_budget_is_less_than_a_token():
     for S in worst:
         for seed in range(6):
             value = drawn(2 * S * 7 + 2, 7, S, 3 if seed < 3 else 50, seed)
-            for m, (row, mask) in enumerate(zip(value.tolist(), kernels.select_joint(value, torch.arange(len(value))).tolist(), strict=True)):
+            for m, (row, mask) in enumerate(zip(value.tolist(), packing.select_joint(value, torch.arange(len(value))).tolist(), strict=True)):
                 spent, there = cost_of(mask), [r[0] != -INF for r in row]
                 assert spent <= m
                 if m - spent > 2 * S - 1 or m >= 2 * S * sum(there):
@@ -154,7 +154,7 @@ def test_infinite_worth_comes_first_and_padding_never():
     value = torch.tensor([[[-INF] * 2, [INF] * 2, [INF] * 2, [90, 80]], [[-INF] * 2] * 4], dtype=torch.float32)
     for m, counts in ((2, [0, 0, 0, 0]), (3, [0, 1, 0, 0]), (4, [0, 2, 0, 0]), (7, [0, 2, 1, 0]), (8, [0, 2, 2, 0]), (12, [0, 2, 2, 2]),
                       (99, [0, 2, 2, 2])):
-        mask = kernels.select_joint(value, torch.tensor([m, m]))
+        mask = packing.select_joint(value, torch.tensor([m, m]))
         assert mask[0].sum(-1).tolist() == counts and not mask[1].any()
         compare(value, torch.tensor([m, m]))
 
@@ -162,14 +162,14 @@ def test_infinite_worth_comes_first_and_padding_never():
 def test_rows_are_independent_and_permute_with_their_budgets():
     """Every row's mask is the one it gets alone, m may differ by row and broadcasts, and leading dimensions are only carried along."""
     value, m = drawn(12, 9, 4, seed=3).view(3, 4, 9, 4), torch.randint(0, 80, (3, 4), generator=torch.Generator().manual_seed(1))
-    whole = kernels.select_joint(value, m)
+    whole = packing.select_joint(value, m)
     compare(value, m)
     for a, b in itertools.product(range(3), range(4)):
-        assert torch.equal(whole[a, b], kernels.select_joint(value[a, b], m[a, b]))
+        assert torch.equal(whole[a, b], packing.select_joint(value[a, b], m[a, b]))
     turn = torch.tensor([2, 0, 1])
-    assert torch.equal(kernels.select_joint(value[turn], m[turn]), whole[turn])
-    assert torch.equal(kernels.select_joint(value, m[:1]), kernels.select_joint(value, m[:1].expand(3, 4).contiguous()))
-    assert kernels.select_joint(value[..., :0, :], m).shape == (3, 4, 0, 4)
+    assert torch.equal(packing.select_joint(value[turn], m[turn]), whole[turn])
+    assert torch.equal(packing.select_joint(value, m[:1]), packing.select_joint(value, m[:1].expand(3, 4).contiguous()))
+    assert packing.select_joint(value[..., :0, :], m).shape == (3, 4, 0, 4)
 
 
 def test_swapping_unequal_tokens_or_groups_swaps_the_mask():
@@ -178,11 +178,11 @@ def test_swapping_unequal_tokens_or_groups_swaps_the_mask():
     tokens, groups = torch.randperm(11, generator=torch.Generator().manual_seed(6)), torch.tensor([2, 0, 3, 1])
     for m in range(0, 90, 7):
         budget = torch.full((3,), m)
-        moved = kernels.select_joint(value[:, tokens][..., groups], budget)
-        assert torch.equal(moved, kernels.select_joint(value, budget)[:, tokens][..., groups])
+        moved = packing.select_joint(value[:, tokens][..., groups], budget)
+        assert torch.equal(moved, packing.select_joint(value, budget)[:, tokens][..., groups])
 
 
-SELECT = kernels.select_joint
+SELECT = packing.select_joint
 
 
 def later_token_wins(value, m):
@@ -197,7 +197,7 @@ def higher_group_wins(value, m):
 
 def keys_are_free(value, m):
     """A wrong rule: the m best pairs, whatever their tokens cost."""
-    return kernels.select_top_m(value.flatten(-2), m).view(value.shape)
+    return packing.select_top_m(value.flatten(-2), m).view(value.shape)
 
 
 def skips_what_does_not_fit(value, m):
@@ -205,7 +205,7 @@ def skips_what_does_not_fit(value, m):
     mask = SELECT(value, m)
     left = m - mask.sum((-2, -1)) - value.size(-1) * mask.any(-1).sum(-1)
     more = value.masked_fill(mask | ~mask.any(-1, keepdim=True), -INF)
-    return mask | kernels.select_top_m(more.flatten(-2), left).view(value.shape)
+    return mask | packing.select_top_m(more.flatten(-2), left).view(value.shape)
 
 
 def one_more(value, m):
@@ -219,7 +219,7 @@ def test_a_planted_wrong_rule_is_caught(wrong, monkeypatch):
     """The comparison is not blind: with a wrong rule in the place of the right one it fails, on the worths that the right one passes."""
     value, m = drawn(60, 7, 4, 4), torch.arange(60)
     compare(value, m)
-    monkeypatch.setattr(kernels, "select_joint", wrong)
+    monkeypatch.setattr(packing, "select_joint", wrong)
     with pytest.raises(AssertionError):
         compare(value, m)
 
@@ -230,4 +230,4 @@ def test_a_planted_wrong_rule_is_caught(wrong, monkeypatch):
 def test_select_joint_is_the_same_on_both_devices(N):
     """Ties and infinities included, at row lengths that take different sorts on the GPU. Worths whole, so that rates are equal on both."""
     value, m = drawn(5, N, 4, dtype=torch.float32), torch.tensor([0, 11, 3 * N, 7 * N, 8 * N + 5])
-    assert torch.equal(kernels.select_joint(value.cuda(), m.cuda()).cpu(), kernels.select_joint(value, m))
+    assert torch.equal(packing.select_joint(value.cuda(), m.cuda()).cpu(), packing.select_joint(value, m))

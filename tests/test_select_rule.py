@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
+import packing
 
 INF = math.inf
 DTYPES = [torch.float32, torch.float64]
@@ -21,8 +21,8 @@ def oracle(row: list[float], m: int) -> list[bool]:
 
 
 def compare(scores: torch.Tensor, m: torch.Tensor) -> None:
-    """Assert that kernels.select_top_m picks what the oracle picks, row by row."""
-    got = kernels.select_top_m(scores, m)
+    """Assert that packing.select_top_m picks what the oracle picks, row by row."""
+    got = packing.select_top_m(scores, m)
     assert got.dtype == torch.bool and got.shape == scores.shape
     counts = m.expand(scores.shape[:-1]).reshape(-1).tolist()
     for row, k, picked in zip(scores.reshape(-1, scores.size(-1)).tolist(), counts, got.reshape(-1, scores.size(-1)).tolist(), strict=True):
@@ -50,7 +50,7 @@ def test_equal_scores_go_to_the_earlier_token_then_the_lower_group(dtype):
     is long enough that a sort that is not stable would mix them."""
     for C, S in ((5, 4), (701, 8)):
         for m in (0, 1, S - 1, S + 1, 3 * S + 2, C * S):
-            plane = kernels.select_top_m(torch.zeros(C * S, dtype=dtype), torch.tensor(m)).view(C, S)
+            plane = packing.select_top_m(torch.zeros(C * S, dtype=dtype), torch.tensor(m)).view(C, S)
             assert [(t, g) for t, g in plane.nonzero().tolist()] == [(i // S, i % S) for i in range(m)]
 
 
@@ -59,23 +59,23 @@ def test_infinities_come_first_or_never():
     scores = torch.tensor([[-INF, 3, INF, -INF, 9, INF], [-INF] * 6, [INF] * 6])
     for m, counts in ((1, (1, 0, 1)), (2, (2, 0, 2)), (3, (3, 0, 3)), (6, (4, 0, 6)), (99, (4, 0, 6))):
         compare(scores, torch.tensor(m))
-        assert kernels.select_top_m(scores, torch.tensor(m)).sum(-1).tolist() == list(counts)
-    assert kernels.select_top_m(scores, torch.tensor(2))[0].tolist() == [False, False, True, False, False, True]
+        assert packing.select_top_m(scores, torch.tensor(m)).sum(-1).tolist() == list(counts)
+    assert packing.select_top_m(scores, torch.tensor(2))[0].tolist() == [False, False, True, False, False, True]
 
 
 def test_rows_are_independent_and_may_have_different_m():
     """A row's mask is the one it gets alone, permuting rows with their m permutes the masks, and m broadcasts over leading dimensions."""
     scores, m = tied(3, 4, 17), torch.randint(0, 20, (3, 4), generator=torch.Generator().manual_seed(1))
-    whole = kernels.select_top_m(scores, m)
+    whole = packing.select_top_m(scores, m)
     for b in range(3):
         for h in range(4):
-            assert torch.equal(whole[b, h], kernels.select_top_m(scores[b, h], m[b, h]))
+            assert torch.equal(whole[b, h], packing.select_top_m(scores[b, h], m[b, h]))
     turn = torch.tensor([2, 0, 1])
-    assert torch.equal(kernels.select_top_m(scores[turn], m[turn]), whole[turn])
+    assert torch.equal(packing.select_top_m(scores[turn], m[turn]), whole[turn])
     for part in (m[:, :1], m[:1], m[0], m[0, 0]):
-        assert torch.equal(kernels.select_top_m(scores, part), kernels.select_top_m(scores, part.expand(3, 4).contiguous()))
+        assert torch.equal(packing.select_top_m(scores, part), packing.select_top_m(scores, part.expand(3, 4).contiguous()))
         compare(scores, part)
-    assert kernels.select_top_m(scores[..., :0], m).shape == (3, 4, 0)
+    assert packing.select_top_m(scores[..., :0], m).shape == (3, 4, 0)
 
 
 @given(rows=st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(st.sampled_from([-INF, -2.0, -0.0, 0.0, 0.5, INF]) | st.floats(allow_nan=False),
@@ -106,7 +106,7 @@ def takes_minus_inf(scores, m):
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, first)
 
 
-SELECT = kernels.select_top_m
+SELECT = packing.select_top_m
 
 
 @pytest.mark.parametrize("wrong", [higher_index_wins, threshold, takes_minus_inf], ids=lambda f: f.__name__)
@@ -114,7 +114,7 @@ def test_a_planted_wrong_rule_is_caught(wrong, monkeypatch):
     """The comparison is not blind: with a wrong rule in the place of the right one it fails, on the scores that the right one passes."""
     scores, m = tied(12, 9), torch.arange(12)
     compare(scores, m)
-    monkeypatch.setattr(kernels, "select_top_m", wrong)
+    monkeypatch.setattr(packing, "select_top_m", wrong)
     with pytest.raises(AssertionError):
         compare(scores, m)
 
@@ -125,4 +125,4 @@ def test_a_planted_wrong_rule_is_caught(wrong, monkeypatch):
 def test_select_top_m_is_the_same_on_both_devices(N):
     """Ties, infinities and both zeros included, at row lengths that take different sorts on the GPU."""
     scores, m = tied(5, N, dtype=torch.float32), torch.tensor([0, 1, N // 3, N - 1, N + 5])
-    assert torch.equal(kernels.select_top_m(scores.cuda(), m.cuda()).cpu(), kernels.select_top_m(scores, m))
+    assert torch.equal(packing.select_top_m(scores.cuda(), m.cuda()).cpu(), packing.select_top_m(scores, m))

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kernels
+from layout import tile_size
 from model import DenseCache, KVCache, storage_bytes
 from packed_cache import SelectedCache
 
+TILE = tile_size(4)  # where a test says no other S
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")])
 
 
@@ -57,9 +58,10 @@ def check_layout(cache: SelectedCache, k, z, keep, mask, valid) -> None:
             assert int(cache.mask_base[b, m]) == masks and int(cache.tile_base[b, m]) == tiles and int(cache.n_packed[b, m]) == len(mine)
             count = 0
             for i, t in enumerate(mine):
-                if i % kernels.TILE == 0:
+                if i % tile_size(S) == 0:
                     assert int(cache.tile_rows[tiles]) == count
                     tiles += 1
+                assert int(cache.tile_rows[tiles - 1]) + int(cache.before[masks + i]) == count
                 groups = [g for g in range(S) if mask[b, m, t, g]]
                 assert int(cache.bits[masks + i]) % (1 << max(S, 8)) == sum(1 << g for g in groups)
                 column = int(cache.positions[masks + i]) if some_dropped else int(cache.n_pad[b]) + i
@@ -118,7 +120,7 @@ def test_context_lies_where_the_layout_says(scope, dtype, device):
     k, z, *rest = context(201, 4, scope=scope, pad=(0, 13), keep=0.8, dtype=dtype, device=device)
     k, z = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, z))
     cache = packed(k, z, *rest)
-    assert cache.keys.dtype == cache.rows.dtype == dtype and int(cache.n_packed.max()) > 2 * kernels.TILE
+    assert cache.keys.dtype == cache.rows.dtype == dtype and int(cache.n_packed.max()) > 2 * TILE
     check_layout(cache, k, z, *rest)
     check_unpack(cache, k, z, *rest)
 
@@ -155,7 +157,7 @@ def test_unpack_reads_rows_through_the_stored_offsets():
     before = cache.unpack()[1]
     cache.tile_rows[1] += 1
     at = cache.unpack()[1].unflatten(-1, (4, 4))[0, 0], before.unflatten(-1, (4, 4))[0, 0]
-    kept, tile = cache.unpack()[2][0, 0], torch.arange(before.size(2)) // kernels.TILE
+    kept, tile = cache.unpack()[2][0, 0], torch.arange(before.size(2)) // TILE
     first, n = int(cache.tile_rows[1]), int(kept[tile == 1].sum())
     assert torch.equal(at[0][tile == 1][kept[tile == 1]], cache.rows[first:first + n])
     assert torch.equal(at[0][tile != 1], at[1][tile != 1]) and not torch.equal(*at)
@@ -224,7 +226,7 @@ def test_nbytes_is_the_sum_of_the_sizes_by_hand(scope):
     pairs = sum(int(mask[b, m, t].sum()) for b in range(B) for m in range(Hm) for t in range(C) if kept[b][m][t])
     copies = Hkv // Hm
     flat = 4 * D * sum(survivors) * copies + 4 * (D // S) * pairs * copies  # keys and rows, float32
-    index = (1 + 2) * sum(survivors) + 4 * sum(-(-n // kernels.TILE) for n in survivors)  # bits uint8, positions int16, tile_rows int32
+    index = (1 + 1 + 2) * sum(survivors) + 4 * sum(-(-n // TILE) for n in survivors)  # bits, before uint8, positions int16, tile_rows int32
     counts = 8 * (2 * B * Hm + 2 * B * Hkv + 2 * B * Hm + 2 * B)  # n_packed, n_rows; token and row bases; mask and tile bases; the pads
     assert cache.nbytes() == flat + index + counts
     cache.append(k[:, :, :T], z[:, :, :T], torch.zeros(B, dtype=torch.int64))

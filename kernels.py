@@ -331,9 +331,9 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     Hm, n, S, W = p.mask_base.size(1), H // Hkv, p.n_groups, tail.k.size(2)
     P = len(sums.select) if sums else 1
     R, narrow, large = P * T * n, q.dtype != torch.float32, p.longest + W
-    M = min(64, max(16, triton.next_power_of_2(R)))
-    N, warps, stages = (32, 1, 1) if M == 16 and narrow else (64 if narrow else 32, 4, 2)  # what an H100 likes: docs/log.md
+    M = min(64 if narrow else 16, max(16, triton.next_power_of_2(R)))
     DP, blocks = max(16, triton.next_power_of_2(D)), -(-R // M)
+    N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
     shape = dict(D=D, S=S, K=p.k, TILE=tile_size(S), P=P, M=M, N=N, DP=DP, ALIGN=D // S & -(D // S), STAGES=stages)
     variant = (q.dtype, p.bits.dtype, *shape.values())
     if not chunk:  # one piece per program that runs at a time
@@ -426,7 +426,7 @@ def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_b
         e = tl.load(scores + ((b * Hm + mh) * S)[:, None] + g[None, :], mask=in_h[:, None], other=0.0).to(tl.float32)
     else:
         z = _encoded(v, enc, h, in_h, D, ENCODE).to(tl.float32)
-        e = tl.sum(tl.reshape(z * z, (HP, S, d)), 2)
+        e = tl.sum(tl.reshape(z * z, (HP, S, D // S)), 2)
         if SHARED:
             e = tl.sum(e, 0)[None, :] + tl.zeros([HP, S], tl.float32)
     word = tl.zeros([HP], tl.int64)

@@ -3,18 +3,21 @@
 `train`: a pretraining step of model.py against the plain loop below, the same layers written the short way of a teaching script
 (one file, fused q/k/v projection, AdamW and clipping as such scripts have them). Their losses are compared first, from equal
 weights. `adapter`: an adaptation step of routed subspace LoRA against plain LoRA of the same total rank. `select`: a prompt's
-prefill with selection, and choosing alone, against the dense prefill.
+prefill with selection, and choosing alone, against the dense prefill. `decode`, `memory`, `generate`: see bench_cache.py.
 
-Ends with one JSON line, a list of rows: name, impl, peer, shape, dtype, ms, ratio (ours / peer), tokens_per_s, device.
+Ends with one JSON line, a list of rows: name, impl, peer, shape, dtype, ms, ratio (ours / peer), device, and tokens_per_s or bytes and
+gb_per_s.
 
     python bench.py train
     python bench.py adapter
     python bench.py select --out_dir=out/SELECT --block_size=2048
+    python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=32768
+    python bench.py memory --n_kv_head=8 --head_dim=128 --block_size=8192
+    python bench.py generate --init_from=model.gguf --block_size=2560 --batch_size=1 --kv=value_groups --n_groups=16 --topk_groups=8 --compile
 """
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from statistics import median
@@ -24,7 +27,8 @@ from config import AdapterConfig, BaseConfig, BenchConfig, KVConfig, ModelConfig
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     argv = [f"--what={sys.argv[1]}", *sys.argv[2:]] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else sys.argv[1:]
-    ARGS = parse_args({"bench": BenchConfig, "model": ModelConfig, "base": BaseConfig}, argv, description=__doc__.splitlines()[0])
+    ARGS = parse_args({"bench": BenchConfig, "model": ModelConfig, "base": BaseConfig, "kv": KVConfig, "select": SelectConfig}, argv,
+                      description=__doc__.splitlines()[0])
 
 import torch
 import torch.nn as nn
@@ -34,7 +38,7 @@ from torch import Tensor
 import lora
 import selector
 from model import Transformer, evaluating, lm_loss
-from pretrained import autocast, check_weights, load_run, pick_device, place
+from pretrained import autocast, check_weights, device_name, load_run, pick_device, place
 from relevance import Prompt
 
 
@@ -143,12 +147,6 @@ def interleaved(steps: dict, batches: list[tuple[Tensor, Tensor]], n: int) -> di
     return times
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def bench(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
     """Rows of the chosen comparison; the first is ours, with its ratio to the peer."""
     device = pick_device(cfg.device)
@@ -225,10 +223,17 @@ def bench_select(cfg: BenchConfig, c: ModelConfig, base: BaseConfig) -> list[dic
 
 
 def main() -> None:
-    rows = bench_select(ARGS.bench, ARGS.model, ARGS.base) if ARGS.bench.what == "select" else bench(ARGS.bench, ARGS.model)
+    cfg: BenchConfig = ARGS.bench
+    if cfg.what in ("decode", "memory", "generate"):
+        import bench_cache
+        rows = {"decode": lambda: bench_cache.bench_decode(cfg, ARGS.model), "memory": lambda: bench_cache.bench_memory(cfg, ARGS.model),
+                "generate": lambda: bench_cache.bench_generate(cfg, ARGS.model, ARGS.base, ARGS.kv, ARGS.select)}[cfg.what]()
+    else:
+        rows = bench_select(cfg, ARGS.model, ARGS.base) if cfg.what == "select" else bench(cfg, ARGS.model)
     for r in rows:
-        print(f"{r['name']:14s} {r['impl']:22s} {r['ms']:9.2f} ms  {r['tokens_per_s']:>9,d} tokens/s  {r['ratio']:.3f} of {r['peer']}",
-              file=sys.stderr)
+        speed = f"{r['tokens_per_s']:>9,} tokens/s" if "tokens_per_s" in r else f"{r['bytes']:>15,} bytes"
+        ms = f"{r['ms']:9.3f} ms" if "ms" in r else f"{r['sequences']:5d} fit, {r['times_more']:.2f} times dense"
+        print(f"{r['name']:14s} {r['impl']:30s} {ms}  {speed}  {r['ratio']:.3f} of {r['peer']}", file=sys.stderr)
     print(json.dumps(rows))
 
 

@@ -516,8 +516,11 @@ class SampleConfig:
     seed: int = opt(0, "seed of the draws")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
+    prefill_tokens: int = opt(0, "tokens of the prompts processed at a time (0: all)")
+    compile: bool = opt(False, "on a GPU: torch.compile what lies between two attentions (the first tokens then take half a minute)")
 
     def __post_init__(self):
+        check(self.prefill_tokens >= 0, f"prefill_tokens={self.prefill_tokens}", "at least 0", "give --prefill_tokens=0 for all at once")
         for name in ("max_new_tokens", "num_samples"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")
         for name in ("temperature", "top_k", "seed"):
@@ -527,20 +530,31 @@ class SampleConfig:
         check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype={self.dtype!r}", "one of auto, float32, bfloat16", "choose one")
 
 
+BENCHES = ("train", "adapter", "select", "decode", "memory", "generate")
+
+
 @dataclass(frozen=True)
 class BenchConfig:
     """What bench.py measures."""
-    what: str = opt("train", "train: a training step against a plain loop; adapter: routed LoRA against LoRA; select: choosing against prefill",
-                    ("train", "adapter", "select"))
-    out_dir: str = opt("", "select: a run of train.py --stage=select (or --init_from=PATH; else a model of random weights)")
+    what: str = opt("train", "train: a training step against a plain loop; adapter: routed LoRA against LoRA; select: choosing against prefill; "
+                             "decode, memory: attention over and bytes of one layer's cache; generate: tokens per second", BENCHES)
+    out_dir: str = opt("", "select, generate: a run of train.py (or --init_from=PATH; else a model of random weights)")
     steps: int = opt(30, "timed steps of each side, interleaved")
     batch_size: int = opt(8, "sequences in a step")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
+    cases: str = opt("4:0.5,16:0.5,4:0.25,16:0.5:0.5,16:0.5:0.25", "decode, memory: what is kept, a list of S:share of groups:share of tokens")
+    memory_gb: float = opt(1.0, "memory: the memory that sequences are put into, in GiB")
+    new_tokens: int = opt(256, "generate: tokens after prompts of block_size less these")
+    prefill_tokens: int = opt(0, "generate: tokens of the prompts processed at a time (0: all)")
+    compile: bool = opt(False, "generate: torch.compile what lies between two attentions")
 
     def __post_init__(self):
-        for name, allowed in (("what", ("train", "adapter", "select")), ("dtype", ("auto", "float32", "bfloat16"))):
+        for name, allowed in (("what", BENCHES), ("dtype", ("auto", "float32", "bfloat16"))):
             check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(allowed)}", "choose one")
-        check(self.what == "select" or not self.out_dir, f"out_dir={self.out_dir} with {self.what}", "only select measures a run", "leave it out")
-        for name in ("steps", "batch_size"):
+        check(self.what in ("select", "generate") or not self.out_dir, f"out_dir={self.out_dir} with {self.what}",
+              "only select and generate measure a run", "leave it out")
+        check(self.memory_gb > 0 and self.prefill_tokens >= 0, f"memory_gb={self.memory_gb}, prefill_tokens={self.prefill_tokens}",
+              "more than 0, and at least 0", "give for example --memory_gb=8")
+        for name in ("steps", "batch_size", "new_tokens"):
             check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1", f"give --{name}=1 or more")

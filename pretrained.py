@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,13 @@ def pick_device(name: str) -> torch.device:
     gpus = f", cuda:0..{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else " (no GPU here)"
     check(ok, f"device={name!r}", f"auto, cpu{gpus}", "choose one")
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def in_bfloat16(device: torch.device, dtype: str) -> bool:

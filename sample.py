@@ -29,7 +29,7 @@ def main() -> None:
     start = time.time()
     with autocast(device, cfg.dtype):
         rows, cache = generate(run.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                               seed=cfg.seed, stop=run.tokenizer.eot)
+                               seed=cfg.seed, stop=run.tokenizer.eot, prefill_tokens=cfg.prefill_tokens, compiled=cfg.compile)
     seconds = time.time() - start
     for r in rows:
         print(cfg.prompt + run.tokenizer.decode(r))

@@ -189,23 +189,49 @@ def _where_rows(bits, before, tile_rows, t, hi, K: tl.constexpr, TILE: tl.conste
 
 
 @jit
-def _pieces(n, first, tail_n, b, W, chunk, N: tl.constexpr):
-    """Packed tokens (at n), tail slots, the tail's first and count of a segment; its equal pieces of about chunk tokens: size, number."""
-    count, first, tail_n = tl.load(n).to(tl.int32), (tl.load(first + b) % W).to(tl.int32), tl.load(tail_n + b).to(tl.int32)
-    slots = tl.where(tail_n > 0, tl.minimum(first + tail_n, W), 0)
-    total = tl.maximum(count + slots, 1)
-    parts = (total + chunk - 1) // chunk
-    size = ((total + parts - 1) // parts + N - 1) // N * N
-    return count, slots, first, tail_n, size, (total + size - 1) // size
+def _segment(n_packed, tail_first, tail_n, s, Hkv, n_b, n_h, W, there):
+    """Packed tokens, tail slots, the tail's first and count of segments s; 0 where not there."""
+    b, h = s // Hkv, s % Hkv
+    count = tl.load(n_packed + b * n_b + h * n_h, mask=there, other=0).to(tl.int32)
+    first, n = (tl.load(tail_first + b, mask=there, other=0) % W).to(tl.int32), tl.load(tail_n + b, mask=there, other=0).to(tl.int32)
+    return count, tl.where(n > 0, tl.minimum(first + n, W), 0), first, n
+
+
+@jit
+def _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, programs, N: tl.constexpr):
+    """How the segments s (SEGS,) are cut into at most `programs` pieces of like size (chunk, if that is not 0): the size of each one's
+    pieces, a multiple of N, their number, and the number of pieces before."""
+    count, slots, _, _ = _segment(n_packed, tail_first, tail_n, s, Hkv, n_b, n_h, W, s < segments)
+    total = tl.where(s < segments, tl.maximum(count + slots, 1), 0)
+    if chunk == 0:
+        chunk = tl.cdiv(tl.sum(total, 0), tl.maximum(programs - segments, 1))
+    parts = tl.maximum(tl.cdiv(total, tl.cdiv(chunk, N) * N), 1)
+    size = tl.maximum(tl.cdiv(tl.cdiv(total, parts), N) * N, N)
+    number = tl.cdiv(total, size)
+    return size, number, tl.cumsum(number, 0) - number
+
+
+@jit
+def _pick(x, s, one):
+    """x[one] of x (SEGS,), s = 0, 1, ..."""
+    return tl.sum(tl.where(s == one, x, 0), 0)
 
 
 @jit
 def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_base, row_base, mask_base, tile_base, tail_k, tail_v, tail_first,
-                      tail_n, select, want, out, lse, part, part_ml, scale, Hkv, Hm, n_b, n_h, n, T, W, chunk, q_b, q_h, q_t,
-                      D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-                      DP: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+                      tail_n, select, want, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, programs, Hm, n, T, q_b, q_h,
+                      q_t, SEGS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr,
+                      M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr):
     """One piece of one segment: M of its R query rows over packed tokens and tail slots, N at a time. Row (sum, query, head of the group)."""
-    c, seg, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
+    pid, row = tl.program_id(0), tl.program_id(1) * M + tl.arange(0, M)
+    seg, c, size = pid, 0, 2147483647
+    if SEGS > 0:  # its segment, its number there
+        s = tl.arange(0, SEGS)
+        sizes, number, before_it = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, programs, N)
+        seg = tl.sum((before_it + number <= pid).to(tl.int32), 0)
+        if seg >= segments:
+            return
+        c, size = pid - _pick(before_it, s, seg), _pick(sizes, s, seg)
     b, h, R = seg // Hkv, seg % Hkv, P * T * n
     mseg = b * Hm + (h if Hm > 1 else 0)
     keys += tl.load(token_base + seg) * D
@@ -215,10 +241,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
     if K == 0:
         before += mask_at
         tile_rows += tl.load(tile_base + mseg)
-    count, slots, first, tail_n, size, active = _pieces(n_packed + b * n_b + h * n_h, tail_first, tail_n, b, W, chunk, N)
-    if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
-        if c >= active:
-            return
+    count, slots, first, tail_n = _segment(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, True)
     own, j, which = row // n % T, row % n, row // (T * n)  # query, head of the group, sum
     dims, at, d = tl.arange(0, DP), tl.arange(0, N), D // S
     in_d, in_r = dims < D, row < R
@@ -231,11 +254,13 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         want = tl.load(want + which, mask=in_r, other=0).to(tl.uint32)
     group = dims // d
 
-    lo, hi = c * size, tl.minimum((c + 1) * size, count)
+    lo, hi = c * size, tl.minimum(c * size + tl.minimum(size, count), count)
     mask, offset = _where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
     for t0 in tl.range(lo, hi, N, num_stages=STAGES):
         t = t0 + at
         live = t < hi
+        if K > 0:
+            offset = t * K
         if S == 64:
             word = mask.to(tl.uint64, bitcast=True)
         elif S == 16:
@@ -243,6 +268,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         else:
             word = mask.to(tl.uint32)
         key = tl.load(keys + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0, eviction_policy="evict_first")
+        logits = tl.where(live[None, :], _product(x, tl.trans(key), none) * scale, float("-inf"))
         one, g = tl.full([1, 1], 1, word.dtype), group[None, :].to(word.dtype)
         has = ((word[:, None] >> g) & one) != 0
         place = (offset[:, None] + _popcount(word[:, None] & ((one << g) - one))) * d + (dims % d)[None, :]
@@ -251,13 +277,12 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
             has = tl.max_constancy(has, [1, ALIGN])
         value = tl.load(rows + place, mask=has if DP == D else has & in_d[None, :], other=0.0, eviction_policy="evict_first")
         mask, offset = _where_rows(bits, before, tile_rows, t + N, hi, K, TILE)  # of the next block, while this one's values come
-        s = tl.where(live[None, :], _product(x, tl.trans(key), none) * scale, float("-inf"))
         take = live[None, :]
         if P > 1:
             take = (word[None, :] & select[:, None]) == want[:, None]
-        m, den, acc = _softmax_step(s, value, m, den, acc, take, P)
+        m, den, acc = _softmax_step(logits, value, m, den, acc, take, P)
 
-    lo, hi = tl.maximum(c * size - count, 0), tl.minimum((c + 1) * size - count, slots)
+    lo, hi = tl.maximum(c * size - count, 0), tl.minimum(c * size - count + tl.minimum(size, count + slots), slots)
     tail_k += seg.to(tl.int64) * W * D
     tail_v += seg.to(tl.int64) * W * D
     for t0 in tl.range(lo, hi, N, num_stages=STAGES):
@@ -267,11 +292,11 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         key = tl.load(tail_k + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
         value = tl.load(tail_v + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
         seen = live[None, :] & (order[None, :] <= tail_n - T + own[:, None])
-        s = tl.where(seen, _product(x, tl.trans(key), none) * scale, float("-inf"))
-        m, den, acc = _softmax_step(s, value, m, den, acc, (which == 0)[:, None], P)
+        logits = tl.where(seen, _product(x, tl.trans(key), none) * scale, float("-inf"))
+        m, den, acc = _softmax_step(logits, value, m, den, acc, (which == 0)[:, None], P)
 
-    if SPLIT:
-        at_row = (seg.to(tl.int64) * tl.num_programs(0) + c) * R + row
+    if SEGS > 0:
+        at_row = pid.to(tl.int64) * R + row
         tl.store(part + at_row[:, None] * D + dims[None, :], acc, mask=there)
         tl.store(part_ml + at_row * 2, m, mask=in_r)
         tl.store(part_ml + at_row * 2 + 1, den, mask=in_r)
@@ -283,17 +308,17 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
 
 
 @jit
-def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, Hkv, n_b, n_h, n, T, W, chunk, max_parts,
+def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segments, Hkv, n_b, n_h, W, chunk, programs, n, T, SEGS: tl.constexpr,
                   D: tl.constexpr, P: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """One query row of one segment: its pieces' softmaxes joined, C at a time."""
-    r, seg = tl.program_id(0), tl.program_id(1)
-    b, h = seg // Hkv, seg % Hkv
-    _, _, _, _, _, active = _pieces(n_packed + b * n_b + h * n_h, tail_first, tail_n, b, W, chunk, N)
+    r, seg, s = tl.program_id(0), tl.program_id(1), tl.arange(0, SEGS)
+    _, number, before_it = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, programs, N)
+    active, start = _pick(number, s, seg), _pick(before_it, s, seg)
     dims = tl.arange(0, DP)
     top, total, mixed = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DP], tl.float32)
     for c0 in range(0, active, C):
         c = c0 + tl.arange(0, C)
-        at = (seg.to(tl.int64) * max_parts + c) * (P * T * n) + r
+        at = (start + c).to(tl.int64) * (P * T * n) + r
         m = tl.load(part_ml + at * 2, mask=c < active, other=float("-inf"))
         den = tl.load(part_ml + at * 2 + 1, mask=c < active, other=0.0)
         o = tl.load(part + at[:, None] * D + dims[None, :], mask=(c < active)[:, None] & (dims < D)[None, :], other=0.0)
@@ -320,7 +345,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
 
     out (B, H, T, D) like q; with `sums` (B, H, T, P, D), softmax weights times values summed over what each sum takes, dropped groups
     zero; lse (B, H, T) float32 (float64 of float64): log of the sum of exp(q . k / sqrt(D)), -inf (and out 0) where there is nothing to
-    read. chunk: tokens to a program, 0: as many as fill the card once. The kernel takes D up to 256 and, with sums, S up to 32; float64
+    read. chunk: tokens to a program, 0: such that all programs run at a time. The kernel takes D up to 256 and, with sums, S up to 32; float64
     and what is larger go to the reference."""
     B, H, T, D = q.shape
     if not use_triton(impl, q) or D > 256 or (sums and packed and packed.n_groups > 32):
@@ -330,33 +355,34 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     p, tail = packed or Packed(q, q, none, None, None, none, none, none, none, none, 1, 1, 0), tail or Tail(q[:, :, :0], q, none, none)
     Hm, n, S, W = p.mask_base.size(1), H // Hkv, p.n_groups, tail.k.size(2)
     P = len(sums.select) if sums else 1
-    R, narrow, large = P * T * n, q.dtype != torch.float32, p.longest + W
+    R, narrow, segments = P * T * n, q.dtype != torch.float32, B * Hkv
     M = min(64 if narrow else 16, max(16, triton.next_power_of_2(R)))
     DP, blocks = max(16, triton.next_power_of_2(D)), -(-R // M)
     N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
     shape = dict(D=D, S=S, K=p.k, TILE=tile_size(S), P=P, M=M, N=N, DP=DP, ALIGN=D // S & -(D // S), STAGES=stages)
     variant = (q.dtype, p.bits.dtype, *shape.values())
-    if not chunk:  # one piece per program that runs at a time
-        programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
-        size = -(-((packed.keys.size(0) if packed else 0) + B * Hkv * W) // max(1, programs - B * Hkv))
-    size = max(N, -(-(chunk or size) // N) * N)
-    parts = max(1, -(-large // size))
+    programs = segments * max(1, -(-(p.longest + W) // max(chunk or N, N)))
+    if not chunk:  # as many as run at a time
+        programs = min(programs, _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks)
+    split = programs >= 2 * segments
+    programs = programs if split else segments
     out = q.new_empty(B, H, T, P, D) if sums else q.new_empty(B, H, T, D)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    part, part_ml = (torch.empty(B * Hkv * parts * R * w if parts > 1 else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
+    part, part_ml = (torch.empty(programs * R * w if split else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
     select, want = sums or (tail.count, tail.count)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    where = (Hkv, Hm, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, n, T, max(W, 1), size)
-    compiled = _attention_kernel[(parts, B * Hkv, blocks)](
+    where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), max(chunk, N) if chunk else 0, programs)
+    SEGS = triton.next_power_of_2(segments) if split else 0
+    compiled = _attention_kernel[(programs, blocks)](
         q, p.keys, p.rows, p.bits, p.before, p.tile_rows, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first,
-        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, *q.stride()[:3], **shape, SPLIT=parts > 1,
+        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape,
         num_warps=warps)
     if q.is_cuda and not chunk and variant not in _per_sm:
         _per_sm[variant] = _resident(compiled, warps, q.device)
         return packed_attention(q, packed, tail, sums, impl)  # once more, in pieces of the right size
-    if parts > 1:
-        _merge_kernel[(R, B * Hkv)](part, part_ml, p.n, tail.first, tail.count, out, lse, Hkv, *where[2:], parts, D=D, P=P, DP=DP, N=N,
-                                    C=8192 // DP, num_warps=4)
+    if split:
+        _merge_kernel[(R, segments)](part, part_ml, p.n, tail.first, tail.count, out, lse, *where, n, T, SEGS=SEGS, D=D, P=P, DP=DP, N=N,
+                                     C=8192 // DP, num_warps=4)
     return out, lse
 
 
@@ -480,4 +506,4 @@ def append_packed(packed: Packed, tail: Tail, tail_bits: Tensor, n_packed: Tenso
     _append_packed_kernel[(B,)](
         k, v, scores, enc, packed.keys, packed.rows, packed.bits, packed.token_base, packed.row_base, packed.mask_base, tail.k, tail.v, tail_bits,
         n_packed, n_tail, Hkv, max(W, 1), keep, block, *k.stride()[:2], *v.stride()[:2], D=D, S=packed.n_groups, K=packed.k,
-        HP=triton.next_power_of_2(Hkv), SHARED=Hm == 1, SCORES=scores is not None, ENCODE=enc is not None, num_warps=4)
+        HP=triton.next_power_of_2(Hkv), SHARED=Hm == 1, SCORES=scores is not None, ENCODE=enc is not None, num_warps=1 if Hkv * D <= 1024 else 4)

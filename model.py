@@ -401,7 +401,7 @@ class Steps:
     The first two steps run as they are, to warm up; `compiled`: what lies between two attentions goes through torch.compile first. A
     cache that is stepped grows as by forward, with room for n tokens reserved."""
 
-    WARM = 2
+    WARM, TUNED = 2, {"coordinate_descent_tuning": True}  # the latter: products with one row become reductions, fused with what is around
 
     def __init__(self, model: Transformer, cache: KVCache, idx: Tensor, pick, n: int, compiled: bool = False):
         self.model, self.cache, self.idx, self.pick, self.done, self.graph = model, cache, idx.clone(), pick, 0, None
@@ -413,7 +413,7 @@ class Steps:
         rows = iter(self.counts)
         self.tails = [t and t._replace(count=next(rows)) for t in tails]
         self.column, self.step = torch.tensor([[cache.length], [1]], device=idx.device)
-        self.before, self.after = (torch.compile(f, dynamic=False) if compiled else f for f in (Block.before, Block.after))
+        self.before, self.after = (torch.compile(f, dynamic=False, options=self.TUNED) if compiled else f for f in (Block.before, Block.after))
 
     @staticmethod
     def possible(model: Transformer) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import KVConfig, check
 from kernels import Packed, Tail, append_packed
-from layout import bits_to_mask, mask_dtype, mask_to_bits, row_numbers, tile_size
+from layout import bits_to_mask, mask_dtype, mask_to_bits, tile_size
 from model import storage_bytes
 from packing import pack_values
 
@@ -177,15 +177,15 @@ class PackedCache(Flat):
             return
         self.reserve(int((self.n_packed + goes).max()) - int((self.n_packed + self.n_tail).max()) + self.tail)
         t = torch.arange(width, device=k.device)
-        packed = (t < goes[:, None])[:, None]  # (B, 1, width)
+        packed = (t < goes[:, None])[:, None].expand(-1, self.mask_heads, -1)  # (B, Hm, width)
         at = self.n_packed[:, None, None] + t  # (B, 1, width) token number in its sequence
         mask = bits_to_mask(bits[:, :, :width], self.S) & packed.unsqueeze(-1)
-        here, mine = packed.expand(-1, self.Hkv, -1), packed.expand(-1, self.mask_heads, -1)
-        self.keys[(self.token_base.unsqueeze(-1) + at)[here]] = k[:, :, :width][here]
-        self.bits[(self.mask_base.unsqueeze(-1) + at)[mine]] = bits[:, :, :width][mine]
-        number = self.row_base[..., None, None] + (self.n_packed * self.k)[:, None, None, None] + row_numbers(mask)  # (B, Hkv, width, S)
-        kept = mask.expand(-1, self.Hkv, -1, -1)
-        self.rows[number[kept]] = encode(v[:, :, :width]).unflatten(-1, (self.S, -1))[kept]
+        keys, rows, bits, *_ = pack_values(k[:, :, :width], encode(v[:, :, :width]).to(k.dtype), packed, mask)
+        here = packed[:, :1].expand(-1, self.Hkv, -1)
+        self.keys[(self.token_base.unsqueeze(-1) + at)[here]] = keys
+        self.bits[(self.mask_base.unsqueeze(-1) + at)[packed]] = bits
+        first_row = (self.row_base.unsqueeze(-1) + at * self.k)[here].unsqueeze(-1)  # (tokens, 1); K rows each
+        self.rows[first_row + torch.arange(self.k, device=k.device)] = rows.view(-1, self.k, rows.size(-1))
         self.n_packed = self.n_packed + goes
 
     def append_token(self, k: Tensor, v: Tensor, scores: Tensor | None, enc: Tensor | None) -> None:
@@ -254,7 +254,7 @@ class SelectedCache(Flat):
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, like: Tensor):
         check(mask_heads in (1, n_kv_head), f"mask_heads={mask_heads}", f"1 or the {n_kv_head} KV heads", "give one of them")
         self.Hkv, self.D, self.S, self.mask_heads, self.max_len = n_kv_head, head_dim, n_groups, mask_heads, max_len
-        self.n_context = self.tail_len = 0  # columns packed, padding included; columns in the tail
+        self.n_context = self.tail_len = self.longest = 0  # columns packed, padding included; columns in the tail; most survivors of a segment
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=like.device)
@@ -299,12 +299,12 @@ class SelectedCache(Flat):
             self._set_bases()
         for name in self.LAYOUT if bits_from else ():
             setattr(self, name, getattr(bits_from, name))
-        self.n_context = C
+        self.n_context, self.longest = C, int(self.n_packed.max()) if B else 0
 
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""
         return Packed(self.keys, self.rows, self.bits, self.before, self.tile_rows, self.n_packed, self.token_base, self.row_base, self.mask_base,
-                      self.tile_base, self.S, 0, self.n_context)
+                      self.tile_base, self.S, 0, self.longest)
 
     def whole(self) -> Tail:
         """The filled part of the tail, likewise."""
@@ -352,7 +352,7 @@ class SelectedCache(Flat):
 
     def extra(self) -> dict[str, int]:
         """The numbers that, with tensors(), make up the whole cache."""
-        return {"max_len": self.max_len, "n_context": self.n_context, "tail_len": self.tail_len}
+        return {"max_len": self.max_len, "n_context": self.n_context, "tail_len": self.tail_len, "longest": self.longest}
 
     def slice(self, rows: list[int]) -> SelectedCache:
         """A copy that holds the sequences `rows` only, in that order, its packed part exactly sized; it shares nothing."""
@@ -381,6 +381,7 @@ class SelectedCache(Flat):
             setattr(out, name, torch.cat([getattr(c, name) for c in parts]))
         out.tail_k, out.tail_v = (torch.cat([F.pad(getattr(c, n), (0, 0, 0, cap - c.tail_k.size(2))) for c in parts]) for n in ("tail_k", "tail_v"))
         out._set_bases()
+        out.longest = max(c.longest for c in caches)
         return out
 
     def columns_held(self) -> Tensor:
@@ -426,4 +427,4 @@ def pack_layers(caches: Sequence[SelectedCache], k: Tensor, z: Tensor, keep: Ten
     for i, cache in enumerate(caches):
         for name, per_layer in parts.items():
             setattr(cache, name, per_layer[i])
-        cache.n_context = big.n_context
+        cache.n_context, cache.longest = big.n_context, big.longest

@@ -55,6 +55,7 @@ class Packed(NamedTuple):
     n_groups: int
     k: int  # groups every token keeps; 0: see before and tile_rows
     longest: int  # no segment holds more tokens
+    held: int  # tokens of all segments, roughly: what work is divided by
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Dense and left-aligned: k (B, Hkv, N, D), z (B, Hkv, N, D) with zeros where dropped, mask (B, Hm, N, S) bool, valid (B, Hm, N)
@@ -84,7 +85,7 @@ class Packed(NamedTuple):
         base = torch.arange(B * Hkv, device=k.device).view(B, Hkv) * N
         mask_base = torch.arange(n.numel(), device=k.device).view(n.shape) * N
         bits = torch.ones(n.numel() * N, dtype=torch.uint8, device=k.device)
-        return Packed(k.reshape(-1, D), v.reshape(-1, D), bits, None, None, n, base, base, mask_base, mask_base, 1, 1, N)
+        return Packed(k.reshape(-1, D), v.reshape(-1, D), bits, None, None, n, base, base, mask_base, mask_base, 1, 1, N, B * Hkv * N)
 
 
 class Tail(NamedTuple):
@@ -189,49 +190,24 @@ def _where_rows(bits, before, tile_rows, t, hi, K: tl.constexpr, TILE: tl.conste
 
 
 @jit
-def _segment(n_packed, tail_first, tail_n, s, Hkv, n_b, n_h, W, there):
-    """Packed tokens, tail slots, the tail's first and count of segments s; 0 where not there."""
-    b, h = s // Hkv, s % Hkv
-    count = tl.load(n_packed + b * n_b + h * n_h, mask=there, other=0).to(tl.int32)
-    first, n = (tl.load(tail_first + b, mask=there, other=0) % W).to(tl.int32), tl.load(tail_n + b, mask=there, other=0).to(tl.int32)
-    return count, tl.where(n > 0, tl.minimum(first + n, W), 0), first, n
-
-
-@jit
-def _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, programs, N: tl.constexpr):
-    """How the segments s (SEGS,) are cut into at most `programs` pieces of like size (chunk, if that is not 0): the size of each one's
-    pieces, a multiple of N, their number, and the number of pieces before."""
-    count, slots, _, _ = _segment(n_packed, tail_first, tail_n, s, Hkv, n_b, n_h, W, s < segments)
-    total = tl.where(s < segments, tl.maximum(count + slots, 1), 0)
-    if chunk == 0:
-        chunk = tl.cdiv(tl.sum(total, 0), tl.maximum(programs - segments, 1))
-    parts = tl.maximum(tl.cdiv(total, tl.cdiv(chunk, N) * N), 1)
-    size = tl.maximum(tl.cdiv(tl.cdiv(total, parts), N) * N, N)
-    number = tl.cdiv(total, size)
-    return size, number, tl.cumsum(number, 0) - number
-
-
-@jit
-def _pick(x, s, one):
-    """x[one] of x (SEGS,), s = 0, 1, ..."""
-    return tl.sum(tl.where(s == one, x, 0), 0)
+def _pieces(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, chunk, N: tl.constexpr):
+    """Of a segment: packed tokens, tail slots, the tail's first and count; the size of its pieces, equal and at most chunk, and their number."""
+    b, h = seg // Hkv, seg % Hkv
+    count, tail_n = tl.load(n_packed + b * n_b + h * n_h).to(tl.int32), tl.load(tail_n + b).to(tl.int32)
+    first = tl.load(tail_first + b).to(tl.int32) % W
+    slots = tl.where(tail_n > 0, tl.minimum(first + tail_n, W), 0)
+    total = tl.maximum(count + slots, 1)
+    size = tl.cdiv(tl.cdiv(total, tl.cdiv(total, chunk)), N) * N
+    return count, slots, first, tail_n, size, tl.cdiv(total, size)
 
 
 @jit
 def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_base, row_base, mask_base, tile_base, tail_k, tail_v, tail_first,
-                      tail_n, select, want, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, programs, Hm, n, T, q_b, q_h,
-                      q_t, SEGS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr,
-                      M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr):
+                      tail_n, select, want, out, lse, part, part_ml, scale, Hkv, n_b, n_h, W, chunk, Hm, n, T, q_b, q_h, q_t,
+                      D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+                      N: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
     """One piece of one segment: M of its R query rows over packed tokens and tail slots, N at a time. Row (sum, query, head of the group)."""
-    pid, row = tl.program_id(0), tl.program_id(1) * M + tl.arange(0, M)
-    seg, c, size = pid, 0, 2147483647
-    if SEGS > 0:  # its segment, its number there
-        s = tl.arange(0, SEGS)
-        sizes, number, before_it = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, programs, N)
-        seg = tl.sum((before_it + number <= pid).to(tl.int32), 0)
-        if seg >= segments:
-            return
-        c, size = pid - _pick(before_it, s, seg), _pick(sizes, s, seg)
+    seg, c, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)  # first pieces first: those past the end come last
     b, h, R = seg // Hkv, seg % Hkv, P * T * n
     mseg = b * Hm + (h if Hm > 1 else 0)
     keys += tl.load(token_base + seg) * D
@@ -241,7 +217,10 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
     if K == 0:
         before += mask_at
         tile_rows += tl.load(tile_base + mseg)
-    count, slots, first, tail_n = _segment(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, True)
+    count, slots, first, tail_n, size, active = _pieces(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, chunk, N)
+    if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
+        if c >= active:
+            return
     own, j, which = row // n % T, row % n, row // (T * n)  # query, head of the group, sum
     dims, at, d = tl.arange(0, DP), tl.arange(0, N), D // S
     in_d, in_r = dims < D, row < R
@@ -254,7 +233,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         want = tl.load(want + which, mask=in_r, other=0).to(tl.uint32)
     group = dims // d
 
-    lo, hi = c * size, tl.minimum(c * size + tl.minimum(size, count), count)
+    lo, hi = c * size, tl.minimum((c + 1) * size, count)
     mask, offset = _where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
     for t0 in tl.range(lo, hi, N, num_stages=STAGES):
         t = t0 + at
@@ -282,7 +261,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
             take = (word[None, :] & select[:, None]) == want[:, None]
         m, den, acc = _softmax_step(logits, value, m, den, acc, take, P)
 
-    lo, hi = tl.maximum(c * size - count, 0), tl.minimum(c * size - count + tl.minimum(size, count + slots), slots)
+    lo, hi = tl.maximum(c * size - count, 0), tl.minimum((c + 1) * size - count, slots)
     tail_k += seg.to(tl.int64) * W * D
     tail_v += seg.to(tl.int64) * W * D
     for t0 in tl.range(lo, hi, N, num_stages=STAGES):
@@ -295,8 +274,8 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         logits = tl.where(seen, _product(x, tl.trans(key), none) * scale, float("-inf"))
         m, den, acc = _softmax_step(logits, value, m, den, acc, (which == 0)[:, None], P)
 
-    if SEGS > 0:
-        at_row = pid.to(tl.int64) * R + row
+    if SPLIT:
+        at_row = (seg.to(tl.int64) * tl.num_programs(1) + c) * R + row
         tl.store(part + at_row[:, None] * D + dims[None, :], acc, mask=there)
         tl.store(part_ml + at_row * 2, m, mask=in_r)
         tl.store(part_ml + at_row * 2 + 1, den, mask=in_r)
@@ -308,17 +287,16 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
 
 
 @jit
-def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segments, Hkv, n_b, n_h, W, chunk, programs, n, T, SEGS: tl.constexpr,
-                  D: tl.constexpr, P: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, Hkv, n_b, n_h, W, chunk, n, T, parts, D: tl.constexpr, P: tl.constexpr,
+                  DP: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """One query row of one segment: its pieces' softmaxes joined, C at a time."""
-    r, seg, s = tl.program_id(0), tl.program_id(1), tl.arange(0, SEGS)
-    _, number, before_it = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, programs, N)
-    active, start = _pick(number, s, seg), _pick(before_it, s, seg)
+    r, seg = tl.program_id(0), tl.program_id(1)
+    _, _, _, _, _, active = _pieces(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, chunk, N)
     dims = tl.arange(0, DP)
     top, total, mixed = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DP], tl.float32)
     for c0 in range(0, active, C):
         c = c0 + tl.arange(0, C)
-        at = (start + c).to(tl.int64) * (P * T * n) + r
+        at = (seg.to(tl.int64) * parts + c) * (P * T * n) + r
         m = tl.load(part_ml + at * 2, mask=c < active, other=float("-inf"))
         den = tl.load(part_ml + at * 2 + 1, mask=c < active, other=0.0)
         o = tl.load(part + at[:, None] * D + dims[None, :], mask=(c < active)[:, None] & (dims < D)[None, :], other=0.0)
@@ -352,36 +330,35 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
         return packed_attention_ref(q, packed, tail, sums)
     Hkv = (packed.token_base if packed else tail.k).size(1)
     none = None if packed and tail else torch.zeros(B, Hkv, dtype=torch.int64, device=q.device)
-    p, tail = packed or Packed(q, q, none, None, None, none, none, none, none, none, 1, 1, 0), tail or Tail(q[:, :, :0], q, none, none)
+    p, tail = packed or Packed(q, q, none, None, None, none, none, none, none, none, 1, 1, 0, 0), tail or Tail(q[:, :, :0], q, none, none)
     Hm, n, S, W = p.mask_base.size(1), H // Hkv, p.n_groups, tail.k.size(2)
     P = len(sums.select) if sums else 1
-    R, narrow, segments = P * T * n, q.dtype != torch.float32, B * Hkv
+    R, narrow, segments, given = P * T * n, q.dtype != torch.float32, B * Hkv, chunk
     M = min(64 if narrow else 16, max(16, triton.next_power_of_2(R)))
     DP, blocks = max(16, triton.next_power_of_2(D)), -(-R // M)
     N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
     shape = dict(D=D, S=S, K=p.k, TILE=tile_size(S), P=P, M=M, N=N, DP=DP, ALIGN=D // S & -(D // S), STAGES=stages)
     variant = (q.dtype, p.bits.dtype, *shape.values())
-    programs = segments * max(1, -(-(p.longest + W) // max(chunk or N, N)))
-    if not chunk:  # as many as run at a time
-        programs = min(programs, _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks)
-    split = programs >= 2 * segments
-    programs = programs if split else segments
+    if not chunk:  # one piece per program, and all programs run at a time
+        programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
+        chunk = -(-(p.held + segments * W) // max(1, programs - segments))
+    size = max(N, -(-chunk // N) * N)
+    parts = max(1, -(-(p.longest + W) // size))
     out = q.new_empty(B, H, T, P, D) if sums else q.new_empty(B, H, T, D)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    part, part_ml = (torch.empty(programs * R * w if split else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
+    part, part_ml = (torch.empty(segments * parts * R * w if parts > 1 else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
     select, want = sums or (tail.count, tail.count)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), max(chunk, N) if chunk else 0, programs)
-    SEGS = triton.next_power_of_2(segments) if split else 0
-    compiled = _attention_kernel[(programs, blocks)](
+    where = (Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size)
+    compiled = _attention_kernel[(segments, parts, blocks)](
         q, p.keys, p.rows, p.bits, p.before, p.tile_rows, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first,
-        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape,
-        num_warps=warps)
-    if q.is_cuda and not chunk and variant not in _per_sm:
+        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], **shape,
+        SPLIT=parts > 1, num_warps=warps)
+    if q.is_cuda and not given and variant not in _per_sm:
         _per_sm[variant] = _resident(compiled, warps, q.device)
         return packed_attention(q, packed, tail, sums, impl)  # once more, in pieces of the right size
-    if split:
-        _merge_kernel[(R, segments)](part, part_ml, p.n, tail.first, tail.count, out, lse, *where, n, T, SEGS=SEGS, D=D, P=P, DP=DP, N=N,
+    if parts > 1:
+        _merge_kernel[(R, segments)](part, part_ml, p.n, tail.first, tail.count, out, lse, *where, n, T, parts, D=D, P=P, DP=DP, N=N,
                                      C=8192 // DP, num_warps=4)
     return out, lse
 
@@ -455,11 +432,10 @@ def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_b
         e = tl.sum(tl.reshape(z * z, (HP, S, D // S)), 2)
         if SHARED:
             e = tl.sum(e, 0)[None, :] + tl.zeros([HP, S], tl.float32)
-    word = tl.zeros([HP], tl.int64)
-    for _ in range(K):  # the largest K, of equal ones the lower group
-        best = tl.argmax(e, 1, tie_break_left=True)
-        word |= tl.full([HP], 1, tl.int64) << best
-        e = tl.where(g[None, :] == best[:, None], float("-inf"), e)
+    other, mine = e[:, None, :], e[:, :, None]  # (HP, S, S)
+    better = (other > mine) | ((other == mine) & (g[None, None, :] < g[None, :, None]))  # of equal ones the lower group
+    best = tl.sum(better.to(tl.int32), 2) < K  # (HP, S)
+    word = tl.sum(best.to(tl.int64) << g[None, :], 1)
     full = held + 1 == keep + block
     if full:
         token_at, row_at = tl.load(token_base + seg, mask=in_h, other=0), tl.load(row_base + seg, mask=in_h, other=0)

@@ -401,7 +401,8 @@ class Steps:
     The first two steps run as they are, to warm up; `compiled`: what lies between two attentions goes through torch.compile first. A
     cache that is stepped grows as by forward, with room for n tokens reserved."""
 
-    WARM, TUNED = 2, {"coordinate_descent_tuning": True}  # the latter: products with one row become reductions, fused with what is around
+    WARM = 2
+    TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True}  # products with one row become reductions, fused with what is around
 
     def __init__(self, model: Transformer, cache: KVCache, idx: Tensor, pick, n: int, compiled: bool = False):
         self.model, self.cache, self.idx, self.pick, self.done, self.graph = model, cache, idx.clone(), pick, 0, None

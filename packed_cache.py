@@ -104,7 +104,7 @@ class PackedCache(Flat):
         """The packed part, as kernels.packed_attention reads it."""
         n = self.n_packed.unsqueeze(1).expand(-1, self.mask_heads)
         return Packed(self.keys, self.rows, self.bits, None, None, n, self.token_base, self.row_base, self.mask_base, self.mask_base, self.S,
-                      self.k, self.cap)
+                      self.k, self.cap, self.B * self.Hkv * min(self.cap, self.columns))
 
     def whole(self) -> Tail:
         """The tail, likewise."""
@@ -304,7 +304,7 @@ class SelectedCache(Flat):
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""
         return Packed(self.keys, self.rows, self.bits, self.before, self.tile_rows, self.n_packed, self.token_base, self.row_base, self.mask_base,
-                      self.tile_base, self.S, 0, self.longest)
+                      self.tile_base, self.S, 0, self.longest, len(self.keys))
 
     def whole(self) -> Tail:
         """The filled part of the tail, likewise."""

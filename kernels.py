@@ -55,7 +55,8 @@ class Packed(NamedTuple):
     n_groups: int
     k: int  # groups every token keeps; 0: see before and tile_rows
     longest: int  # no segment holds more tokens
-    held: int  # tokens of all segments, roughly: what work is divided by
+    held: int  # tokens of all segments: what work is divided by
+    exact: bool = False  # whether `held` is no less than that
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Dense and left-aligned: k (B, Hkv, N, D), z (B, Hkv, N, D) with zeros where dropped, mask (B, Hm, N, S) bool, valid (B, Hm, N)
@@ -190,24 +191,35 @@ def _where_rows(bits, before, tile_rows, t, hi, K: tl.constexpr, TILE: tl.conste
 
 
 @jit
-def _pieces(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, chunk, N: tl.constexpr):
-    """Of a segment: packed tokens, tail slots, the tail's first and count; the size of its pieces, equal and at most chunk, and their number."""
-    b, h = seg // Hkv, seg % Hkv
-    count, tail_n = tl.load(n_packed + b * n_b + h * n_h).to(tl.int32), tl.load(tail_n + b).to(tl.int32)
-    first = tl.load(tail_first + b).to(tl.int32) % W
+def _pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, N: tl.constexpr):
+    """Of a segment, or of several: packed tokens, tail slots, the tail's first and count; the size of its pieces, equal and at most chunk
+    (rounded up to N), and their number, 0 for what is no segment."""
+    b, h, there = seg // Hkv, seg % Hkv, seg < segments
+    count = tl.load(n_packed + b * n_b + h * n_h, mask=there, other=0).to(tl.int32)
+    first = tl.load(tail_first + b, mask=there, other=0).to(tl.int32) % W
+    tail_n = tl.load(tail_n + b, mask=there, other=0).to(tl.int32)
     slots = tl.where(tail_n > 0, tl.minimum(first + tail_n, W), 0)
     total = tl.maximum(count + slots, 1)
     size = tl.cdiv(tl.cdiv(total, tl.cdiv(total, chunk)), N) * N
-    return count, slots, first, tail_n, size, tl.cdiv(total, size)
+    return count, slots, first, tail_n, size, tl.where(there, tl.cdiv(total, size), 0)
 
 
 @jit
 def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_base, row_base, mask_base, tile_base, tail_k, tail_v, tail_first,
-                      tail_n, select, want, out, lse, part, part_ml, scale, Hkv, n_b, n_h, W, chunk, Hm, n, T, q_b, q_h, q_t,
-                      D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-                      N: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+                      tail_n, select, want, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, parts, Hm, n, T, q_b,
+                      q_h, q_t, SEGS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+                      P: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DP: tl.constexpr, ALIGN: tl.constexpr, SPLIT: tl.constexpr,
+                      STAGES: tl.constexpr):
     """One piece of one segment: M of its R query rows over packed tokens and tail slots, N at a time. Row (sum, query, head of the group)."""
-    seg, c, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)  # first pieces first: those past the end come last
+    seg, c, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)  # pieces past a segment's end come last
+    if SEGS > 0:  # pieces of all segments in a row
+        s = tl.arange(0, SEGS)
+        _, _, _, _, _, number = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, N)
+        pid = seg
+        seg = tl.sum((tl.cumsum(number, 0) <= pid).to(tl.int32), 0)
+        c = pid - tl.sum(tl.where(s < seg, number, 0), 0)
+        if seg >= segments:
+            return
     b, h, R = seg // Hkv, seg % Hkv, P * T * n
     mseg = b * Hm + (h if Hm > 1 else 0)
     keys += tl.load(token_base + seg) * D
@@ -217,7 +229,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
     if K == 0:
         before += mask_at
         tile_rows += tl.load(tile_base + mseg)
-    count, slots, first, tail_n, size, active = _pieces(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, chunk, N)
+    count, slots, first, tail_n, size, active = _pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, N)
     if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
         if c >= active:
             return
@@ -275,7 +287,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         m, den, acc = _softmax_step(logits, value, m, den, acc, (which == 0)[:, None], P)
 
     if SPLIT:
-        at_row = (seg.to(tl.int64) * tl.num_programs(1) + c) * R + row
+        at_row = (tl.program_id(0) if SEGS > 0 else seg * parts + c).to(tl.int64) * R + row
         tl.store(part + at_row[:, None] * D + dims[None, :], acc, mask=there)
         tl.store(part_ml + at_row * 2, m, mask=in_r)
         tl.store(part_ml + at_row * 2 + 1, den, mask=in_r)
@@ -287,16 +299,21 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
 
 
 @jit
-def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, Hkv, n_b, n_h, W, chunk, n, T, parts, D: tl.constexpr, P: tl.constexpr,
-                  DP: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
+def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segments, Hkv, n_b, n_h, W, chunk, parts, n, T, SEGS: tl.constexpr,
+                  D: tl.constexpr, P: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, C: tl.constexpr):
     """One query row of one segment: its pieces' softmaxes joined, C at a time."""
     r, seg = tl.program_id(0), tl.program_id(1)
-    _, _, _, _, _, active = _pieces(n_packed, tail_first, tail_n, seg, Hkv, n_b, n_h, W, chunk, N)
+    _, _, _, _, _, active = _pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, N)
+    start = seg * parts
+    if SEGS > 0:
+        s = tl.arange(0, SEGS)
+        _, _, _, _, _, number = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, N)
+        start = tl.sum(tl.where(s < seg, number, 0), 0)
     dims = tl.arange(0, DP)
     top, total, mixed = tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([DP], tl.float32)
     for c0 in range(0, active, C):
         c = c0 + tl.arange(0, C)
-        at = (seg.to(tl.int64) * parts + c) * (P * T * n) + r
+        at = (start + c).to(tl.int64) * (P * T * n) + r
         m = tl.load(part_ml + at * 2, mask=c < active, other=float("-inf"))
         den = tl.load(part_ml + at * 2 + 1, mask=c < active, other=0.0)
         o = tl.load(part + at[:, None] * D + dims[None, :], mask=(c < active)[:, None] & (dims < D)[None, :], other=0.0)
@@ -344,22 +361,25 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
         chunk = -(-(p.held + segments * W) // max(1, programs - segments))
     size = max(N, -(-chunk // N) * N)
     parts = max(1, -(-(p.longest + W) // size))
+    bound = -(-p.held // size) + segments * (1 + -(-W // size))  # pieces of all segments, if `held` is exact
+    ragged = parts > 1 and p.exact and 4 * bound < 3 * segments * parts and segments <= 1024  # then many would have nothing to do
+    grid, SEGS = ((bound, 1), triton.next_power_of_2(segments)) if ragged else ((segments, parts), 0)
     out = q.new_empty(B, H, T, P, D) if sums else q.new_empty(B, H, T, D)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    part, part_ml = (torch.empty(segments * parts * R * w if parts > 1 else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
+    part, part_ml = (torch.empty(grid[0] * grid[1] * R * w if parts > 1 else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
     select, want = sums or (tail.count, tail.count)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    where = (Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size)
-    compiled = _attention_kernel[(segments, parts, blocks)](
+    where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size, parts)
+    compiled = _attention_kernel[(*grid, blocks)](
         q, p.keys, p.rows, p.bits, p.before, p.tile_rows, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first,
-        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], **shape,
+        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape,
         SPLIT=parts > 1, num_warps=warps)
     if q.is_cuda and not given and variant not in _per_sm:
         _per_sm[variant] = _resident(compiled, warps, q.device)
         return packed_attention(q, packed, tail, sums, impl)  # once more, in pieces of the right size
     if parts > 1:
-        _merge_kernel[(R, segments)](part, part_ml, p.n, tail.first, tail.count, out, lse, *where, n, T, parts, D=D, P=P, DP=DP, N=N,
-                                     C=8192 // DP, num_warps=4)
+        _merge_kernel[(R, segments)](part, part_ml, p.n, tail.first, tail.count, out, lse, *where, n, T, SEGS=SEGS, D=D, P=P, DP=DP,
+                                     N=N, C=8192 // DP, num_warps=4)
     return out, lse
 
 

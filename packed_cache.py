@@ -91,7 +91,10 @@ class PackedCache(Flat):
 
     def reserve(self, n_tokens: int) -> None:
         """Make room for n_tokens more per sequence."""
-        need = int((self.n_packed + self.n_tail).max()) + n_tokens - self.tail if self.B else 0
+        self._grow(int((self.n_packed + self.n_tail).max()) + n_tokens - self.tail if self.B else 0)
+
+    def _grow(self, need: int) -> None:
+        """Have room for `need` packed tokens in every segment."""
         if need > self.cap:
             old, cap = (self.keys, self.rows, self.bits), self.cap
             self._allocate(max(need, cap + cap // 4), self.keys)
@@ -172,20 +175,29 @@ class PackedCache(Flat):
 
     def _pack(self, k: Tensor, v: Tensor, bits: Tensor, goes: Tensor, encode: Callable[[Tensor], Tensor]) -> None:
         """Compress the first goes (B,) tokens of the left-aligned k, v (B, Hkv, W, D), bits (B, Hm, W)."""
-        width = int(goes.max()) if self.B else 0
+        if not self.B:
+            return
+        least, width, first, last = torch.stack((goes.min(), goes.max(), self.n_packed.min(), self.n_packed.max())).tolist()
         if width == 0:
             return
-        self.reserve(int((self.n_packed + goes).max()) - int((self.n_packed + self.n_tail).max()) + self.tail)
-        t = torch.arange(width, device=k.device)
-        packed = (t < goes[:, None])[:, None].expand(-1, self.mask_heads, -1)  # (B, Hm, width)
-        at = self.n_packed[:, None, None] + t  # (B, 1, width) token number in its sequence
-        mask = bits_to_mask(bits[:, :, :width], self.S) & packed.unsqueeze(-1)
-        keys, rows, bits, *_ = pack_values(k[:, :, :width], encode(v[:, :, :width]).to(k.dtype), packed, mask)
-        here = packed[:, :1].expand(-1, self.Hkv, -1)
-        self.keys[(self.token_base.unsqueeze(-1) + at)[here]] = keys
-        self.bits[(self.mask_base.unsqueeze(-1) + at)[packed]] = bits
-        first_row = (self.row_base.unsqueeze(-1) + at * self.k)[here].unsqueeze(-1)  # (tokens, 1); K rows each
-        self.rows[first_row + torch.arange(self.k, device=k.device)] = rows.view(-1, self.k, rows.size(-1))
+        self._grow(last + width)
+        mask = bits_to_mask(bits[:, :, :width], self.S)
+        kept = mask.byte().argsort(dim=-1, descending=True, stable=True)[..., :self.k]  # (B, Hm, width, K) groups, ascending
+        z = encode(v[:, :, :width]).unflatten(-1, (self.S, -1))
+        rows = z.gather(3, kept.expand(-1, self.Hkv, -1, -1).unsqueeze(-1).expand(-1, -1, -1, -1, z.size(-1)))  # (B, Hkv, width, K, d)
+        slots = self.rows.view(-1, self.k, rows.size(-1))  # a token's rows lie where its key lies, K for one
+        if least == width and first == last:  # every segment grows by the same tokens
+            part = slice(first, first + width)
+            for store, new in ((self.keys, k[:, :, :width]), (slots, rows), (self.bits, bits[:, :, :width])):
+                store.view(self.B, -1, self.cap, *store.shape[1:])[:, :, part] = new
+        else:
+            t = torch.arange(width, device=k.device)
+            packed = (t < goes[:, None])[:, None].expand(-1, self.mask_heads, -1)  # (B, Hm, width)
+            at = self.n_packed[:, None, None] + t  # (B, 1, width) token number in its sequence
+            here = packed[:, :1].expand(-1, self.Hkv, -1)
+            to = (self.token_base.unsqueeze(-1) + at)[here]
+            self.keys[to], slots[to] = k[:, :, :width][here], rows[here]
+            self.bits[(self.mask_base.unsqueeze(-1) + at)[packed]] = bits[:, :, :width][packed]
         self.n_packed = self.n_packed + goes
 
     def append_token(self, k: Tensor, v: Tensor, scores: Tensor | None, enc: Tensor | None) -> None:
@@ -304,7 +316,7 @@ class SelectedCache(Flat):
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""
         return Packed(self.keys, self.rows, self.bits, self.before, self.tile_rows, self.n_packed, self.token_base, self.row_base, self.mask_base,
-                      self.tile_base, self.S, 0, self.longest, len(self.keys))
+                      self.tile_base, self.S, 0, self.longest, len(self.keys), True)
 
     def whole(self) -> Tail:
         """The filled part of the tail, likewise."""

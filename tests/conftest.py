@@ -1,9 +1,13 @@
 """Fixtures that several test files use; none is used unless a file or a test asks for it."""
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels then run on CPU tensors where a test asks for them
 from runs import adapt_arguments, pretrain
 
 import lora

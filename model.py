@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import ModelConfig
-from kernels import Tail, append_tail, packed_attention
+from kernels import Tail, append_tail, packed_attention, triton
 from layout import at_least_float32
 
 
@@ -162,7 +162,7 @@ class DensePath(nn.Module):
         return attend(q, k, v, pad)
 
     def can_step(self) -> bool:
-        return True
+        return triton is not None
 
     def step(self, x, q, k, v, cache: DenseCache, tail: Tail) -> Tensor:
         append_tail(tail, k, v)
@@ -456,7 +456,6 @@ class Steps:
         return self.idx
 
 
-@torch.no_grad()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0,
              top_p: float = 1.0, seed: int = 0, stop: int | None = None, prefill_tokens: int = 0,
              compiled: bool = False) -> tuple[list[list[int]], KVCache]:

@@ -177,10 +177,11 @@ class PackedCache(Flat):
         """Compress the first goes (B,) tokens of the left-aligned k, v (B, Hkv, W, D), bits (B, Hm, W)."""
         if not self.B:
             return
-        least, width, first, last = torch.stack((goes.min(), goes.max(), self.n_packed.min(), self.n_packed.max())).tolist()
+        after = self.n_packed + goes
+        least, width, first, last, need = torch.stack((goes.min(), goes.max(), self.n_packed.min(), self.n_packed.max(), after.max())).tolist()
         if width == 0:
             return
-        self._grow(last + width)
+        self._grow(need)
         mask = bits_to_mask(bits[:, :, :width], self.S)
         kept = mask.byte().argsort(dim=-1, descending=True, stable=True)[..., :self.k]  # (B, Hm, width, K) groups, ascending
         z = encode(v[:, :, :width]).unflatten(-1, (self.S, -1))
@@ -198,7 +199,7 @@ class PackedCache(Flat):
             to = (self.token_base.unsqueeze(-1) + at)[here]
             self.keys[to], slots[to] = k[:, :, :width][here], rows[here]
             self.bits[(self.mask_base.unsqueeze(-1) + at)[packed]] = bits[:, :, :width][packed]
-        self.n_packed = self.n_packed + goes
+        self.n_packed = after
 
     def append_token(self, k: Tensor, v: Tensor, scores: Tensor | None, enc: Tensor | None) -> None:
         """append of one token per sequence, k, v (B, Hkv, 1, D), without padding, on the device alone; room must have been reserved. Its

@@ -21,7 +21,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if CUDA else [torch.float32]  # the interpreter truncates where a GPU rounds
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(triton is None, reason="the kernels need triton")]
-slow = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+slow = settings(deadline=None, max_examples=10 if CUDA else 25,  # on a GPU most time is compiling
+                 suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAN = float("nan")
 
 

@@ -18,7 +18,7 @@ from model import KVCache, Steps, generate, prefill
 from packed_cache import SelectedCache
 
 CUDA = torch.cuda.is_available()
-T = 37 if CUDA else 15  # tokens of a prompt: the interpreter is slow
+T = 37 if CUDA else 11  # tokens of a prompt: the interpreter is slow
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(triton is None, reason="steps need triton")]
@@ -71,8 +71,8 @@ def stepping(monkeypatch):
 def test_steps_give_what_forward_gives(name, stepping, monkeypatch):
     """Logits of every step equal those of forward on a cache of its own, over tails that fill and blocks that are packed, with padding; then
     both caches hold the same, host counters included, and forward goes on from either with the same logits."""
-    model, x, n = made(name), tokens(2, T).to(DEVICE), 6
-    pad = torch.tensor([0, 7], device=DEVICE)
+    model, x, n = made(name), tokens(2, T).to(DEVICE), 9 if CUDA else 4
+    pad = torch.tensor([0, 6], device=DEVICE)
     follow = tokens(2, n + 2, seed=5).to(DEVICE)
     seen: list[torch.Tensor] = []
 
@@ -112,14 +112,14 @@ def test_steps_notice_a_wrong_append(stepping, monkeypatch):
 @pytest.mark.parametrize("name", ["dense", "norm", "select"])
 def test_generate_by_steps_gives_the_same_tokens(name, stepping, monkeypatch):
     """Greedy and sampled, prompts of different lengths, with a token that stops a row: the same tokens as by forward."""
-    model, prompts, n = made(name), [tokens(n, seed=n).tolist() for n in (9, 14)], 14 if CUDA else 6
+    model, prompts, n = made(name), [tokens(n, seed=n).tolist() for n in (7, 10)], 14 if CUDA else 5
     kinds = [dict(), dict(temperature=0.8, top_k=20, top_p=0.9, seed=3)]
     stepped = [generate(model, prompts, n, **kw)[0] for kw in kinds]
-    stop = stepped[0][0][3]
+    stop = stepped[0][0][2]
     stepped.append(generate(model, prompts, n, stop=stop)[0])
     monkeypatch.setattr(Steps, "possible", staticmethod(lambda m: False))
     assert [generate(model, prompts, n, **kw)[0] for kw in kinds] == stepped[:2]
-    assert generate(model, prompts, n, stop=stop)[0] == stepped[2] and len(stepped[2][0]) <= 3
+    assert generate(model, prompts, n, stop=stop)[0] == stepped[2] and len(stepped[2][0]) <= 2
 
 
 # ----------------------------------------------------------------------------- prompts in pieces
@@ -221,7 +221,7 @@ def test_generate_refuses_a_negative_budget():
 def test_graphs_and_compilation_give_the_same_tokens(name, monkeypatch):
     """CUDA graphs, with torch.compile too, against plain forward calls: the same greedy tokens for a batch with padding, float32."""
     model, prompts = made(name), [tokens(n, seed=n).tolist() for n in (60, 33)]
-    got = [generate(model, prompts, 30, compiled=c)[0] for c in ((False, True) if name in ("dense", "norm", "select") else (False,))]
+    got = [generate(model, prompts, 30, compiled=c)[0] for c in ((False, True) if name == "norm" else (False,))]
     monkeypatch.setattr(Steps, "possible", staticmethod(lambda m: False))
     want = generate(model, prompts, 30)[0]
     assert all(g == want for g in got)

@@ -3,7 +3,7 @@
 * `packed_attention`: queries over what a packed cache stores and a dense tail. A program reads a piece of one head's tokens, each kept
   byte once, and leaves a softmax of its own; `_merge_kernel` joins the pieces by their log-sum-exp. Group g of token t lies in row
   offset(t) + popcount(mask_t & ((1 << g) - 1)) (layout.py), so the address of a value is computed per group, and loads stay 16 bytes wide.
-* `append_token`: one more token per sequence, all on the device, so that decoding can be captured in a CUDA graph.
+* `append_packed`, `append_tail`: one more token per sequence, all on the device, so that decoding can be captured in a CUDA graph.
 
 `impl`: "auto" runs the kernel on CUDA tensors and the reference elsewhere, "triton" and "torch" force one; the kernels run on CPU tensors
 in Triton's interpreter (TRITON_INTERPRET=1). None has a gradient.
@@ -13,7 +13,6 @@ slots, P sums, R = P T n rows of queries that share a KV head.
 """
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -78,7 +77,6 @@ class Packed(NamedTuple):
         z[kept] = self.rows[row[kept]]
         return k, z.flatten(-2), mask, valid
 
-
     @staticmethod
     def of_whole(k: Tensor, v: Tensor, n: Tensor) -> Packed:
         """Whole values, k, v (B, Hkv, N, D) of which the first n (B, Hm) tokens of a segment count: one group, always kept."""
@@ -138,9 +136,10 @@ def packed_attention_ref(q: Tensor, packed: Packed | None, tail: Tail | None, su
 def merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
     """One softmax over what two calls of packed_attention read apart, (out, lse) each: (B, H, T, D). Where neither read a thing: 0."""
     (x, p), (y, q) = a, b
-    w = (p - p.maximum(q).clamp_min(torch.finfo(p.dtype).min)).exp(), (q - p.maximum(q).clamp_min(torch.finfo(p.dtype).min)).exp()
-    total = (w[0] + w[1]).clamp_min(torch.finfo(p.dtype).tiny)
-    return (x * (w[0] / total).unsqueeze(-1) + y * (w[1] / total).unsqueeze(-1)).to(x.dtype)
+    top = p.maximum(q).clamp_min(torch.finfo(p.dtype).min)
+    p, q = (p - top).exp(), (q - top).exp()
+    total = (p + q).clamp_min(torch.finfo(p.dtype).tiny)
+    return (x * (p / total).unsqueeze(-1) + y * (q / total).unsqueeze(-1)).to(x.dtype)
 
 
 @jit
@@ -169,11 +168,11 @@ def _product(a, b, c):
 
 @jit
 def _softmax_step(s, v, m, den, acc, take, P: tl.constexpr):
-    """Online softmax: maximum m, sum den (M,) and weighted values acc (M, DP) after a block of logits s (M, N), in units of log 2, and values
-    v (N, DP). take, broadcastable to s: what goes into acc, where there are P > 1 sums."""
+    """Online softmax: maximum m, sum den (M,) and weighted values acc (M, DP) after a block of logits s (M, N) and values v (N, DP).
+    take, broadcastable to s: what goes into acc, where there are P > 1 sums."""
     top = tl.maximum(m, tl.max(s, 1))
     base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet
-    p, alpha = tl.exp2(s - base[:, None]), tl.exp2(m - base)
+    p, alpha = tl.exp(s - base[:, None]), tl.exp(m - base)
     den = den * alpha + tl.sum(p, 1)
     if P > 1:
         p = tl.where(take, p, 0.0)
@@ -295,7 +294,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         at_row = (seg.to(tl.int64) * n + j) * T + own
         total = tl.where(den > 0, den, 1.0)
         tl.store(out + (at_row * P + which)[:, None] * D + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=there)
-        tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r & (which == 0))
+        tl.store(lse + at_row, m + tl.log(total), mask=in_r & (which == 0))
 
 
 @jit
@@ -319,7 +318,7 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
         o = tl.load(part + at[:, None] * D + dims[None, :], mask=(c < active)[:, None] & (dims < D)[None, :], other=0.0)
         new = tl.maximum(top, tl.max(m, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        w, alpha = tl.exp2(m - base), tl.exp2(top - base)
+        w, alpha = tl.exp(m - base), tl.exp(top - base)
         total = total * alpha + tl.sum(den * w, 0)
         mixed = mixed * alpha + tl.sum(o * w[:, None], 0)
         top = new
@@ -327,7 +326,7 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
     at = (seg.to(tl.int64) * n + r % n) * T + r // n % T
     tl.store(out + (at * P + r // (T * n)) * D + dims, (mixed / total).to(out.dtype.element_ty), mask=dims < D)
     if r < T * n:
-        tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453)
+        tl.store(lse + at, top + tl.log(total))
 
 
 _per_sm: dict[tuple, int] = {}  # programs of a compiled variant that a multiprocessor holds at a time
@@ -348,6 +347,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     Hkv = (packed.token_base if packed else tail.k).size(1)
     none = None if packed and tail else torch.zeros(B, Hkv, dtype=torch.int64, device=q.device)
     p, tail = packed or Packed(q, q, none, None, None, none, none, none, none, none, 1, 1, 0, 0), tail or Tail(q[:, :, :0], q, none, none)
+    assert not tail.k.numel() or (tail.k.is_contiguous() and tail.v.is_contiguous()), "a tail is read by address: k, v must be contiguous"
     Hm, n, S, W = p.mask_base.size(1), H // Hkv, p.n_groups, tail.k.size(2)
     P = len(sums.select) if sums else 1
     R, narrow, segments, given = P * T * n, q.dtype != torch.float32, B * Hkv, chunk
@@ -372,7 +372,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size, parts)
     compiled = _attention_kernel[(*grid, blocks)](
         q, p.keys, p.rows, p.bits, p.before, p.tile_rows, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first,
-        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape,
+        tail.count, select, want, out, lse, part, part_ml, D ** -0.5, *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape,
         SPLIT=parts > 1, num_warps=warps)
     if q.is_cuda and not given and variant not in _per_sm:
         _per_sm[variant] = _resident(compiled, warps, q.device)

@@ -21,7 +21,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if CUDA else [torch.float32]  # the interpreter truncates where a GPU rounds
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(triton is None, reason="the kernels need triton")]
-slow = settings(deadline=None, max_examples=10 if CUDA else 25,  # on a GPU most time is compiling
+slow = settings(deadline=None, derandomize=True, max_examples=10 if CUDA else 25,  # on a GPU most time is compiling
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAN = float("nan")
 
@@ -124,10 +124,10 @@ def drawn(draw, sums: bool = False):
     return Setting(B, Hkv, n, D, S, K, shared, lengths, W, first, count, T, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 10 ** 6)))
 
 
-def check_error(got, plain, want, dtype):
-    """At most twice the plain version's error, plus one unit in the last place of the largest value."""
+def check_error(got, plain, want, dtype, largest: float = 4.0):
+    """At most twice the plain version's error, plus one unit in the last place of the largest number that is summed."""
     got, plain = got.cpu().double(), plain.cpu().double()
-    allowed = 2 * (plain - want).abs().max() + torch.finfo(dtype).eps * want.abs().max() + 1e-30
+    allowed = 2 * (plain - want).abs().max() + torch.finfo(dtype).eps * largest
     assert got.isfinite().all() and (got - want).abs().max() <= allowed, ((got - want).abs().max(), allowed)
 
 
@@ -142,7 +142,8 @@ def test_attention_equals_the_oracle(case, chunk, parts):
     check_error(out, plain, want, case.q.dtype)
     empty = want_lse == float("-inf")
     assert torch.equal(lse.cpu() == float("-inf"), empty) and not out.cpu()[empty].any()
-    check_error(lse.cpu().masked_fill(empty, 0), plain_lse.cpu().masked_fill(empty, 0), want_lse.masked_fill(empty, 0), torch.float32)
+    check_error(lse.cpu().masked_fill(empty, 0), plain_lse.cpu().masked_fill(empty, 0), want_lse.masked_fill(empty, 0), torch.float32,
+                float(want_lse.masked_fill(empty, 1).abs().max()))
 
 
 def finite(tail: Tail) -> Tail:

@@ -230,7 +230,7 @@ class Reader(torch.nn.Module):
     def __init__(self, answer):
         super().__init__()
         self.cfg, self.answer, self.calls = SimpleNamespace(vocab_size=257, block_size=4096), answer, []
-        self.embed_tokens, self.norm = torch.nn.Embedding(1, 1), torch.nn.LayerNorm(1)
+        self.embed_tokens, self.norm, self.layers = torch.nn.Embedding(1, 1), torch.nn.LayerNorm(1), []
 
     def new_cache(self, batch: int, max_len: int, pad: torch.Tensor | None = None):
         self.calls.append([])

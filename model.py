@@ -399,7 +399,7 @@ class Steps:
     """Decoding without the host: the whole step is one CUDA graph, replayed for every token. pick(logits (B, V), step (1,)) -> ids (B, 1).
 
     The first two steps run as they are, to warm up; `compiled`: what lies between two attentions goes through torch.compile first. A
-    cache that is stepped grows as by forward, with room for n tokens reserved."""
+    cache that is stepped grows as by forward, with room for n tokens reserved; it is the steps' alone until the last of them."""
 
     WARM = 2
     TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True}  # products with one row become reductions, fused with what is around

@@ -257,8 +257,8 @@ class SelectedCache(Flat):
     token-major, group-minor; bits (n_masks,), one per surviving token; positions (n_masks,), their columns, int16 where max_len allows,
     empty if no token but padding was dropped: then survivor i of sequence b is column n_pad[b] + i; tile_rows (tiles,) int32, the
     segment's rows before each tile of its survivors, and before (n_masks,) uint8, those of its tile before each. A survivor may have no
-    rows. Per segment, int64: n_packed and n_rows (B, Hm), its
-    survivors and rows; its first slots token_base and row_base (B, Hkv), mask_base and tile_base (B, Hm).
+    rows. Per segment, int64: n_packed and n_rows (B, Hm), its survivors and rows; its first slots token_base and row_base (B, Hkv),
+    mask_base and tile_base (B, Hm).
     Tail: tail_k, tail_v (B, Hkv, cap, D), of which tail_len columns are filled, the first tail_pad (B,) of them padding."""
 
     LAYOUT = ("bits", "positions", "before", "tile_rows", "n_packed", "n_rows", "n_pad", "token_base", "row_base", "mask_base", "tile_base")

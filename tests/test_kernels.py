@@ -239,6 +239,35 @@ def test_keeping_everything_is_dense_attention_in_any_order_and_number_of_pieces
     assert (packed_attention(q[[2, 0, 1]], turned.packed(), None, impl="triton", chunk=48)[0] - outs[2][[2, 0, 1]]).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("growing", [True, False])
+def test_more_pieces_than_one_round_of_merging_takes(growing):
+    """A long segment in pieces of 16 is joined in several rounds; what a round found is scaled when a later one has the larger logits."""
+    case = simple((610,), Hkv=1, n=2, D=256, K=2, T=2)
+    order = case.k.mean(-1).argsort(dim=-1, descending=not growing)[0, 0]  # queries of ones: logits rise or fall with the token's number
+    assert 610 > 16 * (8192 // 256)
+    case.q = torch.full_like(case.q, 2.0)
+    case.k = case.k[:, :, order]
+    at = int(case.packed.token_base)
+    case.packed.keys[at:at + 610] = case.k[0, 0].to(DEVICE)
+    out, lse = packed_attention(case.q.to(DEVICE), case.packed, case.tail, impl="triton", chunk=16)
+    plain, (want, want_lse) = packed_attention_ref(case.q.to(DEVICE), case.packed, finite(case.tail))[0], case.oracle()
+    check_error(out, plain, want, torch.float32)
+    assert (lse.cpu() - want_lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_rows_of_a_batch_do_not_influence_each_other(chunk):
+    """Other queries, keys, values and tail in row 1, infinite ones too: row 0 stays the same, bit for bit."""
+    case = simple((70, 33, 41, 90), B=2, first=[5, 2], count=[6, 7])
+    q, p, t = case.q.to(DEVICE), case.packed, case.tail
+    before = packed_attention(q, p, t, impl="triton", chunk=chunk)
+    q, keys, tail_v = q.clone(), p.keys.clone(), t.v.clone()
+    q[1], tail_v[1] = 3 - q[1], float("inf")
+    keys[int(p.token_base[1, 0]):] *= -2
+    after = packed_attention(q, p._replace(keys=keys), t._replace(v=tail_v), impl="triton", chunk=chunk)
+    assert torch.equal(before[0][0], after[0][0]) and torch.equal(before[1][0], after[1][0]) and not torch.equal(before[1][1], after[1][1])
+
+
 @pytest.mark.parametrize("T", [1, 4])
 def test_merged_is_one_softmax(T):
     """Packed and tail read apart and merged equal both read at once; a side that is empty changes nothing, two empty ones give 0."""

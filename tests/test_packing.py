@@ -17,7 +17,7 @@ from packing import pack_values, pack_values_ref, select_joint, select_top_m, ta
 pytestmark = pytest.mark.skipif(triton is None, reason="the kernels need triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-few, many = (settings(deadline=None, max_examples=n) for n in (40, 200))
+few, many = (settings(deadline=None, max_examples=n) for n in (25, 100))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -194,7 +194,7 @@ def test_pack_values_reference_equals_loops(case):
     assert_same(pack_values_ref(*case), pack_by_loops(*case))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(contexts())
 def test_pack_values_kernel_equals_reference(case):
     """Every S, D no power of two, any strides, no token to all tokens kept, one mask for all heads or one each."""

@@ -36,6 +36,7 @@ STORED = {
     "some layers": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"),
     "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
 }
+INTERPRETED = ("dense", "norm", "blocks", "linear", "pairwise", "trained maps", "select")  # what the slow interpreter runs, too
 SELECTED = {"select": dict(mask_scope="head"), "select, one mask": dict(mask_scope="shared")}
 
 
@@ -67,7 +68,7 @@ def stepping(monkeypatch):
     monkeypatch.setattr(Steps, "next", next_)
 
 
-@pytest.mark.parametrize("name", [*STORED, *SELECTED])
+@pytest.mark.parametrize("name", [n if n in INTERPRETED else pytest.param(n, marks=GPU) for n in [*STORED, *SELECTED]])
 def test_steps_give_what_forward_gives(name, stepping, monkeypatch):
     """Logits of every step equal those of forward on a cache of its own, over tails that fill and blocks that are packed, with padding; then
     both caches hold the same, host counters included, and forward goes on from either with the same logits."""

@@ -13,6 +13,7 @@ slots, P sums, R = P T n rows of queries that share a KV head.
 """
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -168,11 +169,11 @@ def _product(a, b, c):
 
 @jit
 def _softmax_step(s, v, m, den, acc, take, P: tl.constexpr):
-    """Online softmax: maximum m, sum den (M,) and weighted values acc (M, DP) after a block of logits s (M, N) and values v (N, DP).
-    take, broadcastable to s: what goes into acc, where there are P > 1 sums."""
+    """Online softmax: maximum m, sum den (M,) and weighted values acc (M, DP) after a block of logits s (M, N), in units of log 2, and
+    values v (N, DP). take, broadcastable to s: what goes into acc, where there are P > 1 sums."""
     top = tl.maximum(m, tl.max(s, 1))
     base = tl.where(top == float("-inf"), 0.0, top)  # nothing seen yet
-    p, alpha = tl.exp(s - base[:, None]), tl.exp(m - base)
+    p, alpha = tl.exp2(s - base[:, None]), tl.exp2(m - base)
     den = den * alpha + tl.sum(p, 1)
     if P > 1:
         p = tl.where(take, p, 0.0)
@@ -294,7 +295,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         at_row = (seg.to(tl.int64) * n + j) * T + own
         total = tl.where(den > 0, den, 1.0)
         tl.store(out + (at_row * P + which)[:, None] * D + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=there)
-        tl.store(lse + at_row, m + tl.log(total), mask=in_r & (which == 0))
+        tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r & (which == 0))
 
 
 @jit
@@ -318,7 +319,7 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
         o = tl.load(part + at[:, None] * D + dims[None, :], mask=(c < active)[:, None] & (dims < D)[None, :], other=0.0)
         new = tl.maximum(top, tl.max(m, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        w, alpha = tl.exp(m - base), tl.exp(top - base)
+        w, alpha = tl.exp2(m - base), tl.exp2(top - base)
         total = total * alpha + tl.sum(den * w, 0)
         mixed = mixed * alpha + tl.sum(o * w[:, None], 0)
         top = new
@@ -326,7 +327,7 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
     at = (seg.to(tl.int64) * n + r % n) * T + r // n % T
     tl.store(out + (at * P + r // (T * n)) * D + dims, (mixed / total).to(out.dtype.element_ty), mask=dims < D)
     if r < T * n:
-        tl.store(lse + at, top + tl.log(total))
+        tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453)
 
 
 _per_sm: dict[tuple, int] = {}  # programs of a compiled variant that a multiprocessor holds at a time
@@ -372,7 +373,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size, parts)
     compiled = _attention_kernel[(*grid, blocks)](
         q, p.keys, p.rows, p.bits, p.before, p.tile_rows, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first,
-        tail.count, select, want, out, lse, part, part_ml, D ** -0.5, *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape,
+        tail.count, select, want, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape,
         SPLIT=parts > 1, num_warps=warps)
     if q.is_cuda and not given and variant not in _per_sm:
         _per_sm[variant] = _resident(compiled, warps, q.device)

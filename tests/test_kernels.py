@@ -74,7 +74,7 @@ class Setting:
         self.packed = Packed(*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in packed))
         self.mask, self.here = mask.expand(-1, Hkv, -1, -1), here.expand(-1, Hkv, -1)
         self.z = z * self.mask.repeat_interleave(d, -1)
-        self.first, self.count = first, count
+        self.first, self.count, self.logit = first, count, 0.0  # the largest logit the oracle saw
         self.tail_k, self.tail_v = torch.randn(2, B, Hkv, W, D, generator=g).to(dtype)
         stored = [t.clone() for t in (self.tail_k, self.tail_v)]
         for b in range(B):
@@ -99,6 +99,7 @@ class Setting:
                     if not len(k):
                         continue
                     s = k @ self.q[b, h, t].double() / self.D ** 0.5
+                    self.logit = max(self.logit, s.abs().max().item())
                     lse[b, h, t] = s.logsumexp(0)
                     p = (s - lse[b, h, t]).exp()
                     for i, take in enumerate(takes or [None]):
@@ -124,10 +125,11 @@ def drawn(draw, sums: bool = False):
     return Setting(B, Hkv, n, D, S, K, shared, lengths, W, first, count, T, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 10 ** 6)))
 
 
-def check_error(got, plain, want, dtype, largest: float = 4.0):
-    """At most twice the plain version's error, plus one unit in the last place of the largest number that is summed."""
+def check_error(got, plain, want, dtype, logit: float = 0.0):
+    """At most twice the plain version's error, plus one unit in the last place of the largest output, plus what rounding the largest logit in
+    float32 does to its weight (the plain version's error is sometimes small by luck)."""
     got, plain = got.cpu().double(), plain.cpu().double()
-    allowed = 2 * (plain - want).abs().max() + torch.finfo(dtype).eps * largest
+    allowed = 2 * (plain - want).abs().max() + (torch.finfo(dtype).eps + 2 * torch.finfo(torch.float32).eps * logit) * want.abs().max() + 1e-30
     assert got.isfinite().all() and (got - want).abs().max() <= allowed, ((got - want).abs().max(), allowed)
 
 
@@ -139,11 +141,11 @@ def test_attention_equals_the_oracle(case, chunk, parts):
     out, lse = packed_attention(case.q.to(DEVICE), packed, tail, impl="triton", chunk=chunk)
     plain, plain_lse = packed_attention_ref(case.q.to(DEVICE), packed, tail and finite(tail))
     want, want_lse = case.oracle(packed is not None, tail is not None)
-    check_error(out, plain, want, case.q.dtype)
+    check_error(out, plain, want, case.q.dtype, case.logit)
     empty = want_lse == float("-inf")
     assert torch.equal(lse.cpu() == float("-inf"), empty) and not out.cpu()[empty].any()
     check_error(lse.cpu().masked_fill(empty, 0), plain_lse.cpu().masked_fill(empty, 0), want_lse.masked_fill(empty, 0), torch.float32,
-                float(want_lse.masked_fill(empty, 1).abs().max()))
+                case.logit)
 
 
 def finite(tail: Tail) -> Tail:
@@ -177,7 +179,7 @@ def test_sums_take_what_they_say(case, chunk):
     sums = Sums(select, torch.tensor([0] * (S + 1) + patterns, device=DEVICE))
     out, _ = packed_attention(case.q.to(DEVICE), case.packed, case.tail, sums, impl="triton", chunk=chunk)
     plain, _ = packed_attention_ref(case.q.to(DEVICE), case.packed, finite(case.tail), sums)
-    check_error(out, plain, case.oracle(takes=takes)[0], case.q.dtype)
+    check_error(out, plain, case.oracle(takes=takes)[0], case.q.dtype, case.logit)
 
 
 def simple(lengths=(70, 33), W=8, T=1, K=0, **kw) -> Setting:

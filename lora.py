@@ -111,6 +111,7 @@ class BlockRouter(Gate):
         self.current = self(args[0])
 
 
+_FIRST = {"self_attn": "q_proj", "mlp": "gate_proj"}  # runs before its siblings, on the block's input
 _PARENT = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
 
 
@@ -138,14 +139,14 @@ def attach(model: nn.Module, cfg: AdapterConfig) -> nn.Module:
                 if parent_name not in routers:
                     routers[parent_name] = BlockRouter(model.cfg.n_embd, cfg.experts, cfg.expert_topk)
                     parent.lora_router = routers[parent_name]
-                    parent.register_forward_pre_hook(routers[parent_name].before_block)
                 new = MoELoRALinear(*shape, n=cfg.experts, router=routers[parent_name])
             wide = at_least_float32(old.weight).dtype  # what is trained is never narrower: a bfloat16 weight would swallow small steps
             new.to(old.weight.device, wide)
             new.weight, new.bias = old.weight, old.bias
             setattr(parent, f"{target}_proj", new)
-        for router in routers.values():
+        for parent_name, router in routers.items():
             router.to(old.weight.device, wide)
+            getattr(block, parent_name).get_submodule(_FIRST[parent_name]).register_forward_pre_hook(router.before_block)
     return model
 
 

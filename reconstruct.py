@@ -81,9 +81,8 @@ class LinearPerPattern(Zero):
 
     def sums(self) -> Sums:
         """One per mask pattern."""
-        every = torch.full_like(self.pattern_bits, (1 << self.n_groups) - 1)
-        every[0] = 0
-        return Sums(every, self.pattern_bits)
+        bits = self.pattern_bits
+        return Sums(torch.cat((bits.new_zeros(1), bits.new_full((len(bits) - 1,), (1 << self.n_groups) - 1))), bits)
 
     def added(self, acc: Tensor) -> Tensor:
         out = torch.zeros_like(acc[..., 0, :])
@@ -103,14 +102,14 @@ class Pairwise(Zero):
         super().__init__()
         self.n_groups, self.k, d = n_groups, k, head_dim // n_groups
         self.weight = nn.Parameter(torch.zeros(n_kv_head, n_groups * (n_groups - 1), d, d))
-        self.register_buffer("off_diagonal", ~torch.eye(n_groups, dtype=torch.bool), persistent=False)
+        self.register_buffer("off_diagonal", (~torch.eye(n_groups, dtype=torch.bool)).flatten().nonzero().squeeze(-1), persistent=False)
 
     def matrix(self) -> Tensor:
         """All R_hg in place, zeros for h = g: (Hkv, D, D), rows the group rebuilt, columns the group it is rebuilt from."""
         Hkv, _, d, _ = self.weight.shape
-        full = self.weight.new_zeros(Hkv, self.n_groups, self.n_groups, d, d)
+        full = self.weight.new_zeros(Hkv, self.n_groups ** 2, d, d)
         full[:, self.off_diagonal] = self.weight
-        return full.transpose(2, 3).reshape(Hkv, self.n_groups * d, self.n_groups * d)
+        return full.unflatten(1, (self.n_groups, -1)).transpose(2, 3).reshape(Hkv, self.n_groups * d, self.n_groups * d)
 
     @torch.no_grad()
     def fit(self, cov: Tensor) -> None:
@@ -133,7 +132,7 @@ class Pairwise(Zero):
 
     def sums(self) -> Sums:
         """One per group, over the tokens that dropped it."""
-        dropped = torch.cat((self.off_diagonal.new_zeros(1, dtype=torch.int64), 1 << torch.arange(self.n_groups, device=self.weight.device)))
+        dropped = torch.cat((self.off_diagonal.new_zeros(1), 1 << torch.arange(self.n_groups, device=self.weight.device)))
         return Sums(dropped, torch.zeros_like(dropped))
 
     def added(self, acc: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def test_the_oracle_notices(change):
         q = q.roll(1, 2)
     out, _ = packed_attention(q, p._replace(rows=p.rows.nan_to_num()), t, impl="triton", chunk=32)
     with pytest.raises(AssertionError):
-        check_error(out, packed_attention_ref(case.q.to(DEVICE), case.packed, finite(case.tail))[0], case.oracle()[0], torch.float32)
+        check_error(out, packed_attention_ref(case.q.to(DEVICE), case.packed, finite(case.tail))[0], case.oracle()[0], torch.float32, case.logit)
 
 
 def test_ragged_segments_are_cut_end_to_end():
@@ -223,7 +223,7 @@ def test_ragged_segments_are_cut_end_to_end():
         finally:
             kernels._attention_kernel = launch
         assert (seen[0][1] == 1) == (lengths[0] == 700) and (lengths[0] != 700 or seen[0][0] < 4 * 11)
-        check_error(out, packed_attention_ref(case.q.to(DEVICE), case.packed, finite(case.tail))[0], case.oracle()[0], torch.float32)
+        check_error(out, packed_attention_ref(case.q.to(DEVICE), case.packed, finite(case.tail))[0], case.oracle()[0], torch.float32, case.logit)
 
 
 def test_keeping_everything_is_dense_attention_in_any_order_and_number_of_pieces():

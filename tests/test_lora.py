@@ -91,6 +91,7 @@ def recorded(model, x) -> dict[str, tuple]:
 def router_logits(model, x) -> dict[str, torch.Tensor]:
     """Name of every router -> its scores (B, T, n) in one forward, from the input of the projection or block that owns it."""
     seen = recorded(model, x)
+    seen |= {name.removesuffix(".q_proj"): io for name, io in seen.items() if name.endswith("attn.q_proj")}  # attention's input
     return {name: m.linear(seen[name.rsplit(".", 1)[0]][0]) for name, m in model.named_modules() if isinstance(m, lora.Gate)}
 
 
@@ -197,7 +198,7 @@ def test_projections_equal_explicit_loop(kind):
         else:
             parent = f"layers.{i}.{name.split('.')[0]}"
             router = model.get_submodule(parent).lora_router.linear
-            branch = (seen[parent][0], E, (router.weight, router.bias), KE)
+            branch = (seen[f"{parent}.{'q' if 'attn' in parent else 'gate'}_proj"][0], E, (router.weight, router.bias), KE)
         want = adapter_by_hand(x, branch[0], m.weight, m.bias, m.lora_A, m.lora_B, *branch[1:])
         assert (m.bias is not None) == (name[-6:] in ("q_proj", "k_proj", "v_proj"))
         assert_close(got, want)

@@ -9,10 +9,11 @@ from helpers import TINY, grouped_model, randomise, tiny_model, tokens
 
 import kernels
 import kv_router
+import lora
 import model as trunk
 import packed_cache
 import selector
-from config import KVConfig, SelectConfig
+from config import AdapterConfig, KVConfig, SelectConfig
 from kernels import triton
 from model import KVCache, Steps, generate, prefill
 from packed_cache import SelectedCache
@@ -35,8 +36,9 @@ STORED = {
     "trained maps": dict(learn_basis=True, value_router="norm", value_basis="output", mask_scope="head", prefill="exact", kv_tail=2),
     "some layers": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"),
     "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
+    "MoE-LoRA": None,
 }
-INTERPRETED = ("dense", "norm", "blocks", "linear", "pairwise", "trained maps", "select")  # what the slow interpreter runs, too
+INTERPRETED = ("dense", "MoE-LoRA", "norm", "blocks", "linear", "pairwise", "trained maps", "select")  # what the slow interpreter runs, too
 SELECTED = {"select": dict(mask_scope="head"), "select, one mask": dict(mask_scope="shared")}
 
 
@@ -48,6 +50,8 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         return kv_router.fold(selector.attach(tiny_model(dtype=dtype), kv, cfg, [tokens(2, 70, seed=1)])).to(DEVICE)
     setting = STORED[name]
     model = tiny_model(dtype=dtype) if setting is None else grouped_model(dtype=dtype, **setting)
+    if name == "MoE-LoRA":  # routers that run ahead of the projections
+        randomise(lora.attach(model, AdapterConfig(adapter="moe_lora", lora_targets="q,v,gate,down", r=2, experts=3, expert_topk=2))).eval()
     return model.to(DEVICE)
 
 

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kv_router
 from config import BaseConfig, BenchConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
 from kernels import Packed, Tail, packed_attention, packed_attention_ref
-from layout import at_least_float32, top_k_mask
+from layout import top_k_mask
 from model import DenseCache, Steps, Transformer, evaluating, prefill
 from packed_cache import PackedCache, SelectedCache
 from packing import select_top_m
@@ -60,15 +60,16 @@ class Case:
     def fill(self, k: Tensor, v: Tensor, fixed: bool) -> tuple[PackedCache | SelectedCache, Tensor]:
         """A cache of k, v (B, Hkv, C + TAIL, D), the last TAIL tokens whole, and the mask (B, Hkv, C, S) of what it kept of the others."""
         (B, Hkv, N, D), C = k.shape, k.size(2) - TAIL
-        norms = at_least_float32(v[:, :, :C]).unflatten(-1, (self.S, -1)).square().sum(-1)  # (B, Hkv, C, S)
+        norms = kv_router.group_energy(v[:, :, :C], self.S, Hkv)  # (B, Hkv, C, S)
         pad = torch.zeros(B, dtype=torch.int64, device=k.device)
         if fixed:
             K = round(self.value * self.S)
             mask = torch.cat([top_k_mask(n, K) for n in norms.split(1)])
             cache = PackedCache(B, N, Hkv, D, KVConfig(n_groups=self.S, topk_groups=K, kv_tail=TAIL), K, k)
+            groups = F.pad(mask, (0, 0, 0, TAIL), value=True)
             for a in range(0, N, 4096):
                 part = slice(a, min(a + 4096, N))
-                cache.append(k[:, :, part], v[:, :, part], F.pad(mask, (0, 0, 0, TAIL), value=True)[:, :, part], pad)
+                cache.append(k[:, :, part], v[:, :, part], groups[:, :, part], pad)
                 cache.columns += part.stop - a
             return cache, mask
         kept = count_kept(self.token, C)
@@ -213,7 +214,7 @@ def bench_decode(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
         rate = held[name] / ms[name] / 1e6
         rows.append({**common, "impl": name, "peer": peer, "ms": round(ms[name], 4), "bytes": held[name],
                      "bytes_kept": round(held[name] / dense_bytes, 4), "of_copy": round(rate / copy, 3),
-                     "gb_per_s": round(rate, 1), "copy_gb_per_s": round(copy), "ratio": round(ms[name] / ms[peer], 4)})
+                     "gb_per_s": round(rate, 3), "copy_gb_per_s": round(copy), "ratio": round(ms[name] / ms[peer], 4)})
     return rows
 
 

@@ -58,15 +58,22 @@ class Packed(NamedTuple):
     held: int  # tokens of all segments: what work is divided by
     exact: bool = False  # whether `held` is no less than that
 
-    def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Dense and left-aligned: k (B, Hkv, N, D), z (B, Hkv, N, D) with zeros where dropped, mask (B, Hm, N, S) bool, valid (B, Hm, N)
-        bool: slots that hold a token; the rest are zeros. N: the largest count."""
-        (B, Hkv), S, tile = self.token_base.shape, self.n_groups, tile_size(self.n_groups)
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Left-aligned: mask (B, Hm, N, S) bool, and valid (B, Hm, N) bool, slots that hold a token; N: the largest count."""
         N = int(self.n.max()) if self.n.numel() else 0
         valid = torch.arange(N, device=self.n.device) < self.n.unsqueeze(-1)  # (B, Hm, N)
         b, h, t = valid.nonzero(as_tuple=True)
-        at, mask = self.mask_base[b, h] + t, torch.zeros(*valid.shape, S, dtype=torch.bool, device=self.n.device)
-        mask[b, h, t] = bits_to_mask(self.bits[at], S)
+        mask = torch.zeros(*valid.shape, self.n_groups, dtype=torch.bool, device=self.n.device)
+        mask[b, h, t] = bits_to_mask(self.bits[self.mask_base[b, h] + t], self.n_groups)
+        return mask, valid
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Dense and left-aligned: k (B, Hkv, N, D), z (B, Hkv, N, D) with zeros where dropped, mask and valid as in masks; slots without a
+        token are zeros."""
+        (B, Hkv), S, tile, (mask, valid) = self.token_base.shape, self.n_groups, tile_size(self.n_groups), self.masks()
+        N = valid.size(-1)
+        b, h, t = valid.nonzero(as_tuple=True)
+        at = self.mask_base[b, h] + t
         offset = torch.zeros(valid.shape, dtype=torch.int64, device=self.n.device)
         offset[b, h, t] = t * self.k if self.k else self.tile_rows[self.tile_base[b, h] + t // tile].long() + self.before[at].long()
         row = self.row_base[..., None, None] + offset.unsqueeze(-1) + mask.long().cumsum(-1) - mask.long()  # (B, Hkv, N, S)

@@ -48,12 +48,6 @@ def bits_to_mask(bits: Tensor, n_groups: int) -> Tensor:
     return (bits.long().unsqueeze(-1) >> torch.arange(n_groups, device=bits.device) & 1).bool()
 
 
-def row_numbers(mask: Tensor) -> Tensor:
-    """Number of kept (token, group) pairs before each pair, token-major and group-minor: bool (..., T, S) -> int64 (..., T, S)."""
-    kept = mask.flatten(-2).long()
-    return (kept.cumsum(-1) - kept).view(mask.shape)
-
-
 def tile_size(n_groups: int) -> int:
     """Tokens per stored row offset: as many as keep the rows before a token of its tile below 256, at most 64."""
     return min(64, 256 // n_groups)

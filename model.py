@@ -3,7 +3,7 @@
 RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v (Qwen2); tied or untied head. Parameter
 names are Hugging Face Llama's, so a Llama, Qwen2 or Mistral state dict fits once its "model." prefix is taken off.
 
-The one seam: `Attention` hands its input and its rotated q, k, v to `self.kv_path` and gets the attention output back. Dense
+The one seam: a block hands its attention's input and rotated q, k, v to `self_attn.kv_path` and gets the attention output back. Dense
 storage is `DensePath` below; every other way of keeping keys and values is one such module in another file. A path is
 
     forward(x, q, k, v, cache, pad) -> y       x (B, T, n_embd), q (B, H, T, D), k and v (B, Hkv, T, D), y (B, H, T, D)
@@ -191,9 +191,6 @@ class Attention(nn.Module):
         """y (B, H, T, D) -> (B, T, n_embd)."""
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None) -> Tensor:
-        return self.output(self.kv_path(x, *self.project(x, cos, sin), cache, pad))
-
 
 class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig):
@@ -215,8 +212,7 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, pad)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.after(x, self.self_attn.kv_path(*self.before(x, cos, sin), cache, pad))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """forward up to its kv_path: what that gets."""

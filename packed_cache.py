@@ -349,11 +349,6 @@ class SelectedCache(Flat):
                 new[:, :, :self.tail_len] = getattr(self, name)[:, :, :self.tail_len]
                 setattr(self, name, new)
 
-    def _survivors(self) -> Tensor:
-        """Which of the N slots of each segment hold a survivor, N the largest count: (B, Hm, N) bool."""
-        N = int(self.n_packed.max()) if self.n_packed.numel() else 0
-        return torch.arange(N, device=self.bits.device) < self.n_packed.unsqueeze(-1)
-
     def unpack(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The packed part, dense and left-aligned by segment: see Packed.unpack."""
         return self.packed().unpack()
@@ -397,12 +392,17 @@ class SelectedCache(Flat):
         out.longest = max(c.longest for c in caches)
         return out
 
-    def columns_held(self) -> Tensor:
-        """Column of every survivor, like bits: (n_masks,) in the type of positions. The packed part must be exactly sized."""
+    def _columns(self, held: Tensor) -> Tensor:
+        """Column of the survivor in each slot where held (B, Hm, N): like held; any number elsewhere."""
+        slot = torch.arange(held.size(-1), device=held.device)
         if self.positions.numel():
-            return self.positions
-        held = self._survivors()
-        return (self.n_pad[:, None, None] + torch.arange(held.size(-1), device=held.device)).expand_as(held)[held].to(self.positions.dtype)
+            return self.positions[(self.mask_base.unsqueeze(-1) + slot).clamp_max(self.positions.numel() - 1)]
+        return (self.n_pad[:, None, None] + slot).expand_as(held)
+
+    def columns_held(self) -> Tensor:
+        """Column of every survivor, like bits: (n_masks,) in the type of positions."""
+        held = self.packed().masks()[1]
+        return self._columns(held)[held].to(self.positions.dtype)
 
     def truncate(self, n_columns: int) -> None:
         """Forget the columns from n_columns on (padding counted). Packed slots are given up, not freed; slice([...]) frees them."""
@@ -411,13 +411,9 @@ class SelectedCache(Flat):
         self.tail_pad = self.tail_pad.clamp_max(self.tail_len)
         if n_columns >= self.n_context:
             return
-        held = self._survivors()  # (B, Hm, N)
-        slot = torch.arange(held.size(-1), device=held.device)
-        column = (self.n_pad[:, None, None] + slot).expand_as(held)
-        if self.positions.numel():
-            column = self.positions[(self.mask_base.unsqueeze(-1) + slot).clamp_max(self.positions.numel() - 1)]  # (B, Hm, N)
-        held = held & (column < n_columns)
-        self.n_rows = (self.packed().unpack()[2] & held.unsqueeze(-1)).sum((-2, -1))
+        mask, held = self.packed().masks()  # (B, Hm, N, S), (B, Hm, N)
+        held = held & (self._columns(held) < n_columns)
+        self.n_rows = (mask & held.unsqueeze(-1)).sum((-2, -1))
         self.n_packed, self.n_pad, self.n_context = held.sum(-1), self.n_pad.clamp_max(n_columns), n_columns
 
 

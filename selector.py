@@ -32,7 +32,7 @@ from torch import Tensor
 import kv_router
 from checkpoint import copy_tensors
 from config import KVConfig, SelectConfig, check, count_kept
-from kernels import Tail, append_tail, can_append
+from kernels import Tail, append_tail
 from kv_router import ValueGroupPath, spread
 from layout import at_least_float32, top_k_mask
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
@@ -377,10 +377,6 @@ class SelectPath(ValueGroupPath):
         n_pad = torch.zeros(len(q), dtype=torch.int64, device=q.device) if pad is None else (pad - cache.columns).clamp(0, q.size(2))
         cache.append(k, v, n_pad)
         return self.attend_packed(q, cache.packed(), cache.whole())
-
-    def can_step(self) -> bool:
-        """Whether `step` has kernels for this storage."""
-        return can_append(self.D) and (self.whole or self.folded)
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, tail: Tail) -> Tensor:
         """forward for one token per sequence, on the device alone: into the tail, whose count is one up already."""

@@ -241,9 +241,11 @@ class ValueGroupPath(nn.Module):
         if T == 1:  # reads what is left of it and of all before
             cache.append(k, v, mask, n_pad, self.encode)
             return self.attend_packed(q, cache.packed(), cache.whole())
-        if self.cfg.prefill == "exact":  # a chunk reads itself whole, and of all before what is stored
+        if self.cfg.prefill == "exact" and cache.columns == T:
+            y = attend(q, k, v, pad)
+        elif self.cfg.prefill == "exact":  # a chunk reads itself whole, and of all before what is stored
             stored = cache.packed()._replace(longest=min(cache.cap, cache.columns))  # few pieces: what they hold until merged is no small part
-            y = attend(q, k, v, pad) if cache.columns == T else self.attend_packed(q, stored, cache.beside(k, v, n_pad))
+            y = self.attend_packed(q, stored, cache.beside(k, v, n_pad))
         else:
             y = self._attend_stored(q, k, v, z, mask, cache, n_old, n_pad)
         cache.append(k, v, mask, n_pad, self.encode)

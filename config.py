@@ -119,7 +119,8 @@ class AdapterConfig:
         return tuple(comma_list(self.lora_targets))
 
 
-KVS = ("dense", "value_groups", "select")
+KVS = ("dense", "value_groups", "select", "mixsga", "gqa", "cla")
+SHARED = ("mixsga", "gqa", "cla")  # KV heads, or layers, share what is stored; the whole model is trained on with it
 GROUPS = (2, 4, 8, 16, 32, 64)
 BASES = ("native", "random", "pca", "output")
 ROUTERS = ("linear", "norm", "static")
@@ -186,12 +187,54 @@ class KVConfig:
 
     def check_model(self, m: ModelConfig) -> None:
         """Raise ValueError where this storage does not fit the model's shape."""
-        if self.kv != "dense":
+        if self.kv in ("value_groups", "select"):
             check(m.head_dim % self.n_groups == 0, f"n_groups={self.n_groups} with head_dim={m.head_dim}", "S must divide D",
                   "give --n_groups of " + " or ".join(str(s) for s in GROUPS if m.head_dim % s == 0))
             check(self.kv == "select" or self.mask_scope != "shared", f"mask_scope=shared with kv={self.kv}", "a fixed K is routed in every layer",
                   "give layer or head, or --kv=select")
             self.layers(m.n_layer)
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """mixSGA's experts of grouped KV heads, and its baselines GQA and CLA (SGA 3)."""
+    group_sizes: str = opt("1,2,4", "mixsga: KV heads that each expert averages into one, a list; each must divide n_kv_head")
+    expert_ratios: str = opt("3:1:6", "mixsga: shares of the tokens that the experts take, such as 3:1:6")
+    expert_router: str = opt("learned", "mixsga: learned on the layer's input, or random (the ablation)", ("learned", "random"))
+    consistency_weight: float = opt(0.1, "mixsga: weight of the cross-entropy between the router's scores and the experts' choice")
+    lm_to_experts: bool = opt(True, "mixsga: let the language-model loss train the router, straight through the choice")
+    expert_groups: int = opt(0, "mixsga: value groups kept of --n_groups in each expert's cache, by norm; 0: all")
+    kv_share: float = opt(0.5, "gqa, cla: share of keys and values kept")
+
+    def __post_init__(self):
+        sizes, shares = comma_list(self.group_sizes), self.expert_ratios.split(":")
+        check(bool(sizes) and all(s.isdigit() and int(s) >= 1 for s in sizes), f"group_sizes={self.group_sizes!r}", "a list of head counts",
+              "give for example 1,2,4")
+        check(all(s.isdigit() for s in shares) and any(int(s) for s in shares if s.isdigit()), f"expert_ratios={self.expert_ratios!r}",
+              "whole numbers, not all 0, between colons", "give for example 3:1:6")
+        check(len(sizes) == len(shares), f"expert_ratios={self.expert_ratios} with group_sizes={self.group_sizes}", "one share for each expert",
+              f"give {len(sizes)} numbers")
+        check(self.expert_router in ("learned", "random"), f"expert_router={self.expert_router!r}", "one of learned, random", "choose one")
+        check(self.consistency_weight >= 0, f"consistency_weight={self.consistency_weight}", "is at least 0", "give for example 0.1")
+        check(self.expert_groups >= 0, f"expert_groups={self.expert_groups}", "is at least 0", "give 0 for all")
+        check(0 < self.kv_share <= 1, f"kv_share={self.kv_share}", "a share in (0, 1]", "give for example 0.5")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """KV heads averaged by each expert."""
+        return tuple(int(s) for s in comma_list(self.group_sizes))
+
+    @property
+    def ratios(self) -> tuple[Fraction, ...]:
+        """Share of the tokens of each expert, exact; they sum to 1."""
+        parts = [int(s) for s in self.expert_ratios.split(":")]
+        return tuple(Fraction(p, sum(parts)) for p in parts)
+
+    def check_model(self, m: ModelConfig) -> None:
+        """Raise ValueError where the experts do not fit the model's heads."""
+        bad = [g for g in self.sizes if m.n_kv_head % g]
+        check(not bad, f"group_sizes={self.group_sizes} with n_kv_head={m.n_kv_head}", "every size must divide the KV heads",
+              "give --group_sizes of " + ", ".join(str(g) for g in range(1, m.n_kv_head + 1) if m.n_kv_head % g == 0))
 
 
 SIGNALS = ("oracle", "observed", "future", "predictor", "predictor_query", "uniform", "random")  # relevance of a token for what follows
@@ -271,7 +314,7 @@ def _binomial(n: int, k: int) -> int:
 
 CORPORA = ("pydocs", "pycode", "shakespeare", "wikitext2", "wikitext103")
 TOKENIZERS = ("byte", "gpt2")
-STAGES = ("all", "pretrain", "adapt", "select")
+STAGES = ("all", "pretrain", "adapt", "select", "continue")
 OBJECTIVES = ("lm", "distill")
 
 
@@ -297,7 +340,8 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """What train.py does. Steps are optimizer steps; batch sizes are sequences of the *global* batch, whatever the rank count."""
-    stage: str = opt("all", "all: pretrain, then every adapter, then the table; or one stage (select: predictors of relevance)", STAGES)
+    stage: str = opt("all", "all: pretrain, then every adapter, then the table; or one stage (select: predictors of relevance; continue: all "
+                            "weights of a base, with --kv=mixsga, gqa, cla or dense)", STAGES)
     out_dir: str = opt("", "folder for everything the run leaves; empty: a fresh one under out/")
     resume: bool = opt(False, "continue the run in --out_dir from its newest valid checkpoint")
     preset: str = opt("default", "paper: the sub-token paper's settings for the adapt stage (explicit flags still win)", ("default", "paper"))
@@ -367,7 +411,7 @@ class TrainConfig:
         """Corpus of `stage` ('pretrain' or 'adapt')."""
         if stage == "pretrain":
             return self.dataset or "pydocs"
-        return self.adapt_dataset or (self.dataset if self.stage in ("adapt", "select") else "") or "pycode"
+        return self.adapt_dataset or (self.dataset if self.stage in ("adapt", "select", "continue") else "") or "pycode"
 
 
 @dataclass(frozen=True)
@@ -431,7 +475,7 @@ def from_dict(cls: type, d: dict):
     return cls(**d)
 
 
-TASKS = ("perplexity", "continuation", "needle", "needle_reuse", "variable_tracking", "multiple_choice")
+TASKS = ("perplexity", "continuation", "needle", "needle_reuse", "variable_tracking", "multiple_choice", "mixsga")
 SPLITS = ("val", "train", "test", "all")
 METHODS = ("dense", "value_groups", "select")
 
@@ -465,6 +509,12 @@ class EvalConfig:
     questions: str = opt("", "multiple_choice: a CSV file of MMLU's format, or a folder of them")
     shots: int = opt(5, "multiple_choice: worked examples before each question")
     shots_from: str = opt("", "multiple_choice: file or folder of the examples (empty: the first rows of the file itself, then not asked)")
+    mixes: str = opt("3:1:6,1:1:8", "mixsga: experts' shares, a list; SIZES@RATIOS for sizes other than 1, 2, 4, 8; +K: K value groups kept, too")
+    steps: int = opt(60, "mixsga: steps that every row trains on for")
+    lr: float = opt(1e-3, "mixsga: peak learning rate of those steps")
+    seeds: int = opt(1, "mixsga: seeds of those steps")
+    h2o: str = opt("0.8,0.6,0.4,0.2", "mixsga: shares of the tokens held under H2O's eviction, a list, for the first of --mixes and its baselines")
+    ablations: bool = opt(True, "mixsga: rows for a random router, for no consistency loss and for no language-model gradient to the router")
     batch_size: int = opt(16, "sequences at a time")
     seed: int = opt(0, "seed of windows, calibration batches and random bases")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
@@ -476,7 +526,7 @@ class EvalConfig:
             bad = [t for t in comma_list(getattr(self, name)) if t not in allowed]
             check(not bad, f"{name}={getattr(self, name)!r}", f"a list of {', '.join(allowed)}", "separate by commas")
         check(bool(comma_list(self.tasks)), f"tasks={self.tasks!r}", f"a list of {', '.join(TASKS)}", "name one at least")
-        for name in ("budgets", "token_budgets", "kv_budgets"):
+        for name in ("budgets", "token_budgets", "kv_budgets", "h2o"):
             for share in comma_list(getattr(self, name)):
                 try:
                     ok = 0 < Fraction(share) <= 1
@@ -494,6 +544,11 @@ class EvalConfig:
               "a file of them is needed", "give --questions=PATH, MMLU's CSV file or a folder of them")
         check(bool(self.questions) or not self.shots_from, f"shots_from={self.shots_from!r} without questions", "nothing is asked",
               "give --questions=PATH")
+        check("mixsga" not in comma_list(self.tasks) or comma_list(self.tasks) == ["mixsga"], f"tasks={self.tasks!r}", "mixsga trains its rows",
+              "give it alone")
+        check(self.steps >= 1 and self.seeds >= 1 and self.lr > 0, f"steps={self.steps}, seeds={self.seeds}, lr={self.lr}", "at least 1, 1 and above 0",
+              "give for example --steps=60 --seeds=2 --lr=0.001")
+        check(bool(comma_list(self.mixes)), f"mixes={self.mixes!r}", "one entry at least", "give for example 3:1:6")
         check(self.block_size >= 0 and self.seed >= 0, f"block_size={self.block_size}, seed={self.seed}", "at least 0", "give 0 or more")
         check_seed(self.seed)
         for name, allowed in (("dtype", ("auto", "float32", "bfloat16")), ("split", SPLITS)):

@@ -23,7 +23,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args
-from config import AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept, to_dict
+from config import SHARED, AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept, to_dict
 
 CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig, "base": BaseConfig}
 DEFAULT_SELECT = SelectConfig()
@@ -35,6 +35,8 @@ from torch import Tensor
 
 import checkpoint
 import kv_router
+import mixsga
+import mixsga_table
 import selector
 from data import batch, prepare_splits, same_text, whole_split
 from lora import count_trainable
@@ -56,6 +58,9 @@ def filled_cache(model: Transformer, x: Tensor, dtype: str = "float32") -> KVCac
 def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
     """What a filled cache keeps, by count. kv_kept_layers, kv_kept_model: of keys and values in compressed layers, in the whole model;
     value_keep: of the kept tokens' value groups; token_keep. A fixed K counts the whole tokens of its tail, selection the context only."""
+    if mixsga.shares(model):
+        kept = mixsga.kept_shares(model, cache)
+        return {"value_keep": 1.0, "token_keep": 1.0, "kv_kept_layers": kept, "kv_kept_model": kept}
     tokens, values, layers = [], [], []
     for p, c in zip((b.self_attn.kv_path for b in model.layers), cache.layers, strict=True):
         if isinstance(c, SelectedCache):
@@ -78,13 +83,15 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
     start = time.time()
     value = task.value(model, batch_size, dtype)
     cache, chooser = filled_cache(model, task.stored, dtype), selector.selector_of(model)
-    method = "dense" if chooser and chooser.cfg.whole else "select" if chooser else "value_groups" if kv_router.paths(model) else "dense"
-    dense, grouped = model.dense_bytes(task.stored.numel(), cache), method != "dense"
+    method = "dense" if chooser and chooser.cfg.whole else "select" if chooser else "value_groups" if kv_router.paths(model) else kv.kv if mixsga.shares(model) else "dense"
+    dense, grouped = model.dense_bytes(task.stored.numel(), cache), method in ("value_groups", "select")
     exact = not grouped or (kv.prefill == "exact" and task.query is not None)
     shares, basis = kept_shares(model, cache), kv.value_basis + "+" * kv.learn_basis if grouped else "native"
     relevance, setting = "none", ""
     if method == "value_groups":
         relevance, setting = f"fixed_k:{kv.value_router}", f"{basis} S={kv.n_groups} K={round(shares['value_keep'] * kv.n_groups)}"
+    elif mixsga.shares(model):
+        setting = mixsga.described(model)
     elif method == "select":
         relevance, setting = chooser.cfg.described(), f"{basis} S={kv.n_groups} {kv.mask_scope} {chooser.cfg.allocation}"
     setting += f" layers {kv.kv_layers}" * (grouped and kv.kv_layers != "all") + " routed" * (method == "select" and not exact)
@@ -265,6 +272,7 @@ class Shown(NamedTuple):
 def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given: set[str]) -> tuple[list[str], list[tuple[KVConfig, list]]]:
     """The methods, and every setting with what is tried in it: Ks of value groups, or ways to choose. What is wrong is said here."""
     trained = run.kv.kv != "dense"
+    check(kv.kv not in SHARED or "kv" not in given, f"kv={kv.kv}", "a whole model is trained on with it", "give --out_dir of a run of train.py --stage=continue")
     free = sorted(given & {"bases", "groups", "splits", "calibrate", "calibration", *(f.name for f in fields(KVConfig))})
     check(not (trained and free), f"{', '.join(free)} with {run.path}", "its value groups are trained with their own settings", "leave them out")
     check(not kv.learn_basis, "learn_basis", "measuring trains nothing", "train with train.py --learn_basis, then give --out_dir")
@@ -330,7 +338,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
         calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
     rows, shown = [], Shown()
-    if "dense" in methods and not trained:
+    if ("dense" in methods and not trained) or run.kv.kv in SHARED:
         rows += [row(model, task, kv=run.kv, **about) for task in todo]
     known = {r["task"]: r["value"] for r in rows}  # the dense value of every setting
     for setting, tried in plan:
@@ -368,8 +376,19 @@ def results_folder(cfg: EvalConfig, run: Run) -> Path:
     return folder
 
 
+def main_mixsga(cfg: EvalConfig) -> None:
+    """--tasks=mixsga: rows that are trained here."""
+    place = ARGS.base.place(cfg.out_dir) if cfg.out_dir or ARGS.base.init_from != "scratch" else ""
+    if not place:  # the miniature: what was not asked for is small
+        cfg = replace(cfg, **{k: v for k, v in dict(batch_size=8, sequences=48).items() if k not in ARGS.given})
+    folder = Path(cfg.results or f"out/mixsga-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    print(json.dumps(mixsga_table.run_table(cfg, ARGS.kv, ARGS.data, place, ARGS.base.options(cfg.out_dir), folder)))
+
+
 def main() -> None:
     cfg: EvalConfig = ARGS.eval
+    if comma_list(cfg.tasks) == ["mixsga"]:
+        return main_mixsga(cfg)
     device = pick_device(cfg.device)
     check_weights(ARGS.base.weights, device, cfg.dtype)
     results = Path(cfg.results or ".")

@@ -141,13 +141,12 @@ def packed_attention_ref(q: Tensor, packed: Packed | None, tail: Tail | None, su
     return (torch.stack(out, -2).view(B, H, T, -1, D) if sums else out[0].view(B, H, T, D)), lse.view(B, H, T)
 
 
-def merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """One softmax over what two calls of packed_attention read apart, (out, lse) each: (B, H, T, D). Where neither read a thing: 0."""
-    (x, p), (y, q) = a, b
-    top = p.maximum(q).clamp_min(torch.finfo(p.dtype).min)
-    p, q = (p - top).exp(), (q - top).exp()
-    total = (p + q).clamp_min(torch.finfo(p.dtype).tiny)
-    return (x * (p / total).unsqueeze(-1) + y * (q / total).unsqueeze(-1)).to(x.dtype)
+def merged(*parts: tuple[Tensor, Tensor]) -> Tensor:
+    """One softmax over what several calls of packed_attention read apart, (out, lse) each: (B, H, T, D). Where none read a thing: 0."""
+    lse = torch.stack([p[1] for p in parts])
+    weight = (lse - lse.amax(0).clamp_min(torch.finfo(lse.dtype).min)).exp()
+    weight = weight / weight.sum(0).clamp_min(torch.finfo(lse.dtype).tiny)
+    return sum(out * w.unsqueeze(-1) for (out, _), w in zip(parts, weight, strict=True)).to(parts[0][0].dtype)
 
 
 @jit

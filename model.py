@@ -267,8 +267,9 @@ class KVCache:
                 same = set(mine) == set(layer.tensors()) and set(extra) == set(layer.extra())
                 if not (same and all(mine[k].shape[-1] == t.shape[-1] or t.ndim == 1 for k, t in layer.tensors().items())):
                     raise ValueError(f"layer {i} holds another kind or size of cache")
-                for name, value in {**mine, **extra}.items():
-                    setattr(layer, name, value)
+                for name, value in {**mine, **extra}.items():  # "2.keys": of the layer's third part
+                    *part, leaf = name.split(".")
+                    setattr(layer.parts[int(part[0])] if part else layer, leaf, value)
             cache.length = int(meta["length"])
         except (SafetensorError, KeyError, ValueError, OSError) as e:
             raise ValueError(f"{path} is not a cache of this model ({e}); give a file that KVCache.save wrote for it") from None

@@ -216,7 +216,7 @@ class PackedCache(Flat):
         pick = torch.tensor(rows, device=self.bits.device)
         for name, t in self.tensors().items():
             per_row = t.view(self.B, t.size(0) // self.B, *t.shape[1:])
-            setattr(out, name, per_row[pick].reshape(-1, *t.shape[1:]))
+            setattr(out, name, per_row[pick].flatten(0, 1))
         out._set_bases()
         return out
 

@@ -40,8 +40,9 @@ from torch.overrides import TorchFunctionMode
 import checkpoint
 import kv_router
 import lora
+import mixsga
 import selector
-from config import AdapterConfig, KVConfig, ModelConfig, SelectConfig, check, from_dict, to_dict
+from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, check, from_dict, to_dict
 from model import Transformer
 from tokenizer import definition_from_gguf, from_definition, get_tokenizer, one_line
 
@@ -168,6 +169,8 @@ def load_run(where: str | os.PathLike, device: torch.device | str = "cpu", *, ba
     adapter, kv = from_dict(AdapterConfig, ckpt.config["adapter"]), from_dict(KVConfig, ckpt.config["kv"])
     if "base" not in ckpt.config:
         model = Transformer(from_dict(ModelConfig, ckpt.config["model"]))
+        if kv.kv in SHARED:
+            mixsga.attach(model, kv, from_dict(MixConfig, ckpt.config.get("mix", {})))
         load_model_state(model, ckpt.tensors.get("model", {}), str(path))
         place(model, device, getattr(torch, weights))
         return Run(model.eval(), get_tokenizer(ckpt.config["tokenizer"]), path, ckpt.config, adapter, kv, str(path), checkpoint.tensor_hash(path))
@@ -182,6 +185,7 @@ def load_run(where: str | os.PathLike, device: torch.device | str = "cpu", *, ba
 def attach_storage(model: Transformer, kv: KVConfig, select: SelectConfig, batches: list[Tensor] | None = None, seed: int = 0,
                    fit: bool = False) -> Transformer:
     """Give a model the KV paths of `kv`, in place: value groups, selecting ones, or none. Returns the model."""
+    check(kv.kv not in SHARED, f"kv={kv.kv}", "a whole model is trained on with it", "give --out_dir of a run of train.py --stage=continue")
     if kv.kv == "select":
         return selector.attach(model, kv, select, batches, seed, fit)
     return kv_router.attach(model, kv, batches, seed)

@@ -22,10 +22,10 @@ from pathlib import Path
 from statistics import mean, median
 
 from cli import exit_on_bad_input, parse_args
-from config import AdapterConfig, BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, TrainConfig, check, comma_list, to_dict
+from config import SHARED, AdapterConfig, BaseConfig, DataConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, TrainConfig, check, comma_list, to_dict
 
 CONFIGS = {"train": TrainConfig, "model": ModelConfig, "adapter": AdapterConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig,
-           "base": BaseConfig}
+           "base": BaseConfig, "mix": MixConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
 
@@ -37,6 +37,7 @@ import checkpoint
 import eval as evaluation
 import kv_router
 import lora
+import mixsga_table
 from data import batch, check_length, prepare, prepare_splits, same_text, sequential, whole_split
 from model import Transformer
 from pretrained import Run, attach_storage, base_reference, check_weights, find_checkpoint, is_foreign, load_added_state, load_run, split_added
@@ -158,6 +159,23 @@ def select_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
               "base": base_reference(loaded, folder), "base_sha256": loaded.base_sha256}
     return Stage(folder.name, model, params, corpus, tokenizer, folder, cfg.select_steps, cfg.select_batch_size, cfg.select_lr, cfg.seed, config,
                  loaded.adapter, kv, False, window, "select")
+
+
+def continue_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
+    """Train on all weights of a loaded base, its keys and values shared as --kv says."""
+    cfg: TrainConfig = args.train
+    kv = args.kv if "kv" in args.given else replace(args.kv, kv="mixsga")
+    check(kv.kv in (*SHARED, "dense"), f"kv={kv.kv} with stage=continue", f"one of {', '.join(SHARED)}, dense", "give --stage=adapt for value groups")
+    if kv.kv == "mixsga":
+        args.mix.check_model(loaded.model.cfg)
+    window = adapt_window(args, loaded)
+    corpus = corpus_of(args, "adapt", loaded.tokenizer, window)
+    name = f"{kv.kv}-s{cfg.seed}"
+    stage = mixsga_table.continued(loaded, kv, args.mix, corpus, cfg, name=name, folder=run_dir / name, steps=cfg.adapt_steps, lr=cfg.adapt_lr,
+                                   batch_size=cfg.adapt_batch_size, seed=cfg.seed, window=window,
+                                   about={"corpus": cfg.corpus("adapt"), **of_text(args, corpus)})
+    share_parameters(stage.model, w)
+    return stage
 
 
 def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256: str) -> str:
@@ -343,7 +361,7 @@ def take_back(run_dir: Path, made: list[Path]) -> None:
 def run(args) -> None:
     cfg: TrainConfig = args.train
     where = args.base.init_from
-    check(cfg.stage not in ("adapt", "select") or where != "scratch", f"stage={cfg.stage} with init_from=scratch", "a pretrained base is needed",
+    check(cfg.stage not in ("adapt", "select", "continue") or where != "scratch", f"stage={cfg.stage} with init_from=scratch", "a pretrained base is needed",
           "give --init_from=out/RUN/pretrain")
     check(cfg.stage != "pretrain" or where == "scratch", f"init_from={where!r} with stage=pretrain", "pretrained weights are adapted",
           "give --stage=adapt or all")
@@ -352,6 +370,10 @@ def run(args) -> None:
     check(cfg.stage != "select" or not unused, f"{', '.join(unused)} with stage=select", "it trains predictors alone", "leave them out")
     check(args.kv.kv != "select" or cfg.stage == "select", f"kv=select with stage={cfg.stage}", "it compresses prompts: nothing is adapted over it",
           "give --stage=select")
+    check(cfg.stage == "continue" or args.kv.kv not in SHARED, f"kv={args.kv.kv} with stage={cfg.stage}", "a whole model is trained on with it",
+          "give --stage=continue")
+    mixed = sorted(f for f in args.given if f in to_dict(args.mix))
+    check(cfg.stage == "continue" or not mixed, f"{', '.join(mixed)} with stage={cfg.stage}", "only kv=mixsga, gqa and cla read it", "give --stage=continue")
     check(cfg.stage == "adapt" or cfg.objective == "lm", f"objective={cfg.objective} with stage={cfg.stage}", "one adaptation is trained by it",
           "give --stage=adapt, or --distill_steps=N for the table")
     pretraining = sorted(f for f in args.given if f == "dataset" or f.startswith("pretrain_"))
@@ -373,6 +395,8 @@ def run(args) -> None:
                     run_all(args, run_dir, w)
                 elif cfg.stage == "select":
                     train(select_stage(args, run_dir, w, load_base(args, where, w.device)), args, w)
+                elif cfg.stage == "continue":
+                    train(continue_stage(args, run_dir, w, load_base(args, where, w.device)), args, w)
                 elif cfg.stage == "pretrain":
                     train(pretrain_stage(args, get_tokenizer(args.data.tokenizer), run_dir, w), args, w)
                 else:

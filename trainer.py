@@ -26,6 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import kv_router
 import lora
+import mixsga
 from config import AdapterConfig, KVConfig, TrainConfig, check
 from data import batch, sequential
 from layout import at_least_float32
@@ -161,7 +162,7 @@ def gradients(stage: Stage, forward, step: int, cfg: TrainConfig, w: World, stop
         share = len(xb) / stage.batch_size
         with autocast(w.device, cfg.dtype):
             loss = stage.loss(forward, xb, yb)
-        whole = loss + stage.adapter.balance_weight * lora.balance_loss(m) + stage.kv.aux_weight * kv_router.aux_loss(m)
+        whole = loss + stage.adapter.balance_weight * lora.balance_loss(m) + stage.kv.aux_weight * kv_router.aux_loss(m) + mixsga.consistency_loss(m)
         (whole * share).backward()
         total[0] += loss.item() * share
     total[1] = float(stop)
@@ -215,7 +216,7 @@ class Trainer:
             return False
         ckpt = checkpoint.load(path)
         for key in ("model", "tokenizer", "adapter", "kv", "seed", "steps", "batch_size", "block_size", "lr", "corpus", "objective", "kv_from",
-                    "select", "optimizer", "data", "tokens", "weights", "base_sha256"):
+                    "select", "mix", "optimizer", "data", "tokens", "weights", "base_sha256"):
             check(ckpt.config.get(key) == self.s.config.get(key), f"{path} was trained with {key}={ckpt.config.get(key)}",
                   f"this run says {self.s.config.get(key)}", "resume with the same flags")
         self.s.restore(ckpt.tensors)
@@ -296,7 +297,7 @@ class Trainer:
                 last_step = self.step == s.steps
                 if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or last_step:
                     self.evaluate()
-                if (cfg.sample_interval and self.step % cfg.sample_interval == 0) or (last_step and s.pretraining):
+                if (cfg.sample_interval and self.step % cfg.sample_interval == 0) or (last_step and s.name == "pretrain"):
                     self.show_sample()
                 if last_step or stopping or self.step % cfg.save_interval == 0:
                     self.save()

@@ -1,0 +1,376 @@
+"""mixSGA: who takes a token, what is stored of it, and that masked and packed executions agree; GQA, CLA and H2O beside it."""
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+from helpers import TINY, tiny_model, tokens
+
+import mixsga
+from config import KVConfig, MixConfig
+from model import KVCache, generate, lm_loss
+from packed_cache import PackedCache
+
+EIGHT = replace(TINY, n_head=8, n_kv_head=8)
+KV = {name: KVConfig(kv=name) for name in ("mixsga", "gqa", "cla")}
+
+
+def made(kv: str = "mixsga", cfg=EIGHT, dtype=torch.float64, **mix):
+    """A random model with such paths and random routers, evaluation mode."""
+    model = mixsga.attach(tiny_model(dtype=dtype, cfg=cfg), KV[kv], MixConfig(**mix))
+    torch.manual_seed(7)
+    for p in mixsga.experts(model):
+        if p.router is not None:
+            torch.nn.init.normal_(p.router.weight, std=1.0)
+    return model
+
+
+SETTINGS = {
+    "3:1:6": dict(kv="mixsga"), "1:1:0": dict(kv="mixsga", expert_ratios="1:1:0"), "two": dict(kv="mixsga", group_sizes="2,8", expert_ratios="1:3"),
+    "random": dict(kv="mixsga", expert_router="random"), "groups": dict(kv="mixsga", expert_groups=2), "gqa": dict(kv="gqa", kv_share=0.35),
+    "cla": dict(kv="cla"),
+}
+
+
+# ----------------------------------------------------------------------------- who takes a token
+
+def choice_by_hand(scores, ratios, n_pad: int):
+    """Equation 2, token by token: the best of the rest, as often as the expert has room."""
+    T, left, out = len(scores), list(range(n_pad, len(scores))), {}
+    n = T - n_pad
+    for e, r in enumerate(ratios):
+        room = len(left) if e == len(ratios) - 1 else min(len(left), math.ceil(r * n))
+        for _ in range(room):
+            best = max(left, key=lambda t: (scores[t][e].item(), -t))
+            out[best] = e
+            left.remove(best)
+    return [out.get(t) for t in range(T)]
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 30, 31])
+@pytest.mark.parametrize("ratios", ["1", "3:1", "1:1:0", "3:1:6", "0:0:1", "1:2:3:4", "1:1:1"])
+def test_expert_choice_equals_a_loop(T, ratios):
+    """One expert a token, exact counts, ties to the earlier token, padding left out: odd lengths, one to four experts."""
+    ratios = tuple(Fraction(int(p), sum(map(int, ratios.split(":")))) for p in ratios.split(":"))
+    g = torch.Generator().manual_seed(T)
+    scores = torch.randint(0, 4, (3, T, len(ratios)), generator=g).double()  # many ties
+    n_pad = [0, T // 2, T - 1]
+    valid = torch.arange(T) >= torch.tensor(n_pad)[:, None]
+    got = mixsga.expert_choice(scores, ratios, valid)
+    for b in range(3):
+        want = choice_by_hand(scores[b], ratios, n_pad[b])
+        assert [e for e in got[b].tolist()][n_pad[b]:] == want[n_pad[b]:]
+        counts = [want.count(e) for e in range(len(ratios))]
+        assert sum(counts) == T - n_pad[b] and all(c == 0 for c, r in zip(counts, ratios, strict=True) if not r)
+
+
+def test_counts_are_ceilings():
+    """Of 31 tokens at 3:1:6: ceil(9.3), ceil(3.1) and the rest."""
+    got = mixsga.expert_choice(torch.rand(1, 31, 3, generator=torch.Generator().manual_seed(0)), MixConfig().ratios, torch.ones(1, 31).bool())
+    assert got[0].bincount(minlength=3).tolist() == [10, 4, 17]
+
+
+def test_an_expert_of_share_0_is_never_chosen():
+    """Neither by choice nor by score, whatever the router says."""
+    model = made(expert_ratios="1:0:3")
+    for p in mixsga.experts(model):
+        p.router.bias.data = torch.tensor([0.0, 50.0, 0.0], dtype=torch.float64)
+    cache = model.new_cache(2, 40)
+    model(tokens(2, 20), cache)
+    for i in range(4):
+        model(tokens(2, 1, seed=i), cache)
+    for layer in cache.layers:
+        assert (layer.index != 1).all() and layer.parts[1].n_packed.sum() == 0
+
+
+def test_the_random_router_keeps_the_shares():
+    """Its scores' argmax falls on every expert as often as the ratios say, within three standard deviations."""
+    path = mixsga.GroupedHeads(replace(EIGHT, block_size=20000), KV["mixsga"], MixConfig(expert_router="random"))
+    share = path.noise.argmax(-1).bincount(minlength=3) / 20000
+    assert (share - torch.tensor([0.3, 0.1, 0.6])).abs().max() < 3 * (0.24 / 20000) ** 0.5
+
+
+# ----------------------------------------------------------------------------- what is stored and read
+
+def test_keys_may_be_averaged_before_or_after_rope():
+    """All heads of a token turn alike: the same keys."""
+    model = tiny_model(cfg=EIGHT)
+    attn, x = model.layers[0].self_attn, torch.randn(2, 9, EIGHT.n_embd, dtype=torch.float64)
+    cos, sin = model.rope_cos[:9].double(), model.rope_sin[:9].double()
+    _, k, _ = attn.project(x, cos, sin)
+    before = attn.k_proj.weight.view(4, 2, 16, -1).mean(1).flatten(0, 1), attn.k_proj.bias.view(4, 2, 16).mean(1).flatten()
+    raw = torch.nn.functional.linear(x, *before).view(2, 9, 4, 16).transpose(1, 2)
+    from model import apply_rope
+    assert (mixsga.averaged(k, 2) - apply_rope(raw, cos, sin)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("setting", [dict(expert_ratios="1:0:0"), dict(group_sizes="1", expert_ratios="1"), dict(kv="gqa", kv_share=1.0),
+                                     dict(kv="cla", kv_share=1.0)])
+def test_keeping_all_is_dense_exactly(setting):
+    """1:0:0, one expert of size 1, GQA and CLA at a share of 1: the dense model's logits, without a cache and for a prompt with one."""
+    model, dense, x = made(**setting), tiny_model(cfg=EIGHT), tokens(2, 33)
+    assert torch.equal(model(x), dense(x))
+    assert torch.equal(model(x, model.new_cache(2, 40)), dense(x))
+    model.train()
+    assert torch.equal(model(x), dense(x))
+
+
+def by_hand(model, x, index):
+    """Logits when token t's keys and values in layer l are averaged over its expert's groups: one head, one token at a time."""
+    def attend(i, q, k, v):
+        sizes = mixsga.experts(model)[i].sizes
+        k, v = k.clone(), v.clone()
+        for b in range(x.size(0)):
+            for t in range(x.size(1)):
+                size = sizes[index[i][b, t]]
+                for h in range(0, 8, size):
+                    k[b, h:h + size, t] = k[b, h:h + size, t].mean(0)
+                    v[b, h:h + size, t] = v[b, h:h + size, t].mean(0)
+        s = (q @ k.mT / q.size(-1) ** 0.5).masked_fill(~torch.ones(x.size(1), x.size(1)).tril().bool(), -math.inf)
+        return s.softmax(-1) @ v
+    h = model.embed_tokens(x)
+    cos, sin = model._rope(0, x.size(1), None)
+    for i, block in enumerate(model.layers):
+        _, q, k, v = block.before(h, cos, sin)
+        h = block.after(h, attend(i, q, k, v))
+    return model.lm_head(model.norm(h))
+
+
+@pytest.mark.parametrize("by", ["choice", "score"])
+def test_masked_equals_a_loop(by):
+    """Logits equal those of averaging by hand what the recorded experts say."""
+    model, x, seen = made(), tokens(2, 21), []
+    for p in mixsga.experts(model):
+        p.chosen = lambda *a, f=p.chosen: (seen.append(f(*a)), seen[-1])[1]
+    with mixsga.routing(model, by):
+        got = model(x)
+    assert len(seen) == 2 and all(len(s.unique()) == 3 for s in seen)
+    assert (got - by_hand(model, x, seen)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("pieces", [[26], [1] * 26, [9, 1, 1, 8, 7]])
+def test_packed_equals_masked(name, pieces):
+    """Through a cache, all at once, token by token or in pieces, with padding: the logits of decode mode without one."""
+    model, x, pad = made(**SETTINGS[name]), tokens(2, 26), torch.tensor([0, 5])
+    with torch.no_grad(), mixsga.routing(model, "score"):
+        want = model(x, pad=pad)
+        cache = model.new_cache(2, 26, pad)
+        got = torch.cat([model(part, cache) for part in x.split(pieces, 1)], 1)
+    for b in range(2):
+        assert (got[b, pad[b]:] - want[b, pad[b]:]).abs().max() < 1e-10
+
+
+def test_packed_notices_a_wrong_expert():
+    """The comparison above sees a cache that stores a token with another expert."""
+    model, x = made(), tokens(1, 12)
+    with torch.no_grad(), mixsga.routing(model, "score"):
+        want, cache = model(x), model.new_cache(1, 12)
+        model(x[:, :11], cache)
+        part = cache.layers[0].parts[0]
+        assert int(part.n_packed) > 1
+        part.keys[1] = part.keys[0]
+        assert (model(x[:, 11:], cache)[:, -1] - want[:, -1]).abs().max() > 1e-6
+
+
+def test_decoding_is_causal_and_rows_are_apart():
+    """Decode mode: no logit depends on a later token or another row. Expert choice may look ahead; it does here."""
+    model, x = made(), tokens(2, 24)
+    other = x.clone()
+    other[:, 15:] = (other[:, 15:] + 1) % 53
+    assert torch.equal(model(x)[:, :15], model(other)[:, :15])
+    assert (model(x)[:1] - model(x[:1])).abs().max() < 1e-12
+    with mixsga.routing(model, "choice"):
+        assert not torch.equal(model(x)[:, :15], model(other)[:, :15])
+
+
+def test_a_prompt_is_chosen_and_what_follows_is_scored():
+    """A prompt's experts have exact counts; tokens after it go where their scores say."""
+    model, x = made(), tokens(2, 21)
+    cache = model.new_cache(2, 40)
+    model(x, cache)
+    for layer in cache.layers:
+        assert [(layer.index == e).sum(1).flatten().tolist() for e in range(3)] == [[7, 7], [3, 3], [11, 11]]
+        assert [p.n_packed.tolist() for p in layer.parts] == [[7, 7], [3, 3], [11, 11]]
+    model(tokens(2, 1, seed=3), cache)
+    assert all(layer.columns == 22 and sum(p.n_packed for p in layer.parts).tolist() == [22, 22] for layer in cache.layers)
+
+
+# ----------------------------------------------------------------------------- bytes, and the cache as an object
+
+def test_bytes_are_those_of_the_kept_heads():
+    """The cache of a prompt holds the experts' heads, one byte of index and one of mask a token, and counters; at most 3 % more here."""
+    model, T = made(dtype=torch.float32), 150
+    cache = model.new_cache(4, T)
+    model(tokens(4, T), cache)
+    counts = {1: 45, 2: 15, 4: 90}
+    heads = sum(n * 8 // size for size, n in counts.items())
+    keys_and_values = 2 * 4 * heads * 2 * 16 * 4  # layers, sequences, heads, k and v, D, bytes
+    assert keys_and_values + 2 * 4 * T * 2 < cache.nbytes() < 1.03 * (keys_and_values + 2 * 4 * T * 2) + 2 * 3 * 4 * 8 * 20
+    assert heads / (8 * T) == 0.5
+
+
+def test_a_cla_layer_holds_nothing():
+    """Half of the layers hold keys and values, the others nothing."""
+    model = made("cla")
+    cache = model.new_cache(1, 10)
+    model(tokens(1, 10), cache)
+    assert cache.nbytes() * 2 == tiny_filled(10) and [len(c.tensors()) for c in cache.layers] == [2, 0]
+
+
+def tiny_filled(n: int) -> int:
+    """Bytes of the dense model's cache of n tokens."""
+    cache = tiny_model(cfg=EIGHT).new_cache(1, n)
+    return cache.nbytes()
+
+
+@pytest.mark.parametrize("name", ["3:1:6", "groups", "cla"])
+def test_caches_join_slice_truncate_and_are_saved(name, tmp_path):
+    """Joined caches decode like each of their rows; a saved one is the same; truncated, the tokens before go on as if no more had come."""
+    model, x, more = made(**SETTINGS[name]), tokens(3, 18), tokens(3, 4, seed=9)
+    with torch.no_grad(), mixsga.routing(model, "score"):
+        parts = [model.new_cache(n, 30) for n in (1, 2)]
+        for c, rows in zip(parts, x.split([1, 2]), strict=True):
+            model(rows, c)
+        joined = KVCache.join(parts)
+        joined.save(tmp_path / "c")
+        want = model(torch.cat((x, more), 1))[:, 18:]
+        loaded = KVCache.load(tmp_path / "c", model)
+        assert (model(more, joined) - want).abs().max() < 1e-10 and (model(more, loaded) - want).abs().max() < 1e-10
+        if name != "cla":
+            for layer in joined.layers:
+                layer.truncate(18)
+            joined.length = 18
+            joined.layers = [layer.slice([2, 0]) for layer in joined.layers]
+            assert (model(more[[2, 0]], joined) - want[[2, 0]]).abs().max() < 1e-10
+
+
+def test_generate_and_batches():
+    """generate gives each prompt of a batch what it gives it alone (prompts of one length: choice depends on a prompt's own tokens)."""
+    model, prompts = made(), [tokens(12, seed=s).tolist() for s in (1, 2)]
+    both = generate(model, prompts, 6)[0]
+    assert both == [generate(model, [p], 6)[0][0] for p in prompts]
+    assert isinstance(model.new_cache(1, 5).layers[0].parts[0], PackedCache)
+
+
+# ----------------------------------------------------------------------------- training
+
+@pytest.mark.parametrize("lm, weight", [(True, 0.0), (False, 0.5), (False, 0.0), (True, 0.5)])
+def test_gradients_reach_the_router_by_the_intended_paths(lm, weight):
+    """The language-model loss only with lm_to_experts, the consistency loss only with its weight; it moves nothing but routers."""
+    model, x = made(lm_to_experts=lm, consistency_weight=weight), tokens(2, 20)
+    model.train()
+    loss = lm_loss(model(x), tokens(2, 20, seed=5))
+    routers = [p.router.weight for p in mixsga.experts(model)]
+    got = torch.autograd.grad(loss, routers, retain_graph=True, allow_unused=True)
+    assert all((g is not None and g.abs().max() > 0) == lm for g in got)
+    extra = mixsga.consistency_loss(model)
+    named = dict(model.named_parameters())
+    moved = torch.autograd.grad(extra, list(named.values()), allow_unused=True)
+    touched = {n for n, g in zip(named, moved, strict=True) if g is not None and g.abs().max() > 0}
+    assert touched == ({n for n in named if "router" in n} if weight else set())
+
+
+def test_gradients_equal_central_differences():
+    """Of the loss by keys' and values' weights (float64, experts held still), and of the router's scores: the change of a choice's weight."""
+    model, x, y = made(consistency_weight=0.0), tokens(1, 11), tokens(1, 11, seed=4)
+    model.train()
+    held = {}
+    for i, p in enumerate(mixsga.experts(model)):
+        p.chosen = lambda *a, f=p.chosen, i=i: held.setdefault(i, f(*a))
+    w = model.layers[0].self_attn.v_proj.weight
+    g, = torch.autograd.grad(lm_loss(model(x), y), [w])
+    for at in ((0, 0), (17, 3), (101, 20)):
+        with torch.no_grad():
+            w[at] += 1e-6
+            up = lm_loss(model(x), y)
+            w[at] -= 2e-6
+            down = lm_loss(model(x), y)
+            w[at] += 1e-6
+        assert ((up - down) / 2e-6 - g[at]).abs() < 1e-6
+
+
+def test_agreement_rises_with_the_consistency_loss():
+    """Trained on it alone, the largest score becomes the choice for nearly all tokens; without it they agree less."""
+    shares = []
+    for weight in (1.0, 0.0):
+        model, x = made(consistency_weight=weight, dtype=torch.float32), tokens(4, 60)
+        model.train()
+        opt = torch.optim.Adam([p for m in mixsga.experts(model) for p in m.router.parameters()], lr=0.02)
+        for _ in range(150):
+            opt.zero_grad()
+            model(x)
+            loss = mixsga.consistency_loss(model)
+            loss.backward()
+            opt.step()
+        shares.append(torch.stack([p.agreement for p in mixsga.experts(model)]).mean().item())
+    assert shares[0] > 0.95 > shares[1]
+
+
+# ----------------------------------------------------------------------------- baselines, refusals
+
+@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [2] * 4), ("0.25", 3, [4] * 3), ("0.35", 10, [2] * 4 + [4] * 6), ("0.75", 4, [1, 1, 2, 2]),
+                                                  ("1", 2, [1, 1]), ("0.13", 5, [8] * 5)])
+def test_gqa_keeps_at_most_its_share(share, n_layer, want):
+    """Two neighbouring group sizes, at most the share and as near as whole layers allow."""
+    assert mixsga.gqa_sizes(Fraction(share), n_layer, 8) == want
+    assert sum(Fraction(1, g) for g in want) / n_layer <= Fraction(share)
+
+
+@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [0, 0, 2, 2]), ("0.5", 5, [0, 0, 2, 2, 4]), ("0.25", 10, [0, 0, 0, 0, 4, 4, 4, 7, 7, 7]), ("1", 3, [0, 1, 2])])
+def test_cla_keeps_whole_layers(share, n_layer, want):
+    """ceil(share n_layer) layers have keys and values of their own, spread evenly; each reads the nearest below it."""
+    got = mixsga.cla_sources(Fraction(share), n_layer)
+    assert got == want and len(set(got)) == math.ceil(Fraction(share) * n_layer)
+
+
+def h2o_by_hand(q, k, v, keep: float):
+    """One sequence, one layer, token by token with Python lists."""
+    H, T, D = q.shape
+    n, held, total, out = math.ceil(keep * T), [], {}, torch.zeros_like(q)
+    for t in range(T):
+        held.append(t)
+        total[t] = 0.0
+        for h in range(H):
+            g = h // (H // k.size(0))
+            p = (k[g, held] @ q[h, t] / D ** 0.5).softmax(0)
+            out[h, t] = p @ v[g, held]
+            for j, w in zip(held, p.tolist(), strict=True):
+                total[j] += w
+        old = [j for j in held if j <= t - n // 2]
+        if len(held) > n and old:
+            held.remove(min(old, key=lambda j: total[j]))
+    return out
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
+def test_h2o_equals_a_loop(keep):
+    """Heavy hitters and the newest half, one eviction a token; 1 is attention; padding is not held."""
+    g = torch.Generator().manual_seed(0)
+    q, (k, v) = torch.randn(2, 6, 23, 8, generator=g).double(), torch.randn(2, 2, 3, 23, 8, generator=g).double()
+    got = mixsga.h2o_attention(q, k, v, keep)
+    for b in range(2):
+        assert (got[b] - h2o_by_hand(q[b], k[b], v[b], keep)).abs().max() < 1e-12
+
+
+def test_h2o_reaches_every_path():
+    """Under routing(h2o=...) all paths read what is held; at 1 they read as before; after the `with` too."""
+    for name in ("3:1:6", "gqa", "cla"):
+        model, x = made(**SETTINGS[name]), tokens(1, 20)
+        want = model(x)
+        with mixsga.routing(model, h2o=0.3):
+            assert (model(x) - want).abs().max() > 1e-3
+        assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("flags, message", [(dict(group_sizes="1,3", expert_ratios="1:1"), "n_kv_head=8"), (dict(group_sizes="1,2"), "2 numbers"),
+                                            (dict(expert_ratios="0:0:0"), "not all 0"), (dict(expert_ratios="1:x:2"), "whole numbers"),
+                                            (dict(kv_share=0.0), "(0, 1]"), (dict(expert_groups=5), "at most S"), (dict(consistency_weight=-1.0), "at least 0")])
+def test_refusals_are_one_line(flags, message):
+    """Heads that no group divides, shares that are none: what came, what is allowed, what to do."""
+    with pytest.raises(ValueError) as e:
+        mixsga.attach(tiny_model(cfg=EIGHT), KV["mixsga"], MixConfig(**flags))
+    assert message in str(e.value) and "\n" not in str(e.value)

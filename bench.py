@@ -23,7 +23,8 @@ import time
 from statistics import median
 
 from cli import exit_on_bad_input, parse_args
-from config import AdapterConfig, BaseConfig, BenchConfig, KVConfig, ModelConfig, SelectConfig, check
+from config import AdapterConfig, BaseConfig, KVConfig, ModelConfig, SelectConfig, check
+from measure_config import BenchConfig
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     argv = [f"--what={sys.argv[1]}", *sys.argv[2:]] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else sys.argv[1:]

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kv_router
-from config import BaseConfig, BenchConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
+from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
 from kernels import Packed, Tail, packed_attention, packed_attention_ref
 from layout import top_k_mask
+from measure_config import BenchConfig
 from model import DenseCache, Steps, Transformer, evaluating, prefill
 from packed_cache import PackedCache, SelectedCache
 from packing import select_top_m

@@ -23,7 +23,8 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args
-from config import SHARED, AdapterConfig, BaseConfig, DataConfig, EvalConfig, KVConfig, SelectConfig, check, comma_list, count_kept, to_dict
+from config import SHARED, AdapterConfig, BaseConfig, DataConfig, KVConfig, SelectConfig, check, comma_list, count_kept, to_dict
+from measure_config import EvalConfig
 
 CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig, "base": BaseConfig}
 DEFAULT_SELECT = SelectConfig()
@@ -83,7 +84,8 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
     start = time.time()
     value = task.value(model, batch_size, dtype)
     cache, chooser = filled_cache(model, task.stored, dtype), selector.selector_of(model)
-    method = "dense" if chooser and chooser.cfg.whole else "select" if chooser else "value_groups" if kv_router.paths(model) else kv.kv if mixsga.shares(model) else "dense"
+    grouping = kv.kv if mixsga.shares(model) else "value_groups" if kv_router.paths(model) else "dense"
+    method = grouping if chooser is None else "dense" if chooser.cfg.whole else "select"
     dense, grouped = model.dense_bytes(task.stored.numel(), cache), method in ("value_groups", "select")
     exact = not grouped or (kv.prefill == "exact" and task.query is not None)
     shares, basis = kept_shares(model, cache), kv.value_basis + "+" * kv.learn_basis if grouped else "native"
@@ -272,7 +274,8 @@ class Shown(NamedTuple):
 def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given: set[str]) -> tuple[list[str], list[tuple[KVConfig, list]]]:
     """The methods, and every setting with what is tried in it: Ks of value groups, or ways to choose. What is wrong is said here."""
     trained = run.kv.kv != "dense"
-    check(kv.kv not in SHARED or "kv" not in given, f"kv={kv.kv}", "a whole model is trained on with it", "give --out_dir of a run of train.py --stage=continue")
+    check(kv.kv not in SHARED or "kv" not in given, f"kv={kv.kv}", "a whole model is trained on with it",
+          "give --out_dir of a run of train.py --stage=continue")
     free = sorted(given & {"bases", "groups", "splits", "calibrate", "calibration", *(f.name for f in fields(KVConfig))})
     check(not (trained and free), f"{', '.join(free)} with {run.path}", "its value groups are trained with their own settings", "leave them out")
     check(not kv.learn_basis, "learn_basis", "measuring trains nothing", "train with train.py --learn_basis, then give --out_dir")
@@ -382,7 +385,8 @@ def main_mixsga(cfg: EvalConfig) -> None:
     if not place:  # the miniature: what was not asked for is small
         cfg = replace(cfg, **{k: v for k, v in dict(batch_size=8, sequences=48).items() if k not in ARGS.given})
     folder = Path(cfg.results or f"out/mixsga-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    print(json.dumps(mixsga_table.run_table(cfg, ARGS.kv, ARGS.data, place, ARGS.base.options(cfg.out_dir), folder)))
+    kv = ARGS.kv if "kv_tail" in ARGS.given else replace(ARGS.kv, kv_tail=mixsga_table.TAIL)
+    print(json.dumps(mixsga_table.run_table(cfg, kv, ARGS.data, place, ARGS.base.options(cfg.out_dir), folder)))
 
 
 def main() -> None:

@@ -6,14 +6,18 @@ and no weight is added but a router per layer, E scores for a token. Kept of key
 
 * Training and prompts, expert choice (equation 2): expert 1 takes the ceil(rho_1 T) tokens that score highest, expert 2 as many of the
   rest, the last what remains: exact counts, one expert to a token. A token's expert then depends on the whole prompt.
-* Decoding (equation 3): a token goes to the expert of its largest score, which needs no other token.
+* Decoding (equation 3): a token goes to the expert of its largest score, which needs no later token.
 * The consistency loss (equations 4-5), a cross-entropy between scores and choice, makes the second agree with the first.
 
 Two executions: *masked* without a cache (averages in full-size tensors, differentiable), *packed* with one: a PackedCache per expert with
 as many heads as it keeps, attention over all of them merged by log-sum-exp. An expert's cache may hold value groups, too.
 
-Open in the paper, our reading: the choice passes the language-model loss to the scores straight through (`lm_to_experts`), the router's
-input is detached, and the cross-entropy is taken over the scores' logits, which have the same argmax and do not saturate. Averaging keys
+Ours, for GQA and CLA as well (what each is worth: docs/log.md): the newest `kv_tail` tokens are read whole and join their expert after
+that; heads are reordered and turned, exactly, until those averaged are alike (`align`); routers start from what averaging a token would
+cost (`calibrate`); their scores are taken relative to their running mean.
+
+Open in the paper, our reading: the router's input is detached and the language-model loss does not reach it (`lm_to_experts`: straight
+through the choice); the cross-entropy is taken over the scores' logits, which have the same argmax and do not saturate. Averaging keys
 before or after RoPE is the same, since all heads of a token turn alike. Experts of share 0 are never chosen.
 
     python train.py --stage=continue --kv=mixsga --expert_ratios=3:1:6 --init_from=out/RUN/pretrain
@@ -23,6 +27,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -36,10 +41,12 @@ from config import KVConfig, MixConfig, ModelConfig, check
 from kernels import Tail, merged, packed_attention
 from kv_router import group_energy, spread
 from layout import at_least_float32, top_k_mask
-from model import DenseCache, attend, attention_mask
+from model import DenseCache, KVCache, attend, attention_mask, storage_bytes
 from packed_cache import PackedCache
 
 PADDING = 255  # in an index of experts
+PRIOR = 32  # tokens of mean 0 that a running mean of scores begins with
+ROUTER_RATE = 10.0  # a router learns that much faster than the rest
 
 
 # ----------------------------------------------------------------------------- who takes a token
@@ -63,16 +70,39 @@ def averaged(t: Tensor, size: int) -> Tensor:
     return t if size == 1 else t.unflatten(1, (-1, size)).mean(2)
 
 
-# ----------------------------------------------------------------------------- reading under eviction
+# ----------------------------------------------------------------------------- reading
 
-def h2o_attention(q: Tensor, k: Tensor, v: Tensor, keep: float, pad: Tensor | None = None) -> Tensor:
-    """Causal attention while a heavy-hitter cache of n = ceil(keep T) tokens evicts as it decodes (arXiv 2306.14048).
+def near(T: int, w: int, device) -> Tensor:
+    """True where key j is among the newest w tokens for query i, itself included: (T, T) bool."""
+    at = torch.arange(T, device=device)
+    return at[:, None] - at < w
+
+
+def attend_near(q: Tensor, k: Tensor, v: Tensor, whole: tuple[Tensor, Tensor], w: int, pad: Tensor | None = None) -> Tensor:
+    """Causal attention over k, v (B, Hkv, T, D), but over `whole`, of the same shapes, for the newest w tokens of every query. One softmax
+    over both, each masked where the other is read."""
+    if not w:
+        return attend(q, k, v, pad)
+    T = q.size(2)
+    visible, close = attention_mask(T, T, pad, q.device), near(T, w, q.device)
+    mask = torch.cat((visible & ~close, visible & close), -1)
+    return F.scaled_dot_product_attention(q, torch.cat((k, whole[0]), 2), torch.cat((v, whole[1]), 2), attn_mask=mask,
+                                          enable_gqa=q.size(1) != k.size(1))
+
+
+def h2o_attention(q: Tensor, k: Tensor, v: Tensor, keep: float, pad: Tensor | None = None, whole: tuple[Tensor, Tensor] | None = None,
+                  w: int = 0) -> Tensor:
+    """attend_near while a heavy-hitter cache of n = ceil(keep T) tokens evicts as it decodes (arXiv 2306.14048).
 
     q (B, H, T, D), k, v (B, Hkv, T, D). Token by token: the new one reads what is held and itself; each held token's weights are added
     up; when more than n are held the one with the least weight so far goes, the newest n // 2 excepted. One choice for all heads of a layer."""
     B, H, T, D = q.shape
-    n = math.ceil(keep * T)
-    logits = at_least_float32((q * D ** -0.5).view(B, k.size(1), -1, T, D) @ k.unsqueeze(2).mT).view(B, H, T, T)
+    n, close = math.ceil(keep * T), near(T, w, q.device)
+
+    def over(k: Tensor) -> Tensor:
+        return at_least_float32((q * D ** -0.5).view(B, k.size(1), -1, T, D) @ k.unsqueeze(2).mT).view(B, H, T, T)
+
+    logits = torch.where(close, over(whole[0]), over(k)) if w else over(k)
     visible = attention_mask(T, T, pad, q.device).expand(B, 1, T, T)
     held, total = torch.ones(B, T, dtype=torch.bool, device=q.device), logits.new_zeros(B, T)
     p, at = torch.zeros_like(logits), torch.arange(T, device=q.device)
@@ -84,72 +114,130 @@ def h2o_attention(q: Tensor, k: Tensor, v: Tensor, keep: float, pad: Tensor | No
         worst = total.masked_fill(~old, math.inf).argmin(-1, keepdim=True)
         full = (here.sum(-1, keepdim=True) > n) & old.any(-1, keepdim=True)
         held = held.scatter(-1, worst, ~full & held.gather(-1, worst))
-    return (p.view(B, k.size(1), -1, T, T) @ at_least_float32(v).unsqueeze(2)).view(B, H, T, D).to(q.dtype)
+    p = p.view(B, k.size(1), -1, T, T)
+    y = (p * ~close) @ at_least_float32(v).unsqueeze(2)
+    if w:
+        y = y + (p * close) @ at_least_float32(whole[1]).unsqueeze(2)
+    return y.view(B, H, T, D).to(q.dtype)
 
 
 class SharingPath(nn.Module):
-    """What GroupedHeads and CrossLayer have in common: reading, whole or under eviction (`h2o`: share of the tokens held; 1: all)."""
+    """What GroupedHeads and CrossLayer have in common: reading, the newest `tail` tokens whole, or under eviction (`h2o`: share of the tokens
+    held; 1: all)."""
 
     reads_chunks = False
     h2o = 1.0
+    tail = 0
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
-        return attend(q, k, v, pad) if self.h2o == 1 else h2o_attention(q, k, v, self.h2o, pad)
+    def read(self, q: Tensor, k: Tensor, v: Tensor, whole: tuple[Tensor, Tensor], pad: Tensor | None) -> Tensor:
+        if self.h2o == 1:
+            return attend_near(q, k, v, whole, self.tail, pad)
+        return h2o_attention(q, k, v, self.h2o, pad, whole, self.tail)
+
+    def one_by_one(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache, pad: Tensor | None) -> Tensor:
+        """forward of T tokens after others, each of which has its own newest ones."""
+        return torch.cat([self(x[:, t:t + 1], q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1], cache, pad) for t in range(q.size(2))], 2)
+
+
+class Newest:
+    """The newest tokens of a layer, whole: k, v (B, Hkv, n, D), n at most `size`; the same columns for all sequences."""
+
+    def __init__(self, batch: int, size: int, n_kv_head: int, head_dim: int, like: Tensor):
+        self.size, self.columns = size, 0  # columns seen, padding included
+        self.tail_k = like.new_zeros(batch, n_kv_head, 0, head_dim)
+        self.tail_v = torch.zeros_like(self.tail_k)
+
+    def push(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take T tokens; return the k, v (B, Hkv, n, D) of those that leave for them."""
+        k, v = torch.cat((self.tail_k, k), 2), torch.cat((self.tail_v, v), 2)
+        self.columns += k.size(2) - self.tail_k.size(2)
+        leave = max(0, k.size(2) - self.size)
+        self.tail_k, self.tail_v = k[:, :, leave:].contiguous(), v[:, :, leave:].contiguous()
+        return k[:, :, :leave], v[:, :, :leave]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor held, by name."""
+        return {"tail_k": self.tail_k, "tail_v": self.tail_v}
+
+    def extra(self) -> dict[str, int]:
+        """The numbers that, with tensors(), make up the whole cache."""
+        return {"columns": self.columns}
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return storage_bytes(self.tensors().values())
+
+    def slice(self, rows: list[int]):
+        """A copy that holds the sequences `rows` only, in that order."""
+        out = copy.copy(self)
+        for name in Newest.tensors(self):
+            setattr(out, name, getattr(self, name)[torch.tensor(rows, dtype=torch.int64, device=self.tail_k.device)])
+        return out
+
+    @staticmethod
+    def join(caches: list):
+        """One cache of the sequences of all, in order; each must have the same columns."""
+        out = copy.copy(caches[0])
+        for name in Newest.tensors(out):
+            setattr(out, name, torch.cat([getattr(c, name) for c in caches]))
+        return out
 
 
 # ----------------------------------------------------------------------------- experts of grouped heads
 
-class ExpertCache:
-    """One layer's cache: a PackedCache per expert, with as many heads as it keeps, and every token's expert.
+class ExpertCache(Newest):
+    """One layer's cache: the newest tokens whole, each with its expert to be, and a PackedCache per expert, with as many heads as it keeps.
 
-    index (B, L, 1) uint8: expert of each column, PADDING for padding. What each expert holds is in the order of the columns."""
+    tail_index (B, n) uint8: expert of each of the newest, PADDING for padding. seen (B, E): sums of the router's scores. What an expert holds
+    is in the order of the columns. It cannot be truncated: what left the newest is averaged, and a sum is not taken back."""
 
-    def __init__(self, parts: list[PackedCache], batch: int, like: Tensor):
+    def __init__(self, parts: list[PackedCache], batch: int, size: int, n_kv_head: int, head_dim: int, like: Tensor):
+        super().__init__(batch, size, n_kv_head, head_dim, like)
         self.parts = parts
-        self.index = torch.empty(batch, 0, 1, dtype=torch.uint8, device=like.device)
+        self.tail_index = torch.empty(batch, 0, dtype=torch.uint8, device=like.device)
+        self.seen = at_least_float32(like).new_zeros(batch, len(parts) if len(parts) > 1 else 0)
 
-    @property
-    def columns(self) -> int:
-        """Columns seen, padding included."""
-        return self.index.size(1)
-
-    def append(self, stored: list[tuple[Tensor, Tensor, Tensor]], index: Tensor, valid: Tensor) -> None:
-        """Take T tokens: per expert k, v (B, heads, T, D) and mask (B, heads, T, S) bool of all of them, of which it stores those with its
-        number in index (B, T), where valid (B, T) bool."""
-        for e, (part, (k, v, mask)) in enumerate(zip(self.parts, stored, strict=True)):
-            mine = valid & (index == e)
-            count = mine.sum(-1)
+    def append(self, k: Tensor, v: Tensor, index: Tensor, valid: Tensor, stored: Callable) -> None:
+        """Take T tokens, k, v (B, Hkv, T, D), whose experts are index (B, T); valid (B, T) bool. What leaves the newest goes to its expert,
+        as `stored` (GroupedHeads.stored) says."""
+        index = torch.cat((self.tail_index, index.masked_fill(~valid, PADDING).byte()), 1)
+        k, v = self.push(k, v)
+        leave = k.size(2)
+        self.tail_index, index = index[:, leave:].contiguous(), index[:, :leave]
+        for e, (part, each) in enumerate(zip(self.parts, stored(k, v), strict=True) if leave else ()):
+            count = (index == e).sum(-1)
             width = int(count.max()) if count.numel() else 0
             if width:
-                order = mine.byte().argsort(dim=-1, stable=True)[:, -width:][:, None, :, None]  # its own tokens last, in order
-                k, v, mask = (t.gather(2, order.expand(-1, t.size(1), -1, t.size(3))) for t in (k, v, mask))
-                part.append(k, v, mask, width - count)
+                order = (index == e).byte().argsort(dim=-1, stable=True)[:, -width:][:, None, :, None]  # its own tokens last, in order
+                part.append(*(t.gather(2, order.expand(-1, t.size(1), -1, t.size(3))) for t in each), width - count)
                 part.columns += width
-        self.index = torch.cat((self.index, index.masked_fill(~valid, PADDING).byte().unsqueeze(-1)), 1)
+
+    def newest(self, n_pad: Tensor) -> Tail:
+        """The newest tokens as kernels.packed_attention reads them; the first n_pad (B,) columns of all are padding."""
+        n = self.tail_k.size(2)
+        first = (n_pad - (self.columns - n)).clamp(0, n)
+        return Tail(self.tail_k, self.tail_v, first, n - first)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, those of the parts by number and name."""
-        return {"index": self.index, **{f"{e}.{n}": t for e, part in enumerate(self.parts) for n, t in part.tensors().items()}}
+        parts = {f"{e}.{n}": t for e, part in enumerate(self.parts) for n, t in part.tensors().items()}
+        return {**super().tensors(), "tail_index": self.tail_index, "seen": self.seen, **parts}
 
     def extra(self) -> dict[str, int]:
         """The numbers that, with tensors(), make up the whole cache."""
-        return {f"{e}.{n}": x for e, part in enumerate(self.parts) for n, x in part.extra().items()}
-
-    def nbytes(self) -> int:
-        """Bytes of all tensors held, index and unused capacity included."""
-        return self.index.nbytes + sum(part.nbytes() for part in self.parts)
+        return {**super().extra(), **{f"{e}.{n}": x for e, part in enumerate(self.parts) for n, x in part.extra().items()}}
 
     def slice(self, rows: list[int]) -> ExpertCache:
         """A copy that holds the sequences `rows` only, in that order."""
-        out = copy.copy(self)
-        out.parts, out.index = [part.slice(rows) for part in self.parts], self.index[torch.tensor(rows, dtype=torch.int64, device=self.index.device)]
+        out, pick = super().slice(rows), torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
+        out.parts, out.tail_index, out.seen = [part.slice(rows) for part in self.parts], self.tail_index[pick], self.seen[pick]
         return out
 
     @staticmethod
     def join(caches: list[ExpertCache]) -> ExpertCache:
         """One cache of the sequences of all, in order; each must have the same columns. Their parts grow to one capacity."""
-        out = copy.copy(caches[0])
-        out.index, out.parts = torch.cat([c.index for c in caches]), []
+        out = Newest.join(caches)
+        out.tail_index, out.seen, out.parts = torch.cat([c.tail_index for c in caches]), torch.cat([c.seen for c in caches]), []
         for parts in zip(*(c.parts for c in caches), strict=True):
             cap = max(p.cap for p in parts)
             cap = max([cap, *(p.cap + p.cap // 4 for p in parts if p.cap < cap)])
@@ -158,13 +246,6 @@ class ExpertCache:
             out.parts.append(PackedCache.join(parts))
             out.parts[-1].columns = max(p.columns for p in parts)
         return out
-
-    def truncate(self, n_columns: int) -> None:
-        """Forget the columns from n_columns on (padding counted)."""
-        check(n_columns >= 0, f"truncating to {n_columns} columns", "0 or more", "give the number of columns to keep")
-        self.index = self.index[:, :n_columns]
-        for e, part in enumerate(self.parts):
-            part.n_packed = (self.index[..., 0] == e).sum(-1)
 
 
 class GroupedHeads(SharingPath):
@@ -181,7 +262,7 @@ class GroupedHeads(SharingPath):
         groups, S = mix.expert_groups, kv.n_groups
         check(not groups or (groups <= S and m.head_dim % S == 0), f"expert_groups={groups} with n_groups={S}, head_dim={m.head_dim}",
               "needs at most S groups, and S must divide D", "give smaller ones")
-        self.Hkv, self.D, self.sizes, self.ratios, self.mix = m.n_kv_head, m.head_dim, mix.sizes, mix.ratios, mix
+        self.Hkv, self.D, self.sizes, self.ratios, self.mix, self.tail = m.n_kv_head, m.head_dim, mix.sizes, mix.ratios, mix, kv.kv_tail
         self.k = groups or S  # value groups kept
         self.stored_as = replace(kv, kv="value_groups", topk_groups=self.k, kv_tail=0, kv_tail_block=1, reconstructor="zero", value_router="norm",
                                  mask_scope="head" if self.k < S else "layer")
@@ -190,20 +271,28 @@ class GroupedHeads(SharingPath):
         if self.router is not None:  # He initialisation, zero bias
             nn.init.kaiming_normal_(self.router.weight)
             nn.init.zeros_(self.router.bias)
+            self.offset = nn.Parameter(torch.zeros(E))  # of the scores relative to their running mean
+            self.router.weight.rate = self.router.bias.rate = self.offset.rate = ROUTER_RATE
         elif E > 1:  # Gumbel noise on the logarithms of the shares: the largest falls on expert e with probability ratios[e]
             uniform = torch.rand(m.block_size, E, generator=torch.Generator().manual_seed(layer), device="cpu").clamp_min(1e-20)
             self.register_buffer("noise", torch.tensor([max(float(r), 1e-20) for r in self.ratios]).log() - (-uniform.log()).log(), persistent=False)
         self.consistency: Tensor | None = None  # of the last training forward
         self.agreement: Tensor | None = None  # share of tokens whose choice is their largest score, of the last forward that chose
 
-    def logits(self, x: Tensor, start: int, pad: Tensor | None) -> Tensor:
-        """What scores are the sigmoid of, (B, T, E) for x (B, T, n_embd), -inf for experts of share 0. start: columns before x."""
+    def logits(self, x: Tensor, start: int, pad: Tensor | None, cache: ExpertCache | None) -> Tensor:
+        """What scores are the sigmoid of, (B, T, E) for x (B, T, n_embd), -inf for experts of share 0. start: columns before x, whose sums
+        the cache has and which x's join."""
         (B, T, _), E = x.shape, len(self.sizes)
+        at = torch.arange(start, start + T, device=x.device) - (0 if pad is None else pad[:, None])  # a token's number in its sequence
+        at = at.expand(B, T)
         if self.router is not None:
-            out = at_least_float32(self.router(x.detach()))
+            raw = at_least_float32(self.router(x.detach())) * (at >= 0).unsqueeze(-1)
+            total = raw.cumsum(1) + (0 if cache is None else cache.seen.unsqueeze(1))
+            if cache is not None:
+                cache.seen = total[:, -1].clone()
+            out = raw - total / (at.clamp_min(0) + 1 + PRIOR).unsqueeze(-1) + at_least_float32(self.offset)
         elif E > 1:
-            at = torch.arange(start, start + T, device=x.device) - (0 if pad is None else pad[:, None])
-            out = self.noise[at.clamp_min(0)].expand(B, T, E)
+            out = self.noise[at.clamp_min(0)]
         else:
             out = x.new_zeros(B, T, 1)
         none = torch.tensor([not r for r in self.ratios], device=x.device)
@@ -245,64 +334,60 @@ class GroupedHeads(SharingPath):
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: ExpertCache | None = None, pad: Tensor | None = None) -> Tensor:
         T, start = q.size(2), cache.columns if cache is not None else 0
-        at = torch.arange(start, start + T, device=q.device)
-        valid = (at >= (0 if pad is None else pad[:, None])).expand(q.size(0), T)
-        logits, prompt = self.logits(x, start, pad), cache is not None and start == 0 and T > 1
+        if start and T > 1:
+            return self.one_by_one(x, q, k, v, cache, pad)
+        n_pad = torch.zeros(q.size(0), dtype=torch.int64, device=q.device) if pad is None else pad
+        valid = torch.arange(start, start + T, device=q.device) >= n_pad[:, None]
+        logits, prompt = self.logits(x, start, pad, cache), cache is not None and T > 1
         index = self.chosen(logits, self.by or ("choice" if self.training or prompt else "score"), valid)
         if self.training and torch.is_grad_enabled() and self.router is not None:
             self.consistency = F.cross_entropy(logits[valid], index[valid])
-        stored = self.stored(k, v)
-        k, v = (self.mixed([s[i] for s in stored], index, logits) for i in (0, 1))
-        if cache is None or start == 0:
-            y = self.read(q, k, v, pad)
-        else:
-            n_pad = (~valid).sum(-1)
-            old = [packed_attention(q, part.packed(), None) for part in cache.parts if part.cap]
-            y = merged(*old, packed_attention(q, None, Tail(k.contiguous(), v.contiguous(), n_pad, T - n_pad)))
+        if cache is None or prompt:
+            stored = self.stored(k, v)
+            y = self.read(q, *(self.mixed([s[i] for s in stored], index, logits) for i in (0, 1)), (k, v), pad)
         if cache is not None:
-            cache.append(stored, index, valid)
+            cache.append(k, v, index, valid, self.stored)
+            if not prompt:
+                old = [packed_attention(q, part.packed(), None) for part in cache.parts if part.cap]
+                y = merged(*old, packed_attention(q, None, cache.newest(n_pad))) if self.tail or not old else merged(*old)
         return y
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> ExpertCache:
-        return ExpertCache([PackedCache(batch, 0, self.Hkv // size, self.D, self.stored_as, self.k, like) for size in self.sizes], batch, like)
+        parts = [PackedCache(batch, 0, self.Hkv // size, self.D, self.stored_as, self.k, like) for size in self.sizes]
+        return ExpertCache(parts, batch, self.tail, self.Hkv, self.D, like)
 
 
 # ----------------------------------------------------------------------------- layers that share
 
-class NoCache:
-    """What a layer holds that reads another layer's cache: nothing."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def extra(self) -> dict[str, int]:
-        return {}
-
-    @staticmethod
-    def join(caches: list[NoCache]) -> NoCache:
-        return caches[0]
-
-
 class CrossLayer(SharingPath):
-    """Cross-layer attention: a layer that stores keys and values whole, and those above it that read them with queries of their own."""
+    """Cross-layer attention: a layer that stores keys and values whole, and those above it that read them with queries of their own, but
+    for the newest tokens, of which each reads its own."""
 
-    def __init__(self, m: ModelConfig, source: CrossLayer | None):
+    def __init__(self, m: ModelConfig, source: CrossLayer | None, tail: int = 0):
         super().__init__()
-        self.shape = (m.n_kv_head, m.head_dim)
+        self.shape, self.tail = (m.n_kv_head, m.head_dim), tail
         self.source = (source,) if source is not None else ()  # in a tuple: the module belongs to another layer
         self.seen: tuple[Tensor, Tensor] | None = None  # keys and values of the forward under way
 
-    def new_cache(self, batch: int, max_len: int, like: Tensor) -> DenseCache | NoCache:
-        return NoCache() if self.source else DenseCache(batch, max_len, *self.shape, like)
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> DenseCache | Newest:
+        return Newest(batch, self.tail, *self.shape, like) if self.source else DenseCache(batch, max_len, *self.shape, like)
 
-    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: DenseCache | NoCache | None = None, pad: Tensor | None = None) -> Tensor:
-        if self.source:
-            k, v = self.source[0].seen
-        else:
+    def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: DenseCache | Newest | None = None, pad: Tensor | None = None) -> Tensor:
+        if not self.source:
             if cache is not None:
                 k, v = cache.append(k, v)
             self.seen = k, v
-        return self.read(q, k, v, pad)
+            return self.read(q, k, v, (k, v), pad) if cache is None or cache.length == q.size(2) else attend(q, k, v, pad)
+        start = cache.columns if cache is not None else 0
+        if start and q.size(2) > 1:
+            return self.one_by_one(x, q, k, v, cache, pad)
+        far = [t[:, :, :start + q.size(2)] for t in self.source[0].seen]
+        if cache is not None:
+            cache.push(k, v)
+        if not start:
+            return self.read(q, *far, (k, v), pad)
+        far = [torch.cat((t[:, :, :t.size(2) - own.size(2)], own), 2) for t, own in zip(far, (cache.tail_k, cache.tail_v), strict=True)]
+        return attend(q, *far, pad)
 
 
 # ----------------------------------------------------------------------------- on a model
@@ -330,6 +415,7 @@ def cla_sources(share: Fraction, n_layer: int) -> list[int]:
 def attach(model: nn.Module, kv: KVConfig, mix: MixConfig) -> nn.Module:
     """Give a dense model the KV paths of kv.kv (mixsga, gqa or cla), in place; what is new is trainable. Returns the model."""
     m, share = model.cfg, Fraction(str(mix.kv_share))
+    check(kv.kv_tail_block == 1, f"kv_tail_block={kv.kv_tail_block} with kv={kv.kv}", "tokens leave the tail one by one", "leave it out")
     paths: list[nn.Module] = []
     if kv.kv == "mixsga":
         paths = [GroupedHeads(m, kv, mix, i) for i in range(m.n_layer)]
@@ -338,7 +424,7 @@ def attach(model: nn.Module, kv: KVConfig, mix: MixConfig) -> nn.Module:
         paths = [GroupedHeads(m, kv, replace(mix, group_sizes=str(g), expert_ratios="1"), i) for i, g in enumerate(sizes)]
     elif kv.kv == "cla":
         for i, source in enumerate(cla_sources(share, m.n_layer)):
-            paths.append(CrossLayer(m, None if source == i else paths[source]))
+            paths.append(CrossLayer(m, None if source == i else paths[source], kv.kv_tail))
     for block, path in zip(model.layers, paths, strict=True):
         block.self_attn.kv_path = path.to(block.self_attn.o_proj.weight)
         path.train(block.training)
@@ -357,13 +443,15 @@ def shares(model: nn.Module) -> bool:
 
 def described(model: nn.Module) -> str:
     """The storage in a few words."""
-    paths = experts(model)
+    paths, newest = experts(model), next(p.tail for p in model.modules() if isinstance(p, SharingPath))
     if not paths:
-        return "layers share"
-    p = paths[0]
-    if len(p.sizes) == 1:
-        return "heads by " + ",".join(str(q.sizes[0]) for q in paths)
-    return f"{p.mix.expert_ratios} of {p.mix.group_sizes}" + f" {p.k} of {p.stored_as.n_groups} groups" * bool(p.mix.expert_groups)
+        text = "layers share"
+    elif len(paths[0].sizes) == 1:
+        text = "heads by " + ",".join(str(p.sizes[0]) for p in paths)
+    else:
+        p = paths[0]
+        text = f"{p.mix.expert_ratios} of {p.mix.group_sizes}" + f" {p.k} of {p.stored_as.n_groups} groups" * bool(p.mix.expert_groups)
+    return text + f" tail {newest}" * bool(newest)
 
 
 def consistency_loss(model: nn.Module) -> Tensor | float:
@@ -372,17 +460,20 @@ def consistency_loss(model: nn.Module) -> Tensor | float:
     return torch.stack(terms).mean() if terms else 0.0
 
 
-def kept_shares(model: nn.Module, cache) -> float:
-    """Share of the model's keys and values that a filled KVCache of it holds, by count: heads of tokens, value groups."""
-    shares = []
+def kept_shares(model: nn.Module, cache: KVCache) -> float:
+    """Share of the model's keys and values that a filled cache of it holds, by count: heads of tokens, value groups, the newest tokens."""
+    held, B = 0.0, next(iter(cache.layers[0].tensors().values())).size(0)  # held: of whole tokens
+    tokens = B * cache.length - (0 if cache.pad is None else int(cache.pad.sum()))
     for block, layer in zip(model.layers, cache.layers, strict=True):
         path = block.self_attn.kv_path
-        if isinstance(layer, ExpertCache):
-            whole = int((layer.index != PADDING).sum()) * path.Hkv
-            shares.append(sum(int(p.n_packed.sum()) * p.Hkv * (1 + p.k / p.S) / 2 for p in layer.parts) / max(whole, 1))
+        if isinstance(layer, DenseCache):
+            held += tokens
         else:
-            shares.append(0.0 if isinstance(layer, NoCache) else 1.0)
-    return sum(shares) / len(shares)
+            first = 0 if cache.pad is None else (cache.pad - (cache.length - layer.tail_k.size(2))).clamp_min(0).sum().item()
+            held += B * layer.tail_k.size(2) - first
+        if isinstance(layer, ExpertCache):
+            held += sum(int(p.n_packed.sum()) * p.Hkv * (1 + p.k / p.S) / 2 for p in layer.parts) / path.Hkv
+    return held / (tokens * len(cache.layers))
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 Every row begins with the same base, all of whose weights are trained on the same batches. Measured are perplexity in decode mode (every
 token goes where its scores say, what decoding through the cache gives), the same teacher-forced by expert choice, how often the two
-agree, and the bytes of the caches both fill. --h2o: perplexity while a heavy-hitter cache evicts.
+agree, the share of keys and values held in decode mode and the bytes of a prompt's cache. --h2o: perplexity while a heavy-hitter cache
+evicts. All methods read the newest --kv_tail tokens whole; rows of the first of --mixes are there without that, too.
 
     python eval.py --tasks=mixsga                                       # in miniature: pretrains a base, below 3 minutes on two cores
-    python eval.py --tasks=mixsga --out_dir=out/RUN/pretrain --steps=600 --seeds=2 --results=out/mixsga   # again: goes on where it stopped
+    python eval.py --tasks=mixsga --out_dir=out/RUN/pretrain --steps=100 --seeds=2 --results=out/mixsga   # again: goes on where it stopped
 """
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ from statistics import mean, stdev
 import torch
 from tqdm import tqdm
 
+import align
 import checkpoint
 import mixsga
-from config import AdapterConfig, DataConfig, EvalConfig, KVConfig, MixConfig, ModelConfig, TrainConfig, check, comma_list, to_dict
-from data import prepare, sequential
+from config import AdapterConfig, DataConfig, KVConfig, MixConfig, ModelConfig, TrainConfig, check, comma_list, to_dict
+from data import batch, prepare, sequential
+from measure_config import EvalConfig
 from model import Transformer, evaluating
 from pretrained import Run, autocast, load_run, pick_device
 from tasks import mean_loss
@@ -33,6 +36,8 @@ from tokenizer import get_tokenizer
 from trainer import Stage, World, gradients, learning_rate, make_optimizer, optimizer_settings
 
 SIZES = {1: "1", 2: "1,2", 3: "1,2,4", 4: "1,2,4,8"}
+CALIBRATION = (4, 8)  # batches and their sequences that heads are aligned and routers calibrated on
+TAIL = 16  # newest tokens read whole, unless a flag says otherwise
 MINI_STEPS, MINI_WINDOW = 240, 128  # of the base that the miniature pretrains, a default model
 
 
@@ -41,14 +46,19 @@ def continued(base: Run, kv: KVConfig, mix: MixConfig, corpus, cfg: TrainConfig,
     """The stage that trains on all of a dense base, in place, with keys and values shared as kv and mix say. Where a file names a base,
     its weights' sha256 is kept."""
     torch.manual_seed(seed)
-    model = mixsga.attach(base.model, kv, mix) if kv.kv != "dense" else base.model
+    model = base.model
+    if kv.kv != "dense":
+        device = model.norm.weight.device
+        seen = [batch(corpus.train, "calibrate", seed, i, CALIBRATION[1], window) for i in range(CALIBRATION[0])]
+        align.fit(mixsga.attach(model, kv, mix), [(x.to(device), y.to(device)) for x, y in seen])
     model.requires_grad_(True)
     adapter = AdapterConfig(adapter="none")
     config = {"stage": "continue", "model": to_dict(model.cfg), "tokenizer": base.tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv),
               "mix": to_dict(mix), "seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr, "block_size": window,
               "optimizer": optimizer_settings(cfg), "base_sha256": base.base_sha256,
               "trainable_parameters": sum(p.numel() for p in model.parameters()), **(about or {})}
-    return Stage(name, model, list(model.parameters()), corpus, base.tokenizer, folder, steps, batch_size, lr, seed, config, adapter, kv, True, window)
+    return Stage(name, model, list(model.parameters()), corpus, base.tokenizer, folder, steps, batch_size, lr, seed, config, adapter, kv, True,
+                 window)
 
 
 def train_here(stage: Stage, cfg: TrainConfig, w: World) -> None:
@@ -57,7 +67,7 @@ def train_here(stage: Stage, cfg: TrainConfig, w: World) -> None:
     stage.model.train()
     for step in tqdm(range(stage.steps), desc=stage.name, unit="step", mininterval=20 if not sys.stderr.isatty() else 0.5):
         for group in opt.param_groups:
-            group["lr"] = learning_rate(step, stage.steps, stage.lr, cfg.warmup)
+            group["lr"] = learning_rate(step, stage.steps, stage.lr, cfg.warmup) * group["rate"]
         opt.zero_grad(set_to_none=True)
         loss, norm, _ = gradients(stage, stage.model, step, cfg, w, False)
         check(math.isfinite(loss) and math.isfinite(norm), f"{stage.name}: loss {loss} at step {step}", "training diverged", "give a lower --lr")
@@ -90,49 +100,49 @@ def share_of(mix: MixConfig) -> Fraction:
 
 
 def rows_of(cfg: EvalConfig, kv: KVConfig, m: ModelConfig) -> list[Row]:
-    """Every entry of --mixes; GQA and CLA at the same shares; for the first entry the ablations, and H2O, on its baselines too."""
+    """Every entry of --mixes; GQA and CLA at the same shares; for the first entry H2O, rows without a tail and what --ablations adds."""
     h2o, rows, shares = tuple(float(Fraction(t)) for t in comma_list(cfg.h2o)), [Row("dense", KVConfig(kv="dense"), MixConfig())], []
-    entries = comma_list(cfg.mixes)
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(comma_list(cfg.mixes)):
         mix, ours = mix_of(entry), replace(kv, kv="mixsga")
         mix.check_model(m)
-        rows.append(Row(f"mixSGA {entry}", ours, mix, h2o if i == 0 else ()))
+        name, share = f"mixSGA {entry}", share_of(mix)
+        three = [Row(name, ours, mix)]
+        if not mix.expert_groups and share not in shares:
+            shares.append(share)
+            three += [Row(f"{kind.upper()} {float(share):.0%}", replace(kv, kv=kind), MixConfig(kv_share=float(share))) for kind in ("gqa", "cla")]
+        rows += [replace(r, h2o=h2o) for r in three] if i == 0 else three
+        if i == 0 and kv.kv_tail:
+            rows += [Row(f"{r.name}, no tail", replace(r.kv, kv_tail=0), r.mix) for r in three]
         if i == 0 and cfg.ablations:
-            rows += [Row(f"mixSGA {entry}, random router", ours, replace(mix, expert_router="random")),
-                     Row(f"mixSGA {entry}, no consistency loss", ours, replace(mix, consistency_weight=0.0)),
-                     Row(f"mixSGA {entry}, no LM gradient to the router", ours, replace(mix, lm_to_experts=False))]
-        if mix.expert_groups or share_of(mix) in shares:
-            continue
-        shares.append(share_of(mix))
-        share = float(shares[-1])
-        rows += [Row(f"{kind.upper()} {share:.0%}", replace(kv, kv=kind), MixConfig(kv_share=share), h2o if i == 0 else ()) for kind in ("gqa", "cla")]
+            plain = replace(mix, calibrate_experts=False, align_heads=False)
+            rows += [Row(f"{name}, nothing added", replace(ours, kv_tail=0), replace(plain, lm_to_experts=True)),
+                     Row(f"{name}, random router", ours, replace(mix, expert_router="random")),
+                     Row(f"{name}, router not calibrated", ours, replace(mix, calibrate_experts=False)),
+                     Row(f"{name}, heads not aligned", ours, replace(mix, align_heads=False)),
+                     Row(f"{name}, no consistency loss", ours, replace(mix, consistency_weight=0.0)),
+                     Row(f"{name}, LM gradient to the router", ours, replace(mix, lm_to_experts=True))]
     return rows
 
 
 def measured(stage: Stage, row: Row, x, y, batch_size: int, dtype: str) -> dict:
-    """Perplexities, agreement and bytes of a trained row. x, y (n, T) int64."""
+    """Perplexities, agreement, share kept and bytes of a trained row. x, y (n, T) int64."""
     model, device = stage.model, stage.model.norm.weight.device
-    out = {}
-    for by, key in (("choice", "teacher_forced"), ("score", "value")):  # cached bytes of decode mode come last
+    out, some = {}, x[:batch_size].to(device)
+    for by, key in (("score", "value"), ("choice", "teacher_forced")):
         with mixsga.routing(model, by):
             out[key] = math.exp(mean_loss(model, x, y, batch_size, dtype))
             with evaluating(model), autocast(device, dtype):
-                cache = model.new_cache(*x[:4].shape)
-                model(x[:4].to(device), cache, last_only=True)
-        out[f"cache_bytes_{by}"] = cache.nbytes()
-        if by == "choice":
-            same = [p.agreement.item() for p in mixsga.experts(model) if p.agreement is not None]
-            out["agreement"] = mean(same) if same else 1.0
-    shares = mixsga.kept_shares(model, cache)
-    dense = model.dense_bytes(x[:4].numel(), cache)
+                cache = model.new_cache(*some.shape)
+                model(some, cache, last_only=True)
+        if by == "score":
+            out["kv_kept_model"] = mixsga.kept_shares(model, cache) if mixsga.shares(model) else 1.0
+    same = [p.agreement.item() for p in mixsga.experts(model) if p.agreement is not None]
     h2o = {}
-    for keep in row.h2o:
+    for keep in (*row.h2o, 1.0) if row.h2o else ():
         with mixsga.routing(model, "score", keep):
             h2o[f"{keep:g}"] = math.exp(mean_loss(model, x[:32], y[:32], batch_size, dtype))
-    if h2o:
-        with mixsga.routing(model, "score"):
-            h2o["1"] = math.exp(mean_loss(model, x[:32], y[:32], batch_size, dtype))
-    return {**out, "kv_kept_model": shares, "cache_bytes": out["cache_bytes_score"], "dense_bytes": dense, "h2o": h2o}
+    return {**out, "agreement": mean(same) if same else 1.0, "cache_bytes": cache.nbytes(),
+            "dense_bytes": model.dense_bytes(some.numel(), cache), "h2o": h2o}
 
 
 def mini_base(cfg: EvalConfig, train: TrainConfig, data: DataConfig, w: World) -> tuple[Run, object]:
@@ -166,20 +176,19 @@ def run_table(cfg: EvalConfig, kv: KVConfig, data: DataConfig, place: str, optio
     window = min(cfg.block_size or m.block_size, m.block_size)
     x, y = sequential(corpus.val, cfg.sequences, window)
     weights = copy.deepcopy(base.model.state_dict())
-    settings = {"base": base.base_sha256 or f"miniature, seed {cfg.seed}", "steps": cfg.steps, "lr": cfg.lr, "batch_size": cfg.batch_size, "window": window,
-                "sequences": len(x), "dataset": cfg.dataset, "n_groups": kv.n_groups, "dtype": cfg.dtype}
+    settings = {"base": base.base_sha256 or f"miniature, seed {cfg.seed}", "steps": cfg.steps, "lr": cfg.lr, "batch_size": cfg.batch_size,
+                "window": window, "sequences": len(x), "dataset": cfg.dataset, "n_groups": kv.n_groups, "dtype": cfg.dtype}
     path, done = folder / "results.json", []
     if path.is_file():
         done = [r for r in json.loads(path.read_text()) if isinstance(r, dict) and r.get("settings") == settings]
     out: list[dict] = []
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for row in rows_of(cfg, kv, m):
-            key = {"name": row.name, "seed": seed, "mix": to_dict(row.mix), "h2o_asked": list(row.h2o)}
+            key = {"name": row.name, "seed": seed, "kv": to_dict(row.kv), "mix": to_dict(row.mix), "h2o_asked": list(row.h2o)}
             known = next((r for r in done if all(r.get(k) == v for k, v in key.items())), None)
             if known is None:
                 start = time.time()
-                with torch.device(device):
-                    model = Transformer(m)
+                model = Transformer(m).to(device)
                 model.load_state_dict(weights)
                 run = replace(base, model=model)
                 stage = continued(run, row.kv, row.mix, corpus, train, name=f"{row.name}, seed {seed}", folder=folder, steps=cfg.steps, lr=cfg.lr,
@@ -198,7 +207,8 @@ def run_table(cfg: EvalConfig, kv: KVConfig, data: DataConfig, place: str, optio
 def table(rows: list[dict]) -> str:
     """The rows as text, a line per name: means over seeds, and the standard deviation of the first perplexity."""
     width = max(len(r["name"]) for r in rows)
-    lines = [f"{'trained on with':{width}s} {'KV heads':>8s} {'cache bytes':>13s} {'of dense':>8s} {'decode mode':>20s} {'teacher-forced':>14s} {'agreement':>9s} {'seeds':>5s}"]
+    lines = [f"{'trained on with':{width}s} {'KV kept':>8s} {'cache bytes':>13s} {'of dense':>8s} {'decode mode':>20s} {'teacher-forced':>14s} "
+             f"{'agreement':>9s} {'seeds':>5s}"]
     evicted = []
     for name in dict.fromkeys(r["name"] for r in rows):
         mine = [r for r in rows if r["name"] == name]
@@ -208,5 +218,8 @@ def table(rows: list[dict]) -> str:
         lines.append(f"{name:{width}s} {kept:>8.1%} {size:>13,.0f} {size / mine[0]['dense_bytes']:>8.1%} {spread:>20s} "
                      f"{mean(r['teacher_forced'] for r in mine):>14.4f} {mean(r['agreement'] for r in mine):>9.1%} {len(mine):>5d}")
         if mine[0]["h2o"]:
-            evicted.append(f"{name:{width}s} " + "  ".join(f"{float(k):.0%}: {mean(r['h2o'][k] for r in mine):.4f}" for k in sorted(mine[0]["h2o"], key=float, reverse=True)))
-    return "\n".join(lines + (["perplexity in decode mode while H2O evicts, tokens held (masked; no bytes are claimed):", *evicted] if evicted else []))
+            shares = sorted(mine[0]["h2o"], key=float, reverse=True)
+            evicted.append(f"{name:{width}s} " + "  ".join(f"{float(k):.0%}: {mean(r['h2o'][k] for r in mine):.4f}" for k in shares))
+    if evicted:
+        lines += ["perplexity in decode mode while H2O evicts, by tokens held (masked: no bytes are claimed):", *evicted]
+    return "\n".join(lines)

@@ -9,7 +9,8 @@ import sys
 import time
 
 from cli import exit_on_bad_input, parse_args
-from config import BaseConfig, SampleConfig
+from config import BaseConfig
+from measure_config import SampleConfig
 
 CONFIGS = {"sample": SampleConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once

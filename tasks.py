@@ -27,8 +27,9 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from config import EvalConfig, check, comma_list
+from config import check, comma_list
 from data import TokenFile, batch, sequential
+from measure_config import EvalConfig
 from model import KVCache, Transformer, evaluating, generate, lm_loss
 from pretrained import autocast
 from selector import diagnosed

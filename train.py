@@ -22,7 +22,20 @@ from pathlib import Path
 from statistics import mean, median
 
 from cli import exit_on_bad_input, parse_args
-from config import SHARED, AdapterConfig, BaseConfig, DataConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, TrainConfig, check, comma_list, to_dict
+from config import (
+    SHARED,
+    AdapterConfig,
+    BaseConfig,
+    DataConfig,
+    KVConfig,
+    MixConfig,
+    ModelConfig,
+    SelectConfig,
+    TrainConfig,
+    check,
+    comma_list,
+    to_dict,
+)
 
 CONFIGS = {"train": TrainConfig, "model": ModelConfig, "adapter": AdapterConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig,
            "base": BaseConfig, "mix": MixConfig}
@@ -164,7 +177,8 @@ def select_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
 def continue_stage(args, run_dir: Path, w: World, loaded: Run) -> Stage:
     """Train on all weights of a loaded base, its keys and values shared as --kv says."""
     cfg: TrainConfig = args.train
-    kv = args.kv if "kv" in args.given else replace(args.kv, kv="mixsga")
+    other = dict(kv="mixsga", kv_tail=mixsga_table.TAIL)
+    kv = replace(args.kv, **{f: v for f, v in other.items() if f not in args.given})
     check(kv.kv in (*SHARED, "dense"), f"kv={kv.kv} with stage=continue", f"one of {', '.join(SHARED)}, dense", "give --stage=adapt for value groups")
     if kv.kv == "mixsga":
         args.mix.check_model(loaded.model.cfg)
@@ -361,8 +375,8 @@ def take_back(run_dir: Path, made: list[Path]) -> None:
 def run(args) -> None:
     cfg: TrainConfig = args.train
     where = args.base.init_from
-    check(cfg.stage not in ("adapt", "select", "continue") or where != "scratch", f"stage={cfg.stage} with init_from=scratch", "a pretrained base is needed",
-          "give --init_from=out/RUN/pretrain")
+    check(cfg.stage not in ("adapt", "select", "continue") or where != "scratch", f"stage={cfg.stage} with init_from=scratch",
+          "a pretrained base is needed", "give --init_from=out/RUN/pretrain")
     check(cfg.stage != "pretrain" or where == "scratch", f"init_from={where!r} with stage=pretrain", "pretrained weights are adapted",
           "give --stage=adapt or all")
     unused = [f for f in ("adapter", "topk_groups", "compile") if f in args.given]
@@ -373,7 +387,8 @@ def run(args) -> None:
     check(cfg.stage == "continue" or args.kv.kv not in SHARED, f"kv={args.kv.kv} with stage={cfg.stage}", "a whole model is trained on with it",
           "give --stage=continue")
     mixed = sorted(f for f in args.given if f in to_dict(args.mix))
-    check(cfg.stage == "continue" or not mixed, f"{', '.join(mixed)} with stage={cfg.stage}", "only kv=mixsga, gqa and cla read it", "give --stage=continue")
+    check(cfg.stage == "continue" or not mixed, f"{', '.join(mixed)} with stage={cfg.stage}", "only kv=mixsga, gqa and cla read it",
+          "give --stage=continue")
     check(cfg.stage == "adapt" or cfg.objective == "lm", f"objective={cfg.objective} with stage={cfg.stage}", "one adaptation is trained by it",
           "give --stage=adapt, or --distill_steps=N for the table")
     pretraining = sorted(f for f in args.given if f == "dataset" or f.startswith("pretrain_"))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import bench_cache
-from config import BaseConfig, BenchConfig, KVConfig, ModelConfig, SelectConfig
+from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
 from kernels import Tail
+from measure_config import BenchConfig
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(n_head=6, n_kv_head=3, head_dim=32, block_size=301)

@@ -15,8 +15,9 @@ from runs import call
 import eval as evaluation
 import kv_router
 import tasks
-from config import AdapterConfig, DataConfig, EvalConfig, KVConfig
+from config import AdapterConfig, DataConfig, KVConfig
 from data import documents, prepare_splits
+from measure_config import EvalConfig
 from pretrained import load_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")

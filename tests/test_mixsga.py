@@ -62,7 +62,7 @@ def test_expert_choice_equals_a_loop(T, ratios):
     got = mixsga.expert_choice(scores, ratios, valid)
     for b in range(3):
         want = choice_by_hand(scores[b], ratios, n_pad[b])
-        assert [e for e in got[b].tolist()][n_pad[b]:] == want[n_pad[b]:]
+        assert got[b].tolist()[n_pad[b]:] == want[n_pad[b]:]
         counts = [want.count(e) for e in range(len(ratios))]
         assert sum(counts) == T - n_pad[b] and all(c == 0 for c, r in zip(counts, ratios, strict=True) if not r)
 
@@ -312,7 +312,8 @@ def test_agreement_rises_with_the_consistency_loss():
 
 # ----------------------------------------------------------------------------- baselines, refusals
 
-@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [2] * 4), ("0.25", 3, [4] * 3), ("0.35", 10, [2] * 4 + [4] * 6), ("0.75", 4, [1, 1, 2, 2]),
+@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [2] * 4), ("0.25", 3, [4] * 3), ("0.35", 10, [2] * 4 + [4] * 6),
+                                                  ("0.75", 4, [1, 1, 2, 2]),
                                                   ("1", 2, [1, 1]), ("0.13", 5, [8] * 5)])
 def test_gqa_keeps_at_most_its_share(share, n_layer, want):
     """Two neighbouring group sizes, at most the share and as near as whole layers allow."""
@@ -320,7 +321,8 @@ def test_gqa_keeps_at_most_its_share(share, n_layer, want):
     assert sum(Fraction(1, g) for g in want) / n_layer <= Fraction(share)
 
 
-@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [0, 0, 2, 2]), ("0.5", 5, [0, 0, 2, 2, 4]), ("0.25", 10, [0, 0, 0, 0, 4, 4, 4, 7, 7, 7]), ("1", 3, [0, 1, 2])])
+@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [0, 0, 2, 2]), ("0.5", 5, [0, 0, 2, 2, 4]), ("1", 3, [0, 1, 2]),
+                                                  ("0.25", 10, [0, 0, 0, 0, 4, 4, 4, 7, 7, 7])])
 def test_cla_keeps_whole_layers(share, n_layer, want):
     """ceil(share n_layer) layers have keys and values of their own, spread evenly; each reads the nearest below it."""
     got = mixsga.cla_sources(Fraction(share), n_layer)
@@ -368,7 +370,8 @@ def test_h2o_reaches_every_path():
 
 @pytest.mark.parametrize("flags, message", [(dict(group_sizes="1,3", expert_ratios="1:1"), "n_kv_head=8"), (dict(group_sizes="1,2"), "2 numbers"),
                                             (dict(expert_ratios="0:0:0"), "not all 0"), (dict(expert_ratios="1:x:2"), "whole numbers"),
-                                            (dict(kv_share=0.0), "(0, 1]"), (dict(expert_groups=5), "at most S"), (dict(consistency_weight=-1.0), "at least 0")])
+                                            (dict(kv_share=0.0), "(0, 1]"), (dict(expert_groups=5), "at most S"),
+                                            (dict(consistency_weight=-1.0), "at least 0"), (dict(group_sizes="4,2,1"), "ascend")])
 def test_refusals_are_one_line(flags, message):
     """Heads that no group divides, shares that are none: what came, what is allowed, what to do."""
     with pytest.raises(ValueError) as e:

@@ -28,7 +28,8 @@ import selector
 import tasks
 import train
 import trainer
-from config import BaseConfig, BenchConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, to_dict
+from config import BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, to_dict
+from measure_config import BenchConfig
 from model import Transformer
 from pretrained import autocast, load_run, split_added
 

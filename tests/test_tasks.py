@@ -18,7 +18,8 @@ from test_eval import ContextOracle
 import eval as evaluation
 import kv_router
 import tasks
-from config import DataConfig, EvalConfig, KVConfig
+from config import DataConfig, KVConfig
+from measure_config import EvalConfig
 from pretrained import load_run
 from tokenizer import ByteTokenizer, TiktokenTokenizer
 

@@ -23,7 +23,7 @@ from config import check
 from mixsga import GroupedHeads, attend_near, averaged, experts
 from model import Attention, attend, lm_loss
 
-SWEEPS = 20  # of Procrustes over the heads of a group
+SWEEPS = 10  # of Procrustes over the heads of a group
 GAIN = 2.0  # scores per standard deviation of a token's predicted cost
 RIDGE = 1e-3
 
@@ -92,7 +92,7 @@ def _planes(k: Tensor) -> Tensor:
 def alikeness(vv: Tensor, kk: Tensor) -> Tensor:
     """How alike two heads can be turned, 0 to 2: largest correlation of values plus that of keys, (Hkv, Hkv) float64."""
     values, keys = torch.linalg.svdvals(vv).sum(-1), kk.abs().sum(-1)
-    return sum(t / (t.diagonal()[:, None] * t.diagonal()).sqrt().clamp_min(1e-30) for t in (values, keys)).cpu()
+    return sum(t / (t.diagonal()[:, None] * t.diagonal()).sqrt().clamp_min(1e-30) for t in (values, keys))
 
 
 def ordered(alike: Tensor, sizes: tuple[int, ...]) -> list[int]:
@@ -130,9 +130,11 @@ def turns(vv: Tensor, kk: Tensor, groups: list[list[int]]) -> tuple[Tensor, Tens
 @torch.no_grad()
 def align_heads(attn: Attention, vv: Tensor, kk: Tensor, sizes: tuple[int, ...]) -> None:
     """Reorder and turn the heads of an attention, in place, so that those averaged by experts of `sizes` are alike; its output stays."""
-    H, n, D = attn.n_kv_head, attn.n_head // attn.n_kv_head, attn.head_dim
+    H, n, D, device = attn.n_kv_head, attn.n_head // attn.n_kv_head, attn.head_dim, vv.device
+    vv, kk = vv.cpu(), kk.cpu()  # many small decompositions
     order, largest = ordered(alikeness(vv, kk), sizes), max(sizes)
     turn, u = turns(vv, kk, [order[i:i + largest] for i in range(0, H, largest)])
+    turn, u = turn.to(device), u.to(device)
 
     def turned(w: Tensor) -> Tensor:  # (Hkv, n or 1, D, columns): its planes by u
         z = _planes(w.transpose(-1, -2)) * u[:, None, None]

@@ -188,22 +188,22 @@ class Newest:
 class ExpertCache(Newest):
     """One layer's cache: the newest tokens whole, each with its expert to be, and a PackedCache per expert, with as many heads as it keeps.
 
-    tail_index (B, n) uint8: expert of each of the newest, PADDING for padding. seen (B, E): sums of the router's scores. What an expert holds
+    tail_index (B, n, 1) uint8: expert of each of the newest, PADDING for padding. seen (B, E): sums of the router's scores. What an expert holds
     is in the order of the columns. It cannot be truncated: what left the newest is averaged, and a sum is not taken back."""
 
     def __init__(self, parts: list[PackedCache], batch: int, size: int, n_kv_head: int, head_dim: int, like: Tensor):
         super().__init__(batch, size, n_kv_head, head_dim, like)
         self.parts = parts
-        self.tail_index = torch.empty(batch, 0, dtype=torch.uint8, device=like.device)
+        self.tail_index = torch.empty(batch, 0, 1, dtype=torch.uint8, device=like.device)
         self.seen = at_least_float32(like).new_zeros(batch, len(parts) if len(parts) > 1 else 0)
 
     def append(self, k: Tensor, v: Tensor, index: Tensor, valid: Tensor, stored: Callable) -> None:
         """Take T tokens, k, v (B, Hkv, T, D), whose experts are index (B, T); valid (B, T) bool. What leaves the newest goes to its expert,
         as `stored` (GroupedHeads.stored) says."""
-        index = torch.cat((self.tail_index, index.masked_fill(~valid, PADDING).byte()), 1)
+        index = torch.cat((self.tail_index, index.masked_fill(~valid, PADDING).byte().unsqueeze(-1)), 1)
         k, v = self.push(k, v)
         leave = k.size(2)
-        self.tail_index, index = index[:, leave:].contiguous(), index[:, :leave]
+        self.tail_index, index = index[:, leave:].contiguous(), index[:, :leave, 0]
         for e, (part, each) in enumerate(zip(self.parts, stored(k, v), strict=True) if leave else ()):
             count = (index == e).sum(-1)
             width = int(count.max()) if count.numel() else 0
@@ -286,11 +286,12 @@ class GroupedHeads(SharingPath):
         at = torch.arange(start, start + T, device=x.device) - (0 if pad is None else pad[:, None])  # a token's number in its sequence
         at = at.expand(B, T)
         if self.router is not None:
-            raw = at_least_float32(self.router(x.detach())) * (at >= 0).unsqueeze(-1)
+            with torch.autocast(x.device.type, enabled=False):
+                raw = self.router(x.detach().to(self.router.weight.dtype)) * (at >= 0).unsqueeze(-1)
             total = raw.cumsum(1) + (0 if cache is None else cache.seen.unsqueeze(1))
             if cache is not None:
                 cache.seen = total[:, -1].clone()
-            out = raw - total / (at.clamp_min(0) + 1 + PRIOR).unsqueeze(-1) + at_least_float32(self.offset)
+            out = raw - total / (at.clamp_min(0) + 1 + PRIOR).unsqueeze(-1) + self.offset
         elif E > 1:
             out = self.noise[at.clamp_min(0)]
         else:

@@ -131,10 +131,14 @@ def turns(vv: Tensor, kk: Tensor, groups: list[list[int]]) -> tuple[Tensor, Tens
 def align_heads(attn: Attention, vv: Tensor, kk: Tensor, sizes: tuple[int, ...]) -> None:
     """Reorder and turn the heads of an attention, in place, so that those averaged by experts of `sizes` are alike; its output stays."""
     H, n, D, device = attn.n_kv_head, attn.n_head // attn.n_kv_head, attn.head_dim, vv.device
-    vv, kk = vv.cpu(), kk.cpu()  # many small decompositions
-    order, largest = ordered(alikeness(vv, kk), sizes), max(sizes)
-    turn, u = turns(vv, kk, [order[i:i + largest] for i in range(0, H, largest)])
-    turn, u = turn.to(device), u.to(device)
+    largest, threads = max(sizes), torch.get_num_threads()
+    torch.set_num_threads(1)  # many small decompositions, one after the other: threads only get in each other's way
+    try:
+        vv, kk = vv.cpu(), kk.cpu()
+        order = ordered(alikeness(vv, kk), sizes)
+        turn, u = (t.to(device) for t in turns(vv, kk, [order[i:i + largest] for i in range(0, H, largest)]))
+    finally:
+        torch.set_num_threads(threads)
 
     def turned(w: Tensor) -> Tensor:  # (Hkv, n or 1, D, columns): its planes by u
         z = _planes(w.transpose(-1, -2)) * u[:, None, None]

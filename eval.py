@@ -176,7 +176,7 @@ def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks:
         if r["task"] == rows[0]["task"]:  # one task to a picture
             series = {"dense": "dense", "value_groups": f"{r['basis']}, S = {r['n_groups']}",
                       "select": f"{r['relevance'].split(' ')[0]}, {r.get('setting')}"}
-            by_name.setdefault(r.get("name", series[r["method"]]), []).append(r)
+            by_name.setdefault(r.get("name", series.get(r["method"], r["setting"])), []).append(r)
     base = by_name.pop("base", []) if len(by_name) > 1 else []  # far above the others: named, not drawn
     for name, mine in by_name.items():
         mine = sorted(mine, key=lambda r: r["kv_kept_model"])

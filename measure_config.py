@@ -77,8 +77,9 @@ class EvalConfig:
               "give --questions=PATH")
         check("mixsga" not in comma_list(self.tasks) or comma_list(self.tasks) == ["mixsga"], f"tasks={self.tasks!r}",
               "mixsga trains its rows", "give it alone")
-        check(self.steps >= 1 and self.seeds >= 1 and self.lr > 0, f"steps={self.steps}, seeds={self.seeds}, lr={self.lr}",
-              "at least 1, 1 and above 0", "give for example --steps=60 --seeds=2 --lr=0.001")
+        check(self.steps >= 1, f"steps={self.steps}", "at least 1", "give for example --steps=60")
+        check(1 <= self.seeds <= 10 ** 6, f"seeds={self.seeds}", "1 to a million", "give for example --seeds=2")
+        check(self.lr > 0, f"lr={self.lr}", "must be positive", "give for example 0.001")
         check(bool(comma_list(self.mixes)), f"mixes={self.mixes!r}", "one entry at least", "give for example 3:1:6")
         check(self.block_size >= 0 and self.seed >= 0, f"block_size={self.block_size}, seed={self.seed}", "at least 0", "give 0 or more")
         check_seed(self.seed)

@@ -38,7 +38,7 @@ from trainer import Stage, World, gradients, learning_rate, make_optimizer, opti
 SIZES = {1: "1", 2: "1,2", 3: "1,2,4", 4: "1,2,4,8"}
 CALIBRATION = (4, 8)  # batches and their sequences that heads are aligned and routers calibrated on
 TAIL = 16  # newest tokens read whole, unless a flag says otherwise
-MINI_STEPS, MINI_WINDOW = 600, 128  # of the base that the miniature pretrains, a default model
+MINI_STEPS, MINI_WINDOW = 500, 128  # of the base that the miniature pretrains, a default model
 
 
 def continued(base: Run, kv: KVConfig, mix: MixConfig, corpus, cfg: TrainConfig, *, name: str, folder: Path, steps: int, lr: float, batch_size: int,

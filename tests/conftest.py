@@ -15,20 +15,46 @@ import train
 import trainer
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """One thread: tiny models are faster so, also where other work wants the cores, and subprocesses compute the same numbers."""
-    before = torch.get_num_threads()
+def patch_once() -> None:
+    """Triton's interpreter puts its functions in place of tl's at every launch, and again, searching all of tl, at every call of one jitted
+    function by another: most of its time. What stands in place since the launch began is left there: nothing else changes."""
+    try:
+        from triton.runtime import interpreter
+        patch, restore, standing = interpreter._patch_lang, interpreter._LangPatchScope.restore, set()
+    except (ImportError, AttributeError):  # another version: as slow as it is
+        return
+
+    def patch_lang(fn):
+        langs = frozenset(id(v) for v in fn.__globals__.values() if v is interpreter.tl or v is interpreter.tl.core)
+        if langs in standing:
+            return interpreter._LangPatchScope()
+        scope, outermost = patch(fn), not standing
+        standing.add(langs)
+        if outermost:
+            scope.restore = lambda: (standing.clear(), restore(scope))
+        return scope
+    interpreter._patch_lang = patch_lang
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread(tmp_path_factory):
+    """One thread, here and in processes started here: tiny models are faster so, several times where other work wants the cores, and
+    subprocesses compute the same numbers. They share matplotlib's list of fonts, too, which would lie in the cache that own_cache moves."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("OMP_NUM_THREADS", "1")
+        m.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        yield
 
 
 @pytest.fixture
 def own_cache(monkeypatch, tmp_path):
     """Token files go to the test's folder, never to the user's cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")

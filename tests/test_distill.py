@@ -18,7 +18,7 @@ import trainer
 from pretrained import load_run
 
 DISTILL = ["--adapter=none", "--learn_basis", "--objective=distill"]
-pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

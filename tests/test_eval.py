@@ -20,7 +20,7 @@ from data import documents, prepare_splits
 from measure_config import EvalConfig
 from pretrained import load_run
 
-pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 SETTINGS = {  # every router, scope, tail and kind of basis; the tail is the task's, whatever the model was trained with
     "default": dict(value_basis="output", value_router="norm", mask_scope="head", kv_tail=4),
     "pairwise": dict(n_groups=8, topk_groups=3, value_basis="pca", reconstructor="pairwise", value_router="linear"),

@@ -19,7 +19,6 @@ ALL = "q,k,v,o,gate,up,down"
 KINDS = ["lora", "moe_lora", "routed"]
 R, ALPHA, S, K, E, KE = 3, 5.0, 5, 2, 4, 3
 NAMES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(kind: str, **kw) -> AdapterConfig:

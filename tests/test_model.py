@@ -14,7 +14,6 @@ from model import DenseCache, RMSNorm, Transformer, apply_rope, attend, generate
 
 VOCAB, CONTEXT = 23, 31
 GQA = pytest.mark.parametrize("n_kv_head", [4, 2, 1], ids=["groups1", "groups2", "groups4"])
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(seed: int = 0, std: float = 0.35, dtype: torch.dtype = torch.float64, **shape) -> Transformer:

@@ -32,7 +32,7 @@ CONTEXT = 128  # long enough for what is stored once per sequence not to count
 ALL = ["--pretrain_steps=12", "--adapt_steps=4", "--seeds=2", "--max_minutes=99", f"--block_size={CONTEXT}"]
 ROW = {"task", "method", "adapter", "basis", "n_groups", "prefill", "relevance", "value_keep", "token_keep", "kv_kept_layers",
        "kv_kept_model", "cache_bytes", "dense_bytes", "metric", "value", "dense_value", "n", "seed", "seconds"}
-pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # -- adaptation
@@ -208,7 +208,7 @@ train.run(cli.parse_args(train.CONFIGS, sys.argv[1:]))
 def whole(tmp_path_factory):
     """(run folder, what it printed) of `train.py` with nothing but small sizes given, and the network blocked."""
     folder = tmp_path_factory.mktemp("whole")
-    env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     p = python("-c", WITHOUT_NETWORK, *TINY, *ALL, f"--out_dir={folder / 'run'}", env=env)
     assert p.returncode == 0, p.err
     return folder / "run", p.out
@@ -249,6 +249,7 @@ def test_pipeline_needs_no_network_and_leaves_rows(whole):
 def test_pipeline_resumed_after_a_kill_ends_the_same(whole, tmp_path):
     """SIGKILL in the third step of MoE-LoRA, then --resume: the same rows, number for number, as the unbroken run."""
     flags = [*TINY, *ALL, "--save_interval=2", f"--out_dir={tmp_path / 'run'}"]
+    shutil.copytree(whole[0].parent / "cache", tmp_path / "cache")  # the same text, prepared once
     p = python("-c", KILLED, *flags)
     assert p.returncode == -signal.SIGKILL, p.err
     assert (tmp_path / "run/moe_lora-s0/step-00000002").is_dir() and not (tmp_path / "run/routed-s0").exists()
@@ -268,7 +269,8 @@ def test_eval_rows_of_a_run(whole, copy_of, capsys):
     """eval.py on a run: a row per budget and one with everything kept, the last line of stdout is those rows as JSON, they go to the
     stage's folder beside the run's own, and the trained budget has the very value that train.py reported."""
     before = (copy_of / "results.json").read_bytes()
-    call(evaluation, f"--out_dir={copy_of}", "--methods=dense,value_groups", "--budgets=0.25,0.5,0.75")
+    call(evaluation, f"--out_dir={copy_of}", "--methods=dense,value_groups", "--budgets=0.25,0.5,0.75",
+         "--sequences=24")
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])
     assert rows == json.loads((copy_of / "routed-s0" / "results.json").read_text()) and (copy_of / "results.json").read_bytes() == before

@@ -41,8 +41,6 @@ from config import AdapterConfig, KVConfig, to_dict
 from model import Transformer
 from tokenizer import ByteTokenizer, LibraryTokenizer, from_definition
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def logits(model: Transformer, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():

@@ -21,11 +21,6 @@ TRAINED = ("predictor-mse", "predictor-kl", "expected_attention-mse", "expected_
 DEPTH_FREE = [*sorted(PLAIN), *TRAINED]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny_work(one_thread):
-    """One thread for all of these."""
-
-
 def turned(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """x (B, h, T, D) rotated pair by pair at position (B, T), in float64."""
     freq = TINY.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)

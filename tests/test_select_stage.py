@@ -33,7 +33,7 @@ from measure_config import BenchConfig
 from model import Transformer
 from pretrained import autocast, load_run, split_added
 
-pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 ALL = "predictor,expected_attention,predictor_query"
 W, READERS = 5, 7
 SETTING = [f"--readers={READERS}", f"--kv_tail={W}", "--select_steps=9", "--select_batch_size=3", "--sinks=2", "--past=9", "--ahead=5"]

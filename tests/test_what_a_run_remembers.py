@@ -14,7 +14,7 @@ import train
 from config import DataConfig
 from tokenizer import get_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

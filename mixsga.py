@@ -259,13 +259,13 @@ class GroupedHeads(SharingPath):
     def __init__(self, m: ModelConfig, kv: KVConfig, mix: MixConfig, layer: int = 0):
         super().__init__()
         mix.check_model(m)
-        groups, S = mix.expert_groups, kv.n_groups
-        check(not groups or (groups <= S and m.head_dim % S == 0), f"expert_groups={groups} with n_groups={S}, head_dim={m.head_dim}",
+        groups, S = mix.expert_groups, kv.n_groups if mix.expert_groups else 2  # two groups, both kept: any D is even
+        check(groups <= S and m.head_dim % S == 0, f"expert_groups={groups} with n_groups={S}, head_dim={m.head_dim}",
               "needs at most S groups, and S must divide D", "give smaller ones")
         self.Hkv, self.D, self.sizes, self.ratios, self.mix, self.tail = m.n_kv_head, m.head_dim, mix.sizes, mix.ratios, mix, kv.kv_tail
         self.k = groups or S  # value groups kept
-        self.stored_as = replace(kv, kv="value_groups", topk_groups=self.k, kv_tail=0, kv_tail_block=1, reconstructor="zero", value_router="norm",
-                                 mask_scope="head" if self.k < S else "layer")
+        self.stored_as = replace(kv, kv="value_groups", n_groups=S, topk_groups=self.k, kv_tail=0, kv_tail_block=1, reconstructor="zero",
+                                 value_router="norm", mask_scope="head" if self.k < S else "layer")
         E = len(self.sizes)
         self.router = nn.Linear(m.n_embd, E) if E > 1 and mix.expert_router == "learned" else None
         if self.router is not None:  # He initialisation, zero bias

@@ -193,6 +193,15 @@ def test_packed_equals_masked_on_a_gpu(name, dtype, tol):
         assert (torch.cat(got, 2) - want).abs().max() < tol * want.abs().max()
 
 
+def test_any_head_dimension_is_stored():
+    """Without value groups nothing has to divide D but 2: heads of 6, default n_groups of 4."""
+    model, x = made(cfg=replace(EIGHT, head_dim=6), tail=2), tokens(1, 15)
+    with torch.no_grad(), mixsga.routing(model, "score"):
+        cache = model.new_cache(1, 15)
+        got = torch.cat([model(part, cache) for part in x.split([9, 1, 1, 4], 1)], 1)
+        assert (got - model(x)).abs().max() < 1e-10
+
+
 def test_packed_notices_a_wrong_expert():
     """The comparison above sees a cache that stores a token with another expert."""
     model, x = made(), tokens(1, 12)

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+import re
 import socket
 import sys
 import unicodedata
@@ -134,6 +135,7 @@ def same(spec: dict, oracle, made, texts) -> None:
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=40)  # Cn: versions of Unicode differ in what is assigned
+TEXT = TEXT.filter(lambda t: not re.search(r"<\|?\w+\|?>", t))  # special tokens, which hypothesis finds in the sources: encode has them as plain text
 
 
 @pytest.mark.parametrize("pre", PRES)

@@ -383,7 +383,7 @@ def main_mixsga(cfg: EvalConfig) -> None:
     """--tasks=mixsga: rows that are trained here."""
     place = ARGS.base.place(cfg.out_dir) if cfg.out_dir or ARGS.base.init_from != "scratch" else ""
     if not place:  # the miniature: what was not asked for is small
-        cfg = replace(cfg, **{k: v for k, v in dict(batch_size=8, sequences=48).items() if k not in ARGS.given})
+        cfg = replace(cfg, **{k: v for k, v in dict(batch_size=8, sequences=48, steps=20, lr=5e-4).items() if k not in ARGS.given})
     folder = Path(cfg.results or f"out/mixsga-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     kv = ARGS.kv if "kv_tail" in ARGS.given else replace(ARGS.kv, kv_tail=mixsga_table.TAIL)
     print(json.dumps(mixsga_table.run_table(cfg, kv, ARGS.data, place, ARGS.base.options(cfg.out_dir), folder)))

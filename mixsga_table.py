@@ -5,7 +5,7 @@ token goes where its scores say, what decoding through the cache gives), the sam
 agree, the share of keys and values held in decode mode and the bytes of a prompt's cache. --h2o: perplexity while a heavy-hitter cache
 evicts. All methods read the newest --kv_tail tokens whole; rows of the first of --mixes are there without that, too.
 
-    python eval.py --tasks=mixsga --steps=20                            # in miniature: pretrains a base, about 2 minutes on two cores
+    python eval.py --tasks=mixsga                                       # in miniature: pretrains a base, about 2 minutes on two cores
     python eval.py --tasks=mixsga --out_dir=out/RUN/pretrain --steps=100 --seeds=2 --results=out/mixsga   # again: goes on where it stopped
 """
 from __future__ import annotations

@@ -41,8 +41,8 @@ from config import KVConfig, MixConfig, ModelConfig, check
 from kernels import Tail, merged, packed_attention
 from kv_router import group_energy, spread
 from layout import at_least_float32, top_k_mask
-from model import DenseCache, KVCache, attend, attention_mask, storage_bytes
-from packed_cache import PackedCache
+from model import DenseCache, KVCache, attend, attention_mask
+from packed_cache import Flat, PackedCache
 
 PADDING = 255  # in an index of experts
 PRIOR = 32  # tokens of mean 0 that a running mean of scores begins with
@@ -139,13 +139,21 @@ class SharingPath(nn.Module):
         return torch.cat([self(x[:, t:t + 1], q[:, :, t:t + 1], k[:, :, t:t + 1], v[:, :, t:t + 1], cache, pad) for t in range(q.size(2))], 2)
 
 
-class Newest:
-    """The newest tokens of a layer, whole: k, v (B, Hkv, n, D), n at most `size`; the same columns for all sequences."""
+class Newest(Flat):
+    """The newest tokens of a layer, whole: k, v (B, Hkv, n, D), n at most `size`; the same columns for all sequences. NAMES are tensors with
+    a row for each sequence."""
+
+    NAMES = ("tail_k", "tail_v")
 
     def __init__(self, batch: int, size: int, n_kv_head: int, head_dim: int, like: Tensor):
         self.size, self.columns = size, 0  # columns seen, padding included
         self.tail_k = like.new_zeros(batch, n_kv_head, 0, head_dim)
         self.tail_v = torch.zeros_like(self.tail_k)
+
+    @property
+    def B(self) -> int:
+        """Sequences held."""
+        return self.tail_k.size(0)
 
     def push(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Take T tokens; return the k, v (B, Hkv, n, D) of those that leave for them."""
@@ -155,30 +163,22 @@ class Newest:
         self.tail_k, self.tail_v = k[:, :, leave:].contiguous(), v[:, :, leave:].contiguous()
         return k[:, :, :leave], v[:, :, :leave]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor held, by name."""
-        return {"tail_k": self.tail_k, "tail_v": self.tail_v}
-
     def extra(self) -> dict[str, int]:
         """The numbers that, with tensors(), make up the whole cache."""
         return {"columns": self.columns}
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors held."""
-        return storage_bytes(self.tensors().values())
-
     def slice(self, rows: list[int]):
         """A copy that holds the sequences `rows` only, in that order."""
-        out = copy.copy(self)
-        for name in Newest.tensors(self):
-            setattr(out, name, getattr(self, name)[torch.tensor(rows, dtype=torch.int64, device=self.tail_k.device)])
+        out, pick = copy.copy(self), torch.tensor(rows, dtype=torch.int64, device=self.tail_k.device)
+        for name in self.NAMES:
+            setattr(out, name, getattr(self, name)[pick])
         return out
 
-    @staticmethod
-    def join(caches: list):
+    @classmethod
+    def join(cls, caches: list):
         """One cache of the sequences of all, in order; each must have the same columns."""
         out = copy.copy(caches[0])
-        for name in Newest.tensors(out):
+        for name in cls.NAMES:
             setattr(out, name, torch.cat([getattr(c, name) for c in caches]))
         return out
 
@@ -190,6 +190,8 @@ class ExpertCache(Newest):
 
     tail_index (B, n, 1) uint8: expert of each of the newest, PADDING for padding. seen (B, E): sums of the router's scores. What an expert holds
     is in the order of the columns. It cannot be truncated: what left the newest is averaged, and a sum is not taken back."""
+
+    NAMES = (*Newest.NAMES, "tail_index", "seen")
 
     def __init__(self, parts: list[PackedCache], batch: int, size: int, n_kv_head: int, head_dim: int, like: Tensor):
         super().__init__(batch, size, n_kv_head, head_dim, like)
@@ -221,7 +223,7 @@ class ExpertCache(Newest):
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor held, those of the parts by number and name."""
         parts = {f"{e}.{n}": t for e, part in enumerate(self.parts) for n, t in part.tensors().items()}
-        return {**super().tensors(), "tail_index": self.tail_index, "seen": self.seen, **parts}
+        return {**super().tensors(), **parts}
 
     def extra(self) -> dict[str, int]:
         """The numbers that, with tensors(), make up the whole cache."""
@@ -229,15 +231,15 @@ class ExpertCache(Newest):
 
     def slice(self, rows: list[int]) -> ExpertCache:
         """A copy that holds the sequences `rows` only, in that order."""
-        out, pick = super().slice(rows), torch.tensor(rows, dtype=torch.int64, device=self.seen.device)
-        out.parts, out.tail_index, out.seen = [part.slice(rows) for part in self.parts], self.tail_index[pick], self.seen[pick]
+        out = super().slice(rows)
+        out.parts = [part.slice(rows) for part in self.parts]
         return out
 
-    @staticmethod
-    def join(caches: list[ExpertCache]) -> ExpertCache:
+    @classmethod
+    def join(cls, caches: list[ExpertCache]) -> ExpertCache:
         """One cache of the sequences of all, in order; each must have the same columns. Their parts grow to one capacity."""
-        out = Newest.join(caches)
-        out.tail_index, out.seen, out.parts = torch.cat([c.tail_index for c in caches]), torch.cat([c.seen for c in caches]), []
+        out = super().join(caches)
+        out.parts = []
         for parts in zip(*(c.parts for c in caches), strict=True):
             cap = max(p.cap for p in parts)
             cap = max([cap, *(p.cap + p.cap // 4 for p in parts if p.cap < cap)])
@@ -267,6 +269,7 @@ class GroupedHeads(SharingPath):
         self.stored_as = replace(kv, kv="value_groups", n_groups=S, topk_groups=self.k, kv_tail=0, kv_tail_block=1, reconstructor="zero",
                                  value_router="norm", mask_scope="head" if self.k < S else "layer")
         E = len(self.sizes)
+        self.register_buffer("never", torch.tensor([not r for r in self.ratios], device="cpu"), persistent=False)  # experts of share 0
         self.router = nn.Linear(m.n_embd, E) if E > 1 and mix.expert_router == "learned" else None
         if self.router is not None:  # He initialisation, zero bias
             nn.init.kaiming_normal_(self.router.weight)
@@ -296,8 +299,7 @@ class GroupedHeads(SharingPath):
             out = self.noise[at.clamp_min(0)]
         else:
             out = x.new_zeros(B, T, 1)
-        none = torch.tensor([not r for r in self.ratios], device=x.device)
-        return out.masked_fill(none, -math.inf)
+        return out.masked_fill(self.never, -math.inf)
 
     def stored(self, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """What each expert would store of tokens k, v (B, Hkv, T, D): k, v (B, Hkv / size, T, D), v with zeros where dropped, and the mask of

@@ -33,7 +33,7 @@ from model import Transformer, evaluating
 from pretrained import Run, autocast, load_run, pick_device
 from tasks import mean_loss
 from tokenizer import get_tokenizer
-from trainer import Stage, World, gradients, learning_rate, make_optimizer, optimizer_settings
+from trainer import Stage, World, gradients, learning_rate, make_optimizer, optimizer_settings, set_rate
 
 SIZES = {1: "1", 2: "1,2", 3: "1,2,4", 4: "1,2,4,8"}
 CALIBRATION = (4, 8)  # batches and their sequences that heads are aligned and routers calibrated on
@@ -66,8 +66,7 @@ def train_here(stage: Stage, cfg: TrainConfig, w: World) -> None:
     opt = make_optimizer(stage.params, cfg)
     stage.model.train()
     for step in tqdm(range(stage.steps), desc=stage.name, unit="step", mininterval=20 if not sys.stderr.isatty() else 0.5):
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(step, stage.steps, stage.lr, cfg.warmup) * group["rate"]
+        set_rate(opt, learning_rate(step, stage.steps, stage.lr, cfg.warmup))
         opt.zero_grad(set_to_none=True)
         loss, norm, _ = gradients(stage, stage.model, step, cfg, w, False)
         check(math.isfinite(loss) and math.isfinite(norm), f"{stage.name}: loss {loss} at step {step}", "training diverged", "give a lower --lr")

@@ -91,6 +91,12 @@ def make_optimizer(params: list[torch.nn.Parameter], cfg: TrainConfig) -> torch.
     return torch.optim.AdamW(settings, lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
 
 
+def set_rate(opt: torch.optim.Optimizer, lr: float) -> None:
+    """Let every parameter of make_optimizer's learn at lr, by its own scale."""
+    for group in opt.param_groups:
+        group["lr"] = lr * group["rate"]
+
+
 def optimizer_settings(cfg: TrainConfig) -> dict:
     """The settings besides a stage's own that a resumed run must share with the unbroken one."""
     return {name: getattr(cfg, name) for name in ("warmup", "weight_decay", "beta1", "beta2", "grad_clip", "dtype")}
@@ -279,8 +285,7 @@ class Trainer:
             while self.step < s.steps:
                 start = self.clock()
                 lr = learning_rate(self.step, s.steps, s.lr, cfg.warmup)
-                for group in self.opt.param_groups:
-                    group["lr"] = lr * group["rate"]
+                set_rate(self.opt, lr)
                 self.opt.zero_grad(set_to_none=True)
                 kv_router.set_kept(s.model, s.kv.n_groups if self.step < s.kv.kv_warmup * s.steps else s.kv.topk_groups)
                 loss, norm, stopping = gradients(s, self.forward, self.step, cfg, self.w, stop.signal is not None)

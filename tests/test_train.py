@@ -31,21 +31,21 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("kind, flags", [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", WARM)],
                          ids=["pretrain", "adapt-routed", "adapt-moe_lora"])
 def test_resume_bitwise(kind, flags, tmp_path, run_stage, monkeypatch):
-    """15 steps unbroken, and 10 steps, SIGTERM, a start with --resume: every loss and final tensor, moments included, are the same bits."""
-    flags = [*flags, f"--{kind}_steps=15", "--eval_interval=3"]
+    """30 steps unbroken, and 20 steps, SIGTERM, a start with --resume: every loss and final tensor, moments included, are the same bits."""
+    flags = [*flags, f"--{kind}_steps=30", "--eval_interval=6"]
     whole = run_stage(kind, tmp_path / "whole", *flags)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
-        before_step(m, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        before_step(m, 19, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run_stage(kind, tmp_path / "broken", *flags)
     assert stopped.value.code == 143
     broken = tmp_path / "broken" / whole.name
-    assert checkpoint.newest(broken)[0].name == "step-00000010" and len(losses(broken)) == 10
+    assert checkpoint.newest(broken)[0].name == "step-00000020" and len(losses(broken)) == 20
     random.random(), torch.rand(3)  # nothing outside the checkpoint matters
     run_stage(kind, tmp_path / "broken", *flags, "--resume")
-    assert losses(broken) == losses(whole) and [s for s, _ in losses(whole)] == list(range(15))
-    assert_equal(tensors(broken / "step-00000015"), tensors(whole / "step-00000015"))
+    assert losses(broken) == losses(whole) and [s for s, _ in losses(whole)] == list(range(30))
+    assert_equal(tensors(broken / "step-00000030"), tensors(whole / "step-00000030"))
     values = [[(r["after"], r["val_loss"]) for r in checkpoint.read_jsonl(s / "metrics.jsonl") if "val_loss" in r] for s in (whole, broken)]
-    assert values[0] == values[1] and [a for a, _ in values[0]] == [3, 6, 9, 12, 15]
+    assert values[0] == values[1] and [a for a, _ in values[0]] == [6, 12, 18, 24, 30]
     assert checkpoint.load(whole / "best").step == checkpoint.load(broken / "best").step
 
 

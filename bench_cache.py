@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kv_router
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
-from kernels import Packed, Tail, packed_attention, packed_attention_ref
+from kernels import packed_attention
 from layout import top_k_mask
 from measure_config import BenchConfig
 from model import DenseCache, Steps, Transformer, evaluating, prefill
@@ -31,6 +31,7 @@ from packed_cache import PackedCache, SelectedCache
 from packing import select_top_m
 from pretrained import attach_storage, device_name, in_bfloat16, load_run, pick_device, place
 from reconstruct import spread
+from stored import Packed, Tail, packed_attention_ref
 
 TAIL = 16  # whole tokens after the context
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,

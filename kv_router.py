@@ -34,13 +34,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from appending import can_append
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
-from kernels import Packed, Tail, can_append, merged, packed_attention
+from kernels import packed_attention
 from layout import at_least_float32, top_k_mask
 from model import DensePath, attend, attention_mask, evaluating
 from packed_cache import PackedCache, compressed
 from reconstruct import MLP, LinearPerPattern, Pairwise, Zero, fill, spread
+from stored import Packed, Tail, merged
 
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}  # queries at a time where attention weights are formed in full
 

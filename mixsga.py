@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig, MixConfig, ModelConfig, check
-from kernels import Tail, merged, packed_attention
+from kernels import packed_attention
 from kv_router import group_energy, spread
 from layout import at_least_float32, top_k_mask
 from model import DenseCache, KVCache, attend, attention_mask
 from packed_cache import Flat, PackedCache
+from stored import Tail, merged
 
 PADDING = 255  # in an index of experts
 PRIOR = 32  # tokens of mean 0 that a running mean of scores begins with

@@ -30,9 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from appending import append_tail
 from config import ModelConfig
-from kernels import Tail, append_tail, packed_attention, triton
+from kernels import packed_attention, triton
 from layout import at_least_float32
+from stored import Tail
 
 
 class RMSNorm(nn.Module):

@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from appending import append_packed
 from config import KVConfig, check
-from kernels import Packed, Tail, append_packed
 from layout import bits_to_mask, mask_dtype, mask_to_bits, tile_size
 from model import storage_bytes
 from packing import pack_values
+from stored import Packed, Tail
 
 
 def compressed(seen: Tensor, tail: int, block: int) -> Tensor:
@@ -263,10 +264,12 @@ class SelectedCache(Flat):
 
     LAYOUT = ("bits", "positions", "before", "tile_rows", "n_packed", "n_rows", "n_pad", "token_base", "row_base", "mask_base", "tile_base")
     NAMES = ("keys", "rows", *LAYOUT, "tail_k", "tail_v", "tail_pad")
+    KNOWS_COLUMNS = True  # whether it remembers where survivors stood, and so can be truncated into its context
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, like: Tensor):
         check(mask_heads in (1, n_kv_head), f"mask_heads={mask_heads}", f"1 or the {n_kv_head} KV heads", "give one of them")
         self.Hkv, self.D, self.S, self.mask_heads, self.max_len = n_kv_head, head_dim, n_groups, mask_heads, max_len
+        self.tile = tile_size(n_groups)  # tokens per entry of tile_rows
         self.n_context = self.tail_len = self.longest = 0  # columns packed, padding included; columns in the tail; most survivors of a segment
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -287,7 +290,7 @@ class SelectedCache(Flat):
     def _set_bases(self) -> None:
         """Segment starts for segments without gaps, from n_packed and n_rows."""
         self.token_base, self.row_base = (starts(n.expand(-1, self.Hkv)) for n in (self.n_packed, self.n_rows))
-        self.mask_base, self.tile_base = starts(self.n_packed), starts(-(-self.n_packed // tile_size(self.S)))
+        self.mask_base, self.tile_base = starts(self.n_packed), starts(-(-self.n_packed // self.tile))
 
     def pack(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, valid: Tensor, bits_from: SelectedCache | None = None) -> None:
         """Store a context of C columns: k and encoded values z (B, Hkv, C, D), of which the tokens keep (B, Hm, C) bool survive, each with
@@ -302,17 +305,22 @@ class SelectedCache(Flat):
         if bits_from is not None:
             same = torch.equal(bits_from.n_packed, keep.sum(-1)) and torch.equal(bits_from.n_rows, mask.sum((-2, -1)))
             assert same and bits_from.token_base.shape == (B, self.Hkv), "bits_from was packed with another keep or mask, or was truncated"
-        dtype = self.keys.dtype
-        self.keys, self.rows, *index = pack_values(k.to(dtype), z.to(dtype), keep, mask)
+        index = self._store(k, z, keep, mask)
         if bits_from is None:
             self.bits, self.before, self.tile_rows, self.n_packed, self.n_rows = index
-            if (valid[:, None] & ~keep).any():
+            if self.KNOWS_COLUMNS and (valid[:, None] & ~keep).any():
                 self.positions = torch.arange(C, device=keep.device).expand_as(keep)[keep].to(self.positions.dtype)  # (n_masks,)
             self.n_pad = (~valid).sum(-1)
             self._set_bases()
         for name in self.LAYOUT if bits_from else ():
             setattr(self, name, getattr(bits_from, name))
         self.n_context, self.longest = C, int(self.n_packed.max()) if B else 0
+
+    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> list[Tensor]:
+        """Hold keys and rows of what is kept; return bits, before, tile_rows, n_packed and n_rows."""
+        dtype = self.keys.dtype
+        self.keys, self.rows, *index = pack_values(k.to(dtype), z.to(dtype), keep, mask)
+        return index
 
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""
@@ -345,7 +353,7 @@ class SelectedCache(Flat):
         if end > cap:
             cap = max(end, cap + cap // 4 if cap else self.max_len - self.n_context)
             for name in ("tail_k", "tail_v"):
-                new = self.keys.new_zeros(self.B, self.Hkv, cap, self.D)
+                new = self.tail_k.new_zeros(self.B, self.Hkv, cap, self.D)
                 new[:, :, :self.tail_len] = getattr(self, name)[:, :, :self.tail_len]
                 setattr(self, name, new)
 
@@ -372,7 +380,7 @@ class SelectedCache(Flat):
         out.rows = self.rows[slots(self.row_base[pick], out.n_rows.expand(-1, self.Hkv))]
         out.bits, out.before = self.bits[masks], self.before[masks]
         out.positions = self.positions[masks] if self.positions.numel() else self.positions.clone()
-        out.tile_rows = self.tile_rows[slots(self.tile_base[pick], -(-out.n_packed // tile_size(self.S)))]
+        out.tile_rows = self.tile_rows[slots(self.tile_base[pick], -(-out.n_packed // self.tile))]
         out._set_bases()
         return out
 

@@ -147,15 +147,15 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> tuple[T
     Hkv, d = k.size(1), k.size(-1) // mask.size(-1)
     count = mask.sum(-1)  # (B, Hm, C) rows of each token
     rows = z.reshape(-1, d)[mask.expand(-1, Hkv, -1, -1).reshape(-1)]  # flat: one index per row, not four
-    index = tile_index((count.cumsum(-1) - count)[keep], keep.sum(-1), mask.size(-1))
+    index = tile_index((count.cumsum(-1) - count)[keep], keep.sum(-1), tile_size(mask.size(-1)))
     return k[keep.expand(-1, Hkv, -1)], rows, mask_to_bits(mask[keep]), *index, keep.sum(-1), count.sum(-1)
 
 
-def tile_index(rows_before: Tensor, n_packed: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor, Tensor]:
     """(before, tile_rows) of Packed from the segment's rows before each token, rows_before (n_masks,), and their number n_packed (B, Hm)."""
     n = n_packed.flatten()
     slot = torch.arange(len(rows_before), device=n.device) - (n.cumsum(0) - n).repeat_interleave(n, output_size=len(rows_before))
-    first = slot % tile_size(n_groups) == 0
+    first = slot % tile == 0
     tile_rows = rows_before[first].int()
     return (rows_before - tile_rows[first.cumsum(0) - 1]).to(torch.uint8), tile_rows
 
@@ -221,4 +221,4 @@ def pack_values(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, impl: str = "a
             k, z, keep, mask, token_at, row_at, keys, rows, bits, rows_before, C, n_blocks, Hkv, G,
             *k.stride()[:3], *z.stride()[:3], D, S, triton.next_power_of_2(D), triton.next_power_of_2(D // S), BLOCK,
             num_warps=8 if D > 64 else 4)
-    return keys, rows, bits, *tile_index(rows_before, n_packed, S), n_packed, n_rows
+    return keys, rows, bits, *tile_index(rows_before, n_packed, tile_size(S)), n_packed, n_rows

@@ -15,8 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Sums
 from layout import mask_to_bits
+from stored import Sums
 
 
 class Zero(nn.Module):

@@ -30,15 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kv_router
+from appending import append_tail
 from checkpoint import copy_tensors
 from config import KVConfig, SelectConfig, check, count_kept
-from kernels import Tail, append_tail
 from kv_router import ValueGroupPath, spread
 from layout import at_least_float32, top_k_mask
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
 from packed_cache import SelectedCache, pack_layers
 from packing import select_joint, select_top_m
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
+from stored import Tail
 
 
 class Choice(NamedTuple):

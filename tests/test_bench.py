@@ -12,8 +12,8 @@ import torch
 
 import bench_cache
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
-from kernels import Tail
 from measure_config import BenchConfig
+from stored import Tail
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(n_head=6, n_kv_head=3, head_dim=32, block_size=301)

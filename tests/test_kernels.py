@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 import kernels
 import kv_router
 import packed_cache
+from appending import append_tail
 from config import KVConfig
-from kernels import Packed, Sums, Tail, append_tail, merged, packed_attention, packed_attention_ref, triton
+from kernels import packed_attention, triton
 from layout import mask_to_bits, tile_size, top_k_mask
 from packed_cache import PackedCache, SelectedCache
+from stored import Packed, Sums, Tail, merged, packed_attention_ref
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -1,0 +1,110 @@
+"""The packed caches of packed_cache.py with keys and values as integers (quant.py): what is added to them, and nothing else.
+
+* IntSelectedCache: a context quantised once, at uniform bits or with a level for every group; what follows stays whole in the tail.
+* IntPackedCache: K groups of every token; the oldest tokens of the tail are quantised a whole block at a time as decoding goes on.
+
+Both keep the first `sinks` tokens of a sequence whole: attention rests on them, and their values are unlike all others.
+
+Letters: B sequences, Hkv KV heads, Hm mask heads (1 or Hkv), D head dimension, S groups, d = D/S, C columns of a context.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import check
+from layout import mask_dtype, mask_to_bits, tile_size
+from packed_cache import SelectedCache, slots, starts
+from packing import tile_index
+from quant import Ints, quantise_keys, quantise_levels, quantise_values, row_bytes, split_levels, units
+from stored import Packed
+
+
+class IntFormat(NamedTuple):
+    """How a cache stores integers: see quant.Ints."""
+    key_bits: int
+    value_bits: int  # 0: every group has its level
+    block: int
+    gain: Tensor | None = None  # (Hkv, D) float32; levels only
+
+
+class IntSelectedCache(SelectedCache):
+    """SelectedCache in integers. keys, rows: bytes; key_scale, value_scale as in quant.Ints; with levels bits holds 2 S of them and rows are
+    units of 2 bits and d numbers, counted by n_rows. Positions are not kept, so its context cannot be truncated."""
+
+    NAMES = (*SelectedCache.NAMES, "key_scale", "block_base", "value_scale")
+    KNOWS_COLUMNS = False
+
+    def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, like: Tensor, fmt: IntFormat):
+        self.fmt, self.key_scale = fmt, torch.zeros(0, 2, head_dim, dtype=torch.float16, device=like.device)
+        super().__init__(batch, max_len, n_kv_head, head_dim, n_groups, mask_heads, like)
+        self.value_scale = self.key_scale.new_zeros(0, 2 if fmt.value_bits else 1)
+        width = row_bytes(head_dim // n_groups, fmt.value_bits or 2)
+        self.keys, self.rows = (self.bits.new_zeros(0, w, dtype=torch.uint8) for w in (row_bytes(head_dim, fmt.key_bits), width))
+        if not fmt.value_bits:
+            self.bits, self.tile = self.bits.to(mask_dtype(2 * n_groups)), tile_size(4 * n_groups)
+
+    def _blocks(self) -> Tensor:
+        """Key blocks of every segment: (B, Hkv) int64."""
+        return -(-self.n_packed.expand(-1, self.Hkv) // self.fmt.block)
+
+    def _set_bases(self) -> None:
+        super()._set_bases()
+        self.block_base = starts(self._blocks())
+
+    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> list[Tensor]:
+        """mask (B, Hm, C, S): groups kept, or their levels 0 to 3, uint8."""
+        fmt, here = self.fmt, keep.expand(-1, self.Hkv, -1)  # (B, Hkv, C)
+        n = here.sum(-1)
+        blocks = -(-n // fmt.block)
+        number = torch.arange(int(n.sum()), device=n.device) - starts(n).flatten().repeat_interleave(n.flatten())  # of a token in its segment
+        at = starts(blocks).flatten().repeat_interleave(n.flatten()) + number // fmt.block
+        self.keys, self.key_scale = quantise_keys(k[here], at, int(blocks.sum()), fmt.key_bits)
+        mine, flat = mask.expand(-1, self.Hkv, -1, -1)[here], z[here]  # (n, S), (n, D)
+        if fmt.value_bits:
+            rows, self.value_scale = quantise_values(flat, mine, fmt.value_bits)
+            self.rows, count, word = rows[mine], mask.sum(-1), mask
+        else:
+            own, count, word = units(mine).sum(-1), units(mask).sum(-1), split_levels(mask)
+            gain = fmt.gain[:, None].expand(-1, z.size(2), -1).expand(len(z), -1, -1, -1)[here]
+            self.rows, self.value_scale = quantise_levels(flat, mine, own.cumsum(0) - own, int(own.sum()), gain)
+        n_packed, before = keep.sum(-1), (count.cumsum(-1) - count)[keep]
+        return [mask_to_bits(word[keep]), *tile_index(before, n_packed, self.tile), n_packed, count.sum(-1)]
+
+    def packed(self) -> Packed:
+        """The packed part, as kernels.packed_attention reads it."""
+        f = self.fmt
+        return super().packed()._replace(ints=Ints(f.key_bits, f.value_bits, f.block, self.key_scale, self.block_base, self.value_scale, f.gain,
+                                                   self.tail_k.dtype))
+
+    def append_sinks(self, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
+        """Put the first tokens of a context, k, v (B, Hkv, n, D), n columns of it moved to the tail, before all else; n_pad (B,) of them
+        padding."""
+        self.append(k, v, n_pad)
+        self.n_context -= k.size(2)
+
+    def truncate(self, n_columns: int) -> None:
+        """Forget the columns from n_columns on. Raises ValueError inside the context, whose tokens' columns are not kept."""
+        check(n_columns >= self.columns - self.tail_len or n_columns >= self.n_context, f"truncating to {n_columns} columns",
+              "a quantised context is kept as it is", "keep the whole context, or slice")
+        super().truncate(n_columns)
+
+    def slice(self, rows: list[int]) -> IntSelectedCache:
+        """A copy that holds the sequences `rows` only, in that order."""
+        pick = torch.tensor(rows, dtype=torch.int64, device=self.bits.device)
+        blocks = slots(self.block_base[pick], self._blocks()[pick])
+        tokens = slots(self.token_base[pick], self.n_packed[pick].expand(-1, self.Hkv))
+        out = super().slice(rows)
+        out.key_scale, out.value_scale = self.key_scale[blocks], self.value_scale[tokens]
+        return out
+
+    @staticmethod
+    def join(caches: Sequence[IntSelectedCache]) -> IntSelectedCache:
+        """One cache of the sequences of all, in order; each must have the same columns. It shares nothing."""
+        parts = [c.slice(list(range(c.B))) for c in caches]
+        out = SelectedCache.join(parts)
+        out.key_scale, out.value_scale = (torch.cat([getattr(c, name) for c in parts]) for name in ("key_scale", "value_scale"))
+        return out

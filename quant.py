@@ -1,0 +1,194 @@
+"""Fewer bits per number: how keys and value rows are stored as integers. Plain functions, the specification of what kernels.py reads.
+
+* Keys, per channel: `block` tokens of a segment share a step and a least value for each of the D dimensions.
+* Values, per token and head: one step and one least value over all that is kept of it. Uniform bits for both is KIVI (arXiv 2402.02750).
+* Values, routed: every group of a token has a level of 0 (dropped), 2, 4 or 8 bits. Coordinates are first divided by `gain`, their calibrated
+  root mean square (transform coding), so one step per token and head serves all its groups: STEPS[level] times it, around zero.
+
+A number is code * step + least, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j, j + n b/8, j + 2 n b/8, ...,
+lowest bits first, so that unpacking is a shift and neighbours stay neighbours; 3 bits are a plane of 2 and a plane of 1. Steps and
+least values are float16 whatever is computed in, and codes are taken with the rounded ones.
+
+Letters: B sequences, Hkv KV heads, D head dimension, S groups, d = D/S, n tokens of all segments, U units of 2 bits and d numbers.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BITS = (16, 8, 4, 3, 2)  # 16: whole, in the type computed in
+LEVELS = (0, 2, 4, 8)  # bits of a level
+UNITS = (0, 1, 2, 4)  # 2-bit units of a level
+STEPS = (0.0, 0.9957, 0.3352, 0.0308)  # of numbers of unit variance: the best uniform quantiser of a Gaussian (Max, 1960)
+REMAINS = (1.0, 0.1188, 0.01154, 0.0001)  # squared error that it leaves
+TRIED = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0)  # steps tried for every token, times its root mean square
+SMALLEST = 2.0 ** -24  # the least float16 above 0
+
+
+class Ints(NamedTuple):
+    """What turns the integers of a packed part (stored.Packed) back into numbers."""
+    key_bits: int
+    value_bits: int  # 0: every group has its level
+    block: int  # tokens of a segment whose keys share steps
+    key_scale: Tensor  # (blocks, 2, D) float16: step and least
+    block_base: Tensor  # (B, Hkv) int64 first block of each segment
+    value_scale: Tensor  # (token slots, 2) float16: step and least; (token slots, 1) of levels
+    gain: Tensor | None  # (Hkv, D) float32: what a value is multiplied by when it is read; levels only
+    dtype: torch.dtype  # what they stand for
+
+
+# ----------------------------------------------------------------------------- bits
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (..., n) below 2^bits -> bytes (..., n bits / 8), in planes. n bits must be a multiple of 8, of 3 bits n itself."""
+    if bits == 3:
+        return torch.cat((pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)), -1)
+    planes = codes.unflatten(-1, (8 // bits, -1))  # (..., planes, bytes)
+    out = planes[..., 0, :].clone()
+    for i in range(1, 8 // bits):
+        out |= planes[..., i, :] << (bits * i)
+    return out
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of pack_bits: bytes (..., m) uint8 -> codes (..., 8 m / bits) uint8."""
+    if bits == 3:
+        two, one = packed.split((packed.size(-1) // 3 * 2, packed.size(-1) // 3), -1)
+        return unpack_bits(two, 2) | unpack_bits(one, 1) << 2
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed.device).unsqueeze(-1)
+    return (packed.unsqueeze(-2) >> shifts & (1 << bits) - 1).flatten(-2)
+
+
+def row_bytes(n: int, bits: int) -> int:
+    """Bytes of n packed numbers."""
+    return n * bits // 8
+
+
+def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    """(step, least) float16 for numbers between low and high (...): (..., 2)."""
+    step = ((high - low) / (2 ** bits - 1)).clamp(SMALLEST, 65504)
+    return torch.stack((step, low.clamp(-65504, 65504)), -1).half()
+
+
+def to_codes(x: Tensor, step: Tensor, least: Tensor, bits: int) -> Tensor:
+    """Nearest codes, uint8 like x; step and least broadcast to it."""
+    return ((x.float() - least.float()) / step.float()).round().clamp(0, 2 ** bits - 1).to(torch.uint8)
+
+
+# ----------------------------------------------------------------------------- keys
+
+def quantise_keys(k: Tensor, block: Tensor, n_blocks: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Keys k (n, D) of blocks block (n,) int64 -> bytes (n, D bits / 8), scales (n_blocks, 2, D) float16; of an empty block least is 0."""
+    x, at = k.float(), block.unsqueeze(-1).expand_as(k)
+    low, high = (torch.zeros(n_blocks, k.size(-1), device=k.device).scatter_reduce(0, at, x, how, include_self=False) for how in ("amin", "amax"))
+    scale = scale_for(low, high, bits).transpose(-1, -2).contiguous()  # (n_blocks, 2, D)
+    return pack_bits(to_codes(x, scale[block, 0], scale[block, 1], bits), bits), scale
+
+
+def dequantise_keys(packed: Tensor, scale: Tensor, block: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Bytes (n, D bits / 8) of blocks block (n,) -> keys (n, D)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return (unpack_bits(packed, bits).to(wide) * scale[block, 0].to(wide) + scale[block, 1].to(wide)).to(dtype)
+
+
+# ----------------------------------------------------------------------------- values, uniform
+
+def quantise_values(z: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Values z (..., D) with the groups of mask (..., S) bool kept -> bytes (..., S, d bits / 8) and scales (..., 2) float16, over what is
+    kept; bytes of dropped groups mean nothing. d must fill bytes."""
+    x = z.float().unflatten(-1, (mask.size(-1), -1))  # (..., S, d)
+    kept = mask.unsqueeze(-1)
+    low, high = x.masked_fill(~kept, float("inf")).amin((-1, -2)), x.masked_fill(~kept, float("-inf")).amax((-1, -2))
+    some = mask.any(-1)
+    scale = scale_for(low.where(some, 0.0), high.where(some, 0.0), bits)  # (..., 2)
+    step, least = scale[..., None, None, :].unbind(-1)
+    return pack_bits(to_codes(x, step, least, bits), bits), scale
+
+
+def dequantise_values(rows: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Bytes (..., d bits / 8) and scales (..., 2), one per row -> (..., d)."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    step, least = scale.to(wide).unsqueeze(-2).unbind(-1)
+    return (unpack_bits(rows, bits).to(wide) * step + least).to(dtype)
+
+
+# ----------------------------------------------------------------------------- values, routed
+
+def centre(level: int) -> float:
+    """The code, as a fraction, that means 0: between two codes of 2 bits, else a code."""
+    return 1.5 if LEVELS[level] == 2 else 2.0 ** (LEVELS[level] - 1)
+
+
+def level_codes(e: Tensor, step: Tensor, level: int) -> Tensor:
+    """Codes, uint8 like e, of numbers e in units of gain whose token's step is step (broadcast)."""
+    return (e / (step * STEPS[level]) + centre(level)).round().clamp(0, 2 ** LEVELS[level] - 1).to(torch.uint8)
+
+
+def level_values(codes: Tensor, step: Tensor, level: int) -> Tensor:
+    """Inverse of level_codes, in the type of step."""
+    return (codes.to(step.dtype) - centre(level)) * (step * STEPS[level])
+
+
+def level_steps(e: Tensor, levels: Tensor, weight: Tensor) -> Tensor:
+    """The best of TRIED steps for each token: e (..., D) in units of gain, levels (..., S) 0 to 3, weight (..., D) or broadcast, of squared
+    errors -> (..., 1) float16."""
+    d = e.size(-1) // levels.size(-1)
+    x, w, per = e.float().unflatten(-1, (-1, d)), weight.float().unflatten(-1, (-1, d)), levels.unsqueeze(-1)  # (..., S, d)
+    kept = per > 0
+    rms = ((x.square() * kept).sum((-1, -2), keepdim=True) / (kept.sum((-1, -2), keepdim=True) * d).clamp_min(1)).sqrt()
+    best = out = None
+    for factor in TRIED:
+        step = (rms * factor).clamp(SMALLEST, 65504).half()
+        err = sum(((level_values(level_codes(x, step.float(), i), step.float(), i) - x).square() * w * (per == i)).sum((-1, -2), keepdim=True)
+                  for i in (1, 2, 3))
+        better = err < best if best is not None else torch.ones_like(err, dtype=torch.bool)
+        out, best = (torch.where(better, step, out), torch.where(better, err, best)) if best is not None else (step, err)
+    return out.squeeze(-1)
+
+
+def units(levels: Tensor) -> Tensor:
+    """2-bit units of levels 0 to 3, int64."""
+    levels = levels.long()
+    return levels + (levels == 3)
+
+
+def split_levels(levels: Tensor) -> Tensor:
+    """Levels (..., S) -> bool (..., 2 S), the low bits, then the high ones: what is stored as a mask of 2 S groups."""
+    return torch.cat((levels & 1, levels >> 1), -1).bool()
+
+
+def join_levels(mask: Tensor) -> Tensor:
+    """Inverse of split_levels: (..., 2 S) -> (..., S) uint8."""
+    low, high = mask.to(torch.uint8).chunk(2, -1)
+    return low | high << 1
+
+
+def quantise_levels(z: Tensor, levels: Tensor, offset: Tensor, n_units: int, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens z (n, D) at levels (n, S) 0 to 3 whose units begin at offset (n,) -> bytes (n_units, d / 4) and steps (n, 1) float16.
+    gain (n, D)."""
+    S, e = levels.size(-1), z.float() / gain
+    step = level_steps(e, levels, gain.square())
+    unit = levels.size(-1) and z.size(-1) // S // 4
+    rows = torch.zeros(n_units, unit, dtype=torch.uint8, device=z.device)
+    own = units(levels)
+    at = offset.unsqueeze(-1) + own.cumsum(-1) - own  # (n, S) first unit of each group
+    for i in (1, 2, 3):
+        t, g = (levels == i).nonzero(as_tuple=True)
+        codes = level_codes(e.unflatten(-1, (S, -1))[t, g], step[t].float(), i)  # (m, d)
+        rows[at[t, g].unsqueeze(-1) + torch.arange(UNITS[i], device=z.device)] = pack_bits(codes, LEVELS[i]).unflatten(-1, (UNITS[i], unit))
+    return rows, step
+
+
+def dequantise_levels(rows: Tensor, levels: Tensor, offset: Tensor, step: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of quantise_levels: (n, D), zeros where dropped."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    S, own = levels.size(-1), units(levels)
+    at = offset.unsqueeze(-1) + own.cumsum(-1) - own
+    out = torch.zeros(len(levels), S, gain.size(-1) // S, dtype=wide, device=rows.device)
+    for i in (1, 2, 3):
+        t, g = (levels == i).nonzero(as_tuple=True)
+        packed = rows[at[t, g].unsqueeze(-1) + torch.arange(UNITS[i], device=rows.device)].flatten(-2)  # (m, d bits / 8)
+        out[t, g] = level_values(unpack_bits(packed, LEVELS[i]), step[t].to(wide), i)
+    return (out.flatten(-2) * gain.to(wide)).to(dtype)

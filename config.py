@@ -127,6 +127,8 @@ ROUTERS = ("linear", "norm", "static")
 SCOPES = ("shared", "layer", "head")
 RECONSTRUCTORS = ("zero", "linear", "pairwise", "mlp")
 PREFILLS = ("exact", "routed")
+INT_BITS = (16, 8, 4, 3, 2)
+KEY_BLOCKS = (16, 32, 64, 128)
 MAX_PATTERNS = 70  # C(8, 4): above this a matrix per mask pattern is refused in favour of the pairwise form
 
 
@@ -150,10 +152,15 @@ class KVConfig:
     prefill: str = opt("exact", "exact: the prompt attends to whole values; routed: to routed ones (the paper)", PREFILLS)
     kv_tail: int = opt(4, "newest tokens whose values stay whole (a dense tail), at least")
     kv_tail_block: int = opt(1, "tokens of the tail compressed at a time when it overflows")
+    key_bits: int = opt(16, "bits of a stored number of a key, one step per channel and block of tokens; 16: as computed", INT_BITS)
+    value_bits: int = opt(16, "bits of a stored number of a value, one step per token and head; 16: as computed", INT_BITS)
+    key_block: int = opt(64, "fewer than 16 bits: tokens whose keys share steps, and that leave the tail together", KEY_BLOCKS)
+    kv_sinks: int = opt(4, "fewer than 16 bits: first tokens that stay whole")
 
     def __post_init__(self):
         for name, allowed in (("kv", KVS), ("value_basis", BASES), ("value_router", ROUTERS), ("mask_scope", SCOPES),
-                              ("reconstructor", RECONSTRUCTORS), ("prefill", PREFILLS), ("n_groups", GROUPS)):
+                              ("reconstructor", RECONSTRUCTORS), ("prefill", PREFILLS), ("n_groups", GROUPS), ("key_bits", INT_BITS),
+                              ("value_bits", INT_BITS), ("key_block", KEY_BLOCKS)):
             check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(map(str, allowed))}", "choose one")
         check(1 <= self.topk_groups <= self.n_groups, f"topk_groups={self.topk_groups} with n_groups={self.n_groups}",
               "needs 1 <= K <= S", f"give --topk_groups of at most {self.n_groups}")
@@ -162,6 +169,12 @@ class KVConfig:
         check(self.recon_hidden >= 0, f"recon_hidden={self.recon_hidden}", "is at least 0", "give 0 for Hkv * D")
         check(self.kv_tail >= 0 and self.kv_tail_block >= 1, f"kv_tail={self.kv_tail}, kv_tail_block={self.kv_tail_block}",
               "the tail is at least 0 and its block at least 1 token", "give for example --kv_tail=64 --kv_tail_block=16")
+        check(self.kv_sinks >= 0, f"kv_sinks={self.kv_sinks}", "at least 0", "give for example --kv_sinks=4")
+        check((self.key_bits < 16) == (self.value_bits < 16), f"key_bits={self.key_bits} with value_bits={self.value_bits}",
+              "both are integers or neither", "give both")
+        check(not self.ints or (self.reconstructor == "zero" and self.prefill == "exact" and self.kv_tail_block == 1),
+              f"key_bits={self.key_bits} with reconstructor={self.reconstructor}, prefill={self.prefill}, kv_tail_block={self.kv_tail_block}",
+              "integers are read as they are, after an exact prefill, and leave the tail by --key_block", "leave those out")
         n_patterns = _binomial(self.n_groups, self.topk_groups)
         check(self.reconstructor != "linear" or (n_patterns <= MAX_PATTERNS and self.n_groups <= 16),
               f"reconstructor=linear with S={self.n_groups}, K={self.topk_groups} ({n_patterns} mask patterns)",
@@ -170,6 +183,16 @@ class KVConfig:
               f"kv=select with reconstructor={self.reconstructor}, value_router={self.value_router}",
               "relevance and norms choose, nothing is rebuilt", "leave both out")
         self.layers(10 ** 6)
+
+    @property
+    def ints(self) -> bool:
+        """Whether keys and values are stored as integers."""
+        return self.key_bits < 16
+
+    @property
+    def tail_leaves(self) -> int:
+        """Tokens that leave the tail at a time."""
+        return self.key_block if self.ints else self.kv_tail_block
 
     def layers(self, n_layer: int) -> list[int]:
         """The compressed layers' indices, ascending. Raises ValueError for a malformed or empty choice."""
@@ -190,6 +213,9 @@ class KVConfig:
         if self.kv in ("value_groups", "select"):
             check(m.head_dim % self.n_groups == 0, f"n_groups={self.n_groups} with head_dim={m.head_dim}", "S must divide D",
                   "give --n_groups of " + " or ".join(str(s) for s in GROUPS if m.head_dim % s == 0))
+            for name, n, bits in (("key_bits", m.head_dim, self.key_bits), ("value_bits", m.head_dim // self.n_groups, self.value_bits)):
+                check(n * bits % 8 == 0 and (bits != 3 or n % 8 == 0), f"{name}={bits} with head_dim={m.head_dim}, n_groups={self.n_groups}",
+                      "a row must fill bytes", "give more bits or fewer groups")
             check(self.kv == "select" or self.mask_scope != "shared", f"mask_scope=shared with kv={self.kv}", "a fixed K is routed in every layer",
                   "give layer or head, or --kv=select")
             self.layers(m.n_layer)

@@ -9,18 +9,18 @@ Letters: B sequences, Hkv KV heads, Hm mask heads (1 or Hkv), D head dimension, 
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from config import check
+from config import KVConfig, check
 from layout import mask_dtype, mask_to_bits, tile_size
-from packed_cache import SelectedCache, slots, starts
+from packed_cache import PackedCache, SelectedCache, slots, starts
 from packing import tile_index
 from quant import Ints, quantise_keys, quantise_levels, quantise_values, row_bytes, split_levels, units
-from stored import Packed
+from stored import Packed, Tail
 
 
 class IntFormat(NamedTuple):
@@ -108,3 +108,71 @@ class IntSelectedCache(SelectedCache):
         out = SelectedCache.join(parts)
         out.key_scale, out.value_scale = (torch.cat([getattr(c, name) for c in parts]) for name in ("key_scale", "value_scale"))
         return out
+
+
+class IntPackedCache(PackedCache):
+    """PackedCache in integers of cfg.key_bits and cfg.value_bits. Tokens leave the tail in whole blocks, of cfg.key_block, whose keys share
+    steps: key_scale (blocks, 2, D), value_scale (token slots, 2). sink_k, sink_v (B, Hkv, cfg.kv_sinks, D): the first n_sink (B,) tokens of
+    a sequence, whole for good; neither masks nor n_packed and n_tail know of them."""
+
+    SLOTS = (*PackedCache.SLOTS, "key_scale", "value_scale")
+    NAMES = (*PackedCache.NAMES, "key_scale", "value_scale", "sink_k", "sink_v", "n_sink")
+
+    def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, cfg: KVConfig, k: int, like: Tensor):
+        self.key_bits, self.value_bits = cfg.key_bits, cfg.value_bits
+        self.sink_k = like.new_zeros(batch, n_kv_head, cfg.kv_sinks, head_dim)
+        self.sink_v, self.n_sink = torch.zeros_like(self.sink_k), torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.open = cfg.kv_sinks  # columns before which a sequence may still have sinks to fill
+        super().__init__(batch, max_len, n_kv_head, head_dim, cfg, k, like)
+
+    def extra(self) -> dict[str, int]:
+        """The numbers that, with tensors(), make up the whole cache."""
+        return {**super().extra(), "open": self.open}
+
+    def _allocate(self, cap: int, like: Tensor) -> None:
+        super()._allocate(-(-cap // self.block) * self.block, like[:0])
+        n, dev = self.B * self.Hkv * self.cap, like.device
+        self.keys = torch.zeros(n, row_bytes(self.D, self.key_bits), dtype=torch.uint8, device=dev)
+        self.rows = torch.zeros(n * self.k, row_bytes(self.D // self.S, self.value_bits), dtype=torch.uint8, device=dev)
+        self.key_scale = torch.zeros(n // self.block, 2, self.D, dtype=torch.float16, device=dev)
+        self.value_scale = torch.zeros(n, 2, dtype=torch.float16, device=dev)
+
+    def _stored(self, k: Tensor, z: Tensor, mask: Tensor, bits: Tensor) -> dict[str, Tensor]:
+        B, Hkv, width, D = k.shape
+        block = torch.arange(B * Hkv * width, device=k.device) // self.block
+        keys, key_scale = quantise_keys(k.reshape(-1, D), block, len(block) // self.block, self.key_bits)
+        rows, value_scale = quantise_values(z, mask.expand(-1, Hkv, -1, -1), self.value_bits)
+        return {"keys": keys.view(B, Hkv, width, -1), "rows": self._kept(rows, mask), "bits": bits, "value_scale": value_scale,
+                "key_scale": key_scale.view(B, Hkv, -1, 2, D)}
+
+    def packed(self) -> Packed:
+        """The packed part, as kernels.packed_attention reads it."""
+        block_base = self.token_base.div(self.block, rounding_mode="floor")
+        return super().packed()._replace(ints=Ints(self.key_bits, self.value_bits, self.block, self.key_scale, block_base, self.value_scale, None,
+                                                   self.tail_k.dtype))
+
+    def sinks(self) -> Tail | None:
+        """First tokens that stay whole, where there are some."""
+        return Tail(self.sink_k, self.sink_v, torch.zeros_like(self.n_sink), self.n_sink) if self.sink_k.size(2) else None
+
+    def append(self, k: Tensor, v: Tensor, mask: Tensor, n_pad: Tensor, encode: Callable[[Tensor], Tensor] = lambda v: v) -> None:
+        """See PackedCache.append. Sinks fill first; what goes there is padding to the rest."""
+        n, T = self.sink_k.size(2), k.size(2)
+        if self.columns - T < self.open:  # `columns` includes these T already
+            take = (T - n_pad).minimum(n - self.n_sink)
+            b, i = (torch.arange(n, device=k.device) < take[:, None]).nonzero(as_tuple=True)
+            to, at = self.n_sink[b] + i, n_pad[b] + i
+            self.sink_k[b, :, to], self.sink_v[b, :, to] = k[b, :, at], v[b, :, at]
+            self.n_sink, n_pad = self.n_sink + take, n_pad + take
+            self.open = self.columns + n if bool((self.n_sink < n).any()) else 0
+        super().append(k, v, mask, n_pad, encode)
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forget all but the first n_tokens of every sequence. Raises ValueError inside a block, whose keys share steps."""
+        packed = (n_tokens - self.n_sink).minimum(self.n_packed)
+        check(n_tokens >= 0 and not (packed.clamp_min(0) % self.block).any(), f"truncating to {n_tokens} tokens",
+              f"quantised tokens are kept in blocks of {self.block}", "keep whole blocks after the first tokens")
+        rest = (n_tokens - self.n_sink).clamp_min(0)
+        seen = (self.n_packed + self.n_tail).minimum(rest)
+        self.n_packed, self.n_sink = self.n_packed.minimum(rest), self.n_sink.clamp_max(n_tokens)
+        self.n_tail = seen - self.n_packed

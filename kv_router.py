@@ -37,6 +37,7 @@ from torch import Tensor
 from appending import can_append
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
+from int_cache import IntPackedCache
 from kernels import packed_attention
 from layout import at_least_float32, top_k_mask
 from model import DensePath, attend, attention_mask, evaluating
@@ -169,7 +170,7 @@ class ValueGroupPath(nn.Module):
         return z if self.whole or self.folded else z @ self.dec.to(z.dtype)
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
-        return PackedCache(batch, max_len, self.Hkv, self.D, self.cfg, self.k, like)
+        return (IntPackedCache if self.cfg.ints else PackedCache)(batch, max_len, self.Hkv, self.D, self.cfg, self.k, like)
 
     def scores(self, x: Tensor, z: Tensor) -> Tensor:
         """Router logits (B, 1 or Hkv, T, S): linear on x (B, T, n_embd), the groups' energies in z (B, Hkv, T, D), or the same for all."""
@@ -180,6 +181,8 @@ class ValueGroupPath(nn.Module):
         return self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S)).transpose(1, 2)
 
     def forward(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache | None = None, pad: Tensor | None = None) -> Tensor:
+        if self.cfg.ints and cache is None and not self.training and not self.record:
+            return self._through_cache(x, q, k, v, pad)
         if self.k == self.S and cache is None and not self.record:
             self.aux_loss = None  # whole values: nothing to rebuild
             return attend(q, k, v, pad)
@@ -198,6 +201,28 @@ class ValueGroupPath(nn.Module):
         if self.cfg.kv_tail:
             return self._tailed(q, k, v, routed, pad)
         return attend(q, k, routed, pad)
+
+    def _through_cache(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None) -> Tensor:
+        """Decode mode of integers: a cache is filled token by token, or as many as go by until a block leaves the tail."""
+        check(pad is None, "padding without a cache", "integers are read through one", "give a cache, or rows of one length")
+        T, out, a = q.size(2), [], 0
+        cache = self.new_cache(len(q), T, k)
+        while a < T:
+            b = a + 1
+            while b < T and self._packed_at(b + 1) == self._packed_at(a + 1):
+                b += 1
+            part = [t[:, :, a:b] for t in (k, v)]
+            cache.columns += b - a
+            mask = top_k_mask(self.scores(x[:, a:b], self.encode(part[1])), self.k)
+            cache.append(*part, mask, torch.zeros_like(cache.n_packed), self.encode)
+            y = self.attend_packed(q[:, :, a:b], cache.packed(), cache.whole(), cache.sinks()) if a else attend(q[:, :, :b], *part)
+            out.append(y)  # until the first block leaves everything is whole
+            a = b
+        return torch.cat(out, 2)
+
+    def _packed_at(self, seen: int) -> int:
+        """Tokens compressed when so many have been seen, first ones included."""
+        return int(self.compressed(torch.tensor(seen - self.cfg.kv_sinks)))
 
     def _tailed(self, q: Tensor, k: Tensor, v: Tensor, routed: Tensor, pad: Tensor | None) -> Tensor:
         """Causal attention over routed values, whole ones for the tokens that are in the tail when they are read. In blocks of
@@ -242,19 +267,20 @@ class ValueGroupPath(nn.Module):
         cache.columns += T
         if T == 1:  # reads what is left of it and of all before
             cache.append(k, v, mask, n_pad, self.encode)
-            return self.attend_packed(q, cache.packed(), cache.whole())
+            return self.attend_packed(q, cache.packed(), cache.whole(), cache.sinks())
         if self.cfg.prefill == "exact" and cache.columns == T:
             y = attend(q, k, v, pad)
         elif self.cfg.prefill == "exact":  # a chunk reads itself whole, and of all before what is stored
             stored = cache.packed()._replace(longest=min(cache.cap, cache.columns))  # few pieces: what they hold until merged is no small part
-            y = self.attend_packed(q, stored, cache.beside(k, v, n_pad))
+            y = self.attend_packed(q, stored, cache.beside(k, v, n_pad), cache.sinks())
         else:
             y = self._attend_stored(q, k, v, z, mask, cache, n_old, n_pad)
         cache.append(k, v, mask, n_pad, self.encode)
         return y
 
-    def attend_packed(self, q: Tensor, packed: Packed, tail: Tail) -> Tensor:
-        """Attention of q (B, H, T, D) over packed values, as they are read, and the whole ones of a tail that ends with the T queries' tokens."""
+    def attend_packed(self, q: Tensor, packed: Packed, tail: Tail, sinks: Tail | None = None) -> Tensor:
+        """Attention of q (B, H, T, D) over packed values, as they are read, and the whole ones of a tail that ends with the T queries' tokens,
+        and of first tokens."""
         if isinstance(self.reconstructor, MLP):  # rebuilt on every read
             k, z, mask, _ = packed.unpack()
             packed = Packed.of_whole(k, self.decode(fill(z, self.reconstructor(z, mask), mask)), packed.n)
@@ -265,12 +291,15 @@ class ValueGroupPath(nn.Module):
             acc = y.view(B, self.Hkv, -1, y.size(-2), D)  # (B, Hkv, n T, P, D)
             y = (acc[..., 0, :] + self.reconstructor.added(acc[..., 1:, :])).view(q.shape)
         if apart:
-            y = merged((self.decode(y.view(B, self.Hkv, -1, D)).view(q.shape), lse), packed_attention(q, None, tail))
-        return y
+            y = self.decode(y.view(B, self.Hkv, -1, D)).view(q.shape)
+        more = [packed_attention(q, None, tail)] * apart
+        if sinks:  # all queries see them: so many more heads of one query
+            more += [tuple(t.view(*q.shape[:3], *t.shape[3:]) for t in packed_attention(q.reshape(B, -1, 1, D), None, sinks))]
+        return merged((y, lse), *more) if more else y
 
     def can_step(self) -> bool:
         """Whether `step` has kernels for this storage."""
-        return can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
+        return not self.cfg.ints and can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache, tail: None) -> Tensor:
         """forward for one token per sequence without padding, on the device alone; counts kept on the host (columns) stay."""
@@ -299,7 +328,7 @@ class ValueGroupPath(nn.Module):
 
     def compressed(self, seen: Tensor) -> Tensor:
         """Tokens compressed once `seen` have been seen."""
-        return compressed(seen, self.cfg.kv_tail, self.cfg.kv_tail_block)
+        return compressed(seen, self.cfg.kv_tail, self.cfg.tail_leaves)
 
     def _whole(self, T: int, n_pad: Tensor, n_old: Tensor) -> Tensor:
         """True where query i of T new tokens reads new token j whole, because it is in the tail then: (B, 1, T, T) bool."""

@@ -61,12 +61,13 @@ class PackedCache(Flat):
     sequence in slot t modulo the tail's width. A sequence that has seen n tokens has compressed max(0, (n - tail) // block * block) of
     them. Capacity grows by a quarter when it is passed; ask for enough to avoid the copy."""
 
-    NAMES = ("keys", "rows", "bits", "token_base", "row_base", "mask_base", "n_packed", "n_tail", "tail_k", "tail_v", "tail_bits")
+    SLOTS = ("keys", "rows", "bits")  # tensors of `cap` tokens to a segment
+    NAMES = (*SLOTS, "token_base", "row_base", "mask_base", "n_packed", "n_tail", "tail_k", "tail_v", "tail_bits")
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, cfg: KVConfig, k: int, like: Tensor):
         self.Hkv, self.D, self.S, self.k = n_kv_head, head_dim, cfg.n_groups, k
         self.mask_heads = n_kv_head if cfg.mask_scope == "head" else 1
-        self.tail, self.block = cfg.kv_tail, cfg.kv_tail_block
+        self.tail, self.block = cfg.kv_tail, cfg.tail_leaves
         self.n_packed = torch.zeros(batch, dtype=torch.int64, device=like.device)  # compressed tokens per sequence
         self.n_tail = torch.zeros_like(self.n_packed)
         self.cap, self.columns = 0, 0  # token slots per segment; columns seen, padding included
@@ -97,10 +98,11 @@ class PackedCache(Flat):
     def _grow(self, need: int) -> None:
         """Have room for `need` packed tokens in every segment."""
         if need > self.cap:
-            old, cap = (self.keys, self.rows, self.bits), self.cap
-            self._allocate(max(need, cap + cap // 4), self.keys)
-            for new, t, heads in zip((self.keys, self.rows, self.bits), old, (self.Hkv, self.Hkv, self.mask_heads), strict=True):
+            old, cap = [getattr(self, name) for name in self.SLOTS], self.cap
+            self._allocate(max(need, cap + cap // 4), self.tail_k)
+            for name, t in zip(self.SLOTS, old, strict=True):
                 if t.numel():
+                    heads, new = self.mask_heads if name == "bits" else self.Hkv, getattr(self, name)
                     t = t.view(self.B * heads, -1, *t.shape[1:])
                     new.view(self.B * heads, -1, *new.shape[1:])[:, :t.size(1)] = t
 
@@ -113,6 +115,10 @@ class PackedCache(Flat):
     def whole(self) -> Tail:
         """The tail, likewise."""
         return Tail(self.tail_k, self.tail_v, self.n_packed, self.n_tail)
+
+    def sinks(self) -> Tail | None:
+        """First tokens that stay whole, where there are some."""
+        return None
 
     def steps(self, pad: Tensor) -> None:
         """See model.DenseCache.steps: this cache counts for itself."""
@@ -183,24 +189,25 @@ class PackedCache(Flat):
         if width == 0:
             return
         self._grow(need)
-        mask = bits_to_mask(bits[:, :, :width], self.S)
-        kept = mask.byte().argsort(dim=-1, descending=True, stable=True)[..., :self.k]  # (B, Hm, width, K) groups, ascending
-        z = encode(v[:, :, :width]).unflatten(-1, (self.S, -1))
-        rows = z.gather(3, kept.expand(-1, self.Hkv, -1, -1).unsqueeze(-1).expand(-1, -1, -1, -1, z.size(-1)))  # (B, Hkv, width, K, d)
-        slots = self.rows.view(-1, self.k, rows.size(-1))  # a token's rows lie where its key lies, K for one
-        if least == width and first == last:  # every segment grows by the same tokens
-            part = slice(first, first + width)
-            for store, new in ((self.keys, k[:, :, :width]), (slots, rows), (self.bits, bits[:, :, :width])):
-                store.view(self.B, -1, self.cap, *store.shape[1:])[:, :, part] = new
-        else:
-            t = torch.arange(width, device=k.device)
-            packed = (t < goes[:, None])[:, None].expand(-1, self.mask_heads, -1)  # (B, Hm, width)
-            at = self.n_packed[:, None, None] + t  # (B, 1, width) token number in its sequence
-            here = packed[:, :1].expand(-1, self.Hkv, -1)
-            to = (self.token_base.unsqueeze(-1) + at)[here]
-            self.keys[to], slots[to] = k[:, :, :width][here], rows[here]
-            self.bits[(self.mask_base.unsqueeze(-1) + at)[packed]] = bits[:, :, :width][packed]
+        mask, z = bits_to_mask(bits[:, :, :width], self.S), encode(v[:, :, :width])
+        for name, new in self._stored(k[:, :, :width], z, mask, bits[:, :, :width]).items():  # (B, h, width / each, ...)
+            each, heads = width // new.size(2), new.size(1)  # tokens to an entry
+            cells = getattr(self, name).view(self.B, heads, self.cap // each, *new.shape[3:])
+            if least == width and first == last:  # every segment grows by the same tokens
+                cells[:, :, first // each:(first + width) // each] = new
+            else:
+                b, h, i = (torch.arange(new.size(2), device=k.device) < goes[:, None, None] // each).expand(-1, heads, -1).nonzero(as_tuple=True)
+                cells[b, h, self.n_packed[b] // each + i] = new[b, h, i]
         self.n_packed = after
+
+    def _stored(self, k: Tensor, z: Tensor, mask: Tensor, bits: Tensor) -> dict[str, Tensor]:
+        """What is written for tokens k and encoded z (B, Hkv, width, D), mask (B, Hm, width, S) and its bits: SLOTS, (B, heads, width, ...)."""
+        return {"keys": k, "rows": self._kept(z.unflatten(-1, (self.S, -1)), mask), "bits": bits}
+
+    def _kept(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """The K groups that mask (B, Hm, T, S) keeps of rows (B, Hkv, T, S, x), ascending: (B, Hkv, T, K, x)."""
+        kept = mask.byte().argsort(dim=-1, descending=True, stable=True)[..., :self.k]  # (B, Hm, T, K) groups
+        return rows.gather(3, kept.expand(-1, self.Hkv, -1, -1).unsqueeze(-1).expand(-1, -1, -1, -1, rows.size(-1)))
 
     def append_token(self, k: Tensor, v: Tensor, scores: Tensor | None, enc: Tensor | None) -> None:
         """append of one token per sequence, k, v (B, Hkv, 1, D), without padding, on the device alone; room must have been reserved. Its

@@ -82,7 +82,7 @@ class Packed(NamedTuple):
         else:
             scale = torch.zeros(B, Hkv, N, S, 2, dtype=torch.float16, device=z.device)
             scale[b, h, t] = ints.value_scale[slot].unsqueeze(1)
-            z.view(B, Hkv, N, S, -1)[kept] = dequantise_values(self.rows[row[kept]], scale[kept], ints.value_bits, dtype)
+            z.view(B, Hkv, N, S, D // S)[kept] = dequantise_values(self.rows[row[kept]], scale[kept], ints.value_bits, dtype)
         return k, z, mask, valid
 
     @staticmethod

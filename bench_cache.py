@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kv_router
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
+from int_cache import IntFormat, IntPackedCache, IntSelectedCache
 from kernels import packed_attention
 from layout import top_k_mask
 from measure_config import BenchConfig
@@ -39,15 +40,15 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 
 
 class Case:
-    """A setting S:value_keep:token_keep of --cases. Without dropped tokens and with a whole number of groups every token keeps K of them."""
+    """A setting S:value_keep:token_keep:bits of --cases. Without dropped tokens and with a whole number of groups every token keeps K of them."""
 
     def __init__(self, text: str, head_dim: int):
         try:
-            S, value, token = (*text.split(":"), "1")[:3]
-            self.S, self.value, self.token = int(S), float(value), float(token)
-            KVConfig(n_groups=self.S, topk_groups=1)
+            S, value, token, bits = (*text.split(":"), *("", "1", "16")[len(text.split(":")) - 1:])
+            self.S, self.value, self.token, self.bits = int(S), float(value), float(token), int(bits)
+            KVConfig(n_groups=self.S, topk_groups=1, key_bits=self.bits, value_bits=self.bits)
         except ValueError as e:
-            raise ValueError(f"cases={text!r}: {e}; give S:share of groups:share of tokens, for example 16:0.5:0.25") from None
+            raise ValueError(f"cases={text!r}: {e}; give S:share of groups:share of tokens:bits, for example 16:0.5:0.25 or 4:1:1:4") from None
         check(head_dim % self.S == 0, f"cases={text!r} with head_dim={head_dim}", "S must divide D", "choose another S")
         check(0 < self.value <= 1 and 0 < self.token <= 1, f"cases={text!r}", "shares lie in (0, 1]", "give for example 16:0.5:0.25")
 
@@ -57,7 +58,7 @@ class Case:
 
     def name(self, fixed: bool) -> str:
         groups = f"K={round(self.value * self.S)}" if fixed else f"rho={self.value:g}"
-        return f"S={self.S} {groups}" + ("" if self.token == 1 else f" tokens={self.token:g}")
+        return f"S={self.S} {groups}" + ("" if self.token == 1 else f" tokens={self.token:g}") + ("" if self.bits == 16 else f" int{self.bits}")
 
     def fill(self, k: Tensor, v: Tensor, fixed: bool) -> tuple[PackedCache | SelectedCache, Tensor]:
         """A cache of k, v (B, Hkv, C + TAIL, D), the last TAIL tokens whole, and the mask (B, Hkv, C, S) of what it kept of the others."""
@@ -67,19 +68,21 @@ class Case:
         if fixed:
             K = round(self.value * self.S)
             mask = torch.cat([top_k_mask(n, K) for n in norms.split(1)])
-            cache = PackedCache(B, N, Hkv, D, KVConfig(n_groups=self.S, topk_groups=K, kv_tail=TAIL), K, k)
+            cfg = KVConfig(n_groups=self.S, topk_groups=K, kv_tail=TAIL, key_bits=self.bits, value_bits=self.bits, kv_sinks=0)
+            cache = (IntPackedCache if cfg.ints else PackedCache)(B, N, Hkv, D, cfg, K, k)
             groups = F.pad(mask, (0, 0, 0, TAIL), value=True)
             for a in range(0, N, 4096):
                 part = slice(a, min(a + 4096, N))
-                cache.append(k[:, :, part], v[:, :, part], groups[:, :, part], pad)
                 cache.columns += part.stop - a
+                cache.append(k[:, :, part], v[:, :, part], groups[:, :, part], pad)
             return cache, mask
         kept = count_kept(self.token, C)
         per_head = torch.full((B, Hkv), kept, device=k.device)
         keep = select_top_m(norms.sum(-1), per_head) if kept < C else torch.ones_like(norms[..., 0], dtype=torch.bool)
         pairs = norms.masked_fill_(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
         mask = select_top_m(pairs, per_head * 0 + count_kept(self.value, self.S * kept)).view(norms.shape)
-        cache = SelectedCache(B, N, Hkv, D, self.S, Hkv, k)
+        cache = SelectedCache(B, N, Hkv, D, self.S, Hkv, k) if self.bits == 16 else IntSelectedCache(
+            B, N, Hkv, D, self.S, Hkv, k, IntFormat(self.bits, self.bits, 64))
         cache.pack(k[:, :, :C], v[:, :, :C], keep, mask, torch.ones(B, C, dtype=torch.bool, device=k.device))
         cache.append(k[:, :, C:], v[:, :, C:], pad)
         return cache, mask
@@ -87,8 +90,7 @@ class Case:
 
 def ideal_bytes(cache: PackedCache | SelectedCache) -> int:
     """Bytes of the keys and kept values alone, tail included."""
-    held = cache.keys.numel() + cache.rows.numel() + cache.tail_k.numel() + cache.tail_v.numel()
-    return held * cache.keys.element_size()
+    return sum(t.numel() * t.element_size() for t in (cache.keys, cache.rows, cache.tail_k, cache.tail_v))
 
 
 def in_turns(calls: dict[str, list[Callable]], rounds: int, device: torch.device, plain: tuple[str, ...] = ()) -> dict[str, float]:
@@ -139,10 +141,11 @@ def check_kernel(q: Tensor, packed: Packed | None, tail: Tail, name: str) -> Non
     """Compare packed_attention with float64, sequence by sequence; AssertionError if its error is more than twice that of the plain version
     in the same dtype, plus one unit in the last place."""
     got = packed_attention(q, packed, tail)[0]
-    wide = packed and packed._replace(keys=packed.keys.double(), rows=packed.rows.double())
+    wide = packed if packed is None or packed.ints else packed._replace(keys=packed.keys.double(), rows=packed.rows.double())
 
     def of(p: Packed | None, b: int) -> Packed | None:
-        return p and p._replace(**{f: getattr(p, f)[b:b + 1] for f in ("n", "token_base", "row_base", "mask_base", "tile_base")})
+        ints = p and p.ints and p.ints._replace(block_base=p.ints.block_base[b:b + 1])
+        return p and p._replace(ints=ints, **{f: getattr(p, f)[b:b + 1] for f in ("n", "token_base", "row_base", "mask_base", "tile_base")})
     for b in range(q.size(0)):
         near = Tail(*(t[b:b + 1] for t in tail))
         want = packed_attention_ref(q[b:b + 1].double(), of(wide, b), near._replace(k=near.k.double(), v=near.v.double()))[0]

@@ -192,30 +192,33 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r & (which == 0))
 
 
-@jit
-def _nibbles(x, like, HIGH: tl.constexpr):
-    """The low or high 4 bits of bytes x, as numbers in the type of `like`: plus 128 (bfloat16) or 1024 (float16), which an or can do, see _magic."""
-    if HIGH:
-        x = x >> 4
-    else:
-        x = x & 15
-    if like.dtype == tl.bfloat16:
-        return (x.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
-    elif like.dtype == tl.float16:
-        return (x.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
-    else:
-        return x.to(tl.float32)
+UNPACK = """{ // four bytes a call: 128 + code by an or into the mantissa, minus 136
+.reg .b32 a, b, c, d, e, f;
+mov.b32 e, 0x3F803F80;
+mov.b32 f, 0xC308C308;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+shr.u32 c, a, 4;
+shr.u32 d, b, 4;
+lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
+fma.rn.bf16x2 $0, a, e, f;
+fma.rn.bf16x2 $1, b, e, f;
+fma.rn.bf16x2 $2, c, e, f;
+fma.rn.bf16x2 $3, d, e, f;
+}"""
+unpack_asm = tl.constexpr(UNPACK) if triton else UNPACK
 
 
 @jit
-def _magic(like):
-    """What _nibbles adds to every number."""
-    if like.dtype == tl.bfloat16:
-        return 128.0
-    elif like.dtype == tl.float16:
-        return 1024.0
+def _nibbles(x, like, ASM: tl.constexpr):
+    """The low and the high 4 bits of bytes x, each minus 8, in the type of `like`."""
+    if ASM:
+        return tl.inline_asm_elementwise(unpack_asm, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
     else:
-        return 0.0
+        return (x & 15).to(tl.float32).to(like.dtype) - 8.0, (x >> 4).to(tl.float32).to(like.dtype) - 8.0
 
 
 @jit
@@ -233,7 +236,7 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
                           tile_base, tail_k, tail_v, tail_first, tail_n, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, parts,
                           Hm, n, T, q_b, q_h, q_t, SEGS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
                           M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-                          BLOCK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+                          BLOCK: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
     """_attention_kernel over integers of KEY and VALUE bits (4 or 8), one sum. Every byte is two numbers of 4 bits, of which 8 bits are a sum
     (low + 16 high). Steps go into the queries and the weights, so what is unpacked is multiplied as it comes out."""
     seg, c, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
@@ -272,7 +275,7 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
     x_low, x_high = tl.load(q + k_low[None, :], mask=there, other=0.0), tl.load(q + k_high[None, :], mask=there, other=0.0)
     m, den, none = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, N], tl.float32)
     low, high, kept = tl.zeros([M, VP], tl.float32), tl.zeros([M, VP], tl.float32), tl.zeros([M, VP], tl.float32)
-    over, least = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)  # what _nibbles has added to low and high; of all groups kept
+    middles = tl.zeros([M], tl.float32)
 
     lo, hi = c * size, tl.minimum((c + 1) * size, count)
     for t0 in tl.range(lo, hi, N, num_stages=STAGES):
@@ -287,26 +290,27 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
             y_high, base = (x_high * a[None, :]).to(x_low.dtype), base + tl.sum(x_high * z[None, :], 1)
         else:
             y_high = (y_low * 16.0).to(x_low.dtype)
-        base -= _magic(x_low) * tl.sum(y_low.to(tl.float32) + y_high.to(tl.float32), 1)
-        logits = _product(y_low, tl.trans(_nibbles(byte, x_low, False)), none)
-        logits = _product(y_high, tl.trans(_nibbles(byte, x_low, True)), logits)
+        a, z = _nibbles(byte, x_low, ASM)
+        logits = _product(y_high, tl.trans(z), _product(y_low, tl.trans(a), none))
         logits = tl.where(live[None, :], (logits + base[:, None]) * scale, float("-inf"))
         if K == S:  # every group is there
             has = live[:, None] & in_v[None, :]
-            byte = tl.load(rows + t[:, None] * (D * VALUE // 8) + vc[None, :], mask=has, other=0, eviction_policy="evict_first")
+            packed = tl.load(rows + t[:, None] * (D * VALUE // 8) + vc[None, :], mask=has, other=0, eviction_policy="evict_first")
         else:
-            word, offset = _where_rows(bits, before, tile_rows, t, hi, K, TILE)
+            mask, offset = _where_rows(bits, before, tile_rows, t, hi, K, TILE)
             if S == 64:
-                word = word.to(tl.uint64, bitcast=True)
+                word = mask.to(tl.uint64, bitcast=True)
             elif S == 16:
-                word = word.to(tl.uint16, bitcast=True).to(tl.uint32)
+                word = mask.to(tl.uint16, bitcast=True).to(tl.uint32)
             else:
-                word = word.to(tl.uint32)
+                word = mask.to(tl.uint32)
             one, g = tl.full([1, 1], 1, word.dtype), (vc // width)[None, :].to(word.dtype)
             has = (((word[:, None] >> g) & one) != 0) & in_v[None, :]
             place = (offset[:, None] + _popcount(word[:, None] & ((one << g) - one))) * width + (vc % width)[None, :]
-            place = tl.max_contiguous(tl.multiple_of(place, [1, width & -width]), [1, width & -width])
-            byte = tl.load(rows + place, mask=tl.max_constancy(has, [1, width & -width]), other=0, eviction_policy="evict_first")
+            if ALIGN > 1:
+                place = tl.max_contiguous(tl.multiple_of(place, [1, ALIGN]), [1, ALIGN])
+                has = tl.max_constancy(has, [1, ALIGN])
+            packed = tl.load(rows + place, mask=has, other=0x88, eviction_policy="evict_first")  # halves of 8: zeros
         step = tl.load(value_scale + 2 * t, mask=live, other=0.0).to(tl.float32)
         zero = tl.load(value_scale + 2 * t + 1, mask=live, other=0.0).to(tl.float32)
 
@@ -315,14 +319,13 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
         p, alpha = tl.exp2(logits - shift[:, None]), tl.exp2(m - shift)
         m, den = top, den * alpha + tl.sum(p, 1)
         w = (p * step[None, :]).to(x_low.dtype)
-        over = over * alpha + _magic(x_low) * tl.sum(w.to(tl.float32), 1)
-        low, high = _product(w, _nibbles(byte, x_low, False), low * alpha[:, None]), _product(w, _nibbles(byte, x_low, True), high * alpha[:, None])
+        a, z = _nibbles(packed, x_low, ASM)
+        low, high = _product(w, a, low * alpha[:, None]), _product(w, z, high * alpha[:, None])
         if K == S:
-            least = least * alpha + tl.sum(p * zero[None, :], 1)
+            middles = middles * alpha + tl.sum(p * zero[None, :], 1)
         else:
             kept = _product((p * zero[None, :]).to(x_low.dtype), has.to(x_low.dtype), kept * alpha[:, None])
-    low, high = low - over[:, None], high - over[:, None]
-    kept += least[:, None]
+    kept += middles[:, None]
     if VALUE == 4:
         low, high = low + kept, high + kept
     else:
@@ -429,7 +432,9 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     if ints:
         N = min(64, ints.block)
         KP, VP = (max(16, triton.next_power_of_2(D * b // 8)) for b in (ints.key_bits, ints.value_bits))
-        shape = dict(D=D, S=S, K=p.k, TILE=p.tile, M=M, N=N, KEY=ints.key_bits, VALUE=ints.value_bits, KP=KP, VP=VP, BLOCK=ints.block, STAGES=2)
+        width = D // S * ints.value_bits // 8
+        shape = dict(D=D, S=S, K=p.k, TILE=p.tile, M=M, N=N, KEY=ints.key_bits, VALUE=ints.value_bits, KP=KP, VP=VP, BLOCK=ints.block,
+                     ALIGN=width & -width, ASM=q.is_cuda and q.dtype == torch.bfloat16 and torch.version.hip is None, STAGES=2)
         kernel, stored, summed = _int_attention_kernel, (*stored, ints.key_scale, ints.block_base, ints.value_scale), ()
         warps = 1 if M == 16 and narrow else 4
     variant = (q.dtype, p.bits.dtype, *shape.values())

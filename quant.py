@@ -1,13 +1,13 @@
 """Fewer bits per number: how keys and value rows are stored as integers. Plain functions, the specification of what kernels.py reads.
 
-* Keys, per channel: `block` tokens of a segment share a step and a least value for each of the D dimensions.
-* Values, per token and head: one step and one least value over all that is kept of it. Uniform bits for both is KIVI (arXiv 2402.02750).
+* Keys, per channel: `block` tokens of a segment share a step and a middle for each of the D dimensions.
+* Values, per token and head: one step and one middle over all that is kept of it. Uniform bits for both is KIVI (arXiv 2402.02750).
 * Values, routed: every group of a token has a level of 0 (dropped), 2, 4 or 8 bits. Coordinates are first divided by `gain`, their calibrated
   root mean square (transform coding), so one step per token and head serves all its groups: STEPS[level] times it, around zero.
 
-A number is code * step + least, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j, j + n b/8, j + 2 n b/8, ...,
+A number is (code - zero_code(b)) * step + middle, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j, j + n b/8, j + 2 n b/8, ...,
 lowest bits first, so that unpacking is a shift and neighbours stay neighbours; 3 bits are a plane of 2 and a plane of 1. Steps and
-least values are float16 whatever is computed in, and codes are taken with the rounded ones.
+middles are float16 whatever is computed in, and codes are taken with the rounded ones.
 
 Letters: B sequences, Hkv KV heads, D head dimension, S groups, d = D/S, n tokens of all segments, U units of 2 bits and d numbers.
 """
@@ -32,9 +32,9 @@ class Ints(NamedTuple):
     key_bits: int
     value_bits: int  # 0: every group has its level
     block: int  # tokens of a segment whose keys share steps
-    key_scale: Tensor  # (blocks, 2, D) float16: step and least
+    key_scale: Tensor  # (blocks, 2, D) float16: step and middle
     block_base: Tensor  # (B, Hkv) int64 first block of each segment
-    value_scale: Tensor  # (token slots, 2) float16: step and least; (token slots, 1) of levels
+    value_scale: Tensor  # (token slots, 2) float16: step and middle; (token slots, 1) of levels: step
     gain: Tensor | None  # (Hkv, D) float32: what a value is multiplied by when it is read; levels only
     dtype: torch.dtype  # what they stand for
 
@@ -66,21 +66,32 @@ def row_bytes(n: int, bits: int) -> int:
     return n * bits // 8
 
 
+def zero_code(bits: int) -> int:
+    """The code of the middle: that whose half bytes are 8 of 4 and 8 bits, so that kernels may take 8 from each half."""
+    return 136 if bits == 8 else 2 ** (bits - 1)
+
+
 def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """(step, least) float16 for numbers between low and high (...): (..., 2)."""
+    """(step, middle) float16 for numbers between low and high (...): (..., 2)."""
     step = ((high - low) / (2 ** bits - 1)).clamp(SMALLEST, 65504)
-    return torch.stack((step, low.clamp(-65504, 65504)), -1).half()
+    return torch.stack((step, (low + zero_code(bits) * step).clamp(-65504, 65504)), -1).half()
 
 
-def to_codes(x: Tensor, step: Tensor, least: Tensor, bits: int) -> Tensor:
-    """Nearest codes, uint8 like x; step and least broadcast to it."""
-    return ((x.float() - least.float()) / step.float()).round().clamp(0, 2 ** bits - 1).to(torch.uint8)
+def to_codes(x: Tensor, step: Tensor, middle: Tensor, bits: int) -> Tensor:
+    """Nearest codes, uint8 like x; step and middle broadcast to it."""
+    return ((x.float() - middle.float()) / step.float() + zero_code(bits)).round().clamp(0, 2 ** bits - 1).to(torch.uint8)
+
+
+def from_codes(codes: Tensor, step: Tensor, middle: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of to_codes, computed in at least float32."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return ((codes.to(wide) - zero_code(bits)) * step.to(wide) + middle.to(wide)).to(dtype)
 
 
 # ----------------------------------------------------------------------------- keys
 
 def quantise_keys(k: Tensor, block: Tensor, n_blocks: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Keys k (n, D) of blocks block (n,) int64 -> bytes (n, D bits / 8), scales (n_blocks, 2, D) float16; of an empty block least is 0."""
+    """Keys k (n, D) of blocks block (n,) int64 -> bytes (n, D bits / 8), scales (n_blocks, 2, D) float16."""
     x, at = k.float(), block.unsqueeze(-1).expand_as(k)
     low, high = (torch.zeros(n_blocks, k.size(-1), device=k.device).scatter_reduce(0, at, x, how, include_self=False) for how in ("amin", "amax"))
     scale = scale_for(low, high, bits).transpose(-1, -2).contiguous()  # (n_blocks, 2, D)
@@ -89,8 +100,7 @@ def quantise_keys(k: Tensor, block: Tensor, n_blocks: int, bits: int) -> tuple[T
 
 def dequantise_keys(packed: Tensor, scale: Tensor, block: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Bytes (n, D bits / 8) of blocks block (n,) -> keys (n, D)."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return (unpack_bits(packed, bits).to(wide) * scale[block, 0].to(wide) + scale[block, 1].to(wide)).to(dtype)
+    return from_codes(unpack_bits(packed, bits), scale[block, 0], scale[block, 1], bits, dtype)
 
 
 # ----------------------------------------------------------------------------- values, uniform
@@ -103,15 +113,12 @@ def quantise_values(z: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]
     low, high = x.masked_fill(~kept, float("inf")).amin((-1, -2)), x.masked_fill(~kept, float("-inf")).amax((-1, -2))
     some = mask.any(-1)
     scale = scale_for(low.where(some, 0.0), high.where(some, 0.0), bits)  # (..., 2)
-    step, least = scale[..., None, None, :].unbind(-1)
-    return pack_bits(to_codes(x, step, least, bits), bits), scale
+    return pack_bits(to_codes(x, *scale[..., None, None, :].unbind(-1), bits), bits), scale
 
 
 def dequantise_values(rows: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Bytes (..., d bits / 8) and scales (..., 2), one per row -> (..., d)."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    step, least = scale.to(wide).unsqueeze(-2).unbind(-1)
-    return (unpack_bits(rows, bits).to(wide) * step + least).to(dtype)
+    return from_codes(unpack_bits(rows, bits), *scale.unsqueeze(-2).unbind(-1), bits, dtype)
 
 
 # ----------------------------------------------------------------------------- values, routed

@@ -153,14 +153,15 @@ class KVConfig:
     kv_tail: int = opt(4, "newest tokens whose values stay whole (a dense tail), at least")
     kv_tail_block: int = opt(1, "tokens of the tail compressed at a time when it overflows")
     key_bits: int = opt(16, "bits of a stored number of a key, one step per channel and block of tokens; 16: as computed", INT_BITS)
-    value_bits: int = opt(16, "bits of a stored number of a value, one step per token and head; 16: as computed", INT_BITS)
+    value_bits: int = opt(16, "bits of a stored number of a value, one step per token and head; 16: as computed; 0: --kv_bytes routes them",
+                          (*INT_BITS, 0))
     key_block: int = opt(64, "fewer than 16 bits: tokens whose keys share steps, and that leave the tail together", KEY_BLOCKS)
     kv_sinks: int = opt(4, "fewer than 16 bits: first tokens that stay whole")
 
     def __post_init__(self):
         for name, allowed in (("kv", KVS), ("value_basis", BASES), ("value_router", ROUTERS), ("mask_scope", SCOPES),
                               ("reconstructor", RECONSTRUCTORS), ("prefill", PREFILLS), ("n_groups", GROUPS), ("key_bits", INT_BITS),
-                              ("value_bits", INT_BITS), ("key_block", KEY_BLOCKS)):
+                              ("value_bits", (*INT_BITS, 0)), ("key_block", KEY_BLOCKS)):
             check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(map(str, allowed))}", "choose one")
         check(1 <= self.topk_groups <= self.n_groups, f"topk_groups={self.topk_groups} with n_groups={self.n_groups}",
               "needs 1 <= K <= S", f"give --topk_groups of at most {self.n_groups}")
@@ -175,6 +176,8 @@ class KVConfig:
         check(not self.ints or (self.reconstructor == "zero" and self.prefill == "exact" and self.kv_tail_block == 1),
               f"key_bits={self.key_bits} with reconstructor={self.reconstructor}, prefill={self.prefill}, kv_tail_block={self.kv_tail_block}",
               "integers are read as they are, after an exact prefill, and leave the tail by --key_block", "leave those out")
+        check(self.value_bits > 0 or (self.kv == "select" and self.mask_scope != "shared"), f"value_bits=0 with kv={self.kv}, "
+              f"mask_scope={self.mask_scope}", "only kv=select routes bits, by layer or head", "give --kv=select --kv_bytes=0.15")
         n_patterns = _binomial(self.n_groups, self.topk_groups)
         check(self.reconstructor != "linear" or (n_patterns <= MAX_PATTERNS and self.n_groups <= 16),
               f"reconstructor=linear with S={self.n_groups}, K={self.topk_groups} ({n_patterns} mask patterns)",
@@ -213,7 +216,7 @@ class KVConfig:
         if self.kv in ("value_groups", "select"):
             check(m.head_dim % self.n_groups == 0, f"n_groups={self.n_groups} with head_dim={m.head_dim}", "S must divide D",
                   "give --n_groups of " + " or ".join(str(s) for s in GROUPS if m.head_dim % s == 0))
-            for name, n, bits in (("key_bits", m.head_dim, self.key_bits), ("value_bits", m.head_dim // self.n_groups, self.value_bits)):
+            for name, n, bits in (("key_bits", m.head_dim, self.key_bits), ("value_bits", m.head_dim // self.n_groups, self.value_bits or 2)):
                 check(n * bits % 8 == 0 and (bits != 3 or n % 8 == 0), f"{name}={bits} with head_dim={m.head_dim}, n_groups={self.n_groups}",
                       "a row must fill bytes", "give more bits or fewer groups")
             check(self.kv == "select" or self.mask_scope != "shared", f"mask_scope=shared with kv={self.kv}", "a fixed K is routed in every layer",
@@ -278,6 +281,7 @@ class SelectConfig:
     """What kv=select keeps of a prompt (ST 3.2, equations 8-13, and this project's additions). Shares are of the compressed layers."""
     relevance: str = opt("future", "what says how much a token will be read", SIGNALS)
     token_relevance: str = opt("", f"what tokens are kept by, of {', '.join(TOKEN_SIGNALS)} (empty: --relevance)")
+    kv_bytes: float = opt(0.0, "bytes held of a prompt, all counted, as a share of 16 bits a number: tokens, groups and bits are routed; 0: off")
     kv_keep: float = opt(0.0, "share of keys and values kept, tokens and groups chosen together under one budget; 0: the two shares below")
     token_keep: float = opt(1.0, "share of the context's tokens kept, key and value")
     value_keep: float = opt(0.5, "value budget rho: share of the kept tokens' (token, group) pairs kept")
@@ -302,6 +306,9 @@ class SelectConfig:
         for name in ("token_keep", "value_keep"):
             check(0 < getattr(self, name) <= 1, f"{name}={getattr(self, name)}", "a share kept, in (0, 1]", "give for example 0.5")
         check(0 <= self.kv_keep <= 1, f"kv_keep={self.kv_keep}", "a share kept, in (0, 1], or 0", "give for example 0.25")
+        check(0 <= self.kv_bytes <= 1, f"kv_bytes={self.kv_bytes}", "a share of the bytes, in (0, 1], or 0", "give for example 0.125")
+        check(not (self.kv_bytes and (self.kv_keep or self.fixed_k or self.tokens_by != self.relevance)),
+              f"kv_bytes={self.kv_bytes} with kv_keep, fixed_k or a token_relevance", "one budget decides on everything", "leave those out")
         check(0 <= self.hedge <= 1, f"hedge={self.hedge}", "lies in [0, 1]", "give for example 0.5")
         check(self.sinks >= 0 and self.ahead >= 0, f"sinks={self.sinks}, ahead={self.ahead}", "at least 0", "give 0 or more")
         check(self.pool >= 1 and self.pool % 2 == 1, f"pool={self.pool}", "an odd number", "give for example 5")
@@ -311,7 +318,7 @@ class SelectConfig:
 
     def described(self) -> str:
         """The rule in a few words: signals, budget, exponent."""
-        budget = f"kv={self.kv_keep:g}" if self.kv_keep else f"tokens={self.token_keep:g} groups={self.value_keep:g}" + " fixed" * self.fixed_k
+        budget = f"bytes={self.kv_bytes:g}" if self.kv_bytes else f"kv={self.kv_keep:g}" if self.kv_keep else f"tokens={self.token_keep:g} groups={self.value_keep:g}" + " fixed" * self.fixed_k
         by = self.relevance if self.tokens_by == self.relevance or self.token_keep == 1 else f"{self.tokens_by}/{self.relevance}"
         return f"{by} {budget}" + ("" if self.relevance == "predictor" else f" hedge={self.hedge:g}")
 
@@ -327,12 +334,12 @@ class SelectConfig:
 
     def everything(self) -> SelectConfig:
         """These settings, but everything is kept."""
-        return dataclasses.replace(self, kv_keep=1.0, fixed_k=False, token_relevance="")
+        return dataclasses.replace(self, kv_bytes=0.0, kv_keep=1.0, fixed_k=False, token_relevance="")
 
     @property
     def whole(self) -> bool:
         """Whether everything is kept."""
-        return (self.kv_keep or self.token_keep * self.value_keep) == 1
+        return not self.kv_bytes and (self.kv_keep or self.token_keep * self.value_keep) == 1
 
 
 def _binomial(n: int, k: int) -> int:

@@ -66,7 +66,7 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
     for p, c in zip((b.self_attn.kv_path for b in model.layers), cache.layers, strict=True):
         if isinstance(c, SelectedCache):
             C = (cache.length - p.cfg.kv_tail) * c.n_packed.numel()
-            kept, rows = int(c.n_packed.sum()), int(c.n_rows.sum()) / c.S
+            kept, rows = int(c.n_packed.sum()), c.groups_kept() / c.S
             tokens, values, layers = [*tokens, kept / C], [*values, rows / C], [*layers, (kept + rows) / C / 2]
         elif isinstance(c, PackedCache):
             T = cache.length

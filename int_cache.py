@@ -80,6 +80,10 @@ class IntSelectedCache(SelectedCache):
         return super().packed()._replace(ints=Ints(f.key_bits, f.value_bits, f.block, self.key_scale, self.block_base, self.value_scale, f.gain,
                                                    self.tail_k.dtype))
 
+    def groups_kept(self) -> int:
+        """Value groups kept of all tokens, at whatever level."""
+        return super().groups_kept() if self.fmt.value_bits else int((self.packed().masks()[0] > 0).sum())
+
     def append_sinks(self, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
         """Put the first tokens of a context, k, v (B, Hkv, n, D), n columns of it moved to the tail, before all else; n_pad (B,) of them
         padding."""

@@ -308,7 +308,7 @@ class SelectedCache(Flat):
         assert self.max_len >= C, f"a context of {C} columns in a cache of max_len={self.max_len}"
         assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding right of a token; it must be on the left"
         keep = keep & valid[:, None]  # (B, Hm, C)
-        mask = mask & keep.unsqueeze(-1)  # (B, Hm, C, S)
+        mask = mask * keep.unsqueeze(-1)  # (B, Hm, C, S)
         if bits_from is not None:
             same = torch.equal(bits_from.n_packed, keep.sum(-1)) and torch.equal(bits_from.n_rows, mask.sum((-2, -1)))
             assert same and bits_from.token_base.shape == (B, self.Hkv), "bits_from was packed with another keep or mask, or was truncated"
@@ -328,6 +328,10 @@ class SelectedCache(Flat):
         dtype = self.keys.dtype
         self.keys, self.rows, *index = pack_values(k.to(dtype), z.to(dtype), keep, mask)
         return index
+
+    def groups_kept(self) -> int:
+        """Value groups kept of all tokens, masks of several heads counted once."""
+        return int(self.n_rows.sum())
 
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""

@@ -89,7 +89,7 @@ def _take_kernel(score, cost, m, found, before, out, N, n_blocks, WRITE: tl.cons
 def take_within(score: Tensor, m: Tensor, cost: Tensor | None = None, impl: str = "auto") -> Tensor:
     """What is taken from each row of score (..., N), best first, while the running sum of costs stays <= m: bool (..., N).
 
-    score float, without NaN; m (...) int64, 0 or more, broadcastable to score.shape[:-1]; cost (..., N) integers in 0..255, None: all 1.
+    score float, without NaN; m (...) int64, 0 or more, broadcastable to score.shape[:-1]; cost (..., N) integers in 0..32767, None: all 1.
     The first entry that does not fit ends it; -inf is never taken. Of equal scores the lower index comes first; 0.0 equals -0.0.
 
     The kernel sorts nothing: 8 passes find each row's threshold, 4 bits a pass; of the entries at it the first are taken, the better ones
@@ -121,23 +121,25 @@ def select_top_m(scores: Tensor, m: Tensor, impl: str = "auto") -> Tensor:
     return take_within(scores, m, impl=impl)
 
 
-def select_joint(value: Tensor, m: Tensor, impl: str = "auto") -> Tensor:
-    """Tokens and their groups under one budget: bool mask (..., N, S) of the pairs kept; a token is kept if one of its groups is.
+def select_joint(value: Tensor, m: Tensor, impl: str = "auto", key: int = 0, cost: Tensor | None = None) -> Tensor:
+    """Tokens and their parts under one budget: bool mask (..., N, S) of the parts kept; a token is kept if one of its parts is.
 
-    value (..., N, S) float: what a pair is worth, >= 0, inf for one that must stay, -inf for a token that is none; m (...) int64: the
-    budget in groups. A kept token pays S for its key, and 1 for each group. Greedy by worth per cost: a token comes with the groups that
-    make (their worth) / (S + their number) largest, further ones alone; what does not fit ends it, so at most 2 S - 1 of the budget
-    stay unused. No choice of that cost is worth more. Of equal ones the earlier token wins, then the lower group; of two ways to come
-    that are equal, the one with fewer groups."""
-    S = value.size(-1)
-    best, group = value.sort(dim=-1, descending=True, stable=True)  # (..., N, S)
-    rank = torch.arange(S, device=value.device)
-    total = best.movedim(-1, 0).contiguous().cumsum(0).movedim(0, -1)  # along the outermost dimension a GPU sums many times faster
-    density, last = (total / (S + 1 + rank)).max(-1, keepdim=True)  # (..., N, 1)
+    value (..., N, S) float: what a part is worth, >= 0, inf for one that must stay, -inf for one of a token that is none; m (...) int64: the
+    budget. A kept token pays `key` (0: S) for being there, and each part its cost (S,) (int64 1 or more, None: 1 each). Greedy by worth per
+    cost: a token comes with the parts that make (their worth) / (key + their cost) largest, further ones alone; what does not fit ends
+    it, so less than one token with all its parts stays unused. No choice of that cost is worth more, if parts of a token are taken by
+    falling worth per cost. Of equal ones the earlier token wins, then the lower part; of two ways to come that are equal, the shorter one."""
+    S, each = value.size(-1), torch.ones(value.size(-1), dtype=torch.int64, device=value.device) if cost is None else cost
+    best, part = (value / each).sort(dim=-1, descending=True, stable=True)  # (..., N, S)
+    rank, each = torch.arange(S, device=value.device), each[part]
+    spent = (key or S) + each.movedim(-1, 0).contiguous().cumsum(0).movedim(0, -1)  # along the outermost dimension a GPU sums many times faster
+    total = (best * each).movedim(-1, 0).contiguous().cumsum(0).movedim(0, -1)
+    density, last = (total / spent).max(-1, keepdim=True)  # (..., N, 1)
     with_key = rank <= last
-    density = torch.where(with_key, density, best.minimum(density)).flatten(-2)  # (..., N S); rounding must not put a group before its key
-    cost = torch.where(with_key, (rank == 0) * (S + 1 + last), 1).flatten(-2)
-    return torch.zeros_like(with_key).scatter(-1, group, take_within(density, m, cost.to(torch.uint8), impl).view(value.shape))
+    density = torch.where(with_key, density, best.minimum(density)).flatten(-2)  # (..., N S); rounding must not put a part before its key
+    price = torch.where(with_key, (rank == 0) * spent.gather(-1, last), each).flatten(-2)
+    taken = take_within(density, m, price.to(torch.uint8 if cost is None else torch.int16), impl).view(value.shape)
+    return torch.zeros_like(with_key).scatter(-1, part, taken)
 
 
 # ----------------------------------------------------------------------------- packing

@@ -5,9 +5,9 @@
 * Values, routed: every group of a token has a level of 0 (dropped), 2, 4 or 8 bits. Coordinates are first divided by `gain`, their calibrated
   root mean square (transform coding), so one step per token and head serves all its groups: STEPS[level] times it, around zero.
 
-A number is (code - zero_code(b)) * step + middle, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j, j + n b/8, j + 2 n b/8, ...,
-lowest bits first, so that unpacking is a shift and neighbours stay neighbours; 3 bits are a plane of 2 and a plane of 1. Steps and
-middles are float16 whatever is computed in, and codes are taken with the rounded ones.
+A number is (code - zero_code(b)) * step + middle, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j,
+j + n b/8, j + 2 n b/8, ..., lowest bits first, so that unpacking is a shift and neighbours stay neighbours; 3 bits are a plane of 2 and
+a plane of 1. Steps and middles are float16 whatever is computed in, and codes are taken with the rounded ones.
 
 Letters: B sequences, Hkv KV heads, D head dimension, S groups, d = D/S, n tokens of all segments, U units of 2 bits and d numbers.
 """

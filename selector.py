@@ -19,6 +19,7 @@ Letters: L compressed layers, B batch, T prompt, C context, Hm mask heads (1 or 
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,17 +34,22 @@ import kv_router
 from appending import append_tail
 from checkpoint import copy_tensors
 from config import KVConfig, SelectConfig, check, count_kept
+from int_cache import IntFormat, IntSelectedCache
 from kv_router import ValueGroupPath, spread
-from layout import at_least_float32, top_k_mask
+from layout import at_least_float32, mask_dtype, tile_size, top_k_mask
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
 from packed_cache import SelectedCache, pack_layers
 from packing import select_joint, select_top_m
+from quant import REMAINS, UNITS, row_bytes
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from stored import Tail
 
+BEST_KEY_BITS = ((0.3, 8), (0.09, 4), (0.0, 3))  # from which --kv_bytes on
+
 
 class Choice(NamedTuple):
-    """What is kept of a context: keep (Lm, B, Hm, C) tokens, mask (Lm, B, Hm, C, S) pairs, bool; score (Lm, B, Hm, C) of each token."""
+    """What is kept of a context: keep (Lm, B, Hm, C) tokens, mask (Lm, B, Hm, C, S) pairs, bool, or their levels, uint8; score (Lm, B, Hm, C) of
+    each token."""
     keep: Tensor
     mask: Tensor
     score: Tensor
@@ -72,6 +78,7 @@ class Selector(nn.Module):
         self._model = (model,)  # in a tuple: it is no part of this module
         self.register_buffer("gain", torch.ones(self.L, m.n_kv_head))  # of a unit of z, in the residual stream
         self.register_buffer("feeling", torch.ones(self.L))  # of the loss for what a layer's attention writes there
+        self.register_buffer("rms", torch.ones(self.L, m.n_kv_head, m.head_dim))  # of every coordinate of z, which routed bits are relative to
         deciding = 1 if kv.mask_scope == "shared" else self.L
         self.predictors = nn.ModuleDict({name: QueryPredictor(self.L, m.n_embd, m.n_kv_head, m.head_dim) if name == "predictor_query" else
                                          HiddenPredictor(deciding, m.n_embd, self.Hm, self.Hm * (self.S if name == "predictor" else 1))
@@ -136,6 +143,8 @@ class Selector(nn.Module):
             return Choice(keep, keep.unsqueeze(-1).expand(*keep.shape, self.S), keep.float())
         sink, norm = valid & (valid.cumsum(-1) <= cfg.sinks), self.norms(prompt, 1.0)
         alpha = self.relevance(prompt, cfg.relevance)
+        if cfg.kv_bytes:
+            return self._route_bits(prompt, alpha, valid)
         by = alpha if cfg.tokens_by == cfg.relevance or cfg.token_keep == 1 else self.relevance(prompt, cfg.tokens_by)
         if by.ndim == 5:
             token = by.square().sum(-1).sqrt()
@@ -161,6 +170,37 @@ class Selector(nn.Module):
                                 lambda t, m: select_top_m(t.flatten(-2), m).view(t.shape))
         return Choice(keep, mask, token)
 
+    def _route_bits(self, prompt: Prompt, alpha: Tensor, valid: Tensor) -> Choice:
+        """Tokens, groups and their levels under one budget of bytes; mask holds levels 0 to 3. What a level is worth is the squared error it
+        takes away, if a group's numbers are Gaussian; first tokens stay whole and are no part of it."""
+        kv, cfg = self.stored, self.cfg
+        pair = alpha if alpha.ndim == 5 else alpha.unsqueeze(-1) ** cfg.hedge * self.norms(prompt, cfg.hedge)
+        D, G, W = prompt.values.size(-1), self.rms.size(1) // self.Hm, prompt.T - prompt.n_context  # heads to a mask, tokens of the query region
+        per_mask = mask_dtype(2 * self.S).itemsize + 1 + 4 / tile_size(4 * self.S)
+        key = math.ceil(2 * (G * (row_bytes(D, kv.key_bits) + 4 * D / kv.key_block + 2) + per_mask))  # in half bytes
+        unit = 2 * G * row_bytes(D // self.S, 2)
+        steps = pair.new_tensor([REMAINS[i - 1] - REMAINS[i] for i in (1, 2, 3)])
+        worth = (pair.square().unsqueeze(-1) * steps).flatten(-2)  # (Lm, B, Hm, C, 3 S)
+        there = valid & (valid.cumsum(-1) > kv.kv_sinks)
+        worth = worth.masked_fill(~there.unsqueeze(-1), float("-inf"))
+        cost = torch.tensor([UNITS[i] - UNITS[i - 1] for i in (1, 2, 3)], device=pair.device).repeat(self.S) * unit
+        masks = {"head": 1, "layer": self.Hm, "global": prompt.L * self.Hm}[cfg.allocation]  # that share one budget
+
+        def half_bytes(n: int) -> int:  # of n context tokens; blocks that are not full, counts and starts are paid for, too
+            whole = min(n, kv.kv_sinks) + W
+            return max(0, math.floor(masks * (2 * G * (4 * D * (cfg.kv_bytes * (n + W) - whole) - 4 * D - 64))))
+        taken = self._within(worth, prompt.counts(half_bytes), lambda t, m: select_joint(t, m, key=key, cost=cost))
+        levels = taken.unflatten(-1, (self.S, 3)).sum(-1).to(torch.uint8)
+        return Choice((levels > 0).any(-1), levels, pair.square().sum(-1).sqrt())
+
+    @property
+    def stored(self) -> KVConfig:
+        """How a context is stored: as kv says, or as is best under --kv_bytes, as far as known (docs/log.md), but for what kv says of keys."""
+        if not self.cfg.kv_bytes:
+            return self.kv
+        key_bits = self.kv.key_bits if self.kv.ints else next(bits for least, bits in BEST_KEY_BITS if self.cfg.kv_bytes >= least)
+        return replace(self.kv, kv="select", key_bits=key_bits, value_bits=0)
+
     def _within(self, score: Tensor, counts: Tensor, rule: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """rule(scores (..., N or N, S), counts (...)) over what shares a budget; score (Lm, B, Hm, C or C, S), counts (B,) per row."""
         Lm, _, Hm, C = score.shape[:4]
@@ -179,7 +219,7 @@ class Selector(nn.Module):
         C = z[0].size(2)
         prompt = Prompt(x, q, k, z, C, pad, self.rope, self.oracle)
         choice = self.choose(prompt)
-        if self.kv.mask_scope != "shared":  # all at once: thirty times fewer kernels
+        if self.kv.mask_scope != "shared" and not self.stored.ints:  # all at once: thirty times fewer kernels
             pack_layers(caches, prompt.keys[..., :C, :], prompt.values, choice.keep, choice.mask, prompt.valid)
         for i, path in enumerate(paths):
             path.store(k[i], v[i], z[i], choice, caches[i], pad)
@@ -232,12 +272,15 @@ class Selector(nn.Module):
     def calibrate(self, model: Transformer, batches: list[Tensor], fit: bool = False) -> None:
         """Measure gain and feeling on batches of windows (B, T), with `fit` also what the predictors' inputs and targets look like."""
         layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
-        energy, effect = 0.0, 0.0
+        energy, effect, each, n = 0.0, 0.0, 0.0, 0
         for few in (part for idx in batches for part in idx.split(2)):  # a pass holds what every layer saw
             z = self.watch(model, few)[3]
             cov = torch.stack([torch.einsum("bhtd,bhte->hde", w, w) for w in map(at_least_float32, z)]).double()  # (L, Hkv, D, D)
             read = torch.stack([reading(attn) for attn in layers])
             energy, effect = energy + cov.diagonal(dim1=-2, dim2=-1).sum(-1), effect + (cov * read).sum((-1, -2))
+            later = [at_least_float32(w[:, :, self.kv.kv_sinks:]) for w in z]  # first tokens are stored whole
+            each, n = each + torch.stack([w.square().sum((0, 2)) for w in later]), n + len(few) * later[0].size(2)
+        self.rms.copy_((each / max(1, n)).sqrt().clamp_min(1e-6))
         self.gain.copy_((effect / energy.clamp_min(1e-30)).sqrt())
         self.feeling.copy_(sensitivity(model, layers, [idx[:2, :512] for idx in batches[:2]]))
         if fit and self.predictors:
@@ -317,7 +360,9 @@ class SelectPath(ValueGroupPath):
         return self.selector.cfg.whole and self.selector.views is None  # who watches wants the coordinates that would be cut
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> SelectedCache:
-        cache, s = SelectedCache(batch, max_len, self.Hkv, self.D, self.S, self.mask_heads, like), self.selector
+        s, shape = self.selector, (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads, like)
+        kv = s.stored
+        cache = IntSelectedCache(*shape, IntFormat(kv.key_bits, kv.value_bits, kv.key_block, s.rms[self.index])) if kv.ints else SelectedCache(*shape)
         if self.index == 0:
             s.pending = Pending()  # the layers' caches are made in their order
         cache.pending = s.pending
@@ -357,8 +402,16 @@ class SelectPath(ValueGroupPath):
         n_pad = torch.zeros(len(k), dtype=torch.int64, device=k.device) if pad is None else pad
         if not cache.n_context:
             valid = torch.arange(C, device=k.device) >= n_pad[:, None]
-            cache.pack(k[:, :, :C], z, *choice.layer(self.index), valid, cache.pending.first if shared else None)
+            keep, mask = choice.layer(self.index)
+            if isinstance(cache, IntSelectedCache):
+                keep = keep & (valid.cumsum(-1) > self.cfg.kv_sinks)[:, None]  # first tokens go to the tail
+            cache.pack(k[:, :, :C], z, keep, mask, valid, cache.pending.first if shared else None)
             cache.pending.first = cache.pending.first or cache
+            if isinstance(cache, IntSelectedCache):
+                n = min(self.cfg.kv_sinks, C)
+                few = (n_pad + n - C).clamp(0, n)  # rows with fewer tokens than that: theirs come last
+                at = ((n_pad - few)[:, None] + torch.arange(n, device=k.device)).clamp(0, C - 1)[:, None, :, None]
+                cache.append_sinks(k.take_along_dim(at, 2), v.take_along_dim(at, 2), few)
         cache.append(k[:, :, C:], v[:, :, C:], (n_pad - C).clamp_min(0))
 
     def _masked(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, keep: Tensor, mask: Tensor, pad: Tensor | None) -> Tensor:

@@ -318,7 +318,8 @@ class SelectConfig:
 
     def described(self) -> str:
         """The rule in a few words: signals, budget, exponent."""
-        budget = f"bytes={self.kv_bytes:g}" if self.kv_bytes else f"kv={self.kv_keep:g}" if self.kv_keep else f"tokens={self.token_keep:g} groups={self.value_keep:g}" + " fixed" * self.fixed_k
+        shares = f"tokens={self.token_keep:g} groups={self.value_keep:g}" + " fixed" * self.fixed_k
+        budget = f"bytes={self.kv_bytes:g}" if self.kv_bytes else f"kv={self.kv_keep:g}" if self.kv_keep else shares
         by = self.relevance if self.tokens_by == self.relevance or self.token_keep == 1 else f"{self.tokens_by}/{self.relevance}"
         return f"{by} {budget}" + ("" if self.relevance == "predictor" else f" hedge={self.hedge:g}")
 

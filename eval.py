@@ -12,6 +12,7 @@ Writes results.json and report.png into the folder and ends with one JSON line.
 """
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ from measure_config import EvalConfig
 
 CONFIGS = {"eval": EvalConfig, "kv": KVConfig, "select": SelectConfig, "data": DataConfig, "base": BaseConfig}
 DEFAULT_SELECT = SelectConfig()
+STORED_AS = ("key_bits", "value_bits", "key_block", "kv_sinks")  # fields of KVConfig that a trained selection or routing does not depend on
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
 
@@ -40,6 +42,7 @@ import mixsga
 import mixsga_table
 import selector
 from data import batch, prepare_splits, same_text, whole_split
+from figures import bytes_figure, groups_figure, report
 from lora import count_trainable
 from model import KVCache, Transformer, evaluating
 from packed_cache import PackedCache, SelectedCache
@@ -85,7 +88,8 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
     value = task.value(model, batch_size, dtype)
     cache, chooser = filled_cache(model, task.stored, dtype), selector.selector_of(model)
     grouping = kv.kv if mixsga.shares(model) else "value_groups" if kv_router.paths(model) else "dense"
-    method = grouping if chooser is None else "dense" if chooser.cfg.whole else "select"
+    stored = kv if chooser is None else chooser.stored
+    method = grouping if chooser is None else "dense" if chooser.cfg.whole and not stored.ints else "select"
     dense, grouped = model.dense_bytes(task.stored.numel(), cache), method in ("value_groups", "select")
     exact = not grouped or (kv.prefill == "exact" and task.query is not None)
     shares, basis = kept_shares(model, cache), kv.value_basis + "+" * kv.learn_basis if grouped else "native"
@@ -96,12 +100,14 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
         setting = mixsga.described(model)
     elif method == "select":
         relevance, setting = chooser.cfg.described(), f"{basis} S={kv.n_groups} {kv.mask_scope} {chooser.cfg.allocation}"
+    setting += f" K{stored.key_bits} V{stored.value_bits or 'routed'}" * (grouped and stored.ints)
     setting += f" layers {kv.kv_layers}" * (grouped and kv.kv_layers != "all") + " routed" * (method == "select" and not exact)
     return {"task": task.name, "method": method, "adapter": adapter.adapter, "basis": basis, "n_groups": kv.n_groups if grouped else 1,
             "prefill": "exact" if exact else "routed", "relevance": relevance, "setting": setting, **shares,
             "cache_bytes": cache.nbytes(), "dense_bytes": dense, "metric": task.metric, "value": value,
             "dense_value": value if dense_value is None else dense_value, "n": task.n, "seed": seed, "seconds": round(time.time() - start, 3),
             "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0,
+            "key_bits": stored.key_bits if grouped else 16, "value_bits": stored.value_bits if grouped else 16,
             **({"select": to_dict(chooser.cfg)} if method == "select" else {})}
 
 
@@ -112,7 +118,7 @@ def sweep(model: Transformer, task: Task, ks: list[int], dense_value: float | No
     rows, whole = [], None
     if dense_value is None or S in ks:
         kv_router.set_kept(model, S)
-        whole = row(model, task, **about)
+        whole = row(model, task, dense_value=dense_value, **about)
         dense_value = whole["value"] if dense_value is None else dense_value
     for k in ks:
         kv_router.set_kept(model, k)
@@ -158,49 +164,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks: Tensor | None) -> None:
-    """Draw report.png: loss curves (mean of 5 steps), perplexity against whole-model KV kept, and which groups each token kept."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
-    for name, points in curves.items():
-        points = [p for p in points if "loss" in p]
-        smooth = [mean(q["loss"] for q in points[max(0, i - 4):i + 1]) for i in range(len(points))]
-        (first if name == "pretrain" else second).plot([p["step"] for p in points], smooth, label=name, lw=1)
-    predicts = any(name.startswith("select") for name in curves)
-    for ax, title in ((first, "Pretraining"), (second, "Predictors of relevance" if predicts else "Adaptation")):
-        ax.set(xlabel="step", ylabel="training loss, nats per token" if ax is first or not predicts else "training loss", title=title)
-    by_name: dict[str, list[dict]] = {}
-    for r in rows:
-        if r["task"] == rows[0]["task"]:  # one task to a picture
-            series = {"dense": "dense", "value_groups": f"{r['basis']}, S = {r['n_groups']}",
-                      "select": f"{r['relevance'].split(' ')[0]}, {r.get('setting')}"}
-            by_name.setdefault(r.get("name", series.get(r["method"], r["setting"])), []).append(r)
-    base = by_name.pop("base", []) if len(by_name) > 1 else []  # far above the others: named, not drawn
-    for name, mine in by_name.items():
-        mine = sorted(mine, key=lambda r: r["kv_kept_model"])
-        third.plot([100 * r["kv_kept_model"] for r in mine], [r["value"] for r in mine], "o", ls="-" if "sweep" in name else "", ms=5, label=name)
-    metric = rows[0]["metric"]
-    beside = f" (base without adapter: {base[0]['value']:.2f})" if base else ""
-    third.set(xlabel="KV kept in the whole model, %", ylabel=f"{metric} ({rows[0]['task']})", title=f"{metric.capitalize()} against KV kept{beside}")
-    for ax in (first, second, third):
-        if ax.lines:
-            ax.legend(fontsize=8)
-    if masks is None:
-        fourth.text(0.5, 0.5, "dense: every token keeps everything", ha="center")
-        fourth.set_axis_off()
-    else:
-        L, T, S = masks.shape
-        fourth.imshow(masks.transpose(1, 2).reshape(L * S, T).numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        fourth.set(xlabel="token", ylabel="layer (its value groups top to bottom)", title="Groups kept by each token (share of heads)",
-                   yticks=[S * i + (S - 1) / 2 for i in range(L)], yticklabels=[str(i) for i in range(L)])
-        for i in range(1, L):
-            fourth.axhline(S * i - 0.5, color="k", lw=0.5)
-    fig.savefig(folder / "report.png", dpi=100)
-    plt.close(fig)
-
-
 def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_value: float | None = None, **about) -> list[dict]:
     """One row per way to choose, the same model; the dense value is measured unless given."""
     s = model.selector
@@ -218,15 +181,17 @@ def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_
 
 
 def ways_to_choose(cfg: EvalConfig, base: SelectConfig) -> list[SelectConfig]:
-    """The grid of the list flags: every --kv_budgets, and every --token_budgets with every --budgets, for each signal."""
+    """The grid of the list flags: every --kv_byte_budgets and --kv_budgets, and every --token_budgets with every --budgets, for each signal."""
     def listed(text: str, default):
         return [float(Fraction(t)) if isinstance(default, float) else t for t in comma_list(text)] or [default]
     out = []
     for r in listed(cfg.relevances, base.relevance):
-        out += [replace(base, relevance=r, kv_keep=b, token_relevance="", fixed_k=False)
-                for b in listed(cfg.kv_budgets, base.kv_keep) if b and (cfg.kv_budgets or not (cfg.budgets or cfg.token_budgets))]
-        if cfg.budgets or cfg.token_budgets or not (cfg.kv_budgets or base.kv_keep):
-            out += [replace(base, relevance=r, kv_keep=0.0, token_relevance=by if tokens < 1 else "", token_keep=tokens, value_keep=rho)
+        alone = not (cfg.budgets or cfg.token_budgets or cfg.kv_budgets or cfg.kv_byte_budgets)  # what the flag of one way says then
+        joint = dict(relevance=r, token_relevance="", fixed_k=False)
+        out += [replace(base, **joint, kv_bytes=b, kv_keep=0.0) for b in listed(cfg.kv_byte_budgets, base.kv_bytes * alone) if b]
+        out += [replace(base, **joint, kv_keep=b, kv_bytes=0.0) for b in listed(cfg.kv_budgets, base.kv_keep * alone) if b]
+        if cfg.budgets or cfg.token_budgets or (alone and not (base.kv_keep or base.kv_bytes)):
+            out += [replace(base, relevance=r, kv_keep=0.0, kv_bytes=0.0, token_relevance=by if tokens < 1 else "", token_keep=tokens, value_keep=rho)
                     for by in listed(cfg.token_relevances, base.token_relevance) for tokens in listed(cfg.token_budgets, base.token_keep)
                     for rho in listed(cfg.budgets, base.value_keep)]
     named = sorted({*comma_list(cfg.token_relevances)} - {way.token_relevance for way in out})
@@ -243,27 +208,6 @@ def chosen(model: Transformer, x: Tensor, dtype: str = "float32") -> selector.Ch
     return s.chosen
 
 
-def groups_figure(folder: Path, choice: selector.Choice, title: str) -> None:
-    """Draw groups.png, the paper's figure 1: how many groups tokens keep, and how many against their rank by relevance."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    S, C = choice.mask.size(-1), choice.mask.size(-2)
-    kept = choice.mask.sum(-1).float().flatten(0, -2).cpu()  # (masks, C)
-    by_rank = kept.gather(-1, choice.score.flatten(0, -2).cpu().argsort(-1, descending=True)).mean(0)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    left.bar(range(S + 1), (kept.long().flatten().bincount(minlength=S + 1) / kept.numel()).tolist(), color="tab:blue")
-    left.set(xlabel=f"groups kept of {S}", ylabel="share of tokens", title="Groups kept per token")
-    width = max(1, C // 64)
-    bins = by_rank[:C // width * width].view(-1, width).mean(-1)
-    right.step([100 * i / len(bins) for i in range(len(bins))], bins.tolist(), where="post", color="tab:blue")
-    right.set(xlabel="rank by relevance, % of the context (0: most relevant)", ylabel="groups kept, mean", ylim=(0, S * 1.02),
-              title="Groups kept against relevance")
-    fig.suptitle(title)
-    fig.savefig(folder / "groups.png", dpi=100)
-    plt.close(fig)
-
-
 class Shown(NamedTuple):
     """What pictures are drawn from: masks (layers, T, S) of one sequence, share of heads; what selection kept of a prompt, and by which rule."""
     masks: Tensor | None = None
@@ -276,10 +220,11 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
     trained = run.kv.kv != "dense"
     check(kv.kv not in SHARED or "kv" not in given, f"kv={kv.kv}", "a whole model is trained on with it",
           "give --out_dir of a run of train.py --stage=continue")
-    free = sorted(given & {"bases", "groups", "splits", "calibrate", "calibration", *(f.name for f in fields(KVConfig))})
+    free = sorted(given & {"bases", "groups", "splits", "calibrate", "calibration", *(f.name for f in fields(KVConfig) if f.name not in STORED_AS)})
     check(not (trained and free), f"{', '.join(free)} with {run.path}", "its value groups are trained with their own settings", "leave them out")
     check(not kv.learn_basis, "learn_basis", "measuring trains nothing", "train with train.py --learn_basis, then give --out_dir")
-    asked = sorted(given & {"kv_budgets", "token_budgets", "relevances", "token_relevances", *(f.name for f in fields(SelectConfig))})
+    lists = {"kv_budgets", "kv_byte_budgets", "token_budgets", "relevances", "token_relevances"}
+    asked = sorted(given & {*lists, *(f.name for f in fields(SelectConfig))})
     methods = comma_list(cfg.methods)
     single, both = sorted(given & {"fixed_k", "token_relevance", "token_relevances", "token_keep", "value_keep"}), cfg.budgets or cfg.token_budgets
     check(not (single and (cfg.kv_budgets or "kv_keep" in given) and not both), f"{', '.join(single)} with kv_keep or kv_budgets",
@@ -287,7 +232,8 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
     check(not ("kv_keep" in given and both), "kv_keep with budgets or token_budgets", "one or the other", "give --kv_budgets beside them")
     if not methods:
         selects = bool(asked) or (kv.kv == "select" and "kv" in given)
-        methods = [run.kv.kv] if trained else ["dense"] + ["select"] * selects + ["value_groups"] * bool(not selects and (free or cfg.budgets))
+        groups = bool(not selects and (free or cfg.budgets or cfg.kv_bits or given & {*STORED_AS}))
+        methods = [run.kv.kv] if trained else ["dense"] + ["select"] * selects + ["value_groups"] * groups
     check(not asked or "select" in methods, f"{', '.join(asked)}", "only kv=select chooses", "give --methods=select, or leave them out")
     check("select" in methods or kv.mask_scope != "shared", "mask_scope=shared", "a fixed K is routed in every layer", "give layer or head")
     check(not trained or not {"value_groups", "select"} & {*methods} - {run.kv.kv}, f"methods={cfg.methods} with {run.path}",
@@ -316,6 +262,33 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
     return methods, plan
 
 
+def bits_of(cfg: EvalConfig, kv: KVConfig, given: set[str]) -> list[dict]:
+    """How numbers are stored, a change of KVConfig for every entry of --kv_bits, on top of the flags given."""
+    base, out = {f: getattr(kv, f) for f in STORED_AS if f in given}, []
+    for entry in comma_list(cfg.kv_bits):
+        key, _, value = entry.partition(":")
+        out.append({**base, "key_bits": int(key), "value_bits": int(value or key)})
+    return out or [base]
+
+
+def whole_value(model: Transformer, task: Task, cfg: EvalConfig) -> float:
+    """The task's value with whole values of as many bits as are computed in."""
+    s = selector.selector_of(model)
+    with kv_router.storing(model, key_bits=16, value_bits=16):
+        if s is not None:
+            before = s.cfg
+            s.set(before.everything())
+            value = task.value(model, cfg.batch_size, cfg.dtype)
+            s.set(before)
+            return value
+        path = next(iter(kv_router.paths(model).values()))
+        before = path.k
+        kv_router.set_kept(model, path.S)
+        value = task.value(model, cfg.batch_size, cfg.dtype)
+        kv_router.set_kept(model, before)
+        return value
+
+
 def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: set[str] = frozenset(),
              select: SelectConfig = DEFAULT_SELECT) -> tuple[list[dict], Shown]:
     """The rows eval.py prints, and what its pictures show. given: the flags named on the command line."""
@@ -340,7 +313,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         other, = prepare_splits(cfg.calibrate or corpus, data, run.tokenizer, [whole_split(cfg.calibrate, "train") if cfg.calibrate else "train"])
         windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
         calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
-    rows, shown = [], Shown()
+    rows, shown, listed = [], Shown(), bits_of(cfg, kv, given)
     if ("dense" in methods and not trained) or run.kv.kv in SHARED:
         rows += [row(model, task, kv=run.kv, **about) for task in todo]
     known = {r["task"]: r["value"] for r in rows}  # the dense value of every setting
@@ -348,15 +321,19 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         selects = setting.kv == "select"
         if not trained:
             attach_storage(selector.detach(model), setting, tried[0] if selects else select, calibration, cfg.seed)
-        for task in todo:
-            tail = dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}
-            with kv_router.storing(model, **tail):
-                measure = choices if selects else sweep
-                rows += measure(model, task, tried, known.get(task.name), kv=replace(setting, **tail), **about)
-                if selects and task is todo[0]:  # the first prompt of the first task
-                    model.selector.set(tried[-1])
+        measure = choices if selects else sweep
+        for task, (n, bits) in itertools.product(todo, enumerate(listed)):
+            stored = replace(setting, **bits, **(dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}))
+            stored.check_model(model.cfg)
+            ways = [w for w in tried if not (selects and ((n and w.kv_bytes) or (trained and w.whole and stored.ints)))]  # routed bits, dense: once
+            with kv_router.storing(model, **{f: getattr(stored, f) for f in ("kv_tail", "kv_tail_block", *STORED_AS)}):
+                if task.name not in known and stored.ints:
+                    known[task.name] = whole_value(model, task, cfg)
+                rows += measure(model, task, ways, known.get(task.name), kv=stored, **about) if ways else []
+                if selects and ways and task is todo[0]:  # the first prompt of the first task
+                    model.selector.set(ways[-1])
                     choice = chosen(model, task.stored[:1], cfg.dtype)
-                    shown = Shown(choice.mask[:, 0].float().mean(1).cpu(), choice, tried[-1].described())
+                    shown = Shown((choice.mask > 0)[:, 0].float().mean(1).cpu(), choice, ways[-1].described())
         if tried and not selects:
             some = batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0] if reads else todo[0].stored[:1, :512]
             shown = Shown(kept_groups(model, some, cfg.dtype))
@@ -377,6 +354,17 @@ def results_folder(cfg: EvalConfig, run: Run) -> Path:
     folder = Path(cfg.results) if cfg.results else run.path.parent if cfg.out_dir else Path(fresh)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def results_of(name: str) -> list[dict]:
+    """The rows that an earlier call wrote, of its folder. Raises ValueError where there are none."""
+    try:
+        rows = json.loads((Path(name) / "results.json").read_text())
+        fits = isinstance(rows, list) and all({"task", "metric", "value", "dense_value", "cache_bytes", "dense_bytes"} <= set(r) for r in rows)
+    except (OSError, ValueError, TypeError) as err:
+        raise ValueError(f"beside={name}: {err}; a folder with eval.py's results.json is needed; give --results of another call") from None
+    check(fits, f"beside={name}", "its results.json is not eval.py's", "give --results of another call")
+    return rows
 
 
 def main_mixsga(cfg: EvalConfig) -> None:
@@ -403,6 +391,7 @@ def main() -> None:
     select = replace(run.select, **{f.name: getattr(ARGS.select, f.name) for f in fields(SelectConfig) if f.name in ARGS.given})
     if run.kv.kv == "select" and "tasks" not in ARGS.given:
         cfg = replace(cfg, tasks="continuation")
+    beside = [r for name in comma_list(cfg.beside) for r in results_of(name)]
     rows, shown = evaluate(run, cfg, ARGS.kv, replace(ARGS.data, **prepared), ARGS.given, select)
     folder, metrics = results_folder(cfg, run), run.path.parent / "metrics.jsonl"
     curves = {run.path.parent.name: checkpoint.read_jsonl(metrics)} if cfg.out_dir and metrics.is_file() else {}
@@ -410,7 +399,11 @@ def main() -> None:
     if shown.choice is not None:
         groups_figure(folder, shown.choice, shown.rule)
     checkpoint.write_json(folder / "results.json", rows)
-    pictures = ", ".join(f"{folder}/{name}" for name in ("results.json", "report.png", *(["groups.png"] if shown.choice else [])))
+    drawn = rows + beside
+    if any(r["metric"] == "loss" for r in drawn):
+        bytes_figure(folder, drawn)
+    pictures = ", ".join(f"{folder}/{name}" for name in ("results.json", "report.png", *(["groups.png"] if shown.choice else []),
+                                                       *(["bytes.png"] if any(r["metric"] == "loss" for r in drawn) else [])))
     print(f"{table(rows)}{reuse_note(rows)}\n{pictures}", file=sys.stderr)
     print(json.dumps(rows))
 

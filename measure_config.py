@@ -4,7 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from config import BASES, GROUPS, SIGNALS, TOKEN_SIGNALS, check, check_corpus, check_seed, comma_list, opt
+from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS, check, check_corpus, check_seed, comma_list, opt
 
 TASKS = ("perplexity", "continuation", "needle", "needle_reuse", "variable_tracking", "multiple_choice", "mixsga")
 SPLITS = ("val", "train", "test", "all")
@@ -23,6 +23,9 @@ class EvalConfig:
     budgets: str = opt("", "value budgets rho, shares of the groups kept, such as 0.25,0.5,0.75 (empty: as trained, or --value_keep)")
     token_budgets: str = opt("", "select: shares of the tokens kept, a list, each with every value budget (empty: --token_keep)")
     kv_budgets: str = opt("", "select: shares of keys and values kept under one budget, a list (empty: --kv_keep)")
+    kv_byte_budgets: str = opt("", "select: bytes held of a prompt as shares of 16 bits a number, a list: bits are routed, too (empty: --kv_bytes)")
+    kv_bits: str = opt("", "bits of keys and values, a list such as 8,4,4:2 (keys:values), each with every budget (empty: --key_bits, --value_bits)")
+    beside: str = opt("", "folders of earlier results, a list, that bytes.png shows beside these")
     relevances: str = opt("", "select: signals, a list (empty: --relevance)")
     token_relevances: str = opt("", "select: signals that tokens are kept by, a list (empty: --token_relevance)")
     splits: str = opt("", "first compressed layers, a list: each compresses the layers from there on (empty: --kv_layers)")
@@ -57,7 +60,10 @@ class EvalConfig:
             bad = [t for t in comma_list(getattr(self, name)) if t not in allowed]
             check(not bad, f"{name}={getattr(self, name)!r}", f"a list of {', '.join(allowed)}", "separate by commas")
         check(bool(comma_list(self.tasks)), f"tasks={self.tasks!r}", f"a list of {', '.join(TASKS)}", "name one at least")
-        for name in ("budgets", "token_budgets", "kv_budgets", "h2o"):
+        bits = [b for t in comma_list(self.kv_bits) for b in (t.split(":") * 2)[:2] + t.split(":")[2:]]
+        check(all(b in map(str, INT_BITS) for b in bits) and len(bits) == 2 * len(comma_list(self.kv_bits)), f"kv_bits={self.kv_bits!r}",
+              f"bits are {', '.join(map(str, INT_BITS))}, of keys and values with a colon between", "give for example 8,4,4:2")
+        for name in ("budgets", "token_budgets", "kv_budgets", "kv_byte_budgets", "h2o"):
             for share in comma_list(getattr(self, name)):
                 try:
                     ok = 0 < Fraction(share) <= 1

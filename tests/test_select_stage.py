@@ -334,7 +334,7 @@ def test_rows_of_a_joint_grid(base, measure, text):
         assert abs(r["value"] - dense["value"]) > 1e-4 and r["n"] == 5 * (LAST - 1) and r["trainable_parameters"] == dense["trainable_parameters"]
     assert rows[1]["cache_bytes"] > rows[2]["cache_bytes"] and rows[1]["value"] != rows[4]["value"]
     sizes = {p.name: p.stat().st_size for p in measure.folder.iterdir()}
-    assert set(sizes) == {"results.json", "report.png", "groups.png"} and min(sizes["report.png"], sizes["groups.png"]) > 5000
+    assert set(sizes) == {"results.json", "report.png", "groups.png", "bytes.png"} and min(sizes[n] for n in sizes if n.endswith("png")) > 5000
     for name, i in (("observed", 1), ("random", 4)):
         for j, b in enumerate(("0.37", "0.11")):
             assert measure(f"--init_from={base}", *COMMON, "--bases=pca", f"--relevance={name}", f"--kv_budgets={b}")[1:] == [rows[i + j]]

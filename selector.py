@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kv_router
-from appending import append_tail
+from appending import append_tail, can_append
 from checkpoint import copy_tensors
 from config import KVConfig, SelectConfig, check, count_kept
 from int_cache import IntFormat, IntSelectedCache
@@ -431,6 +431,11 @@ class SelectPath(ValueGroupPath):
         n_pad = torch.zeros(len(q), dtype=torch.int64, device=q.device) if pad is None else (pad - cache.columns).clamp(0, q.size(2))
         cache.append(k, v, n_pad)
         return self.attend_packed(q, cache.packed(), cache.whole())
+
+    def can_step(self) -> bool:
+        """Whether `step` has kernels for this storage: routed bits have none yet."""
+        kv = self.selector.stored
+        return can_append(self.D) and (self.whole or self.folded) and (not kv.ints or {kv.key_bits, kv.value_bits} <= {4, 8})
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, tail: Tail) -> Tensor:
         """forward for one token per sequence, on the device alone: into the tail, whose count is one up already."""

@@ -1,0 +1,335 @@
+"""Integers: how numbers become codes and bytes, what the caches hold of them, and attention over them by kernel, against loops in float64."""
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import TINY, error_line, grouped_model, tiny_model, tokens
+
+import kv_router
+import quant
+from config import KVConfig
+from int_cache import IntFormat, IntPackedCache, IntSelectedCache
+from kernels import packed_attention, triton
+from model import KVCache, generate
+from stored import Tail, packed_attention_ref
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float32]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random numbers, some of them far out."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g) * (1 + 5 * (torch.rand(shape, generator=g) < 0.03))
+
+
+def uniform_by_hand(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Numbers x (n,) as they come back from `bits` bits that share one step and middle, number by number, steps rounded to float16."""
+    low, high, zero = x.float().min(), x.float().max(), 136 if bits == 8 else 1 << bits - 1
+    step = ((high - low) / (2 ** bits - 1)).clamp_min(2.0 ** -24)  # in float32: one in thousands is rounded the other way from float64
+    step, middle = step.half().item(), (low + zero * step).half().item()
+    codes = [min(max(round((float(v) - middle) / step + zero), 0), 2 ** bits - 1) for v in x]
+    return torch.tensor([(c - zero) * step + middle for c in codes], dtype=torch.float64)
+
+
+# ----------------------------------------------------------------------------- codes and bytes
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_codes_lie_in_planes_and_come_back(bits):
+    """Bit by bit: number i of n lies in byte i mod (n b / 8), lowest plane first; 3 bits are a plane of 2 and one of 1."""
+    codes = torch.randint(0, 1 << bits, (3, 5, 48), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    got = quant.pack_bits(codes, bits)
+    assert got.shape == (3, 5, 6 * bits) and torch.equal(quant.unpack_bits(got, bits), codes)
+    for part, first, width in ([(slice(0, 12), 0, 2), (slice(12, 18), 2, 1)] if bits == 3 else [(slice(None), 0, bits)]):
+        mine = got[..., part]
+        for i in range(48):
+            byte = mine[1, 2, i % mine.size(-1)].item() >> (i // mine.size(-1) * width) & ((1 << width) - 1)
+            assert byte == codes[1, 2, i].item() >> first & ((1 << width) - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_keys_share_a_step_per_channel_and_block(bits):
+    """Every channel of every block comes back as by hand, and a block does not depend on another."""
+    k, block = normal(50, 16), torch.arange(50) // 16
+    packed, scale = quant.quantise_keys(k, block, 5, bits)  # block 4 is empty
+    back = quant.dequantise_keys(packed, scale, block, bits, torch.float64)
+    for j in range(4):
+        for c in range(16):
+            mine = block == j
+            torch.testing.assert_close(back[mine, c], uniform_by_hand(k[mine, c], bits), rtol=1e-6, atol=1e-6)
+    assert packed.shape == (50, 2 * bits) and scale.shape == (5, 2, 16) and scale.dtype == torch.float16
+    other = quant.quantise_keys(torch.where((block == 1)[:, None], 9 * k, k), block, 5, bits)[0]
+    assert torch.equal(other[block != 1], packed[block != 1])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_values_share_a_step_over_what_is_kept(bits):
+    """A token's kept groups come back as by hand, whatever the dropped ones are; a token without groups has a finite step."""
+    z = normal(9, 32, seed=1)
+    mask = torch.rand(9, 4, generator=torch.Generator().manual_seed(2)) < 0.5
+    mask[0], mask[1] = True, False
+    rows, scale = quant.quantise_values(z, mask, bits)
+    kept = mask.repeat_interleave(8, -1)
+    back = quant.dequantise_values(rows, scale[:, None].expand(-1, 4, -1), bits, torch.float64).flatten(1)
+    for t in range(9):
+        if mask[t].any():
+            torch.testing.assert_close(back[t, kept[t]], uniform_by_hand(z[t, kept[t]], bits), rtol=1e-6, atol=1e-6)
+    again = quant.quantise_values(torch.where(kept, z, 1e3 * z), mask, bits)
+    assert torch.equal(again[0][mask], rows[mask]) and torch.equal(again[1], scale) and scale.isfinite().all()
+
+
+def test_levels_leave_the_error_of_the_best_quantiser_and_dropped_groups_are_zero():
+    """Gaussian numbers at one level: the squared error left is what REMAINS says; in units of gain, so a channel's scale does not matter."""
+    z, gain = torch.randn(800, 64, generator=torch.Generator().manual_seed(0)), torch.linspace(0.1, 30, 64).expand(800, -1)
+    for level in range(4):
+        levels = torch.full((800, 8), level, dtype=torch.uint8)
+        own = quant.units(levels).sum(-1)
+        args = own.cumsum(0) - own, int(own.sum()), gain
+        rows, step = quant.quantise_levels(z * gain, levels, *args)
+        back = quant.dequantise_levels(rows, levels, args[0], step, gain, torch.float64)
+        error = (back / gain - z).square().mean().item()
+        assert 0.3 * quant.REMAINS[level] < error < 1.1 * quant.REMAINS[level] and rows.shape == (800 * 8 * quant.UNITS[level], 2)
+        assert level or not back.any()
+
+
+def test_levels_by_hand_from_the_bytes():
+    """One token with a group at each level: 1, 2 and 4 units in the order of the groups, codes read from them by hand, and the step is the one of
+    TRIED with the least weighted error."""
+    z, gain, levels = normal(1, 32, seed=3), torch.rand(1, 32) + 0.5, torch.tensor([[3, 0, 1, 2]], dtype=torch.uint8)
+    rows, step = quant.quantise_levels(z, levels, torch.tensor([2]), 9, gain)
+    assert rows.shape == (9, 2) and not rows[:2].any() and quant.units(levels).tolist() == [[4, 0, 1, 2]]
+    flat, e, s = rows.flatten().tolist(), (z / gain)[0].tolist(), step.item()
+    codes = {0: flat[4:12], 2: [b >> 2 * p & 3 for p in range(4) for b in flat[12:14]], 3: [b >> 4 * p & 15 for p in range(2) for b in flat[14:18]]}
+    back = quant.dequantise_levels(rows, levels, torch.tensor([2]), step, gain, torch.float64)[0]
+
+    def value(code: int, level: int, s: float) -> float:
+        return (code - (1.5 if level == 1 else 2.0 ** (quant.LEVELS[level] - 1))) * quant.STEPS[level] * s
+    for g, level in ((0, 3), (2, 1), (3, 2)):
+        for i in range(8):
+            want = value(codes[g][i], level, s) * gain[0, 8 * g + i].item()
+            assert back[8 * g + i].item() == pytest.approx(want, rel=1e-5)
+    assert not back[8:16].any()
+
+    def error(s: float) -> float:
+        total = 0.0
+        for g, level in ((0, 3), (2, 1), (3, 2)):
+            for i in range(8):
+                best = min(((e[8 * g + i] - value(c, level, s)) ** 2 for c in range(2 ** quant.LEVELS[level])))
+                total += best * gain[0, 8 * g + i].item() ** 2
+        return total
+    rms = (sum(e[8 * g + i] ** 2 for g in (0, 2, 3) for i in range(8)) / 24) ** 0.5
+    assert error(s) <= min(error(rms * f) for f in quant.TRIED) * 1.001
+
+
+# ----------------------------------------------------------------------------- a context
+
+def context(kb: int, vb: int, Hm: int, *, B=2, Hkv=3, C=75, D=32, S=4, block=32, dtype=torch.float32, seed=0):
+    """A random context in an IntSelectedCache with five whole columns after it, and what went in."""
+    g = torch.Generator().manual_seed(seed)
+    k, z = normal(B, Hkv, C, D, seed=seed), normal(B, Hkv, C, D, seed=seed + 1)
+    keep = torch.rand(B, Hm, C, generator=g) < 0.7
+    levels = torch.randint(0, 4, (B, Hm, C, S), generator=g, dtype=torch.uint8)
+    valid = torch.arange(C) >= torch.tensor([0, 7, 3][:B])[:, None]
+    fmt = IntFormat(kb, vb, block, torch.rand(Hkv, D, generator=g).to(DEVICE) + 0.5)
+    cache = IntSelectedCache(B, C + 5, Hkv, D, S, Hm, k[:0].to(DEVICE, dtype), fmt)
+    cache.pack(*(t.to(DEVICE) for t in (k, z, keep, levels > 0 if vb else levels, valid)))
+    cache.append(*normal(2, B, Hkv, 5, D, seed=seed + 2).to(DEVICE, dtype), torch.zeros(B, dtype=torch.int64, device=DEVICE))
+    return cache, k, z, keep & valid[:, None], levels
+
+
+@pytest.mark.parametrize(("kb", "vb", "Hm"), [(4, 4, 3), (8, 4, 1), (3, 2, 3), (2, 8, 1), (4, 0, 3), (3, 0, 1)])
+def test_a_context_comes_back_as_by_hand(kb, vb, Hm):
+    """Ragged survivors, padding, masks shared or not: keys of every full or partial block, values of every token, nothing else; and no more bytes
+    than these take."""
+    cache, k, z, keep, levels = context(kb, vb, Hm)
+    got_k, got_z, got_mask, got_valid = (t.cpu() for t in cache.packed().unpack(torch.float64))
+    B, Hkv, C, D = k.shape
+    S, tokens_held, blocks, units = levels.size(-1), 0, 0, 0
+    for b in range(B):
+        for h in range(Hkv):
+            m = h if Hm > 1 else 0
+            mine = [t for t in range(C) if keep[b, m, t]]
+            assert got_valid[b, m].tolist() == [i < len(mine) for i in range(got_valid.size(-1))]
+            tokens_held, blocks = tokens_held + len(mine), blocks + -(-len(mine) // 32)
+            for first in range(0, len(mine), 32):
+                part = mine[first:first + 32]
+                for c in (0, 13, D - 1):
+                    torch.testing.assert_close(got_k[b, h, first:first + 32, c][:len(part)], uniform_by_hand(k[b, h, part, c], kb), rtol=1e-6, atol=1e-6)
+            for i, t in enumerate(mine):
+                kept = (levels[b, m, t] > 0).repeat_interleave(D // S)
+                assert not got_z[b, h, i, ~kept].any()
+                if vb:
+                    assert torch.equal(got_mask[b, m, i], levels[b, m, t] > 0)
+                    units += int((levels[b, m, t] > 0).sum()) * vb // 2
+                    if kept.any():
+                        torch.testing.assert_close(got_z[b, h, i, kept], uniform_by_hand(z[b, h, t, kept], vb), rtol=1e-6, atol=1e-6)
+                else:
+                    assert torch.equal(got_mask[b, m, i], levels[b, m, t])
+                    units += int(quant.units(levels[b, m, t]).sum())
+                    s, gain = cache.value_scale[tokens_held - len(mine) + i, 0].item(), cache.fmt.gain[h].cpu()
+                    for x, level in enumerate(levels[b, m, t].tolist()):
+                        bits, unit = quant.LEVELS[level], quant.STEPS[level] * s
+                        middle = 1.5 if bits == 2 else 2.0 ** (bits - 1)
+                        for c in range(x * D // S, (x + 1) * D // S if level else 0):
+                            code = min(max(round(float(z[b, h, t, c] / gain[c]) / unit + middle), 0), 2 ** bits - 1)
+                            assert got_z[b, h, i, c].item() == pytest.approx((code - middle) * unit * gain[c].item(), rel=1e-4, abs=1e-6)
+    assert cache.keys.numel() == tokens_held * D * kb // 8 and cache.rows.numel() == units * D // S // 4
+    assert cache.key_scale.numel() == blocks * 2 * D and cache.value_scale.numel() == tokens_held * (2 if vb else 1)
+    assert cache.nbytes() == sum(t.numel() * t.element_size() for t in cache.tensors().values())
+
+
+def test_a_cache_of_integers_is_sliced_joined_saved_and_not_cut_inside(tmp_path):
+    """Slices and joins give the same numbers, a file too; truncating keeps the context or says why not."""
+    for vb in (4, 0):
+        cache = context(4, vb, 3)[0]
+        one, two = cache.slice([1]), cache.slice([0, 1])
+        back = IntSelectedCache.join([cache.slice([0]), one])
+        for a, b in ((cache.unpack(), two.unpack()), (cache.unpack(), back.unpack())):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        n = int(one.n_packed.max())
+        assert torch.equal(one.unpack()[1][0], cache.unpack()[1][1, :, :n]) and one.nbytes() < cache.nbytes()
+        assert "truncating to 74" in error_line(cache.truncate, 74)
+        cache.truncate(77)
+        assert cache.tail_len == 2 and cache.columns == 77
+    model = grouped_model(dtype=torch.float32, prefill="exact", key_bits=4, value_bits=4, key_block=16, topk_groups=2)
+    idx = tokens(2, 90)
+    with torch.no_grad():
+        cache = model.new_cache(2, 90)
+        model(idx[:, :80], cache)
+        cache.save(tmp_path / "c.safetensors")
+        again = KVCache.load(tmp_path / "c.safetensors", model)
+        assert torch.equal(model(idx[:, 80:], cache), model(idx[:, 80:], again))
+
+
+# ----------------------------------------------------------------------------- attention
+
+def check(got, plain, want, dtype) -> None:
+    """The rule of every kernel: at most twice the plain version's error, plus one unit in the last place of the largest output, plus what float32
+    logits of 50 lose."""
+    got, plain = (t.cpu().double() for t in (got, plain))
+    slack = (torch.finfo(dtype).eps + 100 * torch.finfo(torch.float32).eps) * want.abs().max()
+    error, allowed = (got - want).abs().max(), 2 * (plain - want).abs().max() + slack
+    assert error <= allowed, (error, allowed)
+
+
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kb", "vb", "Hm", "D", "S", "n", "T", "chunk"), [
+    (4, 4, 3, 32, 4, 2, 1, 0), (8, 4, 1, 64, 8, 3, 3, 64), (4, 8, 3, 48, 4, 1, 2, 32), (8, 8, 1, 16, 2, 5, 1, 32), (4, 4, 1, 128, 16, 4, 1, 32)])
+def test_attention_reads_integers_as_its_reference_does(kb, vb, Hm, D, S, n, T, chunk, dtype):
+    """The kernel over 4 and 8 bits, counted rows, one piece and several, tail included, against the reference in float64."""
+    cache = context(kb, vb, Hm, D=D, S=S, dtype=dtype)[0]
+    q = (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype)
+    packed, tail = cache.packed(), cache.whole()
+    want = packed_attention_ref(q.double(), packed, Tail(tail.k.double(), tail.v.double(), *tail[2:]))
+    plain, got = packed_attention_ref(q, packed, tail), packed_attention(q, packed, tail, impl="triton", chunk=chunk)
+    for i in (0, 1):
+        check(got[i], plain[i], want[i].cpu(), dtype if i == 0 else torch.float32)
+
+
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("K", "bits", "D"), [(4, 4, 32), (2, 4, 64), (4, 8, 24), (1, 8, 32)])
+def test_attention_reads_a_fixed_k_of_integers(K, bits, D, dtype):
+    """The same over IntPackedCache: every group of a token, where no mask is read, and K of them."""
+    cfg = KVConfig(n_groups=4, topk_groups=K, key_bits=bits, value_bits=bits, key_block=16, kv_tail=3, kv_sinks=0)
+    k, v = normal(2, 2, 3, 70, D).to(DEVICE, dtype)
+    cache = IntPackedCache(2, 70, 3, D, cfg, K, k)
+    cache.columns = 70
+    mask = kv_router.top_k_mask(kv_router.group_energy(v, 4, 3), K)
+    cache.append(k, v, mask, torch.tensor([0, 9], device=DEVICE))
+    q = (2 * normal(2, 6, 2, D, seed=5)).to(DEVICE, dtype)
+    packed, tail = cache.packed(), cache.whole()
+    assert cache.n_packed.tolist() == [64, 48] and cache.n_tail.tolist() == [6, 13]
+    want = packed_attention_ref(q.double(), packed, Tail(tail.k.double(), tail.v.double(), *tail[2:]))
+    plain = packed_attention_ref(q, packed, tail)
+    for chunk in (0, 32):
+        check(packed_attention(q, packed, tail, impl="triton", chunk=chunk)[0], plain[0], want[0].cpu(), dtype)
+
+
+# ----------------------------------------------------------------------------- decoding
+
+def path_by_hand(path, q, k, v) -> torch.Tensor:
+    """ValueGroupPath over integers, token by token: before each query whole blocks have left the tail, keys with a step per channel of their
+    block, values with a step per token and head; the first tokens are whole."""
+    (B, H, T, D), Hkv, cfg = q.shape, k.size(1), path.cfg
+    out, d, G = torch.zeros_like(q), D // cfg.n_groups, cfg.key_block
+    for b in range(B):
+        for h in range(H):
+            kv = h * Hkv // H
+            for t in range(T):
+                n = max(0, (t + 1 - cfg.kv_sinks - cfg.kv_tail) // G * G)
+                ks, vs = k[b, kv, :t + 1].double().clone(), v[b, kv, :t + 1].double().clone()
+                for first in range(cfg.kv_sinks, cfg.kv_sinks + n, G):
+                    for c in range(D):
+                        ks[first:first + G, c] = uniform_by_hand(k[b, kv, first:first + G, c], cfg.key_bits)
+                for j in range(cfg.kv_sinks, cfg.kv_sinks + n):
+                    norm = [float(v[b, kv, j, g * d:(g + 1) * d].square().sum()) for g in range(cfg.n_groups)]
+                    best = sorted(range(cfg.n_groups), key=lambda g, s=norm: (-s[g], g))[:path.k]
+                    kept = torch.zeros(D, dtype=torch.bool)
+                    for g in best:
+                        kept[g * d:(g + 1) * d] = True
+                    vs[j] = 0
+                    vs[j, kept] = uniform_by_hand(v[b, kv, j, kept], cfg.value_bits)
+                s = ks @ q[b, h, t].double() / D ** 0.5
+                out[b, h, t] = s.softmax(0) @ vs
+    return out
+
+
+@pytest.mark.parametrize("kv", [dict(topk_groups=4, key_bits=4, value_bits=4), dict(topk_groups=2, key_bits=8, value_bits=2, kv_sinks=0),
+                                dict(topk_groups=3, key_bits=3, value_bits=4, kv_tail=5)], ids=["whole", "half", "tail"])
+def test_decode_mode_is_what_tokens_one_by_one_read(kv):
+    """Without a cache, through a cache token by token, and by hand: the same outputs."""
+    torch.manual_seed(0)
+    cfg = KVConfig(**{**dict(n_groups=4, mask_scope="head", value_basis="native", key_block=16, kv_tail=2), **kv})
+    model_cfg = TINY.__class__(**{**TINY.__dict__, "head_dim": 32})
+    path = kv_router.ValueGroupPath(model_cfg, cfg).double().eval()
+    x, q, (k, v) = torch.randn(1, 45, TINY.n_embd).double(), normal(1, 6, 45, 32).double(), normal(2, 1, 3, 45, 32, seed=1).double()
+    with torch.no_grad():
+        got, cache, steps = path(x, q, k, v), path.new_cache(1, 45, k), []
+        for t in range(45):
+            steps.append(path(*(a[:, t:t + 1] if a.ndim == 3 else a[:, :, t:t + 1] for a in (x, q, k, v)), cache))
+    torch.testing.assert_close(got, torch.cat(steps, 2), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, path_by_hand(path, q, k, v), rtol=1e-5, atol=1e-5)
+    assert int(cache.n_packed) == (45 - cfg.kv_sinks - cfg.kv_tail) // 16 * 16 and int(cache.n_sink) == cfg.kv_sinks
+
+
+def test_rows_of_a_batch_are_alone_and_prompts_may_come_in_pieces():
+    """Prompts of several lengths together or alone, whole or in pieces of 7 tokens: the same tokens follow."""
+    model = grouped_model(dtype=torch.float64, prefill="exact", mask_scope="head", value_router="norm", kv_tail=2, topk_groups=2, key_bits=4,
+                          value_bits=4, key_block=16)
+    prompts = [tokens(n, seed=n).tolist() for n in (3, 61, 40)]
+    together = generate(model, prompts, 30)[0]
+    for p, row in zip(prompts, together, strict=True):
+        assert generate(model, [p], 30)[0][0] == row
+    pieces = generate(model, prompts[1:], 30, prefill_tokens=200)[0]
+    assert pieces == together[1:]
+
+
+def test_integers_are_refused_where_they_cannot_be():
+    """One line each: rows that do not fill bytes, one kind of integer only, reconstructors, padding without a cache, cuts inside a block."""
+    for bad, said in ((dict(key_bits=4), "value_bits=16"), (dict(key_bits=5, value_bits=4), "key_bits=5"), (dict(key_bits=4, value_bits=0), "kv_bytes"),
+                      (dict(key_bits=4, value_bits=4, reconstructor="pairwise"), "pairwise"), (dict(key_bits=4, value_bits=4, kv_sinks=-1), "kv_sinks=-1"),
+                      (dict(key_bits=4, value_bits=4, prefill="routed"), "routed"), (dict(key_bits=4, value_bits=4, key_block=48), "key_block=48")):
+        assert said in error_line(KVConfig, **bad)
+    assert "must fill bytes" in error_line(KVConfig(n_groups=8, key_bits=4, value_bits=2).check_model, TINY)
+    model = grouped_model(prefill="exact", key_bits=4, value_bits=4, key_block=16, mask_scope="head", value_router="norm").eval()
+    with torch.no_grad():
+        assert "padding" in error_line(model, tokens(2, 20), pad=torch.tensor([0, 3]))
+        cache = model.new_cache(1, 80)
+        model(tokens(1, 80), cache)
+    assert "blocks of 16" in error_line(cache.layers[0].truncate, 30)
+    cache.layers[0].truncate(4 + 32)
+    assert cache.layers[0].n_packed.tolist() == [32] and cache.layers[0].n_tail.tolist() == [0]
+
+
+def test_integers_are_close_to_dense_and_closer_with_more_bits():
+    """8 bits of everything change logits little, 4 more, 2 most; training sees whole numbers."""
+    dense, idx, errors = tiny_model(dtype=torch.float32), tokens(1, 120), []
+    with torch.no_grad():
+        want = dense(idx)
+        for bits in (8, 4, 2):
+            model = kv_router.attach(tiny_model(dtype=torch.float32), KVConfig(topk_groups=4, key_bits=bits, value_bits=bits, key_block=16), [idx]).eval()
+            errors.append((model(idx) - want).abs().mean().item())
+    assert 0 < 4 * errors[0] < errors[1] and 2 * errors[1] < errors[2]
+    torch.testing.assert_close(model.train()(idx), want, rtol=1e-4, atol=1e-4)

@@ -101,6 +101,7 @@ class Selector(nn.Module):
         check(self.kv.prefill == "exact" or self.kv.mask_scope == "shared" or cfg.allocation != "global", "allocation=global with prefill=routed",
               "a layer cannot wait for those after it", "give --allocation=layer, --mask_scope=shared or --prefill=exact")
         self.cfg = cfg
+        self.stored.check_model(self._model[0].cfg)
 
     # ------------------------------------------------------------------------- scores
 
@@ -188,7 +189,7 @@ class Selector(nn.Module):
 
         def half_bytes(n: int) -> int:  # of n context tokens; blocks that are not full, counts and starts are paid for, too
             whole = min(n, kv.kv_sinks) + W
-            return max(0, math.floor(masks * (2 * G * (4 * D * (cfg.kv_bytes * (n + W) - whole) - 4 * D - 64))))
+            return max(0, math.floor(masks * (2 * G * (4 * D * (cfg.kv_bytes * (n + W) - whole) - 4 * D - 80))))
         taken = self._within(worth, prompt.counts(half_bytes), lambda t, m: select_joint(t, m, key=key, cost=cost))
         levels = taken.unflatten(-1, (self.S, 3)).sum(-1).to(torch.uint8)
         return Choice((levels > 0).any(-1), levels, pair.square().sum(-1).sqrt())

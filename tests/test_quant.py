@@ -114,7 +114,7 @@ def test_levels_by_hand_from_the_bytes():
         total = 0.0
         for g, level in ((0, 3), (2, 1), (3, 2)):
             for i in range(8):
-                best = min(((e[8 * g + i] - value(c, level, s)) ** 2 for c in range(2 ** quant.LEVELS[level])))
+                best = min((e[8 * g + i] - value(c, level, s)) ** 2 for c in range(2 ** quant.LEVELS[level]))
                 total += best * gain[0, 8 * g + i].item() ** 2
         return total
     rms = (sum(e[8 * g + i] ** 2 for g in (0, 2, 3) for i in range(8)) / 24) ** 0.5
@@ -154,7 +154,8 @@ def test_a_context_comes_back_as_by_hand(kb, vb, Hm):
             for first in range(0, len(mine), 32):
                 part = mine[first:first + 32]
                 for c in (0, 13, D - 1):
-                    torch.testing.assert_close(got_k[b, h, first:first + 32, c][:len(part)], uniform_by_hand(k[b, h, part, c], kb), rtol=1e-6, atol=1e-6)
+                    want = uniform_by_hand(k[b, h, part, c], kb)
+                    torch.testing.assert_close(got_k[b, h, first:first + 32, c][:len(part)], want, rtol=1e-6, atol=1e-6)
             for i, t in enumerate(mine):
                 kept = (levels[b, m, t] > 0).repeat_interleave(D // S)
                 assert not got_z[b, h, i, ~kept].any()
@@ -308,9 +309,10 @@ def test_rows_of_a_batch_are_alone_and_prompts_may_come_in_pieces():
 
 def test_integers_are_refused_where_they_cannot_be():
     """One line each: rows that do not fill bytes, one kind of integer only, reconstructors, padding without a cache, cuts inside a block."""
+    four = dict(key_bits=4, value_bits=4)
     for bad, said in ((dict(key_bits=4), "value_bits=16"), (dict(key_bits=5, value_bits=4), "key_bits=5"), (dict(key_bits=4, value_bits=0), "kv_bytes"),
-                      (dict(key_bits=4, value_bits=4, reconstructor="pairwise"), "pairwise"), (dict(key_bits=4, value_bits=4, kv_sinks=-1), "kv_sinks=-1"),
-                      (dict(key_bits=4, value_bits=4, prefill="routed"), "routed"), (dict(key_bits=4, value_bits=4, key_block=48), "key_block=48")):
+                      ({**four, "reconstructor": "pairwise"}, "pairwise"), ({**four, "kv_sinks": -1}, "kv_sinks=-1"),
+                      ({**four, "prefill": "routed"}, "routed"), ({**four, "key_block": 48}, "key_block=48")):
         assert said in error_line(KVConfig, **bad)
     assert "must fill bytes" in error_line(KVConfig(n_groups=8, key_bits=4, value_bits=2).check_model, TINY)
     model = grouped_model(prefill="exact", key_bits=4, value_bits=4, key_block=16, mask_scope="head", value_router="norm").eval()
@@ -329,7 +331,8 @@ def test_integers_are_close_to_dense_and_closer_with_more_bits():
     with torch.no_grad():
         want = dense(idx)
         for bits in (8, 4, 2):
-            model = kv_router.attach(tiny_model(dtype=torch.float32), KVConfig(topk_groups=4, key_bits=bits, value_bits=bits, key_block=16), [idx]).eval()
+            cfg = KVConfig(topk_groups=4, key_bits=bits, value_bits=bits, key_block=16)
+            model = kv_router.attach(tiny_model(dtype=torch.float32), cfg, [idx]).eval()
             errors.append((model(idx) - want).abs().mean().item())
     assert 0 < 4 * errors[0] < errors[1] and 2 * errors[1] < errors[2]
     torch.testing.assert_close(model.train()(idx), want, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,226 @@
+"""Routed precision: tokens, groups and their bits under one budget of bytes, and what eval.py says of it."""
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from helpers import TINY, error_line, tiny_model, tokens
+from test_select_stage import base, measure  # noqa: F401 (fixtures)
+from test_selector import config, run, selecting
+
+import packing
+from config import KVConfig, SelectConfig
+from figures import envelope
+from int_cache import IntSelectedCache
+from model import KVCache, generate
+from quant import REMAINS
+
+W, T, SINKS = 9, 131, 4
+X, Y = tokens(2, T, seed=4), tokens(2, 6, seed=5)
+
+
+def greedy(value: list[list[float]], key: int, cost: list[int], m: int) -> list[list[bool]]:
+    """select_joint in words and Fractions: a token comes with the parts that make worth per cost largest, further ones alone; best first, until
+    one does not fit."""
+    items = []
+    for t, worth in enumerate(value):
+        if worth[0] == float("-inf"):
+            continue
+        order = sorted(range(len(cost)), key=lambda i, w=worth: (-Fraction(w[i]) / cost[i], i))
+        totals = [(sum(Fraction(worth[i]) for i in order[:n]), key + sum(cost[i] for i in order[:n])) for n in range(1, len(order) + 1)]
+        n = max(range(len(order)), key=lambda i, r=totals: (r[i][0] / r[i][1], -i))
+        items.append(((-totals[n][0] / totals[n][1], t, 0), totals[n][1], [(t, i) for i in order[:n + 1]]))
+        items += [((-Fraction(worth[i]) / cost[i], t, r), cost[i], [(t, i)]) for r, i in enumerate(order[n + 1:], 1)]
+    kept = set()
+    for _, price, parts in sorted(items):
+        if price > m:
+            break
+        m -= price
+        kept.update(parts)
+    return [[(t, i) in kept for i in range(len(cost))] for t in range(len(value))]
+
+
+@pytest.mark.parametrize("key", [3, 40])
+def test_select_joint_with_costs_equals_the_greedy_rule(key):
+    """Whole worths full of ties, parts of cost 1, 2 and 4, at many budgets."""
+    cost = torch.tensor([1, 2, 4, 1])
+    g = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        value = torch.randint(0, 9, (7, 4), generator=g).double()
+        value[3] = float("-inf")
+        for m in range(0, 7 * (key + 8), 5):
+            got = packing.select_joint(value, torch.tensor(m), key=key, cost=cost)
+            assert got.tolist() == greedy(value.tolist(), key, cost.tolist(), m)
+
+
+def half_bytes(m, key_bits: int, scope: str) -> tuple[int, int]:
+    """What a token's key and one unit of 2 bits of a group cost, in half bytes, by what is stored: TINY has D = 16, S = 4, 3 KV heads."""
+    heads = 1 if scope == "head" else 3
+    key = heads * (16 * key_bits / 8 + 2 * 2 * 16 / 64 + 2) + 1 + 1 + 4 / 16  # codes, share of the steps, its own step; levels, before, tile
+    return -(-2 * key // 1), heads * 2
+
+
+@pytest.mark.parametrize(("scope", "allocation"), [("head", "global"), ("head", "head"), ("layer", "layer"), ("layer", "global")])
+def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation):
+    """Levels of every (token, group) against the rule in Fractions, from relevance and norms; first tokens and padding have none."""
+    m = selecting(scope)
+    cfg = config(kv_bytes=0.2, allocation=allocation, relevance="observed")
+    prompts, choose = [], m.selector.choose
+    m.selector.choose = lambda p: prompts.append(p) or choose(p)
+    x = tokens(1, 40, seed=7)
+    choice = run(m, cfg, x, Y[:1], pad=(3,))[2]
+    p, s = prompts[0], m.selector
+    C, Lm, Hm = p.n_context, 2, 3 if scope == "head" else 1
+    assert (s.stored.key_bits, s.stored.value_bits) == (4, 0)
+    alpha, norm = s.relevance(p, "observed"), s.norms(p, cfg.hedge)  # (2, 1, Hm, C), (..., S)
+    worth = (alpha.unsqueeze(-1) ** cfg.hedge * norm).square()
+    key, unit = half_bytes(m, 4, scope)
+    gain = [REMAINS[i] - REMAINS[i + 1] for i in range(3)]
+    n = C - 3  # tokens of the context
+    per_mask = (3 // Hm) * 2 * (4 * 16 * (0.2 * (n + W) - (4 + W)) - 4 * 16 - 80)
+    shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]
+    places = [(a, b) for a in range(Lm) for b in range(Hm)]
+    groups = [places[i:i + shared] for i in range(0, Lm * Hm, shared)]
+    seen = 0
+    for group in groups:
+        value = [[float(worth[a, 0, b, t, g]) * r for g in range(4) for r in gain] if t >= 3 + SINKS else [float("-inf")] * 12
+                 for a, b in group for t in range(C)]
+        want = greedy(value, int(key), [unit, unit, 2 * unit] * 4, max(0, int(shared * per_mask // 1)))
+        levels = torch.tensor(want).view(len(group), C, 4, 3).sum(-1)
+        for (a, b), level in zip(group, levels, strict=True):
+            assert torch.equal(choice.mask[a, 0, b].long(), level)
+            seen += int(level.sum())
+    assert torch.equal(choice.keep, (choice.mask > 0).any(-1)) and (seen > 0) == (per_mask > key)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+@pytest.mark.parametrize("allocation", ["global", "head"])
+def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation):
+    """In bfloat16, where 16 bits are 16 bits: everything the cache holds of a prompt, whole tokens and all indices included."""
+    m, last = selecting(scope, model=tiny_model(dtype=torch.float32)).bfloat16(), 0
+    m.selector.float()
+    dense = 2 * 2 * 3 * 16 * 2 * T * 2
+    for share in (0.3, 0.4, 0.5, 1.0):  # all at 8 bits are about 0.62
+        m.selector.set(config(kv_bytes=share, allocation=allocation))
+        with torch.no_grad():
+            cache = m.new_cache(2, T)
+            m(X, cache, last_only=True)
+        held = cache.nbytes()
+        assert held <= share * dense and held > last and all(isinstance(c, IntSelectedCache) for c in cache.layers)
+        assert share == 1 or held > (0.85 if allocation == "global" else 0.75) * share * dense, held / dense
+        last = held
+
+
+def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
+    """Survivors in order at their levels; the tail begins with the first tokens and the query region, also of a row shorter than that."""
+    m, pad = selecting(), (0, T - W - 2)
+    _, _, choice, cache = run(m, config(kv_bytes=0.6), X, Y, pad)
+    _, _, k, z = m.selector.watch(m, X, torch.tensor(pad))
+    C = T - W
+    for i, c in enumerate(cache.layers):
+        _, _, level, valid = c.unpack()
+        tail_k, tail_v, real = c.tail()
+        assert tail_k.size(2) == SINKS + W + Y.size(1) and real[:, SINKS:].all() and real[:, :SINKS].sum(-1).tolist() == [4, 2]
+        for b in range(2):
+            first = list(range(pad[b], min(pad[b] + SINKS, C)))
+            for h in range(3):
+                assert torch.equal(tail_k[b, h, SINKS - len(first):SINKS], k[i][b, h, first])
+                assert torch.equal(tail_v[b, h, SINKS - len(first):SINKS + W], torch.cat((z[i][b, h, first], z[i][b, h, C:])))
+                mine = choice.keep[i, b, h].nonzero().flatten()
+                assert valid[b, h].sum() == len(mine) and torch.equal(level[b, h][valid[b, h]], choice.mask[i, b, h, mine])
+                assert not len(mine) or int(mine[0]) >= pad[b] + SINKS
+    assert choice.keep[:, 0].any() and not choice.keep[:, 1].any()
+
+
+def test_more_bytes_are_closer_to_dense():
+    """Logits after the prompt approach those of whole values; with all bytes, 8 bits of everything, they are near."""
+    m = selecting()
+    dense = run(m, config(kv_keep=1.0), X, Y, None)[1]
+    errors = [(run(m, config(kv_bytes=share), X, Y, None)[1] - dense).abs().mean().item() for share in (0.2, 0.45, 1.0)]
+    assert errors[0] > 1.5 * errors[1] > 4 * errors[2] > 0 and errors[2] < 0.05 * dense.std()
+    uniform = (run(m, config(kv_keep=1.0), X, Y, None)[1] - dense).abs().max()
+    assert uniform == 0
+
+
+def test_uniform_bits_on_top_of_a_choice():
+    """kv=select with --key_bits: what is chosen stays what it was, but for first tokens, which are whole; 8 bits are nearer than 2."""
+    m = selecting()
+    whole, errors = run(m, config(kv_keep=0.5, sinks=SINKS), X, Y, None), []
+    for bits in (8, 4, 2):
+        m.selector.kv = KVConfig(**{**m.selector.kv.__dict__, "key_bits": bits, "value_bits": bits})
+        got = run(m, config(kv_keep=0.5, sinks=SINKS), X, Y, None)
+        assert torch.equal(got[2].keep, whole[2].keep) and got[3].nbytes() < whole[3].nbytes()
+        assert int(got[3].layers[0].n_packed.sum()) == int(got[2].keep[0, :, :, SINKS:].sum())
+        errors.append((got[1] - whole[1]).abs().mean().item())
+    m.selector.kv = KVConfig(**{**m.selector.kv.__dict__, "key_bits": 16, "value_bits": 16})
+    assert 0 < 3 * errors[0] < errors[1] < errors[2]
+
+
+def test_rows_are_alone_and_caches_are_saved(tmp_path):
+    """A padded row gives what it gives alone; a saved cache goes on as it was; generated tokens do not depend on the batch."""
+    m = selecting()
+    cfg = config(kv_bytes=0.5, allocation="global")
+    both = run(m, cfg, X, Y, (0, 40))
+    one = run(m, cfg, X[1:, 40:], Y[1:], None)
+    torch.testing.assert_close(both[1][1], one[1][0])
+    with torch.no_grad():
+        cache = m.new_cache(2, T + 6)
+        m(X, cache)
+        cache.save(tmp_path / "c")
+        again = KVCache.load(tmp_path / "c", m)
+        assert torch.equal(m(Y, again), m(Y, cache))
+    prompts = [X[0].tolist(), X[1, 50:].tolist(), X[1, :5].tolist()]
+    rows = generate(m, prompts, 9)[0]
+    assert [generate(m, [p], 9)[0][0] for p in prompts] == rows
+
+
+def test_what_cannot_be_is_said_in_a_line():
+    """One budget only, no mask that layers share, rows that fill bytes."""
+    for bad, said in ((dict(kv_bytes=0.1, kv_keep=0.5), "kv_bytes=0.1"), (dict(kv_bytes=1.5), "kv_bytes=1.5"),
+                      (dict(kv_bytes=0.1, token_relevance="h2o"), "token_relevance")):
+        assert said in error_line(SelectConfig, **bad)
+    assert "mask_scope=shared" in error_line(selecting, "shared", cfg=config(kv_bytes=0.2))
+    assert "must fill bytes" in error_line(selecting, n_groups=8, cfg=config(kv_bytes=0.2))
+    m = selecting(cfg=config(kv_bytes=0.05))
+    assert m.selector.stored.key_bits == 3 and TINY.head_dim == 16
+    m.selector.set(config(kv_bytes=0.5))
+    assert m.selector.stored.key_bits == 8
+
+
+COMMON = ["--tasks=continuation", "--query=6", "--continuation=9", "--block_size=161", "--sequences=3", "--batch_size=2", "--calibration=2"]
+
+
+def test_rows_of_bits(base, measure):  # noqa: F811
+    """Every bits with every budget, routed bits once; bytes of the tensors held; the picture, also beside earlier rows."""
+    rows = measure(f"--init_from={base}", *COMMON, "--methods=dense,select", "--relevances=observed", "--kv_byte_budgets=0.5,0.3",
+                   "--kv_budgets=1,0.5", "--kv_bits=16,4:2")
+    assert [(r["method"], r["key_bits"], r["value_bits"]) for r in rows] == [
+        ("dense", 16, 16), ("select", 8, 0), ("select", 8, 0), ("dense", 16, 16), ("select", 16, 16), ("select", 4, 2), ("select", 4, 2)]
+    assert [r["relevance"].split(" hedge")[0] for r in rows] == ["none", "observed bytes=0.5", "observed bytes=0.3", "none", "observed kv=0.5",
+                                                                 "observed kv=1", "observed kv=0.5"]
+    assert all(r["dense_value"] == rows[0]["value"] for r in rows) and "K4 V2" in rows[5]["setting"] and "K8 Vrouted" in rows[1]["setting"]
+    assert rows[1]["cache_bytes"] > rows[2]["cache_bytes"] and rows[5]["cache_bytes"] < 0.5 * rows[0]["cache_bytes"]
+    assert rows[5]["value"] != rows[0]["value"] and rows[5]["token_keep"] == pytest.approx(1 - 4 / 146)
+    assert (measure.folder / "bytes.png").stat().st_size > 5000
+    earlier = measure.folder.rename(measure.folder.parent / "earlier")
+    fixed = measure(f"--init_from={base}", *COMMON, "--methods=dense,value_groups", "--budgets=1,0.5", "--kv_bits=8,4", f"--beside={earlier}",
+                    "--bases=native", "--key_block=16")
+    assert [(r["method"], r["key_bits"]) for r in fixed] == [("dense", 16), *[("value_groups", 8)] * 2, *[("value_groups", 4)] * 2]
+    assert fixed[1]["dense_value"] == fixed[0]["value"] != fixed[3]["value"] and fixed[3]["cache_bytes"] < fixed[1]["cache_bytes"]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--kv_bits=5"], "kv_bits='5'"), (["--kv_bits=4:2:2"], "kv_bits="), (["--kv_byte_budgets=2"], "kv_byte_budgets"),
+    (["--key_bits=4"], "value_bits=16"), (["--kv_bytes=0.2", "--fixed_k"], "fixed_k"), (["--value_bits=0", "--key_bits=4", "--kv=value_groups"], "value_bits=0")])
+def test_flags_say_what_is_wrong_with_bits(flags, said, base, measure, capsys):  # noqa: F811
+    """One line and exit code 2, before anything is measured."""
+    with pytest.raises(SystemExit) as e:
+        measure(f"--init_from={base}", *COMMON, *flags)
+    assert e.value.code == 2 and said in capsys.readouterr().err and not measure.folder.exists()
+    assert "beside=nowhere" in error_line(measure, f"--init_from={base}", *COMMON, "--beside=nowhere")
+
+
+def test_the_envelope_is_what_nothing_beats():
+    """By hand: fewer bytes or less loss, ties included."""
+    assert envelope([(3, 1.0), (1, 5.0), (2, 5.0), (2, 3.0), (4, 1.0), (5, 0.5)]) == [(1, 5.0), (2, 3.0), (3, 1.0), (5, 0.5)]

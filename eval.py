@@ -100,14 +100,15 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
         setting = mixsga.described(model)
     elif method == "select":
         relevance, setting = chooser.cfg.described(), f"{basis} S={kv.n_groups} {kv.mask_scope} {chooser.cfg.allocation}"
-    setting += f" K{stored.key_bits} V{stored.value_bits or 'routed'}" * (grouped and stored.ints)
+    bits_held = (stored.key_bits, stored.value_bits) if grouped or mixsga.shares(model) else (16, 16)
+    setting += f" K{stored.key_bits} V{stored.value_bits or 'routed'}" * (bits_held[0] < 16)
     setting += f" layers {kv.kv_layers}" * (grouped and kv.kv_layers != "all") + " routed" * (method == "select" and not exact)
     return {"task": task.name, "method": method, "adapter": adapter.adapter, "basis": basis, "n_groups": kv.n_groups if grouped else 1,
             "prefill": "exact" if exact else "routed", "relevance": relevance, "setting": setting, **shares,
             "cache_bytes": cache.nbytes(), "dense_bytes": dense, "metric": task.metric, "value": value,
             "dense_value": value if dense_value is None else dense_value, "n": task.n, "seed": seed, "seconds": round(time.time() - start, 3),
             "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0,
-            "key_bits": stored.key_bits if grouped else 16, "value_bits": stored.value_bits if grouped else 16,
+            "key_bits": bits_held[0], "value_bits": bits_held[1],
             **({"select": to_dict(chooser.cfg)} if method == "select" else {})}
 
 
@@ -314,7 +315,12 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         windows = batch(other, "calibrate", cfg.seed, 0, cfg.calibration, T)[0]
         calibration = [w.to(device) for w in windows.split(cfg.batch_size)]
     rows, shown, listed = [], Shown(), bits_of(cfg, kv, given)
-    if ("dense" in methods and not trained) or run.kv.kv in SHARED:
+    if run.kv.kv in SHARED:
+        for bits in listed:
+            bits = {name: n for name, n in bits.items() if name != "kv_sinks"}
+            with mixsga.stored_in(model, **bits):
+                rows += [row(model, task, kv=replace(run.kv, **bits), **about) for task in todo]
+    elif "dense" in methods and not trained:
         rows += [row(model, task, kv=run.kv, **about) for task in todo]
     known = {r["task"]: r["value"] for r in rows}  # the dense value of every setting
     for setting, tried in plan:

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig, MixConfig, ModelConfig, check
+from int_cache import IntPackedCache
 from kernels import packed_attention
 from kv_router import group_energy, spread
 from layout import at_least_float32, top_k_mask
@@ -346,18 +347,22 @@ class GroupedHeads(SharingPath):
         index = self.chosen(logits, self.by or ("choice" if self.training or prompt else "score"), valid)
         if self.training and torch.is_grad_enabled() and self.router is not None:
             self.consistency = F.cross_entropy(logits[valid], index[valid])
+        check(cache is not None or self.training or not self.stored_as.ints, "integers without a cache", "experts' blocks are formed in one",
+              "measure with --tasks=continuation or prompts")
         if cache is None or prompt:
             stored = self.stored(k, v)
             y = self.read(q, *(self.mixed([s[i] for s in stored], index, logits) for i in (0, 1)), (k, v), pad)
         if cache is not None:
             cache.append(k, v, index, valid, self.stored)
             if not prompt:
-                old = [packed_attention(q, part.packed(), None) for part in cache.parts if part.cap]
+                old = [packed_attention(q, part.packed() if part.cap else None, part.whole() if part.tail_k.numel() else None)
+                       for part in cache.parts if part.cap or part.tail_k.numel()]
                 y = merged(*old, packed_attention(q, None, cache.newest(n_pad))) if self.tail or not old else merged(*old)
         return y
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> ExpertCache:
-        parts = [PackedCache(batch, 0, self.Hkv // size, self.D, self.stored_as, self.k, like) for size in self.sizes]
+        made = IntPackedCache if self.stored_as.ints else PackedCache
+        parts = [made(batch, 0, self.Hkv // size, self.D, self.stored_as, self.k, like) for size in self.sizes]
         return ExpertCache(parts, batch, self.tail, self.Hkv, self.D, like)
 
 
@@ -419,6 +424,7 @@ def cla_sources(share: Fraction, n_layer: int) -> list[int]:
 def attach(model: nn.Module, kv: KVConfig, mix: MixConfig) -> nn.Module:
     """Give a dense model the KV paths of kv.kv (mixsga, gqa or cla), in place; what is new is trainable. Returns the model."""
     m, share = model.cfg, Fraction(str(mix.kv_share))
+    check(not kv.ints, f"key_bits={kv.key_bits} with kv={kv.kv}", "it is trained on with whole numbers", "give --key_bits to eval.py")
     check(kv.kv_tail_block == 1, f"kv_tail_block={kv.kv_tail_block} with kv={kv.kv}", "tokens leave the tail one by one", "leave it out")
     paths: list[nn.Module] = []
     if kv.kv == "mixsga":
@@ -476,8 +482,22 @@ def kept_shares(model: nn.Module, cache: KVCache) -> float:
             first = 0 if cache.pad is None else (cache.pad - (cache.length - layer.tail_k.size(2))).clamp_min(0).sum().item()
             held += B * layer.tail_k.size(2) - first
         if isinstance(layer, ExpertCache):
-            held += sum(int(p.n_packed.sum()) * p.Hkv * (1 + p.k / p.S) / 2 for p in layer.parts) / path.Hkv
+            held += sum((int(p.n_packed.sum()) * (1 + p.k / p.S) / 2 + int(p.n_tail.sum())) * p.Hkv for p in layer.parts) / path.Hkv
     return held / (tokens * len(cache.layers))
+
+
+@contextmanager
+def stored_in(model: nn.Module, key_bits: int = 16, value_bits: int = 16, key_block: int = 64):
+    """Inside the `with` caches of experts hold integers: tokens of an expert are quantised a block at a time, those that wait for their block
+    to fill are whole."""
+    before = {p: p.stored_as for p in experts(model)}
+    for p, kv in before.items():
+        p.stored_as = replace(kv, key_bits=key_bits, value_bits=value_bits, key_block=key_block, kv_sinks=0)
+    try:
+        yield
+    finally:
+        for p, kv in before.items():
+            p.stored_as = kv
 
 
 @contextmanager

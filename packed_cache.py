@@ -232,7 +232,7 @@ class PackedCache(Flat):
     def join(caches: Sequence[PackedCache]) -> PackedCache:
         """One cache of the sequences of all, in order; each must have the same capacity and columns."""
         out = copy.copy(caches[0])
-        for name in PackedCache.NAMES:
+        for name in out.NAMES:
             setattr(out, name, torch.cat([getattr(c, name) for c in caches]))
         out._set_bases()
         return out

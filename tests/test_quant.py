@@ -6,8 +6,9 @@ import torch
 from helpers import TINY, error_line, grouped_model, tiny_model, tokens
 
 import kv_router
+import mixsga
 import quant
-from config import KVConfig
+from config import KVConfig, MixConfig
 from int_cache import IntFormat, IntPackedCache, IntSelectedCache
 from kernels import packed_attention, triton
 from model import KVCache, generate
@@ -310,7 +311,7 @@ def test_rows_of_a_batch_are_alone_and_prompts_may_come_in_pieces():
 def test_integers_are_refused_where_they_cannot_be():
     """One line each: rows that do not fill bytes, one kind of integer only, reconstructors, padding without a cache, cuts inside a block."""
     four = dict(key_bits=4, value_bits=4)
-    for bad, said in ((dict(key_bits=4), "value_bits=16"), (dict(key_bits=5, value_bits=4), "key_bits=5"), (dict(key_bits=4, value_bits=0), "kv_bytes"),
+    for bad, said in ((dict(key_bits=4), "value_bits=16"), ({**four, "key_bits": 5}, "key_bits=5"), ({**four, "value_bits": 0}, "kv_bytes"),
                       ({**four, "reconstructor": "pairwise"}, "pairwise"), ({**four, "kv_sinks": -1}, "kv_sinks=-1"),
                       ({**four, "prefill": "routed"}, "routed"), ({**four, "key_block": 48}, "key_block=48")):
         assert said in error_line(KVConfig, **bad)
@@ -336,3 +337,36 @@ def test_integers_are_close_to_dense_and_closer_with_more_bits():
             errors.append((model(idx) - want).abs().mean().item())
     assert 0 < 4 * errors[0] < errors[1] and 2 * errors[1] < errors[2]
     torch.testing.assert_close(model.train()(idx), want, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_hold_integers(tmp_path):
+    """mixSGA's experts over integers: nearer with more bits, fewer bytes, the same after a slice, a join and a file; refused where it would
+    not count."""
+    cfg, idx = TINY.__class__(**{**TINY.__dict__, "n_head": 4, "n_kv_head": 4}), tokens(2, 140)
+    model = mixsga.attach(tiny_model(cfg=cfg), KVConfig(kv="mixsga", kv_tail=5), MixConfig(expert_ratios="1:1:2")).double().eval()
+
+    def decoded() -> tuple[torch.Tensor, KVCache]:
+        with torch.no_grad():
+            cache = model.new_cache(2, 150)
+            model(idx[:, :120], cache)
+            return torch.cat([model(idx[:, t:t + 1], cache) for t in range(120, 140)], 1), cache
+    want, whole = decoded()
+    errors = []
+    for bits in (8, 4, 2):
+        with mixsga.stored_in(model, bits, bits, 16), torch.no_grad():
+            got, cache = decoded()
+            errors.append((got - want).abs().mean().item())
+            assert cache.nbytes() < 0.55 * whole.nbytes()
+            assert mixsga.kept_shares(model, cache) == pytest.approx(mixsga.kept_shares(model, whole), rel=0.01)
+            for part in cache.layers[0].parts:
+                assert not (part.n_packed % 16).any() and (part.n_tail < 16).all()
+            cache.save(tmp_path / "c")
+            again = KVCache.load(tmp_path / "c", model)
+            one = KVCache.join([KVCache([layer.slice([b]) for layer in cache.layers]) for b in range(2)])
+            one.length = cache.length
+            following = [model(idx[:, :1], c) for c in (cache, again, one)]
+            assert torch.equal(following[0], following[1])
+            torch.testing.assert_close(following[0], following[2])
+            assert "integers without a cache" in error_line(model, idx)
+    assert 0 < 4 * errors[0] < errors[1] and 2 * errors[1] < errors[2]
+    assert "whole numbers" in error_line(mixsga.attach, tiny_model(cfg=cfg), KVConfig(kv="mixsga", key_bits=4, value_bits=4), MixConfig())

@@ -212,7 +212,8 @@ def test_rows_of_bits(base, measure):  # noqa: F811
 
 @pytest.mark.parametrize(("flags", "said"), [
     (["--kv_bits=5"], "kv_bits='5'"), (["--kv_bits=4:2:2"], "kv_bits="), (["--kv_byte_budgets=2"], "kv_byte_budgets"),
-    (["--key_bits=4"], "value_bits=16"), (["--kv_bytes=0.2", "--fixed_k"], "fixed_k"), (["--value_bits=0", "--key_bits=4", "--kv=value_groups"], "value_bits=0")])
+    (["--key_bits=4"], "value_bits=16"), (["--kv_bytes=0.2", "--fixed_k"], "fixed_k"),
+    (["--value_bits=0", "--key_bits=4", "--kv=value_groups"], "value_bits=0")])
 def test_flags_say_what_is_wrong_with_bits(flags, said, base, measure, capsys):  # noqa: F811
     """One line and exit code 2, before anything is measured."""
     with pytest.raises(SystemExit) as e:

@@ -52,8 +52,9 @@ def _encoded(v, enc, h, in_h, D: tl.constexpr, ENCODE: tl.constexpr):
 @jit
 def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_base, mask_base, tail_k, tail_v, tail_bits, n_packed, n_tail, Hkv,
                           W, keep, block, k_b, k_h, v_b, v_h, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, HP: tl.constexpr,
-                          SHARED: tl.constexpr, SCORES: tl.constexpr, ENCODE: tl.constexpr):
-    """One sequence: mask of the new token; if the tail is full its oldest `block` tokens are packed; the new one goes to the tail."""
+                          SHARED: tl.constexpr, SCORES: tl.constexpr, ENCODE: tl.constexpr, PACK: tl.constexpr):
+    """One sequence: mask of the new token; if the tail is full its oldest `block` tokens are packed (PACK; else that has been done); the new one
+    goes to the tail."""
     b, h, dims, d = tl.program_id(0).to(tl.int64), tl.arange(0, HP), tl.arange(0, D), D // S
     in_h, Hm = h < Hkv, 1 if SHARED else Hkv
     seg, mh = b * Hkv + h, h * 0 if SHARED else h
@@ -73,7 +74,7 @@ def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_b
     best = tl.sum(better.to(tl.int32), 2) < K  # (HP, S)
     word = tl.sum(best.to(tl.int64) << g[None, :], 1)
     full = held + 1 == keep + block
-    if full:
+    if full and PACK:
         token_at, row_at = tl.load(token_base + seg, mask=in_h, other=0), tl.load(row_base + seg, mask=in_h, other=0)
         mask_at = tl.load(mask_base + b * Hm + mh, mask=in_h, other=0)
         for i in range(block):
@@ -102,9 +103,79 @@ def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_b
     tl.store(n_tail + b, held + 1 - tl.where(full, block, 0))
 
 
+@jit
+def _codes(x, step, middle, BITS: tl.constexpr):
+    """quant.to_codes, as int32."""
+    zero: tl.constexpr = 136 if BITS == 8 else 1 << (BITS - 1)
+    code = tl.floor(tl.div_rn(x - middle, step) + (zero + 0.5))
+    return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+
+
+@jit
+def _scale(low, high, BITS: tl.constexpr):
+    """quant.scale_for: (step, middle) float16."""
+    zero: tl.constexpr = 136 if BITS == 8 else 1 << (BITS - 1)
+    step = tl.minimum(tl.maximum(tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1.0, tl.float32)), 5.9604644775390625e-08), 65504.0)
+    return step.to(tl.float16), tl.minimum(tl.maximum(low + zero * step, -65504.0), 65504.0).to(tl.float16)
+
+
+@jit
+def _quantise_block_kernel(keys, rows, bits, key_scale, value_scale, token_base, row_base, mask_base, tail_k, tail_v, tail_bits, n_packed, n_tail,
+                           Hkv, W, keep, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+                           BLOCK: tl.constexpr, SHARED: tl.constexpr):
+    """One segment: if its tail is full, the oldest BLOCK tokens of it become integers, after those packed before."""
+    b, h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    seg, packed = b * Hkv + h, tl.load(n_packed + b)
+    if tl.load(n_tail + b) + 1 < keep + BLOCK:
+        return
+    i = tl.arange(0, BLOCK)
+    ring, token_at = seg * W + (packed + i) % W, tl.load(token_base + seg) + packed
+    kb: tl.constexpr = D * KEY // 8
+    vb: tl.constexpr = D * VALUE // 8
+    width: tl.constexpr = D // S * VALUE // 8
+    c = tl.arange(0, kb)
+    byte = tl.zeros([BLOCK, kb], tl.int32)
+    for p in tl.static_range(8 // KEY):
+        x = tl.load(tail_k + ring[:, None] * D + (p * kb + c)[None, :]).to(tl.float32)
+        step, middle = _scale(tl.min(x, 0), tl.max(x, 0), KEY)
+        to = key_scale + token_at // BLOCK * 2 * D + p * kb + c
+        tl.store(to, step)
+        tl.store(to + D, middle)
+        byte |= _codes(x, step.to(tl.float32)[None, :], middle.to(tl.float32)[None, :], KEY) << (KEY * p)
+    tl.store(keys + (token_at + i)[:, None] * kb + c[None, :], byte.to(tl.uint8))
+
+    m, c = b if SHARED else seg, tl.arange(0, vb)
+    word = tl.load(tail_bits + m * W + (packed + i) % W).to(tl.int64)
+    if SHARED == 0 or h == 0:
+        tl.store(bits + tl.load(mask_base + m) + packed + i, word.to(bits.dtype.element_ty))
+    word, g = word.to(tl.uint64, bitcast=True)[:, None], (c // width)[None, :]
+    bit = tl.full([1, 1], 1, tl.uint64) << g.to(tl.uint64)
+    has = (word & bit) != 0
+    low, high = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+    for p in tl.static_range(8 // VALUE):
+        x = tl.load(tail_v + ring[:, None] * D + (g * (D // S) + p * width + (c % width)[None, :])).to(tl.float32)
+        low = tl.minimum(low, tl.min(tl.where(has, x, float("inf")), 1))
+        high = tl.maximum(high, tl.max(tl.where(has, x, float("-inf")), 1))
+    step, middle = _scale(low, high, VALUE)
+    tl.store(value_scale + (token_at + i) * 2, step)
+    tl.store(value_scale + (token_at + i) * 2 + 1, middle)
+    byte = tl.zeros([BLOCK, vb], tl.int32)
+    for p in tl.static_range(8 // VALUE):
+        x = tl.load(tail_v + ring[:, None] * D + (g * (D // S) + p * width + (c % width)[None, :])).to(tl.float32)
+        byte |= _codes(x, step.to(tl.float32)[:, None], middle.to(tl.float32)[:, None], VALUE) << (VALUE * p)
+    row = (tl.load(row_base + seg) + (packed + i) * K)[:, None] + _popcount(word & (bit - 1))
+    tl.store(rows + row * width + (c % width)[None, :], byte.to(tl.uint8), mask=has)
+
+
 def can_append(head_dim: int) -> bool:
     """Whether append_packed has a kernel for heads of this size."""
     return triton is not None and head_dim & (head_dim - 1) == 0 and 16 <= head_dim <= 256
+
+
+def can_quantise(n_groups: int, head_dim: int, key_bits: int, value_bits: int, keep: int) -> bool:
+    """Whether append_packed has a kernel that forms blocks of these bits, and attention one that reads them: not of 2 and 3, and not where the
+    newest token is part of the block."""
+    return {key_bits, value_bits} <= {4, 8} and keep > 0 and head_dim // n_groups % 2 == 0
 
 
 def append_packed(packed: Packed, tail: Tail, tail_bits: Tensor, n_packed: Tensor, n_tail: Tensor, k: Tensor, v: Tensor, keep: int, block: int,
@@ -113,9 +184,15 @@ def append_packed(packed: Packed, tail: Tail, tail_bits: Tensor, n_packed: Tenso
 
     n_packed, n_tail (B,) int64, updated; the tail keeps `keep` tokens and gives away its oldest `block` when it holds as many more. scores
     (B, Hm, S): the new token keeps the K largest; None: by its groups' norms. enc (Hkv, D, D): what values go through when packed."""
-    (B, Hkv, _, D), W, Hm = k.shape, tail.k.size(2), packed.mask_base.size(1)
+    (B, Hkv, _, D), W, Hm, ints = k.shape, tail.k.size(2), packed.mask_base.size(1), packed.ints
+    if ints:
+        _quantise_block_kernel[(B, Hkv)](
+            packed.keys, packed.rows, packed.bits, ints.key_scale, ints.value_scale, packed.token_base, packed.row_base, packed.mask_base, tail.k,
+            tail.v, tail_bits, n_packed, n_tail, Hkv, W, keep, D=D, S=packed.n_groups, K=packed.k, KEY=ints.key_bits, VALUE=ints.value_bits,
+            BLOCK=block, SHARED=Hm == 1, num_warps=4)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     _append_packed_kernel[(B,)](
         k, v, scores, enc, packed.keys, packed.rows, packed.bits, packed.token_base, packed.row_base, packed.mask_base, tail.k, tail.v, tail_bits,
         n_packed, n_tail, Hkv, max(W, 1), keep, block, *k.stride()[:2], *v.stride()[:2], D=D, S=packed.n_groups, K=packed.k,
-        HP=triton.next_power_of_2(Hkv), SHARED=Hm == 1, SCORES=scores is not None, ENCODE=enc is not None, num_warps=1 if Hkv * D <= 1024 else 4)
+        HP=triton.next_power_of_2(Hkv), SHARED=Hm == 1, SCORES=scores is not None, ENCODE=enc is not None, PACK=ints is None,
+        num_warps=1 if Hkv * D <= 1024 else 4)

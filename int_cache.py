@@ -149,6 +149,11 @@ class IntPackedCache(PackedCache):
         return {"keys": keys.view(B, Hkv, width, -1), "rows": self._kept(rows, mask), "bits": bits, "value_scale": value_scale,
                 "key_scale": key_scale.view(B, Hkv, -1, 2, D)}
 
+    def reserve(self, n_tokens: int) -> None:
+        """See PackedCache.reserve. A sequence that has fewer sinks than it could goes on without more."""
+        self.open = 0
+        super().reserve(n_tokens)
+
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""
         block_base = self.token_base.div(self.block, rounding_mode="floor")

@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from appending import can_append
+from appending import can_append, can_quantise
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
 from int_cache import IntPackedCache
@@ -299,14 +299,17 @@ class ValueGroupPath(nn.Module):
 
     def can_step(self) -> bool:
         """Whether `step` has kernels for this storage."""
-        return not self.cfg.ints and can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
+        c = self.cfg
+        if c.ints and (c.learn_basis or not can_quantise(self.S, self.D, c.key_bits, c.value_bits, c.kv_tail)):
+            return False
+        return can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache, tail: None) -> Tensor:
         """forward for one token per sequence without padding, on the device alone; counts kept on the host (columns) stay."""
         scores = None if self.router is None and self.cfg.value_router == "norm" else self.scores(x, v)[:, :, 0].contiguous()
         plain = self.whole or not self.cfg.learn_basis
         cache.append_token(k, v, scores, None if plain else self.enc.to(v.dtype))
-        return self.attend_packed(q, cache.packed(), cache.whole())
+        return self.attend_packed(q, cache.packed(), cache.whole(), cache.sinks())
 
     def _attend_stored(self, q: Tensor, k: Tensor, v: Tensor, z: Tensor, mask: Tensor, cache: PackedCache, n_old: Tensor, n_pad: Tensor) -> Tensor:
         """Attention output over what the cache holds, n_old (B,) tokens, and the new ones, the first n_pad (B,) of which are padding; each

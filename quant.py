@@ -79,7 +79,7 @@ def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 def to_codes(x: Tensor, step: Tensor, middle: Tensor, bits: int) -> Tensor:
     """Nearest codes, uint8 like x; step and middle broadcast to it."""
-    return ((x.float() - middle.float()) / step.float() + zero_code(bits)).round().clamp(0, 2 ** bits - 1).to(torch.uint8)
+    return ((x.float() - middle.float()) / step.float() + (zero_code(bits) + 0.5)).floor().clamp(0, 2 ** bits - 1).to(torch.uint8)
 
 
 def from_codes(codes: Tensor, step: Tensor, middle: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

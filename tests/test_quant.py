@@ -296,6 +296,39 @@ def test_decode_mode_is_what_tokens_one_by_one_read(kv):
     assert int(cache.n_packed) == (45 - cfg.kv_sinks - cfg.kv_tail) // 16 * 16 and int(cache.n_sink) == cfg.kv_sinks
 
 
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+@pytest.mark.parametrize(("S", "K", "kb", "vb", "scope", "D"), [
+    (4, 4, 4, 4, "layer", 32), (4, 2, 4, 4, "head", 64), (8, 3, 8, 4, "head", 32), (2, 1, 4, 8, "layer", 16)])
+def test_append_token_forms_the_blocks_that_append_forms(S, K, kb, vb, scope, D):
+    """Token by token by kernel from ragged lengths, past two blocks: the same codes, steps, masks, counts and tail; on a GPU, which may round a
+    middle the other way, to a step."""
+    B, Hkv, T, more = 2, 3, 30, 37
+    cfg = KVConfig(n_groups=S, topk_groups=K, mask_scope=scope, kv_tail=2, key_bits=kb, value_bits=vb, key_block=16, kv_sinks=3)
+    k, v = normal(2, B, Hkv, T + more, D).to(DEVICE)
+    caches = [IntPackedCache(B, T + more, Hkv, D, cfg, K, k) for _ in range(2)]
+
+    def mask(a: int, b: int) -> torch.Tensor:
+        return kv_router.top_k_mask(kv_router.group_energy(v[:, :, a:b], S, Hkv if scope == "head" else 1), K)
+    for c in caches:
+        c.columns += T
+        c.append(k[:, :, :T], v[:, :, :T], mask(0, T), torch.tensor([0, 5], device=DEVICE))
+    by_append, by_token = caches
+    by_token.reserve(more)
+    for t in range(T, T + more):
+        by_append.columns += 1
+        by_append.append(k[:, :, t:t + 1], v[:, :, t:t + 1], mask(t, t + 1), torch.zeros(B, dtype=torch.int64, device=DEVICE))
+        by_token.append_token(k[:, :, t:t + 1], v[:, :, t:t + 1], None, None)
+        assert torch.equal(by_append.n_packed, by_token.n_packed) and torch.equal(by_append.n_tail, by_token.n_tail)
+    assert by_token.n_packed.tolist() == [48, 48]
+    for name, a in by_append.tensors().items():
+        b = getattr(by_token, name)
+        if DEVICE.type == "cuda" and name in ("keys", "rows", "key_scale", "value_scale"):
+            continue
+        assert torch.equal(a, b), name
+    for a, b in zip(by_append.packed().unpack(torch.float64), by_token.packed().unpack(torch.float64), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2 if DEVICE.type == "cuda" else 0, rtol=0)
+
+
 def test_rows_of_a_batch_are_alone_and_prompts_may_come_in_pieces():
     """Prompts of several lengths together or alone, whole or in pieces of 7 tokens: the same tokens follow."""
     model = grouped_model(dtype=torch.float64, prefill="exact", mask_scope="head", value_router="norm", kv_tail=2, topk_groups=2, key_bits=4,

@@ -114,9 +114,11 @@ def _codes(x, step, middle, BITS: tl.constexpr):
 @jit
 def _scale(low, high, BITS: tl.constexpr):
     """quant.scale_for: (step, middle) float16."""
-    zero: tl.constexpr = 136 if BITS == 8 else 1 << (BITS - 1)
     step = tl.minimum(tl.maximum(tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1.0, tl.float32)), 5.9604644775390625e-08), 65504.0)
-    return step.to(tl.float16), tl.minimum(tl.maximum(low + zero * step, -65504.0), 65504.0).to(tl.float16)
+    middle = low + step * (1 << (BITS - 1))
+    if BITS == 8:
+        middle += step * 8
+    return step.to(tl.float16), tl.minimum(tl.maximum(middle, -65504.0), 65504.0).to(tl.float16)
 
 
 @jit

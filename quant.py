@@ -74,7 +74,10 @@ def zero_code(bits: int) -> int:
 def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """(step, middle) float16 for numbers between low and high (...): (..., 2)."""
     step = ((high - low) / (2 ** bits - 1)).clamp(SMALLEST, 65504)
-    return torch.stack((step, (low + zero_code(bits) * step).clamp(-65504, 65504)), -1).half()
+    middle = low + 2 ** (bits - 1) * step  # products with powers of 2: exact, so that fused and separate adds agree
+    if bits == 8:
+        middle = middle + 8 * step
+    return torch.stack((step, middle.clamp(-65504, 65504)), -1).half()
 
 
 def to_codes(x: Tensor, step: Tensor, middle: Tensor, bits: int) -> Tensor:

@@ -28,7 +28,7 @@ def uniform_by_hand(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Numbers x (n,) as they come back from `bits` bits that share one step and middle, number by number, steps rounded to float16."""
     low, high, zero = x.float().min(), x.float().max(), 136 if bits == 8 else 1 << bits - 1
     step = ((high - low) / (2 ** bits - 1)).clamp_min(2.0 ** -24)  # in float32: one in thousands is rounded the other way from float64
-    step, middle = step.half().item(), (low + zero * step).half().item()
+    step, middle = step.half().item(), (low + 2 ** (bits - 1) * step + (8 * step if bits == 8 else 0)).half().item()
     codes = [min(max(round((float(v) - middle) / step + zero), 0), 2 ** bits - 1) for v in x]
     return torch.tensor([(c - zero) * step + middle for c in codes], dtype=torch.float64)
 
@@ -300,8 +300,7 @@ def test_decode_mode_is_what_tokens_one_by_one_read(kv):
 @pytest.mark.parametrize(("S", "K", "kb", "vb", "scope", "D"), [
     (4, 4, 4, 4, "layer", 32), (4, 2, 4, 4, "head", 64), (8, 3, 8, 4, "head", 32), (2, 1, 4, 8, "layer", 16)])
 def test_append_token_forms_the_blocks_that_append_forms(S, K, kb, vb, scope, D):
-    """Token by token by kernel from ragged lengths, past two blocks: the same codes, steps, masks, counts and tail; on a GPU, which may round a
-    middle the other way, to a step."""
+    """Token by token by kernel from ragged lengths, past two blocks: the same codes, steps, masks, counts and tail, bit for bit."""
     B, Hkv, T, more = 2, 3, 30, 37
     cfg = KVConfig(n_groups=S, topk_groups=K, mask_scope=scope, kv_tail=2, key_bits=kb, value_bits=vb, key_block=16, kv_sinks=3)
     k, v = normal(2, B, Hkv, T + more, D).to(DEVICE)
@@ -321,12 +320,7 @@ def test_append_token_forms_the_blocks_that_append_forms(S, K, kb, vb, scope, D)
         assert torch.equal(by_append.n_packed, by_token.n_packed) and torch.equal(by_append.n_tail, by_token.n_tail)
     assert by_token.n_packed.tolist() == [48, 48]
     for name, a in by_append.tensors().items():
-        b = getattr(by_token, name)
-        if DEVICE.type == "cuda" and name in ("keys", "rows", "key_scale", "value_scale"):
-            continue
-        assert torch.equal(a, b), name
-    for a, b in zip(by_append.packed().unpack(torch.float64), by_token.packed().unpack(torch.float64), strict=True):
-        torch.testing.assert_close(a, b, atol=2e-2 if DEVICE.type == "cuda" else 0, rtol=0)
+        assert torch.equal(a, getattr(by_token, name)), name
 
 
 def test_rows_of_a_batch_are_alone_and_prompts_may_come_in_pieces():

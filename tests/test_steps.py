@@ -36,9 +36,11 @@ STORED = {
     "trained maps": dict(learn_basis=True, value_router="norm", value_basis="output", mask_scope="head", prefill="exact", kv_tail=2),
     "some layers": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"),
     "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
+    "int4": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=2, key_bits=4, value_bits=4, key_block=16),
+    "int8 and int4, whole": dict(value_router="norm", topk_groups=4, prefill="exact", kv_tail=1, key_bits=8, value_bits=4, key_block=16),
     "MoE-LoRA": None,
 }
-INTERPRETED = ("dense", "MoE-LoRA", "norm", "blocks", "linear", "pairwise", "trained maps", "select")  # what the slow interpreter runs, too
+INTERPRETED = ("dense", "MoE-LoRA", "norm", "blocks", "linear", "pairwise", "trained maps", "select", "int4")  # what the slow interpreter runs, too
 SELECTED = {"select": dict(mask_scope="head"), "select, one mask": dict(mask_scope="shared")}
 
 

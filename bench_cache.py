@@ -341,4 +341,5 @@ def bench_generate(cfg: BenchConfig, c: ModelConfig, base: BaseConfig, kv: KVCon
 
 def kept_name(kv: KVConfig, select: SelectConfig) -> str:
     """What a storage keeps, in words."""
-    return f"S={kv.n_groups} K={kv.topk_groups} tail={kv.kv_tail}" if kv.kv == "value_groups" else f"{kv.kv} S={kv.n_groups} {select.described()}"
+    kept = f"S={kv.n_groups} K={kv.topk_groups} tail={kv.kv_tail}" if kv.kv == "value_groups" else f"{kv.kv} S={kv.n_groups} {select.described()}"
+    return kept + f" K{kv.key_bits} V{kv.value_bits}" * kv.ints

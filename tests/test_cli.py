@@ -189,6 +189,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "distractors": [-1, 32], "chains": [0, 101], "hops": [0, 101], "shots": [-1, 101],
     "grad_clip": [-1], "eval_interval": [-1], "eval_sequences": [0], "sample_interval": [-1], "save_interval": [0], "keep_checkpoints": [0],
     "sequences": [0], "batch_size": [0], "max_new_tokens": [0], "num_samples": [0], "temperature": [-0.1], "top_k": [-1], "top_p": [0, 1.1],
+    "key_bits": [0, 5], "value_bits": [1, 5], "key_block": [0, 48], "kv_sinks": [-1], "kv_bytes": [-0.1, 1.1],
     "prefill_tokens": [-1], "consistency_weight": [-0.1], "expert_groups": [-1], "kv_share": [0, 1.1], "steps": [0], "lr": [0, -1]}
 
 

@@ -192,57 +192,184 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r & (which == 0))
 
 
-UNPACK = """{ // four bytes a call: 128 + code by an or into the mantissa, minus 136
-.reg .b32 a, b, c, d, e, f;
-mov.b32 e, 0x3F803F80;
-mov.b32 f, 0xC308C308;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-shr.u32 c, a, 4;
-shr.u32 d, b, 4;
-lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;
+UNPACK = """{ // the 8 numbers of a word: 128 + code by an or into the mantissa
+.reg .b32 a, b, c, d;
+shr.u32 b, $8, 4;
+shr.u32 c, $8, 8;
+shr.u32 d, $8, 12;
+lop3.b32 a, $8, 0x000F000F, 0x43004300, 0xEA;
 lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
 lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
 lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-fma.rn.bf16x2 $0, a, e, f;
-fma.rn.bf16x2 $1, b, e, f;
-fma.rn.bf16x2 $2, c, e, f;
-fma.rn.bf16x2 $3, d, e, f;
+mov.b32 {$0, $4}, a;
+mov.b32 {$1, $5}, b;
+mov.b32 {$2, $6}, c;
+mov.b32 {$3, $7}, d;
 }"""
-unpack_asm = tl.constexpr(UNPACK) if triton else UNPACK
+
+
+def _unpack_two() -> str:
+    """Assembly for the numbers of two words, each minus 8: $i of the first and $(8 + i) of the second share a register."""
+    text = "{\n.reg .b32 w0, w1, x, e, f;\nmov.b32 e, 0x3F803F80;\nmov.b32 f, 0xC308C308;\n"
+    text += "prmt.b32 w0, $16, $17, 0x5410;\nprmt.b32 w1, $16, $17, 0x7632;\n"
+    for i in range(8):
+        word = f"w{i // 4}"
+        if i % 4:
+            text += f"shr.u32 x, {word}, {4 * (i % 4)};\n"
+            word = "x"
+        text += f"lop3.b32 x, {word}, 0x000F000F, 0x43004300, 0xEA;\nfma.rn.bf16x2 x, x, e, f;\nmov.b32 {{${i}, ${8 + i}}}, x;\n"
+    return text + "}"
+
+
+UNPACK_TWO = _unpack_two()
+unpack_asm, unpack_two_asm = (tl.constexpr(UNPACK), tl.constexpr(UNPACK_TWO)) if triton else (UNPACK, UNPACK_TWO)
 
 
 @jit
-def _nibbles(x, like, ASM: tl.constexpr):
-    """The low and the high 4 bits of bytes x, each minus 8, in the type of `like`."""
-    if ASM:
-        return tl.inline_asm_elementwise(unpack_asm, "=r,=r,=r,=r,r", [x], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
-    else:
-        return (x & 15).to(tl.float32).to(like.dtype) - 8.0, (x >> 4).to(tl.float32).to(like.dtype) - 8.0
+def _numbers(x, like, U: tl.constexpr):
+    """Words x (...) of U bytes -> (..., 2 U): the numbers of 4 bits, each minus 8. Place o holds number o // 2 + o % 2 * U."""
+    o = tl.arange(0, 2 * U)
+    return ((tl.expand_dims(x, -1).to(tl.uint32) >> ((o // 2 + o % 2 * U) * 4).to(tl.uint32)) & 15).to(tl.float32).to(like.dtype) - 8.0
 
 
 @jit
-def _places(c, w: tl.constexpr, BITS: tl.constexpr):
-    """Dimensions whose numbers byte c holds in its low and its high half, in groups of w bytes; of 8 bits both are the byte's."""
-    if BITS == 4:
-        low = c // w * (2 * w) + c % w
-        return low, low + w
+def _eight(a, b, c, d, e, f, g, h):
+    """Tensors (...) -> (..., 2, 2, 2) in the order of _numbers."""
+    return tl.join(tl.join(tl.join(a, c), tl.join(b, d)), tl.join(tl.join(e, g), tl.join(f, h)))
+
+
+@jit
+def _int_queries(steps, x, x_zero, in_k, chan, like, D: tl.constexpr, FULL: tl.constexpr, OFF: tl.constexpr):
+    """Queries x (numbers of a key, M) times the steps of a block, and what its middles, and codes that are OFF too large, add to logits."""
+    if FULL:
+        step, middle = tl.load(steps + chan), tl.load(steps + D + chan)
     else:
-        return c, c
+        step, middle = tl.load(steps + chan, mask=in_k, other=0.0), tl.load(steps + D + chan, mask=in_k, other=0.0)
+    y = (x * step.to(tl.float32)[:, None]).to(like.dtype)
+    base = x_zero * middle.to(tl.float32)[:, None]
+    if OFF > 0:
+        base -= y.to(tl.float32) * OFF
+    return y, tl.sum(base, 0)
+
+
+@jit
+def _int_block(t0, hi, y, base, keys, rows, bits, before, tile_rows, value_scale, like, m, den, middles, kept, acc,
+               LIVE: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+               KEY: tl.constexpr, VALUE: tl.constexpr, KU: tl.constexpr, VU: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, ASM: tl.constexpr):
+    """N tokens from t0 into the state of _int_attention_kernel; LIVE: those before hi only."""
+    KW: tl.constexpr = D * KEY // 8 // KU  # words of a token's key, of its value, of a row
+    VW: tl.constexpr = D * VALUE // 8 // VU
+    WIDTH: tl.constexpr = VW // S
+    KA: tl.constexpr = KU == 4 and ASM
+    VA: tl.constexpr = VU == 4 and ASM
+    G: tl.constexpr = min(8, VP)
+
+    n8, i8, word = tl.arange(0, N // 8), tl.arange(0, 8), tl.arange(0, KP)
+    i = n8[:, None] * 8 + (i8 % 2 * 4 + i8 // 2)[None, :]  # order of the tokens of the products
+    t, tk = t0 + tl.reshape(i, [N]), t0 + i[:, :, None]
+    live = t < hi
+    if LIVE or KP != KW:
+        has = (tk < hi) & (word < KW)[None, None, :]
+        packed = tl.load(keys + tk * KW + word[None, None, :], mask=has, other=0, eviction_policy="evict_first")
+    else:
+        packed = tl.load(keys + tk * KW + word[None, None, :], eviction_policy="evict_first")
+    packed = tl.reshape(packed, [N, 4, KP // 4])
+    if KA:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(unpack_asm, "=h,=h,=h,=h,=h,=h,=h,=h,r", [packed], dtype=(tl.bfloat16,) * 8, is_pure=True,
+                                                           pack=1)
+        key = _eight(a, b, c, d, e, f, g, h)
+    else:
+        key = _numbers(packed, like, KU)
+    key = tl.reshape(tl.permute(tl.reshape(key, [N, 4, KP // 4, KU, 2]), [0, 2, 3, 1, 4]), [N, KP * KU * 2])
+
+    # values: words of tokens that are 4 apart are unpacked together
+    two, g, t4, w = tl.arange(0, 2), tl.arange(0, G), tl.arange(0, 4), tl.arange(0, VP // G)
+    tv = t0 + n8[:, None, None, None, None] * 8 + two[None, :, None, None, None] * 4 + t4[None, None, None, :, None]
+    word = g[None, None, :, None, None] * (VP // G) + w[None, None, None, None, :]
+    has = word < VW
+    if K == S:
+        place = tv * VW + word
+    else:
+        mask, offset = _where_rows(bits, before, tile_rows, tv, hi, K, TILE)
+        mask = _unsigned(mask, S)
+        one, group = tl.full([1, 1, 1, 1, 1], 1, mask.dtype), (word // WIDTH).to(mask.dtype)
+        has = has & (((mask >> group) & one) != 0)
+        place = (offset + _popcount(mask & ((one << group) - one))) * WIDTH + word % WIDTH
+    if LIVE:
+        has = has & (tv < hi)
+    if K == S and VW == VP and not LIVE:
+        packed = tl.load(rows + place, eviction_policy="evict_first")
+    else:
+        packed = tl.load(rows + place, mask=has, other=0x88888888 if VU == 4 else (0x8888 if VU == 2 else 0x88), eviction_policy="evict_first")
+    first, second = tl.split(tl.permute(packed, [0, 2, 3, 4, 1]))
+    if VA:
+        a, b, c, d, e, f, g, h, i, j, k, l, o, p, q, r = tl.inline_asm_elementwise(
+            unpack_two_asm, "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r", [first, second], dtype=(tl.bfloat16,) * 16, is_pure=True, pack=1)
+        value = tl.join(_eight(a, b, c, d, e, f, g, h), _eight(i, j, k, l, o, p, q, r))
+    else:
+        value = tl.join(_numbers(first, like, VU), _numbers(second, like, VU))
+    value = tl.reshape(value, [N // 8, G, 4, VP // G, 2 * VU, 2])
+    value = tl.reshape(tl.permute(value, [3, 4, 1, 0, 2, 5]), [VP * VU * 2, N])
+
+    logits = _product(key, y, tl.zeros([N, M], tl.float32) + base[None, :])
+    if LIVE:
+        logits = tl.where(live[:, None], logits, float("-inf"))
+        step = tl.load(value_scale + 2 * t, mask=live, other=0.0).to(tl.float32)
+        zero = tl.load(value_scale + 2 * t + 1, mask=live, other=0.0).to(tl.float32)
+    else:
+        step, zero = tl.load(value_scale + 2 * t).to(tl.float32), tl.load(value_scale + 2 * t + 1).to(tl.float32)
+    top = tl.maximum(m, tl.max(logits, 0))
+    p, alpha = tl.exp2(logits - top[None, :]), tl.exp2(m - top)
+    den = den * alpha[None, :] + tl.sum(tl.reshape(p, [N // 8, 8, M]), 0)
+    z = p * zero[:, None]
+    if K == S:
+        middles = middles * alpha[None, :] + tl.sum(tl.reshape(z, [N // 8, 8, M]), 0)
+    else:
+        mask, _ = _where_rows(bits, before, tile_rows, t, hi, S, TILE)
+        mask = _unsigned(mask, S)
+        has = ((mask[None, :] >> tl.arange(0, kept.shape[0])[:, None].to(mask.dtype)) & tl.full([1, 1], 1, mask.dtype)) != 0
+        kept = _product(has.to(like.dtype), z.to(like.dtype), kept * alpha[None, :])
+    acc = _product(value, (p * step[:, None]).to(like.dtype), acc * alpha[None, :])
+    return top, den, middles, kept, acc
+
+
+@jit
+def _unsigned(mask, S: tl.constexpr):
+    """Masks of S groups in a type whose shifts bring zeros."""
+    if S == 64:
+        return mask.to(tl.uint64, bitcast=True)
+    elif S == 16:
+        return mask.to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        return mask.to(tl.uint32)
+
+
+@jit
+def _words(p, U: tl.constexpr):
+    """A pointer to bytes as one to words of U bytes."""
+    if U == 4:
+        return p.to(tl.pointer_type(tl.uint32), bitcast=True)
+    elif U == 2:
+        return p.to(tl.pointer_type(tl.uint16), bitcast=True)
+    else:
+        return p
 
 
 @jit
 def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_base, value_scale, n_packed, token_base, row_base, mask_base,
                           tile_base, tail_k, tail_v, tail_first, tail_n, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, parts,
                           Hm, n, T, q_b, q_h, q_t, SEGS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
-                          M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-                          BLOCK: tl.constexpr, ALIGN: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+                          M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KU: tl.constexpr, VU: tl.constexpr,
+                          KP: tl.constexpr, VP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr):
     """_attention_kernel over integers of KEY and VALUE bits (4 or 8), one sum. Every byte is two numbers of 4 bits, of which 8 bits are a sum
-    (low + 16 high). Steps go into the queries and the weights, so what is unpacked is multiplied as it comes out."""
+    (low + 16 high). Steps go into the queries and the weights, so what is unpacked is multiplied as it comes out.
+
+    Tokens and value dimensions are the long side of the products, M query rows the short one. Words of KU or VU bytes are unpacked in the
+    registers they are loaded into, and dimensions and tokens are taken in the order in which the products then find them there."""
     seg, c, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
     if SEGS > 0:  # pieces of all segments in a row
         s = tl.arange(0, SEGS)
-        _, _, _, _, _, number = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, N)
+        _, _, _, _, _, number = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, BLOCK)
         pid = seg
         seg = tl.sum((tl.cumsum(number, 0) <= pid).to(tl.int32), 0)
         c = pid - tl.sum(tl.where(s < seg, number, 0), 0)
@@ -251,121 +378,109 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
     b, h, R = seg // Hkv, seg % Hkv, T * n
     mseg = b * Hm + (h if Hm > 1 else 0)
     token_at = tl.load(token_base + seg)
-    keys += token_at * (D * KEY // 8)
+    keys = _words(keys + token_at * (D * KEY // 8), KU)
     value_scale += token_at * 2
-    rows += tl.load(row_base + seg) * (D // S * VALUE // 8)
+    rows = _words(rows + tl.load(row_base + seg) * (D // S * VALUE // 8), VU)
     key_scale += tl.load(block_base + seg) * 2 * D
     mask_at = tl.load(mask_base + mseg)
     bits += mask_at
     if K == 0:
         before += mask_at
         tile_rows += tl.load(tile_base + mseg)
-    count, slots, first, tail_n, size, active = _pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, N)
+    count, slots, first, tail_n, size, active = _pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, BLOCK)
     if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
         if c >= active:
             return
     own, j = row // n, row % n  # query, head of the group
-    at, in_r = tl.arange(0, N), row < R
-    kc, vc, width = tl.arange(0, KP), tl.arange(0, VP), D // S * VALUE // 8  # bytes of a key, of a value, of a row
-    in_k, in_v = kc < D * KEY // 8, vc < D * VALUE // 8
-    k_low, k_high = _places(kc, D // 2, KEY)
-    v_low, v_high = _places(vc, width, VALUE)
-    q += b * q_b + (h * n + j)[:, None] * q_h + own[:, None] * q_t
-    there = in_r[:, None] & in_k[None, :]
-    x_low, x_high = tl.load(q + k_low[None, :], mask=there, other=0.0), tl.load(q + k_high[None, :], mask=there, other=0.0)
-    m, den, none = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, N], tl.float32)
-    low, high, kept = tl.zeros([M, VP], tl.float32), tl.zeros([M, VP], tl.float32), tl.zeros([M, VP], tl.float32)
-    middles = tl.zeros([M], tl.float32)
+    in_r = row < R
+    q += b * q_b + (h * n + j)[None, :] * q_h + own[None, :] * q_t
 
+    k = tl.arange(0, KP * KU * 2)  # place in a key as _int_block unpacks it: its byte, and which half
+    number = k // 8 % KU + k % 2 * KU
+    byte, half = (k // 2 % 4 * (KP // 4) + k // (8 * KU)) * KU + number // 2, number % 2
+    in_k = byte < D * KEY // 8
+    chan = byte + half * (D // 2) if KEY == 4 else byte
+    like = tl.load(q + chan[:, None], mask=in_k[:, None] & in_r[None, :], other=0.0)
+    x = like.to(tl.float32) * scale
+    x_zero = x if KEY == 4 else tl.where(half[:, None] == 0, x, 0.0)
+    if KEY == 8:
+        x = tl.where(half[:, None] == 0, x, x * 16.0)
+
+    G: tl.constexpr = min(8, VP)
+    GROUPS: tl.constexpr = max(16, triton.next_power_of_2(S)) if K != S else 16
+    m, den, middles = tl.full([M], -1e38, tl.float32), tl.zeros([8, M], tl.float32), tl.zeros([8, M], tl.float32)
+    acc, kept = tl.zeros([VP * VU * 2, M], tl.float32), tl.zeros([GROUPS, M], tl.float32)
     lo, hi = c * size, tl.minimum((c + 1) * size, count)
-    for t0 in tl.range(lo, hi, N, num_stages=STAGES):
-        t = t0 + at
-        live = t < hi
-        byte = tl.load(keys + t[:, None] * (D * KEY // 8) + kc[None, :], mask=live[:, None] & in_k[None, :], other=0, eviction_policy="evict_first")
-        steps = key_scale + t0 // BLOCK * 2 * D
-        a, z = tl.load(steps + k_low, mask=in_k, other=0.0).to(tl.float32), tl.load(steps + D + k_low, mask=in_k, other=0.0).to(tl.float32)
-        y_low, base = (x_low * a[None, :]).to(x_low.dtype), tl.sum(x_low * z[None, :], 1)
-        if KEY == 4:
-            a, z = tl.load(steps + k_high, mask=in_k, other=0.0).to(tl.float32), tl.load(steps + D + k_high, mask=in_k, other=0.0).to(tl.float32)
-            y_high, base = (x_high * a[None, :]).to(x_low.dtype), base + tl.sum(x_high * z[None, :], 1)
-        else:
-            y_high = (y_low * 16.0).to(x_low.dtype)
-        a, z = _nibbles(byte, x_low, ASM)
-        logits = _product(y_high, tl.trans(z), _product(y_low, tl.trans(a), none))
-        logits = tl.where(live[None, :], (logits + base[:, None]) * scale, float("-inf"))
-        if K == S:  # every group is there
-            has = live[:, None] & in_v[None, :]
-            packed = tl.load(rows + t[:, None] * (D * VALUE // 8) + vc[None, :], mask=has, other=0, eviction_policy="evict_first")
-        else:
-            mask, offset = _where_rows(bits, before, tile_rows, t, hi, K, TILE)
-            if S == 64:
-                word = mask.to(tl.uint64, bitcast=True)
-            elif S == 16:
-                word = mask.to(tl.uint16, bitcast=True).to(tl.uint32)
-            else:
-                word = mask.to(tl.uint32)
-            one, g = tl.full([1, 1], 1, word.dtype), (vc // width)[None, :].to(word.dtype)
-            has = (((word[:, None] >> g) & one) != 0) & in_v[None, :]
-            place = (offset[:, None] + _popcount(word[:, None] & ((one << g) - one))) * width + (vc % width)[None, :]
-            if ALIGN > 1:
-                place = tl.max_contiguous(tl.multiple_of(place, [1, ALIGN]), [1, ALIGN])
-                has = tl.max_constancy(has, [1, ALIGN])
-            packed = tl.load(rows + place, mask=has, other=0x88, eviction_policy="evict_first")  # halves of 8: zeros
-        step = tl.load(value_scale + 2 * t, mask=live, other=0.0).to(tl.float32)
-        zero = tl.load(value_scale + 2 * t + 1, mask=live, other=0.0).to(tl.float32)
+    full = lo + tl.maximum(hi - lo, 0) // BLOCK * BLOCK
+    FULL: tl.constexpr = KP * KU == D * KEY // 8
+    OFF: tl.constexpr = 136.0 if KU == 4 and ASM else 0.0
+    for t0 in tl.range(lo, full, BLOCK, num_stages=1):
+        y, base = _int_queries(key_scale + t0 // BLOCK * 2 * D, x, x_zero, in_k, chan, like, D, FULL, OFF)
+        for t in tl.range(t0, t0 + BLOCK, N, num_stages=1, loop_unroll_factor=1):
+            m, den, middles, kept, acc = _int_block(t, hi, y, base, keys, rows, bits, before, tile_rows, value_scale, like, m, den, middles, kept, acc,
+                                                    False, D, S, K, TILE, M, N, KEY, VALUE, KU, VU, KP, VP, ASM)
+    if full < hi:
+        y, base = _int_queries(key_scale + full // BLOCK * 2 * D, x, x_zero, in_k, chan, like, D, FULL, OFF)
+        for t in tl.range(full, hi, N, num_stages=1, loop_unroll_factor=1):
+            m, den, middles, kept, acc = _int_block(t, hi, y, base, keys, rows, bits, before, tile_rows, value_scale, like, m, den, middles, kept, acc,
+                                                    True, D, S, K, TILE, M, N, KEY, VALUE, KU, VU, KP, VP, ASM)
 
-        top = tl.maximum(m, tl.max(logits, 1))
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        p, alpha = tl.exp2(logits - shift[:, None]), tl.exp2(m - shift)
-        m, den = top, den * alpha + tl.sum(p, 1)
-        w = (p * step[None, :]).to(x_low.dtype)
-        a, z = _nibbles(packed, x_low, ASM)
-        low, high = _product(w, a, low * alpha[:, None]), _product(w, z, high * alpha[:, None])
-        if K == S:
-            middles = middles * alpha + tl.sum(p * zero[None, :], 1)
-        else:
-            kept = _product((p * zero[None, :]).to(x_low.dtype), has.to(x_low.dtype), kept * alpha[:, None])
-    kept += middles[:, None]
+    byte, width = tl.arange(0, VP * VU), D // S * VALUE // 8  # of a value, of a row
+    in_v, den = byte < D * VALUE // 8, tl.sum(den, 0)
+    if VU == 1:
+        acc = tl.permute(tl.reshape(acc, [VP // G, 2, G, M]), [2, 0, 3, 1])
+    else:
+        acc = tl.permute(tl.reshape(acc, [VP // G, VU // 2, 2, 2, G, M]), [4, 0, 3, 1, 5, 2])
+    low, high = tl.split(tl.reshape(acc, [VP * VU, M, 2]))
+    if K == S:
+        kept = tl.sum(middles, 0)[None, :]
+    else:
+        which = (byte // width)[:, None] == tl.arange(0, GROUPS)[None, :]
+        kept = _product(which.to(tl.float32), kept, tl.zeros([VP * VU, M], tl.float32))
     if VALUE == 4:
         low, high = low + kept, high + kept
+        v_low = byte // width * (2 * width) + byte % width  # dimensions of a byte's low and its high number, in groups of `width` bytes
+        v_high = v_low + width
     else:
         low += 16.0 * high + kept
+        v_low = byte
+        v_high = byte
 
     lo, hi = tl.maximum(c * size - count, 0), tl.minimum((c + 1) * size - count, slots)
     tail_k += seg.to(tl.int64) * W * D
     tail_v += seg.to(tl.int64) * W * D
+    dims, at = tl.arange(0, DP), tl.arange(0, N)
+    like = tl.load(q + dims[:, None], mask=(dims < D)[:, None] & in_r[None, :], other=0.0)
     for t0 in tl.range(lo, hi, N, num_stages=1):
         t = t0 + at
         order = (t - first + W) % W
         live = (t < hi) & (order < tail_n)
-        in_key, in_value = live[:, None] & in_k[None, :], live[:, None] & in_v[None, :]
-        logits = _product(x_low, tl.trans(tl.load(tail_k + t[:, None] * D + k_low[None, :], mask=in_key, other=0.0)), none)
-        if KEY == 4:
-            logits = _product(x_high, tl.trans(tl.load(tail_k + t[:, None] * D + k_high[None, :], mask=in_key, other=0.0)), logits)
-        seen = live[None, :] & (order[None, :] <= tail_n - T + own[:, None])
-        logits = tl.where(seen, logits * scale, float("-inf"))
-        top = tl.maximum(m, tl.max(logits, 1))
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        p, alpha = tl.exp2(logits - shift[:, None]), tl.exp2(m - shift)
-        m, den, w = top, den * alpha + tl.sum(p, 1), p.to(x_low.dtype)
-        low = _product(w, tl.load(tail_v + t[:, None] * D + v_low[None, :], mask=in_value, other=0.0), low * alpha[:, None])
+        in_value = live[:, None] & in_v[None, :]
+        key = tl.load(tail_k + t[:, None] * D + dims[None, :], mask=live[:, None] & (dims < D)[None, :], other=0.0)
+        seen = live[:, None] & (order[:, None] <= tail_n - T + own[None, :])
+        logits = tl.where(seen, _product(key, like, tl.zeros([N, M], tl.float32)) * scale, float("-inf"))
+        top = tl.maximum(m, tl.max(logits, 0))
+        p, alpha = tl.exp2(logits - top[None, :]), tl.exp2(m - top)
+        m, den, w = top, den * alpha + tl.sum(p, 0), p.to(like.dtype)
+        low = _product(tl.trans(tl.load(tail_v + t[:, None] * D + v_low[None, :], mask=in_value, other=0.0)), w, low * alpha[None, :])
         if VALUE == 4:
-            high = _product(w, tl.load(tail_v + t[:, None] * D + v_high[None, :], mask=in_value, other=0.0), high * alpha[:, None])
+            high = _product(tl.trans(tl.load(tail_v + t[:, None] * D + v_high[None, :], mask=in_value, other=0.0)), w, high * alpha[None, :])
 
-    there = in_r[:, None] & in_v[None, :]
+    m = tl.where(den > 0, m, float("-inf"))
+    there = in_v[:, None] & in_r[None, :]
     if SPLIT:
         at_row = (tl.program_id(0) if SEGS > 0 else seg * parts + c).to(tl.int64) * R + row
         tl.store(part_ml + at_row * 2, m, mask=in_r)
         tl.store(part_ml + at_row * 2 + 1, den, mask=in_r)
-        to = part + at_row[:, None] * D
+        to = part + at_row[None, :] * D
     else:
         at_row = (seg.to(tl.int64) * n + j) * T + own
         total = tl.where(den > 0, den, 1.0)
         tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r)
-        low, high, to = low / total[:, None], high / total[:, None], out + at_row[:, None] * D
-    tl.store(to + v_low[None, :], low.to(to.dtype.element_ty), mask=there)
+        low, high, to = low / total[None, :], high / total[None, :], out + at_row[None, :] * D
+    tl.store(to + v_low[:, None], low.to(to.dtype.element_ty), mask=there)
     if VALUE == 4:
-        tl.store(to + v_high[None, :], high.to(to.dtype.element_ty), mask=there)
+        tl.store(to + v_high[:, None], high.to(to.dtype.element_ty), mask=there)
 
 
 @jit
@@ -428,15 +543,18 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile, P=P, M=M, N=N, DP=DP, ALIGN=D // S & -(D // S), STAGES=stages)
     kernel, stored = _attention_kernel, (p.keys, p.rows, p.bits, p.before, p.tile_rows)
-    summed = (*(sums or (tail.count, tail.count)),)
+    summed, limit = (*(sums or (tail.count, tail.count)),), {}
     if ints:
-        N = min(64, ints.block)
-        KP, VP = (max(16, triton.next_power_of_2(D * b // 8)) for b in (ints.key_bits, ints.value_bits))
-        width = D // S * ints.value_bits // 8
-        shape = dict(D=D, S=S, K=p.k, TILE=p.tile, M=M, N=N, KEY=ints.key_bits, VALUE=ints.value_bits, KP=KP, VP=VP, BLOCK=ints.block,
-                     ALIGN=width & -width, ASM=q.is_cuda and q.dtype == torch.bfloat16 and torch.version.hip is None, STAGES=2)
+        N, M = ints.block, max(4, triton.next_power_of_2(min(R, 32)))
+        width, blocks = D // S * ints.value_bits // 8, -(-R // M)
+        KU, VU = (min(4, b & -b) for b in (D * ints.key_bits // 8, width))
+        KP, VP = (max(4, 8 // u, triton.next_power_of_2(D * b // 8 // u)) for b, u in ((ints.key_bits, KU), (ints.value_bits, VU)))
+        shape = dict(D=D, S=S, K=p.k, TILE=p.tile, M=M, N=min(16, N), KEY=ints.key_bits, VALUE=ints.value_bits, KU=KU, VU=VU, KP=KP, VP=VP, DP=DP,
+                     BLOCK=N, ASM=q.is_cuda and q.dtype == torch.bfloat16 and torch.version.hip is None)
         kernel, stored, summed = _int_attention_kernel, (*stored, ints.key_scale, ints.block_base, ints.value_scale), ()
-        warps = 1 if M == 16 and narrow else 4
+        warps = 1 if M <= 16 and narrow else 2
+        if q.is_cuda and warps == 1:
+            limit = dict(maxnreg=128)
     variant = (q.dtype, p.bits.dtype, *shape.values())
     if not chunk:  # one piece per program, and all programs run at a time
         programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
@@ -453,7 +571,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size, parts)
     compiled = kernel[(*grid, blocks)](
         q, *stored, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first, tail.count, *summed, out, lse, part,
-        part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape, SPLIT=parts > 1, num_warps=warps)
+        part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape, SPLIT=parts > 1, num_warps=warps, **limit)
     if q.is_cuda and not given and variant not in _per_sm:
         _per_sm[variant] = _resident(compiled, warps, q.device)
         return packed_attention(q, packed, tail, sums, impl)  # once more, in pieces of the right size

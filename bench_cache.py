@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kv_router
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
-from int_cache import IntFormat, IntPackedCache, IntSelectedCache
+from int_cache import IntPackedCache
 from kernels import packed_attention
 from layout import top_k_mask
 from measure_config import BenchConfig
@@ -49,11 +49,14 @@ class Case:
             KVConfig(n_groups=self.S, topk_groups=1, key_bits=self.bits, value_bits=self.bits)
         except ValueError as e:
             raise ValueError(f"cases={text!r}: {e}; give S:share of groups:share of tokens:bits, for example 16:0.5:0.25 or 4:1:1:4") from None
+        check(self.bits == 16 or self.value == self.token == 1, f"cases={text!r}", "kernels read integers of whole tokens", "give S:1:1:bits")
         check(head_dim % self.S == 0, f"cases={text!r} with head_dim={head_dim}", "S must divide D", "choose another S")
         check(0 < self.value <= 1 and 0 < self.token <= 1, f"cases={text!r}", "shares lie in (0, 1]", "give for example 16:0.5:0.25")
 
     def forms(self) -> list[bool]:
         """Of the two ways to store it, fixed K (True) and a counted number of groups per token, those that it allows."""
+        if self.bits < 16:
+            return [True]
         return [True, False] if self.token == 1 and (self.value * self.S).is_integer() else [False]
 
     def name(self, fixed: bool) -> str:
@@ -81,8 +84,7 @@ class Case:
         keep = select_top_m(norms.sum(-1), per_head) if kept < C else torch.ones_like(norms[..., 0], dtype=torch.bool)
         pairs = norms.masked_fill_(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
         mask = select_top_m(pairs, per_head * 0 + count_kept(self.value, self.S * kept)).view(norms.shape)
-        cache = SelectedCache(B, N, Hkv, D, self.S, Hkv, k) if self.bits == 16 else IntSelectedCache(
-            B, N, Hkv, D, self.S, Hkv, k, IntFormat(self.bits, self.bits, 64))
+        cache = SelectedCache(B, N, Hkv, D, self.S, Hkv, k)
         cache.pack(k[:, :, :C], v[:, :, :C], keep, mask, torch.ones(B, C, dtype=torch.bool, device=k.device))
         cache.append(k[:, :, C:], v[:, :, C:], pad)
         return cache, mask

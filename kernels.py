@@ -3,7 +3,7 @@
 * `packed_attention`: queries over what a packed cache stores and a dense tail. A program reads a piece of one head's tokens, each kept
   byte once, and leaves a softmax of its own; `_merge_kernel` joins the pieces by their log-sum-exp. Group g of token t lies in row
   offset(t) + popcount(mask_t & ((1 << g) - 1)) (layout.py), so the address of a value is computed per group, and loads stay 16 bytes wide.
-  Keys and rows of 4 or 8 bits are read as they are (quant.py has the formats): `_int_attention_kernel`.
+  Keys and rows of 4 or 8 bits, every group kept, are read as they are (quant.py has the formats): `_int_attention_kernel`.
 
 `impl`: "auto" runs the kernel on CUDA tensors and the reference elsewhere, "triton" and "torch" force one; the kernels run on CPU tensors
 in Triton's interpreter (TRITON_INTERPRET=1). None has a gradient.
@@ -253,26 +253,22 @@ def _int_queries(steps, x, x_zero, in_k, chan, like, D: tl.constexpr, FULL: tl.c
 
 
 @jit
-def _int_block(t0, hi, y, base, keys, rows, bits, before, tile_rows, value_scale, like, m, den, middles, kept, acc,
-               LIVE: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+def _int_block(t0, y, base, keys, rows, value_scale, like, m, den, middles, acc, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
                KEY: tl.constexpr, VALUE: tl.constexpr, KU: tl.constexpr, VU: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, ASM: tl.constexpr):
-    """N tokens from t0 into the state of _int_attention_kernel; LIVE: those before hi only."""
-    KW: tl.constexpr = D * KEY // 8 // KU  # words of a token's key, of its value, of a row
+    """N tokens from t0 into the state of _int_attention_kernel."""
+    KW: tl.constexpr = D * KEY // 8 // KU  # words of a token's key, of its value
     VW: tl.constexpr = D * VALUE // 8 // VU
-    WIDTH: tl.constexpr = VW // S
     KA: tl.constexpr = KU == 4 and ASM
     VA: tl.constexpr = VU == 4 and ASM
     G: tl.constexpr = min(8, VP)
 
     n8, i8, word = tl.arange(0, N // 8), tl.arange(0, 8), tl.arange(0, KP)
-    i = n8[:, None] * 8 + (i8 % 2 * 4 + i8 // 2)[None, :]  # order of the tokens of the products
-    t, tk = t0 + tl.reshape(i, [N]), t0 + i[:, :, None]
-    live = t < hi
-    if LIVE or KP != KW:
-        has = (tk < hi) & (word < KW)[None, None, :]
-        packed = tl.load(keys + tk * KW + word[None, None, :], mask=has, other=0, eviction_policy="evict_first")
-    else:
+    at = n8[:, None] * 8 + (i8 % 2 * 4 + i8 // 2)[None, :]  # order of the tokens of the products
+    t, tk = t0 + tl.reshape(at, [N]), t0 + at[:, :, None]
+    if KP == KW:
         packed = tl.load(keys + tk * KW + word[None, None, :], eviction_policy="evict_first")
+    else:
+        packed = tl.load(keys + tk * KW + word[None, None, :], mask=(word < KW)[None, None, :], other=0, eviction_policy="evict_first")
     packed = tl.reshape(packed, [N, 4, KP // 4])
     if KA:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(unpack_asm, "=h,=h,=h,=h,=h,=h,=h,=h,r", [packed], dtype=(tl.bfloat16,) * 8, is_pure=True,
@@ -283,65 +279,31 @@ def _int_block(t0, hi, y, base, keys, rows, bits, before, tile_rows, value_scale
     key = tl.reshape(tl.permute(tl.reshape(key, [N, 4, KP // 4, KU, 2]), [0, 2, 3, 1, 4]), [N, KP * KU * 2])
 
     # values: words of tokens that are 4 apart are unpacked together
-    two, g, t4, w = tl.arange(0, 2), tl.arange(0, G), tl.arange(0, 4), tl.arange(0, VP // G)
+    two, place, t4, w = tl.arange(0, 2), tl.arange(0, G), tl.arange(0, 4), tl.arange(0, VP // G)
     tv = t0 + n8[:, None, None, None, None] * 8 + two[None, :, None, None, None] * 4 + t4[None, None, None, :, None]
-    word = g[None, None, :, None, None] * (VP // G) + w[None, None, None, None, :]
-    has = word < VW
-    if K == S:
-        place = tv * VW + word
+    word = place[None, None, :, None, None] * (VP // G) + w[None, None, None, None, :]
+    if VW == VP:
+        packed = tl.load(rows + tv * VW + word, eviction_policy="evict_first")
     else:
-        mask, offset = _where_rows(bits, before, tile_rows, tv, hi, K, TILE)
-        mask = _unsigned(mask, S)
-        one, group = tl.full([1, 1, 1, 1, 1], 1, mask.dtype), (word // WIDTH).to(mask.dtype)
-        has = has & (((mask >> group) & one) != 0)
-        place = (offset + _popcount(mask & ((one << group) - one))) * WIDTH + word % WIDTH
-    if LIVE:
-        has = has & (tv < hi)
-    if K == S and VW == VP and not LIVE:
-        packed = tl.load(rows + place, eviction_policy="evict_first")
-    else:
-        packed = tl.load(rows + place, mask=has, other=0x88888888 if VU == 4 else (0x8888 if VU == 2 else 0x88), eviction_policy="evict_first")
+        packed = tl.load(rows + tv * VW + word, mask=word < VW, other=0, eviction_policy="evict_first")
     first, second = tl.split(tl.permute(packed, [0, 2, 3, 4, 1]))
     if VA:
-        a, b, c, d, e, f, g, h, i, j, k, l, o, p, q, r = tl.inline_asm_elementwise(
+        a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2 = tl.inline_asm_elementwise(
             unpack_two_asm, "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r", [first, second], dtype=(tl.bfloat16,) * 16, is_pure=True, pack=1)
-        value = tl.join(_eight(a, b, c, d, e, f, g, h), _eight(i, j, k, l, o, p, q, r))
+        value = tl.join(_eight(a, b, c, d, e, f, g, h), _eight(a2, b2, c2, d2, e2, f2, g2, h2))
     else:
         value = tl.join(_numbers(first, like, VU), _numbers(second, like, VU))
     value = tl.reshape(value, [N // 8, G, 4, VP // G, 2 * VU, 2])
     value = tl.reshape(tl.permute(value, [3, 4, 1, 0, 2, 5]), [VP * VU * 2, N])
 
     logits = _product(key, y, tl.zeros([N, M], tl.float32) + base[None, :])
-    if LIVE:
-        logits = tl.where(live[:, None], logits, float("-inf"))
-        step = tl.load(value_scale + 2 * t, mask=live, other=0.0).to(tl.float32)
-        zero = tl.load(value_scale + 2 * t + 1, mask=live, other=0.0).to(tl.float32)
-    else:
-        step, zero = tl.load(value_scale + 2 * t).to(tl.float32), tl.load(value_scale + 2 * t + 1).to(tl.float32)
+    step, middle = tl.load(value_scale + 2 * t).to(tl.float32), tl.load(value_scale + 2 * t + 1).to(tl.float32)
     top = tl.maximum(m, tl.max(logits, 0))
     p, alpha = tl.exp2(logits - top[None, :]), tl.exp2(m - top)
     den = den * alpha[None, :] + tl.sum(tl.reshape(p, [N // 8, 8, M]), 0)
-    z = p * zero[:, None]
-    if K == S:
-        middles = middles * alpha[None, :] + tl.sum(tl.reshape(z, [N // 8, 8, M]), 0)
-    else:
-        mask, _ = _where_rows(bits, before, tile_rows, t, hi, S, TILE)
-        mask = _unsigned(mask, S)
-        has = ((mask[None, :] >> tl.arange(0, kept.shape[0])[:, None].to(mask.dtype)) & tl.full([1, 1], 1, mask.dtype)) != 0
-        kept = _product(has.to(like.dtype), z.to(like.dtype), kept * alpha[None, :])
+    middles = middles * alpha[None, :] + tl.sum(tl.reshape(p * middle[:, None], [N // 8, 8, M]), 0)
     acc = _product(value, (p * step[:, None]).to(like.dtype), acc * alpha[None, :])
-    return top, den, middles, kept, acc
-
-
-@jit
-def _unsigned(mask, S: tl.constexpr):
-    """Masks of S groups in a type whose shifts bring zeros."""
-    if S == 64:
-        return mask.to(tl.uint64, bitcast=True)
-    elif S == 16:
-        return mask.to(tl.uint16, bitcast=True).to(tl.uint32)
-    else:
-        return mask.to(tl.uint32)
+    return top, den, middles, acc
 
 
 @jit
@@ -356,37 +318,22 @@ def _words(p, U: tl.constexpr):
 
 
 @jit
-def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_base, value_scale, n_packed, token_base, row_base, mask_base,
-                          tile_base, tail_k, tail_v, tail_first, tail_n, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, parts,
-                          Hm, n, T, q_b, q_h, q_t, SEGS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+def _int_attention_kernel(q, keys, rows, key_scale, block_base, value_scale, n_packed, token_base, tail_k, tail_v, tail_first, tail_n, out, lse, part,
+                          part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, parts, n, T, q_b, q_h, q_t, D: tl.constexpr, S: tl.constexpr,
                           M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KU: tl.constexpr, VU: tl.constexpr,
                           KP: tl.constexpr, VP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr):
-    """_attention_kernel over integers of KEY and VALUE bits (4 or 8), one sum. Every byte is two numbers of 4 bits, of which 8 bits are a sum
-    (low + 16 high). Steps go into the queries and the weights, so what is unpacked is multiplied as it comes out.
+    """_attention_kernel over whole blocks of integers of KEY and VALUE bits (4 or 8), every group kept. Every byte is two numbers of 4 bits, of
+    which 8 bits are a sum (low + 16 high). Steps go into the queries and the weights, so what is unpacked is multiplied as it comes out.
 
     Tokens and value dimensions are the long side of the products, M query rows the short one. Words of KU or VU bytes are unpacked in the
     registers they are loaded into, and dimensions and tokens are taken in the order in which the products then find them there."""
     seg, c, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
-    if SEGS > 0:  # pieces of all segments in a row
-        s = tl.arange(0, SEGS)
-        _, _, _, _, _, number = _pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, BLOCK)
-        pid = seg
-        seg = tl.sum((tl.cumsum(number, 0) <= pid).to(tl.int32), 0)
-        c = pid - tl.sum(tl.where(s < seg, number, 0), 0)
-        if seg >= segments:
-            return
     b, h, R = seg // Hkv, seg % Hkv, T * n
-    mseg = b * Hm + (h if Hm > 1 else 0)
     token_at = tl.load(token_base + seg)
     keys = _words(keys + token_at * (D * KEY // 8), KU)
     value_scale += token_at * 2
-    rows = _words(rows + tl.load(row_base + seg) * (D // S * VALUE // 8), VU)
+    rows = _words(rows + token_at * (D * VALUE // 8), VU)  # every group is kept
     key_scale += tl.load(block_base + seg) * 2 * D
-    mask_at = tl.load(mask_base + mseg)
-    bits += mask_at
-    if K == 0:
-        before += mask_at
-        tile_rows += tl.load(tile_base + mseg)
     count, slots, first, tail_n, size, active = _pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, BLOCK)
     if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
         if c >= active:
@@ -407,23 +354,16 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
         x = tl.where(half[:, None] == 0, x, x * 16.0)
 
     G: tl.constexpr = min(8, VP)
-    GROUPS: tl.constexpr = max(16, triton.next_power_of_2(S)) if K != S else 16
     m, den, middles = tl.full([M], -1e38, tl.float32), tl.zeros([8, M], tl.float32), tl.zeros([8, M], tl.float32)
-    acc, kept = tl.zeros([VP * VU * 2, M], tl.float32), tl.zeros([GROUPS, M], tl.float32)
+    acc = tl.zeros([VP * VU * 2, M], tl.float32)
     lo, hi = c * size, tl.minimum((c + 1) * size, count)
-    full = lo + tl.maximum(hi - lo, 0) // BLOCK * BLOCK
     FULL: tl.constexpr = KP * KU == D * KEY // 8
     OFF: tl.constexpr = 136.0 if KU == 4 and ASM else 0.0
-    for t0 in tl.range(lo, full, BLOCK, num_stages=1):
+    for t0 in tl.range(lo, hi, BLOCK, num_stages=1):
         y, base = _int_queries(key_scale + t0 // BLOCK * 2 * D, x, x_zero, in_k, chan, like, D, FULL, OFF)
         for t in tl.range(t0, t0 + BLOCK, N, num_stages=1, loop_unroll_factor=1):
-            m, den, middles, kept, acc = _int_block(t, hi, y, base, keys, rows, bits, before, tile_rows, value_scale, like, m, den, middles, kept, acc,
-                                                    False, D, S, K, TILE, M, N, KEY, VALUE, KU, VU, KP, VP, ASM)
-    if full < hi:
-        y, base = _int_queries(key_scale + full // BLOCK * 2 * D, x, x_zero, in_k, chan, like, D, FULL, OFF)
-        for t in tl.range(full, hi, N, num_stages=1, loop_unroll_factor=1):
-            m, den, middles, kept, acc = _int_block(t, hi, y, base, keys, rows, bits, before, tile_rows, value_scale, like, m, den, middles, kept, acc,
-                                                    True, D, S, K, TILE, M, N, KEY, VALUE, KU, VU, KP, VP, ASM)
+            m, den, middles, acc = _int_block(t, y, base, keys, rows, value_scale, like, m, den, middles, acc, D, M, N, KEY, VALUE, KU, VU, KP, VP,
+                                              ASM)
 
     byte, width = tl.arange(0, VP * VU), D // S * VALUE // 8  # of a value, of a row
     in_v, den = byte < D * VALUE // 8, tl.sum(den, 0)
@@ -432,17 +372,13 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
     else:
         acc = tl.permute(tl.reshape(acc, [VP // G, VU // 2, 2, 2, G, M]), [4, 0, 3, 1, 5, 2])
     low, high = tl.split(tl.reshape(acc, [VP * VU, M, 2]))
-    if K == S:
-        kept = tl.sum(middles, 0)[None, :]
-    else:
-        which = (byte // width)[:, None] == tl.arange(0, GROUPS)[None, :]
-        kept = _product(which.to(tl.float32), kept, tl.zeros([VP * VU, M], tl.float32))
+    middle = tl.sum(middles, 0)[None, :]
     if VALUE == 4:
-        low, high = low + kept, high + kept
+        low, high = low + middle, high + middle
         v_low = byte // width * (2 * width) + byte % width  # dimensions of a byte's low and its high number, in groups of `width` bytes
         v_high = v_low + width
     else:
-        low += 16.0 * high + kept
+        low += 16.0 * high + middle
         v_low = byte
         v_high = byte
 
@@ -469,7 +405,7 @@ def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, blo
     m = tl.where(den > 0, m, float("-inf"))
     there = in_v[:, None] & in_r[None, :]
     if SPLIT:
-        at_row = (tl.program_id(0) if SEGS > 0 else seg * parts + c).to(tl.int64) * R + row
+        at_row = (seg * parts + c).to(tl.int64) * R + row
         tl.store(part_ml + at_row * 2, m, mask=in_r)
         tl.store(part_ml + at_row * 2 + 1, den, mask=in_r)
         to = part + at_row[None, :] * D
@@ -515,6 +451,7 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
         tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453)
 
 
+INT_ROWS = 4  # rows of queries that _int_attention_kernel takes: what has been compared with float64 on a GPU
 _per_sm: dict[tuple, int] = {}  # programs of a compiled variant that a multiprocessor holds at a time
 
 
@@ -525,13 +462,14 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
 
     out (B, H, T, D) like q; with `sums` (B, H, T, P, D), softmax weights times values summed over what each sum takes, dropped groups
     zero; lse (B, H, T) float32 (float64 of float64): log of the sum of exp(q . k / sqrt(D)), -inf (and out 0) where there is nothing to
-    read. chunk: tokens to a program, 0: such that all programs run at a time. The kernel takes D up to 256 and, with sums, S up to 32; float64
-    and what is larger go to the reference."""
+    read. chunk: tokens to a program, 0: such that all programs run at a time. The kernels take D up to 256 and, with sums, S up to 32; of integers
+    4 and 8 bits of every group and T H / Hkv up to INT_ROWS; float64 and the rest go to the reference."""
     B, H, T, D = q.shape
     ints = packed.ints if packed else None
-    if not use_triton(impl, q) or D > 256 or (sums and packed and packed.n_groups > 32) or (ints and not _reads(packed, sums)):
-        return packed_attention_ref(q, packed, tail, sums)
     Hkv = (packed.token_base if packed else tail.k).size(1)
+    fits = D <= 256 and not (sums and packed and packed.n_groups > 32) and (ints is None or _reads(packed, sums, T * H // Hkv))
+    if not use_triton(impl, q) or not fits:
+        return packed_attention_ref(q, packed, tail, sums)
     none = None if packed and tail else torch.zeros(B, Hkv, dtype=torch.int64, device=q.device)
     p, tail = packed or Packed(q, q, none, None, None, none, none, none, none, none, 1, 1, 0, 0), tail or Tail(q[:, :, :0], q, none, none)
     assert not tail.k.numel() or (tail.k.is_contiguous() and tail.v.is_contiguous()), "a tail is read by address: k, v must be contiguous"
@@ -542,19 +480,14 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     DP, blocks = max(16, triton.next_power_of_2(D)), -(-R // M)
     N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile, P=P, M=M, N=N, DP=DP, ALIGN=D // S & -(D // S), STAGES=stages)
-    kernel, stored = _attention_kernel, (p.keys, p.rows, p.bits, p.before, p.tile_rows)
-    summed, limit = (*(sums or (tail.count, tail.count)),), {}
+    limit = {}
     if ints:
-        N, M = ints.block, max(4, triton.next_power_of_2(min(R, 32)))
-        width, blocks = D // S * ints.value_bits // 8, -(-R // M)
+        N, M, width, blocks, warps = ints.block, INT_ROWS, D // S * ints.value_bits // 8, 1, 1 if narrow else 2
         KU, VU = (min(4, b & -b) for b in (D * ints.key_bits // 8, width))
         KP, VP = (max(4, 8 // u, triton.next_power_of_2(D * b // 8 // u)) for b, u in ((ints.key_bits, KU), (ints.value_bits, VU)))
-        shape = dict(D=D, S=S, K=p.k, TILE=p.tile, M=M, N=min(16, N), KEY=ints.key_bits, VALUE=ints.value_bits, KU=KU, VU=VU, KP=KP, VP=VP, DP=DP,
-                     BLOCK=N, ASM=q.is_cuda and q.dtype == torch.bfloat16 and torch.version.hip is None)
-        kernel, stored, summed = _int_attention_kernel, (*stored, ints.key_scale, ints.block_base, ints.value_scale), ()
-        warps = 1 if M <= 16 and narrow else 2
-        if q.is_cuda and warps == 1:
-            limit = dict(maxnreg=128)
+        shape = dict(D=D, S=S, M=M, N=min(16, N), KEY=ints.key_bits, VALUE=ints.value_bits, KU=KU, VU=VU, KP=KP, VP=VP, DP=DP, BLOCK=N,
+                     ASM=q.is_cuda and q.dtype == torch.bfloat16 and torch.version.hip is None)
+        limit = dict(maxnreg=128) if q.is_cuda and narrow else {}
     variant = (q.dtype, p.bits.dtype, *shape.values())
     if not chunk:  # one piece per program, and all programs run at a time
         programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
@@ -562,16 +495,23 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     size = max(N, -(-chunk // N) * N)
     parts = max(1, -(-(p.longest + W) // size))
     bound = -(-p.held // size) + segments * (1 + -(-W // size))  # pieces of all segments, if `held` is exact
-    ragged = parts > 1 and p.exact and 4 * bound < 3 * segments * parts and segments <= 1024  # then many would have nothing to do
+    ragged = parts > 1 and p.exact and not ints and 4 * bound < 3 * segments * parts and segments <= 1024  # then many would have nothing to do
     grid, SEGS = ((bound, 1), triton.next_power_of_2(segments)) if ragged else ((segments, parts), 0)
     out = q.new_empty(B, H, T, P, D) if sums else q.new_empty(B, H, T, D)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     part, part_ml = (torch.empty(grid[0] * grid[1] * R * w if parts > 1 else 1, dtype=torch.float32, device=q.device) for w in (D, 2))
     q = q if q.stride(-1) == 1 else q.contiguous()
     where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size, parts)
-    compiled = kernel[(*grid, blocks)](
-        q, *stored, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v, tail.first, tail.count, *summed, out, lse, part,
-        part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape, SPLIT=parts > 1, num_warps=warps, **limit)
+    tail_and_out = (tail.k, tail.v, tail.first, tail.count), (out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where)
+    if ints:
+        compiled = _int_attention_kernel[(*grid, blocks)](
+            q, p.keys, p.rows, ints.key_scale, ints.block_base, ints.value_scale, p.n, p.token_base, *tail_and_out[0], *tail_and_out[1], n, T,
+            *q.stride()[:3], **shape, SPLIT=parts > 1, num_warps=warps, **limit)
+    else:
+        select, want = sums or (tail.count, tail.count)
+        compiled = _attention_kernel[(*grid, blocks)](
+            q, p.keys, p.rows, p.bits, p.before, p.tile_rows, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, *tail_and_out[0], select, want,
+            *tail_and_out[1], Hm, n, T, *q.stride()[:3], SEGS=SEGS, **shape, SPLIT=parts > 1, num_warps=warps)
     if q.is_cuda and not given and variant not in _per_sm:
         _per_sm[variant] = _resident(compiled, warps, q.device)
         return packed_attention(q, packed, tail, sums, impl)  # once more, in pieces of the right size
@@ -581,10 +521,10 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     return out, lse
 
 
-def _reads(packed: Packed, sums: Sums | None) -> bool:
-    """Whether _int_attention_kernel reads these integers: 4 or 8 bits, whole bytes per group, blocks that are multiples of its own."""
+def _reads(packed: Packed, sums: Sums | None, rows: int) -> bool:
+    """Whether _int_attention_kernel reads these integers: 4 or 8 bits, every group of every token, whole blocks, few rows of queries."""
     i, d = packed.ints, packed.ints.key_scale.size(-1) // packed.n_groups
-    return sums is None and i.key_bits in (4, 8) and i.value_bits in (4, 8) and d % 2 == 0 and i.block % 16 == 0 and i.block & i.block - 1 == 0
+    return sums is None and packed.k == packed.n_groups and rows <= INT_ROWS and {i.key_bits, i.value_bits} <= {4, 8} and d % 2 == 0
 
 
 @cache

@@ -38,7 +38,7 @@ from appending import can_append, can_quantise
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
 from int_cache import IntPackedCache
-from kernels import packed_attention
+from kernels import INT_ROWS, packed_attention
 from layout import at_least_float32, top_k_mask
 from model import DensePath, attend, attention_mask, evaluating
 from packed_cache import PackedCache, compressed
@@ -117,7 +117,7 @@ class ValueGroupPath(nn.Module):
         super().__init__()
         cfg.check_model(model_cfg)
         self.cfg, self.Hkv, self.D, self.S, self.k = cfg, model_cfg.n_kv_head, model_cfg.head_dim, cfg.n_groups, cfg.topk_groups
-        self.mask_heads = self.Hkv if cfg.mask_scope == "head" else 1
+        self.mask_heads, self.rows = self.Hkv if cfg.mask_scope == "head" else 1, model_cfg.n_head // model_cfg.n_kv_head
         self.folded = False
         if cfg.learn_basis:
             self.enc, self.dec = (nn.Parameter(torch.empty(self.Hkv, self.D, self.D)) for _ in range(2))
@@ -300,7 +300,7 @@ class ValueGroupPath(nn.Module):
     def can_step(self) -> bool:
         """Whether `step` has kernels for this storage."""
         c = self.cfg
-        if c.ints and (c.learn_basis or not can_quantise(self.S, self.D, c.key_bits, c.value_bits, c.kv_tail)):
+        if c.ints and not (self.whole and self.rows <= INT_ROWS and can_quantise(self.S, self.D, c.key_bits, c.value_bits, c.kv_tail)):
             return False
         return can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
 

@@ -73,7 +73,7 @@ def zero_code(bits: int) -> int:
 
 def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """(step, middle) float16 for numbers between low and high (...): (..., 2)."""
-    step = ((high - low) / (2 ** bits - 1)).clamp(SMALLEST, 65504)
+    step = ((high - low) / torch.full_like(low, 2 ** bits - 1)).clamp(SMALLEST, 65504)  # by a tensor: a GPU multiplies by a number's inverse
     middle = low + 2 ** (bits - 1) * step  # products with powers of 2: exact, so that fused and separate adds agree
     if bits == 8:
         middle = middle + 8 * step

@@ -44,7 +44,7 @@ from quant import REMAINS, UNITS, row_bytes
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from stored import Tail
 
-BEST_KEY_BITS = ((0.3, 8), (0.09, 4), (0.0, 3))  # from which --kv_bytes on
+BEST_KEY_BITS = ((0.2, 8), (0.09, 4), (0.0, 3))  # from which --kv_bytes on
 
 
 class Choice(NamedTuple):
@@ -434,9 +434,8 @@ class SelectPath(ValueGroupPath):
         return self.attend_packed(q, cache.packed(), cache.whole())
 
     def can_step(self) -> bool:
-        """Whether `step` has kernels for this storage: routed bits have none yet."""
-        kv = self.selector.stored
-        return can_append(self.D) and (self.whole or self.folded) and (not kv.ints or {kv.key_bits, kv.value_bits} <= {4, 8})
+        """Whether `step` has kernels for this storage: integers have none here yet."""
+        return can_append(self.D) and (self.whole or self.folded) and not self.selector.stored.ints
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, tail: Tail) -> Tensor:
         """forward for one token per sequence, on the device alone: into the tail, whose count is one up already."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import TINY, error_line, grouped_model, tiny_model, tokens
 
+import kernels
 import kv_router
 import mixsga
 import quant
@@ -217,9 +218,9 @@ def check(got, plain, want, dtype) -> None:
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("kb", "vb", "Hm", "D", "S", "n", "T", "chunk"), [
-    (4, 4, 3, 32, 4, 2, 1, 0), (8, 4, 1, 64, 8, 3, 3, 64), (4, 8, 3, 48, 4, 1, 2, 32), (8, 8, 1, 16, 2, 5, 1, 32), (4, 4, 1, 128, 16, 4, 1, 32)])
-def test_attention_reads_integers_as_its_reference_does(kb, vb, Hm, D, S, n, T, chunk, dtype):
-    """The kernel over 4 and 8 bits, counted rows, one piece and several, tail included, against the reference in float64."""
+    (4, 4, 3, 32, 4, 2, 1, 0), (8, 4, 1, 64, 8, 3, 3, 64), (3, 2, 3, 48, 2, 1, 2, 32), (4, 0, 1, 32, 4, 4, 1, 32)])
+def test_integers_without_a_kernel_go_to_the_reference(kb, vb, Hm, D, S, n, T, chunk, dtype):
+    """Counted rows, other bits and levels: what packed_attention gives is the reference's, near what it gives in float64."""
     cache = context(kb, vb, Hm, D=D, S=S, dtype=dtype)[0]
     q = (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype)
     packed, tail = cache.packed(), cache.whole()
@@ -231,22 +232,30 @@ def test_attention_reads_integers_as_its_reference_does(kb, vb, Hm, D, S, n, T, 
 
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("K", "bits", "D"), [(4, 4, 32), (2, 4, 64), (4, 8, 24), (1, 8, 32)])
-def test_attention_reads_a_fixed_k_of_integers(K, bits, D, dtype):
-    """The same over IntPackedCache: every group of a token, where no mask is read, and K of them."""
-    cfg = KVConfig(n_groups=4, topk_groups=K, key_bits=bits, value_bits=bits, key_block=16, kv_tail=3, kv_sinks=0)
+@pytest.mark.parametrize(("K", "bits", "D", "n", "T"), [(4, 4, 32, 2, 2), (4, 4, 128, 4, 1), (2, 4, 64, 2, 2), (4, 8, 24, 1, 3), (1, 8, 32, 2, 2),
+                                                        (4, (8, 4), 64, 3, 1), (4, (4, 8), 48, 2, 1), (4, 4, 32, 3, 2)])
+def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, monkeypatch):
+    """The kernel over 4 and 8 bits of every group, one piece and several, tail and padding included, against the reference in float64; K of
+    them and more rows of queries go to the reference."""
+    key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
+    cfg = KVConfig(n_groups=4, topk_groups=K, key_bits=key_bits, value_bits=value_bits, key_block=16, kv_tail=3, kv_sinks=0)
+    ran, kernel = [], kernels._int_attention_kernel
+    monkeypatch.setattr(kernels, "_int_attention_kernel", type("Spy", (), {"__getitem__": lambda self, grid: ran.append(grid) or kernel[grid]})())
     k, v = normal(2, 2, 3, 70, D).to(DEVICE, dtype)
     cache = IntPackedCache(2, 70, 3, D, cfg, K, k)
     cache.columns = 70
     mask = kv_router.top_k_mask(kv_router.group_energy(v, 4, 3), K)
     cache.append(k, v, mask, torch.tensor([0, 9], device=DEVICE))
-    q = (2 * normal(2, 6, 2, D, seed=5)).to(DEVICE, dtype)
+    q = (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype)
     packed, tail = cache.packed(), cache.whole()
     assert cache.n_packed.tolist() == [64, 48] and cache.n_tail.tolist() == [6, 13]
     want = packed_attention_ref(q.double(), packed, Tail(tail.k.double(), tail.v.double(), *tail[2:]))
     plain = packed_attention_ref(q, packed, tail)
     for chunk in (0, 32):
-        check(packed_attention(q, packed, tail, impl="triton", chunk=chunk)[0], plain[0], want[0].cpu(), dtype)
+        got = packed_attention(q, packed, tail, impl="triton", chunk=chunk)
+        check(got[0], plain[0], want[0].cpu(), dtype)
+        check(got[1], plain[1], want[1].cpu(), torch.float32)
+    assert bool(ran) == (K == 4 and n * T <= kernels.INT_ROWS)
 
 
 # ----------------------------------------------------------------------------- decoding

@@ -65,10 +65,10 @@ def half_bytes(m, key_bits: int, scope: str) -> tuple[int, int]:
 def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation):
     """Levels of every (token, group) against the rule in Fractions, from relevance and norms; first tokens and padding have none."""
     m = selecting(scope)
-    cfg = config(kv_bytes=0.2, allocation=allocation, relevance="observed")
+    cfg = config(kv_bytes=0.19, allocation=allocation, relevance="observed")
     prompts, choose = [], m.selector.choose
     m.selector.choose = lambda p: prompts.append(p) or choose(p)
-    x = tokens(1, 40, seed=7)
+    x = tokens(1, 120, seed=7)
     choice = run(m, cfg, x, Y[:1], pad=(3,))[2]
     p, s = prompts[0], m.selector
     C, Lm, Hm = p.n_context, 2, 3 if scope == "head" else 1
@@ -78,7 +78,7 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation):
     key, unit = half_bytes(m, 4, scope)
     gain = [REMAINS[i] - REMAINS[i + 1] for i in range(3)]
     n = C - 3  # tokens of the context
-    per_mask = (3 // Hm) * 2 * (4 * 16 * (0.2 * (n + W) - (4 + W)) - 4 * 16 - 80)
+    per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (4 + W)) - 4 * 16 - 80)
     shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]
     places = [(a, b) for a in range(Lm) for b in range(Hm)]
     groups = [places[i:i + shared] for i in range(0, Lm * Hm, shared)]

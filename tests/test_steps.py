@@ -36,7 +36,7 @@ STORED = {
     "trained maps": dict(learn_basis=True, value_router="norm", value_basis="output", mask_scope="head", prefill="exact", kv_tail=2),
     "some layers": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"),
     "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
-    "int4": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=2, key_bits=4, value_bits=4, key_block=16),
+    "int4": dict(value_router="norm", mask_scope="head", topk_groups=4, prefill="exact", kv_tail=2, key_bits=4, value_bits=4, key_block=16),
     "int8 and int4, whole": dict(value_router="norm", topk_groups=4, prefill="exact", kv_tail=1, key_bits=8, value_bits=4, key_block=16),
     "MoE-LoRA": None,
 }

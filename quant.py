@@ -148,13 +148,12 @@ def level_steps(e: Tensor, levels: Tensor, weight: Tensor) -> Tensor:
     x, w, per = e.float().unflatten(-1, (-1, d)), weight.float().unflatten(-1, (-1, d)), levels.unsqueeze(-1)  # (..., S, d)
     kept = per > 0
     rms = ((x.square() * kept).sum((-1, -2), keepdim=True) / (kept.sum((-1, -2), keepdim=True) * d).clamp_min(1)).sqrt()
-    best = out = None
+    best, out = torch.full_like(rms, float("inf")), rms.half()
     for factor in TRIED:
         step = (rms * factor).clamp(SMALLEST, 65504).half()
         err = sum(((level_values(level_codes(x, step.float(), i), step.float(), i) - x).square() * w * (per == i)).sum((-1, -2), keepdim=True)
                   for i in (1, 2, 3))
-        better = err < best if best is not None else torch.ones_like(err, dtype=torch.bool)
-        out, best = (torch.where(better, step, out), torch.where(better, err, best)) if best is not None else (step, err)
+        out, best = torch.where(err < best, step, out), err.minimum(best)
     return out.squeeze(-1)
 
 
@@ -180,7 +179,7 @@ def quantise_levels(z: Tensor, levels: Tensor, offset: Tensor, n_units: int, gai
     gain (n, D)."""
     S, e = levels.size(-1), z.float() / gain
     step = level_steps(e, levels, gain.square())
-    unit = levels.size(-1) and z.size(-1) // S // 4
+    unit = row_bytes(z.size(-1) // S, 2)
     rows = torch.zeros(n_units, unit, dtype=torch.uint8, device=z.device)
     own = units(levels)
     at = offset.unsqueeze(-1) + own.cumsum(-1) - own  # (n, S) first unit of each group

@@ -148,7 +148,7 @@ def level_steps(e: Tensor, levels: Tensor, weight: Tensor) -> Tensor:
     x, w, per = e.float().unflatten(-1, (-1, d)), weight.float().unflatten(-1, (-1, d)), levels.unsqueeze(-1)  # (..., S, d)
     kept = per > 0
     rms = ((x.square() * kept).sum((-1, -2), keepdim=True) / (kept.sum((-1, -2), keepdim=True) * d).clamp_min(1)).sqrt()
-    best, out = torch.full_like(rms, float("inf")), rms.half()
+    best, out = torch.full_like(rms, float("inf")), rms.clamp(SMALLEST, 65504).half()
     for factor in TRIED:
         step = (rms * factor).clamp(SMALLEST, 65504).half()
         err = sum(((level_values(level_codes(x, step.float(), i), step.float(), i) - x).square() * w * (per == i)).sum((-1, -2), keepdim=True)

@@ -123,6 +123,28 @@ def test_levels_by_hand_from_the_bytes():
     assert error(s) <= min(error(rms * f) for f in quant.TRIED) * 1.001
 
 
+def test_the_step_is_the_one_with_the_least_weighted_error():
+    """Sixty tokens whose coordinates count very differently: no other of TRIED leaves less error, weighted as asked."""
+    g = torch.Generator().manual_seed(0)
+    e, levels = normal(60, 32, seed=4), torch.randint(0, 4, (60, 4), generator=g, dtype=torch.uint8)
+    weight = 10 ** (4 * torch.rand(60, 32, generator=g))
+    got = quant.level_steps(e, levels, weight)
+    per = levels.repeat_interleave(8, -1)
+
+    def error(t: int, s: float) -> float:
+        total = 0.0
+        for i in range(32):
+            if level := int(per[t, i]):
+                middle, unit = (1.5 if level == 1 else 2.0 ** (quant.LEVELS[level] - 1)), quant.STEPS[level] * s
+                code = min(max(round(float(e[t, i]) / unit + middle), 0), 2 ** quant.LEVELS[level] - 1)
+                total += ((code - middle) * unit - float(e[t, i])) ** 2 * float(weight[t, i])
+        return total
+    for t in range(60):
+        if levels[t].any():
+            rms = e[t, per[t] > 0].square().mean().sqrt().item()
+            assert error(t, got[t].item()) <= 1.001 * min(error(t, torch.tensor(rms * f).half().item()) for f in quant.TRIED)
+
+
 # ----------------------------------------------------------------------------- a context
 
 def context(kb: int, vb: int, Hm: int, *, B=2, Hkv=3, C=75, D=32, S=4, block=32, dtype=torch.float32, seed=0):
@@ -249,6 +271,11 @@ def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, monkeypatch
     q = (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype)
     packed, tail = cache.packed(), cache.whole()
     assert cache.n_packed.tolist() == [64, 48] and cache.n_tail.tolist() == [6, 13]
+    held = packed.unpack(torch.float64)[0].cpu()
+    for b, first, n_blocks in ((0, 0, 4), (1, 9, 3)):  # rows of different lengths, several blocks at once
+        for j in range(n_blocks):
+            mine = k[b, 1, first + 16 * j:first + 16 * j + 16, 5].cpu()
+            torch.testing.assert_close(held[b, 1, 16 * j:16 * j + 16, 5], uniform_by_hand(mine, key_bits), rtol=1e-6, atol=1e-6)
     want = packed_attention_ref(q.double(), packed, Tail(tail.k.double(), tail.v.double(), *tail[2:]))
     plain = packed_attention_ref(q, packed, tail)
     for chunk in (0, 32):

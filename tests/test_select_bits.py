@@ -121,6 +121,7 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
     for i, c in enumerate(cache.layers):
         _, _, level, valid = c.unpack()
         tail_k, tail_v, real = c.tail()
+        assert c.columns == T + Y.size(1)
         assert tail_k.size(2) == SINKS + W + Y.size(1) and real[:, SINKS:].all() and real[:, :SINKS].sum(-1).tolist() == [4, 2]
         for b in range(2):
             first = list(range(pad[b], min(pad[b] + SINKS, C)))

@@ -174,12 +174,6 @@ def can_append(head_dim: int) -> bool:
     return triton is not None and head_dim & (head_dim - 1) == 0 and 16 <= head_dim <= 256
 
 
-def can_quantise(n_groups: int, head_dim: int, key_bits: int, value_bits: int, keep: int) -> bool:
-    """Whether append_packed has a kernel that forms blocks of these bits, and attention one that reads them: not of 2 and 3, and not where the
-    newest token is part of the block."""
-    return {key_bits, value_bits} <= {4, 8} and keep > 0 and head_dim // n_groups % 2 == 0
-
-
 def append_packed(packed: Packed, tail: Tail, tail_bits: Tensor, n_packed: Tensor, n_tail: Tensor, k: Tensor, v: Tensor, keep: int, block: int,
                   scores: Tensor | None = None, enc: Tensor | None = None) -> None:
     """One token per sequence, k, v (B, Hkv, 1, D), into a cache of fixed K, all on the device: PackedCache.append is the specification.

@@ -171,8 +171,7 @@ def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_
     before = s.cfg
     rows = []
     if dense_value is None and not variants[0].whole:
-        s.set(before.everything())
-        dense_value = task.value(model, about["batch_size"], about["dtype"])
+        dense_value = whole_value(model, task, about["batch_size"], about["dtype"])
     for variant in variants:
         s.set(variant)
         rows.append(row(model, task, dense_value=dense_value, **about))
@@ -272,20 +271,20 @@ def bits_of(cfg: EvalConfig, kv: KVConfig, given: set[str]) -> list[dict]:
     return out or [base]
 
 
-def whole_value(model: Transformer, task: Task, cfg: EvalConfig) -> float:
+def whole_value(model: Transformer, task: Task, batch_size: int, dtype: str) -> float:
     """The task's value with whole values of as many bits as are computed in."""
     s = selector.selector_of(model)
     with kv_router.storing(model, key_bits=16, value_bits=16):
         if s is not None:
             before = s.cfg
             s.set(before.everything())
-            value = task.value(model, cfg.batch_size, cfg.dtype)
+            value = task.value(model, batch_size, dtype)
             s.set(before)
             return value
         path = next(iter(kv_router.paths(model).values()))
         before = path.k
         kv_router.set_kept(model, path.S)
-        value = task.value(model, cfg.batch_size, cfg.dtype)
+        value = task.value(model, batch_size, dtype)
         kv_router.set_kept(model, before)
         return value
 
@@ -334,7 +333,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
             ways = [w for w in tried if not (selects and ((n and w.kv_bytes) or (trained and w.whole and stored.ints)))]  # routed bits, dense: once
             with kv_router.storing(model, **{f: getattr(stored, f) for f in ("kv_tail", "kv_tail_block", *STORED_AS)}):
                 if task.name not in known and stored.ints:
-                    known[task.name] = whole_value(model, task, cfg)
+                    known[task.name] = whole_value(model, task, cfg.batch_size, cfg.dtype)
                 rows += measure(model, task, ways, known.get(task.name), kv=stored, **about) if ways else []
                 if selects and ways and task is todo[0]:  # the first prompt of the first task
                     model.selector.set(ways[-1])

@@ -39,6 +39,7 @@ class IntSelectedCache(SelectedCache):
     KNOWS_COLUMNS = False
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, like: Tensor, fmt: IntFormat):
+        self.n_first = 0  # columns of the context that lie in the tail
         self.fmt, self.key_scale = fmt, torch.zeros(0, 2, head_dim, dtype=torch.float16, device=like.device)
         super().__init__(batch, max_len, n_kv_head, head_dim, n_groups, mask_heads, like)
         self.value_scale = self.key_scale.new_zeros(0, 2 if fmt.value_bits else 1)
@@ -88,11 +89,16 @@ class IntSelectedCache(SelectedCache):
         """Put the first tokens of a context, k, v (B, Hkv, n, D), n columns of it moved to the tail, before all else; n_pad (B,) of them
         padding."""
         self.append(k, v, n_pad)
-        self.n_context -= k.size(2)
+        self.n_first = k.size(2)
+        self.n_context -= self.n_first
+
+    def extra(self) -> dict[str, int]:
+        """The numbers that, with tensors(), make up the whole cache."""
+        return {**super().extra(), "n_first": self.n_first}
 
     def truncate(self, n_columns: int) -> None:
         """Forget the columns from n_columns on. Raises ValueError inside the context, whose tokens' columns are not kept."""
-        check(n_columns >= self.columns - self.tail_len or n_columns >= self.n_context, f"truncating to {n_columns} columns",
+        check(n_columns >= self.n_context + self.n_first, f"truncating to {n_columns} columns",
               "a quantised context is kept as it is", "keep the whole context, or slice")
         super().truncate(n_columns)
 
@@ -178,10 +184,8 @@ class IntPackedCache(PackedCache):
 
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first n_tokens of every sequence. Raises ValueError inside a block, whose keys share steps."""
-        packed = (n_tokens - self.n_sink).minimum(self.n_packed)
-        check(n_tokens >= 0 and not (packed.clamp_min(0) % self.block).any(), f"truncating to {n_tokens} tokens",
-              f"quantised tokens are kept in blocks of {self.block}", "keep whole blocks after the first tokens")
         rest = (n_tokens - self.n_sink).clamp_min(0)
-        seen = (self.n_packed + self.n_tail).minimum(rest)
-        self.n_packed, self.n_sink = self.n_packed.minimum(rest), self.n_sink.clamp_max(n_tokens)
-        self.n_tail = seen - self.n_packed
+        check(n_tokens >= 0 and not (rest.minimum(self.n_packed) % self.block).any(), f"truncating to {n_tokens} tokens",
+              f"quantised tokens are kept in blocks of {self.block}", "keep whole blocks after the first tokens")
+        self._cut(rest)
+        self.n_sink = self.n_sink.clamp_max(n_tokens)

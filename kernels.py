@@ -467,7 +467,10 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     B, H, T, D = q.shape
     ints = packed.ints if packed else None
     Hkv = (packed.token_base if packed else tail.k).size(1)
-    fits = D <= 256 and not (sums and packed and packed.n_groups > 32) and (ints is None or _reads(packed, sums, T * H // Hkv))
+    fits = D <= 256 and not (sums and packed and packed.n_groups > 32)
+    if ints:
+        whole = sums is None and packed.k == packed.n_groups
+        fits = fits and reads_ints(ints.key_bits, ints.value_bits, D // packed.n_groups, whole, T * H // Hkv)
     if not use_triton(impl, q) or not fits:
         return packed_attention_ref(q, packed, tail, sums)
     none = None if packed and tail else torch.zeros(B, Hkv, dtype=torch.int64, device=q.device)
@@ -521,10 +524,9 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     return out, lse
 
 
-def _reads(packed: Packed, sums: Sums | None, rows: int) -> bool:
-    """Whether _int_attention_kernel reads these integers: 4 or 8 bits, every group of every token, whole blocks, few rows of queries."""
-    i, d = packed.ints, packed.ints.key_scale.size(-1) // packed.n_groups
-    return sums is None and packed.k == packed.n_groups and rows <= INT_ROWS and {i.key_bits, i.value_bits} <= {4, 8} and d % 2 == 0
+def reads_ints(key_bits: int, value_bits: int, group_dim: int, whole: bool, rows: int) -> bool:
+    """Whether _int_attention_kernel reads integers of these bits: 4 or 8, every group (of group_dim numbers) kept, few rows of queries."""
+    return whole and rows <= INT_ROWS and {key_bits, value_bits} <= {4, 8} and group_dim % 2 == 0
 
 
 @cache

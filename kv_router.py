@@ -34,11 +34,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from appending import can_append, can_quantise
+from appending import can_append
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
 from int_cache import IntPackedCache
-from kernels import INT_ROWS, packed_attention
+from kernels import packed_attention, reads_ints
 from layout import at_least_float32, top_k_mask
 from model import DensePath, attend, attention_mask, evaluating
 from packed_cache import PackedCache, compressed
@@ -208,9 +208,8 @@ class ValueGroupPath(nn.Module):
         T, out, a = q.size(2), [], 0
         cache = self.new_cache(len(q), T, k)
         while a < T:
-            b = a + 1
-            while b < T and self._packed_at(b + 1) == self._packed_at(a + 1):
-                b += 1
+            packed = int(self.compressed(torch.tensor(a + 1 - self.cfg.kv_sinks)))
+            b = min(T, self.cfg.kv_sinks + self.cfg.kv_tail + packed + self.cfg.tail_leaves - 1)  # with one more, a block leaves
             part = [t[:, :, a:b] for t in (k, v)]
             cache.columns += b - a
             mask = top_k_mask(self.scores(x[:, a:b], self.encode(part[1])), self.k)
@@ -219,10 +218,6 @@ class ValueGroupPath(nn.Module):
             out.append(y)  # until the first block leaves everything is whole
             a = b
         return torch.cat(out, 2)
-
-    def _packed_at(self, seen: int) -> int:
-        """Tokens compressed when so many have been seen, first ones included."""
-        return int(self.compressed(torch.tensor(seen - self.cfg.kv_sinks)))
 
     def _tailed(self, q: Tensor, k: Tensor, v: Tensor, routed: Tensor, pad: Tensor | None) -> Tensor:
         """Causal attention over routed values, whole ones for the tokens that are in the tail when they are read. In blocks of
@@ -300,8 +295,8 @@ class ValueGroupPath(nn.Module):
     def can_step(self) -> bool:
         """Whether `step` has kernels for this storage."""
         c = self.cfg
-        if c.ints and not (self.whole and self.rows <= INT_ROWS and can_quantise(self.S, self.D, c.key_bits, c.value_bits, c.kv_tail)):
-            return False
+        if c.ints and not (c.kv_tail and reads_ints(c.key_bits, c.value_bits, self.D // self.S, self.whole, self.rows)):
+            return False  # without a tail the newest token would be part of the block that is formed
         return can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache, tail: None) -> Tensor:

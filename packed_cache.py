@@ -240,8 +240,12 @@ class PackedCache(Flat):
     def truncate(self, n_tokens: int) -> None:
         """Forget all but the first n_tokens of every sequence (padding not counted). What was compressed stays compressed."""
         check(n_tokens >= 0, f"truncating to {n_tokens} tokens", "0 or more", "give the number of tokens to keep")
-        seen = (self.n_packed + self.n_tail).clamp_max(n_tokens)
-        self.n_packed = self.n_packed.clamp_max(n_tokens)
+        self._cut(torch.full_like(self.n_packed, n_tokens))
+
+    def _cut(self, n: Tensor) -> None:
+        """Keep the first n (B,) tokens of packed part and tail."""
+        seen = (self.n_packed + self.n_tail).minimum(n)
+        self.n_packed = self.n_packed.minimum(n)
         self.n_tail = seen - self.n_packed
 
 

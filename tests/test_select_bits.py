@@ -132,6 +132,10 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
                 assert valid[b, h].sum() == len(mine) and torch.equal(level[b, h][valid[b, h]], choice.mask[i, b, h, mine])
                 assert not len(mine) or int(mine[0]) >= pad[b] + SINKS
     assert choice.keep[:, 0].any() and not choice.keep[:, 1].any()
+    for n in (C - SINKS, C - 1):  # inside the context, though the first tokens lie in the tail
+        assert f"truncating to {n}" in error_line(cache.layers[0].truncate, n)
+    cache.layers[0].truncate(C + 2)
+    assert cache.layers[0].tail_len == SINKS + 2
 
 
 def test_more_bytes_are_closer_to_dense():

@@ -106,8 +106,7 @@ def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_b
 @jit
 def _codes(x, step, middle, BITS: tl.constexpr):
     """quant.to_codes, as int32."""
-    zero: tl.constexpr = 136 if BITS == 8 else 1 << (BITS - 1)
-    code = tl.floor(tl.div_rn(x - middle, step) + (zero + 0.5))
+    code = tl.floor(tl.div_rn(x - middle, step) + ((1 << (BITS - 1)) + 0.5))
     return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
 
 
@@ -116,8 +115,6 @@ def _scale(low, high, BITS: tl.constexpr):
     """quant.scale_for: (step, middle) float16."""
     step = tl.minimum(tl.maximum(tl.div_rn(high - low, tl.full(low.shape, (1 << BITS) - 1.0, tl.float32)), 5.9604644775390625e-08), 65504.0)
     middle = low + step * (1 << (BITS - 1))
-    if BITS == 8:
-        middle += step * 8
     return step.to(tl.float16), tl.minimum(tl.maximum(middle, -65504.0), 65504.0).to(tl.float16)
 
 

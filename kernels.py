@@ -192,148 +192,184 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, n_packed, token_ba
         tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r & (which == 0))
 
 
-UNPACK = """{ // the 8 numbers of a word: 128 + code by an or into the mantissa
-.reg .b32 a, b, c, d;
-shr.u32 b, $8, 4;
-shr.u32 c, $8, 8;
-shr.u32 d, $8, 12;
-lop3.b32 a, $8, 0x000F000F, 0x43004300, 0xEA;
-lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-mov.b32 {$0, $4}, a;
-mov.b32 {$1, $5}, b;
-mov.b32 {$2, $6}, c;
-mov.b32 {$3, $7}, d;
-}"""
-
-
-def _unpack_two() -> str:
-    """Assembly for the numbers of two words, each minus 8: $i of the first and $(8 + i) of the second share a register."""
-    text = "{\n.reg .b32 w0, w1, x, e, f;\nmov.b32 e, 0x3F803F80;\nmov.b32 f, 0xC308C308;\n"
-    text += "prmt.b32 w0, $16, $17, 0x5410;\nprmt.b32 w1, $16, $17, 0x7632;\n"
-    for i in range(8):
-        word = f"w{i // 4}"
-        if i % 4:
-            text += f"shr.u32 x, {word}, {4 * (i % 4)};\n"
-            word = "x"
-        text += f"lop3.b32 x, {word}, 0x000F000F, 0x43004300, 0xEA;\nfma.rn.bf16x2 x, x, e, f;\nmov.b32 {{${i}, ${8 + i}}}, x;\n"
+def _unpack_asm(bits: int, pairs: bool) -> str:
+    """PTX that turns words of codes into 16-bit floats, two to a register, by a mask and little else: as the bits of a float whose other bits are
+    zeros, a code is that multiple of the smallest subnormal, exactly, and tensor cores take subnormals. Codes that begin at bit 4 come out 16
+    times too large. One word: numbers lie as _keys says. Two words, of two tokens (`pairs`): the same number of both shares a register."""
+    mask, n = {4: 0x000F000F, 8: 0x00FF00FF}[bits], 32 // bits
+    text = "{\n.reg .b32 p, q, x, y;\n"
+    if pairs:
+        text += f"prmt.b32 p, ${2 * n}, ${2 * n + 1}, 0x5410;\nprmt.b32 q, ${2 * n}, ${2 * n + 1}, 0x7632;\n"
+    out = 0
+    for word in ("p", "q") if pairs else (f"${n}",):
+        for move in (f"mov.b32 x, {word};\n", "shr.u32 x, x, 8;\n"):
+            text += move
+            for shift in range(0, 8, bits):
+                to = f"{{${out}, ${out + n}}}" if pairs else f"{{${2 * out}, ${2 * out + 1}}}"
+                text += f"and.b32 y, x, 0x{mask << shift:08X};\nmov.b32 {to}, y;\n"
+                out += 1
     return text + "}"
 
 
-UNPACK_TWO = _unpack_two()
-unpack_asm, unpack_two_asm = (tl.constexpr(UNPACK), tl.constexpr(UNPACK_TWO)) if triton else (UNPACK, UNPACK_TWO)
+PTX = {(bits, pairs): tl.constexpr(_unpack_asm(bits, pairs)) if triton else "" for bits in (4, 8) for pairs in (False, True)}
+key_asm_4, key_asm_8, value_asm_4, value_asm_8 = PTX[4, False], PTX[8, False], PTX[4, True], PTX[8, True]
+pair_asm = tl.constexpr("mov.b32 {$0, $1}, $2;") if triton else ""
 
 
 @jit
-def _numbers(x, like, U: tl.constexpr):
-    """Words x (...) of U bytes -> (..., 2 U): the numbers of 4 bits, each minus 8. Place o holds number o // 2 + o % 2 * U."""
-    o = tl.arange(0, 2 * U)
-    return ((tl.expand_dims(x, -1).to(tl.uint32) >> ((o // 2 + o % 2 * U) * 4).to(tl.uint32)) & 15).to(tl.float32).to(like.dtype) - 8.0
+def _units(like, ASM: tl.constexpr):
+    """The power of 2 that factors of codes are multiplied by, so that their products with subnormals are none, and what undoes it all."""
+    if not ASM:
+        return 1.0, 1.0
+    elif like.dtype == tl.bfloat16:
+        return 1.2379400392853803e27, 8796093022208.0  # 2^90; a code of 1 is 2^-133
+    else:
+        return 4.0, 4194304.0  # a code of 1 is 2^-24; float16 steps of 4-bit values reach 8,734
 
 
 @jit
-def _eight(a, b, c, d, e, f, g, h):
-    """Tensors (...) -> (..., 2, 2, 2) in the order of _numbers."""
-    return tl.join(tl.join(tl.join(a, c), tl.join(b, d)), tl.join(tl.join(e, g), tl.join(f, h)))
+def _keys(words, like, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Words (N, W) of keys -> codes (N, 32 W / BITS) in units of the smallest subnormal, those of high half bytes times 16. Order:
+    _key_order; there the product finds what lies in the registers of words that are loaded 4 at a time."""
+    N: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    if BITS == 4:
+        if ASM:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(key_asm_4, "=h,=h,=h,=h,=h,=h,=h,=h,r", [words], dtype=(like.dtype,) * 8, is_pure=True,
+                                                               pack=1)
+            x = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))  # (N, W, odd, half, pair)
+        else:
+            o = tl.arange(0, 8)
+            x = (words[:, :, None] >> (o // 4 * 8 + o // 2 % 2 * 4 + o % 2 * 16).to(tl.uint32) & 15).to(tl.float32)
+            x = (x * tl.where(o // 2 % 2 == 0, 1.0, 16.0)).to(like.dtype)
+        x = tl.permute(tl.reshape(x, [N, 4, W // 4, 2, 2, 2]), [0, 2, 3, 1, 4, 5])
+    else:
+        if ASM:
+            a, b, c, d = tl.inline_asm_elementwise(key_asm_8, "=h,=h,=h,=h,r", [words], dtype=(like.dtype,) * 4, is_pure=True, pack=1)
+            x = tl.join(tl.join(a, c), tl.join(b, d))
+        else:
+            o = tl.arange(0, 4)
+            x = (words[:, :, None] >> (o // 2 * 8 + o % 2 * 16).to(tl.uint32) & 255).to(tl.float32).to(like.dtype)
+        x = tl.permute(tl.reshape(x, [N, 4, W // 4, 2, 2]), [0, 2, 1, 3, 4])
+    return tl.reshape(x, [N, W * (32 // BITS)])
 
 
 @jit
-def _int_queries(steps, x, x_zero, in_k, chan, like, D: tl.constexpr, FULL: tl.constexpr, OFF: tl.constexpr):
-    """Queries x (numbers of a key, M) times the steps of a block, and what its middles, and codes that are OFF too large, add to logits."""
-    if FULL:
-        step, middle = tl.load(steps + chan), tl.load(steps + D + chan)
+def _key_order(o, KP: tl.constexpr, BITS: tl.constexpr):
+    """(byte, half) of place o of a key of KP words, as _keys has it."""
+    if BITS == 4:
+        return 4 * (o // 4 % 4 * (KP // 4) + o // 32) + o // 16 % 2 + o % 2 * 2, o // 2 % 2
     else:
-        step, middle = tl.load(steps + chan, mask=in_k, other=0.0), tl.load(steps + D + chan, mask=in_k, other=0.0)
-    y = (x * step.to(tl.float32)[:, None]).to(like.dtype)
-    base = x_zero * middle.to(tl.float32)[:, None]
-    if OFF > 0:
-        base -= y.to(tl.float32) * OFF
-    return y, tl.sum(base, 0)
+        return 4 * (o // 4 % 4 * (KP // 4) + o // 16) + o // 2 % 2 + o % 2 * 2, o * 0
 
 
 @jit
-def _int_block(t0, y, base, keys, rows, value_scale, like, m, den, middles, acc, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-               KEY: tl.constexpr, VALUE: tl.constexpr, KU: tl.constexpr, VU: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, ASM: tl.constexpr):
-    """N tokens from t0 into the state of _int_attention_kernel."""
-    KW: tl.constexpr = D * KEY // 8 // KU  # words of a token's key, of its value
-    VW: tl.constexpr = D * VALUE // 8 // VU
-    KA: tl.constexpr = KU == 4 and ASM
-    VA: tl.constexpr = VU == 4 and ASM
-    G: tl.constexpr = min(8, VP)
-
-    n8, i8, word = tl.arange(0, N // 8), tl.arange(0, 8), tl.arange(0, KP)
-    at = n8[:, None] * 8 + (i8 % 2 * 4 + i8 // 2)[None, :]  # order of the tokens of the products
-    t, tk = t0 + tl.reshape(at, [N]), t0 + at[:, :, None]
-    if KP == KW:
-        packed = tl.load(keys + tk * KW + word[None, None, :], eviction_policy="evict_first")
+def _values(words, like, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Words (N, W) of values -> (32 W / BITS, N), as _keys; order: _value_order, and of tokens _paired."""
+    N: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    E: tl.constexpr = 32 // BITS
+    one, two = tl.split(tl.permute(tl.reshape(words, [N // 8, 2, 4, 8, W // 8]), [0, 2, 3, 4, 1]))  # tokens that are 4 apart
+    if ASM:
+        if BITS == 4:
+            a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p = tl.inline_asm_elementwise(
+                value_asm_4, "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r", [one, two], dtype=(like.dtype,) * 16, is_pure=True, pack=1)
+            one = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+            two = tl.join(tl.join(tl.join(i, m), tl.join(k, o)), tl.join(tl.join(j, n), tl.join(l, p)))
+        else:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(value_asm_8, "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [one, two], dtype=(like.dtype,) * 8,
+                                                               is_pure=True, pack=1)
+            one, two = tl.join(tl.join(a, c), tl.join(b, d)), tl.join(tl.join(e, g), tl.join(f, h))
+        x = tl.reshape(tl.join(one, two), [N // 16, 2, 4, 8, W // 8, E, 2])
     else:
-        packed = tl.load(keys + tk * KW + word[None, None, :], mask=(word < KW)[None, None, :], other=0, eviction_policy="evict_first")
-    packed = tl.reshape(packed, [N, 4, KP // 4])
-    if KA:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(unpack_asm, "=h,=h,=h,=h,=h,=h,=h,=h,r", [packed], dtype=(tl.bfloat16,) * 8, is_pure=True,
-                                                           pack=1)
-        key = _eight(a, b, c, d, e, f, g, h)
-    else:
-        key = _numbers(packed, like, KU)
-    key = tl.reshape(tl.permute(tl.reshape(key, [N, 4, KP // 4, KU, 2]), [0, 2, 3, 1, 4]), [N, KP * KU * 2])
-
-    # values: words of tokens that are 4 apart are unpacked together
-    two, place, t4, w = tl.arange(0, 2), tl.arange(0, G), tl.arange(0, 4), tl.arange(0, VP // G)
-    tv = t0 + n8[:, None, None, None, None] * 8 + two[None, :, None, None, None] * 4 + t4[None, None, None, :, None]
-    word = place[None, None, :, None, None] * (VP // G) + w[None, None, None, None, :]
-    if VW == VP:
-        packed = tl.load(rows + tv * VW + word, eviction_policy="evict_first")
-    else:
-        packed = tl.load(rows + tv * VW + word, mask=word < VW, other=0, eviction_policy="evict_first")
-    first, second = tl.split(tl.permute(packed, [0, 2, 3, 4, 1]))
-    if VA:
-        a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2 = tl.inline_asm_elementwise(
-            unpack_two_asm, "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r", [first, second], dtype=(tl.bfloat16,) * 16, is_pure=True, pack=1)
-        value = tl.join(_eight(a, b, c, d, e, f, g, h), _eight(a2, b2, c2, d2, e2, f2, g2, h2))
-    else:
-        value = tl.join(_numbers(first, like, VU), _numbers(second, like, VU))
-    value = tl.reshape(value, [N // 8, G, 4, VP // G, 2 * VU, 2])
-    value = tl.reshape(tl.permute(value, [3, 4, 1, 0, 2, 5]), [VP * VU * 2, N])
-
-    logits = _product(key, y, tl.zeros([N, M], tl.float32) + base[None, :])
-    step, middle = tl.load(value_scale + 2 * t).to(tl.float32), tl.load(value_scale + 2 * t + 1).to(tl.float32)
-    top = tl.maximum(m, tl.max(logits, 0))
-    p, alpha = tl.exp2(logits - top[None, :]), tl.exp2(m - top)
-    den = den * alpha[None, :] + tl.sum(tl.reshape(p, [N // 8, 8, M]), 0)
-    middles = middles * alpha[None, :] + tl.sum(tl.reshape(p * middle[:, None], [N // 8, 8, M]), 0)
-    acc = _product(value, (p * step[:, None]).to(like.dtype), acc * alpha[None, :])
-    return top, den, middles, acc
+        o = tl.arange(0, E)
+        x = tl.reshape(tl.join(one, two), [N // 16, 2, 4, 8, W // 8, 1, 2])
+        o = tl.reshape(o, [1, 1, 1, 1, 1, E, 1])
+        x = ((x >> (o * BITS).to(tl.uint32)) & ((1 << BITS) - 1)).to(tl.float32)
+        if BITS == 4:
+            x *= tl.where(o % 2 == 0, 1.0, 16.0)
+        x = x.to(like.dtype)
+    x = tl.permute(tl.reshape(x, [N // 16, 2, 4, 8, W // 8, E // 2, 2, 2]), [5, 4, 6, 3, 0, 2, 1, 7])
+    return tl.reshape(x, [W * E, N])
 
 
 @jit
-def _words(p, U: tl.constexpr):
-    """A pointer to bytes as one to words of U bytes."""
-    if U == 4:
-        return p.to(tl.pointer_type(tl.uint32), bitcast=True)
-    elif U == 2:
-        return p.to(tl.pointer_type(tl.uint16), bitcast=True)
-    else:
-        return p
+def _value_order(o, VP: tl.constexpr, BITS: tl.constexpr):
+    """(byte, half) of place o of a value of VP words, as _values has it."""
+    number, word = o // 8 % 2 + o // (2 * VP) * 2, o % 8 * (VP // 8) + o // 16 % (VP // 8)
+    return word * 4 + number * BITS // 8, number * BITS % 8 // 4
 
 
 @jit
-def _int_attention_kernel(q, keys, rows, key_scale, block_base, value_scale, n_packed, token_base, tail_k, tail_v, tail_first, tail_n, out, lse, part,
-                          part_ml, scale, segments, Hkv, n_b, n_h, W, chunk, parts, n, T, q_b, q_h, q_t, D: tl.constexpr, S: tl.constexpr,
-                          M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KU: tl.constexpr, VU: tl.constexpr,
-                          KP: tl.constexpr, VP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr):
-    """_attention_kernel over whole blocks of integers of KEY and VALUE bits (4 or 8), every group kept. Every byte is two numbers of 4 bits, of
-    which 8 bits are a sum (low + 16 high). Steps go into the queries and the weights, so what is unpacked is multiplied as it comes out.
+def _paired(w):
+    """Weights (N, M) of tokens in the order that _values gives them."""
+    N: tl.constexpr = w.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(w, [N // 16, 2, 2, 4, w.shape[1]]), [0, 3, 1, 2, 4]), w.shape)
 
-    Tokens and value dimensions are the long side of the products, M query rows the short one. Words of KU or VU bytes are unpacked in the
-    registers they are loaded into, and dimensions and tokens are taken in the order in which the products then find them there."""
+
+@jit
+def _rows_of_pairs(pairs, like, ASM: tl.constexpr):
+    """Words (16, N / 8, 4), of whose halves each stands for one of two tokens 4 apart -> (16, N) in units of the smallest subnormal, tokens as _paired."""
+    N: tl.constexpr = pairs.shape[1] * 8
+    if ASM:
+        a, b = tl.inline_asm_elementwise(pair_asm, "=h,=h,r", [pairs], dtype=(like.dtype,) * 2, is_pure=True, pack=1)
+    else:
+        a, b = (pairs & 0xFFFF).to(tl.float32).to(like.dtype), (pairs >> 16).to(tl.float32).to(like.dtype)
+    return tl.reshape(tl.permute(tl.reshape(tl.join(a, b), [16, N // 16, 2, 4, 2]), [0, 1, 3, 2, 4]), [16, N])
+
+
+@jit
+def _each_group(x, g, S: tl.constexpr):
+    """Rows g (n,) of x (16, M)."""
+    out = tl.zeros([g.shape[0], x.shape[1]], tl.float32)
+    for i in tl.static_range(S):
+        mine = tl.sum(tl.where(tl.arange(0, 16)[:, None] == i, x, 0.0), 0)
+        out += tl.where(g[:, None] == i, mine[None, :], 0.0)
+    return out
+
+
+@jit
+def _load(p, a, b, USE_A: tl.constexpr, USE_B: tl.constexpr):
+    """tl.load with the masks a and b, each where it is needed: else its test would cost as much as the load."""
+    if USE_A and USE_B:
+        return tl.load(p, mask=a & b, other=0)
+    elif USE_A:
+        return tl.load(p, mask=a, other=0)
+    elif USE_B:
+        return tl.load(p, mask=b, other=0)
+    else:
+        return tl.load(p)
+
+
+@jit
+def _int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_base, value_scale, n_packed, token_base, row_base, mask_base,
+                          tile_base, tail_k, tail_v, tail_first, tail_n, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk,
+                          parts, Hm, n, T, q_b, q_h, q_t, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+                          M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
+                          DP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+    """_attention_kernel over integers of KEY and VALUE bits (4 or 8), N tokens at a time, in words.
+
+    Tokens and value dimensions are the long side of the products, M query rows the short one. Steps go into the queries and into the weights,
+    so codes are multiplied as they come out of a word. What is 2^(bits - 1) too much in each is summed by a product of its own, exactly, and
+    taken off. Groups that are dropped are words of zeros; what to take off and the middles to add are summed by a product with the masks."""
     seg, c, row = tl.program_id(0), tl.program_id(1), tl.program_id(2) * M + tl.arange(0, M)
     b, h, R = seg // Hkv, seg % Hkv, T * n
+    KW: tl.constexpr = D * KEY // 32  # words of a token's key, of its value, of a row
+    VW: tl.constexpr = D * VALUE // 32
+    WB: tl.constexpr = D // S * VALUE // 8  # bytes of a row
+    RW: tl.constexpr = WB // 4
     token_at = tl.load(token_base + seg)
-    keys = _words(keys + token_at * (D * KEY // 8), KU)
-    value_scale += token_at * 2
-    rows = _words(rows + token_at * (D * VALUE // 8), VU)  # every group is kept
+    keys = (keys + token_at * (D * KEY // 8)).to(tl.pointer_type(tl.uint32), bitcast=True)
+    rows = (rows + tl.load(row_base + seg) * WB).to(tl.pointer_type(tl.uint32), bitcast=True)
+    value_scale = (value_scale + token_at * 2).to(tl.pointer_type(tl.uint32), bitcast=True)
     key_scale += tl.load(block_base + seg) * 2 * D
+    if K < S:
+        mseg = b * Hm + (h if Hm > 1 else 0)
+        mask_at = tl.load(mask_base + mseg)
+        bits += mask_at
+        if K == 0:
+            before += mask_at
+            tile_rows += tl.load(tile_base + mseg)
     count, slots, first, tail_n, size, active = _pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, BLOCK)
     if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
         if c >= active:
@@ -342,68 +378,111 @@ def _int_attention_kernel(q, keys, rows, key_scale, block_base, value_scale, n_p
     in_r = row < R
     q += b * q_b + (h * n + j)[None, :] * q_h + own[None, :] * q_t
 
-    k = tl.arange(0, KP * KU * 2)  # place in a key as _int_block unpacks it: its byte, and which half
-    number = k // 8 % KU + k % 2 * KU
-    byte, half = (k // 2 % 4 * (KP // 4) + k // (8 * KU)) * KU + number // 2, number % 2
-    in_k = byte < D * KEY // 8
-    chan = byte + half * (D // 2) if KEY == 4 else byte
-    like = tl.load(q + chan[:, None], mask=in_k[:, None] & in_r[None, :], other=0.0)
+    H2: tl.constexpr = 8 // KEY  # numbers of a byte
+    byte, half = _key_order(tl.arange(0, KP * 4 * H2), KP, KEY)
+    in_k = byte < KW * 4
+    like = tl.load(q + (byte + half * (D // 2))[:, None], mask=in_k[:, None] & in_r[None, :], other=0.0)
     x = like.to(tl.float32) * scale
-    x_zero = x if KEY == 4 else tl.where(half[:, None] == 0, x, 0.0)
-    if KEY == 8:
-        x = tl.where(half[:, None] == 0, x, x * 16.0)
+    up, down = _units(like, ASM)
+    unit = tl.where(half == 0, up, up / 16)
+    half_codes = tl.full([16, KP], 0x88888888 if KEY == 4 else 0x80808080, tl.uint32)
 
-    G: tl.constexpr = min(8, VP)
-    m, den, middles = tl.full([M], -1e38, tl.float32), tl.zeros([8, M], tl.float32), tl.zeros([8, M], tl.float32)
-    acc = tl.zeros([VP * VU * 2, M], tl.float32)
+    m, den = tl.full([M], -1e38, tl.float32), tl.zeros([8, M], tl.float32)
+    C: tl.constexpr = M if K == S else 2 * M  # columns: weights times steps; and times middles, where they do not go to all groups alike
+    DV: tl.constexpr = VP * 32 // VALUE
+    acc, sums, middles = tl.zeros([DV, C], tl.float32), tl.zeros([16, C], tl.float32), tl.zeros([8, M], tl.float32)
     lo, hi = c * size, tl.minimum((c + 1) * size, count)
-    FULL: tl.constexpr = KP * KU == D * KEY // 8
-    OFF: tl.constexpr = 136.0 if KU == 4 and ASM else 0.0
-    for t0 in tl.range(lo, hi, BLOCK, num_stages=1):
-        y, base = _int_queries(key_scale + t0 // BLOCK * 2 * D, x, x_zero, in_k, chan, like, D, FULL, OFF)
-        for t in tl.range(t0, t0 + BLOCK, N, num_stages=1, loop_unroll_factor=1):
-            m, den, middles, acc = _int_block(t, y, base, keys, rows, value_scale, like, m, den, middles, acc, D, M, N, KEY, VALUE, KU, VU, KP, VP,
-                                              ASM)
+    at, kw, vw, channel = tl.arange(0, N), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, KP * 4)
+    scales = tl.arange(0, 2)[:, None, None] * D + tl.arange(0, H2)[None, :, None] * (D // 2) + channel[None, None, :]
+    if K < S:
+        mask, offset = _where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
+        pairs = lo + tl.arange(0, N // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
+        one_mask, two_mask = tl.load(bits + pairs, mask=pairs < hi, other=0), tl.load(bits + pairs + 4, mask=pairs + 4 < hi, other=0)
+    for t0 in tl.range(lo, hi, N, num_stages=STAGES):
+        t = t0 + at
+        live = t < hi
+        words = _load(keys + t[:, None] * KW + kw[None, :], live[:, None], (kw < KW)[None, :], K == 0, KP > KW)
+        steps = _load(key_scale + t0 // BLOCK * (2 * D) + scales, True, (channel < KW * 4)[None, None, :], False, KP > KW)
+        if K == S:
+            codes = _load(rows + t[:, None] * VW + vw[None, :], True, (vw < VW)[None, :], False, VP > VW)
+        else:
+            if K > 0:
+                offset = t * K
+            one, g = tl.full([1, 1], 1, tl.uint32), (vw // RW)[None, :].to(tl.uint32)
+            word = (mask.to(tl.uint16, bitcast=True) if S == 16 else mask).to(tl.uint32)[:, None]
+            has = (word >> g & one) != 0
+            place = (offset[:, None] + _popcount(word & ((one << g) - one))) * RW + (vw % RW)[None, :]
+            V: tl.constexpr = min(4, RW & -RW)
+            if V > 1:
+                place = tl.max_contiguous(tl.multiple_of(place, [1, V]), [1, V])
+                has = tl.max_constancy(has, [1, V])
+            codes = _load(rows + place, has, (vw < VW)[None, :], True, VP > VW)
+            mask, offset = _where_rows(bits, before, tile_rows, t + N, hi, K, TILE)  # of the next step
+        pair = _load(value_scale + t, live, True, K == 0, False)
 
-    byte, width = tl.arange(0, VP * VU), D // S * VALUE // 8  # of a value, of a row
-    in_v, den = byte < D * VALUE // 8, tl.sum(den, 0)
-    if VU == 1:
-        acc = tl.permute(tl.reshape(acc, [VP // G, 2, G, M]), [2, 0, 3, 1])
+        steps = tl.reshape(steps, [2, H2, 4, KP // 4, 2, 2])  # (middle, half, word / (KP / 4), word % (KP / 4), byte / 2, byte % 2)
+        steps = tl.permute(steps, [3, 5, 2, 1, 4, 0]) if KEY == 4 else tl.permute(steps, [3, 1, 2, 5, 4, 0])
+        step, middle = tl.split(tl.reshape(steps, [KP * 4 * H2, 2]))
+        y = (x * (step.to(tl.float32) * unit)[:, None]).to(like.dtype)
+        base = tl.sum(x * middle.to(tl.float32)[:, None], 0)
+        base -= tl.max(_product(_keys(half_codes, like, KEY, ASM), y, tl.zeros([16, M], tl.float32)), 0) * down
+        logits = _product(_keys(words, like, KEY, ASM), y, tl.zeros([N, M], tl.float32)) * down + base[None, :]
+        if K == 0:
+            logits = tl.where(live[:, None], logits, -2e38)
+        top = tl.maximum(m, tl.max(logits, 0))
+        p, alpha = tl.exp2(logits - top[None, :]), tl.exp2(m - top)
+        den = den * alpha[None, :] + tl.sum(tl.reshape(p, [N // 8, 8, M]), 0)
+        m = top
+
+        step = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        middle = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        w = p * (step * up)[:, None]
+        if K == S:
+            tile = tl.full([16, N // 8, 4], 0x00010001, tl.uint32)
+            middles = middles * alpha[None, :] + tl.sum(tl.reshape(p * middle[:, None], [N // 8, 8, M]), 0)
+        else:
+            tile = (one_mask.to(tl.uint32) & 0xFFFF | two_mask.to(tl.uint32) << 16)[None, :, :]
+            tile = tile >> tl.arange(0, 16).to(tl.uint32)[:, None, None] & 0x00010001
+            w = tl.reshape(tl.join(w, p * (middle * up)[:, None]), [N, C])
+            alpha = tl.reshape(tl.join(alpha, alpha), [C])
+            pairs += N
+            one_mask, two_mask = tl.load(bits + pairs, mask=pairs < hi, other=0), tl.load(bits + pairs + 4, mask=pairs + 4 < hi, other=0)
+        w = _paired(w.to(like.dtype))
+        sums = _product(_rows_of_pairs(tile, like, ASM), w, sums * alpha[None, :])
+        acc = _product(_values(codes, like, VALUE, ASM), w, acc * alpha[None, :])
+
+    den = tl.sum(den, 0)
+    byte, half = _value_order(tl.arange(0, DV), VP, VALUE)
+    g, in_v = byte // WB, byte < VW * 4
+    dims = g * (D // S) + half * WB + byte % WB
+    HALF: tl.constexpr = 1 << (VALUE - 1)
+    if K == S:
+        add = (tl.sum(middles, 0) - tl.max(sums, 0) * (HALF * down))[None, :]
     else:
-        acc = tl.permute(tl.reshape(acc, [VP // G, VU // 2, 2, 2, G, M]), [4, 0, 3, 1, 5, 2])
-    low, high = tl.split(tl.reshape(acc, [VP * VU, M, 2]))
-    middle = tl.sum(middles, 0)[None, :]
-    if VALUE == 4:
-        low, high = low + middle, high + middle
-        v_low = byte // width * (2 * width) + byte % width  # dimensions of a byte's low and its high number, in groups of `width` bytes
-        v_high = v_low + width
-    else:
-        low += 16.0 * high + middle
-        v_low = byte
-        v_high = byte
+        acc, _ = tl.split(tl.reshape(acc, [DV, M, 2]))
+        w, add = tl.split(tl.reshape(sums, [16, M, 2]))
+        add = _each_group((add - w * HALF) * down, g, S)
+    acc = acc * tl.where(half == 0, down, down / 16)[:, None] + add
 
     lo, hi = tl.maximum(c * size - count, 0), tl.minimum((c + 1) * size - count, slots)
     tail_k += seg.to(tl.int64) * W * D
     tail_v += seg.to(tl.int64) * W * D
-    dims, at = tl.arange(0, DP), tl.arange(0, N)
-    like = tl.load(q + dims[:, None], mask=(dims < D)[:, None] & in_r[None, :], other=0.0)
-    for t0 in tl.range(lo, hi, N, num_stages=1):
+    whole, at = tl.arange(0, DP), tl.arange(0, 16)
+    like = tl.load(q + whole[:, None], mask=(whole < D)[:, None] & in_r[None, :], other=0.0)
+    for t0 in tl.range(lo, hi, 16, num_stages=1):
         t = t0 + at
         order = (t - first + W) % W
         live = (t < hi) & (order < tail_n)
-        in_value = live[:, None] & in_v[None, :]
-        key = tl.load(tail_k + t[:, None] * D + dims[None, :], mask=live[:, None] & (dims < D)[None, :], other=0.0)
+        key = tl.load(tail_k + t[:, None] * D + whole[None, :], mask=live[:, None] & (whole < D)[None, :], other=0.0)
         seen = live[:, None] & (order[:, None] <= tail_n - T + own[None, :])
-        logits = tl.where(seen, _product(key, like, tl.zeros([N, M], tl.float32)) * scale, float("-inf"))
+        logits = tl.where(seen, _product(key, like, tl.zeros([16, M], tl.float32)) * scale, float("-inf"))
         top = tl.maximum(m, tl.max(logits, 0))
         p, alpha = tl.exp2(logits - top[None, :]), tl.exp2(m - top)
-        m, den, w = top, den * alpha + tl.sum(p, 0), p.to(like.dtype)
-        low = _product(tl.trans(tl.load(tail_v + t[:, None] * D + v_low[None, :], mask=in_value, other=0.0)), w, low * alpha[None, :])
-        if VALUE == 4:
-            high = _product(tl.trans(tl.load(tail_v + t[:, None] * D + v_high[None, :], mask=in_value, other=0.0)), w, high * alpha[None, :])
+        m, den = top, den * alpha + tl.sum(p, 0)
+        value = tl.load(tail_v + t[:, None] * D + dims[None, :], mask=live[:, None] & in_v[None, :], other=0.0)
+        acc = _product(tl.trans(value), p.to(like.dtype), acc * alpha[None, :])
 
     m = tl.where(den > 0, m, float("-inf"))
-    there = in_v[:, None] & in_r[None, :]
     if SPLIT:
         at_row = (seg * parts + c).to(tl.int64) * R + row
         tl.store(part_ml + at_row * 2, m, mask=in_r)
@@ -413,10 +492,8 @@ def _int_attention_kernel(q, keys, rows, key_scale, block_base, value_scale, n_p
         at_row = (seg.to(tl.int64) * n + j) * T + own
         total = tl.where(den > 0, den, 1.0)
         tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r)
-        low, high, to = low / total[None, :], high / total[None, :], out + at_row[None, :] * D
-    tl.store(to + v_low[:, None], low.to(to.dtype.element_ty), mask=there)
-    if VALUE == 4:
-        tl.store(to + v_high[:, None], high.to(to.dtype.element_ty), mask=there)
+        acc, to = acc / total[None, :], out + at_row[None, :] * D
+    tl.store(to + dims[:, None], acc.to(to.dtype.element_ty), mask=in_v[:, None] & in_r[None, :])
 
 
 @jit
@@ -451,7 +528,7 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
         tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453)
 
 
-INT_ROWS = 4  # rows of queries that _int_attention_kernel takes: what has been compared with float64 on a GPU
+INT_TOKENS, INT_STAGES, INT_REGISTERS, INT_WARPS = 64, 3, 0, 1
 _per_sm: dict[tuple, int] = {}  # programs of a compiled variant that a multiprocessor holds at a time
 
 
@@ -469,8 +546,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     Hkv = (packed.token_base if packed else tail.k).size(1)
     fits = D <= 256 and not (sums and packed and packed.n_groups > 32)
     if ints:
-        whole = sums is None and packed.k == packed.n_groups
-        fits = fits and reads_ints(ints.key_bits, ints.value_bits, D // packed.n_groups, whole, T * H // Hkv)
+        fits = fits and sums is None and reads_ints(ints.key_bits, ints.value_bits, D, packed.n_groups, packed.k == packed.n_groups)
     if not use_triton(impl, q) or not fits:
         return packed_attention_ref(q, packed, tail, sums)
     none = None if packed and tail else torch.zeros(B, Hkv, dtype=torch.int64, device=q.device)
@@ -485,12 +561,11 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile, P=P, M=M, N=N, DP=DP, ALIGN=D // S & -(D // S), STAGES=stages)
     limit = {}
     if ints:
-        N, M, width, blocks, warps = ints.block, INT_ROWS, D // S * ints.value_bits // 8, 1, 1 if narrow else 2
-        KU, VU = (min(4, b & -b) for b in (D * ints.key_bits // 8, width))
-        KP, VP = (max(4, 8 // u, triton.next_power_of_2(D * b // 8 // u)) for b, u in ((ints.key_bits, KU), (ints.value_bits, VU)))
-        shape = dict(D=D, S=S, M=M, N=min(16, N), KEY=ints.key_bits, VALUE=ints.value_bits, KU=KU, VU=VU, KP=KP, VP=VP, DP=DP, BLOCK=N,
-                     ASM=q.is_cuda and q.dtype == torch.bfloat16 and torch.version.hip is None)
-        limit = dict(maxnreg=128) if q.is_cuda and narrow else {}
+        N, M, blocks, warps = min(INT_TOKENS, ints.block), (4 if R <= 4 else 8 if R <= 8 else 16), -(-R // 16), INT_WARPS if narrow else 4
+        KP, VP = (max(w, triton.next_power_of_2(D * b // 32)) for w, b in ((4, ints.key_bits), (8, ints.value_bits)))
+        shape = dict(D=D, S=S, K=p.k, TILE=p.tile, M=M, N=N, KEY=ints.key_bits, VALUE=ints.value_bits, KP=KP, VP=VP, DP=DP, BLOCK=ints.block,
+                     ASM=q.is_cuda and narrow and torch.version.hip is None, STAGES=INT_STAGES)
+        N, limit = ints.block, dict(maxnreg=INT_REGISTERS) if q.is_cuda and narrow and INT_REGISTERS else {}
     variant = (q.dtype, p.bits.dtype, *shape.values())
     if not chunk:  # one piece per program, and all programs run at a time
         programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
@@ -508,8 +583,9 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     tail_and_out = (tail.k, tail.v, tail.first, tail.count), (out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where)
     if ints:
         compiled = _int_attention_kernel[(*grid, blocks)](
-            q, p.keys, p.rows, ints.key_scale, ints.block_base, ints.value_scale, p.n, p.token_base, *tail_and_out[0], *tail_and_out[1], n, T,
-            *q.stride()[:3], **shape, SPLIT=parts > 1, num_warps=warps, **limit)
+            q, p.keys, p.rows, p.bits, p.before, p.tile_rows, ints.key_scale, ints.block_base, ints.value_scale, p.n, p.token_base, p.row_base,
+            p.mask_base, p.tile_base, *tail_and_out[0], *tail_and_out[1], Hm, n, T, *q.stride()[:3], **shape, SPLIT=parts > 1, num_warps=warps,
+            **limit)
     else:
         select, want = sums or (tail.count, tail.count)
         compiled = _attention_kernel[(*grid, blocks)](
@@ -524,9 +600,10 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     return out, lse
 
 
-def reads_ints(key_bits: int, value_bits: int, group_dim: int, whole: bool, rows: int) -> bool:
-    """Whether _int_attention_kernel reads integers of these bits: 4 or 8, every group (of group_dim numbers) kept, few rows of queries."""
-    return whole and rows <= INT_ROWS and {key_bits, value_bits} <= {4, 8} and group_dim % 2 == 0
+def reads_ints(key_bits: int, value_bits: int, head_dim: int, n_groups: int, whole: bool) -> bool:
+    """Whether _int_attention_kernel reads integers of these bits, every group kept (whole) or not: 4 or 8 bits, rows that fill words."""
+    S = 1 if whole else n_groups
+    return {key_bits, value_bits} <= {4, 8} and S <= 16 and head_dim * key_bits % 32 == 0 and head_dim // S * value_bits % 32 == 0
 
 
 @cache

@@ -5,7 +5,7 @@
 * Values, routed: every group of a token has a level of 0 (dropped), 2, 4 or 8 bits. Coordinates are first divided by `gain`, their calibrated
   root mean square (transform coding), so one step per token and head serves all its groups: STEPS[level] times it, around zero.
 
-A number is (code - zero_code(b)) * step + middle, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j,
+A uniform number is (code - 2^(b-1)) * step + middle, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j,
 j + n b/8, j + 2 n b/8, ..., lowest bits first, so that unpacking is a shift and neighbours stay neighbours; 3 bits are a plane of 2 and
 a plane of 1. Steps and middles are float16 whatever is computed in, and codes are taken with the rounded ones.
 
@@ -66,29 +66,22 @@ def row_bytes(n: int, bits: int) -> int:
     return n * bits // 8
 
 
-def zero_code(bits: int) -> int:
-    """The code of the middle: that whose half bytes are 8 of 4 and 8 bits, so that kernels may take 8 from each half."""
-    return 136 if bits == 8 else 2 ** (bits - 1)
-
-
 def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """(step, middle) float16 for numbers between low and high (...): (..., 2)."""
     step = ((high - low) / torch.full_like(low, 2 ** bits - 1)).clamp(SMALLEST, 65504)  # by a tensor: a GPU multiplies by a number's inverse
-    middle = low + 2 ** (bits - 1) * step  # products with powers of 2: exact, so that fused and separate adds agree
-    if bits == 8:
-        middle = middle + 8 * step
+    middle = low + 2 ** (bits - 1) * step  # a product with a power of 2 is exact, so that fused and separate adds agree
     return torch.stack((step, middle.clamp(-65504, 65504)), -1).half()
 
 
 def to_codes(x: Tensor, step: Tensor, middle: Tensor, bits: int) -> Tensor:
     """Nearest codes, uint8 like x; step and middle broadcast to it."""
-    return ((x.float() - middle.float()) / step.float() + (zero_code(bits) + 0.5)).floor().clamp(0, 2 ** bits - 1).to(torch.uint8)
+    return ((x.float() - middle.float()) / step.float() + (2 ** (bits - 1) + 0.5)).floor().clamp(0, 2 ** bits - 1).to(torch.uint8)
 
 
 def from_codes(codes: Tensor, step: Tensor, middle: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Inverse of to_codes, computed in at least float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return ((codes.to(wide) - zero_code(bits)) * step.to(wide) + middle.to(wide)).to(dtype)
+    return ((codes.to(wide) - 2 ** (bits - 1)) * step.to(wide) + middle.to(wide)).to(dtype)
 
 
 # ----------------------------------------------------------------------------- keys

@@ -27,11 +27,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def uniform_by_hand(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Numbers x (n,) as they come back from `bits` bits that share one step and middle, number by number, steps rounded to float16."""
-    low, high, zero = x.float().min(), x.float().max(), 136 if bits == 8 else 1 << bits - 1
+    low, high, half = x.float().min(), x.float().max(), 1 << bits - 1
     step = ((high - low) / (2 ** bits - 1)).clamp_min(2.0 ** -24)  # in float32: one in thousands is rounded the other way from float64
-    step, middle = step.half().item(), (low + 2 ** (bits - 1) * step + (8 * step if bits == 8 else 0)).half().item()
-    codes = [min(max(round((float(v) - middle) / step + zero), 0), 2 ** bits - 1) for v in x]
-    return torch.tensor([(c - zero) * step + middle for c in codes], dtype=torch.float64)
+    step, middle = step.half().item(), (low + half * step).half().item()
+    codes = [min(max(round((float(v) - middle) / step + half), 0), 2 ** bits - 1) for v in x]
+    return torch.tensor([(c - half) * step + middle for c in codes], dtype=torch.float64)
 
 
 # ----------------------------------------------------------------------------- codes and bytes
@@ -282,7 +282,7 @@ def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, monkeypatch
         got = packed_attention(q, packed, tail, impl="triton", chunk=chunk)
         check(got[0], plain[0], want[0].cpu(), dtype)
         check(got[1], plain[1], want[1].cpu(), torch.float32)
-    assert bool(ran) == (K == 4 and n * T <= kernels.INT_ROWS)
+    assert ran
 
 
 # ----------------------------------------------------------------------------- decoding

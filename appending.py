@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import _popcount, jit, tl, triton, use_triton
+from kernel_base import jit, popcount, tl, triton, use_triton
 from stored import Packed, Tail
 
 
@@ -90,7 +90,7 @@ def _append_packed_kernel(k, v, scores, enc, keys, rows, bits, token_base, row_b
             tl.store(bits + mask_at + t, kept.to(bits.dtype.element_ty), mask=h < Hm)
             bit = tl.full([1, 1], 1, tl.uint64) << (dims // d)[None, :].to(tl.uint64)
             kept = kept.to(tl.uint64, bitcast=True)[:, None]
-            row = (row_at + t * K)[:, None] + _popcount(kept & (bit - 1))
+            row = (row_at + t * K)[:, None] + popcount(kept & (bit - 1))
             tl.store(rows + row * d + (dims % d)[None, :], _encoded(from_v, enc, h, in_h, D, ENCODE), mask=in_h[:, None] & ((kept & bit) != 0))
     tl.debug_barrier()  # what was packed has been read
     if held < keep + block - 1 or keep > 0:  # it has not been packed at once
@@ -162,7 +162,7 @@ def _quantise_block_kernel(keys, rows, bits, key_scale, value_scale, token_base,
     for p in tl.static_range(8 // VALUE):
         x = tl.load(tail_v + ring[:, None] * D + (g * (D // S) + p * width + (c % width)[None, :])).to(tl.float32)
         byte |= _codes(x, step.to(tl.float32)[:, None], middle.to(tl.float32)[:, None], VALUE) << (VALUE * p)
-    row = (tl.load(row_base + seg) + (packed + i) * K)[:, None] + _popcount(word & (bit - 1))
+    row = (tl.load(row_base + seg) + (packed + i) * K)[:, None] + popcount(word & (bit - 1))
     tl.store(rows + row * width + (c % width)[None, :], byte.to(tl.uint8), mask=has)
 
 

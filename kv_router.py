@@ -38,7 +38,7 @@ from appending import can_append
 from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
 from int_cache import IntPackedCache
-from kernels import packed_attention, reads_ints
+from kernels import packed_attention
 from layout import at_least_float32, top_k_mask
 from model import DensePath, attend, attention_mask, evaluating
 from packed_cache import PackedCache, compressed
@@ -295,8 +295,8 @@ class ValueGroupPath(nn.Module):
     def can_step(self) -> bool:
         """Whether `step` has kernels for this storage."""
         c = self.cfg
-        if c.ints and not (c.kv_tail and reads_ints(c.key_bits, c.value_bits, self.D // self.S, self.whole, self.rows)):
-            return False  # without a tail the newest token would be part of the block that is formed
+        if c.ints and not c.kv_tail:
+            return False  # the newest token would be part of the block that is formed
         return can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache, tail: None) -> Tensor:

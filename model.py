@@ -32,7 +32,8 @@ from torch import Tensor
 
 from appending import append_tail
 from config import ModelConfig
-from kernels import packed_attention, triton
+from kernel_base import triton
+from kernels import packed_attention
 from layout import at_least_float32
 from stored import Tail
 

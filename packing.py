@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import jit, tl, triton, use_triton
+from kernel_base import jit, tl, triton, use_triton
 from layout import long_cumsum, mask_dtype, mask_to_bits, tile_size
 
 SPAN, CHUNK = 8192, 512  # entries of a row that a program of take_within sees, and how many at a time

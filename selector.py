@@ -434,8 +434,8 @@ class SelectPath(ValueGroupPath):
         return self.attend_packed(q, cache.packed(), cache.whole())
 
     def can_step(self) -> bool:
-        """Whether `step` has kernels for this storage: integers have none here yet."""
-        return can_append(self.D) and (self.whole or self.folded) and not self.selector.stored.ints
+        """Whether `step` has kernels for this storage."""
+        return can_append(self.D) and (self.whole or self.folded)
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, tail: Tail) -> Tensor:
         """forward for one token per sequence, on the device alone: into the tail, whose count is one up already."""

@@ -14,7 +14,8 @@ import kv_router
 import packed_cache
 from appending import append_tail
 from config import KVConfig
-from kernels import packed_attention, triton
+from kernel_base import triton
+from kernels import packed_attention
 from layout import mask_to_bits, tile_size, top_k_mask
 from packed_cache import PackedCache, SelectedCache
 from stored import Packed, Sums, Tail, merged, packed_attention_ref

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import packing
-from kernels import triton, use_triton
+from kernel_base import triton, use_triton
 from layout import mask_dtype, tile_size
 from packed_cache import SelectedCache
 from packing import pack_values, pack_values_ref, select_joint, select_top_m, take_within, take_within_ref

@@ -11,7 +11,8 @@ import mixsga
 import quant
 from config import KVConfig, MixConfig
 from int_cache import IntFormat, IntPackedCache, IntSelectedCache
-from kernels import packed_attention, triton
+from kernel_base import triton
+from kernels import packed_attention
 from model import KVCache, generate
 from stored import Tail, packed_attention_ref
 
@@ -261,8 +262,8 @@ def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, monkeypatch
     them and more rows of queries go to the reference."""
     key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
     cfg = KVConfig(n_groups=4, topk_groups=K, key_bits=key_bits, value_bits=value_bits, key_block=16, kv_tail=3, kv_sinks=0)
-    ran, kernel = [], kernels._int_attention_kernel
-    monkeypatch.setattr(kernels, "_int_attention_kernel", type("Spy", (), {"__getitem__": lambda self, grid: ran.append(grid) or kernel[grid]})())
+    ran, kernel = [], kernels.int_attention_kernel
+    monkeypatch.setattr(kernels, "int_attention_kernel", type("Spy", (), {"__getitem__": lambda self, grid: ran.append(grid) or kernel[grid]})())
     k, v = normal(2, 2, 3, 70, D).to(DEVICE, dtype)
     cache = IntPackedCache(2, 70, 3, D, cfg, K, k)
     cache.columns = 70

@@ -14,7 +14,7 @@ import model as trunk
 import packed_cache
 import selector
 from config import AdapterConfig, KVConfig, SelectConfig
-from kernels import triton
+from kernel_base import triton
 from model import KVCache, Steps, generate, prefill
 from packed_cache import SelectedCache
 

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kv_router
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
-from int_cache import IntPackedCache
+from int_cache import IntFormat, IntPackedCache, IntSelectedCache
 from kernels import packed_attention
 from layout import top_k_mask
 from measure_config import BenchConfig
@@ -35,6 +35,7 @@ from reconstruct import spread
 from stored import Packed, Tail, packed_attention_ref
 
 TAIL = 16  # whole tokens after the context
+BLOCK = 64  # tokens whose keys share steps
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
             "math": SDPBackend.MATH}
 
@@ -49,15 +50,14 @@ class Case:
             KVConfig(n_groups=self.S, topk_groups=1, key_bits=self.bits, value_bits=self.bits)
         except ValueError as e:
             raise ValueError(f"cases={text!r}: {e}; give S:share of groups:share of tokens:bits, for example 16:0.5:0.25 or 4:1:1:4") from None
-        check(self.bits == 16 or self.value == self.token == 1, f"cases={text!r}", "kernels read integers of whole tokens", "give S:1:1:bits")
         check(head_dim % self.S == 0, f"cases={text!r} with head_dim={head_dim}", "S must divide D", "choose another S")
         check(0 < self.value <= 1 and 0 < self.token <= 1, f"cases={text!r}", "shares lie in (0, 1]", "give for example 16:0.5:0.25")
 
     def forms(self) -> list[bool]:
         """Of the two ways to store it, fixed K (True) and a counted number of groups per token, those that it allows."""
-        if self.bits < 16:
-            return [True]
-        return [True, False] if self.token == 1 and (self.value * self.S).is_integer() else [False]
+        if self.token < 1 or not (self.value * self.S).is_integer():
+            return [False]
+        return [True, False] if self.value < 1 or self.bits == 16 else [True]  # all groups of a token need not be counted
 
     def name(self, fixed: bool) -> str:
         groups = f"K={round(self.value * self.S)}" if fixed else f"rho={self.value:g}"
@@ -71,7 +71,7 @@ class Case:
         if fixed:
             K = round(self.value * self.S)
             mask = torch.cat([top_k_mask(n, K) for n in norms.split(1)])
-            cfg = KVConfig(n_groups=self.S, topk_groups=K, kv_tail=TAIL, key_bits=self.bits, value_bits=self.bits, kv_sinks=0)
+            cfg = KVConfig(n_groups=self.S, topk_groups=K, kv_tail=TAIL, key_bits=self.bits, value_bits=self.bits, key_block=BLOCK, kv_sinks=0)
             cache = (IntPackedCache if cfg.ints else PackedCache)(B, N, Hkv, D, cfg, K, k)
             groups = F.pad(mask, (0, 0, 0, TAIL), value=True)
             for a in range(0, N, 4096):
@@ -84,7 +84,8 @@ class Case:
         keep = select_top_m(norms.sum(-1), per_head) if kept < C else torch.ones_like(norms[..., 0], dtype=torch.bool)
         pairs = norms.masked_fill_(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
         mask = select_top_m(pairs, per_head * 0 + count_kept(self.value, self.S * kept)).view(norms.shape)
-        cache = SelectedCache(B, N, Hkv, D, self.S, Hkv, k)
+        cache = (SelectedCache(B, N, Hkv, D, self.S, Hkv, k) if self.bits == 16 else
+                 IntSelectedCache(B, N, Hkv, D, self.S, Hkv, k, IntFormat(self.bits, self.bits, BLOCK)))
         cache.pack(k[:, :, :C], v[:, :, :C], keep, mask, torch.ones(B, C, dtype=torch.bool, device=k.device))
         cache.append(k[:, :, C:], v[:, :, C:], pad)
         return cache, mask

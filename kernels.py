@@ -55,6 +55,7 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_b
     if KEY < 16:
         key_scale += tl.load(block_base + seg) * 2 * D
         value_scale += token_at * (2 if VALUE > 0 else 1)
+    if VALUE == 0:
         gain += h * D
     mask_at = tl.load(mask_base + mseg)
     bits += mask_at

@@ -4,6 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import TINY, error_line, grouped_model, tiny_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kernels
 import kv_router
@@ -238,52 +240,135 @@ def check(got, plain, want, dtype) -> None:
     assert error <= allowed, (error, allowed)
 
 
+@pytest.fixture
+def ran(monkeypatch) -> list[str]:
+    """Names of the attention kernels that have been launched, in order."""
+    names: list[str] = []
+    for name in ("int_attention_kernel", "_attention_kernel"):
+        kernel = getattr(kernels, name)
+        spy = type("Spy", (), {"__getitem__": lambda self, grid, kernel=kernel, name=name: names.append(name) or kernel[grid]})()
+        monkeypatch.setattr(kernels, name, spy)
+    return names
+
+
+def expected(q: torch.Tensor, packed, tail) -> tuple:
+    """What the reference gives in float64, and in the dtype of q."""
+    wide = tail and Tail(tail.k.double(), tail.v.double(), *tail[2:])
+    return packed_attention_ref(q.double(), packed, wide), packed_attention_ref(q, packed, tail)
+
+
+def compare(cache, q: torch.Tensor, chunk: int, part: str = "both") -> None:
+    """packed_attention by kernel over a cache, or over one part of it, against the reference in float64."""
+    packed, tail = None if part == "tail" else cache.packed(), None if part == "packed" else cache.whole()
+    (want, plain), got = expected(q, packed, tail), packed_attention(q, packed, tail, impl="triton", chunk=chunk)
+    for i in (0, 1):
+        check(got[i], plain[i], want[i].cpu(), q.dtype if i == 0 else torch.float32)
+
+
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kb", "vb", "Hm", "D", "S", "n", "T", "chunk"), [
-    (4, 4, 3, 32, 4, 2, 1, 0), (8, 4, 1, 64, 8, 3, 3, 64), (3, 2, 3, 48, 2, 1, 2, 32), (4, 0, 1, 32, 4, 4, 1, 32)])
-def test_integers_without_a_kernel_go_to_the_reference(kb, vb, Hm, D, S, n, T, chunk, dtype):
-    """Counted rows, other bits and levels: what packed_attention gives is the reference's, near what it gives in float64."""
-    cache = context(kb, vb, Hm, D=D, S=S, dtype=dtype)[0]
-    q = (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype)
-    packed, tail = cache.packed(), cache.whole()
-    want = packed_attention_ref(q.double(), packed, Tail(tail.k.double(), tail.v.double(), *tail[2:]))
-    plain, got = packed_attention_ref(q, packed, tail), packed_attention(q, packed, tail, impl="triton", chunk=chunk)
-    for i in (0, 1):
-        check(got[i], plain[i], want[i].cpu(), dtype if i == 0 else torch.float32)
+@pytest.mark.parametrize(("kb", "vb", "Hm", "D", "S", "n", "T", "chunk", "kernel"), [
+    (4, 4, 3, 32, 4, 2, 1, 0, "words"), (8, 4, 1, 64, 8, 3, 3, 64, "words"), (4, 8, 3, 128, 16, 4, 1, 32, "words"),
+    (4, 4, 3, 80, 2, 1, 2, 32, "words"),
+    (4, 4, 1, 32, 8, 2, 1, 0, "bytes"), (3, 2, 3, 48, 2, 1, 2, 32, "bytes"), (2, 3, 1, 32, 4, 8, 3, 0, "bytes"), (8, 8, 3, 40, 2, 1, 1, 32, "words"),
+    (4, 0, 1, 32, 4, 4, 1, 32, "bytes"), (3, 0, 3, 64, 8, 2, 2, 0, "bytes"), (4, 0, 3, 64, 16, 1, 1, 64, "bytes")])
+def test_attention_reads_a_context_of_integers(kb, vb, Hm, D, S, n, T, chunk, kernel, dtype, ran):
+    """Counted rows, masks shared or not, any bits and levels, more rows of queries than a product takes, one piece and several: in words
+    where rows fill words, else byte by byte."""
+    compare(context(kb, vb, Hm, D=D, S=S, dtype=dtype)[0], (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype), chunk)
+    assert ran and set(ran) == {"int_attention_kernel" if kernel == "words" else "_attention_kernel"}
+
+
+@st.composite
+def contexts(draw):
+    """A context of integers of any bits, and what asks it: odd sizes, groups, heads, blocks, pieces, lengths from none to several blocks."""
+    kb, vb = draw(st.sampled_from([8, 4, 4, 3, 2])), draw(st.sampled_from([8, 4, 4, 3, 2, 0]))
+    D = draw(st.sampled_from([16, 24, 32, 40, 48, 64, 80, 128]))
+    rows = {8: 1, 4: 2, 3: 8, 2: 4, 0: 4}[vb]  # numbers that fill bytes
+    S = draw(st.sampled_from([s for s in (1, 2, 4, 8, 16) if D % s == 0 and D // s % rows == 0]))
+    Hkv = draw(st.integers(1, 3))
+    cache = context(kb, vb, draw(st.sampled_from([1, Hkv])), B=draw(st.integers(1, 2)), Hkv=Hkv, D=D, S=S,
+                    C=draw(st.sampled_from([1, 17, 64, 75, 150])), block=draw(st.sampled_from([16, 32, 64])),
+                    dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 10 ** 6)))[0]
+    n, T = draw(st.sampled_from([1, 2, 3, 4, 8])), draw(st.sampled_from([1, 1, 2, 5]))
+    q = (2 * normal(cache.B, Hkv * n, T, D, seed=draw(st.integers(0, 99)))).to(DEVICE, cache.tail_k.dtype)
+    return cache, q, draw(st.sampled_from([0, 16, 64])), draw(st.sampled_from(["both", "both", "packed", "tail"]))
+
+
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+@settings(deadline=None, derandomize=True, max_examples=60 if torch.cuda.is_available() else 25)
+@given(case=contexts())
+def test_attention_over_integers_of_any_shape(case):
+    """Any shape: within the error of the plain version."""
+    compare(*case)
+
+
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+@pytest.mark.parametrize("change", ["code", "step", "middle", "mask", "key block", "value row"])
+@pytest.mark.parametrize("vb", [4, 2, 0])
+def test_the_comparison_notices(change, vb):
+    """One code of a key, one step or middle of a value, one bit of a mask, one base off by one: the comparison fails, in words and in bytes."""
+    if change == "middle" and vb == 0:
+        pytest.skip("levels have no middle")
+    cache, q = context(4, vb, 3, D=64)[0], (2 * normal(2, 6, 1, 64, seed=5)).to(DEVICE)
+    p, tail = cache.packed(), cache.whole()
+    (want, plain), ints = expected(q, p, tail), p.ints
+    k = p.unpack(torch.float64)[0][0, 0, :int(p.n[0, 0])]
+    token = int(p.token_base[0, 0] + (k @ q[0, 0, 0].double()).argmax())  # that the first query attends to most
+    if change == "code":
+        p.keys[token] ^= 0x77
+    elif change == "step":
+        ints.value_scale[token, 0] *= 1.5
+    elif change == "middle":
+        ints.value_scale[token, 1] += 0.5
+    elif change == "mask":
+        p.bits[token] ^= 1
+    else:
+        {"key block": ints.block_base, "value row": p.row_base}[change][0, 0] += 1
+    got = packed_attention(q, p, tail, impl="triton", chunk=32)[0]
+    with pytest.raises(AssertionError):
+        check(got, plain[0], want[0].cpu(), torch.float32)
 
 
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("K", "bits", "D", "n", "T"), [(4, 4, 32, 2, 2), (4, 4, 128, 4, 1), (2, 4, 64, 2, 2), (4, 8, 24, 1, 3), (1, 8, 32, 2, 2),
-                                                        (4, (8, 4), 64, 3, 1), (4, (4, 8), 48, 2, 1), (4, 4, 32, 3, 2)])
-def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, monkeypatch):
-    """The kernel over 4 and 8 bits of every group, one piece and several, tail and padding included, against the reference in float64; K of
-    them and more rows of queries go to the reference."""
+                                                        (4, (8, 4), 64, 3, 1), (4, (4, 8), 48, 2, 1), (4, 4, 32, 5, 2), (3, 2, 32, 3, 1)])
+def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, ran):
+    """Whole blocks, K groups of every token, one piece and several, tail and padding included, against the reference in float64."""
     key_bits, value_bits = bits if isinstance(bits, tuple) else (bits, bits)
     cfg = KVConfig(n_groups=4, topk_groups=K, key_bits=key_bits, value_bits=value_bits, key_block=16, kv_tail=3, kv_sinks=0)
-    ran, kernel = [], kernels.int_attention_kernel
-    monkeypatch.setattr(kernels, "int_attention_kernel", type("Spy", (), {"__getitem__": lambda self, grid: ran.append(grid) or kernel[grid]})())
     k, v = normal(2, 2, 3, 70, D).to(DEVICE, dtype)
     cache = IntPackedCache(2, 70, 3, D, cfg, K, k)
     cache.columns = 70
     mask = kv_router.top_k_mask(kv_router.group_energy(v, 4, 3), K)
     cache.append(k, v, mask, torch.tensor([0, 9], device=DEVICE))
     q = (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype)
-    packed, tail = cache.packed(), cache.whole()
     assert cache.n_packed.tolist() == [64, 48] and cache.n_tail.tolist() == [6, 13]
-    held = packed.unpack(torch.float64)[0].cpu()
+    held = cache.packed().unpack(torch.float64)[0].cpu()
     for b, first, n_blocks in ((0, 0, 4), (1, 9, 3)):  # rows of different lengths, several blocks at once
         for j in range(n_blocks):
             mine = k[b, 1, first + 16 * j:first + 16 * j + 16, 5].cpu()
             torch.testing.assert_close(held[b, 1, 16 * j:16 * j + 16, 5], uniform_by_hand(mine, key_bits), rtol=1e-6, atol=1e-6)
-    want = packed_attention_ref(q.double(), packed, Tail(tail.k.double(), tail.v.double(), *tail[2:]))
-    plain = packed_attention_ref(q, packed, tail)
     for chunk in (0, 32):
-        got = packed_attention(q, packed, tail, impl="triton", chunk=chunk)
-        check(got[0], plain[0], want[0].cpu(), dtype)
-        check(got[1], plain[1], want[1].cpu(), torch.float32)
-    assert ran
+        compare(cache, q, chunk)
+    assert set(ran) == {"int_attention_kernel" if key_bits > 3 else "_attention_kernel"}
+
+
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+@pytest.mark.parametrize("vb", [4, 0])
+def test_ragged_contexts_of_integers_are_cut_end_to_end(vb, monkeypatch):
+    """One head with all tokens, others with few: the grid has no programs for pieces that are not there, and the result is the reference's."""
+    cache, g = IntSelectedCache(1, 400, 4, 32, 4, 4, torch.zeros(0, device=DEVICE), IntFormat(4, vb, 16, torch.ones(4, 32, device=DEVICE))), []
+    keep = torch.arange(380) < torch.tensor([380, 5, 40, 3]).view(1, 4, 1)
+    mask = torch.full((1, 4, 380, 4), 2, dtype=torch.uint8) if vb == 0 else torch.ones(1, 4, 380, 4, dtype=torch.bool)
+    cache.pack(*(t.to(DEVICE) for t in (*normal(2, 1, 4, 380, 32), keep, mask, torch.ones(1, 380, dtype=torch.bool))))
+    cache.append(*normal(2, 1, 4, 4, 32, seed=3).to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    name = "int_attention_kernel" if vb else "_attention_kernel"
+    kernel = getattr(kernels, name)
+    monkeypatch.setattr(kernels, name, type("Spy", (), {"__getitem__": lambda self, grid: g.append(grid) or kernel[grid]})())
+    compare(cache, (2 * normal(1, 8, 1, 32, seed=5)).to(DEVICE), 64)
+    assert g[0][1] == 1 and g[0][0] < 4 * 7
 
 
 # ----------------------------------------------------------------------------- decoding

@@ -37,18 +37,23 @@ STORED = {
     "some layers": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"),
     "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
     "int4": dict(value_router="norm", mask_scope="head", topk_groups=4, prefill="exact", kv_tail=2, key_bits=4, value_bits=4, key_block=16),
+    "int4, half": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=2, key_bits=4, value_bits=4, key_block=16),
+    "int2": dict(value_router="norm", topk_groups=4, prefill="exact", kv_tail=2, key_bits=2, value_bits=2, key_block=16),
     "int8 and int4, whole": dict(value_router="norm", topk_groups=4, prefill="exact", kv_tail=1, key_bits=8, value_bits=4, key_block=16),
     "MoE-LoRA": None,
 }
-INTERPRETED = ("dense", "MoE-LoRA", "norm", "blocks", "linear", "pairwise", "trained maps", "select", "int4")  # what the slow interpreter runs, too
-SELECTED = {"select": dict(mask_scope="head"), "select, one mask": dict(mask_scope="shared")}
+INTERPRETED = ("dense", "MoE-LoRA", "norm", "blocks", "linear", "pairwise", "trained maps", "select", "int4", "select, levels")  # the slow way, too
+SELECTED = {"select": dict(mask_scope="head"), "select, one mask": dict(mask_scope="shared"),
+            "select, int4": dict(mask_scope="head", key_bits=4, value_bits=4, key_block=16),
+            "select, levels": dict(mask_scope="head", key_block=16)}
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A small folded model that stores as STORED or SELECTED say."""
     if name in SELECTED:
         kv = KVConfig(kv="select", n_groups=4, kv_tail=5, **SELECTED[name])
-        cfg = SelectConfig(kv_keep=0.5, relevance="future", readers=20, past=16)
+        budget = dict(kv_bytes=0.3) if "levels" in name else dict(kv_keep=0.5)
+        cfg = SelectConfig(**budget, relevance="future", readers=20, past=16)
         return kv_router.fold(selector.attach(tiny_model(dtype=dtype), kv, cfg, [tokens(2, 70, seed=1)])).to(DEVICE)
     setting = STORED[name]
     model = tiny_model(dtype=dtype) if setting is None else grouped_model(dtype=dtype, **setting)

@@ -14,82 +14,65 @@ from quant import LEVELS, STEPS, centre
 # ----------------------------------------------------------------------------- byte by byte
 
 @jit
-def _plane(p, there, n: tl.constexpr, BITS: tl.constexpr):
-    """Codes (rows, n) of BITS bits that lie in n BITS / 8 bytes from p (rows,) on, uint32; 0 where not there."""
-    width: tl.constexpr = n * BITS // 8
-    if width & (width - 1) == 0:  # each byte is loaded once
-        x = tl.load(p[:, None] + tl.arange(0, width)[None, :], mask=there[:, None], other=0).to(tl.uint32)
-        x = x[:, None, :] >> (tl.arange(0, 8 // BITS) * BITS).to(tl.uint32)[None, :, None] & ((1 << BITS) - 1)
-        return tl.reshape(x, [p.shape[0], n])
-    else:  # once for each of its codes, since shapes are powers of 2
-        N: tl.constexpr = triton.next_power_of_2(n)
-        i = tl.arange(0, N)
-        x = tl.load(p[:, None] + (i % width)[None, :], mask=there[:, None] & (i < n)[None, :], other=0).to(tl.uint32)
-        return x >> (i // width * BITS).to(tl.uint32)[None, :] & ((1 << BITS) - 1)
-
-
-@jit
-def _codes(p, there, n: tl.constexpr, BITS: tl.constexpr):
-    """Codes (rows, n rounded up to a power of 2) of quant.pack_bits, float32."""
+def _codes(p, i, there, n: tl.constexpr, BITS: tl.constexpr):
+    """Codes i of the n in bytes p (pointers and indices, broadcast), int32, 0 where not there: see quant.pack_bits."""
     if BITS == 3:
-        return (_plane(p, there, n, 2) | _plane(p + n // 4, there, n, 1) << 2).to(tl.float32)
+        low = tl.load(p + i % (n // 4), mask=there, other=0).to(tl.int32) >> (i // (n // 4) * 2) & 3
+        return low | (tl.load(p + n // 4 + i % (n // 8), mask=there, other=0).to(tl.int32) >> (i // (n // 8)) & 1) << 2
     else:
-        return _plane(p, there, n, BITS).to(tl.float32)
+        width: tl.constexpr = n * BITS // 8
+        return tl.load(p + i % width, mask=there, other=0).to(tl.int32) >> (i // width * BITS) & ((1 << BITS) - 1)
 
 
 @jit
-def int_keys(keys, key_scale, t0, t, dims, live, like, D: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys (tokens, dims) of KEY bits of a segment's tokens t, t0 and on, all of one block, as quant.dequantise_keys."""
-    scale = key_scale + t0 // BLOCK * (2 * D) + dims
-    step, middle = tl.load(scale, mask=dims < D, other=0.0).to(tl.float32), tl.load(scale + D, mask=dims < D, other=0.0).to(tl.float32)
-    code = _codes(keys + t * (D * KEY // 8), live, D, KEY)
-    return tl.where(live[:, None], (code - (1 << (KEY - 1))) * step[None, :] + middle[None, :], 0.0).to(like.dtype)
+def int_keys(keys, key_scale, t, dims, there, like, D: tl.constexpr, KEY: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys (tokens, dims) of KEY bits of a segment's tokens t, as quant.dequantise_keys."""
+    code = _codes(keys + t[:, None] * (D * KEY // 8), dims[None, :], there, D, KEY)
+    scale = key_scale + (t // BLOCK * (2 * D))[:, None] + dims[None, :]
+    step, middle = tl.load(scale, mask=there, other=0.0).to(tl.float32), tl.load(scale + D, mask=there, other=0.0).to(tl.float32)
+    return ((code - (1 << (KEY - 1))).to(tl.float32) * step + middle).to(like.dtype)
 
 
 @jit
-def _per_row(x, S: tl.constexpr):
-    """Of each token (tokens,) -> of each of its S rows (tokens S, 1)."""
-    return tl.reshape(tl.broadcast_to(x.to(tl.float32)[:, None], [x.shape[0], S]), [x.shape[0] * S])[:, None]
-
-
-@jit
-def _in_groups(x, S: tl.constexpr, like):
-    """Rows (tokens S, d) as (tokens, S d) like `like`."""
-    return tl.reshape(x, [x.shape[0] // S, S * x.shape[1]]).to(like.dtype)
-
-
-@jit
-def int_values(rows, value_scale, t, word, offset, live, like, D: tl.constexpr, S: tl.constexpr, VALUE: tl.constexpr):
-    """Values (tokens, S d, d rounded up to a power of 2) of VALUE bits of tokens t with masks `word`, rows before them `offset`, as
-    quant.dequantise_values; 0 where dropped."""
+def int_values(rows, value_scale, t, word, offset, dims, live, like, D: tl.constexpr, S: tl.constexpr, VALUE: tl.constexpr):
+    """Values (tokens, dims) of VALUE bits of tokens t with masks `word`, rows before them `offset`, as quant.dequantise_values; 0 where dropped."""
     d: tl.constexpr = D // S
-    n: tl.constexpr = t.shape[0] * S
-    one, g = tl.full([1, 1], 1, word.dtype), tl.arange(0, S)[None, :].to(word.dtype)
-    has = tl.reshape((word[:, None] >> g & one) != 0, [n])
-    row = tl.reshape(offset[:, None] + popcount(word[:, None] & ((one << g) - one)), [n])
+    one, g = tl.full([1, 1], 1, word.dtype), (dims // d)[None, :].to(word.dtype)
+    has = ((word[:, None] >> g & one) != 0) & (dims < D)[None, :]
+    row = offset[:, None] + popcount(word[:, None] & ((one << g) - one))
+    code = _codes(rows + row * (d * VALUE // 8), (dims % d)[None, :], has, d, VALUE)
     step, middle = tl.load(value_scale + t * 2, mask=live, other=0.0), tl.load(value_scale + t * 2 + 1, mask=live, other=0.0)
-    value = (_codes(rows + row * (d * VALUE // 8), has, d, VALUE) - (1 << (VALUE - 1))) * _per_row(step, S) + _per_row(middle, S)
-    return _in_groups(tl.where(has[:, None], value, 0.0), S, like)
+    value = (code - (1 << (VALUE - 1))).to(tl.float32) * step.to(tl.float32)[:, None] + middle.to(tl.float32)[:, None]
+    return tl.where(has, value, 0.0).to(like.dtype)
 
 
+BITS_1, BITS_2, BITS_3 = (tl.constexpr(b) if triton else b for b in LEVELS[1:])
 STEP_1, STEP_2, STEP_3 = (tl.constexpr(s) if triton else s for s in STEPS[1:])
-assert LEVELS == (0, 2, 4, 8) and [centre(i) for i in (1, 2, 3)] == [1.5, 8, 128], "level_values has these numbers, too"
+CENTRE_1, CENTRE_2, CENTRE_3 = (tl.constexpr(centre(i)) if triton else 0.0 for i in (1, 2, 3))
 
 
 @jit
-def level_values(rows, value_scale, gain, t, word, offset, live, like, D: tl.constexpr, S: tl.constexpr):
-    """int_values where every group has its level, as quant.dequantise_levels: `word` holds 2 S bits, `offset` counts units; gain (S d,)."""
+def _of_level(level, a, b, c):
+    """a, b or c where the level is 1, 2 or 3."""
+    return tl.where(level == 1, a, tl.where(level == 2, b, c))
+
+
+@jit
+def level_values(rows, value_scale, gain, t, word, offset, dims, live, like, D: tl.constexpr, S: tl.constexpr):
+    """int_values where every group has its level, as quant.dequantise_levels: `word` holds 2 S bits, `offset` counts units."""
     d: tl.constexpr = D // S
-    n: tl.constexpr = t.shape[0] * S
-    one, g = tl.full([1, 1], 1, word.dtype), tl.arange(0, S)[None, :].to(word.dtype)
+    one, g = tl.full([1, 1], 1, word.dtype), (dims // d)[None, :].to(word.dtype)
     low, high, below = word[:, None], word[:, None] >> S, (one << g) - one
+    level = (low >> g & one).to(tl.int32) + 2 * (high >> g & one).to(tl.int32)
+    has, i = (level > 0) & (dims < D)[None, :], (dims % d)[None, :]
     unit = offset[:, None] + popcount(low & below) + 2 * popcount(high & below) + popcount(low & high & below)
-    level = tl.reshape((low >> g & one).to(tl.int32) + 2 * (high >> g & one).to(tl.int32), [n])
-    p, step = rows + tl.reshape(unit, [n]) * (d // 4), tl.load(value_scale + t, mask=live, other=0.0)
-    value = tl.where((level == 1)[:, None], (_codes(p, level == 1, d, 2) - 1.5) * STEP_1, 0.0)
-    value += tl.where((level == 2)[:, None], (_codes(p, level == 2, d, 4) - 8.0) * STEP_2, 0.0)
-    value += tl.where((level == 3)[:, None], (_codes(p, level == 3, d, 8) - 128.0) * STEP_3, 0.0)
-    return (_in_groups(value * _per_row(step, S), S, gain) * gain[None, :]).to(like.dtype)
+    bits = _of_level(level, BITS_1, BITS_2, BITS_3)
+    width = d * bits // 8
+    byte = tl.load(rows + unit * (d // 4) + i % width, mask=has, other=0).to(tl.int32)
+    code = (byte >> (i // width * bits) & ((1 << bits) - 1)).to(tl.float32)
+    step = tl.load(value_scale + t, mask=live, other=0.0).to(tl.float32)[:, None] * _of_level(level, STEP_1, STEP_2, STEP_3)
+    value = (code - _of_level(level, CENTRE_1, CENTRE_2, CENTRE_3)) * step * tl.load(gain + dims, mask=dims < D, other=0.0)[None, :]
+    return tl.where(has, value, 0.0).to(like.dtype)
 
 
 # ----------------------------------------------------------------------------- word by word

@@ -55,6 +55,8 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_b
     if KEY < 16:
         key_scale += tl.load(block_base + seg) * 2 * D
         value_scale += token_at * (2 if VALUE > 0 else 1)
+    if VALUE == 0:
+        gain += h * D
     mask_at = tl.load(mask_base + mseg)
     bits += mask_at
     if K == 0:
@@ -67,12 +69,8 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_b
     own, j, which = row // n % T, row % n, row // (T * n)  # query, head of the group, sum
     dims, at, d = tl.arange(0, DP), tl.arange(0, N), D // S
     in_d, in_r = dims < D, row < R
-    v_dims, in_v = dims, in_d  # of values: groups of integers begin at powers of 2
-    if KEY < 16:
-        v_dims, in_v = dims // (DP // S) * d + dims % (DP // S), dims % (DP // S) < d
-    if VALUE == 0:
-        gain = tl.load(gain + h * D + v_dims, mask=in_v, other=0.0)
-    x = tl.load(q + b * q_b + (h * n + j)[:, None] * q_h + own[:, None] * q_t + dims[None, :], mask=in_r[:, None] & in_d[None, :], other=0.0)
+    asked = in_r[:, None] & in_d[None, :]
+    x = tl.load(q + b * q_b + (h * n + j)[:, None] * q_h + own[:, None] * q_t + dims[None, :], mask=asked, other=0.0)
     m, den = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     acc, none = tl.zeros([M, DP], tl.float32), tl.zeros([M, N], tl.float32)
     if P > 1:
@@ -88,10 +86,11 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_b
         if K > 0:
             offset = t * K
         word = as_word(mask, S if VALUE > 0 else 2 * S)
+        there = live[:, None] & in_d[None, :]
         if KEY == 16:
-            key = tl.load(keys + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0, eviction_policy="evict_first")
+            key = tl.load(keys + t[:, None] * D + dims[None, :], mask=there, other=0.0, eviction_policy="evict_first")
         else:
-            key = int_keys(keys, key_scale, t0, t, dims, live, x, D, KEY, BLOCK)
+            key = int_keys(keys, key_scale, t, dims, there, x, D, KEY, BLOCK)
         logits = tl.where(live[None, :], product(x, tl.trans(key), none) * scale, float("-inf"))
         if KEY == 16:
             one, g = tl.full([1, 1], 1, word.dtype), group[None, :].to(word.dtype)
@@ -102,9 +101,9 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_b
                 has = tl.max_constancy(has, [1, ALIGN])
             value = tl.load(rows + place, mask=has if DP == D else has & in_d[None, :], other=0.0, eviction_policy="evict_first")
         elif VALUE > 0:
-            value = int_values(rows, value_scale, t, word, offset, live, x, D, S, VALUE)
+            value = int_values(rows, value_scale, t, word, offset, dims, live, x, D, S, VALUE)
         else:
-            value = level_values(rows, value_scale, gain, t, word, offset, live, x, D, S)
+            value = level_values(rows, value_scale, gain, t, word, offset, dims, live, x, D, S)
         mask, offset = where_rows(bits, before, tile_rows, t + N, hi, K, TILE)  # of the next block, while this one's values come
         take = live[None, :]
         if P > 1:
@@ -119,21 +118,20 @@ def _attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_b
         order = (t - first + W) % W
         live = (t < hi) & (order < tail_n)
         key = tl.load(tail_k + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
-        value = tl.load(tail_v + t[:, None] * D + v_dims[None, :], mask=live[:, None] & in_v[None, :], other=0.0)
+        value = tl.load(tail_v + t[:, None] * D + dims[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
         seen = live[None, :] & (order[None, :] <= tail_n - T + own[:, None])
         logits = tl.where(seen, product(x, tl.trans(key), none) * scale, float("-inf"))
         m, den, acc = _softmax_step(logits, value, m, den, acc, (which == 0)[:, None], P)
 
     if SPLIT:
         at_row = (tl.program_id(0) if SEGS > 0 else seg * parts + c).to(tl.int64) * R + row
-        tl.store(part + at_row[:, None] * D + v_dims[None, :], acc, mask=in_r[:, None] & in_v[None, :])
+        tl.store(part + at_row[:, None] * D + dims[None, :], acc, mask=asked)
         tl.store(part_ml + at_row * 2, m, mask=in_r)
         tl.store(part_ml + at_row * 2 + 1, den, mask=in_r)
     else:
         at_row = (seg.to(tl.int64) * n + j) * T + own
         total = tl.where(den > 0, den, 1.0)
-        to = out + (at_row * P + which)[:, None] * D + v_dims[None, :]
-        tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=in_r[:, None] & in_v[None, :])
+        tl.store(out + (at_row * P + which)[:, None] * D + dims[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=asked)
         tl.store(lse + at_row, (m + tl.log2(total)) * 0.6931471805599453, mask=in_r & (which == 0))
 
 
@@ -180,12 +178,12 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
 
     out (B, H, T, D) like q; with `sums` (B, H, T, P, D), softmax weights times values summed over what each sum takes, dropped groups
     zero; lse (B, H, T) float32 (float64 of float64): log of the sum of exp(q . k / sqrt(D)), -inf (and out 0) where there is nothing to
-    read. chunk: tokens to a program, 0: such that all programs run at a time. The kernels take D up to 256, of integers
-    from 16 on, and with sums S up to 32; all else, and float64, goes to the reference."""
+    read. chunk: tokens to a program, 0: such that all programs run at a time. The kernels take D up to 256 and, with sums, S up to 32; what is
+    larger, and float64, goes to the reference."""
     B, H, T, D = q.shape
     ints = packed.ints if packed else None
     Hkv = (packed.token_base if packed else tail.k).size(1)
-    fits = D <= 256 and not (sums and packed and packed.n_groups > 32) and not (ints and D < 16)
+    fits = D <= 256 and not (sums and packed and packed.n_groups > 32)
     if not use_triton(impl, q) or not fits:
         return packed_attention_ref(q, packed, tail, sums)
     none = None if packed and tail else torch.zeros(B, Hkv, dtype=torch.int64, device=q.device)
@@ -206,7 +204,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
         shape.update(KP=KP, VP=VP, ASM=q.is_cuda and narrow and torch.version.hip is None)
     else:
         if ints:
-            N, warps, stages = min(32, ints.block) if narrow else 16, 4, 1  # all tokens of one block
+            N, warps, stages = 32 if narrow else 16, 4, 1
         shape.update(P=P, ALIGN=D // S & -(D // S))
     if ints:
         shape.update(KEY=ints.key_bits, VALUE=ints.value_bits, BLOCK=ints.block)

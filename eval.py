@@ -176,7 +176,7 @@ def choices(model: Transformer, task: Task, variants: list[SelectConfig], dense_
         s.set(variant)
         rows.append(row(model, task, dense_value=dense_value, **about))
         dense_value = rows[0]["value"] if dense_value is None else dense_value
-    s.set(before)
+    s.cfg = before  # as it was, whatever bits values have here
     return rows
 
 
@@ -327,10 +327,10 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         if not trained:
             attach_storage(selector.detach(model), setting, tried[0] if selects else select, calibration, cfg.seed)
         measure = choices if selects else sweep
-        for task, (n, bits) in itertools.product(todo, enumerate(listed)):
+        for task, bits in itertools.product(todo, listed):
             stored = replace(setting, **bits, **(dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}))
             stored.check_model(model.cfg)
-            ways = [w for w in tried if not (selects and ((n and w.kv_bytes) or (trained and w.whole and stored.ints)))]  # routed bits, dense: once
+            ways = [w for w in tried if not (selects and ((trained and w.whole and stored.ints) or not (stored.value_bits or w.kv_bytes)))]
             with kv_router.storing(model, **{f: getattr(stored, f) for f in ("kv_tail", "kv_tail_block", *STORED_AS)}):
                 if task.name not in known and stored.ints:
                     known[task.name] = whole_value(model, task, cfg.batch_size, cfg.dtype)

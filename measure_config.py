@@ -24,7 +24,8 @@ class EvalConfig:
     token_budgets: str = opt("", "select: shares of the tokens kept, a list, each with every value budget (empty: --token_keep)")
     kv_budgets: str = opt("", "select: shares of keys and values kept under one budget, a list (empty: --kv_keep)")
     kv_byte_budgets: str = opt("", "select: bytes held of a prompt as shares of 16 bits a number, a list: bits are routed, too (empty: --kv_bytes)")
-    kv_bits: str = opt("", "bits of keys and values, a list such as 8,4,4:2 (keys:values), each with every budget (empty: --key_bits, --value_bits)")
+    kv_bits: str = opt("", "bits of keys and values, a list such as 8,4,4:2 (keys:values, 4:0 routed ones), each with every budget "
+                           "(empty: --key_bits, --value_bits)")
     beside: str = opt("", "folders of earlier results, a list, that bytes.png shows beside these")
     relevances: str = opt("", "select: signals, a list (empty: --relevance)")
     token_relevances: str = opt("", "select: signals that tokens are kept by, a list (empty: --token_relevance)")
@@ -60,9 +61,10 @@ class EvalConfig:
             bad = [t for t in comma_list(getattr(self, name)) if t not in allowed]
             check(not bad, f"{name}={getattr(self, name)!r}", f"a list of {', '.join(allowed)}", "separate by commas")
         check(bool(comma_list(self.tasks)), f"tasks={self.tasks!r}", f"a list of {', '.join(TASKS)}", "name one at least")
-        bits = [b for t in comma_list(self.kv_bits) for b in (t.split(":") * 2)[:2] + t.split(":")[2:]]
-        check(all(b in map(str, INT_BITS) for b in bits) and len(bits) == 2 * len(comma_list(self.kv_bits)), f"kv_bits={self.kv_bits!r}",
-              f"bits are {', '.join(map(str, INT_BITS))}, of keys and values with a colon between", "give for example 8,4,4:2")
+        bits = [(t.split(":") * 2)[:2] + t.split(":")[2:] for t in comma_list(self.kv_bits)]
+        ok = all(len(b) == 2 and b[0] in map(str, INT_BITS) and b[1] in (*map(str, INT_BITS), "0") for b in bits)
+        check(ok, f"kv_bits={self.kv_bits!r}", f"bits are {', '.join(map(str, INT_BITS))}, of keys and values with a colon between, 0 for values "
+              "that are routed", "give for example 8,4,4:2")
         for name in ("budgets", "token_budgets", "kv_budgets", "kv_byte_budgets", "h2o"):
             for share in comma_list(getattr(self, name)):
                 try:

@@ -40,11 +40,11 @@ from layout import at_least_float32, mask_dtype, tile_size, top_k_mask
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
 from packed_cache import SelectedCache, pack_layers
 from packing import select_joint, select_top_m
-from quant import REMAINS, UNITS, row_bytes
+from quant import LEVELS, REMAINS, row_bytes
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from stored import Tail
 
-BEST_KEY_BITS = ((0.2, 8), (0.09, 4), (0.0, 3))  # from which --kv_bytes on
+PLAN = ((0.2, 8, 0), (0.09, 4, 0), (0.0, 3, 0))  # from which --kv_bytes on: bits of keys, of values (0: levels)
 
 
 class Choice(NamedTuple):
@@ -100,6 +100,9 @@ class Selector(nn.Module):
         check_trained(cfg, self.predictors)
         check(self.kv.prefill == "exact" or self.kv.mask_scope == "shared" or cfg.allocation != "global", "allocation=global with prefill=routed",
               "a layer cannot wait for those after it", "give --allocation=layer, --mask_scope=shared or --prefill=exact")
+        check(not cfg.kv_bytes or self.kv.mask_scope != "shared", f"kv_bytes={cfg.kv_bytes:g} with mask_scope=shared",
+              "bytes are counted by layer or head", "give --mask_scope=head")
+        check(self.kv.value_bits or cfg.kv_bytes, "value_bits=0 without kv_bytes", "levels need a budget of bytes", "give --kv_bytes=0.125")
         self.cfg = cfg
         self.stored.check_model(self._model[0].cfg)
 
@@ -172,35 +175,34 @@ class Selector(nn.Module):
         return Choice(keep, mask, token)
 
     def _route_bits(self, prompt: Prompt, alpha: Tensor, valid: Tensor) -> Choice:
-        """Tokens, groups and their levels under one budget of bytes; mask holds levels 0 to 3. What a level is worth is the squared error it
-        takes away, if a group's numbers are Gaussian; first tokens stay whole and are no part of it."""
+        """Tokens, groups and, where values have no bits of their own, levels under one budget of bytes; mask holds groups, or levels 0 to 3. What a
+        level is worth is the squared error it takes away, if a group's numbers are Gaussian; first tokens stay whole and are no part of it."""
         kv, cfg = self.stored, self.cfg
         pair = alpha if alpha.ndim == 5 else alpha.unsqueeze(-1) ** cfg.hedge * self.norms(prompt, cfg.hedge)
         D, G, W = prompt.values.size(-1), self.rms.size(1) // self.Hm, prompt.T - prompt.n_context  # heads to a mask, tokens of the query region
-        per_mask = mask_dtype(2 * self.S).itemsize + 1 + 4 / tile_size(4 * self.S)
-        key = math.ceil(2 * (G * (row_bytes(D, kv.key_bits) + 4 * D / kv.key_block + 2) + per_mask))  # in half bytes
-        unit = 2 * G * row_bytes(D // self.S, 2)
-        steps = pair.new_tensor([REMAINS[i - 1] - REMAINS[i] for i in (1, 2, 3)])
-        worth = (pair.square().unsqueeze(-1) * steps).flatten(-2)  # (Lm, B, Hm, C, 3 S)
+        bits, error, held, scale = ((0, kv.value_bits), (1, 0), self.S, 4) if kv.value_bits else (LEVELS, REMAINS, 2 * self.S, 2)
+        per_mask = mask_dtype(held).itemsize + 1 + 4 / tile_size(self.S if kv.value_bits else 4 * self.S)
+        key = math.ceil(2 * (G * (row_bytes(D, kv.key_bits) + 4 * D / kv.key_block + scale) + per_mask))  # in half bytes
+        row = torch.tensor([2 * G * row_bytes(D // self.S, b) for b in bits], device=pair.device)
+        worth = (pair.square().unsqueeze(-1) * -pair.new_tensor(error).diff()).flatten(-2)  # (Lm, B, Hm, C, S steps)
         there = valid & (valid.cumsum(-1) > kv.kv_sinks)
         worth = worth.masked_fill(~there.unsqueeze(-1), float("-inf"))
-        cost = torch.tensor([UNITS[i] - UNITS[i - 1] for i in (1, 2, 3)], device=pair.device).repeat(self.S) * unit
         masks = {"head": 1, "layer": self.Hm, "global": prompt.L * self.Hm}[cfg.allocation]  # that share one budget
 
         def half_bytes(n: int) -> int:  # of n context tokens; blocks that are not full, counts and starts are paid for, too
             whole = min(n, kv.kv_sinks) + W
             return max(0, math.floor(masks * (2 * G * (4 * D * (cfg.kv_bytes * (n + W) - whole) - 4 * D - 80))))
-        taken = self._within(worth, prompt.counts(half_bytes), lambda t, m: select_joint(t, m, key=key, cost=cost))
-        levels = taken.unflatten(-1, (self.S, 3)).sum(-1).to(torch.uint8)
-        return Choice((levels > 0).any(-1), levels, pair.square().sum(-1).sqrt())
+        taken = self._within(worth, prompt.counts(half_bytes), lambda t, m: select_joint(t, m, key=key, cost=row.diff().repeat(self.S)))
+        levels = taken.unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
+        return Choice((levels > 0).any(-1), levels > 0 if kv.value_bits else levels, pair.square().sum(-1).sqrt())
 
     @property
     def stored(self) -> KVConfig:
-        """How a context is stored: as kv says, or as is best under --kv_bytes, as far as known (docs/log.md), but for what kv says of keys."""
-        if not self.cfg.kv_bytes:
+        """How a context is stored: as kv says, or where it leaves that to --kv_bytes as is best, as far as known (docs/log.md)."""
+        if not self.cfg.kv_bytes or self.kv.ints:
             return self.kv
-        key_bits = self.kv.key_bits if self.kv.ints else next(bits for least, bits in BEST_KEY_BITS if self.cfg.kv_bytes >= least)
-        return replace(self.kv, kv="select", key_bits=key_bits, value_bits=0)
+        key_bits, value_bits = next(bits for least, *bits in PLAN if self.cfg.kv_bytes >= least)
+        return replace(self.kv, kv="select", key_bits=key_bits, value_bits=value_bits)
 
     def _within(self, score: Tensor, counts: Tensor, rule: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """rule(scores (..., N or N, S), counts (...)) over what shares a budget; score (Lm, B, Hm, C or C, S), counts (B,) per row."""

@@ -1,6 +1,7 @@
 """Routed precision: tokens, groups and their bits under one budget of bytes, and what eval.py says of it."""
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -13,6 +14,7 @@ import packing
 from config import KVConfig, SelectConfig
 from figures import envelope
 from int_cache import IntSelectedCache
+from layout import tile_size
 from model import KVCache, generate
 from quant import REMAINS
 
@@ -54,17 +56,22 @@ def test_select_joint_with_costs_equals_the_greedy_rule(key):
             assert got.tolist() == greedy(value.tolist(), key, cost.tolist(), m)
 
 
-def half_bytes(m, key_bits: int, scope: str) -> tuple[int, int]:
-    """What a token's key and one unit of 2 bits of a group cost, in half bytes, by what is stored: TINY has D = 16, S = 4, 3 KV heads."""
+def half_bytes(key_bits: int, value_bits: int, scope: str) -> tuple[int, list[int]]:
+    """What a token's key and the levels of a group cost, in half bytes, by what is stored: TINY has D = 16, S = 4, 3 KV heads."""
     heads = 1 if scope == "head" else 3
-    key = heads * (16 * key_bits / 8 + 2 * 2 * 16 / 64 + 2) + 1 + 1 + 4 / 16  # codes, share of the steps, its own step; levels, before, tile
-    return -(-2 * key // 1), heads * 2
+    own, tile = (4, tile_size(4)) if value_bits else (2, 16)  # its own step, and middle
+    key = heads * (16 * key_bits / 8 + 2 * 2 * 16 / 64 + own) + 1 + 1 + 4 / tile  # codes, share of the steps; masks, before, tile
+    return -(-2 * key // 1), [heads * value_bits] if value_bits else [heads * 2, heads * 2, heads * 4]
 
 
-@pytest.mark.parametrize(("scope", "allocation"), [("head", "global"), ("head", "head"), ("layer", "layer"), ("layer", "global")])
-def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation):
-    """Levels of every (token, group) against the rule in Fractions, from relevance and norms; first tokens and padding have none."""
+@pytest.mark.parametrize(("scope", "allocation", "bits"), [("head", "global", 0), ("head", "head", 0), ("layer", "layer", 0), ("layer", "global", 0),
+                                                           ("head", "global", 4), ("layer", "layer", 8)])
+def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
+    """Levels of every (token, group), or which groups where all have the same bits, against the rule in Fractions, from relevance and norms; first
+    tokens and padding have none."""
     m = selecting(scope)
+    if bits:
+        m.selector.kv = replace(m.selector.kv, key_bits=bits, value_bits=bits)
     cfg = config(kv_bytes=0.19, allocation=allocation, relevance="observed")
     prompts, choose = [], m.selector.choose
     m.selector.choose = lambda p: prompts.append(p) or choose(p)
@@ -72,11 +79,11 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation):
     choice = run(m, cfg, x, Y[:1], pad=(3,))[2]
     p, s = prompts[0], m.selector
     C, Lm, Hm = p.n_context, 2, 3 if scope == "head" else 1
-    assert (s.stored.key_bits, s.stored.value_bits) == (4, 0)
+    assert (s.stored.key_bits, s.stored.value_bits) == (bits or 4, bits)
     alpha, norm = s.relevance(p, "observed"), s.norms(p, cfg.hedge)  # (2, 1, Hm, C), (..., S)
     worth = (alpha.unsqueeze(-1) ** cfg.hedge * norm).square()
-    key, unit = half_bytes(m, 4, scope)
-    gain = [REMAINS[i] - REMAINS[i + 1] for i in range(3)]
+    key, cost = half_bytes(bits or 4, bits, scope)
+    gain = [1.0] if bits else [REMAINS[i] - REMAINS[i + 1] for i in range(3)]
     n = C - 3  # tokens of the context
     per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (4 + W)) - 4 * 16 - 80)
     shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]
@@ -84,21 +91,23 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation):
     groups = [places[i:i + shared] for i in range(0, Lm * Hm, shared)]
     seen = 0
     for group in groups:
-        value = [[float(worth[a, 0, b, t, g]) * r for g in range(4) for r in gain] if t >= 3 + SINKS else [float("-inf")] * 12
+        value = [[float(worth[a, 0, b, t, g]) * r for g in range(4) for r in gain] if t >= 3 + SINKS else [float("-inf")] * 4 * len(gain)
                  for a, b in group for t in range(C)]
-        want = greedy(value, int(key), [unit, unit, 2 * unit] * 4, max(0, int(shared * per_mask // 1)))
-        levels = torch.tensor(want).view(len(group), C, 4, 3).sum(-1)
+        want = greedy(value, int(key), cost * 4, max(0, int(shared * per_mask // 1)))
+        levels = torch.tensor(want).view(len(group), C, 4, len(gain)).sum(-1)
         for (a, b), level in zip(group, levels, strict=True):
             assert torch.equal(choice.mask[a, 0, b].long(), level)
             seen += int(level.sum())
     assert torch.equal(choice.keep, (choice.mask > 0).any(-1)) and (seen > 0) == (per_mask > key)
 
 
-@pytest.mark.parametrize("scope", ["head", "layer"])
-@pytest.mark.parametrize("allocation", ["global", "head"])
-def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation):
+@pytest.mark.parametrize(("scope", "allocation", "bits"), [("head", "global", 0), ("head", "head", 0), ("layer", "global", 0), ("layer", "head", 0),
+                                                           ("head", "global", 8)])
+def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation, bits):
     """In bfloat16, where 16 bits are 16 bits: everything the cache holds of a prompt, whole tokens and all indices included."""
     m, last = selecting(scope, model=tiny_model(dtype=torch.float32)).bfloat16(), 0
+    if bits:
+        m.selector.kv = replace(m.selector.kv, key_bits=bits, value_bits=bits)
     m.selector.float()
     dense = 2 * 2 * 3 * 16 * 2 * T * 2
     for share in (0.3, 0.4, 0.5, 1.0):  # all at 8 bits are about 0.62
@@ -199,14 +208,16 @@ COMMON = ["--tasks=continuation", "--query=6", "--continuation=9", "--block_size
 def test_rows_of_bits(base, measure):  # noqa: F811
     """Every bits with every budget, routed bits once; bytes of the tensors held; the picture, also beside earlier rows."""
     rows = measure(f"--init_from={base}", *COMMON, "--methods=dense,select", "--relevances=observed", "--kv_byte_budgets=0.5,0.3",
-                   "--kv_budgets=1,0.5", "--kv_bits=16,4:2")
+                   "--kv_budgets=1,0.5", "--kv_bits=16,4:2,3:0")
     assert [(r["method"], r["key_bits"], r["value_bits"]) for r in rows] == [
-        ("dense", 16, 16), ("select", 8, 0), ("select", 8, 0), ("dense", 16, 16), ("select", 16, 16), ("select", 4, 2), ("select", 4, 2)]
+        ("dense", 16, 16), *[("select", 8, 0)] * 2, ("dense", 16, 16), ("select", 16, 16), *[("select", 4, 2)] * 4, *[("select", 3, 0)] * 2]
     assert [r["relevance"].split(" hedge")[0] for r in rows] == ["none", "observed bytes=0.5", "observed bytes=0.3", "none", "observed kv=0.5",
-                                                                 "observed kv=1", "observed kv=0.5"]
+                                                                 *[f"observed {b}" for b in ("bytes=0.5", "bytes=0.3", "kv=1", "kv=0.5")],
+                                                                 "observed bytes=0.5", "observed bytes=0.3"]
     assert all(r["dense_value"] == rows[0]["value"] for r in rows) and "K4 V2" in rows[5]["setting"] and "K8 Vrouted" in rows[1]["setting"]
-    assert rows[1]["cache_bytes"] > rows[2]["cache_bytes"] and rows[5]["cache_bytes"] < 0.5 * rows[0]["cache_bytes"]
-    assert rows[5]["value"] != rows[0]["value"] and rows[5]["token_keep"] == pytest.approx(1 - 4 / 146)
+    assert rows[1]["cache_bytes"] > rows[2]["cache_bytes"] and rows[7]["cache_bytes"] < 0.5 * rows[0]["cache_bytes"]
+    assert rows[7]["value"] != rows[0]["value"] and rows[7]["token_keep"] == pytest.approx(1 - 4 / 146)
+    assert rows[6]["cache_bytes"] < rows[5]["cache_bytes"] <= rows[7]["cache_bytes"]
     assert (measure.folder / "bytes.png").stat().st_size > 5000
     earlier = measure.folder.rename(measure.folder.parent / "earlier")
     fixed = measure(f"--init_from={base}", *COMMON, "--methods=dense,value_groups", "--budgets=1,0.5", "--kv_bits=8,4", f"--beside={earlier}",

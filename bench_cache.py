@@ -41,27 +41,33 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTEN
 
 
 class Case:
-    """A setting S:value_keep:token_keep:bits of --cases. Without dropped tokens and with a whole number of groups every token keeps K of them."""
+    """A setting S:value_keep:token_keep:key_bits:value_bits of --cases. Without dropped tokens and with a whole number of groups every token keeps
+    K of them. value_bits 0: levels, a third of the kept groups at each, by their norms."""
 
     def __init__(self, text: str, head_dim: int):
         try:
-            S, value, token, bits = (*text.split(":"), *("", "1", "16")[len(text.split(":")) - 1:])
-            self.S, self.value, self.token, self.bits = int(S), float(value), float(token), int(bits)
-            KVConfig(n_groups=self.S, topk_groups=1, key_bits=self.bits, value_bits=self.bits)
+            S, value, token, *bits = (*text.split(":"), *("", "1", "16")[len(text.split(":")) - 1:])
+            self.S, self.value, self.token = int(S), float(value), float(token)
+            self.key_bits, self.value_bits = map(int, bits * 2 if len(bits) == 1 else bits)
+            KVConfig(n_groups=self.S, topk_groups=1, kv="select", key_bits=self.key_bits, value_bits=self.value_bits).check_model(
+                ModelConfig(n_head=1, n_kv_head=1, head_dim=head_dim))
         except ValueError as e:
-            raise ValueError(f"cases={text!r}: {e}; give S:share of groups:share of tokens:bits, for example 16:0.5:0.25 or 4:1:1:4") from None
+            raise ValueError(f"cases={text!r}: {e}; give S:share of groups:share of tokens:bits of keys:of values, for example 16:0.5:0.25, "
+                             "4:1:1:4 or 8:0.9:0.4:4:0 (levels)") from None
+        self.routed = not self.value_bits
         check(head_dim % self.S == 0, f"cases={text!r} with head_dim={head_dim}", "S must divide D", "choose another S")
         check(0 < self.value <= 1 and 0 < self.token <= 1, f"cases={text!r}", "shares lie in (0, 1]", "give for example 16:0.5:0.25")
 
     def forms(self) -> list[bool]:
         """Of the two ways to store it, fixed K (True) and a counted number of groups per token, those that it allows."""
-        if self.token < 1 or not (self.value * self.S).is_integer():
+        if self.token < 1 or self.routed or not (self.value * self.S).is_integer():
             return [False]
-        return [True, False] if self.value < 1 or self.bits == 16 else [True]  # all groups of a token need not be counted
+        return [True, False] if self.value < 1 or self.key_bits == 16 else [True]  # all groups of a token need not be counted
 
     def name(self, fixed: bool) -> str:
         groups = f"K={round(self.value * self.S)}" if fixed else f"rho={self.value:g}"
-        return f"S={self.S} {groups}" + ("" if self.token == 1 else f" tokens={self.token:g}") + ("" if self.bits == 16 else f" int{self.bits}")
+        bits = f" K{self.key_bits} V{self.value_bits or 'routed'}" if self.key_bits < 16 else ""
+        return f"S={self.S} {groups}" + ("" if self.token == 1 else f" tokens={self.token:g}") + bits
 
     def fill(self, k: Tensor, v: Tensor, fixed: bool) -> tuple[PackedCache | SelectedCache, Tensor]:
         """A cache of k, v (B, Hkv, C + TAIL, D), the last TAIL tokens whole, and the mask (B, Hkv, C, S) of what it kept of the others."""
@@ -71,7 +77,8 @@ class Case:
         if fixed:
             K = round(self.value * self.S)
             mask = torch.cat([top_k_mask(n, K) for n in norms.split(1)])
-            cfg = KVConfig(n_groups=self.S, topk_groups=K, kv_tail=TAIL, key_bits=self.bits, value_bits=self.bits, key_block=BLOCK, kv_sinks=0)
+            cfg = KVConfig(n_groups=self.S, topk_groups=K, kv_tail=TAIL, key_bits=self.key_bits, value_bits=self.value_bits,
+                           key_block=BLOCK, kv_sinks=0)
             cache = (IntPackedCache if cfg.ints else PackedCache)(B, N, Hkv, D, cfg, K, k)
             groups = F.pad(mask, (0, 0, 0, TAIL), value=True)
             for a in range(0, N, 4096):
@@ -83,9 +90,11 @@ class Case:
         per_head = torch.full((B, Hkv), kept, device=k.device)
         keep = select_top_m(norms.sum(-1), per_head) if kept < C else torch.ones_like(norms[..., 0], dtype=torch.bool)
         pairs = norms.masked_fill_(~keep.unsqueeze(-1), float("-inf")).flatten(-2)
-        mask = select_top_m(pairs, per_head * 0 + count_kept(self.value, self.S * kept)).view(norms.shape)
-        cache = (SelectedCache(B, N, Hkv, D, self.S, Hkv, k) if self.bits == 16 else
-                 IntSelectedCache(B, N, Hkv, D, self.S, Hkv, k, IntFormat(self.bits, self.bits, BLOCK)))
+        m = count_kept(self.value, self.S * kept)
+        mask = sum(select_top_m(pairs, per_head * 0 + m * i // 3).view(norms.shape).to(torch.uint8) for i in (3, 2, 1)) if self.routed else \
+            select_top_m(pairs, per_head * 0 + m).view(norms.shape)
+        cache = (SelectedCache(B, N, Hkv, D, self.S, Hkv, k) if self.key_bits == 16 else
+                 IntSelectedCache(B, N, Hkv, D, self.S, Hkv, k, IntFormat(self.key_bits, self.value_bits, BLOCK, k.new_ones(Hkv, D).float())))
         cache.pack(k[:, :, :C], v[:, :, :C], keep, mask, torch.ones(B, C, dtype=torch.bool, device=k.device))
         cache.append(k[:, :, C:], v[:, :, C:], pad)
         return cache, mask
@@ -206,7 +215,7 @@ def bench_decode(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
                 if i == 0:
                     check_kernel(q, cache.packed(), cache.whole(), name)
                     if case.token == 1:
-                        wide = spread(F.pad(mask, (0, 0, 0, TAIL), value=True), D)
+                        wide = spread(F.pad(mask > 0, (0, 0, 0, TAIL), value=True), D)
                         calls[f"masked {name}"] = [lambda q=q, k=k, v=v, m=wide: F.scaled_dot_product_attention(q, k, v * m, enable_gqa=Hkv < H)]
                         held[f"masked {name}"] = dense_bytes
                     calls[f"reference {name}"] = [lambda q=q, c=cache: packed_attention_ref(q, c.packed(), c.whole())]

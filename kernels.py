@@ -198,8 +198,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     words = ints and not sums and in_words(ints, D, 1 if p.k == S else S)
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile)
     if words:  # as many registers as there are, without spilling, and what keeps eight programs of a warp on a multiprocessor busy
-        bits = ints.key_bits + ints.value_bits
-        N, M, warps, stages = min(64, ints.block), (4 if R <= 4 else 8), 1 if narrow else 4, 3 if bits == 8 and p.k == S else 2
+        N, M, warps, stages = min(64, ints.block), (4 if R <= 4 else 8), 1 if narrow else 4, 3 if p.k else 2
         KP, VP = (max(w, triton.next_power_of_2(D * b // 32)) for w, b in ((4, ints.key_bits), (8, ints.value_bits)))
         shape.update(KP=KP, VP=VP, ASM=q.is_cuda and narrow and torch.version.hip is None)
     else:

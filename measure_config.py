@@ -138,7 +138,8 @@ class BenchConfig:
     batch_size: int = opt(8, "sequences in a step")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", ("auto", "float32", "bfloat16"))
-    cases: str = opt("4:0.5,16:0.5,4:0.25,16:0.5:0.5,16:0.5:0.25", "decode, memory: what is kept, a list of S:share of groups:share of tokens:bits")
+    cases: str = opt("4:0.5,16:0.5,4:0.25,16:0.5:0.5,16:0.5:0.25", "decode, memory: what is kept, a list of S:share of groups:share of tokens:bits "
+                                                                             "of keys:of values (0: levels)")
     memory_gb: float = opt(1.0, "memory: the memory that sequences are put into, in GiB")
     new_tokens: int = opt(256, "generate: tokens after prompts of block_size less these")
     prefill_tokens: int = opt(0, "generate: tokens of the prompts processed at a time (0: all)")

@@ -53,6 +53,21 @@ def test_memory_rows_are_what_is_held():
         assert r["sequences"] == 0.01 * 2 ** 30 // (r["bytes"] / 2) and r["times_more"] >= 0.95 / r["ratio"]
 
 
+def test_cases_of_integers():
+    """Bits of keys and values and levels: a third of the kept groups at each, bytes as they follow from that, every row compared with float64."""
+    shape = ModelConfig(**{**SHAPE, "block_size": 320})
+    cfg = BenchConfig(what="decode", cases="4:1:1:4,4:0.5:0.5:8:2,8:0.75:0.5:4:0", steps=2, batch_size=2, device="cpu")
+    rows = bench_cache.bench_decode(cfg, shape)
+    ours = [r for r in rows if r["impl"].startswith("packed")]
+    assert [r["impl"][7:] for r in ours] == ["S=4 K=4 K4 V4", "S=4 rho=0.5 tokens=0.5 K8 V2", "S=8 rho=0.75 tokens=0.5 K4 Vrouted"]
+    whole = bench_cache.TAIL * 32 * 8  # float32
+    by_hand = [320 * (16 + 2 + 16 + 4), 160 * (32 + 2 + 4 + 4), 160 * (16 + 2 + 14 + 2)]  # keys, a 64th of their steps, values, steps of those
+    assert all(6 * (b + whole) < r["bytes"] < 1.12 * 6 * (b + whole) for b, r in zip(by_hand, ours, strict=True))
+    k, v = torch.randn(2, 2, 3, 70 + bench_cache.TAIL, 32, generator=torch.Generator().manual_seed(0))
+    _, mask = bench_cache.Case("8:0.75:0.4:4:0", 32).fill(k, v, False)
+    assert all(mask.unique(return_counts=True)[1][1:] == 2 * 3 * 56)  # 28 of 70 tokens, 6 of 8 groups, three levels
+
+
 @pytest.mark.parametrize("fixed", [True, False])
 def test_case_keeps_what_it_says(fixed):
     """A filled cache holds every key that survives and the best groups of the values, the rest zeros, the tail whole."""

@@ -9,7 +9,7 @@ slots, R = T n rows of queries that share a KV head, C columns of a product with
 from __future__ import annotations
 
 from kernel_base import as_word, jit, own_piece, pieces, popcount, product, tl, triton, where_rows
-from quant import LEVELS, STEPS, centre
+from quant import STEPS, centre
 
 # ----------------------------------------------------------------------------- byte by byte
 
@@ -46,7 +46,6 @@ def int_values(rows, value_scale, t, word, offset, dims, live, like, D: tl.const
     return tl.where(has, value, 0.0).to(like.dtype)
 
 
-BITS_1, BITS_2, BITS_3 = (tl.constexpr(b) if triton else b for b in LEVELS[1:])
 STEP_1, STEP_2, STEP_3 = (tl.constexpr(s) if triton else s for s in STEPS[1:])
 CENTRE_1, CENTRE_2, CENTRE_3 = (tl.constexpr(centre(i)) if triton else 0.0 for i in (1, 2, 3))
 
@@ -58,20 +57,26 @@ def _of_level(level, a, b, c):
 
 
 @jit
+def _levels(word, g, S: tl.constexpr):
+    """Levels of groups g of tokens with 2 S bits `word` (broadcast), int32, and 2-bit units of the groups before them."""
+    one, high = tl.full([1, 1], 1, word.dtype), word >> S
+    below = (one << g) - one
+    level = (word >> g & one).to(tl.int32) + 2 * (high >> g & one).to(tl.int32)
+    return level, popcount(word & below) + 2 * popcount(high & below) + popcount(word & high & below)
+
+
+@jit
 def level_values(rows, value_scale, gain, t, word, offset, dims, live, like, D: tl.constexpr, S: tl.constexpr):
     """int_values where every group has its level, as quant.dequantise_levels: `word` holds 2 S bits, `offset` counts units."""
     d: tl.constexpr = D // S
-    one, g = tl.full([1, 1], 1, word.dtype), (dims // d)[None, :].to(word.dtype)
-    low, high, below = word[:, None], word[:, None] >> S, (one << g) - one
-    level = (low >> g & one).to(tl.int32) + 2 * (high >> g & one).to(tl.int32)
+    level, unit = _levels(word[:, None], (dims // d)[None, :].to(word.dtype), S)
     has, i = (level > 0) & (dims < D)[None, :], (dims % d)[None, :]
-    unit = offset[:, None] + popcount(low & below) + 2 * popcount(high & below) + popcount(low & high & below)
-    bits = _of_level(level, BITS_1, BITS_2, BITS_3)
-    width = d * bits // 8
-    byte = tl.load(rows + unit * (d // 4) + i % width, mask=has, other=0).to(tl.int32)
-    code = (byte >> (i // width * bits) & ((1 << bits) - 1)).to(tl.float32)
+    byte, shift, code = (offset[:, None] + unit) * (d // 4) + i % (d // 4), i // (d // 4) * 2, tl.zeros(has.shape, tl.int32)
+    for u in tl.static_range(4):
+        there = has & (u < level + (level == 3))
+        code |= (tl.load(rows + byte + u * (d // 4), mask=there, other=0).to(tl.int32) >> shift & 3) << (2 * u)
     step = tl.load(value_scale + t, mask=live, other=0.0).to(tl.float32)[:, None] * _of_level(level, STEP_1, STEP_2, STEP_3)
-    value = (code - _of_level(level, CENTRE_1, CENTRE_2, CENTRE_3)) * step * tl.load(gain + dims, mask=dims < D, other=0.0)[None, :]
+    value = (code.to(tl.float32) - _of_level(level, CENTRE_1, CENTRE_2, CENTRE_3)) * step * tl.load(gain + dims, mask=dims < D, other=0.0)[None, :]
     return tl.where(has, value, 0.0).to(like.dtype)
 
 
@@ -193,6 +198,36 @@ def _paired(w):
 
 
 @jit
+def _quarter(a, b, c, d, i: tl.constexpr):
+    """Codes of the i-th quarter of d numbers, a byte each, from the units that hold their bits."""
+    m: tl.constexpr = 0x03030303
+    return (a >> 2 * i & m) | (b >> 2 * i & m) << 2 | (c >> 2 * i & m) << 4 | (d >> 2 * i & m) << 6
+
+
+@jit
+def _levels_in_words(rows, word, offset, like, D: tl.constexpr, S: tl.constexpr):
+    """Values (tokens, D) of levels in units of their token's step and gain: whole units are loaded, of 4 bytes at a time where they have them.
+    `word`, `offset` as for level_values; rows points to bytes."""
+    U: tl.constexpr = D // S // 4  # bytes of a unit
+    E: tl.constexpr = min(U, 4)
+    level, unit = _levels(word[:, None], tl.arange(0, S)[None, :].to(word.dtype), S)
+    step = tl.where(level > 0, _of_level(level, STEP_1, STEP_2, STEP_3), 0.0)
+    base = step * _of_level(level, -CENTRE_1, -CENTRE_2, -CENTRE_3)
+    if E == 4:
+        rows = rows.to(tl.pointer_type(tl.uint32), bitcast=True)
+    elif E == 2:
+        rows = rows.to(tl.pointer_type(tl.uint16), bitcast=True)
+    at = rows + ((offset[:, None] + unit) * (U // E))[:, :, None] + tl.arange(0, U // E)[None, None, :]
+    n = (level + (level == 3))[:, :, None]  # units
+    a, b = tl.load(at, mask=n > 0, other=0).to(tl.uint32), tl.load(at + U // E, mask=n > 1, other=0).to(tl.uint32)
+    c, d = tl.load(at + 2 * (U // E), mask=n > 2, other=0).to(tl.uint32), tl.load(at + 3 * (U // E), mask=n > 3, other=0).to(tl.uint32)
+    x, y = tl.join(_quarter(a, b, c, d, 0), _quarter(a, b, c, d, 2)), tl.join(_quarter(a, b, c, d, 1), _quarter(a, b, c, d, 3))
+    x = tl.reshape(tl.join(x, y), [word.shape[0], S, U // E, 4, 1])  # bytes are codes: of numbers i U to (i + 1) U - 1 in quarter i
+    x = (x >> (8 * tl.arange(0, E)).to(tl.uint32) & 255).to(tl.float32) * step[:, :, None, None, None] + base[:, :, None, None, None]
+    return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [word.shape[0], D]).to(like.dtype)
+
+
+@jit
 def _rows_of_pairs(pairs, like, ASM: tl.constexpr):
     """Words (16, N / 8, 4), of whose halves each stands for one of two tokens 4 apart -> (16, N), units and
     tokens as _values."""
@@ -230,10 +265,11 @@ def _load(p, a, b, USE_A: tl.constexpr, USE_B: tl.constexpr):
 @jit
 def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_base, value_scale, n_packed, token_base, row_base, mask_base,
                           tile_base, tail_k, tail_v, tail_first, tail_n, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk,
-                          parts, Hm, n, T, q_b, q_h, q_t, SEGS: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
-                          M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr,
-                          DP: tl.constexpr, BLOCK: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
-    """kernels._attention_kernel over integers of KEY and VALUE bits (4 or 8), N tokens at a time, in words.
+                          parts, Hm, n, T, q_b, q_h, q_t, gain, SEGS: tl.constexpr, D: tl.constexpr,
+                          S: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEY: tl.constexpr,
+                          VALUE: tl.constexpr, KP: tl.constexpr, VP: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+                          ASM: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr):
+    """kernels._attention_kernel over integers of KEY and VALUE bits (4 or 8; VALUE 0: levels), N tokens at a time, in words.
 
     Tokens and value dimensions are the long side of the products, M query rows the short one. Steps go into the queries and into the weights,
     so codes are multiplied as they come out of a word. What is 2^(bits - 1) too much in each is summed by a product of its own, exactly, and
@@ -245,12 +281,16 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     b, h, R, row = seg // Hkv, seg % Hkv, T * n, tl.program_id(2) * M + tl.arange(0, M)
     KW: tl.constexpr = D * KEY // 32  # words of a token's key, of its value, of a row
     VW: tl.constexpr = D * VALUE // 32
-    WB: tl.constexpr = D // S * VALUE // 8  # bytes of a row
+    WB: tl.constexpr = D // S * (VALUE if VALUE > 0 else 2) // 8  # bytes of a row
     RW: tl.constexpr = WB // 4
     token_at = tl.load(token_base + seg)
     keys = (keys + token_at * (D * KEY // 8)).to(tl.pointer_type(tl.uint32), bitcast=True)
-    rows = (rows + tl.load(row_base + seg) * WB).to(tl.pointer_type(tl.uint32), bitcast=True)
-    value_scale = (value_scale + token_at * 2).to(tl.pointer_type(tl.uint32), bitcast=True)
+    rows += tl.load(row_base + seg) * WB
+    if VALUE > 0:
+        rows = rows.to(tl.pointer_type(tl.uint32), bitcast=True)
+        value_scale = (value_scale + token_at * 2).to(tl.pointer_type(tl.uint32), bitcast=True)
+    else:
+        value_scale += token_at
     key_scale += tl.load(block_base + seg) * 2 * D
     if K < S:
         mseg = b * Hm + (h if Hm > 1 else 0)
@@ -277,14 +317,17 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     half_codes = tl.full([16, KP], 0x88888888 if KEY == 4 else 0x80808080, tl.uint32)
 
     m, den = tl.full([M], -1e38, tl.float32), tl.zeros([8, M], tl.float32)
-    C: tl.constexpr = M if K == S else 2 * M  # columns: weights times steps; and times middles, where they do not go to all groups alike
-    DV: tl.constexpr = VP * 32 // VALUE
+    C: tl.constexpr = M if K == S or VALUE == 0 else 2 * M  # columns: weights times steps; and times middles, where they do not go to all groups
+    DV: tl.constexpr = VP * 32 // VALUE if VALUE > 0 else D
     acc, sums, middles = tl.zeros([DV, C], tl.float32), tl.zeros([16, C], tl.float32), tl.zeros([8, M], tl.float32)
     lo, hi = c * size, tl.minimum((c + 1) * size, count)
     at, kw, vw, channel = tl.arange(0, N), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, KP * 4)
     scales = tl.arange(0, 2)[:, None, None] * D + tl.arange(0, H2)[None, :, None] * (D // 2) + channel[None, None, :]
     if K < S:
         mask, offset = where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
+    if VALUE == 0:
+        own_step = tl.load(value_scale + lo + at, mask=lo + at < hi, other=0.0)
+    elif K < S:
         pairs = lo + tl.arange(0, N // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
         one_mask, two_mask = tl.load(bits + pairs, mask=pairs < hi, other=0), tl.load(bits + pairs + 4, mask=pairs + 4 < hi, other=0)
     for t0 in tl.range(lo, hi, N, num_stages=STAGES):
@@ -292,7 +335,12 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         live = t < hi
         words = _load(keys + t[:, None] * KW + kw[None, :], live[:, None], (kw < KW)[None, :], K == 0, KP > KW)
         steps = _load(key_scale + t0 // BLOCK * (2 * D) + scales, True, (channel < KW * 4)[None, None, :], False, KP > KW)
-        if K == S:
+        if VALUE == 0:
+            value = _levels_in_words(rows, as_word(mask, 2 * S), offset, like, D, S)
+            w = own_step
+            mask, offset = where_rows(bits, before, tile_rows, t + N, hi, K, TILE)  # of the next step
+            own_step = tl.load(value_scale + t + N, mask=t + N < hi, other=0.0)
+        elif K == S:
             codes = _load(rows + t[:, None] * VW + vw[None, :], True, (vw < VW)[None, :], False, VP > VW)
         else:
             if K > 0:
@@ -307,7 +355,8 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
                 has = tl.max_constancy(has, [1, V])
             codes = _load(rows + place, has, (vw < VW)[None, :], True, VP > VW)
             mask, offset = where_rows(bits, before, tile_rows, t + N, hi, K, TILE)  # of the next step
-        pair = _load(value_scale + t, live, True, K == 0, False)
+        if VALUE > 0:
+            pair = _load(value_scale + t, live, True, K == 0, False)
 
         steps = tl.reshape(steps, [2, H2, 4, KP // 4, 2, 2])  # (middle, half, word / (KP / 4), word % (KP / 4), byte / 2, byte % 2)
         steps = tl.permute(steps, [3, 5, 2, 1, 4, 0]) if KEY == 4 else tl.permute(steps, [3, 1, 2, 5, 4, 0])
@@ -323,35 +372,42 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         den = den * alpha[None, :] + tl.sum(tl.reshape(p, [N // 8, 8, M]), 0)
         m = top
 
-        step = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        middle = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        w = p * (step * up)[:, None]
-        if K == S:
-            tile = tl.full([16, N // 8, 4], 0x00010001, tl.uint32)
-            middles = middles * alpha[None, :] + tl.sum(tl.reshape(p * middle[:, None], [N // 8, 8, M]), 0)
+        if VALUE == 0:
+            acc = product(tl.trans(value), (p * w.to(tl.float32)[:, None]).to(like.dtype), acc * alpha[None, :])
         else:
-            tile = (one_mask.to(tl.uint32) & 0xFFFF | two_mask.to(tl.uint32) << 16)[None, :, :]
-            tile = tile >> tl.arange(0, 16).to(tl.uint32)[:, None, None] & 0x00010001
-            w = tl.reshape(tl.join(w, p * (middle * up)[:, None]), [N, C])
-            alpha = tl.reshape(tl.join(alpha, alpha), [C])
-            pairs += N
-            one_mask, two_mask = tl.load(bits + pairs, mask=pairs < hi, other=0), tl.load(bits + pairs + 4, mask=pairs + 4 < hi, other=0)
-        w = _paired(w.to(like.dtype))
-        sums = product(_rows_of_pairs(tile, like, ASM), w, sums * alpha[None, :])
-        acc = product(_values(codes, like, VALUE, ASM), w, acc * alpha[None, :])
+            step = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            middle = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            w = p * (step * up)[:, None]
+            if K == S:
+                tile = tl.full([16, N // 8, 4], 0x00010001, tl.uint32)
+                middles = middles * alpha[None, :] + tl.sum(tl.reshape(p * middle[:, None], [N // 8, 8, M]), 0)
+            else:
+                tile = (one_mask.to(tl.uint32) & 0xFFFF | two_mask.to(tl.uint32) << 16)[None, :, :]
+                tile = tile >> tl.arange(0, 16).to(tl.uint32)[:, None, None] & 0x00010001
+                w = tl.reshape(tl.join(w, p * (middle * up)[:, None]), [N, C])
+                alpha = tl.reshape(tl.join(alpha, alpha), [C])
+                pairs += N
+                one_mask, two_mask = tl.load(bits + pairs, mask=pairs < hi, other=0), tl.load(bits + pairs + 4, mask=pairs + 4 < hi, other=0)
+            w = _paired(w.to(like.dtype))
+            sums = product(_rows_of_pairs(tile, like, ASM), w, sums * alpha[None, :])
+            acc = product(_values(codes, like, VALUE, ASM), w, acc * alpha[None, :])
 
     den = tl.sum(den, 0)
-    byte, half = _value_order(tl.arange(0, DV), VP, VALUE)
-    g, in_v = byte // WB, byte < VW * 4
-    dims = g * (D // S) + half * WB + byte % WB
-    HALF: tl.constexpr = 1 << (VALUE - 1)
-    if K == S:
-        add = (tl.sum(middles, 0) - tl.max(sums, 0) * (HALF * down))[None, :]
+    if VALUE == 0:
+        dims, in_v = tl.arange(0, D), tl.full([D], True, tl.int1)
+        acc *= tl.load(gain + h * D + dims)[:, None]
     else:
-        acc, _ = tl.split(tl.reshape(acc, [DV, M, 2]))
-        w, add = tl.split(tl.reshape(sums, [16, M, 2]))
-        add = _each_group((add - w * HALF) * down, g, S)
-    acc = acc * tl.where(half == 0, down, down / 16)[:, None] + add
+        byte, half = _value_order(tl.arange(0, DV), VP, VALUE)
+        g, in_v = byte // WB, byte < VW * 4
+        dims = g * (D // S) + half * WB + byte % WB
+        HALF: tl.constexpr = 1 << (VALUE - 1)
+        if K == S:
+            add = (tl.sum(middles, 0) - tl.max(sums, 0) * (HALF * down))[None, :]
+        else:
+            acc, _ = tl.split(tl.reshape(acc, [DV, M, 2]))
+            w, add = tl.split(tl.reshape(sums, [16, M, 2]))
+            add = _each_group((add - w * HALF) * down, g, S)
+        acc = acc * tl.where(half == 0, down, down / 16)[:, None] + add
 
     lo, hi = tl.maximum(c * size - count, 0), tl.minimum((c + 1) * size - count, slots)
     tail_k += seg.to(tl.int64) * W * D

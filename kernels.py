@@ -198,8 +198,9 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     words = ints and not sums and in_words(ints, D, 1 if p.k == S else S)
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile)
     if words:  # as many registers as there are, without spilling, and what keeps eight programs of a warp on a multiprocessor busy
-        N, M, warps, stages = min(64, ints.block), (4 if R <= 4 else 8), 1 if narrow else 4, 3 if p.k else 2
-        KP, VP = (max(w, triton.next_power_of_2(D * b // 32)) for w, b in ((4, ints.key_bits), (8, ints.value_bits)))
+        kb, vb = ints.key_bits, ints.value_bits
+        N, M, warps, stages = min(64 if vb else 32, ints.block), (4 if R <= 4 else 8), 1 if narrow else 4, 3 if p.k and kb + vb == 8 else 2
+        KP, VP = (max(w, triton.next_power_of_2(D * b // 32)) for w, b in ((4, kb), (8, vb)))
         shape.update(KP=KP, VP=VP, ASM=q.is_cuda and narrow and torch.version.hip is None)
     else:
         if ints:
@@ -227,9 +228,10 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size, parts)
     how = (ints.key_scale, ints.block_base, ints.value_scale) if ints else (None, None, None)
     args = (q, p.keys, p.rows, p.bits, p.before, p.tile_rows, *how, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v,
-            tail.first, tail.count, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3])
+            tail.first, tail.count, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3],
+            ints.gain if ints else None)
     if not words:
-        args += (ints.gain if ints else None, *(sums or (None, None)))
+        args += tuple(sums or (None, None))
     kernel = int_attention_kernel if words else _attention_kernel
     compiled = kernel[(*grid, blocks)](*args, SEGS=SEGS, **shape, SPLIT=parts > 1, num_warps=warps)
     if q.is_cuda and not given and variant not in _per_sm:
@@ -244,9 +246,11 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
 
 
 def in_words(ints: Ints, head_dim: int, n_groups: int) -> bool:
-    """Whether int_attention_kernel reads these integers, n_groups rows a token (1: every group is kept): 4 or 8 bits, rows that fill words."""
-    return ({ints.key_bits, ints.value_bits} <= {4, 8} and n_groups <= 16 and head_dim * ints.key_bits % 32 == 0
-            and head_dim // n_groups * ints.value_bits % 32 == 0)
+    """Whether int_attention_kernel reads these integers, n_groups rows a token (1: every group is kept): 4 or 8 bits, rows that fill words; or levels
+    under keys of 4 or 8 bits, units of 1, 2, 4, ... bytes."""
+    d = head_dim // n_groups
+    rows = d * ints.value_bits % 32 == 0 if ints.value_bits else d & (d - 1) == 0 and head_dim >= 16
+    return {ints.key_bits, ints.value_bits or 4} <= {4, 8} and n_groups <= 16 and head_dim * ints.key_bits % 32 == 0 and rows
 
 
 @cache

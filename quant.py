@@ -7,7 +7,8 @@
 
 A uniform number is (code - 2^(b-1)) * step + middle, code of b bits. Codes lie in planes: of n numbers in a row, byte j holds numbers j,
 j + n b/8, j + 2 n b/8, ..., lowest bits first, so that unpacking is a shift and neighbours stay neighbours; 3 bits are a plane of 2 and
-a plane of 1. Steps and middles are float16 whatever is computed in, and codes are taken with the rounded ones.
+a plane of 1. Of a level, unit i (2 bits of d numbers) holds bits 2 i and 2 i + 1 of every code, so that what a level does not have reads as
+zeros. Steps and middles are float16 whatever is computed in, and codes are taken with the rounded ones.
 
 Letters: B sequences, Hkv KV heads, D head dimension, S groups, d = D/S, n tokens of all segments, U units of 2 bits and d numbers.
 """
@@ -179,7 +180,8 @@ def quantise_levels(z: Tensor, levels: Tensor, offset: Tensor, n_units: int, gai
     for i in (1, 2, 3):
         t, g = (levels == i).nonzero(as_tuple=True)
         codes = level_codes(e.unflatten(-1, (S, -1))[t, g], step[t].float(), i)  # (m, d)
-        rows[at[t, g].unsqueeze(-1) + torch.arange(UNITS[i], device=z.device)] = pack_bits(codes, LEVELS[i]).unflatten(-1, (UNITS[i], unit))
+        for u in range(UNITS[i]):
+            rows[at[t, g] + u] = pack_bits(codes >> 2 * u & 3, 2)
     return rows, step
 
 
@@ -191,6 +193,6 @@ def dequantise_levels(rows: Tensor, levels: Tensor, offset: Tensor, step: Tensor
     out = torch.zeros(len(levels), S, gain.size(-1) // S, dtype=wide, device=rows.device)
     for i in (1, 2, 3):
         t, g = (levels == i).nonzero(as_tuple=True)
-        packed = rows[at[t, g].unsqueeze(-1) + torch.arange(UNITS[i], device=rows.device)].flatten(-2)  # (m, d bits / 8)
-        out[t, g] = level_values(unpack_bits(packed, LEVELS[i]), step[t].to(wide), i)
+        codes = sum(unpack_bits(rows[at[t, g] + u], 2) << 2 * u for u in range(UNITS[i]))
+        out[t, g] = level_values(codes, step[t].to(wide), i)
     return (out.flatten(-2) * gain.to(wide)).to(dtype)

@@ -103,8 +103,9 @@ def test_levels_by_hand_from_the_bytes():
     z, gain, levels = normal(1, 32, seed=3), torch.rand(1, 32) + 0.5, torch.tensor([[3, 0, 1, 2]], dtype=torch.uint8)
     rows, step = quant.quantise_levels(z, levels, torch.tensor([2]), 9, gain)
     assert rows.shape == (9, 2) and not rows[:2].any() and quant.units(levels).tolist() == [[4, 0, 1, 2]]
-    flat, e, s = rows.flatten().tolist(), (z / gain)[0].tolist(), step.item()
-    codes = {0: flat[4:12], 2: [b >> 2 * p & 3 for p in range(4) for b in flat[12:14]], 3: [b >> 4 * p & 15 for p in range(2) for b in flat[14:18]]}
+    e, s = (z / gain)[0].tolist(), step.item()
+    bits = [[b >> 2 * p & 3 for p in range(4) for b in unit] for unit in rows.tolist()]  # two of each of 8 numbers, in every unit
+    codes = {g: [sum(b << 2 * i for i, b in enumerate(of)) for of in zip(*bits[a:b], strict=True)] for g, a, b in ((0, 2, 6), (2, 6, 7), (3, 7, 9))}
     back = quant.dequantise_levels(rows, levels, torch.tensor([2]), step, gain, torch.float64)[0]
 
     def value(code: int, level: int, s: float) -> float:
@@ -271,7 +272,8 @@ def compare(cache, q: torch.Tensor, chunk: int, part: str = "both") -> None:
     (4, 4, 3, 32, 4, 2, 1, 0, "words"), (8, 4, 1, 64, 8, 3, 3, 64, "words"), (4, 8, 3, 128, 16, 4, 1, 32, "words"),
     (4, 4, 3, 80, 2, 1, 2, 32, "words"),
     (4, 4, 1, 32, 8, 2, 1, 0, "bytes"), (3, 2, 3, 48, 2, 1, 2, 32, "bytes"), (2, 3, 1, 32, 4, 8, 3, 0, "bytes"), (8, 8, 3, 40, 2, 1, 1, 32, "words"),
-    (4, 0, 1, 32, 4, 4, 1, 32, "bytes"), (3, 0, 3, 64, 8, 2, 2, 0, "bytes"), (4, 0, 3, 64, 16, 1, 1, 64, "bytes")])
+    (4, 0, 1, 32, 4, 4, 1, 32, "words"), (3, 0, 3, 64, 8, 2, 2, 0, "bytes"), (4, 0, 3, 64, 16, 1, 1, 64, "words"),
+    (4, 0, 3, 48, 4, 2, 1, 32, "bytes"), (8, 0, 1, 128, 8, 3, 2, 0, "words"), (4, 0, 3, 64, 2, 4, 1, 0, "words")])
 def test_attention_reads_a_context_of_integers(kb, vb, Hm, D, S, n, T, chunk, kernel, dtype, ran):
     """Counted rows, masks shared or not, any bits and levels, more rows of queries than a product takes, one piece and several: in words
     where rows fill words, else byte by byte."""
@@ -364,9 +366,8 @@ def test_ragged_contexts_of_integers_are_cut_end_to_end(vb, monkeypatch):
     mask = torch.full((1, 4, 380, 4), 2, dtype=torch.uint8) if vb == 0 else torch.ones(1, 4, 380, 4, dtype=torch.bool)
     cache.pack(*(t.to(DEVICE) for t in (*normal(2, 1, 4, 380, 32), keep, mask, torch.ones(1, 380, dtype=torch.bool))))
     cache.append(*normal(2, 1, 4, 4, 32, seed=3).to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE))
-    name = "int_attention_kernel" if vb else "_attention_kernel"
-    kernel = getattr(kernels, name)
-    monkeypatch.setattr(kernels, name, type("Spy", (), {"__getitem__": lambda self, grid: g.append(grid) or kernel[grid]})())
+    kernel = kernels.int_attention_kernel
+    monkeypatch.setattr(kernels, "int_attention_kernel", type("Spy", (), {"__getitem__": lambda self, grid: g.append(grid) or kernel[grid]})())
     compare(cache, (2 * normal(1, 8, 1, 32, seed=5)).to(DEVICE), 64)
     assert g[0][1] == 1 and g[0][0] < 4 * 7
 

@@ -8,6 +8,8 @@ slots, R = T n rows of queries that share a KV head, C columns of a product with
 """
 from __future__ import annotations
 
+import torch
+
 from kernel_base import as_word, jit, own_piece, pieces, popcount, product, tl, triton, where_rows
 from quant import STEPS, centre
 
@@ -197,34 +199,135 @@ def _paired(w):
     return tl.reshape(tl.permute(tl.reshape(w, [N // 16, 2, 2, 4, w.shape[1]]), [0, 3, 1, 2, 4]), w.shape)
 
 
+def _level_asm(dtype: str, n_bytes: int) -> str:
+    """PTX that turns one word of codes (bytes) of each of two tokens into floats: codes are subnormals, as in _unpack_asm, and one multiply-add of
+    two 16-bit floats takes the centre off and multiplies by the level's step. Steps have few bits, so it rounds once."""
+    text = "{\n.reg .b32 p, x;\n"
+    for half, order in enumerate(("0x5410", "0x7632")[:n_bytes // 2]):
+        text += f"prmt.b32 p, ${2 * n_bytes}, ${2 * n_bytes + 1}, {order};\n"
+        for i in (4 * half, 4 * half + 2):
+            text += f"and.b32 x, p, 0x00FF00FF;\nfma.rn.{dtype}x2 x, x, ${2 * n_bytes + 2}, ${2 * n_bytes + 3};\n"
+            text += f"mov.b32 {{${i}, ${i + 1}}}, x;\nshr.u32 p, p, 8;\n"
+    return text + "}"
+
+
+def _bits(x: float, dtype: torch.dtype) -> int:
+    """The bits of x in 16 bits."""
+    bits = torch.tensor(x, dtype=torch.float64).to(dtype)
+    assert bits.double().item() == x, f"{x} is rounded in {dtype}"
+    return bits.view(torch.int16).item() & 0xFFFF
+
+
+LEVEL_PTX = {(t, n): tl.constexpr(_level_asm(t, n)) if triton else "" for t in ("bf16", "f16") for n in (2, 4)}
+bf16_asm_2, bf16_asm_4, f16_asm_2, f16_asm_4 = (LEVEL_PTX[t, n] for t in ("bf16", "f16") for n in (2, 4))
+# what a subnormal code is multiplied by, and what is added then; the result is a value times 2^-13 (bfloat16), 2^-9 (float16)
+BF16_FMA, F16_FMA = ([tl.constexpr(_bits(x, t)) if triton else 0 for i in (1, 2, 3) for x in (STEPS[i] * up, -centre(i) * STEPS[i] * down)]
+                     for t, up, down in ((torch.bfloat16, 2.0 ** 120, 2.0 ** -13), (torch.float16, 2.0 ** 15, 2.0 ** -9)))
+B_STEP_1, B_BASE_1, B_STEP_2, B_BASE_2, B_STEP_3, B_BASE_3 = BF16_FMA
+F_STEP_1, F_BASE_1, F_STEP_2, F_BASE_2, F_STEP_3, F_BASE_3 = F16_FMA
+
+
 @jit
 def _quarter(a, b, c, d, i: tl.constexpr):
-    """Codes of the i-th quarter of d numbers, a byte each, from the units that hold their bits."""
+    """Codes of the i-th quarter of a group's numbers, a byte each, from the units that hold their bits."""
     m: tl.constexpr = 0x03030303
     return (a >> 2 * i & m) | (b >> 2 * i & m) << 2 | (c >> 2 * i & m) << 4 | (d >> 2 * i & m) << 6
 
 
 @jit
-def _levels_in_words(rows, word, offset, like, D: tl.constexpr, S: tl.constexpr):
-    """Values (tokens, D) of levels in units of their token's step and gain: whole units are loaded, of 4 bytes at a time where they have them.
-    `word`, `offset` as for level_values; rows points to bytes."""
-    U: tl.constexpr = D // S // 4  # bytes of a unit
+def _unit_words(rows, word, offset, S: tl.constexpr, U: tl.constexpr):
+    """Of tokens (4, n) with masks `word` and units `offset` before them: their levels (4, S, n), and of every group the codes of its four quarters,
+    a byte each, in words of 4 bytes, or of the U bytes that a unit has (4, S, n, words)."""
     E: tl.constexpr = min(U, 4)
-    level, unit = _levels(word[:, None], tl.arange(0, S)[None, :].to(word.dtype), S)
-    step = tl.where(level > 0, _of_level(level, STEP_1, STEP_2, STEP_3), 0.0)
-    base = step * _of_level(level, -CENTRE_1, -CENTRE_2, -CENTRE_3)
     if E == 4:
         rows = rows.to(tl.pointer_type(tl.uint32), bitcast=True)
     elif E == 2:
         rows = rows.to(tl.pointer_type(tl.uint16), bitcast=True)
-    at = rows + ((offset[:, None] + unit) * (U // E))[:, :, None] + tl.arange(0, U // E)[None, None, :]
-    n = (level + (level == 3))[:, :, None]  # units
+    level, unit = _levels(word[:, None, :], tl.arange(0, S)[None, :, None].to(word.dtype), S)
+    at = rows + ((offset[:, None, :] + unit) * (U // E))[:, :, :, None] + tl.arange(0, U // E)[None, None, None, :]
+    n = (level + (level == 3))[:, :, :, None]  # units
     a, b = tl.load(at, mask=n > 0, other=0).to(tl.uint32), tl.load(at + U // E, mask=n > 1, other=0).to(tl.uint32)
     c, d = tl.load(at + 2 * (U // E), mask=n > 2, other=0).to(tl.uint32), tl.load(at + 3 * (U // E), mask=n > 3, other=0).to(tl.uint32)
-    x, y = tl.join(_quarter(a, b, c, d, 0), _quarter(a, b, c, d, 2)), tl.join(_quarter(a, b, c, d, 1), _quarter(a, b, c, d, 3))
-    x = tl.reshape(tl.join(x, y), [word.shape[0], S, U // E, 4, 1])  # bytes are codes: of numbers i U to (i + 1) U - 1 in quarter i
-    x = (x >> (8 * tl.arange(0, E)).to(tl.uint32) & 255).to(tl.float32) * step[:, :, None, None, None] + base[:, :, None, None, None]
-    return tl.reshape(tl.permute(x, [0, 1, 3, 2, 4]), [word.shape[0], D]).to(like.dtype)
+    return level, _quarter(a, b, c, d, 0), _quarter(a, b, c, d, 1), _quarter(a, b, c, d, 2), _quarter(a, b, c, d, 3)
+
+
+@jit
+def _four(a, b, c, d):
+    """(..., 2, 2) of four, in order."""
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@jit
+def _level_numbers(level, x, like, E: tl.constexpr):
+    """What codes x (4, S, n, words) stand for, in units of step and gain: (4, S, n, words, E)."""
+    x = (x[:, :, :, :, None] >> (8 * tl.arange(0, E)).to(tl.uint32) & 255).to(tl.float32)
+    step = tl.where(level > 0, _of_level(level, STEP_1, STEP_2, STEP_3), 0.0)[:, :, :, None, None]
+    return ((x - _of_level(level, CENTRE_1, CENTRE_2, CENTRE_3)[:, :, :, None, None]) * step).to(like.dtype)
+
+
+@jit
+def _level_factors(one, two, like):
+    """What _level_fma takes for two tokens of these levels."""
+    if like.dtype == tl.bfloat16:
+        step = _of_level(one, B_STEP_1, B_STEP_2, B_STEP_3) | _of_level(two, B_STEP_1, B_STEP_2, B_STEP_3) << 16
+        a, b = _of_level(one, B_BASE_1, B_BASE_2, B_BASE_3), _of_level(two, B_BASE_1, B_BASE_2, B_BASE_3)
+    else:
+        step = _of_level(one, F_STEP_1, F_STEP_2, F_STEP_3) | _of_level(two, F_STEP_1, F_STEP_2, F_STEP_3) << 16
+        a, b = _of_level(one, F_BASE_1, F_BASE_2, F_BASE_3), _of_level(two, F_BASE_1, F_BASE_2, F_BASE_3)
+    return step[:, :, :, None], (tl.where(one > 0, a, 0) | tl.where(two > 0, b, 0) << 16)[:, :, :, None]
+
+
+@jit
+def _level_fma(x, y, step, base, like, E: tl.constexpr):
+    """Codes x, y (4, S, n, 1) of two tokens -> (4, S, n, 1, E, 2), as _level_numbers, a power of 2 too small."""
+    if E == 4:
+        ASM: tl.constexpr = bf16_asm_4 if like.dtype == tl.bfloat16 else f16_asm_4
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r", [x, y, step, base], dtype=(like.dtype,) * 8,
+                                                           is_pure=True, pack=1)
+        x = tl.join(_four(a, c, e, g), _four(b, d, f, h))
+    else:
+        ASM: tl.constexpr = bf16_asm_2 if like.dtype == tl.bfloat16 else f16_asm_2
+        a, b, c, d = tl.inline_asm_elementwise(ASM, "=h,=h,=h,=h,r,r,r,r", [x, y, step, base], dtype=(like.dtype,) * 4, is_pure=True, pack=1)
+        x = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(x, [4, y.shape[1], y.shape[2], 1, E, 2])
+
+
+@jit
+def _levels_in_words(rows, word1, offset1, word2, offset2, like, D: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+    """Values (D, N) of levels in units of their token's step and gain: number i of group g in row i S + g, tokens as _by_fours has them. Masks and
+    offsets (4, N / 8) are those of tokens 4 (2 i + {0, 1}) + j in place (j, i)."""
+    U: tl.constexpr = D // S // 4  # bytes of a unit
+    E: tl.constexpr = min(U, 4)
+    n: tl.constexpr = word1.shape[1]
+    one, w1, w2, w3, w4 = _unit_words(rows, word1, offset1, S, U)
+    two, v1, v2, v3, v4 = _unit_words(rows, word2, offset2, S, U)
+    if ASM and (U == 2 or U == 4):
+        step, base = _level_factors(one, two, like)
+        a, b = _level_fma(w1, v1, step, base, like, E), _level_fma(w2, v2, step, base, like, E)
+        c, d = _level_fma(w3, v3, step, base, like, E), _level_fma(w4, v4, step, base, like, E)
+    else:
+        a = tl.join(_level_numbers(one, w1, like, E), _level_numbers(two, v1, like, E))
+        b = tl.join(_level_numbers(one, w2, like, E), _level_numbers(two, v2, like, E))
+        c = tl.join(_level_numbers(one, w3, like, E), _level_numbers(two, v3, like, E))
+        d = tl.join(_level_numbers(one, w4, like, E), _level_numbers(two, v4, like, E))
+    x = tl.reshape(_four(a, b, c, d), [4, S, n // 2, 2, U // E, E, 2, 4])
+    return tl.reshape(tl.permute(x, [7, 4, 5, 1, 2, 0, 3, 6]), [D, 8 * n])
+
+
+@jit
+def _by_fours(w):
+    """Weights (N, M) of tokens in the order that _levels_in_words gives them."""
+    N: tl.constexpr = w.shape[0]
+    return tl.reshape(tl.permute(tl.reshape(w, [N // 16, 4, 4, w.shape[1]]), [0, 2, 1, 3]), w.shape)
+
+
+@jit
+def _level_units(like, D: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+    """What _levels_in_words is to be multiplied by."""
+    if ASM and (D // S == 8 or D // S == 16):
+        return 8192.0 if like.dtype == tl.bfloat16 else 512.0
+    else:
+        return 1.0
 
 
 @jit
@@ -323,11 +426,13 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     lo, hi = c * size, tl.minimum((c + 1) * size, count)
     at, kw, vw, channel = tl.arange(0, N), tl.arange(0, KP), tl.arange(0, VP), tl.arange(0, KP * 4)
     scales = tl.arange(0, 2)[:, None, None] * D + tl.arange(0, H2)[None, :, None] * (D // 2) + channel[None, None, :]
-    if K < S:
-        mask, offset = where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
     if VALUE == 0:
+        pairs = lo + tl.arange(0, 4)[:, None] + tl.arange(0, N // 8)[None, :] * 8
+        one_mask, one_offset = where_rows(bits, before, tile_rows, pairs, hi, K, TILE)
+        two_mask, two_offset = where_rows(bits, before, tile_rows, pairs + 4, hi, K, TILE)
         own_step = tl.load(value_scale + lo + at, mask=lo + at < hi, other=0.0)
     elif K < S:
+        mask, offset = where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
         pairs = lo + tl.arange(0, N // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
         one_mask, two_mask = tl.load(bits + pairs, mask=pairs < hi, other=0), tl.load(bits + pairs + 4, mask=pairs + 4 < hi, other=0)
     for t0 in tl.range(lo, hi, N, num_stages=STAGES):
@@ -336,9 +441,10 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         words = _load(keys + t[:, None] * KW + kw[None, :], live[:, None], (kw < KW)[None, :], K == 0, KP > KW)
         steps = _load(key_scale + t0 // BLOCK * (2 * D) + scales, True, (channel < KW * 4)[None, None, :], False, KP > KW)
         if VALUE == 0:
-            value = _levels_in_words(rows, as_word(mask, 2 * S), offset, like, D, S)
-            w = own_step
-            mask, offset = where_rows(bits, before, tile_rows, t + N, hi, K, TILE)  # of the next step
+            value = _levels_in_words(rows, as_word(one_mask, 2 * S), one_offset, as_word(two_mask, 2 * S), two_offset, like, D, S, ASM)
+            w, pairs = own_step, pairs + N
+            one_mask, one_offset = where_rows(bits, before, tile_rows, pairs, hi, K, TILE)  # of the next step
+            two_mask, two_offset = where_rows(bits, before, tile_rows, pairs + 4, hi, K, TILE)
             own_step = tl.load(value_scale + t + N, mask=t + N < hi, other=0.0)
         elif K == S:
             codes = _load(rows + t[:, None] * VW + vw[None, :], True, (vw < VW)[None, :], False, VP > VW)
@@ -373,7 +479,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         m = top
 
         if VALUE == 0:
-            acc = product(tl.trans(value), (p * w.to(tl.float32)[:, None]).to(like.dtype), acc * alpha[None, :])
+            acc = product(value, _by_fours((p * w.to(tl.float32)[:, None]).to(like.dtype)), acc * alpha[None, :])
         else:
             step = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
             middle = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -394,8 +500,9 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
 
     den = tl.sum(den, 0)
     if VALUE == 0:
-        dims, in_v = tl.arange(0, D), tl.full([D], True, tl.int1)
-        acc *= tl.load(gain + h * D + dims)[:, None]
+        dims = tl.arange(0, D) % S * (D // S) + tl.arange(0, D) // S
+        in_v = dims < D
+        acc *= (tl.load(gain + h * D + dims) * _level_units(like, D, S, ASM))[:, None]
     else:
         byte, half = _value_order(tl.arange(0, DV), VP, VALUE)
         g, in_v = byte // WB, byte < VW * 4

@@ -199,7 +199,8 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile)
     if words:  # as many registers as there are, without spilling, and what keeps eight programs of a warp on a multiprocessor busy
         kb, vb = ints.key_bits, ints.value_bits
-        N, M, warps, stages = min(64 if vb else 32, ints.block), (4 if R <= 4 else 8), 1 if narrow else 4, 1 if not vb else 3 if p.k and kb + vb == 8 else 2
+        N, M, warps = min(64 if vb else 32, ints.block), (4 if R <= 4 else 8), 1 if narrow else 4
+        stages = 1 if not vb else 3 if p.k and kb + vb == 8 else 2
         KP, VP = (max(w, triton.next_power_of_2(D * b // 32)) for w, b in ((4, kb), (8, vb)))
         shape.update(KP=KP, VP=VP, ASM=q.is_cuda and narrow and torch.version.hip is None)
     else:

@@ -126,28 +126,24 @@ def centre(level: int) -> float:
     return 1.5 if LEVELS[level] == 2 else 2.0 ** (LEVELS[level] - 1)
 
 
-def level_codes(e: Tensor, step: Tensor, level: int) -> Tensor:
-    """Codes, uint8 like e, of numbers e in units of gain whose token's step is step (broadcast)."""
-    return (e / (step * STEPS[level]) + centre(level)).round().clamp(0, 2 ** LEVELS[level] - 1).to(torch.uint8)
-
-
-def level_values(codes: Tensor, step: Tensor, level: int) -> Tensor:
-    """Inverse of level_codes, in the type of step."""
-    return (codes.to(step.dtype) - centre(level)) * (step * STEPS[level])
+def of_levels(levels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(step, centre, largest code) of levels (..., S), each (..., S, 1); a dropped group's code is 0 and means 0."""
+    table = torch.tensor([[1.0, *STEPS[1:]], [0.0, *map(centre, (1, 2, 3))], [2 ** b - 1 for b in LEVELS]], dtype=dtype, device=levels.device)
+    return tuple(table[:, levels.long()].unsqueeze(-1))
 
 
 def level_steps(e: Tensor, levels: Tensor, weight: Tensor) -> Tensor:
     """The best of TRIED steps for each token: e (..., D) in units of gain, levels (..., S) 0 to 3, weight (..., D) or broadcast, of squared
     errors -> (..., 1) float16."""
-    d = e.size(-1) // levels.size(-1)
-    x, w, per = e.float().unflatten(-1, (-1, d)), weight.float().unflatten(-1, (-1, d)), levels.unsqueeze(-1)  # (..., S, d)
-    kept = per > 0
-    rms = ((x.square() * kept).sum((-1, -2), keepdim=True) / (kept.sum((-1, -2), keepdim=True) * d).clamp_min(1)).sqrt()
+    x, (unit, middle, top) = e.float().unflatten(-1, (levels.size(-1), -1)), of_levels(levels, torch.float32)  # (..., S, d), (..., S, 1)
+    kept = (levels > 0).unsqueeze(-1)
+    w = weight.float().unflatten(-1, (levels.size(-1), -1)) * kept
+    rms = ((x.square() * kept).sum((-1, -2), keepdim=True) / (kept.sum((-1, -2), keepdim=True) * x.size(-1)).clamp_min(1)).sqrt()
     best, out = torch.full_like(rms, float("inf")), rms.clamp(SMALLEST, 65504).half()
     for factor in TRIED:
         step = (rms * factor).clamp(SMALLEST, 65504).half()
-        err = sum(((level_values(level_codes(x, step.float(), i), step.float(), i) - x).square() * w * (per == i)).sum((-1, -2), keepdim=True)
-                  for i in (1, 2, 3))
+        scale = step.float() * unit
+        err = ((((x / scale + middle).round().clamp_min(0).minimum(top) - middle) * scale - x).square() * w).sum((-1, -2), keepdim=True)
         out, best = torch.where(err < best, step, out), err.minimum(best)
     return out.squeeze(-1)
 
@@ -173,27 +169,22 @@ def quantise_levels(z: Tensor, levels: Tensor, offset: Tensor, n_units: int, gai
     """Tokens z (n, D) at levels (n, S) 0 to 3 whose units begin at offset (n,) -> bytes (n_units, d / 4) and steps (n, 1) float16.
     gain (n, D)."""
     S, e = levels.size(-1), z.float() / gain
-    step = level_steps(e, levels, gain.square())
-    unit = row_bytes(z.size(-1) // S, 2)
-    rows = torch.zeros(n_units, unit, dtype=torch.uint8, device=z.device)
-    own = units(levels)
+    step, own, (unit, middle, top) = level_steps(e, levels, gain.square()), units(levels), of_levels(levels, torch.float32)
+    codes = (e.unflatten(-1, (S, -1)) / (step.float().unsqueeze(-1) * unit) + middle).round().clamp_min(0).minimum(top).to(torch.uint8)  # (n, S, d)
+    rows = torch.zeros(n_units, row_bytes(codes.size(-1), 2), dtype=torch.uint8, device=z.device)
     at = offset.unsqueeze(-1) + own.cumsum(-1) - own  # (n, S) first unit of each group
-    for i in (1, 2, 3):
-        t, g = (levels == i).nonzero(as_tuple=True)
-        codes = level_codes(e.unflatten(-1, (S, -1))[t, g], step[t].float(), i)  # (m, d)
-        for u in range(UNITS[i]):
-            rows[at[t, g] + u] = pack_bits(codes >> 2 * u & 3, 2)
+    for u in range(max(UNITS)):
+        has = own > u
+        rows[at[has] + u] = pack_bits(codes[has] >> 2 * u & 3, 2)
     return rows, step
 
 
 def dequantise_levels(rows: Tensor, levels: Tensor, offset: Tensor, step: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of quantise_levels: (n, D), zeros where dropped."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    S, own = levels.size(-1), units(levels)
-    at = offset.unsqueeze(-1) + own.cumsum(-1) - own
-    out = torch.zeros(len(levels), S, gain.size(-1) // S, dtype=wide, device=rows.device)
-    for i in (1, 2, 3):
-        t, g = (levels == i).nonzero(as_tuple=True)
-        codes = sum(unpack_bits(rows[at[t, g] + u], 2) << 2 * u for u in range(UNITS[i]))
-        out[t, g] = level_values(codes, step[t].to(wide), i)
-    return (out.flatten(-2) * gain.to(wide)).to(dtype)
+    own, (unit, middle, _) = units(levels), of_levels(levels, wide)
+    at, codes = offset.unsqueeze(-1) + own.cumsum(-1) - own, rows.new_zeros(*levels.shape, gain.size(-1) // levels.size(-1))
+    for u in range(max(UNITS)):
+        has = own > u
+        codes[has] |= unpack_bits(rows[at[has] + u], 2) << 2 * u
+    return (((codes.to(wide) - middle) * (step.to(wide).unsqueeze(-1) * unit)).flatten(-2) * gain.to(wide)).to(dtype)

@@ -196,7 +196,7 @@ def test_what_cannot_be_is_said_in_a_line():
         assert said in error_line(SelectConfig, **bad)
     assert "mask_scope=shared" in error_line(selecting, "shared", cfg=config(kv_bytes=0.2))
     assert "must fill bytes" in error_line(selecting, n_groups=8, cfg=config(kv_bytes=0.2))
-    m = selecting(cfg=config(kv_bytes=0.05))
+    m = selecting(cfg=config(kv_bytes=0.04))
     assert m.selector.stored.key_bits == 3 and TINY.head_dim == 16
     m.selector.set(config(kv_bytes=0.5))
     assert m.selector.stored.key_bits == 8

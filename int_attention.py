@@ -366,6 +366,13 @@ def _load(p, a, b, USE_A: tl.constexpr, USE_B: tl.constexpr):
 
 
 @jit
+def _nothing(q, i):
+    """Zeros, float32 like i. That they come from 8 bits in memory makes Triton, old and new, deal the rows of the product that they go into by fours
+    to a lane (kWidth = 4), the order that _keys and _levels_in_words have; else all of them would change lanes."""
+    return tl.load(q.to(tl.pointer_type(tl.uint8), bitcast=True) + i * 0).to(tl.float32) * 0.0
+
+
+@jit
 def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, block_base, value_scale, n_packed, token_base, row_base, mask_base,
                           tile_base, tail_k, tail_v, tail_first, tail_n, out, lse, part, part_ml, scale, segments, Hkv, n_b, n_h, W, chunk,
                           parts, Hm, n, T, q_b, q_h, q_t, gain, SEGS: tl.constexpr, D: tl.constexpr,
@@ -408,13 +415,14 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
             return
     own, j = row // n, row % n  # query, head of the group
     in_r = row < R
+    at_q = q
     q += b * q_b + (h * n + j)[None, :] * q_h + own[None, :] * q_t
 
     H2: tl.constexpr = 8 // KEY  # numbers of a byte
     byte, half = _key_order(tl.arange(0, KP * 4 * H2), KP, KEY)
     in_k = byte < KW * 4
     like = tl.load(q + (byte + half * (D // 2))[:, None], mask=in_k[:, None] & in_r[None, :], other=0.0)
-    x = like.to(tl.float32) * scale
+    x = like.to(tl.float32) * scale + _nothing(at_q, byte)[:, None]
     up, down = _units(like, ASM)
     unit = tl.where(half == 0, up, up / 16)
     half_codes = tl.full([16, KP], 0x88888888 if KEY == 4 else 0x80808080, tl.uint32)
@@ -430,7 +438,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         pairs = lo + tl.arange(0, 4)[:, None] + tl.arange(0, N // 8)[None, :] * 8
         one_mask, one_offset = where_rows(bits, before, tile_rows, pairs, hi, K, TILE)
         two_mask, two_offset = where_rows(bits, before, tile_rows, pairs + 4, hi, K, TILE)
-        own_step = tl.load(value_scale + lo + at, mask=lo + at < hi, other=0.0)
+        own_step, nothing = tl.load(value_scale + lo + at, mask=lo + at < hi, other=0.0), _nothing(at_q, at)
     elif K < S:
         mask, offset = where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
         pairs = lo + tl.arange(0, N // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
@@ -442,7 +450,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         steps = _load(key_scale + t0 // BLOCK * (2 * D) + scales, True, (channel < KW * 4)[None, None, :], False, KP > KW)
         if VALUE == 0:
             value = _levels_in_words(rows, as_word(one_mask, 2 * S), one_offset, as_word(two_mask, 2 * S), two_offset, like, D, S, ASM)
-            w, pairs = own_step, pairs + N
+            w, pairs = own_step.to(tl.float32) + nothing, pairs + N
             one_mask, one_offset = where_rows(bits, before, tile_rows, pairs, hi, K, TILE)  # of the next step
             two_mask, two_offset = where_rows(bits, before, tile_rows, pairs + 4, hi, K, TILE)
             own_step = tl.load(value_scale + t + N, mask=t + N < hi, other=0.0)
@@ -479,7 +487,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         m = top
 
         if VALUE == 0:
-            acc = product(value, _by_fours((p * w.to(tl.float32)[:, None]).to(like.dtype)), acc * alpha[None, :])
+            acc = product(value, _by_fours((p * w[:, None]).to(like.dtype)), acc * alpha[None, :])
         else:
             step = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
             middle = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -238,7 +238,7 @@ def _quarter(a, b, c, d, i: tl.constexpr):
 def _unit_words(rows, word, offset, S: tl.constexpr, U: tl.constexpr):
     """Of tokens (4, n) with masks `word` and units `offset` before them: their levels (4, S, n), and of every group the codes of its four quarters,
     a byte each, in words of 4 bytes, or of the U bytes that a unit has (4, S, n, words)."""
-    E: tl.constexpr = min(U, 4)
+    E: tl.constexpr = U if U < 4 else 4
     if E == 4:
         rows = rows.to(tl.pointer_type(tl.uint32), bitcast=True)
     elif E == 2:
@@ -297,7 +297,7 @@ def _levels_in_words(rows, word1, offset1, word2, offset2, like, D: tl.constexpr
     """Values (D, N) of levels in units of their token's step and gain: number i of group g in row i S + g, tokens as _by_fours has them. Masks and
     offsets (4, N / 8) are those of tokens 4 (2 i + {0, 1}) + j in place (j, i)."""
     U: tl.constexpr = D // S // 4  # bytes of a unit
-    E: tl.constexpr = min(U, 4)
+    E: tl.constexpr = U if U < 4 else 4
     n: tl.constexpr = word1.shape[1]
     one, w1, w2, w3, w4 = _unit_words(rows, word1, offset1, S, U)
     two, v1, v2, v3, v4 = _unit_words(rows, word2, offset2, S, U)
@@ -463,7 +463,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
             word = as_word(mask, S)[:, None]
             has = (word >> g & one) != 0
             place = (offset[:, None] + popcount(word & ((one << g) - one))) * RW + (vw % RW)[None, :]
-            V: tl.constexpr = min(4, RW & -RW)
+            V: tl.constexpr = 4 if RW % 4 == 0 else RW & -RW
             if V > 1:
                 place = tl.max_contiguous(tl.multiple_of(place, [1, V]), [1, V])
                 has = tl.max_constancy(has, [1, V])

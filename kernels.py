@@ -168,6 +168,8 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
         tl.store(lse + at, (top + tl.log2(total)) * 0.6931471805599453)
 
 
+# Triton's products have 16 columns at least before 3.5; integers are read byte by byte there
+WORDS = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 _per_sm: dict[tuple, int] = {}  # programs of a compiled variant that a multiprocessor holds at a time
 
 
@@ -195,7 +197,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     M = min(64 if narrow else 16, max(16, triton.next_power_of_2(R)))
     DP = max(16, triton.next_power_of_2(D))
     N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
-    words = ints and not sums and in_words(ints, D, 1 if p.k == S else S)
+    words = WORDS and ints and not sums and in_words(ints, D, 1 if p.k == S else S)
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile)
     if words:  # as many registers as there are, without spilling, and what keeps eight programs of a warp on a multiprocessor busy
         kb, vb = ints.key_bits, ints.value_bits

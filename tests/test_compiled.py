@@ -1,0 +1,50 @@
+"""The kernels as compiled for a GPU, on any machine: Triton's interpreter runs what no GPU would take, and shows no layouts."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ROOT
+
+import int_attention
+import kernels
+from kernel_base import triton
+from quant import LEVELS, STEPS, centre
+
+CASES = [("4:1:1:4", True, 128, "bfloat16"), ("4:0.5:1:4", True, 128, "bfloat16"), ("4:0.5:0.5:8:4", False, 64, "float16"),
+         ("8:0.9:0.5:4:0", False, 128, "bfloat16"), ("8:0.9:0.5:4:0", False, 64, "float16"), ("4:0.5:1:8:0", False, 32, "float32"),
+         ("8:0.9:0.5:3:0", False, 64, "bfloat16"), ("4:0.5:1:3", True, 32, "bfloat16"), ("4:0.5:1", True, 128, "bfloat16")]
+
+
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+def test_kernels_compile_for_a_gpu_and_move_little_between_lanes():
+    """Every way to store: in words, byte by byte, whole. Codes in words go from memory to tensor cores in the lanes that loaded them: what is
+    exchanged are maxima, sums and weights, where a conversion of the keys alone adds 128 exchanges."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "tests/compile_kernels.py", json.dumps(CASES)]
+    got = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert got.returncode == 0, got.stderr[-3000:]
+    found = json.loads(got.stdout)
+    made = [f for f in found if f["case"] != "others" and f["kernel"] != "_merge_kernel"]
+    assert [f["case"] for f in made] == [c[0] for c in CASES] and all(f["bytes"] > 1000 for f in found)
+    assert {"_merge_kernel", "_quantise_block_kernel", "_append_packed_kernel", "_append_tail_kernel", "_search_kernel", "_take_kernel",
+            "_pack_kernel"} < {f["kernel"] for f in found}
+    words = 6 if kernels.WORDS else 0
+    assert [f["kernel"] for f in made] == ["int_attention_kernel"] * words + ["_attention_kernel"] * (9 - words)
+    assert [f["subnormal_fma"] > 0 for f in made] == [False] * 3 + [bool(words)] * 2 + [False] * 4
+    assert not words or all(f["between_lanes"] < 180 for f in made[:5]), made
+
+
+@pytest.mark.skipif(triton is None, reason="the kernels need triton")
+@pytest.mark.parametrize(("dtype", "constants", "scale"), [(torch.bfloat16, int_attention.BF16_FMA, 2.0 ** -13),
+                                                           (torch.float16, int_attention.F16_FMA, 2.0 ** -9)], ids=str)
+def test_a_code_as_a_subnormal_times_a_constant_is_its_value(dtype, constants, scale):
+    """Every code of every level: its bits as a float, times one constant, plus the other, is exactly what quant.py says, a power of 2 smaller."""
+    def number(bits: torch.Tensor) -> torch.Tensor:
+        return bits.to(torch.int32).sub(65536 * (bits.to(torch.int32) > 32767)).to(torch.int16).view(dtype).double()
+    for level in (1, 2, 3):
+        codes = torch.arange(2 ** LEVELS[level])
+        step, base = (number(torch.tensor([c.value])) for c in constants[2 * level - 2:2 * level])
+        assert torch.equal(number(codes) * step + base, (codes.double() - centre(level)) * STEPS[level] * scale)

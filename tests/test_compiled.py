@@ -34,7 +34,8 @@ def test_kernels_compile_for_a_gpu_and_move_little_between_lanes():
     words = 6 if kernels.WORDS else 0
     assert [f["kernel"] for f in made] == ["int_attention_kernel"] * words + ["_attention_kernel"] * (9 - words)
     assert [f["subnormal_fma"] > 0 for f in made] == [False] * 3 + [bool(words)] * 2 + [False] * 4
-    assert not words or all(f["between_lanes"] < 180 for f in made[:5]), made
+    deals = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)  # before, the first product wants its rows otherwise
+    assert not deals or all(f["between_lanes"] < 180 for f in made[:5]), made
 
 
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")

@@ -181,7 +181,7 @@ def append_packed(packed: Packed, tail: Tail, tail_bits: Tensor, n_packed: Tenso
     if ints:
         _quantise_block_kernel[(B, Hkv)](
             packed.keys, packed.rows, packed.bits, ints.key_scale, ints.value_scale, packed.token_base, packed.row_base, packed.mask_base, tail.k,
-            tail.v, tail_bits, n_packed, n_tail, Hkv, W, keep, D=D, S=packed.n_groups, K=packed.k, KEY=ints.key_bits, VALUE=ints.value_bits,
+            tail.v, tail_bits, n_packed, n_tail, Hkv, W, keep, D=D, S=packed.n_groups, K=packed.k, KEY=ints.fmt.key_bits, VALUE=ints.fmt.value_bits,
             BLOCK=block, SHARED=Hm == 1, num_warps=4)
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     _append_packed_kernel[(B,)](

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kv_router
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
-from int_cache import IntFormat, IntPackedCache, IntSelectedCache
+from int_cache import IntPackedCache, IntSelectedCache
 from kernels import packed_attention
 from layout import top_k_mask
 from measure_config import BenchConfig
@@ -31,6 +31,7 @@ from model import DenseCache, Steps, Transformer, evaluating, prefill
 from packed_cache import PackedCache, SelectedCache
 from packing import select_top_m
 from pretrained import attach_storage, device_name, in_bfloat16, load_run, pick_device, place
+from quant import IntFormat
 from reconstruct import spread
 from stored import Packed, Tail, packed_attention_ref
 

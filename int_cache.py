@@ -10,7 +10,6 @@ Letters: B sequences, Hkv KV heads, Hm mask heads (1 or Hkv), D head dimension, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +18,8 @@ from config import KVConfig, check
 from layout import mask_dtype, mask_to_bits, tile_size
 from packed_cache import PackedCache, SelectedCache, slots, starts
 from packing import tile_index
-from quant import Ints, quantise_keys, quantise_levels, quantise_values, row_bytes, split_levels, units
+from quant import IntFormat, Ints, quantise_keys, quantise_levels, quantise_values, row_bytes, split_levels, units
 from stored import Packed, Tail
-
-
-class IntFormat(NamedTuple):
-    """How a cache stores integers: see quant.Ints."""
-    key_bits: int
-    value_bits: int  # 0: every group has its level
-    block: int
-    gain: Tensor | None = None  # (Hkv, D) float32; levels only
 
 
 class IntSelectedCache(SelectedCache):
@@ -77,9 +68,7 @@ class IntSelectedCache(SelectedCache):
 
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""
-        f = self.fmt
-        return super().packed()._replace(ints=Ints(f.key_bits, f.value_bits, f.block, self.key_scale, self.block_base, self.value_scale, f.gain,
-                                                   self.tail_k.dtype))
+        return super().packed()._replace(ints=Ints(self.fmt, self.key_scale, self.block_base, self.value_scale, self.tail_k.dtype))
 
     def groups_kept(self) -> int:
         """Value groups kept of all tokens, at whatever level."""
@@ -129,7 +118,7 @@ class IntPackedCache(PackedCache):
     NAMES = (*PackedCache.NAMES, "key_scale", "value_scale", "sink_k", "sink_v", "n_sink")
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, cfg: KVConfig, k: int, like: Tensor):
-        self.key_bits, self.value_bits = cfg.key_bits, cfg.value_bits
+        self.fmt = IntFormat(cfg.key_bits, cfg.value_bits, cfg.key_block)
         self.sink_k = like.new_zeros(batch, n_kv_head, cfg.kv_sinks, head_dim)
         self.sink_v, self.n_sink = torch.zeros_like(self.sink_k), torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.open = cfg.kv_sinks  # columns before which a sequence may still have sinks to fill
@@ -142,16 +131,16 @@ class IntPackedCache(PackedCache):
     def _allocate(self, cap: int, like: Tensor) -> None:
         super()._allocate(-(-cap // self.block) * self.block, like[:0])
         n, dev = self.B * self.Hkv * self.cap, like.device
-        self.keys = torch.zeros(n, row_bytes(self.D, self.key_bits), dtype=torch.uint8, device=dev)
-        self.rows = torch.zeros(n * self.k, row_bytes(self.D // self.S, self.value_bits), dtype=torch.uint8, device=dev)
+        self.keys = torch.zeros(n, row_bytes(self.D, self.fmt.key_bits), dtype=torch.uint8, device=dev)
+        self.rows = torch.zeros(n * self.k, row_bytes(self.D // self.S, self.fmt.value_bits), dtype=torch.uint8, device=dev)
         self.key_scale = torch.zeros(n // self.block, 2, self.D, dtype=torch.float16, device=dev)
         self.value_scale = torch.zeros(n, 2, dtype=torch.float16, device=dev)
 
     def _stored(self, k: Tensor, z: Tensor, mask: Tensor, bits: Tensor) -> dict[str, Tensor]:
         B, Hkv, width, D = k.shape
         block = torch.arange(B * Hkv * width, device=k.device) // self.block
-        keys, key_scale = quantise_keys(k.reshape(-1, D), block, len(block) // self.block, self.key_bits)
-        rows, value_scale = quantise_values(z, mask.expand(-1, Hkv, -1, -1), self.value_bits)
+        keys, key_scale = quantise_keys(k.reshape(-1, D), block, len(block) // self.block, self.fmt.key_bits)
+        rows, value_scale = quantise_values(z, mask.expand(-1, Hkv, -1, -1), self.fmt.value_bits)
         return {"keys": keys.view(B, Hkv, width, -1), "rows": self._kept(rows, mask), "bits": bits, "value_scale": value_scale,
                 "key_scale": key_scale.view(B, Hkv, -1, 2, D)}
 
@@ -163,8 +152,7 @@ class IntPackedCache(PackedCache):
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""
         block_base = self.token_base.div(self.block, rounding_mode="floor")
-        return super().packed()._replace(ints=Ints(self.key_bits, self.value_bits, self.block, self.key_scale, block_base, self.value_scale, None,
-                                                   self.tail_k.dtype))
+        return super().packed()._replace(ints=Ints(self.fmt, self.key_scale, block_base, self.value_scale, self.tail_k.dtype))
 
     def sinks(self) -> Tail | None:
         """First tokens that stay whole, where there are some."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from int_attention import int_attention_kernel, int_keys, int_values, level_values
 from kernel_base import as_word, jit, own_piece, pieces, popcount, product, tl, triton, use_triton, where_rows
-from quant import Ints
+from quant import IntFormat
 from stored import Packed, Sums, Tail, packed_attention_ref
 
 # ----------------------------------------------------------------------------- attention over packed values
@@ -197,11 +197,11 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     M = min(64 if narrow else 16, max(16, triton.next_power_of_2(R)))
     DP = max(16, triton.next_power_of_2(D))
     N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
-    words = WORDS and ints and not sums and in_words(ints, D, 1 if p.k == S else S)
+    words = WORDS and ints and not sums and in_words(ints.fmt, D, 1 if p.k == S else S)
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile)
     if words:  # as many registers as there are, without spilling, and what keeps eight programs of a warp on a multiprocessor busy
-        kb, vb = ints.key_bits, ints.value_bits
-        N, M, warps = min(64 if vb else 32, ints.block), (4 if R <= 4 else 8), 1 if narrow else 4
+        kb, vb = ints.fmt.key_bits, ints.fmt.value_bits
+        N, M, warps = min(64 if vb else 32, ints.fmt.block), (4 if R <= 4 else 8), 1 if narrow else 4
         stages = 1 if not vb else 3 if p.k and kb + vb == 8 else 2
         KP, VP = (max(w, triton.next_power_of_2(D * b // 32)) for w, b in ((4, kb), (8, vb)))
         shape.update(KP=KP, VP=VP, ASM=q.is_cuda and narrow and torch.version.hip is None)
@@ -210,11 +210,11 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
             N, warps, stages = 32 if narrow else 16, 4, 1
         shape.update(P=P, ALIGN=D // S & -(D // S))
     if ints:
-        shape.update(KEY=ints.key_bits, VALUE=ints.value_bits, BLOCK=ints.block)
+        shape.update(KEY=ints.fmt.key_bits, VALUE=ints.fmt.value_bits, BLOCK=ints.fmt.block)
     else:
         shape.update(KEY=16, VALUE=16, BLOCK=1)
     shape.update(M=M, N=N, DP=DP, STAGES=stages)
-    blocks, N = -(-R // M), ints.block if words else N  # a piece is a number of these
+    blocks, N = -(-R // M), ints.fmt.block if words else N  # a piece is a number of these
     variant = (q.dtype, p.bits.dtype, *shape.values())
     if not chunk:  # one piece per program, and all programs run at a time
         programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
@@ -232,7 +232,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     how = (ints.key_scale, ints.block_base, ints.value_scale) if ints else (None, None, None)
     args = (q, p.keys, p.rows, p.bits, p.before, p.tile_rows, *how, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v,
             tail.first, tail.count, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3],
-            ints.gain if ints else None)
+            ints.fmt.gain if ints else None)
     if not words:
         args += tuple(sums or (None, None))
     kernel = int_attention_kernel if words else _attention_kernel
@@ -248,12 +248,12 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     return out, lse
 
 
-def in_words(ints: Ints, head_dim: int, n_groups: int) -> bool:
+def in_words(fmt: IntFormat, head_dim: int, n_groups: int) -> bool:
     """Whether int_attention_kernel reads these integers, n_groups rows a token (1: every group is kept): 4 or 8 bits, rows that fill words; or levels
     under keys of 4 or 8 bits, units of 1, 2, 4, ... bytes."""
     d = head_dim // n_groups
-    rows = d * ints.value_bits % 32 == 0 if ints.value_bits else d & (d - 1) == 0 and head_dim >= 16
-    return {ints.key_bits, ints.value_bits or 4} <= {4, 8} and n_groups <= 16 and head_dim * ints.key_bits % 32 == 0 and rows
+    rows = d * fmt.value_bits % 32 == 0 if fmt.value_bits else d & (d - 1) == 0 and head_dim >= 16
+    return {fmt.key_bits, fmt.value_bits or 4} <= {4, 8} and n_groups <= 16 and head_dim * fmt.key_bits % 32 == 0 and rows
 
 
 @cache

@@ -29,15 +29,20 @@ TRIED = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0)  # steps tried for every 
 SMALLEST = 2.0 ** -24  # the least float16 above 0
 
 
-class Ints(NamedTuple):
-    """What turns the integers of a packed part (stored.Packed) back into numbers."""
+class IntFormat(NamedTuple):
+    """How a cache stores integers."""
     key_bits: int
     value_bits: int  # 0: every group has its level
     block: int  # tokens of a segment whose keys share steps
+    gain: Tensor | None = None  # (Hkv, D) float32: what a value is multiplied by when it is read; levels only
+
+
+class Ints(NamedTuple):
+    """What turns the integers of a packed part (stored.Packed) back into numbers."""
+    fmt: IntFormat
     key_scale: Tensor  # (blocks, 2, D) float16: step and middle
     block_base: Tensor  # (B, Hkv) int64 first block of each segment
     value_scale: Tensor  # (token slots, 2) float16: step and middle; (token slots, 1) of levels: step
-    gain: Tensor | None  # (Hkv, D) float32: what a value is multiplied by when it is read; levels only
     dtype: torch.dtype  # what they stand for
 
 

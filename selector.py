@@ -34,13 +34,13 @@ import kv_router
 from appending import append_tail, can_append
 from checkpoint import copy_tensors
 from config import KVConfig, SelectConfig, check, count_kept
-from int_cache import IntFormat, IntSelectedCache
+from int_cache import IntSelectedCache
 from kv_router import ValueGroupPath, spread
 from layout import at_least_float32, mask_dtype, tile_size, top_k_mask
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
 from packed_cache import SelectedCache, pack_layers
 from packing import select_joint, select_top_m
-from quant import LEVELS, REMAINS, row_bytes
+from quant import LEVELS, REMAINS, IntFormat, row_bytes
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from stored import Tail
 

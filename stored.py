@@ -40,7 +40,7 @@ class Packed(NamedTuple):
     @property
     def levelled(self) -> bool:
         """Whether every group has a level of its own."""
-        return self.ints is not None and not self.ints.value_bits
+        return self.ints is not None and not self.ints.fmt.value_bits
 
     @property
     def tile(self) -> int:
@@ -76,13 +76,13 @@ class Packed(NamedTuple):
             return k, z.flatten(-2), mask, valid
         dtype, D = dtype or ints.dtype, ints.key_scale.size(-1)
         k, z = torch.zeros(2, B, Hkv, N, D, dtype=dtype, device=self.n.device)
-        k[b, h, t] = dequantise_keys(self.keys[slot], ints.key_scale, ints.block_base[b, h] + t // ints.block, ints.key_bits, dtype)
+        k[b, h, t] = dequantise_keys(self.keys[slot], ints.key_scale, ints.block_base[b, h] + t // ints.fmt.block, ints.fmt.key_bits, dtype)
         if self.levelled:
-            z[b, h, t] = dequantise_levels(self.rows, kept[b, h, t], first[b, h, t], ints.value_scale[slot], ints.gain[h], dtype)
+            z[b, h, t] = dequantise_levels(self.rows, kept[b, h, t], first[b, h, t], ints.value_scale[slot], ints.fmt.gain[h], dtype)
         else:
             scale = torch.zeros(B, Hkv, N, S, 2, dtype=torch.float16, device=z.device)
             scale[b, h, t] = ints.value_scale[slot].unsqueeze(1)
-            z.view(B, Hkv, N, S, D // S)[kept] = dequantise_values(self.rows[row[kept]], scale[kept], ints.value_bits, dtype)
+            z.view(B, Hkv, N, S, D // S)[kept] = dequantise_values(self.rows[row[kept]], scale[kept], ints.fmt.value_bits, dtype)
         return k, z, mask, valid
 
     @staticmethod

@@ -67,7 +67,7 @@ for text in ("4:0.5:1:4", "4:0.5"):
     k, v = torch.randn(2, 2, 2, 272, 64).bfloat16()
     cache = bench_cache.Case(text, 64).fill(k, v, True)[0]
     appending.append_packed(cache.packed(), cache.whole(), cache.tail_bits, cache.n_packed, cache.n_tail, k[:, :, :1], v[:, :, :1], 16,
-                            cache.packed().ints.block if cache.packed().ints else 1)
+                            cache.packed().ints.fmt.block if cache.packed().ints else 1)
 appending.append_tail(cache.whole(), k[:, :, :1], v[:, :, :1], impl="triton")
 packing.take_within(torch.randn(2, 300), torch.tensor([5, 6]), torch.ones(2, 300, dtype=torch.int64), impl="triton")
 packing.pack_values(k, v, torch.ones(2, 2, 272, dtype=torch.bool), torch.ones(2, 2, 272, 4, dtype=torch.bool), impl="triton")

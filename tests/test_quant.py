@@ -12,7 +12,7 @@ import kv_router
 import mixsga
 import quant
 from config import KVConfig, MixConfig
-from int_cache import IntFormat, IntPackedCache, IntSelectedCache
+from int_cache import IntPackedCache, IntSelectedCache
 from kernel_base import triton
 from kernels import packed_attention
 from model import KVCache, generate
@@ -159,7 +159,7 @@ def context(kb: int, vb: int, Hm: int, *, B=2, Hkv=3, C=75, D=32, S=4, block=32,
     keep = torch.rand(B, Hm, C, generator=g) < 0.7
     levels = torch.randint(0, 4, (B, Hm, C, S), generator=g, dtype=torch.uint8)
     valid = torch.arange(C) >= torch.tensor([0, 7, 3][:B])[:, None]
-    fmt = IntFormat(kb, vb, block, torch.rand(Hkv, D, generator=g).to(DEVICE) + 0.5)
+    fmt = quant.IntFormat(kb, vb, block, torch.rand(Hkv, D, generator=g).to(DEVICE) + 0.5)
     cache = IntSelectedCache(B, C + 5, Hkv, D, S, Hm, k[:0].to(DEVICE, dtype), fmt)
     cache.pack(*(t.to(DEVICE) for t in (k, z, keep, levels > 0 if vb else levels, valid)))
     cache.append(*normal(2, B, Hkv, 5, D, seed=seed + 2).to(DEVICE, dtype), torch.zeros(B, dtype=torch.int64, device=DEVICE))
@@ -362,7 +362,7 @@ def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, ran):
 @pytest.mark.parametrize("vb", [4, 0])
 def test_ragged_contexts_of_integers_are_cut_end_to_end(vb, monkeypatch):
     """One head with all tokens, others with few: the grid has no programs for pieces that are not there, and the result is the reference's."""
-    cache, g = IntSelectedCache(1, 400, 4, 32, 4, 4, torch.zeros(0, device=DEVICE), IntFormat(4, vb, 16, torch.ones(4, 32, device=DEVICE))), []
+    cache, g = IntSelectedCache(1, 400, 4, 32, 4, 4, torch.zeros(0, device=DEVICE), quant.IntFormat(4, vb, 16, torch.ones(4, 32, device=DEVICE))), []
     keep = torch.arange(380) < torch.tensor([380, 5, 40, 3]).view(1, 4, 1)
     mask = torch.full((1, 4, 380, 4), 2, dtype=torch.uint8) if vb == 0 else torch.ones(1, 4, 380, 4, dtype=torch.bool)
     cache.pack(*(t.to(DEVICE) for t in (*normal(2, 1, 4, 380, 32), keep, mask, torch.ones(1, 380, dtype=torch.bool))))

@@ -142,13 +142,14 @@ def level_steps(e: Tensor, levels: Tensor, weight: Tensor) -> Tensor:
     errors -> (..., 1) float16."""
     x, (unit, middle, top) = e.float().unflatten(-1, (levels.size(-1), -1)), of_levels(levels, torch.float32)  # (..., S, d), (..., S, 1)
     kept = (levels > 0).unsqueeze(-1)
-    w = weight.float().unflatten(-1, (levels.size(-1), -1)) * kept
     rms = ((x.square() * kept).sum((-1, -2), keepdim=True) / (kept.sum((-1, -2), keepdim=True) * x.size(-1)).clamp_min(1)).sqrt()
+    w, x, least = weight.float().unflatten(-1, (levels.size(-1), -1)) * (kept * unit.square()), x / unit, torch.zeros_like(top)
     best, out = torch.full_like(rms, float("inf")), rms.clamp(SMALLEST, 65504).half()
     for factor in TRIED:
         step = (rms * factor).clamp(SMALLEST, 65504).half()
-        scale = step.float() * unit
-        err = ((((x / scale + middle).round().clamp_min(0).minimum(top) - middle) * scale - x).square() * w).sum((-1, -2), keepdim=True)
+        code = torch.addcdiv(middle, x, step.float())
+        off = code.round().clamp_(least, top).sub_(code).square_().mul_(w)
+        err = off.sum((-1, -2), keepdim=True) * step.float().square()
         out, best = torch.where(err < best, step, out), err.minimum(best)
     return out.squeeze(-1)
 

@@ -185,7 +185,7 @@ class KVConfig:
         check(self.kv != "select" or (self.reconstructor == "zero" and self.value_router == "norm"),
               f"kv=select with reconstructor={self.reconstructor}, value_router={self.value_router}",
               "relevance and norms choose, nothing is rebuilt", "leave both out")
-        self.layers(10 ** 6)
+        self.layers(10 ** 4)  # whether it can be read; models have fewer
 
     @property
     def ints(self) -> bool:

@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Container
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,15 @@ from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredict
 from stored import Tail
 
 PLAN = ((0.2, 8, 0), (0.05, 4, 0), (0.0, 3, 0))  # from which --kv_bytes on: bits of keys, of values (0: levels)
+
+
+@cache
+def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
+    """Storage as kv says, or where it leaves that to --kv_bytes as is best, as far as known (docs/log.md)."""
+    if not kv_bytes or kv.ints:
+        return kv
+    key_bits, value_bits = next(bits for least, *bits in PLAN if kv_bytes >= least)
+    return replace(kv, kv="select", key_bits=key_bits, value_bits=value_bits)
 
 
 class Choice(NamedTuple):
@@ -198,11 +208,8 @@ class Selector(nn.Module):
 
     @property
     def stored(self) -> KVConfig:
-        """How a context is stored: as kv says, or where it leaves that to --kv_bytes as is best, as far as known (docs/log.md)."""
-        if not self.cfg.kv_bytes or self.kv.ints:
-            return self.kv
-        key_bits, value_bits = next(bits for least, *bits in PLAN if self.cfg.kv_bytes >= least)
-        return replace(self.kv, kv="select", key_bits=key_bits, value_bits=value_bits)
+        """How a context is stored."""
+        return planned(self.kv, self.cfg.kv_bytes)
 
     def _within(self, score: Tensor, counts: Tensor, rule: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """rule(scores (..., N or N, S), counts (...)) over what shares a budget; score (Lm, B, Hm, C or C, S), counts (B,) per row."""

@@ -46,17 +46,18 @@ class Case:
     K of them. value_bits 0: levels, a third of the kept groups at each, by their norms."""
 
     def __init__(self, text: str, head_dim: int):
+        parts = text.split(":")
+        parts += ["1", "16"][len(parts) - 2:] if len(parts) in (2, 3) else []
+        parts += parts[3:] if len(parts) == 4 else []
         try:
-            S, value, token, *bits = (*text.split(":"), *("", "1", "16")[len(text.split(":")) - 1:])
-            self.S, self.value, self.token = int(S), float(value), float(token)
-            self.key_bits, self.value_bits = map(int, bits * 2 if len(bits) == 1 else bits)
-            KVConfig(n_groups=self.S, topk_groups=1, kv="select", key_bits=self.key_bits, value_bits=self.value_bits).check_model(
-                ModelConfig(n_head=1, n_kv_head=1, head_dim=head_dim))
-        except ValueError as e:
-            raise ValueError(f"cases={text!r}: {e}; give S:share of groups:share of tokens:bits of keys:of values, for example 16:0.5:0.25, "
-                             "4:1:1:4 or 8:0.9:0.4:4:0 (levels)") from None
+            S, value, token, key_bits, value_bits = parts
+            self.S, self.value, self.token, self.key_bits, self.value_bits = int(S), float(value), float(token), int(key_bits), int(value_bits)
+        except ValueError:
+            raise ValueError(f"cases={text!r}: numbers between colons; give S:share of groups:share of tokens:bits of keys:of values, for example "
+                             "16:0.5:0.25, 4:1:1:4 or 8:0.9:0.4:4:0 (levels)") from None
+        KVConfig(n_groups=self.S, topk_groups=1, kv="select", key_bits=self.key_bits, value_bits=self.value_bits).check_model(
+            ModelConfig(n_head=1, n_kv_head=1, head_dim=head_dim))
         self.routed = not self.value_bits
-        check(head_dim % self.S == 0, f"cases={text!r} with head_dim={head_dim}", "S must divide D", "choose another S")
         check(0 < self.value <= 1 and 0 < self.token <= 1, f"cases={text!r}", "shares lie in (0, 1]", "give for example 16:0.5:0.25")
 
     def forms(self) -> list[bool]:

@@ -176,6 +176,8 @@ class KVConfig:
         check(not self.ints or (self.reconstructor == "zero" and self.prefill == "exact" and self.kv_tail_block == 1),
               f"key_bits={self.key_bits} with reconstructor={self.reconstructor}, prefill={self.prefill}, kv_tail_block={self.kv_tail_block}",
               "integers are read as they are, after an exact prefill, and leave the tail by --key_block", "leave those out")
+        check(self.value_bits > 0 or self.n_groups <= 32, f"value_bits=0 with n_groups={self.n_groups}", "a token's levels take 2 S of 64 bits",
+              "give --n_groups=32 or less")
         check(self.value_bits > 0 or (self.kv == "select" and self.mask_scope != "shared"), f"value_bits=0 with kv={self.kv}, "
               f"mask_scope={self.mask_scope}", "only kv=select routes bits, by layer or head", "give --kv=select --kv_bytes=0.15")
         n_patterns = _binomial(self.n_groups, self.topk_groups)

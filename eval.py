@@ -241,8 +241,8 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
     alone = [t for t in comma_list(cfg.tasks) if t == "perplexity"]
     check("select" not in methods or not alone, "perplexity with select", "selection compresses prompts", "give --tasks=continuation or another")
     grid = [run.kv] if trained else [
-        replace(kv, kv="value_groups", value_basis=b, n_groups=s, topk_groups=max(1, s * kv.topk_groups // kv.n_groups), kv_layers=layers,
-                mask_scope=kv.mask_scope if kv.mask_scope != "shared" else "layer")
+        replace(kv, kv="value_groups", key_bits=16, value_bits=16, value_basis=b, n_groups=s, kv_layers=layers,
+                topk_groups=max(1, s * kv.topk_groups // kv.n_groups), mask_scope=kv.mask_scope if kv.mask_scope != "shared" else "layer")
         for b in comma_list(cfg.bases) or [kv.value_basis] for s in map(int, comma_list(cfg.groups) or [kv.n_groups])
         for layers in [f"from:{n}" for n in comma_list(cfg.splits)] or [kv.kv_layers]]
     plan = []
@@ -259,6 +259,11 @@ def plan_of(run: Run, cfg: EvalConfig, kv: KVConfig, select: SelectConfig, given
                 run.model.selector.set(ways[0])
                 ways = [ways[0].everything()] * ("dense" in methods) + ways * ("select" in methods)
             plan.append((setting if trained else replace(setting, kv="select", mask_scope=kv.mask_scope), ways))
+    for (setting, ways), bits in itertools.product(plan, bits_of(cfg, kv, given)):  # before anything is measured
+        stored = replace(setting, **bits)
+        stored.check_model(run.model.cfg)
+        check(stored.value_bits > 0 or any(way.kv_bytes for way in ways), "value_bits=0 without kv_bytes", "levels need a budget of bytes",
+              "give --kv_byte_budgets=0.125")
     return methods, plan
 
 

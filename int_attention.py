@@ -85,7 +85,7 @@ def level_values(rows, value_scale, gain, t, word, offset, dims, live, like, D: 
 # ----------------------------------------------------------------------------- word by word
 
 def _unpack_asm(bits: int, pairs: bool) -> str:
-    """PTX that turns words of codes into 16-bit floats, two to a register, by a mask and little else: as the bits of a float whose other bits are
+    """PTX that turns words of codes into bfloat16, two to a register, by a mask and little else: as the bits of a float whose other bits are
     zeros, a code is that multiple of the smallest subnormal, exactly, and tensor cores take subnormals. Codes that begin at bit 4 come out 16
     times too large. One word: numbers lie as _keys says. Two words, of two tokens (`pairs`): the same number of both shares a register."""
     mask, n = {4: 0x000F000F, 8: 0x00FF00FF}[bits], 32 // bits
@@ -109,14 +109,12 @@ pair_asm = tl.constexpr("mov.b32 {$0, $1}, $2;") if triton else ""
 
 
 @jit
-def _units(like, ASM: tl.constexpr):
+def _units(ASM: tl.constexpr):
     """The power of 2 that factors of codes are multiplied by, so that their products with subnormals are none, and what undoes it all."""
-    if not ASM:
-        return 1.0, 1.0
-    elif like.dtype == tl.bfloat16:
+    if ASM:
         return 1.2379400392853803e27, 8796093022208.0  # 2^90; a code of 1 is 2^-133
     else:
-        return 4.0, 4194304.0  # a code of 1 is 2^-24; float16 steps of 4-bit values reach 8,734
+        return 1.0, 1.0
 
 
 @jit
@@ -199,32 +197,29 @@ def _paired(w):
     return tl.reshape(tl.permute(tl.reshape(w, [N // 16, 2, 2, 4, w.shape[1]]), [0, 3, 1, 2, 4]), w.shape)
 
 
-def _level_asm(dtype: str, n_bytes: int) -> str:
+def _level_asm(n_bytes: int) -> str:
     """PTX that turns one word of codes (bytes) of each of two tokens into floats: codes are subnormals, as in _unpack_asm, and one multiply-add of
-    two 16-bit floats takes the centre off and multiplies by the level's step. Steps have few bits, so it rounds once."""
+    two bfloat16 takes the centre off and multiplies by the level's step. Steps have few bits, so it rounds once."""
     text = "{\n.reg .b32 p, x;\n"
     for half, order in enumerate(("0x5410", "0x7632")[:n_bytes // 2]):
         text += f"prmt.b32 p, ${2 * n_bytes}, ${2 * n_bytes + 1}, {order};\n"
         for i in (4 * half, 4 * half + 2):
-            text += f"and.b32 x, p, 0x00FF00FF;\nfma.rn.{dtype}x2 x, x, ${2 * n_bytes + 2}, ${2 * n_bytes + 3};\n"
+            text += f"and.b32 x, p, 0x00FF00FF;\nfma.rn.bf16x2 x, x, ${2 * n_bytes + 2}, ${2 * n_bytes + 3};\n"
             text += f"mov.b32 {{${i}, ${i + 1}}}, x;\nshr.u32 p, p, 8;\n"
     return text + "}"
 
 
-def _bits(x: float, dtype: torch.dtype) -> int:
-    """The bits of x in 16 bits."""
-    bits = torch.tensor(x, dtype=torch.float64).to(dtype)
-    assert bits.double().item() == x, f"{x} is rounded in {dtype}"
+def _bits(x: float) -> int:
+    """The bits of x in bfloat16."""
+    bits = torch.tensor(x, dtype=torch.float64).bfloat16()
+    assert bits.double().item() == x, f"{x} is rounded"
     return bits.view(torch.int16).item() & 0xFFFF
 
 
-LEVEL_PTX = {(t, n): tl.constexpr(_level_asm(t, n)) if triton else "" for t in ("bf16", "f16") for n in (2, 4)}
-bf16_asm_2, bf16_asm_4, f16_asm_2, f16_asm_4 = (LEVEL_PTX[t, n] for t in ("bf16", "f16") for n in (2, 4))
-# what a subnormal code is multiplied by, and what is added then; the result is a value times 2^-13 (bfloat16), 2^-9 (float16)
-BF16_FMA, F16_FMA = ([tl.constexpr(_bits(x, t)) if triton else 0 for i in (1, 2, 3) for x in (STEPS[i] * up, -centre(i) * STEPS[i] * down)]
-                     for t, up, down in ((torch.bfloat16, 2.0 ** 120, 2.0 ** -13), (torch.float16, 2.0 ** 15, 2.0 ** -9)))
-B_STEP_1, B_BASE_1, B_STEP_2, B_BASE_2, B_STEP_3, B_BASE_3 = BF16_FMA
-F_STEP_1, F_BASE_1, F_STEP_2, F_BASE_2, F_STEP_3, F_BASE_3 = F16_FMA
+level_asm_2, level_asm_4 = (tl.constexpr(_level_asm(n)) if triton else "" for n in (2, 4))
+# what a subnormal code is multiplied by, and what is added then, for a value times 2^-13
+LEVEL_FMA = [tl.constexpr(_bits(x)) if triton else 0 for i in (1, 2, 3) for x in (STEPS[i] * 2.0 ** 120, -centre(i) * STEPS[i] * 2.0 ** -13)]
+TIMES_1, PLUS_1, TIMES_2, PLUS_2, TIMES_3, PLUS_3 = LEVEL_FMA
 
 
 @jit
@@ -266,14 +261,10 @@ def _level_numbers(level, x, like, E: tl.constexpr):
 
 
 @jit
-def _level_factors(one, two, like):
+def _level_factors(one, two):
     """What _level_fma takes for two tokens of these levels."""
-    if like.dtype == tl.bfloat16:
-        step = _of_level(one, B_STEP_1, B_STEP_2, B_STEP_3) | _of_level(two, B_STEP_1, B_STEP_2, B_STEP_3) << 16
-        a, b = _of_level(one, B_BASE_1, B_BASE_2, B_BASE_3), _of_level(two, B_BASE_1, B_BASE_2, B_BASE_3)
-    else:
-        step = _of_level(one, F_STEP_1, F_STEP_2, F_STEP_3) | _of_level(two, F_STEP_1, F_STEP_2, F_STEP_3) << 16
-        a, b = _of_level(one, F_BASE_1, F_BASE_2, F_BASE_3), _of_level(two, F_BASE_1, F_BASE_2, F_BASE_3)
+    step = _of_level(one, TIMES_1, TIMES_2, TIMES_3) | _of_level(two, TIMES_1, TIMES_2, TIMES_3) << 16
+    a, b = _of_level(one, PLUS_1, PLUS_2, PLUS_3), _of_level(two, PLUS_1, PLUS_2, PLUS_3)
     return step[:, :, :, None], (tl.where(one > 0, a, 0) | tl.where(two > 0, b, 0) << 16)[:, :, :, None]
 
 
@@ -281,13 +272,11 @@ def _level_factors(one, two, like):
 def _level_fma(x, y, step, base, like, E: tl.constexpr):
     """Codes x, y (4, S, n, 1) of two tokens -> (4, S, n, 1, E, 2), as _level_numbers, a power of 2 too small."""
     if E == 4:
-        ASM: tl.constexpr = bf16_asm_4 if like.dtype == tl.bfloat16 else f16_asm_4
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(ASM, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r", [x, y, step, base], dtype=(like.dtype,) * 8,
-                                                           is_pure=True, pack=1)
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(level_asm_4, "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r", [x, y, step, base],
+                                                           dtype=(like.dtype,) * 8, is_pure=True, pack=1)
         x = tl.join(_four(a, c, e, g), _four(b, d, f, h))
     else:
-        ASM: tl.constexpr = bf16_asm_2 if like.dtype == tl.bfloat16 else f16_asm_2
-        a, b, c, d = tl.inline_asm_elementwise(ASM, "=h,=h,=h,=h,r,r,r,r", [x, y, step, base], dtype=(like.dtype,) * 4, is_pure=True, pack=1)
+        a, b, c, d = tl.inline_asm_elementwise(level_asm_2, "=h,=h,=h,=h,r,r,r,r", [x, y, step, base], dtype=(like.dtype,) * 4, is_pure=True, pack=1)
         x = tl.join(tl.join(a, c), tl.join(b, d))
     return tl.reshape(x, [4, y.shape[1], y.shape[2], 1, E, 2])
 
@@ -302,7 +291,7 @@ def _levels_in_words(rows, word1, offset1, word2, offset2, like, D: tl.constexpr
     one, w1, w2, w3, w4 = _unit_words(rows, word1, offset1, S, U)
     two, v1, v2, v3, v4 = _unit_words(rows, word2, offset2, S, U)
     if ASM and (U == 2 or U == 4):
-        step, base = _level_factors(one, two, like)
+        step, base = _level_factors(one, two)
         a, b = _level_fma(w1, v1, step, base, like, E), _level_fma(w2, v2, step, base, like, E)
         c, d = _level_fma(w3, v3, step, base, like, E), _level_fma(w4, v4, step, base, like, E)
     else:
@@ -322,10 +311,10 @@ def _by_fours(w):
 
 
 @jit
-def _level_units(like, D: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
+def _level_units(D: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
     """What _levels_in_words is to be multiplied by."""
     if ASM and (D // S == 8 or D // S == 16):
-        return 8192.0 if like.dtype == tl.bfloat16 else 512.0
+        return 8192.0
     else:
         return 1.0
 
@@ -367,7 +356,7 @@ def _load(p, a, b, USE_A: tl.constexpr, USE_B: tl.constexpr):
 
 @jit
 def _nothing(q, i):
-    """Zeros, float32 like i. That they come from 8 bits in memory makes Triton, old and new, deal the rows of the product that they go into by fours
+    """Zeros, float32 like i. That they come from 8 bits in memory makes Triton, from 3.6 on, deal the rows of the product that they go into by fours
     to a lane (kWidth = 4), the order that _keys and _levels_in_words have; else all of them would change lanes."""
     return tl.load(q.to(tl.pointer_type(tl.uint8), bitcast=True) + i * 0).to(tl.float32) * 0.0
 
@@ -423,7 +412,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     in_k = byte < KW * 4
     like = tl.load(q + (byte + half * (D // 2))[:, None], mask=in_k[:, None] & in_r[None, :], other=0.0)
     x = like.to(tl.float32) * scale + _nothing(at_q, byte)[:, None]
-    up, down = _units(like, ASM)
+    up, down = _units(ASM)
     unit = tl.where(half == 0, up, up / 16)
     half_codes = tl.full([16, KP], 0x88888888 if KEY == 4 else 0x80808080, tl.uint32)
 
@@ -510,7 +499,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     if VALUE == 0:
         dims = tl.arange(0, D) % S * (D // S) + tl.arange(0, D) // S
         in_v = dims < D
-        acc *= (tl.load(gain + h * D + dims) * _level_units(like, D, S, ASM))[:, None]
+        acc *= (tl.load(gain + h * D + dims) * _level_units(D, S, ASM))[:, None]
     else:
         byte, half = _value_order(tl.arange(0, DV), VP, VALUE)
         g, in_v = byte // WB, byte < VW * 4

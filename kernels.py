@@ -197,7 +197,8 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     M = min(64 if narrow else 16, max(16, triton.next_power_of_2(R)))
     DP = max(16, triton.next_power_of_2(D))
     N, warps, stages = ((32, 1, 1) if M == 16 and DP <= 128 else (64, 4, 2)) if narrow else (16, 4, 1)  # what an H100 likes: docs/log.md
-    words = WORDS and ints and not sums and in_words(ints.fmt, D, 1 if p.k == S else S)
+    # float16 has too few bits for small weights and large middles; many rows are better off with what is unpacked once for 64 of them
+    words = WORDS and ints and not sums and q.dtype != torch.float16 and R <= 32 and in_words(ints.fmt, D, 1 if p.k == S else S)
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile)
     if words:  # as many registers as there are, without spilling, and what keeps eight programs of a warp on a multiprocessor busy
         kb, vb = ints.fmt.key_bits, ints.fmt.value_bits

@@ -295,8 +295,8 @@ class ValueGroupPath(nn.Module):
     def can_step(self) -> bool:
         """Whether `step` has kernels for this storage."""
         c = self.cfg
-        if c.ints and not c.kv_tail:
-            return False  # the newest token would be part of the block that is formed
+        if c.ints and (not c.kv_tail or 3 in (c.key_bits, c.value_bits)):
+            return False  # the newest token would be part of the block that is formed; the planes of 3 bits are formed by no kernel
         return can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
 
     def step(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache, tail: None) -> Tensor:

@@ -30,7 +30,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
 def mask_dtype(n_groups: int) -> torch.dtype:
     """Integer type that holds one token's mask: uint8 for S <= 8, int16 for S = 16, int32 for 32, int64 for 64."""
-    return {16: torch.int16, 32: torch.int32, 64: torch.int64}.get(n_groups, torch.uint8)
+    return torch.uint8 if n_groups <= 8 else {16: torch.int16, 32: torch.int32, 64: torch.int64}[n_groups]
 
 
 def mask_to_bits(mask: Tensor) -> Tensor:

@@ -228,6 +228,9 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+CACHE_FORMAT = "2"  # of saved caches; 1 had other codes for integers
+
+
 class KVCache:
     """What a batch has stored so far: one cache per layer, the left padding of each row, and the length in columns."""
 
@@ -255,7 +258,7 @@ class KVCache:
         numbers = [layer.extra() for layer in self.layers]
         if self.pad is not None:
             tensors["pad"] = self.pad
-        save_file(tensors, path, metadata={"length": str(self.length), "layers": json.dumps(numbers)})
+        save_file(tensors, path, metadata={"length": str(self.length), "layers": json.dumps(numbers), "format": CACHE_FORMAT})
 
     @staticmethod
     def load(path: str | os.PathLike, model: Transformer) -> KVCache:
@@ -263,6 +266,8 @@ class KVCache:
         try:
             with safe_open(path, "pt", device=str(model.norm.weight.device)) as f:
                 meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+            if meta.get("format") != CACHE_FORMAT and any(name.endswith("key_scale") for name in tensors):
+                raise ValueError("its integers are coded as they were in an earlier version")
             numbers, pad = json.loads(meta["layers"]), tensors.pop("pad", None)
             cache = model.new_cache(1, 1, pad)
             for i, (layer, extra) in enumerate(zip(cache.layers, numbers, strict=True)):

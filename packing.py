@@ -89,7 +89,7 @@ def _take_kernel(score, cost, m, found, before, out, N, n_blocks, WRITE: tl.cons
 def take_within(score: Tensor, m: Tensor, cost: Tensor | None = None, impl: str = "auto") -> Tensor:
     """What is taken from each row of score (..., N), best first, while the running sum of costs stays <= m: bool (..., N).
 
-    score float, without NaN; m (...) int64, 0 or more, broadcastable to score.shape[:-1]; cost (..., N) integers in 0..32767, None: all 1.
+    score float, without NaN; m (...) int64, 0 or more, broadcastable to score.shape[:-1]; cost (..., N) integers below 2^18, None: all 1.
     The first entry that does not fit ends it; -inf is never taken. Of equal scores the lower index comes first; 0.0 equals -0.0.
 
     The kernel sorts nothing: 8 passes find each row's threshold, 4 bits a pass; of the entries at it the first are taken, the better ones
@@ -138,7 +138,7 @@ def select_joint(value: Tensor, m: Tensor, impl: str = "auto", key: int = 0, cos
     with_key = rank <= last
     density = torch.where(with_key, density, best.minimum(density)).flatten(-2)  # (..., N S); rounding must not put a part before its key
     price = torch.where(with_key, (rank == 0) * spent.gather(-1, last), each).flatten(-2)
-    taken = take_within(density, m, price.to(torch.uint8 if cost is None else torch.int16), impl).view(value.shape)
+    taken = take_within(density, m, price.to(torch.uint8 if cost is None else torch.int32), impl).view(value.shape)
     return torch.zeros_like(with_key).scatter(-1, part, taken)
 
 

@@ -102,7 +102,8 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
 
 
 @pytest.mark.parametrize("text, message", [("4:2", "shares lie in"), ("5:0.5", "n_groups"), ("4", "give S:share"), ("32:0.5", "must divide D"),
-                                           ("a:b", "give S:share")])
+                                           ("a:b", "give S:share"), ("4:1:1:4:4:4", "give S:share"),
+                                           ("4:1:1:5", "key_bits=5")])
 def test_a_case_that_cannot_be_is_refused(text, message):
     """What came and what is allowed."""
     with pytest.raises(ValueError, match=message):

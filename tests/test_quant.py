@@ -279,7 +279,7 @@ def test_attention_reads_a_context_of_integers(kb, vb, Hm, D, S, n, T, chunk, ke
     """Counted rows, masks shared or not, any bits and levels, more rows of queries than a product takes, one piece and several: in words
     where rows fill words, else byte by byte."""
     compare(context(kb, vb, Hm, D=D, S=S, dtype=dtype)[0], (2 * normal(2, 3 * n, T, D, seed=5)).to(DEVICE, dtype), chunk)
-    assert ran and set(ran) == {"int_attention_kernel" if kernel == "words" and kernels.WORDS else "_attention_kernel"}
+    assert ran and set(ran) == {"int_attention_kernel" if kernel == "words" and kernels.WORDS and dtype != torch.float16 else "_attention_kernel"}
 
 
 @st.composite
@@ -355,7 +355,7 @@ def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, ran):
             torch.testing.assert_close(held[b, 1, 16 * j:16 * j + 16, 5], uniform_by_hand(mine, key_bits), rtol=1e-6, atol=1e-6)
     for chunk in (0, 32):
         compare(cache, q, chunk)
-    assert set(ran) == {"int_attention_kernel" if key_bits > 3 and kernels.WORDS else "_attention_kernel"}
+    assert set(ran) == {"int_attention_kernel" if key_bits > 3 and kernels.WORDS and dtype != torch.float16 else "_attention_kernel"}
 
 
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
@@ -421,9 +421,18 @@ def test_decode_mode_is_what_tokens_one_by_one_read(kv):
     assert int(cache.n_packed) == (45 - cfg.kv_sinks - cfg.kv_tail) // 16 * 16 and int(cache.n_sink) == cfg.kv_sinks
 
 
+def test_planes_of_three_bits_are_not_formed_by_steps():
+    """Steps need a kernel for the block that forms, and 3 bits have none: generate takes the other way then."""
+    how = dict(n_groups=2, topk_groups=1, prefill="exact", mask_scope="head", value_router="norm", kv_tail=2, key_block=16)
+    steps = [{p.can_step() for p in kv_router.paths(grouped_model(key_bits=kb, value_bits=vb, **how)).values()}
+             for kb, vb in ((3, 3), (4, 3), (3, 4), (4, 2))]
+    assert steps == [{False}] * 3 + [{triton is not None}]
+
+
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
 @pytest.mark.parametrize(("S", "K", "kb", "vb", "scope", "D"), [
-    (4, 4, 4, 4, "layer", 32), (4, 2, 4, 4, "head", 64), (8, 3, 8, 4, "head", 32), (2, 1, 4, 8, "layer", 16)])
+    (4, 4, 4, 4, "layer", 32), (4, 2, 4, 4, "head", 64), (8, 3, 8, 4, "head", 32), (2, 1, 4, 8, "layer", 16),
+    (4, 4, 2, 2, "head", 32), (4, 3, 8, 2, "layer", 64)])
 def test_append_token_forms_the_blocks_that_append_forms(S, K, kb, vb, scope, D):
     """Token by token by kernel from ragged lengths, past two blocks: the same codes, steps, masks, counts and tail, bit for bit."""
     B, Hkv, T, more = 2, 3, 30, 37
@@ -521,4 +530,5 @@ def test_experts_hold_integers(tmp_path):
             torch.testing.assert_close(following[0], following[2])
             assert "integers without a cache" in error_line(model, idx)
     assert 0 < 4 * errors[0] < errors[1] and 2 * errors[1] < errors[2]
+    assert "levels take 2 S" in error_line(KVConfig, kv="select", n_groups=64, key_bits=4, value_bits=0)
     assert "whole numbers" in error_line(mixsga.attach, tiny_model(cfg=cfg), KVConfig(kv="mixsga", key_bits=4, value_bits=4), MixConfig())

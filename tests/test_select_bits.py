@@ -7,13 +7,17 @@ from fractions import Fraction
 import pytest
 import torch
 from helpers import TINY, error_line, tiny_model, tokens
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_select_stage import base, measure  # noqa: F401 (fixtures)
 from test_selector import config, run, selecting
 
+import eval as evaluation
 import packing
 from config import KVConfig, SelectConfig
 from figures import envelope
 from int_cache import IntSelectedCache
+from kernel_base import triton
 from layout import tile_size
 from model import KVCache, generate
 from quant import REMAINS
@@ -54,6 +58,14 @@ def test_select_joint_with_costs_equals_the_greedy_rule(key):
         for m in range(0, 7 * (key + 8), 5):
             got = packing.select_joint(value, torch.tensor(m), key=key, cost=cost)
             assert got.tolist() == greedy(value.tolist(), key, cost.tolist(), m)
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="the kernels need triton"))])
+def test_prices_may_be_large(impl):
+    """Tokens of more than 2^15 half bytes, as 64 heads of 128 that share a mask have them: five of fifty fit."""
+    value, cost = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) + 0.5, torch.full((8,), 2048)
+    got = packing.select_joint(value, torch.tensor(5 * (18000 + 8 * 2048)), impl, key=18000, cost=cost)
+    assert got.any(-1).sum() == 5 and got.sum() == 40
 
 
 def half_bytes(key_bits: int, value_bits: int, scope: str) -> tuple[int, list[int]]:
@@ -184,6 +196,10 @@ def test_rows_are_alone_and_caches_are_saved(tmp_path):
         cache.save(tmp_path / "c")
         again = KVCache.load(tmp_path / "c", m)
         assert torch.equal(m(Y, again), m(Y, cache))
+    with safe_open(tmp_path / "c", "pt") as f:
+        held, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
+    save_file(held, tmp_path / "c", {k: v for k, v in meta.items() if k != "format"})
+    assert "earlier version" in error_line(KVCache.load, tmp_path / "c", m)
     prompts = [X[0].tolist(), X[1, 50:].tolist(), X[1, :5].tolist()]
     rows = generate(m, prompts, 9)[0]
     assert [generate(m, [p], 9)[0][0] for p in prompts] == rows
@@ -236,6 +252,25 @@ def test_flags_say_what_is_wrong_with_bits(flags, said, base, measure, capsys): 
         measure(f"--init_from={base}", *COMMON, *flags)
     assert e.value.code == 2 and said in capsys.readouterr().err and not measure.folder.exists()
     assert "beside=nowhere" in error_line(measure, f"--init_from={base}", *COMMON, "--beside=nowhere")
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--methods=select", "--kv_budgets=0.5", "--kv_bits=4:0"], "kv_byte_budgets"),
+    (["--methods=select", "--kv_budgets=0.5", "--kv_bits=4,4:0"], "levels"),
+    (["--methods=dense,value_groups,select", "--kv_byte_budgets=0.4", "--kv_bits=4:0"], "value_bits=0 with kv=value_groups"),
+    (["--methods=select", "--kv_byte_budgets=0.4", "--kv_bits=16,4:2", "--n_groups=8"], "must fill bytes")])
+def test_bits_that_cannot_be_are_said_before_anything_is_measured(flags, said, base, measure, monkeypatch):  # noqa: F811
+    """Of every setting with every bits."""
+    monkeypatch.setattr(evaluation, "row", None)
+    assert said in error_line(measure, f"--init_from={base}", *COMMON, *flags)
+
+
+def test_levels_by_flags(base, measure):  # noqa: F811
+    """--key_bits and --value_bits=0 are what every row has, as --kv_bits=4:0."""
+    common = [f"--init_from={base}", *COMMON, "--methods=select", "--relevances=observed", "--kv_byte_budgets=0.5"]
+    rows = [measure(*common, *flags)[0]
+            for flags in (["--kv=select", "--key_bits=4", "--value_bits=0"], ["--kv_bits=4:0"], ["--key_bits=4", "--value_bits=4"])]
+    assert [(r["key_bits"], r["value_bits"]) for r in rows] == [(4, 0), (4, 0), (4, 4)] and rows[0]["value"] == rows[1]["value"] != rows[2]["value"]
 
 
 def test_the_envelope_is_what_nothing_beats():

@@ -265,7 +265,8 @@ class KVCache:
         """Read a saved cache for `model`, to its device. Raises ValueError where the file is not one of this model's caches."""
         try:
             with safe_open(path, "pt", device=str(model.norm.weight.device)) as f:
-                meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (not a dict)
+                # copied: in a file tensors begin at any multiple of 8 bytes, and unaligned numbers are summed in another order
+                meta, tensors = f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 (not a dict)
             if meta.get("format") != CACHE_FORMAT and any(name.endswith("key_scale") for name in tensors):
                 raise ValueError("its integers are coded as they were in an earlier version")
             numbers, pad = json.loads(meta["layers"]), tensors.pop("pad", None)

@@ -334,7 +334,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         measure = choices if selects else sweep
         for task, bits in itertools.product(todo, listed):
             stored = replace(setting, **bits, **(dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}))
-            stored.check_model(model.cfg)
+            # a trained run's whole row has no integers, and levels need a budget of bytes
             ways = [w for w in tried if not (selects and ((trained and w.whole and stored.ints) or not (stored.value_bits or w.kv_bytes)))]
             with kv_router.storing(model, **{f: getattr(stored, f) for f in ("kv_tail", "kv_tail_block", *STORED_AS)}):
                 if task.name not in known and stored.ints:

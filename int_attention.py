@@ -282,15 +282,15 @@ def _level_fma(x, y, step, base, like, E: tl.constexpr):
 
 
 @jit
-def _levels_in_words(rows, word1, offset1, word2, offset2, like, D: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
-    """Values (D, N) of levels in units of their token's step and gain: number i of group g in row i S + g, tokens as _by_fours has them. Masks and
-    offsets (4, N / 8) are those of tokens 4 (2 i + {0, 1}) + j in place (j, i)."""
+def _levels_in_words(rows, word1, offset1, word2, offset2, like, D: tl.constexpr, S: tl.constexpr, FMA: tl.constexpr):
+    """Values (D, N) of levels in units of their token's step and gain (with FMA 2^-13 of that): number i of group g in row i S + g, tokens as
+    _by_fours has them. Masks and offsets (4, N / 8) are those of tokens 4 (2 i + {0, 1}) + j in place (j, i)."""
     U: tl.constexpr = D // S // 4  # bytes of a unit
     E: tl.constexpr = U if U < 4 else 4
     n: tl.constexpr = word1.shape[1]
     one, w1, w2, w3, w4 = _unit_words(rows, word1, offset1, S, U)
     two, v1, v2, v3, v4 = _unit_words(rows, word2, offset2, S, U)
-    if ASM and (U == 2 or U == 4):
+    if FMA:
         step, base = _level_factors(one, two)
         a, b = _level_fma(w1, v1, step, base, like, E), _level_fma(w2, v2, step, base, like, E)
         c, d = _level_fma(w3, v3, step, base, like, E), _level_fma(w4, v4, step, base, like, E)
@@ -308,15 +308,6 @@ def _by_fours(w):
     """Weights (N, M) of tokens in the order that _levels_in_words gives them."""
     N: tl.constexpr = w.shape[0]
     return tl.reshape(tl.permute(tl.reshape(w, [N // 16, 4, 4, w.shape[1]]), [0, 2, 1, 3]), w.shape)
-
-
-@jit
-def _level_units(D: tl.constexpr, S: tl.constexpr, ASM: tl.constexpr):
-    """What _levels_in_words is to be multiplied by."""
-    if ASM and (D // S == 8 or D // S == 16):
-        return 8192.0
-    else:
-        return 1.0
 
 
 @jit
@@ -382,6 +373,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     VW: tl.constexpr = D * VALUE // 32
     WB: tl.constexpr = D // S * (VALUE if VALUE > 0 else 2) // 8  # bytes of a row
     RW: tl.constexpr = WB // 4
+    FMA: tl.constexpr = ASM and (D // S == 8 or D // S == 16)  # levels: units of 2 or 4 bytes
     token_at = tl.load(token_base + seg)
     keys = (keys + token_at * (D * KEY // 8)).to(tl.pointer_type(tl.uint32), bitcast=True)
     rows += tl.load(row_base + seg) * WB
@@ -438,7 +430,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         words = _load(keys + t[:, None] * KW + kw[None, :], live[:, None], (kw < KW)[None, :], K == 0, KP > KW)
         steps = _load(key_scale + t0 // BLOCK * (2 * D) + scales, True, (channel < KW * 4)[None, None, :], False, KP > KW)
         if VALUE == 0:
-            value = _levels_in_words(rows, as_word(one_mask, 2 * S), one_offset, as_word(two_mask, 2 * S), two_offset, like, D, S, ASM)
+            value = _levels_in_words(rows, as_word(one_mask, 2 * S), one_offset, as_word(two_mask, 2 * S), two_offset, like, D, S, FMA)
             w, pairs = own_step.to(tl.float32) + nothing, pairs + N
             one_mask, one_offset = where_rows(bits, before, tile_rows, pairs, hi, K, TILE)  # of the next step
             two_mask, two_offset = where_rows(bits, before, tile_rows, pairs + 4, hi, K, TILE)
@@ -499,7 +491,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     if VALUE == 0:
         dims = tl.arange(0, D) % S * (D // S) + tl.arange(0, D) // S
         in_v = dims < D
-        acc *= (tl.load(gain + h * D + dims) * _level_units(D, S, ASM))[:, None]
+        acc *= (tl.load(gain + h * D + dims) * (8192.0 if FMA else 1.0))[:, None]
     else:
         byte, half = _value_order(tl.arange(0, DV), VP, VALUE)
         g, in_v = byte // WB, byte < VW * 4

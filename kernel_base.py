@@ -14,6 +14,7 @@ try:
 except ImportError:  # the references need none
     triton = tl = None
 jit = triton.jit if triton else lambda f: f
+TRITON = tuple(map(int, triton.__version__.split(".")[:2])) if triton else (0, 0)
 
 
 def use_triton(impl: str, x: Tensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from int_attention import int_attention_kernel, int_keys, int_values, level_values
-from kernel_base import as_word, jit, own_piece, pieces, popcount, product, tl, triton, use_triton, where_rows
+from kernel_base import TRITON, as_word, jit, own_piece, pieces, popcount, product, tl, triton, use_triton, where_rows
 from quant import IntFormat
 from stored import Packed, Sums, Tail, packed_attention_ref
 
@@ -169,7 +169,7 @@ def _merge_kernel(part, part_ml, n_packed, tail_first, tail_n, out, lse, segment
 
 
 # Triton's products have 16 columns at least before 3.5; integers are read byte by byte there
-WORDS = triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
+WORDS = TRITON >= (3, 5)
 _per_sm: dict[tuple, int] = {}  # programs of a compiled variant that a multiprocessor holds at a time
 
 
@@ -184,6 +184,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     larger, and float64, goes to the reference."""
     B, H, T, D = q.shape
     ints = packed.ints if packed else None
+    kb, vb, block, gain = ints.fmt if ints else IntFormat(16, 16, 1)
     Hkv = (packed.token_base if packed else tail.k).size(1)
     fits = D <= 256 and not (sums and packed and packed.n_groups > 32)
     if not use_triton(impl, q) or not fits:
@@ -201,8 +202,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     words = WORDS and ints and not sums and q.dtype != torch.float16 and R <= 32 and in_words(ints.fmt, D, 1 if p.k == S else S)
     shape = dict(D=D, S=S, K=p.k, TILE=p.tile)
     if words:  # as many registers as there are, without spilling, and what keeps eight programs of a warp on a multiprocessor busy
-        kb, vb = ints.fmt.key_bits, ints.fmt.value_bits
-        N, M, warps = min(64 if vb else 32, ints.fmt.block), (4 if R <= 4 else 8), 1 if narrow else 4
+        N, M, warps = min(64 if vb else 32, block), (4 if R <= 4 else 8), 1 if narrow else 4
         stages = 1 if not vb else 3 if p.k and kb + vb == 8 else 2
         KP, VP = (max(w, triton.next_power_of_2(D * b // 32)) for w, b in ((4, kb), (8, vb)))
         shape.update(KP=KP, VP=VP, ASM=q.is_cuda and narrow and torch.version.hip is None)
@@ -210,12 +210,8 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
         if ints:
             N, warps, stages = 32 if narrow else 16, 4, 1
         shape.update(P=P, ALIGN=D // S & -(D // S))
-    if ints:
-        shape.update(KEY=ints.fmt.key_bits, VALUE=ints.fmt.value_bits, BLOCK=ints.fmt.block)
-    else:
-        shape.update(KEY=16, VALUE=16, BLOCK=1)
-    shape.update(M=M, N=N, DP=DP, STAGES=stages)
-    blocks, N = -(-R // M), ints.fmt.block if words else N  # a piece is a number of these
+    shape.update(KEY=kb, VALUE=vb, BLOCK=block, M=M, N=N, DP=DP, STAGES=stages)
+    blocks, N = -(-R // M), block if words else N  # a piece is a number of these
     variant = (q.dtype, p.bits.dtype, *shape.values())
     if not chunk:  # one piece per program, and all programs run at a time
         programs = _multiprocessors(q.device) * _per_sm.get(variant, 8) // blocks
@@ -232,8 +228,7 @@ def packed_attention(q: Tensor, packed: Packed | None, tail: Tail | None, sums: 
     where = (segments, Hkv, p.n.stride(0), p.n.stride(1) if Hm > 1 else 0, max(W, 1), size, parts)
     how = (ints.key_scale, ints.block_base, ints.value_scale) if ints else (None, None, None)
     args = (q, p.keys, p.rows, p.bits, p.before, p.tile_rows, *how, p.n, p.token_base, p.row_base, p.mask_base, p.tile_base, tail.k, tail.v,
-            tail.first, tail.count, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3],
-            ints.fmt.gain if ints else None)
+            tail.first, tail.count, out, lse, part, part_ml, D ** -0.5 * math.log2(math.e), *where, Hm, n, T, *q.stride()[:3], gain)
     if not words:
         args += tuple(sums or (None, None))
     kernel = int_attention_kernel if words else _attention_kernel

@@ -19,7 +19,7 @@ import packing
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16",
          torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-found = []
+found, case = [], ""
 
 
 class Compiled:
@@ -46,7 +46,7 @@ class Compiled:
                 aligned[(i,)] = [["tt.divisibility", 16]]
         done = triton.compile(ASTSource(self.fn, signature, known, aligned), GPUTarget("cuda", 90, 32), dict(num_warps=num_warps))
         ptx = done.asm["ptx"]
-        found.append({"kernel": self.fn.__name__, "bytes": len(done.asm["cubin"]), "between_lanes": ptx.count("shfl.sync"),
+        found.append({"case": case, "kernel": self.fn.__name__, "bytes": len(done.asm["cubin"]), "between_lanes": ptx.count("shfl.sync"),
                       "subnormal_fma": ptx.count("fma.rn.bf16x2 x")})
 
 
@@ -55,14 +55,11 @@ for module in (kernels, appending, packing):
         if name.endswith("_kernel"):
             setattr(module, name, Compiled(fn))
 torch.manual_seed(0)
-for text, fixed, D, dtype in json.loads(sys.argv[1]):
+for case, fixed, D, dtype in json.loads(sys.argv[1]):
     q, k, v = (torch.randn(2, h, t, D).to(getattr(torch, dtype)) for h, t in ((6, 1), (2, 272), (2, 272)))
-    cache = bench_cache.Case(text, D).fill(k, v, fixed)[0]
-    first = len(found)
+    cache = bench_cache.Case(case, D).fill(k, v, fixed)[0]
     kernels.packed_attention(q, cache.packed(), cache.whole(), impl="triton", chunk=64)
-    for f in found[first:]:
-        f["case"] = text
-first = len(found)
+case = "others"
 for text in ("4:0.5:1:4", "4:0.5"):
     k, v = torch.randn(2, 2, 2, 272, 64).bfloat16()
     cache = bench_cache.Case(text, 64).fill(k, v, True)[0]
@@ -71,6 +68,4 @@ for text in ("4:0.5:1:4", "4:0.5"):
 appending.append_tail(cache.whole(), k[:, :, :1], v[:, :, :1], impl="triton")
 packing.take_within(torch.randn(2, 300), torch.tensor([5, 6]), torch.ones(2, 300, dtype=torch.int64), impl="triton")
 packing.pack_values(k, v, torch.ones(2, 2, 272, dtype=torch.bool), torch.ones(2, 2, 272, 4, dtype=torch.bool), impl="triton")
-for f in found[first:]:
-    f["case"] = "others"
 print(json.dumps(found))

@@ -276,6 +276,7 @@ SIGNALS = ("oracle", "observed", "future", "predictor", "predictor_query", "unif
 TOKEN_SIGNALS = (*SIGNALS, "expected_attention", "quest", "h2o", "streaming", "snapkv")
 PREDICTORS = ("predictor", "expected_attention", "predictor_query")  # the signals that are trained
 ALLOCATIONS = ("head", "layer", "global")
+ROUNDINGS = ("queries", "nearest")
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,7 @@ class SelectConfig:
     pool: int = opt(5, "observed: tokens over which attention is max-pooled (1: none)")
     past: int = opt(64, "future: earlier queries, spread over the last 1,024 context tokens, that stand for those to come")
     ahead: int = opt(64, "future: how many tokens after the prompt they are moved")
+    key_rounding: str = opt("queries", "integers: keys are rounded so that queries to come see least of it, or each number to the nearest", ROUNDINGS)
     predictors: str = opt("", f"what --stage=select trains, of {', '.join(PREDICTORS)} (empty: those named as relevance)")
     readers: int = opt(128, "training a predictor: last tokens of a window, whose attention is the target")
     predictor_loss: str = opt("mse", "predictor and expected_attention: mse on scores normalised per group (the paper), or kl on their shares",
@@ -301,7 +303,7 @@ class SelectConfig:
 
     def __post_init__(self):
         for name, allowed in (("relevance", SIGNALS), ("token_relevance", ("", *TOKEN_SIGNALS)), ("allocation", ALLOCATIONS),
-                              ("predictor_loss", ("mse", "kl"))):
+                              ("predictor_loss", ("mse", "kl")), ("key_rounding", ROUNDINGS)):
             check(getattr(self, name) in allowed, f"{name}={getattr(self, name)!r}", f"one of {', '.join(filter(None, allowed))}", "choose one")
         bad = [p for p in comma_list(self.predictors) if p not in PREDICTORS]
         check(not bad, f"predictors={self.predictors!r}", f"a list of {', '.join(PREDICTORS)}", "separate by commas")

@@ -19,6 +19,7 @@ from layout import mask_dtype, mask_to_bits, tile_size
 from packed_cache import PackedCache, SelectedCache, slots, starts
 from packing import tile_index
 from quant import IntFormat, Ints, quantise_keys, quantise_levels, quantise_values, row_bytes, split_levels, units
+from rounding import Readers, quantise_keys_for
 from stored import Packed, Tail
 
 
@@ -47,14 +48,20 @@ class IntSelectedCache(SelectedCache):
         super()._set_bases()
         self.block_base = starts(self._blocks())
 
-    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> list[Tensor]:
-        """mask (B, Hm, C, S): groups kept, or their levels 0 to 3, uint8."""
+    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, moment: Tensor | None = None) -> list[Tensor]:
+        """mask (B, Hm, C, S): groups kept, or their levels 0 to 3, uint8. moment (B, Hkv, D, D) float64: of the queries that keys are rounded for
+        (relevance.Prompt.moments); None: to the nearest."""
         fmt, here = self.fmt, keep.expand(-1, self.Hkv, -1)  # (B, Hkv, C)
         n = here.sum(-1)
         blocks = -(-n // fmt.block)
         number = torch.arange(int(n.sum()), device=n.device) - starts(n).flatten().repeat_interleave(n.flatten())  # of a token in its segment
         at = starts(blocks).flatten().repeat_interleave(n.flatten()) + number // fmt.block
-        self.keys, self.key_scale = quantise_keys(k[here], at, int(blocks.sum()), fmt.key_bits)
+        args = k[here], at, int(blocks.sum()), fmt.key_bits
+        if moment is None:
+            self.keys, self.key_scale = quantise_keys(*args)
+        else:
+            segment = torch.arange(n.numel(), device=n.device).repeat_interleave(n.flatten())
+            self.keys, self.key_scale = quantise_keys_for(Readers(moment.flatten(0, 1), segment), *args)
         mine, flat = mask.expand(-1, self.Hkv, -1, -1)[here], z[here]  # (n, S), (n, D)
         if fmt.value_bits:
             rows, self.value_scale = quantise_values(flat, mine, fmt.value_bits)

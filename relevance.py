@@ -28,6 +28,8 @@ from config import SelectConfig, check, count_kept
 from model import apply_rope
 
 SPAN = 1024  # context tokens, the last ones, that `future` draws its queries from
+READ = 128  # tokens after the prompt whose queries `moments` stands for
+STRIDE = 37  # prime to READ: neighbours go to places far apart
 PAGE = 16  # tokens in a page (quest)
 WINDOW = 64  # queries that snapkv observes
 CHUNK = 1 << 28  # attention weights formed at a time
@@ -145,9 +147,26 @@ class Prompt:
 
     def moved(self, columns: Tensor, ahead: int) -> Tensor:
         """queries(columns) as if their tokens came `ahead` after the prompt: RoPE turns them further. (L, B, H, Q, D)."""
-        place = min(self.T + ahead, len(self.rope[0]) - 1)  # no further than the model's context
-        cos, sin = (t[place - columns].unsqueeze(-3) for t in self.rope)  # (B, 1, Q, D/2); padding cancels
-        return apply_rope(self.queries(columns), cos, sin)
+        return apply_rope(self.queries(columns), *self.turn(columns, ahead))
+
+    def turn(self, columns: Tensor, ahead: int | Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (B or 1, 1, Q, D/2) that move queries of columns (Q,) or (B, Q) to `ahead` after the prompt, no further than the model's
+        context: a row's tokens count from its first."""
+        place = (self.T - self.start + ahead).clamp_max(len(self.rope[0]) - 1) - (columns - self.start).clamp_min(0)
+        return tuple(t[place].unsqueeze(-3) for t in self.rope)
+
+    def moments(self) -> Tensor:
+        """Second moments of the queries to come: mean of q q^T over the prompt's last SPAN queries, as if they came among the READ tokens after it
+        (RoPE turns them further), and over the query heads of a KV head: (L, B, Hkv, D, D) float64."""
+        columns = self.column[-SPAN:]
+        turn = self.turn(columns, (self.T - 1 - columns) * STRIDE % READ)  # counted from the end, so that rows do not depend on each other
+        real = self.real[:, columns].double()  # (B, Q)
+        weight = (real / real.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
+        out = []
+        for q, k in zip(self.q, self.k, strict=True):
+            q = apply_rope(q[:, :, columns].float(), *turn).double()  # (B, H, Q, D)
+            out.append(((q * weight).mT @ q).unflatten(1, (k.size(1), -1)).mean(2))
+        return torch.stack(out)
 
     def past(self, cfg: SelectConfig) -> Tensor:
         """Attention on the context of cfg.past queries of its last tokens, moved ahead: (L, B, Hkv, C)."""

@@ -142,15 +142,30 @@ def test_moved_queries_are_those_of_the_new_position(pad):
     """Turning a rotated query on equals rotating the raw one where it is moved to: `ahead` after the prompt's last position, by row. None
     is moved past the model's context."""
     p, raw = prompt_of(pad)
-    columns = torch.tensor([79, 64, 40, 7])
+    columns, start = torch.tensor([79, 64, 40, 7]), torch.tensor(pad)[:, None]
+    real = (columns >= start)[:, None, :, None]  # (B, 1, Q, 1)
     for ahead in (0, 5, 60, 200):
-        by = min(p.T + ahead, TINY.block_size - 1) - columns
-        at = (columns - torch.tensor(pad)[:, None]).clamp_min(0) + by
+        at = (p.T - start + ahead).clamp_max(TINY.block_size - 1).expand(-1, len(columns))
         want = torch.stack([turned(raw[i][:, :, columns], at) for i in range(L)])
-        torch.testing.assert_close(p.moved(columns, ahead).double(), want, rtol=1e-5, atol=5e-5)
-        if ahead == 5:  # all of them stand on one position then
-            real = columns >= torch.tensor(pad)[:, None]
-            assert (at[real] == (p.T + ahead - torch.tensor(pad))[:, None].expand_as(at)[real]).all()
+        torch.testing.assert_close(p.moved(columns, ahead).double() * real, want * real, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
+def test_moments_are_of_queries_to_come(pad, monkeypatch):
+    """Query by query from their raw form, the last SPAN of a row, each rotated where one of the READ tokens to come stands; every row as if alone."""
+    p, raw = prompt_of(pad)
+    monkeypatch.setattr(relevance, "SPAN", 30)
+    got, D, n = p.moments(), TINY.head_dim, TINY.n_head // TINY.n_kv_head
+    for i in range(L):
+        for b in range(len(pad)):
+            for h in range(TINY.n_kv_head):
+                want, seen = torch.zeros(D, D, dtype=torch.float64), 0
+                for back in range(min(30, p.T - pad[b])):
+                    at = min(p.T - pad[b] + back * relevance.STRIDE % relevance.READ, TINY.block_size - 1)
+                    for head in range(h * n, h * n + n):
+                        q = turned(raw[i][b:b + 1, head:head + 1, p.T - 1 - back:p.T - back], torch.tensor([[at]]))[0, 0, 0]
+                        want, seen = want + torch.outer(q, q), seen + 1
+                torch.testing.assert_close(got[i, b, h], want / seen, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("past", "C"), [(7, 80), (80, 80), (200, 33), (1, 17)], ids=lambda n: str(n))

@@ -63,8 +63,9 @@ def test_select_joint_with_costs_equals_the_greedy_rule(key):
 @pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="the kernels need triton"))])
 def test_prices_may_be_large(impl):
     """Tokens of more than 2^15 half bytes, as 64 heads of 128 that share a mask have them: five of fifty fit."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     value, cost = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) + 0.5, torch.full((8,), 2048)
-    got = packing.select_joint(value, torch.tensor(5 * (18000 + 8 * 2048)), impl, key=18000, cost=cost)
+    got = packing.select_joint(value.to(device), torch.tensor(5 * (18000 + 8 * 2048), device=device), impl, key=18000, cost=cost.to(device))
     assert got.any(-1).sum() == 5 and got.sum() == 40
 
 

@@ -1,0 +1,156 @@
+"""Keys rounded for queries: the rule against solved systems in float64, the kernel against the reference, and what it is worth."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import error_line, tokens
+from test_selector import config, run, selecting
+
+import quant
+from config import SelectConfig
+from kernel_base import triton
+from rounding import DAMPING, RANGES, Readers, codes_for, quantise_keys_for, taken_back
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNEL = pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="the kernel needs triton"))
+
+
+def readers(lengths: list[int], D: int, seed: int = 0) -> tuple[Readers, torch.Tensor]:
+    """Segments whose queries point in few directions, and keys (n, D) for them, with a channel that is far out."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(len(lengths), 40, D, generator=g).double() * torch.logspace(0, -1.5, D) + 2 * torch.randn(len(lengths), 1, D, generator=g)
+    x = torch.randn(sum(lengths), D, generator=g) * (1 + 5 * (torch.rand(D, generator=g) < 0.1))
+    segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return Readers((q.mT @ q / 40).to(DEVICE), segment.to(DEVICE)), x.to(DEVICE)
+
+
+def blocks(r: Readers, size: int) -> tuple[torch.Tensor, int]:
+    """Blocks of `size` keys in every segment: block (n,) and how many."""
+    n = r.segment.bincount(minlength=len(r.moment))
+    first = -(-n // size)
+    number = torch.arange(len(r.segment), device=DEVICE) - (n.cumsum(0) - n)[r.segment]
+    return (first.cumsum(0) - first)[r.segment] + number // size, int(first.sum())
+
+
+def cost(r: Readers, e: torch.Tensor) -> torch.Tensor:
+    """Mean squared error in logits of errors e (n, D), (n,)."""
+    return torch.einsum("nd,nde,ne->n", e.double(), r.moment[r.segment], e.double())
+
+
+@pytest.mark.parametrize("impl", ["torch", KERNEL])
+@pytest.mark.parametrize(("D", "bits"), [(16, 2), (16, 3), (24, 4), (16, 8)])
+def test_every_coordinate_makes_up_for_those_before_it(D, bits, impl):
+    """Key by key: given the errors of the coordinates that are rounded already, the heaviest first, the rest would best move by the solution of a
+    linear system; the next one is rounded to the code nearest to where it would go."""
+    r, x = readers([5, 1, 0, 9], D)
+    block, n = blocks(r, 4)
+    scale = quant.key_scale(x, block, n, bits)
+    step, middle = scale[block, 0], scale[block, 1]
+    got, half, differ = codes_for(r, x, step, middle, bits, impl).cpu(), 2 ** (bits - 1), 0
+    x, step, middle, moment = x.double().cpu(), step.double().cpu(), middle.double().cpu(), r.moment.cpu()
+    for t, s in enumerate(r.segment.tolist()):
+        H = moment[s] + DAMPING * moment[s].diagonal().mean() * torch.eye(D)
+        left, e, done = moment[s].diagonal().argsort(stable=True).tolist(), torch.zeros(D, dtype=torch.float64), []
+        while left:
+            shift = -torch.linalg.solve(H[left][:, left], H[left][:, done] @ e[done]) if done else torch.zeros(len(left), dtype=torch.float64)
+            j = left.pop()
+            want = (x[t, j] - middle[t, j] + shift[-1]) / step[t, j] + half
+            code = min(max(int((want + 0.5).floor()), 0), 2 ** bits - 1)
+            if code != got[t, j]:
+                assert abs((want + 0.5) - (want + 0.5).round()) < 1e-3, (t, j, want, got[t, j])
+                differ += 1
+                code = int(got[t, j])
+            e[j] = (code - half) * step[t, j] + middle[t, j] - x[t, j]
+            done.append(j)
+    assert differ <= 2
+
+
+@pytest.mark.skipif(triton is None, reason="the kernel needs triton")
+@pytest.mark.parametrize(("lengths", "D", "bits"), [([33, 0, 1, 70], 64, 4), ([40], 128, 3), ([3, 64], 20, 2)])
+def test_kernel_equals_the_reference(lengths, D, bits):
+    """Codes differ in few keys, and what they cost is the same; of no keys, none."""
+    r, x = readers(lengths, D)
+    block, n = blocks(r, 16)
+    scale = quant.key_scale(x, block, n, bits, RANGES)
+    args = x, scale[block, 0], scale[block, 1]
+    one, two = (codes_for(r, *args, bits, impl) for impl in ("triton", "torch"))
+    assert (one != two).any(-1).float().mean() < 0.03
+    a, b = (cost(r, quant.from_codes(c, *args[1:], bits, torch.float64) - x).mean() for c in (one, two))
+    torch.testing.assert_close(a, b, rtol=0.02, atol=0)
+    none = Readers(r.moment, r.segment[:0])
+    assert codes_for(none, *(t[:0] for t in args), bits, "triton").shape == codes_for(none, *(t[:0] for t in args), bits, "torch").shape == (0, D)
+
+
+def test_queries_see_less_of_it():
+    """Squared error in logits, the same steps: far less than the nearest codes leave, and a searched range leaves less again; of queries that are
+    alike in all directions, or of none, codes are the nearest."""
+    r, x = readers([200, 300], 32)
+    block, n = blocks(r, 64)
+    for bits in (2, 3, 4):
+        scale = quant.key_scale(x, block, n, bits)
+        own = scale[block, 0], scale[block, 1]
+        near = quant.to_codes(x, *own, bits)
+        off = [cost(r, quant.from_codes(c, *own, bits, torch.float64) - x).mean() for c in (near, codes_for(r, x, *own, bits))]
+        packed, searched = quantise_keys_for(r, x, block, n, bits)
+        off.append(cost(r, quant.dequantise_keys(packed, searched, block, bits, torch.float64) - x).mean())
+        assert off[1] < 0.3 * off[0] and off[2] < (0.7, 0.95, 1.03)[bits - 2] * off[1], (bits, off)
+        assert packed.shape == (500, 4 * bits) and searched.shape == scale.shape and searched.dtype == torch.float16
+        for moment in (torch.eye(32).expand(2, -1, -1), torch.zeros(2, 32, 32)):
+            assert torch.equal(codes_for(r._replace(moment=moment.double().to(DEVICE)), x, *own, bits), near)
+
+
+def test_a_key_depends_on_its_segment_alone():
+    """Another segment's keys and queries change nothing; taken_back is the identity for queries that share no direction."""
+    r, x = readers([20, 30], 16)
+    block, n = blocks(r, 16)
+    packed, scale = quantise_keys_for(r, x, block, n, 3)
+    other, there = readers([20, 30], 16, seed=1)[0].moment, r.segment == 1
+    moment, y = torch.stack((other[0], r.moment[1])), torch.where(there[:, None], x, 3 * x)
+    again, scales = quantise_keys_for(Readers(moment, r.segment), y, block, n, 3)
+    assert torch.equal(again[there], packed[there]) and not torch.equal(again, packed) and torch.equal(scales[2:], scale[2:])
+    order, share = taken_back(torch.diag_embed(torch.tensor([[3.0, 1.0, 2.0]]).double()))
+    assert order.tolist() == [[1, 2, 0]] and torch.equal(share, torch.eye(3)[None])
+
+
+@pytest.mark.parametrize("ranges", [(1.0,), RANGES])
+def test_the_range_is_the_best_of_those_tried(ranges):
+    """Channel by channel and block by block, by hand."""
+    x, block = torch.randn(40, 8, generator=torch.Generator().manual_seed(3)), torch.arange(40) // 16
+    got = quant.key_scale(x, block, 3, 2, ranges)
+    for b in range(3):
+        for c in range(8):
+            mine = x[block == b, c]
+            tried = []
+            for share in ranges:
+                cut = (mine.max() - mine.min()) * (1 - share) / 2
+                own = quant.scale_for(mine.min() + cut, mine.max() - cut, 2)
+                y = quant.from_codes(quant.to_codes(mine, *own, 2), *own, 2, torch.float64)
+                tried.append(((y - mine).square().sum(), own))
+            torch.testing.assert_close(got[b, :, c], min(tried, key=lambda pair: pair[0])[1], rtol=2e-3, atol=2e-3)
+
+
+def test_a_context_is_rounded_for_its_own_queries():
+    """--key_rounding changes the codes and steps of keys and nothing else, in every row as alone; logits after the prompt come nearer to dense."""
+    X, Y, errors = tokens(6, 131, seed=4), tokens(6, 6, seed=5), []
+    m = selecting()
+    for layer in m.layers:  # queries that ask for few things, and for them strongly
+        w = layer.self_attn.q_proj.weight.data
+        w.copy_(4 * (w.unflatten(0, (-1, 16)) * torch.logspace(0, -2, 8).repeat(2)[:, None]).flatten(0, 1))
+    dense, caches = run(m, config(kv_keep=1.0), X, Y, None)[1], []
+    m.selector.kv = replace(m.selector.kv, key_bits=2, value_bits=8)
+    for how in ("queries", "nearest"):
+        _, got, _, cache = run(m, config(kv_keep=1.0, key_rounding=how), X, Y, None)
+        caches.append(cache.layers[0].tensors())
+        errors.append((got - dense).square().mean().item())
+    assert {name for name, t in caches[0].items() if not torch.equal(t, caches[1][name])} == {"keys", "key_scale"}
+    assert errors[0] < 0.8 * errors[1], errors
+    for kv in (dict(kv_bytes=0.3), dict(kv_keep=0.5)):
+        both = run(m, config(**kv), X[:2], Y[:2], (0, 40))
+        torch.testing.assert_close(both[1][1], run(m, config(**kv), X[1:2, 40:], Y[1:2], None)[1][0])
+
+
+def test_other_roundings_are_refused():
+    """In a line."""
+    assert "key_rounding='down'" in error_line(SelectConfig, key_rounding="down")

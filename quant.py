@@ -14,7 +14,6 @@ Letters: B sequences, Hkv KV heads, D head dimension, S groups, d = D/S, n token
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,22 +93,12 @@ def from_codes(codes: Tensor, step: Tensor, middle: Tensor, bits: int, dtype: to
 
 # ----------------------------------------------------------------------------- keys
 
-def key_scale(x: Tensor, block: Tensor, n_blocks: int, bits: int, ranges: Sequence[float] = (1.0,)) -> Tensor:
-    """(n_blocks, 2, D) float16, step and middle of each channel of x (n, D) float32 in each block: codes cover what lies between its least and
-    greatest number, or of `ranges`, shares of that, the one with the least squared error."""
+def key_scale(x: Tensor, block: Tensor, n_blocks: int, bits: int) -> Tensor:
+    """(n_blocks, 2, D) float16: step and middle of each channel of x (n, D) float32 in each block, whose codes reach from its least to its greatest
+    number."""
     at = block.unsqueeze(-1).expand_as(x)
     low, high = (torch.zeros(n_blocks, x.size(-1), device=x.device).scatter_reduce(0, at, x, how, include_self=False) for how in ("amin", "amax"))
-    out, best = None, None
-    for share in ranges:
-        cut = (high - low) * ((1 - share) / 2)
-        scale = scale_for(low + cut, high - cut, bits)  # (n_blocks, D, 2)
-        if len(ranges) > 1:
-            own = scale[block].unbind(-1)
-            off = from_codes(to_codes(x, *own, bits), *own, bits, torch.float64) - x
-            err = torch.zeros_like(low, dtype=torch.float64).index_add_(0, block, off.square_()).float()  # however it is ordered, the same float32
-            scale, best = (scale, err) if best is None else (torch.where((err < best).unsqueeze(-1), scale, out), err.minimum(best))
-        out = scale
-    return out.transpose(-1, -2).contiguous()
+    return scale_for(low, high, bits).transpose(-1, -2).contiguous()
 
 
 def quantise_keys(k: Tensor, block: Tensor, n_blocks: int, bits: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from model import apply_rope
 
 SPAN = 1024  # context tokens, the last ones, that `future` draws its queries from
 READ = 128  # tokens after the prompt whose queries `moments` stands for
-STRIDE = 37  # prime to READ: neighbours go to places far apart
+GOLDEN = (5 ** 0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
 PAGE = 16  # tokens in a page (quest)
 WINDOW = 64  # queries that snapkv observes
 CHUNK = 1 << 28  # attention weights formed at a time
@@ -156,10 +156,11 @@ class Prompt:
         return tuple(t[place].unsqueeze(-3) for t in self.rope)
 
     def moments(self) -> Tensor:
-        """Second moments of the queries to come: mean of q q^T over the prompt's last SPAN queries, as if they came among the READ tokens after it
-        (RoPE turns them further), and over the query heads of a KV head: (L, B, Hkv, D, D) float64."""
+        """Second moments of the queries to come: mean of q q^T over the prompt's last SPAN queries, as if they came among the READ tokens after it,
+        or as many as fit the model's context (RoPE turns them further), and over the query heads of a KV head: (L, B, Hkv, D, D) float64."""
         columns = self.column[-SPAN:]
-        turn = self.turn(columns, (self.T - 1 - columns) * STRIDE % READ)  # counted from the end, so that rows do not depend on each other
+        room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
+        turn = self.turn(columns, ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long())  # counted from the end: rows are as if alone
         real = self.real[:, columns].double()  # (B, Q)
         weight = (real / real.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
         out = []

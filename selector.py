@@ -45,7 +45,7 @@ from quant import LEVELS, REMAINS, IntFormat, row_bytes
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from stored import Tail
 
-PLAN = ((0.2, 8, 0), (0.05, 4, 0), (0.0, 3, 0))  # from which --kv_bytes on: bits of keys, of values (0: levels)
+PLAN = ((0.08, 4, 0), (0.0, 3, 0))  # from which --kv_bytes on: bits of keys, of values (0: levels)
 
 
 @cache

@@ -152,7 +152,8 @@ def test_moved_queries_are_those_of_the_new_position(pad):
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_moments_are_of_queries_to_come(pad, monkeypatch):
-    """Query by query from their raw form, the last SPAN of a row, each rotated where one of the READ tokens to come stands; every row as if alone."""
+    """Query by query from their raw form, the last SPAN of a row, each rotated where one of the READ tokens to come stands, none past the context;
+    every row as if alone."""
     p, raw = prompt_of(pad)
     monkeypatch.setattr(relevance, "SPAN", 30)
     got, D, n = p.moments(), TINY.head_dim, TINY.n_head // TINY.n_kv_head
@@ -161,7 +162,8 @@ def test_moments_are_of_queries_to_come(pad, monkeypatch):
             for h in range(TINY.n_kv_head):
                 want, seen = torch.zeros(D, D, dtype=torch.float64), 0
                 for back in range(min(30, p.T - pad[b])):
-                    at = min(p.T - pad[b] + back * relevance.STRIDE % relevance.READ, TINY.block_size - 1)
+                    length = p.T - pad[b]
+                    at = length + int(back * relevance.GOLDEN % 1 * min(relevance.READ, TINY.block_size - length))
                     for head in range(h * n, h * n + n):
                         q = turned(raw[i][b:b + 1, head:head + 1, p.T - 1 - back:p.T - back], torch.tensor([[at]]))[0, 0, 0]
                         want, seen = want + torch.outer(q, q), seen + 1

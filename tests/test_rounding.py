@@ -11,7 +11,7 @@ from test_selector import config, run, selecting
 import quant
 from config import SelectConfig
 from kernel_base import triton
-from rounding import DAMPING, RANGES, Readers, codes_for, quantise_keys_for, taken_back
+from rounding import DAMPING, Readers, codes_for, quantise_keys_for, taken_back
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNEL = pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="the kernel needs triton"))
@@ -73,7 +73,7 @@ def test_kernel_equals_the_reference(lengths, D, bits):
     """Codes differ in few keys, and what they cost is the same; of no keys, none."""
     r, x = readers(lengths, D)
     block, n = blocks(r, 16)
-    scale = quant.key_scale(x, block, n, bits, RANGES)
+    scale = quant.key_scale(x, block, n, bits)
     args = x, scale[block, 0], scale[block, 1]
     one, two = (codes_for(r, *args, bits, impl) for impl in ("triton", "torch"))
     assert (one != two).any(-1).float().mean() < 0.03
@@ -84,21 +84,18 @@ def test_kernel_equals_the_reference(lengths, D, bits):
 
 
 def test_queries_see_less_of_it():
-    """Squared error in logits, the same steps: far less than the nearest codes leave, and a searched range leaves less again; of queries that are
-    alike in all directions, or of none, codes are the nearest."""
+    """Squared error in logits, the same steps: far less than the nearest codes leave; of queries that are alike in all directions, or of none, codes
+    are the nearest."""
     r, x = readers([200, 300], 32)
     block, n = blocks(r, 64)
     for bits in (2, 3, 4):
-        scale = quant.key_scale(x, block, n, bits)
-        own = scale[block, 0], scale[block, 1]
-        near = quant.to_codes(x, *own, bits)
-        off = [cost(r, quant.from_codes(c, *own, bits, torch.float64) - x).mean() for c in (near, codes_for(r, x, *own, bits))]
-        packed, searched = quantise_keys_for(r, x, block, n, bits)
-        off.append(cost(r, quant.dequantise_keys(packed, searched, block, bits, torch.float64) - x).mean())
-        assert off[1] < 0.3 * off[0] and off[2] < (0.7, 0.95, 1.03)[bits - 2] * off[1], (bits, off)
-        assert packed.shape == (500, 4 * bits) and searched.shape == scale.shape and searched.dtype == torch.float16
+        near, for_queries = quant.quantise_keys(x, block, n, bits), quantise_keys_for(r, x, block, n, bits)
+        assert torch.equal(near[1], for_queries[1]) and near[0].shape == for_queries[0].shape
+        off = [cost(r, quant.dequantise_keys(*t, block, bits, torch.float64) - x).mean() for t in (near, for_queries)]
+        assert off[1] < 0.3 * off[0], (bits, off)
         for moment in (torch.eye(32).expand(2, -1, -1), torch.zeros(2, 32, 32)):
-            assert torch.equal(codes_for(r._replace(moment=moment.double().to(DEVICE)), x, *own, bits), near)
+            same = quantise_keys_for(r._replace(moment=moment.double().to(DEVICE)), x, block, n, bits)
+            assert torch.equal(same[0], near[0])
 
 
 def test_a_key_depends_on_its_segment_alone():
@@ -114,38 +111,18 @@ def test_a_key_depends_on_its_segment_alone():
     assert order.tolist() == [[1, 2, 0]] and torch.equal(share, torch.eye(3)[None])
 
 
-@pytest.mark.parametrize("ranges", [(1.0,), RANGES])
-def test_the_range_is_the_best_of_those_tried(ranges):
-    """Channel by channel and block by block, by hand."""
-    x, block = torch.randn(40, 8, generator=torch.Generator().manual_seed(3)), torch.arange(40) // 16
-    got = quant.key_scale(x, block, 3, 2, ranges)
-    for b in range(3):
-        for c in range(8):
-            mine = x[block == b, c]
-            tried = []
-            for share in ranges:
-                cut = (mine.max() - mine.min()) * (1 - share) / 2
-                own = quant.scale_for(mine.min() + cut, mine.max() - cut, 2)
-                y = quant.from_codes(quant.to_codes(mine, *own, 2), *own, 2, torch.float64)
-                tried.append(((y - mine).square().sum(), own))
-            torch.testing.assert_close(got[b, :, c], min(tried, key=lambda pair: pair[0])[1], rtol=2e-3, atol=2e-3)
-
-
 def test_a_context_is_rounded_for_its_own_queries():
-    """--key_rounding changes the codes and steps of keys and nothing else, in every row as alone; logits after the prompt come nearer to dense."""
-    X, Y, errors = tokens(6, 131, seed=4), tokens(6, 6, seed=5), []
+    """--key_rounding changes the codes of keys and nothing else, in every row as alone; logits after the prompt come nearer to dense."""
+    X, Y, errors = tokens(6, 131, seed=4), tokens(6, 29, seed=5), []
     m = selecting()
-    for layer in m.layers:  # queries that ask for few things, and for them strongly
-        w = layer.self_attn.q_proj.weight.data
-        w.copy_(4 * (w.unflatten(0, (-1, 16)) * torch.logspace(0, -2, 8).repeat(2)[:, None]).flatten(0, 1))
     dense, caches = run(m, config(kv_keep=1.0), X, Y, None)[1], []
     m.selector.kv = replace(m.selector.kv, key_bits=2, value_bits=8)
     for how in ("queries", "nearest"):
         _, got, _, cache = run(m, config(kv_keep=1.0, key_rounding=how), X, Y, None)
         caches.append(cache.layers[0].tensors())
         errors.append((got - dense).square().mean().item())
-    assert {name for name, t in caches[0].items() if not torch.equal(t, caches[1][name])} == {"keys", "key_scale"}
-    assert errors[0] < 0.8 * errors[1], errors
+    assert {name for name, t in caches[0].items() if not torch.equal(t, caches[1][name])} == {"keys"}
+    assert errors[0] < 0.8 * errors[1], errors  # another seed: 0.64 to 0.77
     for kv in (dict(kv_bytes=0.3), dict(kv_keep=0.5)):
         both = run(m, config(**kv), X[:2], Y[:2], (0, 40))
         torch.testing.assert_close(both[1][1], run(m, config(**kv), X[1:2, 40:], Y[1:2], None)[1][0])

@@ -45,7 +45,7 @@ from quant import LEVELS, REMAINS, IntFormat, row_bytes
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from stored import Tail
 
-PLAN = ((0.08, 4, 0), (0.0, 3, 0))  # from which --kv_bytes on: bits of keys, of values (0: levels)
+PLAN = ((0.2, 8, 0, 128), (0.14, 4, 0, 32), (0.09, 4, 0, 64), (0.0, 3, 0, 64))  # from which --kv_bytes on: bits of keys, of values (0: levels), key_block
 
 
 @cache
@@ -53,8 +53,9 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
     """Storage as kv says, or where it leaves that to --kv_bytes as is best, as far as known (docs/log.md)."""
     if not kv_bytes or kv.ints:
         return kv
-    key_bits, value_bits = next(bits for least, *bits in PLAN if kv_bytes >= least)
-    return replace(kv, kv="select", key_bits=key_bits, value_bits=value_bits)
+    key_bits, value_bits, block = next(best for least, *best in PLAN if kv_bytes >= least)
+    block = block if kv.key_block == KVConfig.key_block else kv.key_block
+    return replace(kv, kv="select", key_bits=key_bits, value_bits=value_bits, key_block=block)
 
 
 class Choice(NamedTuple):

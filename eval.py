@@ -101,7 +101,8 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
     elif method == "select":
         relevance, setting = chooser.cfg.described(), f"{basis} S={kv.n_groups} {kv.mask_scope} {chooser.cfg.allocation}"
     bits_held = (stored.key_bits, stored.value_bits) if grouped or mixsga.shares(model) else (16, 16)
-    setting += f" K{stored.key_bits} V{stored.value_bits or 'routed'}" * (bits_held[0] < 16)
+    block = f"/{stored.key_block}" * (stored.key_block != KVConfig.key_block)
+    setting += f" K{stored.key_bits}{block} V{stored.value_bits or 'routed'}" * (bits_held[0] < 16)
     setting += f" layers {kv.kv_layers}" * (grouped and kv.kv_layers != "all") + " routed" * (method == "select" and not exact)
     return {"task": task.name, "method": method, "adapter": adapter.adapter, "basis": basis, "n_groups": kv.n_groups if grouped else 1,
             "prefill": "exact" if exact else "routed", "relevance": relevance, "setting": setting, **shares,

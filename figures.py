@@ -84,13 +84,14 @@ def envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def series_of(r: dict) -> str:
     """What a row's point is drawn with: method, basis and bits; for selection how it chooses."""
-    bits = f"K{r['key_bits']} V{r['value_bits'] or 'routed'}" if r.get("key_bits", 16) < 16 else "16 bits"
-    if r["method"] == "select":
-        select = r["select"]
-        how = "uniform" if select["kv_keep"] == 1 else "tokens" if select["value_keep"] == 1 and not (select["kv_keep"] or select["kv_bytes"]) else \
-            "tokens and groups"
-        return f"{how}, {bits}" + ("" if how == "uniform" else f", {r['relevance'].split(' ')[0]}")
-    return f"{r['method']}, {bits}"
+    bits = "16 bits" if r.get("key_bits", 16) == 16 else f"K{r['key_bits']} V{r['value_bits']}" if r["value_bits"] else "routed bits"
+    if r["method"] != "select":
+        return f"{r['method']}, {bits}"
+    select = r["select"]
+    if select["kv_keep"] == 1 and r["key_bits"] < 16:
+        return "uniform bits" + (" (KIVI)" if select["key_rounding"] == "nearest" else ", keys rounded for queries")
+    how = "tokens" if select["value_keep"] == 1 and not (select["kv_keep"] or select["kv_bytes"]) else "tokens and groups"
+    return f"{how}, {bits}, {r['relevance'].split(' ')[0]}"
 
 
 def bytes_figure(folder: Path, rows: list[dict]) -> None:
@@ -107,6 +108,7 @@ def bytes_figure(folder: Path, rows: list[dict]) -> None:
     ax.plot(*zip(*envelope(places), strict=True), color="k", lw=3, alpha=0.25, label="lower envelope")
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=0.002)
+    ax.set_ylim(bottom=min(-0.0005, 1.2 * min(p[1] for p in places)))
     ticks = [t for t in (3, 4, 6.25, 9, 12.5, 16, 19, 22, 28, 40, 50, 75, 100) if 0.8 * min(p[0] for p in places) <= t <= 101]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     ax.set_xticks([], minor=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kernel_base import as_word, jit, own_piece, pieces, popcount, product, tl, triton, where_rows
+from kernel_base import TRITON, as_word, jit, own_piece, pieces, popcount, product, tl, triton, where_rows
 from quant import STEPS, centre
 
 # ----------------------------------------------------------------------------- byte by byte
@@ -345,10 +345,14 @@ def _load(p, a, b, USE_A: tl.constexpr, USE_B: tl.constexpr):
         return tl.load(p)
 
 
+DEAL = tl.constexpr(TRITON >= (3, 7)) if triton else False
+
+
 @jit
 def _nothing(q, i):
-    """Zeros, float32 like i. That they come from 8 bits in memory makes Triton, from 3.6 on, deal the rows of the product that they go into by fours
-    to a lane (kWidth = 4), the order that _keys and _levels_in_words have; else all of them would change lanes."""
+    """Zeros, float32 like i. That they come from 8 bits in memory makes Triton 3.7 to 3.9 deal the rows of the product that they go into by fours
+    to a lane (kWidth = 4), the order that _keys and _levels_in_words have; else all of them would change lanes. 3.6 needs it not, and with it
+    takes 1.25 times as long where some of the groups are kept."""
     return tl.load(q.to(tl.pointer_type(tl.uint8), bitcast=True) + i * 0).to(tl.float32) * 0.0
 
 
@@ -403,7 +407,9 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
     byte, half = _key_order(tl.arange(0, KP * 4 * H2), KP, KEY)
     in_k = byte < KW * 4
     like = tl.load(q + (byte + half * (D // 2))[:, None], mask=in_k[:, None] & in_r[None, :], other=0.0)
-    x = like.to(tl.float32) * scale + _nothing(at_q, byte)[:, None]
+    x = like.to(tl.float32) * scale
+    if DEAL:
+        x += _nothing(at_q, byte)[:, None]
     up, down = _units(ASM)
     unit = tl.where(half == 0, up, up / 16)
     half_codes = tl.full([16, KP], 0x88888888 if KEY == 4 else 0x80808080, tl.uint32)
@@ -419,7 +425,8 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         pairs = lo + tl.arange(0, 4)[:, None] + tl.arange(0, N // 8)[None, :] * 8
         one_mask, one_offset = where_rows(bits, before, tile_rows, pairs, hi, K, TILE)
         two_mask, two_offset = where_rows(bits, before, tile_rows, pairs + 4, hi, K, TILE)
-        own_step, nothing = tl.load(value_scale + lo + at, mask=lo + at < hi, other=0.0), _nothing(at_q, at)
+        own_step = tl.load(value_scale + lo + at, mask=lo + at < hi, other=0.0)
+        nothing = _nothing(at_q, at) if DEAL else 0.0
     elif K < S:
         mask, offset = where_rows(bits, before, tile_rows, lo + at, hi, K, TILE)
         pairs = lo + tl.arange(0, N // 8)[:, None] * 8 + tl.arange(0, 4)[None, :]
@@ -431,7 +438,7 @@ def int_attention_kernel(q, keys, rows, bits, before, tile_rows, key_scale, bloc
         steps = _load(key_scale + t0 // BLOCK * (2 * D) + scales, True, (channel < KW * 4)[None, None, :], False, KP > KW)
         if VALUE == 0:
             value = _levels_in_words(rows, as_word(one_mask, 2 * S), one_offset, as_word(two_mask, 2 * S), two_offset, like, D, S, FMA)
-            w, pairs = own_step.to(tl.float32) + nothing, pairs + N
+            w, pairs = own_step.to(tl.float32) + nothing if DEAL else own_step.to(tl.float32), pairs + N
             one_mask, one_offset = where_rows(bits, before, tile_rows, pairs, hi, K, TILE)  # of the next step
             two_mask, two_offset = where_rows(bits, before, tile_rows, pairs + 4, hi, K, TILE)
             own_step = tl.load(value_scale + t + N, mask=t + N < hi, other=0.0)

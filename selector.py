@@ -45,7 +45,8 @@ from quant import LEVELS, REMAINS, IntFormat, row_bytes
 from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from stored import Tail
 
-PLAN = ((0.2, 8, 0, 128), (0.14, 4, 0, 32), (0.09, 4, 0, 64), (0.0, 3, 0, 64))  # from which --kv_bytes on: bits of keys, of values (0: levels), key_block
+# from which --kv_bytes on: bits of keys, of values (0: levels), tokens whose keys share steps
+PLAN = ((0.2, 8, 0, 128), (0.14, 4, 0, 32), (0.09, 4, 0, 64), (0.0, 3, 0, 64))
 
 
 @cache

@@ -85,7 +85,7 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
         dtype: str = "float32", dense_value: float | None = None, params: int | None = None) -> dict:
     """One result: the task's value and what the cache holds. dense_value: the value with whole values."""
     start = time.time()
-    value = task.value(model, batch_size, dtype)
+    value = task.value(model, batch_size, dtype, dense_value is None)
     cache, chooser = filled_cache(model, task.stored, dtype), selector.selector_of(model)
     grouping = kv.kv if mixsga.shares(model) else "value_groups" if kv_router.paths(model) else "dense"
     stored = kv if chooser is None else chooser.stored
@@ -109,7 +109,7 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
             "cache_bytes": cache.nbytes(), "dense_bytes": dense, "metric": task.metric, "value": value,
             "dense_value": value if dense_value is None else dense_value, "n": task.n, "seed": seed, "seconds": round(time.time() - start, 3),
             "trainable_parameters": count_trainable(model) if params is None else params, "rank": adapter.r if adapter.adapter != "none" else 0,
-            "key_bits": bits_held[0], "value_bits": bits_held[1],
+            "key_bits": bits_held[0], "value_bits": bits_held[1], **({} if task.kl is None else {"kl": task.kl}),
             **({"select": to_dict(chooser.cfg)} if method == "select" else {})}
 
 
@@ -152,17 +152,19 @@ def table(rows: list[dict]) -> str:
     for r in rows:
         label = " ".join(filter(None, (r.get("name", r["method"]), r["relevance"] if r["method"] == "select" else "", r.get("setting", ""))))
         groups.setdefault((label, r["value_keep"], r["token_keep"]), []).append(r)
-    speed, width = any("tokens_per_s" in r for r in rows), max(34, *(len(label) for label, *_ in groups))
+    speed, apart, width = any("tokens_per_s" in r for r in rows), any("kl" in r for r in rows), max(34, *(len(label) for label, *_ in groups))
     lines = [f"{'row':{width}s} {'trainable':>10s} {'KV kept':>8s} {'whole':>7s} {'cache bytes':>14s} {'of dense':>9s} {rows[0]['metric']:>19s} "
-             f"{'over whole':>10s} {'seeds':>5s}" + (f" {'tokens/s':>9s} {'peak memory':>11s}" if speed else "")]
+             f"{'over whole':>10s}" + f" {'KL':>8s}" * apart + f" {'seeds':>5s}" + (f" {'tokens/s':>9s} {'peak memory':>11s}" if speed else "")]
     for (label, *_), rs in groups.items():
         r, values = rs[0], [r["value"] for r in rs]
         spread = f"{mean(values):.4f} +- {stdev(values):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
         over = f"{mean(r['value'] - r['dense_value'] for r in rs):+.4f}" if r["n_groups"] > 1 else ""
+        kl = f"{mean(r['kl'] for r in rs):.5f}" if all("kl" in r for r in rs) else ""
         fast, peak = r.get("tokens_per_s"), r.get("peak_memory_bytes")
         cost = f" {f'{fast:,.0f}' if fast else '':>9s} {f'{peak / 2 ** 30:.2f} GiB' if peak else 'n/a' if fast else '':>11s}" if speed else ""
         lines.append(f"{label:{width}s} {r['trainable_parameters']:>10,d} {r['kv_kept_layers']:>8.1%} {r['kv_kept_model']:>7.1%} "
-                     f"{r['cache_bytes']:>14,d} {r['cache_bytes'] / r['dense_bytes']:>9.2%} {spread:>19s} {over:>10s} {len(values):>5d}" + cost)
+                     f"{r['cache_bytes']:>14,d} {r['cache_bytes'] / r['dense_bytes']:>9.2%} {spread:>19s} {over:>10s}"
+                     + f" {kl:>8s}" * apart + f" {len(values):>5d}" + cost)
     return "\n".join(lines)
 
 
@@ -284,13 +286,13 @@ def whole_value(model: Transformer, task: Task, batch_size: int, dtype: str) -> 
         if s is not None:
             before = s.cfg
             s.set(before.everything())
-            value = task.value(model, batch_size, dtype)
+            value = task.value(model, batch_size, dtype, True)
             s.set(before)
             return value
         path = next(iter(kv_router.paths(model).values()))
         before = path.k
         kv_router.set_kept(model, path.S)
-        value = task.value(model, batch_size, dtype)
+        value = task.value(model, batch_size, dtype, True)
         kv_router.set_kept(model, before)
         return value
 

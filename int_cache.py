@@ -110,7 +110,7 @@ class IntSelectedCache(SelectedCache):
     @staticmethod
     def join(caches: Sequence[IntSelectedCache]) -> IntSelectedCache:
         """One cache of the sequences of all, in order; each must have the same columns. It shares nothing."""
-        parts = [c.slice(list(range(c.B))) for c in caches]
+        parts = [c.exact() for c in caches]
         out = SelectedCache.join(parts)
         out.key_scale, out.value_scale = (torch.cat([getattr(c, name) for c in parts]) for name in ("key_scale", "value_scale"))
         return out

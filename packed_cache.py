@@ -400,11 +400,15 @@ class SelectedCache(Flat):
         out._set_bases()
         return out
 
+    def exact(self) -> SelectedCache:
+        """This cache with a packed part exactly sized; where nothing was given up, its tensors are shared."""
+        return copy.copy(self) if len(self.bits) == int(self.n_packed.sum()) else self.slice(list(range(self.B)))
+
     @staticmethod
     def join(caches: Sequence[SelectedCache]) -> SelectedCache:
         """One cache of the sequences of all, in order; each must have the same columns. It shares nothing."""
         out = copy.copy(caches[0])
-        parts = [c.slice(list(range(c.B))) for c in caches]  # exactly sized
+        parts = [c.exact() for c in caches]
         cap = max(c.tail_k.size(2) for c in parts)
         if any(c.positions.numel() for c in parts):
             for c in parts:

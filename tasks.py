@@ -4,7 +4,8 @@ Needle in a haystack (ST 4.3): one digit said once in filler text and asked for 
 chains of assignments scattered in order through filler, which variables hold a value? Multiple choice in MMLU's format (arXiv 2009.03300).
 
 Every task has name, metric, n (what its value is the mean of), stored (at most 4, T): ids whose cache is measured, query: tokens at the
-end of a prompt that are never compressed (None: the path's own tail counts), and value(model, batch_size, dtype).
+end of a prompt that are never compressed (None: the path's own tail counts), value(model, batch_size, dtype, whole), whole: what others are
+compared with, and kl: how far the last call's predictions were from those, where the task can tell.
 
 In prompts, the last token reads the cache that the others have left (`ThroughCache`): with an exact prefill the first token generated
 would otherwise come from whole values, and with it, in many tokenizers, the whole answer. A prompt is made of the seed and its own index
@@ -20,7 +21,7 @@ import random
 import re
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
@@ -36,6 +37,7 @@ from selector import diagnosed
 from tokenizer import encoded
 
 READING = ("perplexity", "continuation")  # the tasks that need a corpus
+KL_SEQUENCES = 16  # of a continuation, whose predictions are kept: 25 MB each with 49,152 tokens
 LETTERS = "ABCD"
 NEEDLE_ROOM = 10  # tokens generated for a needle (ST 4.3)
 NAME_ROOM = 7  # and for each variable: five letters, comma and blank, one byte a token at worst
@@ -80,7 +82,7 @@ class Perplexity:
     """exp of the mean next-token loss over x, y (n, T) int64, decode mode."""
     x: Tensor
     y: Tensor
-    name, metric, query = "perplexity", "perplexity", None
+    name, metric, query, kl = "perplexity", "perplexity", None, None
 
     @property
     def n(self) -> int:
@@ -91,7 +93,7 @@ class Perplexity:
         """Sequences whose cache is measured."""
         return self.x[:4]
 
-    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
+    def value(self, model: Transformer, batch_size: int, dtype: str, whole: bool = False) -> float:
         return math.exp(mean_loss(model, self.x, self.y, batch_size, dtype))
 
 
@@ -100,10 +102,13 @@ class Continuation:
     """Mean loss in nats of the text that follows a compressed context, through the packed cache.
 
     x (n, T) int64: T - query - last tokens of context, processed exactly and then compressed; `query` tokens that stay whole; `last`
-    tokens that read both and whose loss it is (the first of them is predicted by nobody). The paths' tail must be `query`."""
+    tokens that read both and whose loss it is (the first of them is predicted by nobody). The paths' tail must be `query`.
+    seen: what whole values predicted of the first KL_SEQUENCES, log-probabilities, and kl. A loss has the chance of which token came in it,
+    a divergence has not: it tells settings apart whose losses differ by less than chance."""
     x: Tensor
     query: int
     last: int
+    seen: dict = field(default_factory=dict, compare=False, repr=False)
     name, metric = "continuation", "loss"
 
     @property
@@ -114,16 +119,28 @@ class Continuation:
     def stored(self) -> Tensor:
         return self.x[:4, :-self.last]
 
-    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
-        device, total = model.norm.weight.device, 0.0
+    @property
+    def kl(self) -> float | None:
+        """Mean KL divergence in nats of the last call's predictions from those of whole values, where those came before."""
+        return self.seen.get("kl")
+
+    def value(self, model: Transformer, batch_size: int, dtype: str, whole: bool = False) -> float:
+        device, total, known, apart = model.norm.weight.device, 0.0, [] if whole else self.seen.get("whole"), []
         with evaluating(model), autocast(device, dtype):
             for i in range(0, len(self.x), batch_size):
                 x = self.x[i:i + batch_size].to(device)
                 cache = model.new_cache(*x.shape)
                 with diagnosed(model, x, x.size(1) - self.last):
                     model(x[:, :-self.last], cache, last_only=True)
-                logits = model(x[:, -self.last:], cache)
-                total += lm_loss(logits[:, :-1], x[:, 1 - self.last:]).item() * len(x)
+                logits = model(x[:, -self.last:], cache)[:, :-1]
+                total += lm_loss(logits, x[:, 1 - self.last:]).item() * len(x)
+                for j in range(i, min(i + len(x), KL_SEQUENCES) if known is not None else 0):
+                    log_p = logits[j - i].float().log_softmax(-1)
+                    if whole:
+                        known.append(log_p)
+                    else:
+                        apart.append((known[j].exp() * (known[j] - log_p)).sum(-1).mean().item())
+        self.seen.update({"whole": known, "kl": mean(apart) if apart else None})
         return total / len(self.x)
 
 
@@ -157,6 +174,7 @@ class Prompts:
     answers: list
     query: int
     tokenizer: object
+    kl = None
 
     @property
     def n(self) -> int:
@@ -168,7 +186,7 @@ class Prompts:
         first = self.prompts[:4]
         return torch.tensor([p[-min(map(len, first)):] for p in first])
 
-    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
+    def value(self, model: Transformer, batch_size: int, dtype: str, whole: bool = False) -> float:
         device, out = model.norm.weight.device, []
         with evaluating(model), autocast(device, dtype):
             for i in range(0, self.n, batch_size):
@@ -207,7 +225,7 @@ class NeedleReuse(Needle):
         """What is compressed, up to the second question."""
         return Needle([p[:-m] for p, m in zip(self.prompts[:4], self.seconds, strict=False)], [], self.query, self.tokenizer, self.room).stored
 
-    def value(self, model: Transformer, batch_size: int, dtype: str) -> float:
+    def value(self, model: Transformer, batch_size: int, dtype: str, whole: bool = False) -> float:
         total, device = 0.0, model.norm.weight.device
         with evaluating(model), autocast(device, dtype):
             for m in sorted(set(self.seconds)):  # a batch has one length: all that is compressed ends in the same column

@@ -79,6 +79,33 @@ def test_continuation_equals_the_oracle(name, query, last):
     assert task.n == 5 * (last - 1)
 
 
+def test_divergence_is_from_what_whole_values_predict(monkeypatch):
+    """Token by token over the first KL_SEQUENCES, for any batch size, none before whole values were read; rows have it, but the whole one's own."""
+    monkeypatch.setattr(tasks, "KL_SEQUENCES", 3)
+    setting = dict(prefill="exact", value_router="norm", fold=False)
+    model, dense, x, query, last = grouped_model(**setting), tiny_model(), tokens(5, 67, seed=3), 6, 9
+    task, want = tasks.Continuation(x, query, last), []
+    with torch.no_grad(), kv_router.storing(model, kv_tail=query, kv_tail_block=1):
+        task.value(model, 2, "float32")
+        assert task.kl is None
+        task.value(dense, 5, "float32", True)
+        assert task.kl is None
+        got = []
+        for n in (1, 2, 5):
+            task.value(model, n, "float32")
+            got.append(task.kl)
+        for row in x[:3]:
+            cache = model.new_cache(1, 67)
+            model(row[None, :-last], cache)
+            p, q = dense(row[None])[0, -last:-1].softmax(-1), model(row[None, -last:], cache)[0, :-1].softmax(-1)
+            want += [sum(a * math.log(a / b) for a, b in zip(s.tolist(), t.tolist(), strict=True)) for s, t in zip(p, q, strict=True)]
+        assert got == [pytest.approx(sum(want) / len(want), rel=1e-4)] * 3 and got[0] > 1e-4
+        about = dict(adapter=AdapterConfig(adapter="none"), kv=KVConfig(prefill="exact"), seed=0, batch_size=2)
+        rows = evaluation.sweep(model, tasks.Continuation(x, query, last), [1, 2, 4], **about)
+    assert "kl" not in rows[2] and rows[0]["kl"] > rows[1]["kl"] > 0
+    assert "KL" in evaluation.table(rows) and f"{rows[1]['kl']:.5f}" in evaluation.table(rows) and "KL" not in evaluation.table(rows[2:])
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nothing_dropped_costs_nothing(name):
     """With K = S the unfolded model's perplexity is the dense model's exactly, whatever the maps; so is the continuation's loss but for

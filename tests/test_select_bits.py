@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import TINY, error_line, tiny_model, tokens
+from helpers import error_line, tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_select_stage import base, measure  # noqa: F401 (fixtures)
@@ -69,11 +69,11 @@ def test_prices_may_be_large(impl):
     assert got.any(-1).sum() == 5 and got.sum() == 40
 
 
-def half_bytes(key_bits: int, value_bits: int, scope: str) -> tuple[int, list[int]]:
+def half_bytes(key_bits: int, value_bits: int, block: int, scope: str) -> tuple[int, list[int]]:
     """What a token's key and the levels of a group cost, in half bytes, by what is stored: TINY has D = 16, S = 4, 3 KV heads."""
     heads = 1 if scope == "head" else 3
     own, tile = (4, tile_size(4)) if value_bits else (2, 16)  # its own step, and middle
-    key = heads * (16 * key_bits / 8 + 2 * 2 * 16 / 64 + own) + 1 + 1 + 4 / tile  # codes, share of the steps; masks, before, tile
+    key = heads * (16 * key_bits / 8 + 2 * 2 * 16 / block + own) + 1 + 1 + 4 / tile  # codes, share of the steps; masks, before, tile
     return -(-2 * key // 1), [heads * value_bits] if value_bits else [heads * 2, heads * 2, heads * 4]
 
 
@@ -95,7 +95,7 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
     assert (s.stored.key_bits, s.stored.value_bits) == (bits or 4, bits)
     alpha, norm = s.relevance(p, "observed"), s.norms(p, cfg.hedge)  # (2, 1, Hm, C), (..., S)
     worth = (alpha.unsqueeze(-1) ** cfg.hedge * norm).square()
-    key, cost = half_bytes(bits or 4, bits, scope)
+    key, cost = half_bytes(bits or 4, bits, 64 if bits else 32, scope)  # the planner's below 20 % of the bytes
     gain = [1.0] if bits else [REMAINS[i] - REMAINS[i + 1] for i in range(3)]
     n = C - 3  # tokens of the context
     per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (4 + W)) - 4 * 16 - 80)
@@ -213,10 +213,19 @@ def test_what_cannot_be_is_said_in_a_line():
         assert said in error_line(SelectConfig, **bad)
     assert "mask_scope=shared" in error_line(selecting, "shared", cfg=config(kv_bytes=0.2))
     assert "must fill bytes" in error_line(selecting, n_groups=8, cfg=config(kv_bytes=0.2))
+
+
+def test_the_planner_takes_what_was_best_at_that_budget():
+    """Bits of keys, levels for values, tokens that share steps; what the user gives stays."""
     m = selecting(cfg=config(kv_bytes=0.04))
-    assert m.selector.stored.key_bits == 3 and TINY.head_dim == 16
-    m.selector.set(config(kv_bytes=0.5))
-    assert m.selector.stored.key_bits == 8
+    for share, bits, block in ((0.04, 3, 64), (0.1, 4, 64), (0.15, 4, 32), (0.2, 8, 128), (1.0, 8, 128)):
+        m.selector.set(config(kv_bytes=share))
+        kv = m.selector.stored
+        assert (kv.key_bits, kv.value_bits, kv.key_block) == (bits, 0, block)
+    m.selector.kv = replace(m.selector.kv, key_block=16)
+    assert m.selector.stored.key_block == 16 and m.selector.stored.key_bits == 8
+    m.selector.kv = replace(m.selector.kv, key_bits=4, value_bits=4)
+    assert m.selector.stored == m.selector.kv
 
 
 COMMON = ["--tasks=continuation", "--query=6", "--continuation=9", "--block_size=161", "--sequences=3", "--batch_size=2", "--calibration=2"]
@@ -231,7 +240,7 @@ def test_rows_of_bits(base, measure):  # noqa: F811
     assert [r["relevance"].split(" hedge")[0] for r in rows] == ["none", "observed bytes=0.5", "observed bytes=0.3", "none", "observed kv=0.5",
                                                                  *[f"observed {b}" for b in ("bytes=0.5", "bytes=0.3", "kv=1", "kv=0.5")],
                                                                  "observed bytes=0.5", "observed bytes=0.3"]
-    assert all(r["dense_value"] == rows[0]["value"] for r in rows) and "K4 V2" in rows[5]["setting"] and "K8 Vrouted" in rows[1]["setting"]
+    assert all(r["dense_value"] == rows[0]["value"] for r in rows) and "K4 V2" in rows[5]["setting"] and "K8/128 Vrouted" in rows[1]["setting"]
     assert rows[1]["cache_bytes"] > rows[2]["cache_bytes"] and rows[7]["cache_bytes"] < 0.5 * rows[0]["cache_bytes"]
     assert rows[7]["value"] != rows[0]["value"] and rows[7]["token_keep"] == pytest.approx(1 - 4 / 146)
     assert rows[6]["cache_bytes"] < rows[5]["cache_bytes"] <= rows[7]["cache_bytes"]

@@ -89,7 +89,7 @@ def series_of(r: dict) -> str:
         return f"{r['method']}, {bits}"
     select = r["select"]
     if select["kv_keep"] == 1 and r["key_bits"] < 16:
-        return "uniform bits" + (" (KIVI)" if select["key_rounding"] == "nearest" else ", keys rounded for queries")
+        return "uniform bits" + (" (KIVI)" if select.get("key_rounding", "nearest") == "nearest" else ", keys rounded for queries")
     how = "tokens" if select["value_keep"] == 1 and not (select["kv_keep"] or select["kv_bytes"]) else "tokens and groups"
     return f"{how}, {bits}, {r['relevance'].split(' ')[0]}"
 

@@ -117,9 +117,18 @@ def test_a_context_is_rounded_for_its_own_queries():
     m = selecting()
     dense, caches = run(m, config(kv_keep=1.0), X, Y, None)[1], []
     m.selector.kv = replace(m.selector.kv, key_bits=2, value_bits=8)
+    prompts, choose = [], m.selector.choose
+    m.selector.choose = lambda p: prompts.append(p) or choose(p)
     for how in ("queries", "nearest"):
         _, got, _, cache = run(m, config(kv_keep=1.0, key_rounding=how), X, Y, None)
         caches.append(cache.layers[0].tensors())
+        if how == "queries":  # each layer for its own queries; the first four tokens are whole
+            n, moments = prompts[0].n_context - 4, prompts[0].moments()
+            segment = torch.arange(18).repeat_interleave(n)  # 6 rows, 3 KV heads
+            at = segment * -(-n // 64) + torch.arange(n).repeat(18) // 64
+            for i, c in enumerate(cache.layers):
+                args = prompts[0].keys[i, :, :, 4:4 + n].flatten(0, 2), at, 18 * -(-n // 64), 2
+                assert torch.equal(c.keys, quantise_keys_for(Readers(moments[i].flatten(0, 1), segment), *args)[0])
         errors.append((got - dense).square().mean().item())
     assert {name for name, t in caches[0].items() if not torch.equal(t, caches[1][name])} == {"keys"}
     assert errors[0] < 0.8 * errors[1], errors  # another seed: 0.64 to 0.77

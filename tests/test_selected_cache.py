@@ -311,8 +311,8 @@ def test_slice_holds_the_sequences_asked_for(scope, keep):
 @pytest.mark.parametrize("scope", ["head", "layer"])
 @pytest.mark.parametrize("keep", [0.9, 1.0], ids=["dropped", "all kept"])
 def test_truncate_forgets_the_columns_past_n(scope, keep):
-    """After truncate(n) the cache is what packing the first n columns gives, tail included; slice then gives up the slots; other columns
-    can follow."""
+    """After truncate(n) the cache is what packing the first n columns gives, tail included; slice and join then give up the slots; other
+    columns can follow."""
     C, T = 91, 5
     ctx = context(C, 4, scope=scope, pad=(0, 7), keep=keep)
     k, v = torch.randn(2, 2, 3, T, 16, generator=torch.Generator().manual_seed(1))
@@ -327,9 +327,11 @@ def test_truncate_forgets_the_columns_past_n(scope, keep):
         assert cache.columns == want.columns == min(n, C + T) and same_state(cache, want)
         freed = cache.slice([0, 1])
         assert freed.keys.size(0) == want.keys.size(0) and freed.rows.size(0) == want.rows.size(0) and same_state(freed, want)
+        joined = SelectedCache.join([cache, want])
+        assert joined.keys.size(0) == 2 * want.keys.size(0) and all(same_state(joined.slice(two), want) for two in ([0, 1], [2, 3]))
         for c in (cache, want):
             c.append(-k, -v, zero)
-        assert same_state(cache, want)
+        assert same_state(cache, want) and same_state(joined.slice([2, 3]), freed)  # it shares nothing
     with pytest.raises(ValueError, match="truncating"):
         cache.truncate(-1)
 

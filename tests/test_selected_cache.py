@@ -336,6 +336,15 @@ def test_truncate_forgets_the_columns_past_n(scope, keep):
         cache.truncate(-1)
 
 
+def test_joining_leaves_the_parts_as_they_were():
+    """A cache that remembers no columns, since it kept all, gets them in the joined one and not in itself."""
+    whole, some = (context(83, 4, keep=keep) for keep in (1.0, 0.6))
+    parts = [packed(*ctx) for ctx in (whole, some)]
+    joined = SelectedCache.join(parts)
+    assert not parts[0].positions.numel() and parts[1].positions.numel() and same_state(joined.slice([0, 1]), parts[0])
+    check_unpack(joined, *(torch.cat(pair) for pair in zip(whole, some, strict=True)))
+
+
 def test_truncate_shortens_the_padding_of_the_tail():
     """Padding in the tail that was truncated away does not hide the columns that follow."""
     cache, k = SelectedCache(2, 9, 3, 16, 4, 1, torch.zeros(0)), torch.zeros(2, 3, 8, 16)

@@ -16,6 +16,7 @@ import appending
 import bench_cache
 import kernels
 import packing
+import rounding
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16",
          torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
@@ -50,7 +51,7 @@ class Compiled:
                       "subnormal_fma": ptx.count("fma.rn.bf16x2 x")})
 
 
-for module in (kernels, appending, packing):
+for module in (kernels, appending, packing, rounding):
     for name, fn in [*vars(module).items()]:
         if name.endswith("_kernel"):
             setattr(module, name, Compiled(fn))
@@ -68,4 +69,6 @@ for text in ("4:0.5:1:4", "4:0.5"):
 appending.append_tail(cache.whole(), k[:, :, :1], v[:, :, :1], impl="triton")
 packing.take_within(torch.randn(2, 300), torch.tensor([5, 6]), torch.ones(2, 300, dtype=torch.int64), impl="triton")
 packing.pack_values(k, v, torch.ones(2, 2, 272, dtype=torch.bool), torch.ones(2, 2, 272, 4, dtype=torch.bool), impl="triton")
+readers = rounding.Readers(torch.eye(64, dtype=torch.float64)[None], torch.zeros(40, dtype=torch.int64))
+rounding.codes_for(readers, torch.randn(40, 64), torch.ones(40, 64).half(), torch.zeros(40, 64).half(), 4, impl="triton")
 print(json.dumps(found))

@@ -30,7 +30,7 @@ def test_kernels_compile_for_a_gpu_and_move_little_between_lanes():
     made = [f for f in found if f["case"] != "others" and f["kernel"] != "_merge_kernel"]
     assert [f["case"] for f in made] == [c[0] for c in CASES] and all(f["bytes"] > 1000 for f in found)
     assert {"_merge_kernel", "_quantise_block_kernel", "_append_packed_kernel", "_append_tail_kernel", "_search_kernel", "_take_kernel",
-            "_pack_kernel"} < {f["kernel"] for f in found}
+            "_pack_kernel", "_codes_kernel"} < {f["kernel"] for f in found}
     words = 6 if kernels.WORDS else 0
     assert [f["kernel"] for f in made] == ["int_attention_kernel"] * words + ["_attention_kernel"] * (9 - words)
     assert [f["subnormal_fma"] > 0 for f in made] == [False] * 3 + [bool(words)] * 2 + [False] * 4

@@ -155,7 +155,8 @@ class KVConfig:
     key_bits: int = opt(16, "bits of a stored number of a key, one step per channel and block of tokens; 16: as computed", INT_BITS)
     value_bits: int = opt(16, "bits of a stored number of a value, one step per token and head; 16: as computed; 0: --kv_bytes routes them",
                           (*INT_BITS, 0))
-    key_block: int = opt(64, "fewer than 16 bits: tokens whose keys share steps, and that leave the tail together", KEY_BLOCKS)
+    key_block: int = opt(64, "fewer than 16 bits: tokens whose keys share steps, and that leave the tail together; --kv_bytes that picks "
+                            "the bits takes what goes with them for 64", KEY_BLOCKS)
     kv_sinks: int = opt(4, "fewer than 16 bits: first tokens that stay whole")
 
     def __post_init__(self):

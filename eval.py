@@ -102,7 +102,8 @@ def row(model: Transformer, task: Task, *, adapter: AdapterConfig, kv: KVConfig,
         relevance, setting = chooser.cfg.described(), f"{basis} S={kv.n_groups} {kv.mask_scope} {chooser.cfg.allocation}"
     bits_held = (stored.key_bits, stored.value_bits) if grouped or mixsga.shares(model) else (16, 16)
     block = f"/{stored.key_block}" * (stored.key_block != KVConfig.key_block)
-    setting += f" K{stored.key_bits}{block} V{stored.value_bits or 'routed'}" * (bits_held[0] < 16)
+    nearest = " nearest" * (method == "select" and chooser.cfg.key_rounding == "nearest")
+    setting += f" K{stored.key_bits}{block} V{stored.value_bits or 'routed'}{nearest}" * (bits_held[0] < 16)
     setting += f" layers {kv.kv_layers}" * (grouped and kv.kv_layers != "all") + " routed" * (method == "select" and not exact)
     return {"task": task.name, "method": method, "adapter": adapter.adapter, "basis": basis, "n_groups": kv.n_groups if grouped else 1,
             "prefill": "exact" if exact else "routed", "relevance": relevance, "setting": setting, **shares,
@@ -325,8 +326,9 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
     if run.kv.kv in SHARED:
         for bits in listed:
             bits = {name: n for name, n in bits.items() if name != "kv_sinks"}
+            whole = {r["task"]: r["value"] for r in rows if r["key_bits"] == 16}  # what rows of integers after it are compared with
             with mixsga.stored_in(model, **bits):
-                rows += [row(model, task, kv=replace(run.kv, **bits), **about) for task in todo]
+                rows += [row(model, task, kv=replace(run.kv, **bits), dense_value=whole.get(task.name), **about) for task in todo]
     elif "dense" in methods and not trained:
         rows += [row(model, task, kv=run.kv, **about) for task in todo]
     known = {r["task"]: r["value"] for r in rows}  # the dense value of every setting

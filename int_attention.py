@@ -350,7 +350,7 @@ DEAL = tl.constexpr(TRITON >= (3, 7)) if triton else False
 
 @jit
 def _nothing(q, i):
-    """Zeros, float32 like i. That they come from 8 bits in memory makes Triton 3.7 to 3.9 deal the rows of the product that they go into by fours
+    """Zeros, float32 like i. That they come from 8 bits in memory makes Triton, from 3.7 on, deal the rows of the product that they go into by fours
     to a lane (kWidth = 4), the order that _keys and _levels_in_words have; else all of them would change lanes. 3.6 needs it not, and with it
     takes 1.25 times as long where some of the groups are kept."""
     return tl.load(q.to(tl.pointer_type(tl.uint8), bitcast=True) + i * 0).to(tl.float32) * 0.0

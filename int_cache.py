@@ -27,6 +27,7 @@ class IntSelectedCache(SelectedCache):
     """SelectedCache in integers. keys, rows: bytes; key_scale, value_scale as in quant.Ints; with levels bits holds 2 S of them and rows are
     units of 2 bits and d numbers, counted by n_rows. Positions are not kept, so its context cannot be truncated."""
 
+    LAYOUT = (*SelectedCache.LAYOUT, "block_base")
     NAMES = (*SelectedCache.NAMES, "key_scale", "block_base", "value_scale")
     KNOWS_COLUMNS = False
 
@@ -48,9 +49,8 @@ class IntSelectedCache(SelectedCache):
         super()._set_bases()
         self.block_base = starts(self._blocks())
 
-    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, moment: Tensor | None = None) -> list[Tensor]:
-        """mask (B, Hm, C, S): groups kept, or their levels 0 to 3, uint8. moment (B, Hkv, D, D) float64: of the queries that keys are rounded for
-        (relevance.Prompt.moments); None: to the nearest."""
+    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, moment: Tensor | None) -> list[Tensor]:
+        """mask (B, Hm, C, S): groups kept, or their levels 0 to 3, uint8. moment: see pack; None: keys are rounded to the nearest codes."""
         fmt, here = self.fmt, keep.expand(-1, self.Hkv, -1)  # (B, Hkv, C)
         n = here.sum(-1)
         blocks = -(-n // fmt.block)
@@ -88,9 +88,9 @@ class IntSelectedCache(SelectedCache):
         self.n_first = k.size(2)
         self.n_context -= self.n_first
 
-    def extra(self) -> dict[str, int]:
-        """The numbers that, with tensors(), make up the whole cache."""
-        return {**super().extra(), "n_first": self.n_first}
+    def extra(self) -> dict:
+        """The numbers that, with tensors(), make up the whole cache, and how its integers are stored: bits of keys, of values, block."""
+        return {**super().extra(), "n_first": self.n_first, "ints": [*self.fmt[:3]]}
 
     def truncate(self, n_columns: int) -> None:
         """Forget the columns from n_columns on. Raises ValueError inside the context, whose tokens' columns are not kept."""
@@ -131,9 +131,9 @@ class IntPackedCache(PackedCache):
         self.open = cfg.kv_sinks  # columns before which a sequence may still have sinks to fill
         super().__init__(batch, max_len, n_kv_head, head_dim, cfg, k, like)
 
-    def extra(self) -> dict[str, int]:
-        """The numbers that, with tensors(), make up the whole cache."""
-        return {**super().extra(), "open": self.open}
+    def extra(self) -> dict:
+        """The numbers that, with tensors(), make up the whole cache, and how its integers are stored: bits of keys, of values, block."""
+        return {**super().extra(), "open": self.open, "ints": [*self.fmt[:3]]}
 
     def _allocate(self, cap: int, like: Tensor) -> None:
         super()._allocate(-(-cap // self.block) * self.block, like[:0])

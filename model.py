@@ -228,7 +228,7 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-CACHE_FORMAT = "2"  # of saved caches; 1 had other codes for integers
+CACHE_FORMAT = "3"  # of saved caches; 1 had other codes for integers, 2 did not say their bits and blocks
 
 
 class KVCache:
@@ -268,14 +268,17 @@ class KVCache:
                 # copied: in a file tensors begin at any multiple of 8 bytes, and unaligned numbers are summed in another order
                 meta, tensors = f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 (not a dict)
             if meta.get("format") != CACHE_FORMAT and any(name.endswith("key_scale") for name in tensors):
-                raise ValueError("its integers are coded as they were in an earlier version")
+                raise ValueError("its integers were written by an earlier version")
             numbers, pad = json.loads(meta["layers"]), tensors.pop("pad", None)
             cache = model.new_cache(1, 1, pad)
             for i, (layer, extra) in enumerate(zip(cache.layers, numbers, strict=True)):
                 mine = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(i)}
+                fixed = {name: n for name, n in layer.extra().items() if name.split(".")[-1] == "ints"}
                 same = set(mine) == set(layer.tensors()) and set(extra) == set(layer.extra())
                 if not (same and all(mine[k].shape[-1] == t.shape[-1] or t.ndim == 1 for k, t in layer.tensors().items())):
                     raise ValueError(f"layer {i} holds another kind or size of cache")
+                if any(extra.pop(name) != n for name, n in fixed.items()):
+                    raise ValueError(f"layer {i} holds integers of other bits or blocks than {[*fixed.values()]}")
                 for name, value in {**mine, **extra}.items():  # "2.keys": of the layer's third part
                     *part, leaf = name.split(".")
                     setattr(layer.parts[int(part[0])] if part else layer, leaf, value)

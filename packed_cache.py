@@ -303,11 +303,12 @@ class SelectedCache(Flat):
         self.token_base, self.row_base = (starts(n.expand(-1, self.Hkv)) for n in (self.n_packed, self.n_rows))
         self.mask_base, self.tile_base = starts(self.n_packed), starts(-(-self.n_packed // self.tile))
 
-    def pack(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, valid: Tensor, bits_from: SelectedCache | None = None, **how) -> None:
+    def pack(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, valid: Tensor, bits_from: SelectedCache | None = None,
+             moment: Tensor | None = None) -> None:
         """Store a context of C columns: k and encoded values z (B, Hkv, C, D), of which the tokens keep (B, Hm, C) bool survive, each with
         its key and the groups of mask (B, Hm, C, S) bool. valid (B, C) bool: False for padding, which is on the left and never stored.
-        bits_from: a cache packed with the same keep, mask and valid, whose masks, positions, offsets and counts serve this one too. how: what a
-        subclass's _store takes besides."""
+        bits_from: a cache packed with the same keep, mask and valid, whose masks, positions, offsets and counts serve this one too. moment
+        (B, Hkv, D, D): of the queries to come (relevance.Prompt.moment), for which integers of keys are rounded; numbers of 16 bits are not."""
         B, C = valid.shape
         assert self.columns == 0, f"pack on a cache of {self.columns} columns; a context is packed once, before anything else"
         assert self.max_len >= C, f"a context of {C} columns in a cache of max_len={self.max_len}"
@@ -317,7 +318,7 @@ class SelectedCache(Flat):
         if bits_from is not None:
             same = torch.equal(bits_from.n_packed, keep.sum(-1)) and torch.equal(bits_from.n_rows, mask.sum((-2, -1)))
             assert same and bits_from.token_base.shape == (B, self.Hkv), "bits_from was packed with another keep or mask, or was truncated"
-        index = self._store(k, z, keep, mask, **how)
+        index = self._store(k, z, keep, mask, moment)
         if bits_from is None:
             self.bits, self.before, self.tile_rows, self.n_packed, self.n_rows = index
             if self.KNOWS_COLUMNS and (valid[:, None] & ~keep).any():
@@ -328,7 +329,7 @@ class SelectedCache(Flat):
             setattr(self, name, getattr(bits_from, name))
         self.n_context, self.longest = C, int(self.n_packed.max()) if B else 0
 
-    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> list[Tensor]:
+    def _store(self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, moment: Tensor | None) -> list[Tensor]:
         """Hold keys and rows of what is kept; return bits, before, tile_rows, n_packed and n_rows."""
         dtype = self.keys.dtype
         self.keys, self.rows, *index = pack_values(k.to(dtype), z.to(dtype), keep, mask)

@@ -27,8 +27,8 @@ from torch import Tensor
 from config import SelectConfig, check, count_kept
 from model import apply_rope
 
-SPAN = 1024  # context tokens, the last ones, that `future` draws its queries from
-READ = 128  # tokens after the prompt whose queries `moments` stands for
+SPAN = 1024  # tokens, the context's last ones, that `future` draws its queries from, the prompt's last ones for `moment`
+READ = 128  # tokens after the prompt whose queries `moment` stands for
 GOLDEN = (5 ** 0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
 PAGE = 16  # tokens in a page (quest)
 WINDOW = 64  # queries that snapkv observes
@@ -155,19 +155,16 @@ class Prompt:
         place = (self.T - self.start + ahead).clamp_max(len(self.rope[0]) - 1) - (columns - self.start).clamp_min(0)
         return tuple(t[place].unsqueeze(-3) for t in self.rope)
 
-    def moments(self) -> Tensor:
-        """Second moments of the queries to come: mean of q q^T over the prompt's last SPAN queries, as if they came among the READ tokens after it,
-        or as many as fit the model's context (RoPE turns them further), and over the query heads of a KV head: (L, B, Hkv, D, D) float64."""
+    def moment(self, layer: int) -> Tensor:
+        """Second moment of a layer's queries to come: mean of q q^T over the prompt's last SPAN queries, as if they came among the READ tokens after
+        it, or as many as fit the model's context (RoPE turns them further), and over the query heads of a KV head: (B, Hkv, D, D) float64."""
         columns = self.column[-SPAN:]
         room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
         turn = self.turn(columns, ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long())  # counted from the end: rows are as if alone
         real = self.real[:, columns].double()  # (B, Q)
         weight = (real / real.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
-        out = []
-        for q, k in zip(self.q, self.k, strict=True):
-            q = apply_rope(q[:, :, columns].float(), *turn).double()  # (B, H, Q, D)
-            out.append(((q * weight).mT @ q).unflatten(1, (k.size(1), -1)).mean(2))
-        return torch.stack(out)
+        q = apply_rope(self.q[layer][:, :, columns].float(), *turn).double()  # (B, H, Q, D)
+        return ((q * weight).mT @ q).unflatten(1, (self.k[layer].size(1), -1)).mean(2)
 
     def past(self, cfg: SelectConfig) -> Tensor:
         """Attention on the context of cfg.past queries of its last tokens, moved ahead: (L, B, Hkv, C)."""

@@ -233,9 +233,9 @@ class Selector(nn.Module):
         choice = self.choose(prompt)
         if self.kv.mask_scope != "shared" and not self.stored.ints:  # all at once: thirty times fewer kernels
             pack_layers(caches, prompt.keys[..., :C, :], prompt.values, choice.keep, choice.mask, prompt.valid)
-        how = [{"moment": m} for m in prompt.moments()] if self.stored.ints and self.cfg.key_rounding == "queries" else [{}] * len(paths)
+        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         for i, path in enumerate(paths):
-            path.store(k[i], v[i], z[i], choice, caches[i], pad, **how[i])
+            path.store(k[i], v[i], z[i], choice, caches[i], pad, prompt.moment(i) if rounded else None)
         pending.first = None
 
     def watch(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple[tuple[Tensor, ...], ...]:
@@ -409,8 +409,9 @@ class SelectPath(ValueGroupPath):
             cache.pending.choice = cache.pending.first = None  # the prompt is done
         return self._masked(q, k, v, z, *choice.layer(0), pad)
 
-    def store(self, k: Tensor, v: Tensor, z: Tensor, choice: Choice, cache: SelectedCache, pad: Tensor | None, **how) -> None:
-        """Pack the chosen part of the context, unless that is done (masks shared by layers once), and append the query region whole. how: see
+    def store(self, k: Tensor, v: Tensor, z: Tensor, choice: Choice, cache: SelectedCache, pad: Tensor | None,
+              moment: Tensor | None = None) -> None:
+        """Pack the chosen part of the context, unless that is done (masks shared by layers once), and append the query region whole. moment: see
         SelectedCache.pack."""
         C, shared = z.size(2), self.cfg.mask_scope == "shared"
         n_pad = torch.zeros(len(k), dtype=torch.int64, device=k.device) if pad is None else pad
@@ -419,7 +420,7 @@ class SelectPath(ValueGroupPath):
             keep, mask = choice.layer(self.index)
             if isinstance(cache, IntSelectedCache):
                 keep = keep & (valid.cumsum(-1) > self.cfg.kv_sinks)[:, None]  # first tokens go to the tail
-            cache.pack(k[:, :, :C], z, keep, mask, valid, cache.pending.first if shared else None, **how)
+            cache.pack(k[:, :, :C], z, keep, mask, valid, cache.pending.first if shared else None, moment)
             cache.pending.first = cache.pending.first or cache
             if isinstance(cache, IntSelectedCache):
                 n = min(self.cfg.kv_sinks, C)

@@ -137,9 +137,10 @@ class Continuation:
                 for j in range(i, min(i + len(x), KL_SEQUENCES) if known is not None else 0):
                     log_p = logits[j - i].float().log_softmax(-1)
                     if whole:
-                        known.append(log_p)
+                        known.append(log_p.cpu())
                     else:
-                        apart.append((known[j].exp() * (known[j] - log_p)).sum(-1).mean().item())
+                        was = known[j].to(device)
+                        apart.append((was.exp() * (was - log_p)).sum(-1).mean().item())
         self.seen.update({"whole": known, "kl": mean(apart) if apart else None})
         return total / len(self.x)
 

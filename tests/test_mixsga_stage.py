@@ -57,6 +57,11 @@ def test_continue_leaves_a_run_that_loads_samples_and_is_measured(kv, tmp_path, 
     out, err = capsys.readouterr()
     want = generate(model, [run.tokenizer.encode("abc abc")], 9, temperature=0.0)[0][0]
     assert run.tokenizer.decode(want) in out and "of a dense one" in err
+    if kv == "mixsga":  # integers are compared with 16 bits
+        call(evaluation, f"--out_dir={stage}", "--tasks=continuation", "--sequences=6", "--query=5", "--continuation=8", "--kv_bits=16,8",
+             "--key_block=16")
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert [(r["key_bits"], "kl" in r) for r in rows] == [(16, False), (8, True)] and {r["dense_value"] for r in rows} == {rows[0]["value"]}
     if kv != "dense":
         with pytest.raises(ValueError, match=f"kv={kv}"):
             export(run, tmp_path / "their")

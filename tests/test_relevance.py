@@ -156,7 +156,7 @@ def test_moments_are_of_queries_to_come(pad, monkeypatch):
     every row as if alone."""
     p, raw = prompt_of(pad)
     monkeypatch.setattr(relevance, "SPAN", 30)
-    got, D, n = p.moments(), TINY.head_dim, TINY.n_head // TINY.n_kv_head
+    got, D, n = [p.moment(i) for i in range(L)], TINY.head_dim, TINY.n_head // TINY.n_kv_head
     for i in range(L):
         for b in range(len(pad)):
             for h in range(TINY.n_kv_head):
@@ -167,7 +167,7 @@ def test_moments_are_of_queries_to_come(pad, monkeypatch):
                     for head in range(h * n, h * n + n):
                         q = turned(raw[i][b:b + 1, head:head + 1, p.T - 1 - back:p.T - back], torch.tensor([[at]]))[0, 0, 0]
                         want, seen = want + torch.outer(q, q), seen + 1
-                torch.testing.assert_close(got[i, b, h], want / seen, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(got[i][b, h], want / seen, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("past", "C"), [(7, 80), (80, 80), (200, 33), (1, 17)], ids=lambda n: str(n))

@@ -84,8 +84,8 @@ def test_kernel_equals_the_reference(lengths, D, bits):
 
 
 def test_queries_see_less_of_it():
-    """Squared error in logits, the same steps: far less than the nearest codes leave; of queries that are alike in all directions, or of none, codes
-    are the nearest."""
+    """Squared error in logits, the same steps: far less than the nearest codes leave; for queries that are alike in all directions, for none and for
+    those that are no numbers, codes are the nearest."""
     r, x = readers([200, 300], 32)
     block, n = blocks(r, 64)
     for bits in (2, 3, 4):
@@ -93,7 +93,7 @@ def test_queries_see_less_of_it():
         assert torch.equal(near[1], for_queries[1]) and near[0].shape == for_queries[0].shape
         off = [cost(r, quant.dequantise_keys(*t, block, bits, torch.float64) - x).mean() for t in (near, for_queries)]
         assert off[1] < 0.3 * off[0], (bits, off)
-        for moment in (torch.eye(32).expand(2, -1, -1), torch.zeros(2, 32, 32)):
+        for moment in (torch.eye(32).expand(2, -1, -1), torch.zeros(2, 32, 32), torch.full((2, 32, 32), float("nan"))):
             same = quantise_keys_for(r._replace(moment=moment.double().to(DEVICE)), x, block, n, bits)
             assert torch.equal(same[0], near[0])
 
@@ -123,12 +123,12 @@ def test_a_context_is_rounded_for_its_own_queries():
         _, got, _, cache = run(m, config(kv_keep=1.0, key_rounding=how), X, Y, None)
         caches.append(cache.layers[0].tensors())
         if how == "queries":  # each layer for its own queries; the first four tokens are whole
-            n, moments = prompts[0].n_context - 4, prompts[0].moments()
+            n = prompts[0].n_context - 4
             segment = torch.arange(18).repeat_interleave(n)  # 6 rows, 3 KV heads
             at = segment * -(-n // 64) + torch.arange(n).repeat(18) // 64
             for i, c in enumerate(cache.layers):
                 args = prompts[0].keys[i, :, :, 4:4 + n].flatten(0, 2), at, 18 * -(-n // 64), 2
-                assert torch.equal(c.keys, quantise_keys_for(Readers(moments[i].flatten(0, 1), segment), *args)[0])
+                assert torch.equal(c.keys, quantise_keys_for(Readers(prompts[0].moment(i).flatten(0, 1), segment), *args)[0])
         errors.append((got - dense).square().mean().item())
     assert {name for name, t in caches[0].items() if not torch.equal(t, caches[1][name])} == {"keys"}
     assert errors[0] < 0.8 * errors[1], errors  # another seed: 0.64 to 0.77

@@ -184,6 +184,17 @@ def test_uniform_bits_on_top_of_a_choice():
     assert 0 < 3 * errors[0] < errors[1] < errors[2]
 
 
+def test_masks_that_layers_share_go_with_integers():
+    """Where everything is kept it makes no difference who shares masks: every layer reads its own steps, in every row."""
+    got = {}
+    for scope in ("layer", "shared"):
+        m = selecting(scope)
+        m.selector.kv = replace(m.selector.kv, key_bits=4, value_bits=8, key_block=32)
+        got[scope] = run(m, config(kv_keep=1.0), X, Y, (0, 40))[1]
+        torch.testing.assert_close(got[scope][1], run(m, config(kv_keep=1.0), X[1:, 40:], Y[1:], None)[1][0])
+    torch.testing.assert_close(got["shared"], got["layer"])
+
+
 def test_rows_are_alone_and_caches_are_saved(tmp_path):
     """A padded row gives what it gives alone; a saved cache goes on as it was; generated tokens do not depend on the batch."""
     m = selecting()
@@ -201,6 +212,10 @@ def test_rows_are_alone_and_caches_are_saved(tmp_path):
         held, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
     save_file(held, tmp_path / "c", {k: v for k, v in meta.items() if k != "format"})
     assert "earlier version" in error_line(KVCache.load, tmp_path / "c", m)
+    save_file(held, tmp_path / "c", meta)
+    m.selector.kv = replace(m.selector.kv, key_block=64 if m.selector.stored.key_block != 64 else 32, key_bits=8, value_bits=0)
+    assert "other bits or blocks" in error_line(KVCache.load, tmp_path / "c", m)
+    m.selector.kv = replace(m.selector.kv, key_block=64, key_bits=16, value_bits=16)
     prompts = [X[0].tolist(), X[1, 50:].tolist(), X[1, :5].tolist()]
     rows = generate(m, prompts, 9)[0]
     assert [generate(m, [p], 9)[0][0] for p in prompts] == rows
@@ -278,6 +293,7 @@ def test_bits_that_cannot_be_are_said_before_anything_is_measured(flags, said, b
 def test_levels_by_flags(base, measure):  # noqa: F811
     """--key_bits and --value_bits=0 are what every row has, as --kv_bits=4:0."""
     common = [f"--init_from={base}", *COMMON, "--methods=select", "--relevances=observed", "--kv_byte_budgets=0.5"]
+    assert measure(*common, "--kv_bits=4:4", "--key_rounding=nearest")[0]["setting"].endswith("K4 V4 nearest")
     rows = [measure(*common, *flags)[0]
             for flags in (["--kv=select", "--key_bits=4", "--value_bits=0"], ["--kv_bits=4:0"], ["--key_bits=4", "--value_bits=4"])]
     assert [(r["key_bits"], r["value_bits"]) for r in rows] == [(4, 0), (4, 0), (4, 4)] and rows[0]["value"] == rows[1]["value"] != rows[2]["value"]

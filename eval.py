@@ -339,8 +339,8 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         measure = choices if selects else sweep
         for task, bits in itertools.product(todo, listed):
             stored = replace(setting, **bits, **(dict(kv_tail=task.query, kv_tail_block=1) if task.query is not None else {}))
-            # a trained run's whole row has no integers, and levels need a budget of bytes
-            ways = [w for w in tried if not (selects and ((trained and w.whole and stored.ints) or not (stored.value_bits or w.kv_bytes)))]
+            dense = int(selects and trained and "dense" in methods and stored.ints)  # a trained run's whole row comes first, and has no integers
+            ways = [w for w in tried[dense:] if not selects or stored.value_bits or w.kv_bytes]  # levels need a budget of bytes
             with kv_router.storing(model, **{f: getattr(stored, f) for f in ("kv_tail", "kv_tail_block", *STORED_AS)}):
                 if task.name not in known and stored.ints:
                     known[task.name] = whole_value(model, task, cfg.batch_size, cfg.dtype)
@@ -352,6 +352,7 @@ def evaluate(run: Run, cfg: EvalConfig, kv: KVConfig, data: DataConfig, given: s
         if tried and not selects:
             some = batch(text, "masks", cfg.seed, 0, 1, min(T, 512))[0] if reads else todo[0].stored[:1, :512]
             shown = Shown(kept_groups(model, some, cfg.dtype))
+    check(bool(rows), f"methods={cfg.methods} with fewer than 16 bits", "whole values have 16", "give another of --methods, or --kv_bits=16")
     return rows, shown
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import error_line, tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_select_stage import base, measure  # noqa: F401 (fixtures)
+from test_select_stage import base, measure, selected  # noqa: F401 (fixtures)
 from test_selector import config, run, selecting
 
 import eval as evaluation
@@ -297,6 +297,17 @@ def test_levels_by_flags(base, measure):  # noqa: F811
     rows = [measure(*common, *flags)[0]
             for flags in (["--kv=select", "--key_bits=4", "--value_bits=0"], ["--kv_bits=4:0"], ["--key_bits=4", "--value_bits=4"])]
     assert [(r["key_bits"], r["value_bits"]) for r in rows] == [(4, 0), (4, 0), (4, 4)] and rows[0]["value"] == rows[1]["value"] != rows[2]["value"]
+
+
+def test_a_trained_run_has_rows_of_everything_in_integers(selected, measure):  # noqa: F811
+    """The whole row once, in 16 bits; everything in 4 bits where it is asked for; where nothing is left to measure, that is said."""
+    where = [f"--out_dir={selected.folder}", "--tasks=continuation", "--query=6", "--continuation=9", "--block_size=161", "--sequences=2"]
+    rows = measure(*where, "--methods=dense,select", "--relevances=observed", "--kv_budgets=1,0.5", "--kv_bits=16,4")
+    assert [(r["method"], r["key_bits"]) for r in rows] == [("dense", 16), ("dense", 16), ("select", 16), ("select", 4), ("select", 4)]
+    assert rows[3]["kl"] > 0 and rows[3]["dense_value"] == rows[0]["value"] and rows[4]["kl"] > rows[3]["kl"]
+    only, = measure(*where, "--methods=dense,select", "--relevances=observed", "--kv_budgets=1", "--kv_bits=4")
+    assert only == rows[3]
+    assert "whole values have 16" in error_line(measure, *where, "--methods=dense", "--kv_bits=4")
 
 
 def test_the_envelope_is_what_nothing_beats():

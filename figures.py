@@ -88,7 +88,7 @@ def series_of(r: dict) -> str:
     if r["method"] != "select":
         return f"{r['method']}, {bits}"
     select = r["select"]
-    if r["key_bits"] < 16 and not select["kv_bytes"] and 1 in (select["kv_keep"], select["token_keep"] * select["value_keep"]):
+    if bits != "16 bits" and not select["kv_bytes"] and (select["kv_keep"] or select["token_keep"] * select["value_keep"]) == 1:
         return "uniform bits" + (" (KIVI)" if select.get("key_rounding", "nearest") == "nearest" else ", keys rounded for queries")
     how = "tokens" if select["value_keep"] == 1 and not (select["kv_keep"] or select["kv_bytes"]) else "tokens and groups"
     return f"{how}, {bits}, {r['relevance'].split(' ')[0]}"

@@ -9,7 +9,8 @@ Letters: B sequences, Hkv KV heads, Hm mask heads (1 or Hkv), D head dimension, 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from config import KVConfig, check
 from layout import mask_dtype, mask_to_bits, tile_size
 from packed_cache import PackedCache, SelectedCache, slots, starts
 from packing import tile_index
-from quant import IntFormat, Ints, quantise_keys, quantise_levels, quantise_values, row_bytes, split_levels, units
-from rounding import Readers, quantise_keys_for
+from quant import IntFormat, Ints, quantise_keys, quantise_levels, quantise_values, row_bytes, split_levels, to_codes, units
+from rounding import Readers, codes_for
 from stored import Packed, Tail
 
 
@@ -28,6 +29,7 @@ class IntSelectedCache(SelectedCache):
     units of 2 bits and d numbers, counted by n_rows. Positions are not kept, so its context cannot be truncated."""
 
     LAYOUT = (*SelectedCache.LAYOUT, "block_base")
+    JOINED = (*SelectedCache.JOINED, "key_scale", "value_scale")
     NAMES = (*SelectedCache.NAMES, "key_scale", "block_base", "value_scale")
     KNOWS_COLUMNS = False
 
@@ -56,12 +58,8 @@ class IntSelectedCache(SelectedCache):
         blocks = -(-n // fmt.block)
         number = torch.arange(int(n.sum()), device=n.device) - starts(n).flatten().repeat_interleave(n.flatten())  # of a token in its segment
         at = starts(blocks).flatten().repeat_interleave(n.flatten()) + number // fmt.block
-        args = k[here], at, int(blocks.sum()), fmt.key_bits
-        if moment is None:
-            self.keys, self.key_scale = quantise_keys(*args)
-        else:
-            segment = torch.arange(n.numel(), device=n.device).repeat_interleave(n.flatten())
-            self.keys, self.key_scale = quantise_keys_for(Readers(moment.flatten(0, 1), segment), *args)
+        codes = to_codes if moment is None else partial(codes_for, Readers(moment.flatten(0, 1), n.flatten()))
+        self.keys, self.key_scale = quantise_keys(k[here], at, int(blocks.sum()), fmt.key_bits, codes)
         mine, flat = mask.expand(-1, self.Hkv, -1, -1)[here], z[here]  # (n, S), (n, D)
         if fmt.value_bits:
             rows, self.value_scale = quantise_values(flat, mine, fmt.value_bits)
@@ -105,14 +103,6 @@ class IntSelectedCache(SelectedCache):
         tokens = slots(self.token_base[pick], self.n_packed[pick].expand(-1, self.Hkv))
         out = super().slice(rows)
         out.key_scale, out.value_scale = self.key_scale[blocks], self.value_scale[tokens]
-        return out
-
-    @staticmethod
-    def join(caches: Sequence[IntSelectedCache]) -> IntSelectedCache:
-        """One cache of the sequences of all, in order; each must have the same columns. It shares nothing."""
-        parts = [c.exact() for c in caches]
-        out = SelectedCache.join(parts)
-        out.key_scale, out.value_scale = (torch.cat([getattr(c, name) for c in parts]) for name in ("key_scale", "value_scale"))
         return out
 
 

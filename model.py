@@ -273,8 +273,9 @@ class KVCache:
             cache = model.new_cache(1, 1, pad)
             for i, (layer, extra) in enumerate(zip(cache.layers, numbers, strict=True)):
                 mine = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(i)}
-                fixed = {name: n for name, n in layer.extra().items() if name.split(".")[-1] == "ints"}
-                same = set(mine) == set(layer.tensors()) and set(extra) == set(layer.extra())
+                own = layer.extra()
+                fixed = {name: n for name, n in own.items() if name.split(".")[-1] == "ints"}
+                same = set(mine) == set(layer.tensors()) and set(extra) == set(own)
                 if not (same and all(mine[k].shape[-1] == t.shape[-1] or t.ndim == 1 for k, t in layer.tensors().items())):
                     raise ValueError(f"layer {i} holds another kind or size of cache")
                 if any(extra.pop(name) != n for name, n in fixed.items()):

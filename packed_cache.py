@@ -275,6 +275,7 @@ class SelectedCache(Flat):
 
     LAYOUT = ("bits", "positions", "before", "tile_rows", "n_packed", "n_rows", "n_pad", "token_base", "row_base", "mask_base", "tile_base")
     NAMES = ("keys", "rows", *LAYOUT, "tail_k", "tail_v", "tail_pad")
+    JOINED = ("keys", "rows", "bits", "before", "tile_rows", "positions", "n_packed", "n_rows", "n_pad", "tail_pad")  # of all, one after the other
     KNOWS_COLUMNS = True  # whether it remembers where survivors stood, and so can be truncated into its context
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, like: Tensor):
@@ -414,7 +415,7 @@ class SelectedCache(Flat):
         if any(c.positions.numel() for c in parts):
             for c in parts:
                 c.positions = c.columns_held()
-        for name in ("keys", "rows", "bits", "before", "tile_rows", "positions", "n_packed", "n_rows", "n_pad", "tail_pad"):
+        for name in out.JOINED:
             setattr(out, name, torch.cat([getattr(c, name) for c in parts]))
         out.tail_k, out.tail_v = (torch.cat([F.pad(getattr(c, n), (0, 0, 0, cap - c.tail_k.size(2))) for c in parts]) for n in ("tail_k", "tail_v"))
         out._set_bases()

@@ -14,6 +14,7 @@ Letters: B sequences, Hkv KV heads, D head dimension, S groups, d = D/S, n token
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -101,11 +102,12 @@ def key_scale(x: Tensor, block: Tensor, n_blocks: int, bits: int) -> Tensor:
     return scale_for(low, high, bits).transpose(-1, -2).contiguous()
 
 
-def quantise_keys(k: Tensor, block: Tensor, n_blocks: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Keys k (n, D) of blocks block (n,) int64 -> bytes (n, D bits / 8), scales (n_blocks, 2, D) float16: KIVI's, and rounding.py's beside it."""
+def quantise_keys(k: Tensor, block: Tensor, n_blocks: int, bits: int, codes: Callable[..., Tensor] = to_codes) -> tuple[Tensor, Tensor]:
+    """Keys k (n, D) of blocks block (n,) int64 -> bytes (n, D bits / 8), scales (n_blocks, 2, D) float16. codes: what rounds, to the nearest code
+    (KIVI) or, called alike, as rounding.codes_for does."""
     x = k.float()
     scale = key_scale(x, block, n_blocks, bits)
-    return pack_bits(to_codes(x, scale[block, 0], scale[block, 1], bits), bits), scale
+    return pack_bits(codes(x, scale[block, 0], scale[block, 1], bits), bits), scale
 
 
 def dequantise_keys(packed: Tensor, scale: Tensor, block: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -155,15 +155,20 @@ class Prompt:
         place = (self.T - self.start + ahead).clamp_max(len(self.rope[0]) - 1) - (columns - self.start).clamp_min(0)
         return tuple(t[place].unsqueeze(-3) for t in self.rope)
 
+    @cached_property
+    def _to_come(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """How `moment` turns the prompt's last queries, and their weights in the mean (B, 1, Q, 1), of padding 0."""
+        columns = self.column[-SPAN:]
+        room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
+        ahead = ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long()  # counted from the end: rows are as if alone
+        real = self.real[:, columns].double()  # (B, Q)
+        return self.turn(columns, ahead), (real / real.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
+
     def moment(self, layer: int) -> Tensor:
         """Second moment of a layer's queries to come: mean of q q^T over the prompt's last SPAN queries, as if they came among the READ tokens after
         it, or as many as fit the model's context (RoPE turns them further), and over the query heads of a KV head: (B, Hkv, D, D) float64."""
-        columns = self.column[-SPAN:]
-        room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
-        turn = self.turn(columns, ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long())  # counted from the end: rows are as if alone
-        real = self.real[:, columns].double()  # (B, Q)
-        weight = (real / real.sum(-1, keepdim=True).clamp_min(1))[:, None, :, None]
-        q = apply_rope(self.q[layer][:, :, columns].float(), *turn).double()  # (B, H, Q, D)
+        turn, weight = self._to_come
+        q = apply_rope(self.q[layer][:, :, -SPAN:].float(), *turn).double()  # (B, H, Q, D)
         return ((q * weight).mT @ q).unflatten(1, (self.k[layer].size(1), -1)).mean(2)
 
     def past(self, cfg: SelectConfig) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from kernel_base import jit, tl, triton, use_triton
-from quant import key_scale, pack_bits
 
 DAMPING = 0.01  # of queries' mean square, added to it in every coordinate: what few queries do not show
 TOKENS = 32  # that a program of the kernel rounds
@@ -24,14 +23,12 @@ TOKENS = 32  # that a program of the kernel rounds
 class Readers(NamedTuple):
     """Who will read keys."""
     moment: Tensor  # (segments, D, D) float64: mean of q q^T over queries to come
-    segment: Tensor  # (n,) int64: of each key, in order
+    n: Tensor  # (segments,) int64: keys of each, one segment after the other
 
-
-def quantise_keys_for(readers: Readers, k: Tensor, block: Tensor, n_blocks: int, bits: int, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """quant.quantise_keys with `readers` in mind, in the same format."""
-    x = k.float()
-    scale = key_scale(x, block, n_blocks, bits)
-    return pack_bits(codes_for(readers, x, scale[block, 0], scale[block, 1], bits, impl), bits), scale
+    @property
+    def segment(self) -> Tensor:
+        """Of each key: (n,) int64."""
+        return torch.arange(len(self.n), device=self.n.device).repeat_interleave(self.n)
 
 
 def taken_back(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,20 +49,20 @@ def taken_back(moment: Tensor) -> tuple[Tensor, Tensor]:
 def codes_for_ref(readers: Readers, x: Tensor, step: Tensor, middle: Tensor, bits: int) -> Tensor:
     """codes_for, all keys at once and coordinate by coordinate: the specification."""
     (order, share), (G, D), half = taken_back(readers.moment), readers.moment.shape[:2], 2.0 ** (bits - 1)
-    n = readers.segment.bincount(minlength=G)
-    number = torch.arange(len(x), device=x.device) - (n.cumsum(0) - n)[readers.segment]
-    M, place = int(n.max()) if G else 0, order[readers.segment]  # keys of the longest segment; (n, D)
+    n, segment = readers.n, readers.segment
+    number = torch.arange(len(x), device=x.device) - (n.cumsum(0) - n)[segment]
+    M, place = int(n.max()) if G else 0, order[segment]  # keys of the longest segment; (n, D)
 
     def laid(t: Tensor) -> Tensor:  # (n, D) -> (D, G, M), coordinates in order
         out = t.new_ones(D, G, M)
-        out[:, readers.segment, number] = t.take_along_dim(place, -1).T
+        out[:, segment, number] = t.take_along_dim(place, -1).T
         return out
     off, step, share = laid(x - middle.float()), laid(step.float()), share.permute(1, 2, 0).unsqueeze(-1)  # share: (D, D, G, 1)
     for j in reversed(range(D)):
         code = (off[j] / step[j] + (half + 0.5)).floor_().clamp_(0, 2 * half - 1)
         off[:j].addcmul_(share[j, :j], torch.addcmul(off[j], code - half, step[j], value=-1), value=-1)
         off[j] = code
-    return torch.empty_like(place, dtype=torch.uint8).scatter_(-1, place, off[:, readers.segment, number].T.to(torch.uint8))
+    return torch.empty_like(place, dtype=torch.uint8).scatter_(-1, place, off[:, segment, number].T.to(torch.uint8))
 
 
 @jit
@@ -97,8 +94,7 @@ def codes_for(readers: Readers, x: Tensor, step: Tensor, middle: Tensor, bits: i
     1e-5 of the border between two codes they may differ, and what follows in that key with them."""
     if not use_triton(impl, x):
         return codes_for_ref(readers, x, step, middle, bits)
-    (order, share), (G, D) = taken_back(readers.moment), readers.moment.shape[:2]
-    n, codes = readers.segment.bincount(minlength=G), torch.empty_like(x, dtype=torch.uint8)
+    (order, share), (G, D), n, codes = taken_back(readers.moment), readers.moment.shape[:2], readers.n, torch.empty_like(x, dtype=torch.uint8)
     first = torch.cat((n.new_zeros(1), n.cumsum(0)))
     if len(x):
         _codes_kernel[(G, -(-int(n.max()) // TOKENS))](x.contiguous(), step.contiguous(), middle.contiguous(), order.contiguous(), share.contiguous(),

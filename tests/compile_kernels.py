@@ -69,6 +69,6 @@ for text in ("4:0.5:1:4", "4:0.5"):
 appending.append_tail(cache.whole(), k[:, :, :1], v[:, :, :1], impl="triton")
 packing.take_within(torch.randn(2, 300), torch.tensor([5, 6]), torch.ones(2, 300, dtype=torch.int64), impl="triton")
 packing.pack_values(k, v, torch.ones(2, 2, 272, dtype=torch.bool), torch.ones(2, 2, 272, 4, dtype=torch.bool), impl="triton")
-readers = rounding.Readers(torch.eye(64, dtype=torch.float64)[None], torch.zeros(40, dtype=torch.int64))
+readers = rounding.Readers(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
 rounding.codes_for(readers, torch.randn(40, 64), torch.ones(40, 64).half(), torch.zeros(40, 64).half(), 4, impl="triton")
 print(json.dumps(found))

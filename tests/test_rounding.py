@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,15 @@ from test_selector import config, run, selecting
 import quant
 from config import SelectConfig
 from kernel_base import triton
-from rounding import DAMPING, Readers, codes_for, quantise_keys_for, taken_back
+from rounding import DAMPING, Readers, codes_for, taken_back
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNEL = pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="the kernel needs triton"))
+
+
+def quantise_keys_for(r: Readers, x: torch.Tensor, block: torch.Tensor, n_blocks: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantise_keys with these readers in mind."""
+    return quant.quantise_keys(x, block, n_blocks, bits, partial(codes_for, r))
 
 
 def readers(lengths: list[int], D: int, seed: int = 0) -> tuple[Readers, torch.Tensor]:
@@ -22,15 +28,13 @@ def readers(lengths: list[int], D: int, seed: int = 0) -> tuple[Readers, torch.T
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(len(lengths), 40, D, generator=g).double() * torch.logspace(0, -1.5, D) + 2 * torch.randn(len(lengths), 1, D, generator=g)
     x = torch.randn(sum(lengths), D, generator=g) * (1 + 5 * (torch.rand(D, generator=g) < 0.1))
-    segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return Readers((q.mT @ q / 40).to(DEVICE), segment.to(DEVICE)), x.to(DEVICE)
+    return Readers((q.mT @ q / 40).to(DEVICE), torch.tensor(lengths, device=DEVICE)), x.to(DEVICE)
 
 
 def blocks(r: Readers, size: int) -> tuple[torch.Tensor, int]:
     """Blocks of `size` keys in every segment: block (n,) and how many."""
-    n = r.segment.bincount(minlength=len(r.moment))
-    first = -(-n // size)
-    number = torch.arange(len(r.segment), device=DEVICE) - (n.cumsum(0) - n)[r.segment]
+    first = -(-r.n // size)
+    number = torch.arange(len(r.segment), device=DEVICE) - (r.n.cumsum(0) - r.n)[r.segment]
     return (first.cumsum(0) - first)[r.segment] + number // size, int(first.sum())
 
 
@@ -79,7 +83,7 @@ def test_kernel_equals_the_reference(lengths, D, bits):
     assert (one != two).any(-1).float().mean() < 0.03
     a, b = (cost(r, quant.from_codes(c, *args[1:], bits, torch.float64) - x).mean() for c in (one, two))
     torch.testing.assert_close(a, b, rtol=0.02, atol=0)
-    none = Readers(r.moment, r.segment[:0])
+    none = Readers(r.moment, 0 * r.n)
     assert codes_for(none, *(t[:0] for t in args), bits, "triton").shape == codes_for(none, *(t[:0] for t in args), bits, "torch").shape == (0, D)
 
 
@@ -105,7 +109,7 @@ def test_a_key_depends_on_its_segment_alone():
     packed, scale = quantise_keys_for(r, x, block, n, 3)
     other, there = readers([20, 30], 16, seed=1)[0].moment, r.segment == 1
     moment, y = torch.stack((other[0], r.moment[1])), torch.where(there[:, None], x, 3 * x)
-    again, scales = quantise_keys_for(Readers(moment, r.segment), y, block, n, 3)
+    again, scales = quantise_keys_for(Readers(moment, r.n), y, block, n, 3)
     assert torch.equal(again[there], packed[there]) and not torch.equal(again, packed) and torch.equal(scales[2:], scale[2:])
     order, share = taken_back(torch.diag_embed(torch.tensor([[3.0, 1.0, 2.0]]).double()))
     assert order.tolist() == [[1, 2, 0]] and torch.equal(share, torch.eye(3)[None])
@@ -128,7 +132,7 @@ def test_a_context_is_rounded_for_its_own_queries():
             at = segment * -(-n // 64) + torch.arange(n).repeat(18) // 64
             for i, c in enumerate(cache.layers):
                 args = prompts[0].keys[i, :, :, 4:4 + n].flatten(0, 2), at, 18 * -(-n // 64), 2
-                assert torch.equal(c.keys, quantise_keys_for(Readers(prompts[0].moment(i).flatten(0, 1), segment), *args)[0])
+                assert torch.equal(c.keys, quantise_keys_for(Readers(prompts[0].moment(i).flatten(0, 1), torch.full((18,), n)), *args)[0])
         errors.append((got - dense).square().mean().item())
     assert {name for name, t in caches[0].items() if not torch.equal(t, caches[1][name])} == {"keys"}
     assert errors[0] < 0.8 * errors[1], errors  # another seed: 0.64 to 0.77

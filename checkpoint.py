@@ -1,21 +1,26 @@
-"""Checkpoints that survive a kill at any moment, name their own damage, and cannot run code when they are read.
+"""Checkpoints that survive a kill at any moment, name their own damage, and cannot run code when
+they are read.
 
-A stage folder holds checkpoint folders `step-00000200` and perhaps `best`. A checkpoint folder holds any of `model.safetensors`,
-`adapter.safetensors`, `config.json` and `state.pt` (optimizer, RNG), and always `manifest.json`:
+A stage folder holds checkpoint folders `step-00000200` and perhaps `best`. A checkpoint folder
+holds any of `model.safetensors`, `adapter.safetensors`, `config.json` and `state.pt` (optimizer,
+RNG), and always `manifest.json`:
 
     {"format": 1, "step": int, "files": {name: {"bytes": int, "sha256": hex}}, "sha256": hex}
 
-The last `sha256` is that of the manifest without it, in the one spelling `manifest_bytes` gives; so a changed byte in the manifest
-itself (its step, say) is seen like one in any other file.
+The last `sha256` is that of the manifest without it, in the one spelling `manifest_bytes` gives; so
+a changed byte in the manifest itself (its step, say) is seen like one in any other file.
 
-Writing: everything goes to a fresh folder `.tmp-NAME-PID-RANDOM`, each file fsynced, the manifest last, then one rename. Where NAME
-exists already it becomes `.old-NAME-...` first and is deleted last, so at every moment a whole checkpoint is on disk. `clean`, at the
-next start, finishes or undoes what a kill left. One process writes to a stage folder at a time; any number may read.
-Reading: the bytes that were hashed are the bytes that are parsed: safetensors for weights, JSON for settings, and torch.load with
-weights_only=True for the state.
+Writing: everything goes to a fresh folder `.tmp-NAME-PID-RANDOM`, each file fsynced, the manifest
+last, then one rename. Where NAME exists already it becomes `.old-NAME-...` first and is deleted
+last, so at every moment a whole checkpoint is on disk. `clean`, at the next start, finishes or
+undoes what a kill left. One process writes to a stage folder at a time; any number may read.
+Reading: the bytes that were hashed are the bytes that are parsed: safetensors for weights, JSON for
+settings, and torch.load with weights_only=True for the state.
 
-    path, why_not = newest("out/run/pretrain"); ckpt = load(path); copy_tensors(model.state_dict(), ckpt.tensors["model"], "model")
+    path, why_not = newest("out/run/pretrain"); ckpt = load(path); copy_tensors(model.state_dict(),
+    ckpt.tensors["model"], "model")
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -45,7 +50,9 @@ _STATE_LEAVES = (int, float, bool, str, type(None), Tensor, torch.nn.Parameter)
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint folder held: `tensors` maps a file's stem ('model', 'adapter') to its state dict."""
+    """What a checkpoint folder held: `tensors` maps a file's stem ('model', 'adapter') to its state
+    dict."""
+
     path: Path
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -59,7 +66,8 @@ def step_name(step: int) -> str:
 
 
 def _hidden(kind: str, name: str) -> str:
-    return f".{kind}-{name}-{os.getpid()}-{secrets.token_hex(4)}"  # not `random`: saving must not move the training's generators
+    # not `random`: saving must not move the training's generators
+    return f".{kind}-{name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _sync_dir(path: Path) -> None:
@@ -71,7 +79,8 @@ def _sync_dir(path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "xb") as f:  # our own open: the user's umask decides on permissions (safetensors' writer gives 0600)
+    # our own open: the user's umask decides on permissions (safetensors' writer gives 0600)
+    with open(path, "xb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
@@ -85,8 +94,8 @@ def _remove(path: Path) -> None:
 
 
 def _check_plain(x, where: str, state: bool) -> None:
-    """Raise ValueError naming the first value that JSON, or with `state` torch.load(weights_only=True), could not give back: better at
-    save time than at resume."""
+    """Raise ValueError naming the first value that JSON, or with `state`
+    torch.load(weights_only=True), could not give back: better at save time than at resume."""
     if type(x) in (dict, OrderedDict) and all(type(k) in (str, int) for k in x):
         for k, v in x.items():
             _check_plain(v, f"{where}.{k}", state)
@@ -94,10 +103,17 @@ def _check_plain(x, where: str, state: bool) -> None:
         for i, v in enumerate(x):
             _check_plain(v, f"{where}[{i}]", state)
     elif not state and isinstance(x, float) and not math.isfinite(x):
-        raise ValueError(f"{where} is {x}: JSON holds finite numbers only; write None, or find out where it came from")
+        raise ValueError(
+            f"{where} is {x}: JSON holds finite numbers only; write None, or find out where it "
+            "came from"
+        )
     elif not (type(x) in _STATE_LEAVES if state else x is None or isinstance(x, (str, int, float))):
-        raise ValueError(f"{where} is a {type(x).__name__}{' with other keys' if isinstance(x, dict) else ''}: numbers, strings, None, "
-                         f"lists, dicts by name or int{' and tensors' if state else ''} can be written; convert it")
+        raise ValueError(
+            f"{where} is a {type(x).__name__}{' with other keys' if isinstance(x, dict) else ''}: "
+            "numbers, strings, None, "
+            f"lists, dicts by name or int{' and tensors' if state else ''} can be written; "
+            "convert it"
+        )
 
 
 def _dump(obj, where: str, indent: int | None = 1) -> bytes:
@@ -106,9 +122,12 @@ def _dump(obj, where: str, indent: int | None = 1) -> bytes:
 
 
 def _parse(data: bytes):
-    """JSON bytes -> value. Raises ValueError with a short reason, also for NaN and for nesting too deep to be ours."""
+    """JSON bytes -> value. Raises ValueError with a short reason, also for NaN and for nesting too
+    deep to be ours."""
+
     def refuse(word):
         raise ValueError(f"holds {word}")
+
     try:
         return json.loads(data.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as e:
@@ -128,10 +147,14 @@ def manifest_bytes(step: int, files: dict[str, dict]) -> bytes:
 
 def _contiguous(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The tensors on the CPU, contiguous, no two in one storage (safetensors refuses that)."""
-    out, seen = {}, set()
+    out = {}
+    seen = set()
     for k, t in sd.items():
         if not isinstance(t, Tensor):
-            raise ValueError(f"{where}.{k} is a {type(t).__name__}: only tensors go into a .safetensors file; put it into state or config")
+            raise ValueError(
+                f"{where}.{k} is a {type(t).__name__}: only tensors go into a .safetensors file; "
+                "put it into state or config"
+            )
         t = t.detach().cpu().contiguous()
         where_stored = t.untyped_storage().data_ptr()
         out[k] = t.clone() if where_stored in seen else t
@@ -143,7 +166,10 @@ def _contents(tensors: dict, config: dict, state: dict | None):
     """Yield (file name, bytes), one file in memory at a time."""
     for stem, sd in tensors.items():
         if not _NAME.fullmatch(stem):
-            raise ValueError(f"a tensor file called {stem!r}: letters, digits, '_', '-' and '.' are allowed; rename it")
+            raise ValueError(
+                f"a tensor file called {stem!r}: letters, digits, '_', '-' and '.' are allowed; "
+                "rename it"
+            )
         yield f"{stem}.safetensors", safetensors.torch.save(_contiguous(sd, stem))
     yield "config.json", _dump(config, "config")
     if state is not None:
@@ -153,15 +179,34 @@ def _contents(tensors: dict, config: dict, state: dict | None):
         yield "state.pt", buffer.getvalue()
 
 
-def save(stage_dir, name: str, *, step: int, tensors: dict[str, dict[str, Tensor]], config: dict, state: dict | None = None) -> Path:
-    """Write checkpoint `name` (`step_name(step)` or 'best', say) and return its folder. Killed at any moment, the earlier checkpoint
-    of that name or this one is whole on disk (after `clean`). Something of that name that is no checkpoint is renamed, not deleted.
-    Raises ValueError for names or values that could not be read back; nothing is left then."""
+def save(
+    stage_dir,
+    name: str,
+    *,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    config: dict,
+    state: dict | None = None,
+) -> Path:
+    """Write checkpoint `name` (`step_name(step)` or 'best', say) and return its folder. Killed at
+    any moment, the earlier checkpoint of that name or this one is whole on disk (after `clean`).
+    Something of that name that is no checkpoint is renamed, not deleted. Raises ValueError for
+    names or values that could not be read back; nothing is left then."""
     stage = Path(stage_dir)
-    if not _NAME.fullmatch(name) or type(step) is not int or step < 0 or (name.startswith("step-") and name != step_name(step)):
-        raise ValueError(f"checkpoint {name!r} with step={step!r}: the step is an int >= 0, the name plain; use step_name(step) or 'best'")
+    if (
+        not _NAME.fullmatch(name)
+        or type(step) is not int
+        or step < 0
+        or (name.startswith("step-") and name != step_name(step))
+    ):
+        raise ValueError(
+            f"checkpoint {name!r} with step={step!r}: the step is an int >= 0, the name plain; "
+            "use step_name(step) or 'best'"
+        )
     stage.mkdir(parents=True, exist_ok=True)
-    temp, final, old = stage / _hidden("tmp", name), stage / name, stage / _hidden("old", name)
+    temp = stage / _hidden("tmp", name)
+    final = stage / name
+    old = stage / _hidden("old", name)
     temp.mkdir()
     try:
         entries = {}
@@ -170,7 +215,8 @@ def save(stage_dir, name: str, *, step: int, tensors: dict[str, dict[str, Tensor
             _write(temp / file, data)
         _write(temp / MANIFEST, manifest_bytes(step, entries))
         _sync_dir(temp)
-    except BaseException:  # a full disk or a second Ctrl-C: leave nothing behind, and say what happened
+    # a full disk or a second Ctrl-C: leave nothing behind, and say what happened
+    except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
     if _ours(final):
@@ -185,7 +231,8 @@ def save(stage_dir, name: str, *, step: int, tensors: dict[str, dict[str, Tensor
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename something in our way that we cannot vouch for: it may be the only copy of somebody's work."""
+    """Rename something in our way that we cannot vouch for: it may be the only copy of somebody's
+    work."""
     return path.rename(path.with_name(f"aside-{path.name}-{secrets.token_hex(4)}"))
 
 
@@ -200,14 +247,26 @@ def _manifest(path: Path) -> dict:
         m = _parse(raw)
     except ValueError as e:
         raise ValueError(f"{MANIFEST} {e}") from None
-    if not (isinstance(m, dict) and set(m) == {"format", "step", "files", "sha256"} and isinstance(m["files"], dict)):
+    if not (
+        isinstance(m, dict)
+        and set(m) == {"format", "step", "files", "sha256"}
+        and isinstance(m["files"], dict)
+    ):
         raise ValueError(f"{MANIFEST} has not the entries format, step, files, sha256")
     if m["format"] != 1 or type(m["step"]) is not int or m["step"] < 0:
-        raise ValueError(f"{MANIFEST} has format {m['format']!r} and step {m['step']!r}: format 1 and a step >= 0 can be read")
+        raise ValueError(
+            f"{MANIFEST} has format {m['format']!r} and step {m['step']!r}: format 1 and a step "
+            ">= 0 can be read"
+        )
     for name, e in m["files"].items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"{MANIFEST} lists {name!r}, which is not a plain file name")
-        if not (isinstance(e, dict) and set(e) == {"bytes", "sha256"} and type(e["bytes"]) is int and isinstance(e["sha256"], str)):
+        if not (
+            isinstance(e, dict)
+            and set(e) == {"bytes", "sha256"}
+            and type(e["bytes"]) is int
+            and isinstance(e["sha256"], str)
+        ):
             raise ValueError(f"{MANIFEST} has no bytes and sha256 for {name}")
     if raw != manifest_bytes(m["step"], m["files"]):
         raise ValueError(f"{MANIFEST} was changed: its own sha256 or spelling does not match")
@@ -225,7 +284,8 @@ def _ours(path: Path) -> bool:
 
 
 def _checked(path: Path, name: str, e: dict, keep: bool) -> bytes | None:
-    """Compare a file with its manifest entry; `keep` returns the very bytes that were hashed. Raises ValueError with a short reason."""
+    """Compare a file with its manifest entry; `keep` returns the very bytes that were hashed.
+    Raises ValueError with a short reason."""
     if not (path / name).is_file():
         raise ValueError(f"{name} is missing")
     with open(path / name, "rb") as f:
@@ -251,45 +311,65 @@ def verify(ckpt_dir) -> str | None:
 
 
 def _decode(name: str, data: bytes, device: str):
-    """Parse one checked file without running anything in it. Raises ValueError with a short reason."""
+    """Parse one checked file without running anything in it. Raises ValueError with a short
+    reason."""
     try:
         if name == "config.json":
             value = _parse(data)
         elif name == "state.pt":
-            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)  # CPU: generators take their states from there
+            # CPU: generators take their states from there
+            value = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         else:
             value = {k: t.to(device) for k, t in safetensors.torch.load(data).items()}
-    except Exception as e:  # on foreign bytes the parsers raise many kinds: none of them may pass as anything but bad input
-        raise ValueError(f"{name} cannot be read safely ({type(e).__name__}: {' '.join(str(e).split())[:160]})") from None
+    # on foreign bytes the parsers raise many kinds: none of them may pass as anything but bad input
+    except Exception as e:
+        raise ValueError(
+            f"{name} cannot be read safely ({type(e).__name__}: {' '.join(str(e).split())[:160]})"
+        ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{name} holds a {type(value).__name__}, not a dict")
     return value
 
 
 def load(ckpt_dir, *, device: str = "cpu") -> Checkpoint:
-    """Verify a checkpoint and read it; tensors go to `device`, the state stays on the CPU. Raises ValueError, one line: path, what is
-    wrong, what to do. Files the manifest does not list are not read."""
+    """Verify a checkpoint and read it; tensors go to `device`, the state stays on the CPU. Raises
+    ValueError, one line: path, what is wrong, what to do. Files the manifest does not list are not
+    read."""
     path = Path(ckpt_dir)
     try:
         m = _manifest(path)
-        known = [n for n in m["files"] if n in ("config.json", "state.pt") or n.endswith(".safetensors")]
+        known = [
+            n for n in m["files"] if n in ("config.json", "state.pt") or n.endswith(".safetensors")
+        ]
         raw = {n: _checked(path, n, e, keep=n in known) for n, e in m["files"].items()}
         values = {n: _decode(n, raw.pop(n), device) for n in known}
     except (ValueError, OSError) as e:
-        raise ValueError(f"{path}: {' '.join(str(e).split())}; restore it from a copy, or use another checkpoint of the run") from None
-    tensors = {n.removesuffix(".safetensors"): v for n, v in values.items() if n.endswith(".safetensors")}
-    return Checkpoint(path, m["step"], tensors, values.get("config.json", {}), values.get("state.pt"))
+        raise ValueError(
+            f"{path}: {' '.join(str(e).split())}; restore it from a copy, or use another "
+            "checkpoint of the run"
+        ) from None
+    tensors = {
+        n.removesuffix(".safetensors"): v for n, v in values.items() if n.endswith(".safetensors")
+    }
+    return Checkpoint(
+        path, m["step"], tensors, values.get("config.json", {}), values.get("state.pt")
+    )
 
 
 def _steps(stage: Path) -> list[tuple[int, Path]]:
-    found = [(int(m[1]), p) for p in (stage.iterdir() if stage.is_dir() else ()) if (m := _STEP.fullmatch(p.name))]
+    found = [
+        (int(m[1]), p)
+        for p in (stage.iterdir() if stage.is_dir() else ())
+        if (m := _STEP.fullmatch(p.name))
+    ]
     return sorted(found, reverse=True)
 
 
 def newest(stage_dir) -> tuple[Path | None, list[str]]:
-    """The newest valid `step-*` checkpoint by step, or None, and one line for each that came before it and was passed over, and for
-    anything else whose name begins with 'step-'."""
-    stage, why = Path(stage_dir), []
+    """The newest valid `step-*` checkpoint by step, or None, and one line for each that came before
+    it and was passed over, and for anything else whose name begins with 'step-'."""
+    stage = Path(stage_dir)
+    why = []
     if stage.is_dir():
         foreign = (p for p in sorted(stage.glob("step-*")) if not _STEP.fullmatch(p.name))
         why = [f"{p}: passed over, its name is not step- and eight digits" for p in foreign]
@@ -302,16 +382,19 @@ def newest(stage_dir) -> tuple[Path | None, list[str]]:
 
 
 def prune(stage_dir, keep: int) -> list[Path]:
-    """Delete the step checkpoints older than the newest `keep` valid ones and return their folders. `best`, folders without our
-    manifest, and, where fewer than `keep` are valid, everything stay. Raises ValueError for keep < 1."""
+    """Delete the step checkpoints older than the newest `keep` valid ones and return their folders.
+    `best`, folders without our manifest, and, where fewer than `keep` are valid, everything stay.
+    Raises ValueError for keep < 1."""
     if keep < 1:
         raise ValueError(f"keep={keep}: at least one checkpoint is kept; give 1 or more")
-    valid, gone = 0, []
+    valid = 0
+    gone = []
     for _, path in _steps(Path(stage_dir)):
         if valid < keep:
             valid += verify(path) is None
         elif _ours(path):
-            doomed = path.with_name(_hidden("del", path.name))  # renamed first: a kill never leaves half a checkpoint under its name
+            # renamed first: a kill never leaves half a checkpoint under its name
+            doomed = path.with_name(_hidden("del", path.name))
             os.rename(path, doomed)
             _remove(doomed)
             gone.append(path)
@@ -319,17 +402,25 @@ def prune(stage_dir, keep: int) -> list[Path]:
 
 
 def clean(stage_dir) -> list[str]:
-    """At start, before anything is read: finish or undo what a killed save or prune left, and return a line for each thing done.
-    Where a checkpoint is missing or damaged and a whole `.tmp-` or `.old-` copy exists, the newest by step takes its place (a tie goes
-    to the one being saved); all other leftovers are deleted. Only for the process that writes to the folder."""
-    stage, done, groups = Path(stage_dir), [], {}
+    """At start, before anything is read: finish or undo what a killed save or prune left, and
+    return a line for each thing done. Where a checkpoint is missing or damaged and a whole `.tmp-`
+    or `.old-` copy exists, the newest by step takes its place (a tie goes to the one being saved);
+    all other leftovers are deleted. Only for the process that writes to the folder."""
+    stage = Path(stage_dir)
+    done = []
+    groups = {}
     for p in sorted(stage.iterdir()) if stage.is_dir() else ():
         if m := _LEFTOVER.fullmatch(p.name):
             groups.setdefault(m[2], []).append((m[1], p))
     for name, left in groups.items():
-        final, valid = stage / name, []
+        final = stage / name
+        valid = []
         if verify(final) is not None:
-            valid = [(_manifest(p)["step"], kind == "tmp", p) for kind, p in left if kind != "del" and verify(p) is None]
+            valid = [
+                (_manifest(p)["step"], kind == "tmp", p)
+                for kind, p in left
+                if kind != "del" and verify(p) is None
+            ]
         if name.startswith("step-"):
             valid = [v for v in valid if name == step_name(v[0])]
         if valid:
@@ -359,7 +450,8 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def write_json(path, obj) -> None:
-    """Replace `path` by `obj` as JSON, whole or not at all. Raises ValueError naming the key of a value JSON cannot hold (NaN, inf)."""
+    """Replace `path` by `obj` as JSON, whole or not at all. Raises ValueError naming the key of a
+    value JSON cannot hold (NaN, inf)."""
     path = Path(path)
     _replace(path, _dump(obj, path.name))
 
@@ -371,7 +463,8 @@ def write_jsonl(path, objs: list) -> None:
 
 
 def append_jsonl(path, obj) -> None:
-    """Append `obj` as one line of JSON. A last line without its newline was torn by a kill and is cut off first."""
+    """Append `obj` as one line of JSON. A last line without its newline was torn by a kill and is
+    cut off first."""
     line = _dump(obj, Path(path).name, indent=None)
     with open(path, "a+b") as f:
         end = f.seek(0, os.SEEK_END)
@@ -383,13 +476,16 @@ def append_jsonl(path, obj) -> None:
 
 
 def read_jsonl(path) -> list:
-    """The lines of a .jsonl file. A last line without its newline (torn by a kill) is left out; any other bad line: ValueError."""
+    """The lines of a .jsonl file. A last line without its newline (torn by a kill) is left out; any
+    other bad line: ValueError."""
     out = []
     for i, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
             out.append(_parse(line))
         except ValueError as e:
-            raise ValueError(f"{path}: line {i} {e}; every line is one JSON value: was the file edited?") from None
+            raise ValueError(
+                f"{path}: line {i} {e}; every line is one JSON value: was the file edited?"
+            ) from None
     return out
 
 
@@ -400,24 +496,30 @@ def few(names: list[str]) -> str:
 
 @torch.no_grad()
 def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copy `saved` into the tensors `own`, all or nothing: every name and shape must match and every number be finite. Raises
-    ValueError, one line, that lists the names at fault; `what` says whose tensors these are."""
+    """Copy `saved` into the tensors `own`, all or nothing: every name and shape must match and
+    every number be finite. Raises ValueError, one line, that lists the names at fault; `what` says
+    whose tensors these are."""
     shapes = {k: (tuple(t.shape), tuple(own[k].shape)) for k, t in saved.items() if k in own}
     faults = {
         "missing": [k for k in own if k not in saved],
         "unexpected": [k for k in saved if k not in own],
-        "of another shape": [f"{k} {came} for {allowed}" for k, (came, allowed) in shapes.items() if came != allowed],
+        "of another shape": [
+            f"{k} {came} for {allowed}" for k, (came, allowed) in shapes.items() if came != allowed
+        ],
         "not finite": [k for k, t in saved.items() if not torch.isfinite(t).all()],
     }
     if any(faults.values()):
         text = "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items() if names)
-        raise ValueError(f"{what} does not fit: {text}; use the checkpoint's own config, or another checkpoint")
+        raise ValueError(
+            f"{what} does not fit: {text}; use the checkpoint's own config, or another checkpoint"
+        )
     for k, t in own.items():
         t.copy_(saved[k])
 
 
 def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:
-    """sha256 of one of a checkpoint's files, as its manifest has it. Raises ValueError where the manifest lacks it."""
+    """sha256 of one of a checkpoint's files, as its manifest has it. Raises ValueError where the
+    manifest lacks it."""
     files = _manifest(Path(ckpt_dir))["files"]
     if file not in files:
         raise ValueError(f"{ckpt_dir}: no {file} in its manifest; give a checkpoint that holds one")
@@ -425,9 +527,10 @@ def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:
 
 
 class GracefulStop:
-    """with GracefulStop() as stop: the first SIGINT or SIGTERM sets `stop.signal`, so that the trainer saves once at the next step
-    boundary and exits with `stop.exit_code`; the second raises KeyboardInterrupt. Handlers are put back at the end. Outside the
-    main thread, where Python allows no handlers, it does nothing."""
+    """with GracefulStop() as stop: the first SIGINT or SIGTERM sets `stop.signal`, so that the
+    trainer saves once at the next step boundary and exits with `stop.exit_code`; the second raises
+    KeyboardInterrupt. Handlers are put back at the end. Outside the main thread, where Python
+    allows no handlers, it does nothing."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -451,5 +554,6 @@ class GracefulStop:
 
     def __exit__(self, *exc) -> None:
         for s, handler in self._previous.items():
-            signal.signal(s, signal.SIG_DFL if handler is None else handler)  # None: was installed from outside Python
+            # None: was installed from outside Python
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()

@@ -1,7 +1,9 @@
-"""Command lines made from config.py's dataclasses: --key=value, one line for any mistake, exit code 2.
+"""Command lines made from config.py's dataclasses: --key=value, one line for any mistake, exit code
+2.
 
     python train.py --help
 """
+
 from __future__ import annotations
 
 import argparse
@@ -41,42 +43,71 @@ def _to_float(text: str) -> float:
 _TYPES = {"int": int, "float": _to_float, "str": str, "bool": _to_bool}
 
 
-def parse_args(configs: dict[str, type], argv: list[str] | None = None, prog: str | None = None, description: str = "") -> argparse.Namespace:
-    """Build a command line from dataclasses, parse argv, and return a namespace with one validated instance per entry of
-    `configs`, plus `given`: the set of flags named on the command line. --key=value and --key value both work; a bare boolean
-    flag means true. Any mistake prints one line to stderr and exits with code 2."""
+def parse_args(
+    configs: dict[str, type],
+    argv: list[str] | None = None,
+    prog: str | None = None,
+    description: str = "",
+) -> argparse.Namespace:
+    """Build a command line from dataclasses, parse argv, and return a namespace with one validated
+    instance per entry of `configs`, plus `given`: the set of flags named on the command line.
+    --key=value and --key value both work; a bare boolean flag means true. Any mistake prints one
+    line to stderr and exits with code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120))
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120),
+    )
     known: dict[str, str] = {}
     for cls in configs.values():
         group = parser.add_argument_group(cls.__doc__.splitlines()[0])
         for f in fields(cls):
-            assert f.name not in known, f"{f.name} is defined by both {known[f.name]} and {cls.__name__}"
+            assert f.name not in known, (
+                f"{f.name} is defined by both {known[f.name]} and {cls.__name__}"
+            )
             known[f.name] = cls.__name__
-            kind, choices = str(f.type), f.metadata["choices"]
-            text = f"{f.metadata['help']} ({kind}; default {f.default!r}{'; one of ' + ', '.join(map(str, choices)) if choices else ''})"
+            kind = str(f.type)
+            choices = f.metadata["choices"]
+            text = (
+                f"{f.metadata['help']} ({kind}; default "
+                f"{f.default!r}{'; one of ' + ', '.join(map(str, choices)) if choices else ''})"
+            )
             extra = dict(nargs="?", const=True) if kind == "bool" else {}
-            group.add_argument(f"--{f.name}", type=_TYPES[kind], default=argparse.SUPPRESS, metavar=kind.upper(),
-                               help=text.replace("%", "%%"), **extra)
+            group.add_argument(
+                f"--{f.name}",
+                type=_TYPES[kind],
+                default=argparse.SUPPRESS,
+                metavar=kind.upper(),
+                help=text.replace("%", "%%"),
+                **extra,
+            )
     space, rest = parser.parse_known_args(argv)
     if rest:
         flag = rest[0].split("=")[0]
         near = difflib.get_close_matches(flag.lstrip("-"), known, n=1, cutoff=0.0)
-        parser.error(f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)" if flag.startswith("--")
-                     else f"unexpected argument {rest[0]!r}: flags are --key=value or --key value")
+        parser.error(
+            f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)"
+            if flag.startswith("--")
+            else f"unexpected argument {rest[0]!r}: flags are --key=value or --key value"
+        )
     given = vars(space)
     chosen = {**(PAPER if given.get("preset") == "paper" else {}), **given}
     out = argparse.Namespace(given=set(given))
     try:
         for name, cls in configs.items():
-            setattr(out, name, cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}))
+            setattr(
+                out, name, cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen})
+            )
     except ValueError as e:
         parser.error(str(e))
     return out
 
 
 def exit_on_bad_input(main):
-    """Run main(); a ValueError or a file that cannot be had becomes one line on stderr and exit code 2; Ctrl-C exit code 130."""
+    """Run main(); a ValueError or a file that cannot be had becomes one line on stderr and exit
+    code 2; Ctrl-C exit code 130."""
     try:
         main()
     except (ValueError, OSError) as e:

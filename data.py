@@ -1,17 +1,23 @@
 """Text in, batches of token ids out: corpora, downloads, token files, batches.
 
-A corpus is a list of documents (str). Two need no network and are the same on every machine with the same Python: `pydocs`
-(the language reference inside CPython) and `pycode` (the standard library's source). `shakespeare`, `wikitext2`, `wikitext103`
-are downloaded once, against a pinned sha256; `text:PATH` is a file or a folder of text files.
+A corpus is a list of documents (str). Two need no network and are the same on every machine with
+the same Python: `pydocs` (the language reference inside CPython) and `pycode` (the standard
+library's source). `shakespeare`, `wikitext2`, `wikitext103` are downloaded once, against a pinned
+sha256; `text:PATH` is a file or a folder of text files.
 
-Documents are divided into train and val whole, by the hash of their content (WikiText keeps its official files), so no document
-is ever in both. Each part becomes one token file: a 4096-byte header, then the ids, every document followed by the end-of-document
-token. Its name carries a hash of all that defines its content, so a changed text, rule or tokenizer is never served stale tokens.
+Documents are divided into train and val whole, by the hash of their content (WikiText keeps its
+official files), so no document is ever in both. Each part becomes one token file: a 4096-byte
+header, then the ids, every document followed by the end-of-document token. Its name carries a hash
+of all that defines its content, so a changed text, rule or tokenizer is never served stale tokens.
 
-A batch is a pure function of (seed, split, step): it needs no state to resume and means the same for any number of ranks.
+A batch is a pure function of (seed, split, step): it needs no state to resume and means the same
+for any number of ranks.
 
-    python -c "import config, data, tokenizer as t; print(len(data.prepare('pydocs', config.DataConfig(), t.get_tokenizer('byte')).train))"
+    from config import DataConfig
+    from tokenizer import get_tokenizer
+    print(len(data.prepare("pydocs", DataConfig(), get_tokenizer("byte")).train))
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -37,25 +43,50 @@ from tokenizer import check_ids, encoded, one_line
 
 # name: (file, sha256, URLs tried in order)
 PINNED = {
-    "shakespeare": ("tinyshakespeare.txt", "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-                    ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",)),
-    "wikitext2": ("wikitext-2-v1.zip", "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-                  ("https://wikitext.smerity.com/wikitext-2-v1.zip", "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip")),
-    "wikitext103": ("wikitext-103-v1.zip", "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
-                    ("https://wikitext.smerity.com/wikitext-103-v1.zip", "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip")),
+    "shakespeare": (
+        "tinyshakespeare.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        (
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master"
+            "/data/tinyshakespeare/input.txt",
+        ),
+    ),
+    "wikitext2": (
+        "wikitext-2-v1.zip",
+        "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+        (
+            "https://wikitext.smerity.com/wikitext-2-v1.zip",
+            "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-v1.zip",
+        ),
+    ),
+    "wikitext103": (
+        "wikitext-103-v1.zip",
+        "242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+        (
+            "https://wikitext.smerity.com/wikitext-103-v1.zip",
+            "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip",
+        ),
+    ),
 }
-WIKITEXT_FILES = {"train": "wiki.train.tokens", "val": "wiki.valid.tokens", "test": "wiki.test.tokens"}
+WIKITEXT_FILES = {
+    "train": "wiki.train.tokens",
+    "val": "wiki.valid.tokens",
+    "test": "wiki.test.tokens",
+}
 WIKITEXT_FOLDERS = {"wikitext2": "wikitext-2", "wikitext103": "wikitext-103"}
 MIN_PIECE = 8192  # characters in a piece of a text that has no headings
-RULES = 1  # part of every token file's name: raise it when the way text becomes documents or splits changes
+# part of every token file's name: raise it when the way text becomes documents or splits changes
+RULES = 1
 
 
 # -- files that appear whole or not at all, and downloads
 
+
 @contextlib.contextmanager
 def _new_file(path: Path, suffix: str):
-    """A binary file that becomes `path` when the block ends well (fsync, then rename) and vanishes otherwise. Its name is
-    unique, so two processes that write the same path never share a file: the later one wins, whole."""
+    """A binary file that becomes `path` when the block ends well (fsync, then rename) and vanishes
+    otherwise. Its name is unique, so two processes that write the same path never share a file: the
+    later one wins, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{suffix}")
     try:
@@ -71,119 +102,199 @@ def _new_file(path: Path, suffix: str):
 
 def _fetch(url: str, sha256: str, path: Path, timeout: float) -> None:
     with urllib.request.urlopen(url, timeout=timeout) as answer, _new_file(path, ".part") as f:
-        length, seen, got = answer.headers.get("Content-Length"), hashlib.sha256(), 0
+        length = answer.headers.get("Content-Length")
+        seen = hashlib.sha256()
+        got = 0
         while block := answer.read(1 << 16):
             f.write(block)
             seen.update(block)
             got += len(block)
-        check(length is None or got == int(length), f"{got} of {length} bytes", "truncated", "try again")
-        check(seen.hexdigest() == sha256, f"its sha256 is {seen.hexdigest()}", "not the pinned one", "try again")
+        check(
+            length is None or got == int(length),
+            f"{got} of {length} bytes",
+            "truncated",
+            "try again",
+        )
+        check(
+            seen.hexdigest() == sha256,
+            f"its sha256 is {seen.hexdigest()}",
+            "not the pinned one",
+            "try again",
+        )
 
 
-def download(urls: str | Sequence[str], sha256: str, path: str | os.PathLike, timeout: float = 30.0) -> Path:
+def download(
+    urls: str | Sequence[str], sha256: str, path: str | os.PathLike, timeout: float = 30.0
+) -> Path:
     """Fetch one file to `path` unless it is there already, and return the path.
 
-    urls: one, or mirrors tried in order; sha256: hex digest the file must have; timeout: seconds a connection may be silent.
-    ValueError, one line with URLs, sha256 and path, if no URL gives these bytes; or if another file lies at `path`, which is
-    left alone. No part of a failed download stays behind."""
-    path, urls = Path(path), [urls] if isinstance(urls, str) else list(urls)
+    urls: one, or mirrors tried in order; sha256: hex digest the file must have; timeout: seconds a
+    connection may be silent. ValueError, one line with URLs, sha256 and path, if no URL gives these
+    bytes; or if another file lies at `path`, which is left alone. No part of a failed download
+    stays behind."""
+    path = Path(path)
+    urls = [urls] if isinstance(urls, str) else list(urls)
     if path.is_file():
         came = hashlib.sha256(path.read_bytes()).hexdigest()
-        check(came == sha256, f"{path} has sha256 {came}", f"it should be {sha256}", f"delete it, or put there {' or '.join(urls)}")
+        check(
+            came == sha256,
+            f"{path} has sha256 {came}",
+            f"it should be {sha256}",
+            f"delete it, or put there {' or '.join(urls)}",
+        )
         return path
     failed = []
     for url in urls:
         try:
             _fetch(url, sha256, path, timeout)
             return path
-        except (OSError, http.client.HTTPException, ValueError) as e:  # offline, 404 and stalls are OSError; truncation and hash ValueError
+        # offline, 404 and stalls are OSError; truncation and hash ValueError
+        except (OSError, http.client.HTTPException, ValueError) as e:
             failed.append(f"{url} ({one_line(e)})")
-    raise ValueError(f"could not download {' or '.join(failed)}: the file with sha256 {sha256} is needed; "
-                     f"try again, or place it by hand at {path}")
+    raise ValueError(
+        f"could not download {' or '.join(failed)}: the file with sha256 {sha256} is needed; "
+        f"try again, or place it by hand at {path}"
+    )
 
 
 # -- corpora: lists of documents
+
 
 def _pydocs() -> list[str]:
     try:
         from pydoc_data.topics import topics
     except ImportError as e:
-        raise ValueError(f"dataset='pydocs': this Python lacks pydoc_data ({one_line(e)}); use --dataset=pycode or text:PATH") from None
+        raise ValueError(
+            f"dataset='pydocs': this Python lacks pydoc_data ({one_line(e)}); use "
+            "--dataset=pycode or text:PATH"
+        ) from None
     return [topics[k] for k in sorted(topics)]
 
 
 def _pycode() -> list[str]:
-    # not the library itself: installed packages, tests, demos, bundled wheels, and what is generated for one platform
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "pydoc_data", "__pycache__"}
-    root, docs = Path(sysconfig.get_paths()["stdlib"]), {}
+    # not the library itself: installed packages, tests, demos, bundled wheels, and what is
+    # generated for one platform
+    skip = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+        "pydoc_data",
+        "__pycache__",
+    }
+    root = Path(sysconfig.get_paths()["stdlib"])
+    docs = {}
     for folder, folders, names in os.walk(root):
         folders[:] = [f for f in folders if f not in skip and not f.startswith(("config-", "."))]
         for name in names:
             path = Path(folder, name)
-            if name.endswith(".py") and not name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize")) and path.is_file():
+            if (
+                name.endswith(".py")
+                and not name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize"))
+                and path.is_file()
+            ):
                 with contextlib.suppress(UnicodeDecodeError):
                     docs[path.relative_to(root).as_posix()] = path.read_bytes().decode("utf-8")
-    check(bool(docs), "dataset='pycode'", f"no source of the standard library under {root}", "use --dataset=pydocs or text:PATH")
+    check(
+        bool(docs),
+        "dataset='pycode'",
+        f"no source of the standard library under {root}",
+        "use --dataset=pydocs or text:PATH",
+    )
     return [docs[k] for k in sorted(docs)]
 
 
 def _text(where: str) -> list[str]:
-    root, do = Path(where).expanduser(), "give text:PATH of a UTF-8 text file or a folder of them"
+    root = Path(where).expanduser()
+    do = "give text:PATH of a UTF-8 text file or a folder of them"
     check(root.exists(), f"text:{where}", "there is no such file or folder", do)
     files = [root]
     if root.is_dir():
         files = sorted(Path(folder, n) for folder, _, names in os.walk(root) for n in names)
-        files = [f for f in files if f.is_file() and not any(p.startswith(".") for p in f.relative_to(root).parts)]
+        files = [
+            f
+            for f in files
+            if f.is_file() and not any(p.startswith(".") for p in f.relative_to(root).parts)
+        ]
     docs = []
     for f in files:
         try:
-            docs.append(f.read_bytes().decode("utf-8"))  # not read_text, which would change the line ends
+            # not read_text, which would change the line ends
+            docs.append(f.read_bytes().decode("utf-8"))
         except (UnicodeDecodeError, OSError) as e:
-            raise ValueError(f"{f} cannot be read as UTF-8 text ({one_line(e)}): text:PATH needs that; convert it or move it") from None
+            raise ValueError(
+                f"{f} cannot be read as UTF-8 text ({one_line(e)}): text:PATH needs that; convert "
+                "it or move it"
+            ) from None
     docs = [d for d in docs if d]
     check(bool(docs), f"text:{where}", "it holds no text", do)
     return split_text(docs[0]) if len(docs) == 1 else docs
 
 
 def split_text(text: str) -> list[str]:
-    """Documents of one text, in order; concatenated they give the text back. Cut before each top-level WikiText heading
-    (` = Title = `) if there are two or more, what stands above the first belonging to the first document; else after blank
-    lines, into pieces of at least MIN_PIECE characters (a shorter rest joins the piece before it)."""
+    """Documents of one text, in order; concatenated they give the text back. Cut before each
+    top-level WikiText heading (` = Title = `) if there are two or more, what stands above the first
+    belonging to the first document; else after blank lines, into pieces of at least MIN_PIECE
+    characters (a shorter rest joins the piece before it)."""
     heads = [m.start() for m in re.finditer(r"^ = (?!=)[^\n]*(?<!=) = *\r?$", text, re.MULTILINE)]
     if len(heads) >= 2:
         cuts = heads[1:]
     else:
         cuts = []
         for m in re.finditer(r"\n\s*\n", text):
-            if m.end() - (cuts[-1] if cuts else 0) >= MIN_PIECE and len(text) - m.end() >= MIN_PIECE:
+            if (
+                m.end() - (cuts[-1] if cuts else 0) >= MIN_PIECE
+                and len(text) - m.end() >= MIN_PIECE
+            ):
                 cuts.append(m.end())
     bounds = [0, *cuts, len(text)]
     return [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
 
 
-DETOKENIZE = [(re.compile(a), b) for a, b in ((r" @([-,.])@ ", r"\1"), (r" ([,.;:)])", r"\1"), (r" ('s)\b", r"\1"), (r"\( ", "("),
-                                              (' "', '"'), ("<unk>", "X"))]
+DETOKENIZE = [
+    (re.compile(a), b)
+    for a, b in (
+        (r" @([-,.])@ ", r"\1"),
+        (r" ([,.;:)])", r"\1"),
+        (r" ('s)\b", r"\1"),
+        (r"\( ", "("),
+        (' "', '"'),
+        ("<unk>", "X"),
+    )
+]
 
 
 def detokenize(text: str) -> str:
-    """WikiText as it would be typed: ' @-@ ' is a hyphen, punctuation stands at the word before it, an unknown word is X. A pretrained
-    model has seen text, not tokens. (Every space before a double quote goes, opening or closing: the marks do not say which it is.)"""
+    """WikiText as it would be typed: ' @-@ ' is a hyphen, punctuation stands at the word before it,
+    an unknown word is X. A pretrained model has seen text, not tokens. (Every space before a double
+    quote goes, opening or closing: the marks do not say which it is.)"""
     for pattern, by in DETOKENIZE:
         text = pattern.sub(by, text)
     return text
 
 
 def split_documents(docs: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """(train, val), each in the documents' own order. In order of the sha256 of their content documents go to val until it has
-    val_fraction (0 < . < 1) of the UTF-8 bytes; each part gets at least one, and copies of one document stay together.
-    ValueError if there are fewer than two different documents."""
+    """(train, val), each in the documents' own order. In order of the sha256 of their content
+    documents go to val until it has val_fraction (0 < . < 1) of the UTF-8 bytes; each part gets at
+    least one, and copies of one document stay together. ValueError if there are fewer than two
+    different documents."""
     digests = [hashlib.sha256(d.encode("utf-8")).digest() for d in docs]
     size: dict[bytes, int] = {}
     for d, h in zip(docs, digests, strict=True):
         size[h] = size.get(h, 0) + len(d.encode("utf-8"))
-    check(len(size) >= 2, f"a corpus of {len(size)} different document(s)", "train and val need at least one each",
-          f"give more files, or a text with blank lines and {2 * MIN_PIECE} characters or more")
-    val, held, want = set(), 0, val_fraction * sum(size.values())
+    check(
+        len(size) >= 2,
+        f"a corpus of {len(size)} different document(s)",
+        "train and val need at least one each",
+        f"give more files, or a text with blank lines and {2 * MIN_PIECE} characters or more",
+    )
+    val = set()
+    held = 0
+    want = val_fraction * sum(size.values())
     for h in sorted(size)[:-1]:  # the last is left for train, whatever val_fraction says
         if held < want:
             val.add(h)
@@ -193,56 +304,88 @@ def split_documents(docs: list[str], val_fraction: float) -> tuple[list[str], li
 
 
 def whole_split(corpus: str, official: str) -> str:
-    """The split that means a corpus as a whole: all of it, or of WikiText the `official` one, since its files belong to different uses."""
+    """The split that means a corpus as a whole: all of it, or of WikiText the `official` one, since
+    its files belong to different uses."""
     return official if corpus in WIKITEXT_FOLDERS else "all"
 
 
 def same_text(a: str, b: str) -> bool:
-    """Whether two corpora share text: the same name or path, or both WikiText (the small one is part of the large)."""
+    """Whether two corpora share text: the same name or path, or both WikiText (the small one is
+    part of the large)."""
     if a.startswith("text:") and b.startswith("text:"):
         return Path(a[5:]).expanduser().resolve() == Path(b[5:]).expanduser().resolve()
     return a == b or {a, b} <= set(WIKITEXT_FOLDERS)
 
 
 def cache_dir(cfg: DataConfig) -> Path:
-    """Folder of token files and downloads: cfg.data_dir, or `subtoken` in the user's cache folder."""
+    """Folder of token files and downloads: cfg.data_dir, or `subtoken` in the user's cache
+    folder."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(cfg.data_dir).expanduser() if cfg.data_dir else (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "subtoken"
+    return (
+        Path(cfg.data_dir).expanduser()
+        if cfg.data_dir
+        else (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "subtoken"
+    )
 
 
 def documents(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
-    """Documents of each split, {"train": [...], "val": [...], "all": [...]} (WikiText has "test" too). Empty documents are dropped.
-    May download. ValueError for an unknown, missing, empty or one-document corpus."""
+    """Documents of each split, {"train": [...], "val": [...], "all": [...]} (WikiText has "test"
+    too). Empty documents are dropped. May download. ValueError for an unknown, missing, empty or
+    one-document corpus."""
     check_corpus(corpus)
     splits = None
     if corpus in PINNED:
         name, sha256, urls = PINNED[corpus]
         path = download(urls, sha256, cache_dir(cfg) / name)
         if corpus in WIKITEXT_FOLDERS:
-            with zipfile.ZipFile(path) as z:  # read in place: nothing an archive names is ever written
-                splits = {s: split_text(z.read(f"{WIKITEXT_FOLDERS[corpus]}/{f}").decode("utf-8")) for s, f in WIKITEXT_FILES.items()}
+            # read in place: nothing an archive names is ever written
+            with zipfile.ZipFile(path) as z:
+                splits = {
+                    s: split_text(z.read(f"{WIKITEXT_FOLDERS[corpus]}/{f}").decode("utf-8"))
+                    for s, f in WIKITEXT_FILES.items()
+                }
                 splits["all"] = [d for s in splits.values() for d in s]
         else:
             docs = split_text(path.read_bytes().decode("utf-8"))
     else:
-        docs = _text(corpus[5:]) if corpus.startswith("text:") else {"pydocs": _pydocs, "pycode": _pycode}[corpus]()
+        docs = (
+            _text(corpus[5:])
+            if corpus.startswith("text:")
+            else {"pydocs": _pydocs, "pycode": _pycode}[corpus]()
+        )
     if splits is None:
         docs = [d for d in docs if d]
         train, val = split_documents(docs, cfg.val_fraction)
         splits = {"train": train, "val": val, "all": docs}
-    return {s: [detokenize(d) for d in docs] for s, docs in splits.items()} if cfg.detokenize else splits
+    return (
+        {s: [detokenize(d) for d in docs] for s, docs in splits.items()}
+        if cfg.detokenize
+        else splits
+    )
 
 
 # -- token files
 
-MAGIC, HEADER_BYTES = b"subtoken tokens 1\n", 4096
+MAGIC = b"subtoken tokens 1\n"
+HEADER_BYTES = 4096
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
-FIELDS = {"dtype": str, "tokenizer": str, "vocab_size": int, "eot": int, "count": int, "sha256": str, "corpus": str, "split": str}
+FIELDS = {
+    "dtype": str,
+    "tokenizer": str,
+    "vocab_size": int,
+    "eot": int,
+    "count": int,
+    "sha256": str,
+    "corpus": str,
+    "split": str,
+}
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Tokens on disk. ids: (count,) read-only memory map of uint8, uint16 or uint32; header: the fields of FIELDS."""
+    """Tokens on disk. ids: (count,) read-only memory map of uint8, uint16 or uint32; header: the
+    fields of FIELDS."""
+
     path: Path
     ids: np.ndarray
     header: dict
@@ -251,14 +394,19 @@ class TokenFile:
         return len(self.ids)
 
 
-def write_tokens(path: str | os.PathLike, ids, tokenizer, corpus: str = "", split: str = "") -> Path:
+def write_tokens(
+    path: str | os.PathLike, ids, tokenizer, corpus: str = "", split: str = ""
+) -> Path:
     """Write a token file, whole or not at all, and return its path.
 
-    ids: (n,) integers, n >= 1, or an iterator of such arrays, written one after the other so that a corpus need not fit in
-    memory. ValueError for no ids, an id outside the tokenizer's vocabulary, or a folder that cannot be written."""
-    path, chunks = Path(path), ids if isinstance(ids, Iterator) else [ids]
+    ids: (n,) integers, n >= 1, or an iterator of such arrays, written one after the other so that a
+    corpus need not fit in memory. ValueError for no ids, an id outside the tokenizer's vocabulary,
+    or a folder that cannot be written."""
+    path = Path(path)
+    chunks = ids if isinstance(ids, Iterator) else [ids]
     dtype = next(n for n, d in DTYPES.items() if tokenizer.vocab_size - 1 <= np.iinfo(d).max)
-    seen, count = hashlib.sha256(), 0
+    seen = hashlib.sha256()
+    count = 0
     try:
         with _new_file(path, ".tmp") as f:
             f.write(b" " * HEADER_BYTES)
@@ -268,14 +416,37 @@ def write_tokens(path: str | os.PathLike, ids, tokenizer, corpus: str = "", spli
                 f.write(a.tobytes())
                 seen.update(a.tobytes())
                 count += len(a)
-            check(count > 0, f"no tokens for {path}", "a token file holds at least one", "give a corpus with text")
-            header = MAGIC + json.dumps(dict(dtype=dtype, tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot,
-                                             count=count, sha256=seen.hexdigest(), corpus=corpus, split=split)).encode("ascii")
-            check(len(header) <= HEADER_BYTES, f"{path}: a header of {len(header)} bytes", f"at most {HEADER_BYTES}", "shorten the names")
+            check(
+                count > 0,
+                f"no tokens for {path}",
+                "a token file holds at least one",
+                "give a corpus with text",
+            )
+            header = MAGIC + json.dumps(
+                dict(
+                    dtype=dtype,
+                    tokenizer=tokenizer.name,
+                    vocab_size=tokenizer.vocab_size,
+                    eot=tokenizer.eot,
+                    count=count,
+                    sha256=seen.hexdigest(),
+                    corpus=corpus,
+                    split=split,
+                )
+            ).encode("ascii")
+            check(
+                len(header) <= HEADER_BYTES,
+                f"{path}: a header of {len(header)} bytes",
+                f"at most {HEADER_BYTES}",
+                "shorten the names",
+            )
             f.seek(0)
             f.write(header.ljust(HEADER_BYTES))
     except OSError as e:
-        raise ValueError(f"cannot write {path} ({one_line(e)}): token files need a folder with space; give --data_dir=DIR") from None
+        raise ValueError(
+            f"cannot write {path} ({one_line(e)}): token files need a folder with space; give "
+            "--data_dir=DIR"
+        ) from None
     return path
 
 
@@ -284,60 +455,121 @@ def _read_header(path: Path, do: str) -> dict:
         with open(path, "rb") as f:
             head = f.read(HEADER_BYTES)
     except OSError as e:
-        raise ValueError(f"{path} cannot be read ({one_line(e)}): a token file is needed; prepare the corpus first") from None
-    check(len(head) == HEADER_BYTES and head.startswith(MAGIC), str(path), "is not a token file, or its header is cut or damaged", do)
+        raise ValueError(
+            f"{path} cannot be read ({one_line(e)}): a token file is needed; prepare the corpus "
+            "first"
+        ) from None
+    check(
+        len(head) == HEADER_BYTES and head.startswith(MAGIC),
+        str(path),
+        "is not a token file, or its header is cut or damaged",
+        do,
+    )
     try:
-        header = json.loads(head[len(MAGIC):].decode("ascii"))
+        header = json.loads(head[len(MAGIC) :].decode("ascii"))
     except ValueError as e:
         raise ValueError(f"{path}: its header is damaged ({one_line(e)}); {do}") from None
-    ok = isinstance(header, dict) and set(header) == set(FIELDS) and all(type(header[k]) is t for k, t in FIELDS.items())
-    check(ok and header["dtype"] in DTYPES and header["count"] >= 1, str(path), "its header is damaged or of another version", do)
+    ok = (
+        isinstance(header, dict)
+        and set(header) == set(FIELDS)
+        and all(type(header[k]) is t for k, t in FIELDS.items())
+    )
+    check(
+        ok and header["dtype"] in DTYPES and header["count"] >= 1,
+        str(path),
+        "its header is damaged or of another version",
+        do,
+    )
     return header
 
 
 def open_tokens(path: str | os.PathLike, tokenizer) -> TokenFile:
-    """Memory-map a token file after checking all of it: header, length, sha256 of the payload, tokenizer, largest id.
-    ValueError names the file, what is wrong with it and what to do."""
+    """Memory-map a token file after checking all of it: header, length, sha256 of the payload,
+    tokenizer, largest id. ValueError names the file, what is wrong with it and what to do."""
     path = Path(path)
     do = "delete it, it is built again"
     header = _read_header(path, do)
     dtype = np.dtype(DTYPES[header["dtype"]])
-    want, size = HEADER_BYTES + header["count"] * dtype.itemsize, path.stat().st_size
+    want = HEADER_BYTES + header["count"] * dtype.itemsize
+    size = path.stat().st_size
     check(size == want, f"{path} has {size} bytes", f"its header says {want}", do)
-    for key, have in (("tokenizer", tokenizer.name), ("vocab_size", tokenizer.vocab_size), ("eot", tokenizer.eot)):
-        check(header[key] == have, f"{path} was made with {key}={header[key]!r}", f"the tokenizer now has {have!r}",
-              "use that tokenizer, or " + do)
+    for key, have in (
+        ("tokenizer", tokenizer.name),
+        ("vocab_size", tokenizer.vocab_size),
+        ("eot", tokenizer.eot),
+    ):
+        check(
+            header[key] == have,
+            f"{path} was made with {key}={header[key]!r}",
+            f"the tokenizer now has {have!r}",
+            "use that tokenizer, or " + do,
+        )
     ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(header["count"],))
-    check(hashlib.sha256(ids).hexdigest() == header["sha256"], str(path), "its tokens do not have the sha256 of its header", do)
+    check(
+        hashlib.sha256(ids).hexdigest() == header["sha256"],
+        str(path),
+        "its tokens do not have the sha256 of its header",
+        do,
+    )
     top = int(ids.max())
-    check(top < header["vocab_size"], f"{path} holds token id {top}", f"the vocabulary has ids 0..{header['vocab_size'] - 1}", do)
+    check(
+        top < header["vocab_size"],
+        f"{path} holds token id {top}",
+        f"the vocabulary has ids 0..{header['vocab_size'] - 1}",
+        do,
+    )
     return TokenFile(path, ids, header)
 
 
 @dataclass(frozen=True)
 class Corpus:
     """The two token files of a corpus."""
+
     train: TokenFile
     val: TokenFile
 
 
-def _token_path(corpus: str, cfg: DataConfig, tokenizer, content: str, sample: str, split: str) -> Path:
-    # ids of a probe tell apart tokenizers that share name and size but not their merges or their splitting pattern
-    probe = tokenizer.encode("A probe:\n\tdef naïve(x): return x**2  # = Wiki = @-@ 1,234.5 it's 字 🙂\r\n  END " + sample)
-    parts = [RULES, corpus, tokenizer.name, tokenizer.vocab_size, tokenizer.eot, tokenizer.bos, probe, cfg.val_fraction, cfg.detokenize, content]
+def _token_path(
+    corpus: str, cfg: DataConfig, tokenizer, content: str, sample: str, split: str
+) -> Path:
+    # ids of a probe tell apart tokenizers that share name and size but not their merges or their
+    # splitting pattern
+    probe = tokenizer.encode(
+        "A probe:\n\tdef naïve(x): return x**2  # = Wiki = @-@ 1,234.5 it's 字 🙂\r\n  END "
+        + sample
+    )
+    parts = [
+        RULES,
+        corpus,
+        tokenizer.name,
+        tokenizer.vocab_size,
+        tokenizer.eot,
+        tokenizer.bos,
+        probe,
+        cfg.val_fraction,
+        cfg.detokenize,
+        content,
+    ]
     key = hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:16]
     label = re.sub(r"[^A-Za-z0-9.-]", "_", f"{corpus.split(':')[0]}-{tokenizer.name}"[:60])
     return cache_dir(cfg) / f"{label}-{split}-{key}.tok"
 
 
-def prepare_splits(corpus: str, cfg: DataConfig, tokenizer, splits: Sequence[str]) -> list[TokenFile]:
-    """Token files of some splits of a corpus (a name of config.CORPORA or text:PATH), built on first use under cache_dir(cfg), checked on
-    every use. ValueError as for documents, write_tokens and open_tokens: in particular a damaged file is named, not silently replaced."""
+def prepare_splits(
+    corpus: str, cfg: DataConfig, tokenizer, splits: Sequence[str]
+) -> list[TokenFile]:
+    """Token files of some splits of a corpus (a name of config.CORPORA or text:PATH), built on
+    first use under cache_dir(cfg), checked on every use. ValueError as for documents, write_tokens
+    and open_tokens: in particular a damaged file is named, not silently replaced."""
     check_corpus(corpus)
-    docs, content = None, PINNED[corpus][1] if corpus in PINNED else ""  # this hash defines the text: ready files need no download
+    docs = None
+    # this hash defines the text: ready files need no download
+    content = PINNED[corpus][1] if corpus in PINNED else ""
     if not content:
         docs = documents(corpus, cfg)
-        content = hashlib.sha256(b"".join(hashlib.sha256(d.encode("utf-8")).digest() for s in docs for d in docs[s])).hexdigest()
+        content = hashlib.sha256(
+            b"".join(hashlib.sha256(d.encode("utf-8")).digest() for s in docs for d in docs[s])
+        ).hexdigest()
     sample = docs["train"][0][:4096] if docs else ""
     label = f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
     files = []
@@ -345,8 +577,19 @@ def prepare_splits(corpus: str, cfg: DataConfig, tokenizer, splits: Sequence[str
         path = _token_path(corpus, cfg, tokenizer, content, sample, split)
         if not path.exists():
             docs = docs or documents(corpus, cfg)
-            check(split in docs, f"split={split!r} of {corpus}", f"it has {', '.join(docs)}", "choose one of them")
-            write_tokens(path, ([*encoded(tokenizer, d), tokenizer.eot] for d in docs[split]), tokenizer, label, split)
+            check(
+                split in docs,
+                f"split={split!r} of {corpus}",
+                f"it has {', '.join(docs)}",
+                "choose one of them",
+            )
+            write_tokens(
+                path,
+                ([*encoded(tokenizer, d), tokenizer.eot] for d in docs[split]),
+                tokenizer,
+                label,
+                split,
+            )
         files.append(open_tokens(path, tokenizer))
     return files
 
@@ -358,44 +601,87 @@ def prepare(corpus: str, cfg: DataConfig, tokenizer) -> Corpus:
 
 # -- batches
 
+
 def check_length(tokens: TokenFile | np.ndarray, block_size: int) -> None:
     """Raise ValueError unless a window of block_size tokens and the one after them fits."""
-    check(block_size >= 1, f"block_size={block_size}", "a context is at least 1 token", "give --block_size=1 or more")
-    what = f"{tokens.header['corpus']}, {tokens.header['split']}: " if isinstance(tokens, TokenFile) else ""
-    check(len(tokens) >= block_size + 1, f"{what}{len(tokens)} tokens with block_size={block_size}",
-          f"at least {block_size + 1} are needed", "give a smaller --block_size, a longer text, or another --val_fraction")
+    check(
+        block_size >= 1,
+        f"block_size={block_size}",
+        "a context is at least 1 token",
+        "give --block_size=1 or more",
+    )
+    what = (
+        f"{tokens.header['corpus']}, {tokens.header['split']}: "
+        if isinstance(tokens, TokenFile)
+        else ""
+    )
+    check(
+        len(tokens) >= block_size + 1,
+        f"{what}{len(tokens)} tokens with block_size={block_size}",
+        f"at least {block_size + 1} are needed",
+        "give a smaller --block_size, a longer text, or another --val_fraction",
+    )
 
 
-def _windows(tokens: TokenFile | np.ndarray, starts: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _windows(
+    tokens: TokenFile | np.ndarray, starts: np.ndarray, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     ids = tokens.ids if isinstance(tokens, TokenFile) else np.asarray(tokens)
-    w = torch.from_numpy(ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))  # (b, block_size + 1)
+    # (b, block_size + 1)
+    w = torch.from_numpy(ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
 
-def batch(tokens: TokenFile | np.ndarray, split: str, seed: int, step: int, batch_size: int, block_size: int,
-          rank: int = 0, world: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rank `rank`'s share (x, y) of the global batch of `step`: int64 (b, block_size), y one token ahead of x.
+def batch(
+    tokens: TokenFile | np.ndarray,
+    split: str,
+    seed: int,
+    step: int,
+    batch_size: int,
+    block_size: int,
+    rank: int = 0,
+    world: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank `rank`'s share (x, y) of the global batch of `step`: int64 (b, block_size), y one token
+    ahead of x.
 
-    The global batch is batch_size windows at uniform starts that depend on (seed, split, step) alone: no state, no call order,
-    no ranks. Rank r of `world` takes a contiguous share; the first batch_size % world ranks have one more, and a share may be
-    empty, (0, block_size). ValueError for tokens too short for the context, batch_size < 1, or a rank outside 0..world - 1."""
+    The global batch is batch_size windows at uniform starts that depend on (seed, split, step)
+    alone: no state, no call order, no ranks. Rank r of `world` takes a contiguous share; the first
+    batch_size % world ranks have one more, and a share may be empty, (0, block_size). ValueError
+    for tokens too short for the context, batch_size < 1, or a rank outside 0..world - 1."""
     check_length(tokens, block_size)
-    check(batch_size >= 1, f"batch_size={batch_size}", "at least 1 sequence", "give a positive batch size")
-    check(0 <= rank < world, f"rank={rank} of {world}", "a rank lies in 0..world - 1", "start it with torchrun")
+    check(
+        batch_size >= 1,
+        f"batch_size={batch_size}",
+        "at least 1 sequence",
+        "give a positive batch size",
+    )
+    check(
+        0 <= rank < world,
+        f"rank={rank} of {world}",
+        "a rank lies in 0..world - 1",
+        "start it with torchrun",
+    )
     key = hashlib.sha256(f"{seed}/{split}/{step}".encode()).digest()[:16]
-    # raw Philox words: numpy promises that their stream stays the same in every version, which it does not for integers()
+    # raw Philox words: numpy promises that their stream stays the same in every version, which it
+    # does not for integers()
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(batch_size)
     starts = (raw % np.uint64(len(tokens) - block_size)).astype(np.int64)  # (batch_size,)
     each, extra = divmod(batch_size, world)
     first = rank * each + min(rank, extra)
-    return _windows(tokens, starts[first:first + each + (rank < extra)], block_size)
+    return _windows(tokens, starts[first : first + each + (rank < extra)], block_size)
 
 
-def sequential(tokens: TokenFile | np.ndarray, n: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """min(n, as many as fit) windows (x, y), int64 (b, block_size), evenly spaced from the first token to the last, no target
-    in two of them; the same on every call. ValueError for n < 1 or tokens too short for the context."""
+def sequential(
+    tokens: TokenFile | np.ndarray, n: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(n, as many as fit) windows (x, y), int64 (b, block_size), evenly spaced from the first
+    token to the last, no target in two of them; the same on every call. ValueError for n < 1 or
+    tokens too short for the context."""
     check_length(tokens, block_size)
     check(n >= 1, f"n={n} windows", "at least 1", "give a positive number")
     last = len(tokens) - 1 - block_size
     n = min(n, (len(tokens) - 1) // block_size)
-    return _windows(tokens, np.array([i * last // max(n - 1, 1) for i in range(n)], dtype=np.int64), block_size)
+    return _windows(
+        tokens, np.array([i * last // max(n - 1, 1) for i in range(n)], dtype=np.int64), block_size
+    )

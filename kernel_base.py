@@ -1,8 +1,9 @@
 """What the Triton kernels share: where they run, and small functions that several of them call.
 
-`impl`: "auto" runs a kernel on CUDA tensors and its reference elsewhere, "triton" and "torch" force one; kernels run on CPU tensors in
-Triton's interpreter (TRITON_INTERPRET=1). None has a gradient.
+`impl`: "auto" runs a kernel on CUDA tensors and its reference elsewhere, "triton" and "torch" force
+one; kernels run on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). None has a gradient.
 """
+
 from __future__ import annotations
 
 import torch
@@ -18,9 +19,16 @@ TRITON = tuple(map(int, triton.__version__.split(".")[:2])) if triton else (0, 0
 
 
 def use_triton(impl: str, x: Tensor) -> bool:
-    """Whether a function runs its kernel: impl "triton" always (CPU tensors need TRITON_INTERPRET=1), "torch" never, "auto" on a GPU."""
-    assert impl in ("auto", "triton", "torch") and (triton or impl != "triton"), f"impl={impl} with triton {'there' if triton else 'missing'}"
-    return triton is not None and x.dtype != torch.float64 and (impl == "triton" or (impl == "auto" and x.is_cuda))
+    """Whether a function runs its kernel: impl "triton" always (CPU tensors need
+    TRITON_INTERPRET=1), "torch" never, "auto" on a GPU."""
+    assert impl in ("auto", "triton", "torch") and (triton or impl != "triton"), (
+        f"impl={impl} with triton {'there' if triton else 'missing'}"
+    )
+    return (
+        triton is not None
+        and x.dtype != torch.float64
+        and (impl == "triton" or (impl == "auto" and x.is_cuda))
+    )
 
 
 @jit
@@ -54,14 +62,19 @@ def where_rows(bits, before, tile_rows, t, hi, K: tl.constexpr, TILE: tl.constex
     if K > 0:
         return mask, t * K
     else:
-        return mask, tl.load(tile_rows + t // TILE, mask=t < hi, other=0) + tl.load(before + t, mask=t < hi, other=0).to(tl.int32)
+        return mask, tl.load(tile_rows + t // TILE, mask=t < hi, other=0) + tl.load(
+            before + t, mask=t < hi, other=0
+        ).to(tl.int32)
 
 
 @jit
 def pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, N: tl.constexpr):
-    """Of a segment, or of several: packed tokens, tail slots, the tail's first and count; the size of its pieces, equal and at most chunk
-    (rounded up to N), and their number, 0 for what is no segment."""
-    b, h, there = seg // Hkv, seg % Hkv, seg < segments
+    """Of a segment, or of several: packed tokens, tail slots, the tail's first and count; the size
+    of its pieces, equal and at most chunk (rounded up to N), and their number, 0 for what is no
+    segment."""
+    b = seg // Hkv
+    h = seg % Hkv
+    there = seg < segments
     count = tl.load(n_packed + b * n_b + h * n_h, mask=there, other=0).to(tl.int32)
     first = tl.load(tail_first + b, mask=there, other=0).to(tl.int32) % W
     tail_n = tl.load(tail_n + b, mask=there, other=0).to(tl.int32)
@@ -72,13 +85,29 @@ def pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk,
 
 
 @jit
-def own_piece(n_packed, tail_first, tail_n, segments, Hkv, n_b, n_h, W, chunk, N: tl.constexpr, SEGS: tl.constexpr):
-    """Segment and piece of this program. The grid is (segments, pieces), those past a segment's end last; or with SEGS > 0 (pieces of all
-    segments in a row,): segments and more where there is none."""
-    seg, c = tl.program_id(0), tl.program_id(1)
+def own_piece(
+    n_packed,
+    tail_first,
+    tail_n,
+    segments,
+    Hkv,
+    n_b,
+    n_h,
+    W,
+    chunk,
+    N: tl.constexpr,
+    SEGS: tl.constexpr,
+):
+    """Segment and piece of this program. The grid is (segments, pieces), those past a segment's end
+    last; or with SEGS > 0 (pieces of all segments in a row,): segments and more where there is
+    none."""
+    seg = tl.program_id(0)
+    c = tl.program_id(1)
     if SEGS > 0:
         s = tl.arange(0, SEGS)
-        _, _, _, _, _, number = pieces(n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, N)
+        _, _, _, _, _, number = pieces(
+            n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, N
+        )
         pid = seg
         seg = tl.sum((tl.cumsum(number, 0) <= pid).to(tl.int32), 0)
         c = pid - tl.sum(tl.where(s < seg, number, 0), 0)

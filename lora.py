@@ -1,19 +1,25 @@
-"""Low-rank adapters on a frozen model: LoRA, MoE-LoRA, and routed subspace LoRA (arXiv 2604.21335, 3.1.1, equations 1-3).
+"""Low-rank adapters on a frozen model: LoRA, MoE-LoRA, and routed subspace LoRA (arXiv 2604.21335,
+3.1.1, equations 1-3).
 
-All three add to a frozen projection W a sum of low-rank branches n = 1..N, each of rank R, with gates r_n per token:
+All three add to a frozen projection W a sum of low-rank branches n = 1..N, each of rank R, with
+gates r_n per token:
 
-    y = W x + sum_n r_n(x) * (alpha / R) * B_n A_n x          A stored as (N*R, d_in), B as (d_out, N*R), B = 0 at the start
+    y = W x + sum_n r_n(x) * (alpha / R) * B_n A_n x          A stored as (N*R, d_in), B as (d_out,
+    N*R), B = 0 at the start
 
-LoRA has one branch and no gate. Routed subspace LoRA has S branches inside *one* projection and a linear router of its own
-per projection. MoE-LoRA has E branches and one router per block, shared by that block's projections. A router keeps its
-top-K scores, softmax-normalised over the kept ones; the rest are exactly zero. Load balance is the Switch form (share of
-tokens routed x mean probability, times N), taken per sequence and averaged, so that it does not depend on how a batch is split.
-The paper leaves open whether it is summed over projections: here it is their mean.
+LoRA has one branch and no gate. Routed subspace LoRA has S branches inside *one* projection and a
+linear router of its own per projection. MoE-LoRA has E branches and one router per block, shared by
+that block's projections. A router keeps its top-K scores, softmax-normalised over the kept ones;
+the rest are exactly zero. Load balance is the Switch form (share of tokens routed x mean
+probability, times N), taken per sequence and averaged, so that it does not depend on how a batch is
+split. The paper leaves open whether it is summed over projections: here it is their mean.
 
-Adapted layers are nn.Linear with more parameters, so base names in a state dict do not change. `attach` swaps them in by type.
+Adapted layers are nn.Linear with more parameters, so base names in a state dict do not change.
+`attach` swaps them in by type.
 
     python train.py --stage=adapt --adapter=routed --init_from=out/...
 """
+
 from __future__ import annotations
 
 import json
@@ -34,12 +40,14 @@ from model import evaluating
 
 
 class Gate(nn.Module):
-    """Linear token-wise router: x (B, T, d_in) -> gates (B, T, n), top-k softmax-normalised, the others exactly 0 (eqs 1-2)."""
+    """Linear token-wise router: x (B, T, d_in) -> gates (B, T, n), top-k softmax-normalised, the
+    others exactly 0 (eqs 1-2)."""
 
     def __init__(self, d_in: int, n: int, k: int):
         super().__init__()
         self.linear = nn.Linear(d_in, n)
-        self.n, self.k = n, k
+        self.n = n
+        self.k = k
         self.balance: Tensor | None = None  # load-balance loss of the last training forward
         self.counts: Tensor | None = None  # (n,) tokens routed while routing_stats records
 
@@ -47,9 +55,12 @@ class Gate(nn.Module):
         return self.route(self.linear(x))
 
     def route(self, logits: Tensor) -> Tensor:
-        """Gates (B, T, n) of the scores (B, T, n), in their dtype; records the load-balance loss while training."""
-        kept = top_k_mask(logits.detach(), self.k).movedim(-1, 0)  # (n, B, T): branches outermost, so that softmax and sums
-        probs = at_least_float32(logits).movedim(-1, 0).contiguous().softmax(0)  # run along tokens; n alone is too short a row
+        """Gates (B, T, n) of the scores (B, T, n), in their dtype; records the load-balance loss
+        while training."""
+        # (n, B, T): branches outermost, so that softmax and sums
+        kept = top_k_mask(logits.detach(), self.k).movedim(-1, 0)
+        # run along tokens; n alone is too short a row
+        probs = at_least_float32(logits).movedim(-1, 0).contiguous().softmax(0)
         if self.training and torch.is_grad_enabled():
             share = kept.to(probs.dtype).mean(-1) / self.k  # (n, B), sums to 1 over n
             self.balance = self.n * (share * probs.mean(-1)).sum(0).mean()
@@ -60,11 +71,25 @@ class Gate(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """nn.Linear with `n` low-rank branches of rank r; n = 1 and no gate is plain LoRA. weight and bias are frozen."""
+    """nn.Linear with `n` low-rank branches of rank r; n = 1 and no gate is plain LoRA. weight and
+    bias are frozen."""
 
-    def __init__(self, d_in: int, d_out: int, bias: bool, r: int, alpha: float, dropout: float, n: int = 1, gate: nn.Module | None = None):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        bias: bool,
+        r: int,
+        alpha: float,
+        dropout: float,
+        n: int = 1,
+        gate: nn.Module | None = None,
+    ):
         super().__init__(d_in, d_out, bias)
-        self.r, self.n, self.scaling, self.p = r, n, alpha / r, dropout
+        self.r = r
+        self.n = n
+        self.scaling = alpha / r
+        self.p = dropout
         self.lora_A = nn.Parameter(torch.empty(n * r, d_in))
         self.lora_B = nn.Parameter(torch.zeros(d_out, n * r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -77,7 +102,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.down(F.dropout(x, self.p, self.training))
-        return F.linear(x, self.weight, self.bias) + F.linear(u * self.scaling, self.lora_B)  # scale the narrow side
+        # scale the narrow side
+        return F.linear(x, self.weight, self.bias) + F.linear(u * self.scaling, self.lora_B)
 
     def weigh(self, u: Tensor, gates: Tensor) -> Tensor:
         """Branch activations u (B, T, n*r) times gates (B, T, n)."""
@@ -85,19 +111,24 @@ class LoRALinear(nn.Linear):
 
 
 class RoutedLoRALinear(LoRALinear):
-    """Routed subspace LoRA: the projection's own router weighs its S subspaces per token (eq 3). Router and A read x in one product."""
+    """Routed subspace LoRA: the projection's own router weighs its S subspaces per token (eq 3).
+    Router and A read x in one product."""
 
     def down(self, x: Tensor) -> Tensor:
-        u, logits = F.linear(x, torch.cat((self.lora_A, self.gate.linear.weight))).split([self.n * self.r, self.n], dim=-1)
+        u, logits = F.linear(x, torch.cat((self.lora_A, self.gate.linear.weight))).split(
+            [self.n * self.r, self.n], dim=-1
+        )
         return self.weigh(u, self.gate.route(logits + self.gate.linear.bias))
 
 
 class MoELoRALinear(LoRALinear):
-    """One projection of MoE-LoRA; the gates come from the block's shared router, which has seen the block's input."""
+    """One projection of MoE-LoRA; the gates come from the block's shared router, which has seen the
+    block's input."""
 
     def __init__(self, *args, router: BlockRouter, **kwargs):
         super().__init__(*args, **kwargs)
-        self._router = (router,)  # in a tuple: the block owns the router, the projection only reads it
+        # in a tuple: the block owns the router, the projection only reads it
+        self._router = (router,)
 
     def down(self, x: Tensor) -> Tensor:
         return self.weigh(F.linear(x, self.lora_A), self._router[0].current)
@@ -105,22 +136,38 @@ class MoELoRALinear(LoRALinear):
 
 class BlockRouter(Gate):
     """A Gate run once on the block's input, ahead of the projections that share it."""
+
     current: Tensor
 
     def before_block(self, block: nn.Module, args: tuple) -> None:
         self.current = self(args[0])
 
 
-_FIRST = {"self_attn": "q_proj", "mlp": "gate_proj"}  # runs before its siblings, on the block's input
-_PARENT = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn", "gate": "mlp", "up": "mlp", "down": "mlp"}
+# runs before its siblings, on the block's input
+_FIRST = {"self_attn": "q_proj", "mlp": "gate_proj"}
+_PARENT = {
+    "q": "self_attn",
+    "k": "self_attn",
+    "v": "self_attn",
+    "o": "self_attn",
+    "gate": "mlp",
+    "up": "mlp",
+    "down": "mlp",
+}
 
 
 def attach(model: nn.Module, cfg: AdapterConfig) -> nn.Module:
-    """Freeze `model` and replace the targeted nn.Linear modules by adapted ones, in place. Returns the model.
+    """Freeze `model` and replace the targeted nn.Linear modules by adapted ones, in place. Returns
+    the model.
 
-    Weights are shared, not copied, so the adapted model equals the base bit for bit until B is trained. Raises ValueError when
-    the model has adapters already."""
-    check(not list(_adapted(model)), "a model with adapters", "one adapter at a time", "merge it or load the base again")
+    Weights are shared, not copied, so the adapted model equals the base bit for bit until B is
+    trained. Raises ValueError when the model has adapters already."""
+    check(
+        not list(_adapted(model)),
+        "a model with adapters",
+        "one adapter at a time",
+        "merge it or load the base again",
+    )
     model.requires_grad_(False)
     if cfg.adapter == "none":
         return model
@@ -130,23 +177,40 @@ def attach(model: nn.Module, cfg: AdapterConfig) -> nn.Module:
             parent_name = _PARENT[target]
             parent = getattr(block, parent_name)
             old = getattr(parent, f"{target}_proj")
-            shape = (old.in_features, old.out_features, old.bias is not None, cfg.r, cfg.alpha, cfg.lora_dropout)
+            shape = (
+                old.in_features,
+                old.out_features,
+                old.bias is not None,
+                cfg.r,
+                cfg.alpha,
+                cfg.lora_dropout,
+            )
             if cfg.adapter == "lora":
                 new = LoRALinear(*shape)
             elif cfg.adapter == "routed":
-                new = RoutedLoRALinear(*shape, n=cfg.subspaces, gate=Gate(old.in_features, cfg.subspaces, cfg.subspace_topk))
+                new = RoutedLoRALinear(
+                    *shape,
+                    n=cfg.subspaces,
+                    gate=Gate(old.in_features, cfg.subspaces, cfg.subspace_topk),
+                )
             else:
                 if parent_name not in routers:
-                    routers[parent_name] = BlockRouter(model.cfg.n_embd, cfg.experts, cfg.expert_topk)
+                    routers[parent_name] = BlockRouter(
+                        model.cfg.n_embd, cfg.experts, cfg.expert_topk
+                    )
                     parent.lora_router = routers[parent_name]
                 new = MoELoRALinear(*shape, n=cfg.experts, router=routers[parent_name])
-            wide = at_least_float32(old.weight).dtype  # what is trained is never narrower: a bfloat16 weight would swallow small steps
+            # what is trained is never narrower: a bfloat16 weight would swallow small steps
+            wide = at_least_float32(old.weight).dtype
             new.to(old.weight.device, wide)
-            new.weight, new.bias = old.weight, old.bias
+            new.weight = old.weight
+            new.bias = old.bias
             setattr(parent, f"{target}_proj", new)
         for parent_name, router in routers.items():
             router.to(old.weight.device, wide)
-            getattr(block, parent_name).get_submodule(_FIRST[parent_name]).register_forward_pre_hook(router.before_block)
+            getattr(block, parent_name).get_submodule(
+                _FIRST[parent_name]
+            ).register_forward_pre_hook(router.before_block)
     return model
 
 
@@ -165,7 +229,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Copy `saved` into the model's adapters. Raises ValueError that lists missing, unexpected, wrong-shaped or non-finite tensors."""
+    """Copy `saved` into the model's adapters. Raises ValueError that lists missing, unexpected,
+    wrong-shaped or non-finite tensors."""
     copy_tensors(adapter_state(model), saved, "adapter")
 
 
@@ -175,13 +240,15 @@ def count_trainable(model: nn.Module) -> int:
 
 
 def balance_loss(model: nn.Module) -> Tensor | float:
-    """Mean load-balance loss over the routers of the last training forward; 1 is perfect balance, N/K the worst. 0.0 without routers."""
+    """Mean load-balance loss over the routers of the last training forward; 1 is perfect balance,
+    N/K the worst. 0.0 without routers."""
     terms = [m.balance for m in model.modules() if isinstance(m, Gate) and m.balance is not None]
     return torch.stack(terms).mean() if terms else 0.0
 
 
 def routing_stats(model: nn.Module, batches) -> dict[str, dict]:
-    """Run the token batches (B, T) and return per router: share of tokens per branch (sums to 1) and its entropy in nats."""
+    """Run the token batches (B, T) and return per router: share of tokens per branch (sums to 1)
+    and its entropy in nats."""
     gates = {name: m for name, m in model.named_modules() if isinstance(m, Gate)}
     for g in gates.values():
         g.counts = torch.zeros(g.n, device=g.linear.weight.device)
@@ -191,20 +258,37 @@ def routing_stats(model: nn.Module, batches) -> dict[str, dict]:
     out = {}
     for name, g in gates.items():
         share = (g.counts / g.counts.sum().clamp_min(1)).double()
-        out[name] = {"share": share.tolist(), "entropy": float(-(share * share.clamp_min(1e-30).log()).sum())}
+        out[name] = {
+            "share": share.tolist(),
+            "entropy": float(-(share * share.clamp_min(1e-30).log()).sum()),
+        }
         g.counts = None
     return out
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Fold plain LoRA into the weights, in place: W += (alpha/R) B A, and nn.Linear modules are back. Without adapters it does nothing.
+    """Fold plain LoRA into the weights, in place: W += (alpha/R) B A, and nn.Linear modules are
+    back. Without adapters it does nothing.
 
     Raises ValueError for routed adapters: their update depends on the token."""
     for name, m in list(_adapted(model)):
-        check(type(m) is LoRALinear, f"merging {type(m).__name__}", "only plain LoRA has one update for all tokens", "keep the adapter apart")
-        plain = nn.Linear(m.in_features, m.out_features, m.bias is not None, device=m.weight.device, dtype=m.weight.dtype)
-        plain.weight = nn.Parameter((m.weight + m.scaling * (m.lora_B @ m.lora_A)).to(m.weight.dtype), requires_grad=False)
+        check(
+            type(m) is LoRALinear,
+            f"merging {type(m).__name__}",
+            "only plain LoRA has one update for all tokens",
+            "keep the adapter apart",
+        )
+        plain = nn.Linear(
+            m.in_features,
+            m.out_features,
+            m.bias is not None,
+            device=m.weight.device,
+            dtype=m.weight.dtype,
+        )
+        plain.weight = nn.Parameter(
+            (m.weight + m.scaling * (m.lora_B @ m.lora_A)).to(m.weight.dtype), requires_grad=False
+        )
         plain.bias = m.bias
         parent, leaf = name.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, plain)
@@ -212,18 +296,36 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def export_peft(model: nn.Module, folder: str | os.PathLike, base_model: str) -> None:
-    """Write plain LoRA as a PEFT adapter (adapter_config.json, adapter_model.safetensors) for a Hugging Face Llama-family model.
+    """Write plain LoRA as a PEFT adapter (adapter_config.json, adapter_model.safetensors) for a
+    Hugging Face Llama-family model.
 
     base_model: name or path written into the config. Raises ValueError for other adapters."""
     layers = list(_adapted(model))
-    check(bool(layers) and all(type(m) is LoRALinear for _, m in layers), "a PEFT export", "PEFT's format holds plain LoRA", "use --adapter=lora")
+    check(
+        bool(layers) and all(type(m) is LoRALinear for _, m in layers),
+        "a PEFT export",
+        "PEFT's format holds plain LoRA",
+        "use --adapter=lora",
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     first = layers[0][1]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-              "r": first.r, "lora_alpha": first.scaling * first.r, "lora_dropout": first.p, "bias": "none", "fan_in_fan_out": False,
-              "target_modules": sorted({name.rsplit(".", 1)[1] for name, _ in layers})}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": first.r,
+        "lora_alpha": first.scaling * first.r,
+        "lora_dropout": first.p,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted({name.rsplit(".", 1)[1] for name, _ in layers}),
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    tensors = {f"base_model.model.model.{name}.{key}.weight": getattr(m, key).detach().contiguous().clone()
-               for name, m in layers for key in ("lora_A", "lora_B")}
+    tensors = {
+        f"base_model.model.model.{name}.{key}.weight": getattr(m, key).detach().contiguous().clone()
+        for name, m in layers
+        for key in ("lora_A", "lora_B")
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,20 +1,27 @@
-"""A small transformer of the Llama family, its dense KV cache and `generate`: the trunk every method of this project grows on.
+"""A small transformer of the Llama family, its dense KV cache and `generate`: the trunk every
+method of this project grows on.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v (Qwen2); tied or untied head. Parameter
-names are Hugging Face Llama's, so a Llama, Qwen2 or Mistral state dict fits once its "model." prefix is taken off.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v (Qwen2); tied
+or untied head. Parameter names are Hugging Face Llama's, so a Llama, Qwen2 or Mistral state dict
+fits once its "model." prefix is taken off.
 
-The one seam: a block hands its attention's input and rotated q, k, v to `self_attn.kv_path` and gets the attention output back. Dense
-storage is `DensePath` below; every other way of keeping keys and values is one such module in another file. A path is
+The one seam: a block hands its attention's input and rotated q, k, v to `self_attn.kv_path` and
+gets the attention output back. Dense storage is `DensePath` below; every other way of keeping keys
+and values is one such module in another file. A path is
 
-    forward(x, q, k, v, cache, pad) -> y       x (B, T, n_embd), q (B, H, T, D), k and v (B, Hkv, T, D), y (B, H, T, D)
-    new_cache(B, max_len, like)     -> cache   this layer's empty store, dtype and device of `like`
-    step(x, q, k, v, cache, tail)   -> y       forward of one token per sequence that asks the host nothing (see Steps); can_step() says
-                                               whether it has that, reads_chunks whether a prompt may come in pieces
+    forward(x, q, k, v, cache, pad) -> y       x (B, T, n_embd), q (B, H, T, D), k and v (B, Hkv, T,
+    D), y (B, H, T, D) new_cache(B, max_len, like)     -> cache   this layer's empty store, dtype
+    and device of `like` step(x, q, k, v, cache, tail)   -> y       forward of one token per
+    sequence that asks the host nothing (see Steps); can_step() says
+                                               whether it has that, reads_chunks whether a prompt
+                                               may come in pieces
 
-Letters: B batch, T new tokens, L tokens seen so far and now, H heads, Hkv KV heads, D head dimension.
+Letters: B batch, T new tokens, L tokens seen so far and now, H heads, Hkv KV heads, D head
+dimension.
 
     python sample.py --out_dir=out/... --prompt="def "
 """
+
 from __future__ import annotations
 
 import copy
@@ -39,7 +46,8 @@ from stored import Tail
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in x's dtype (statistics in at least float32)."""
+    """x / rms(x) * weight over the last dimension, in x's dtype (statistics in at least
+    float32)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -53,10 +61,12 @@ class RMSNorm(nn.Module):
 def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, both (block_size, D/2) float32, computed in float64.
 
-    Frequency i is theta^(-2i/D). With rope_factor > 1 (Llama 3) one that turns fewer than rope_low_freq times in rope_original
-    tokens is divided by the factor, one that turns more than rope_high_freq times stays, and in between the two are blended."""
+    Frequency i is theta^(-2i/D). With rope_factor > 1 (Llama 3) one that turns fewer than
+    rope_low_freq times in rope_original tokens is divided by the factor, one that turns more than
+    rope_high_freq times stays, and in between the two are blended."""
     D = cfg.head_dim
-    freq = cfg.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64, device=device) / D)  # (D/2,)
+    # (D/2,)
+    freq = cfg.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64, device=device) / D)
     turns = cfg.rope_original * freq / (2 * math.pi)
     stay = ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
     freq = freq * (stay + (1 - stay) / cfg.rope_factor)
@@ -65,37 +75,53 @@ def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by the angles of cos, sin (T, D/2) or (B, 1, T, D/2); same dtype.
+    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by the angles of cos, sin (T, D/2) or (B,
+    1, T, D/2); same dtype.
 
-    The partner of every dimension is D/2 away in either direction: one roll, one fused multiply-add over whole rows."""
+    The partner of every dimension is D/2 away in either direction: one roll, one fused multiply-add
+    over whole rows."""
     wide = at_least_float32(x)
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # (..., T, D)
+    cos = torch.cat((cos, cos), -1)
+    sin = torch.cat((-sin, sin), -1)  # (..., T, D)
     return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
 def attention_mask(T: int, L: int, pad: Tensor | None, device) -> Tensor:
-    """True where query i (position L - T + i) may read key j: j <= L - T + i and, per row, j >= pad. (B or 1, 1, T, L) bool."""
+    """True where query i (position L - T + i) may read key j: j <= L - T + i and, per row, j >=
+    pad. (B or 1, 1, T, L) bool."""
     j = torch.arange(L, device=device)
-    mask = (j[None, :] <= torch.arange(L - T, L, device=device)[:, None])[None, None]  # (1, 1, T, L)
+    # (1, 1, T, L)
+    mask = (j[None, :] <= torch.arange(L - T, L, device=device)[:, None])[None, None]
     if pad is not None:
-        own = j[None, :] == torch.arange(L - T, L, device=device)[:, None]  # a padding query reads itself: no empty softmax
+        # a padding query reads itself: no empty softmax
+        own = j[None, :] == torch.arange(L - T, L, device=device)[:, None]
         mask = mask & (j >= pad[:, None, None, None]) | own  # (B, 1, T, L)
     return mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
-    """Causal attention of the newest T tokens over all L. q (B, H, T, D); k, v (B, Hkv, L, D); pad (B,) left padding or None."""
-    T, L = q.size(2), k.size(2)
+    """Causal attention of the newest T tokens over all L. q (B, H, T, D); k, v (B, Hkv, L, D); pad
+    (B,) left padding or None."""
+    T = q.size(2)
+    L = k.size(2)
     gqa = q.size(1) != k.size(1)
     if pad is None and (T == L or T == 1):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask(T, L, pad, q.device), enable_gqa=gqa)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attention_mask(T, L, pad, q.device), enable_gqa=gqa
+    )
 
 
 def storage_bytes(tensors) -> int:
-    """Bytes of the storages behind the tensors, each storage once. Empty tensors are left out: read from a file they have the address of
-    another one, which they would hide."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
+    """Bytes of the storages behind the tensors, each storage once. Empty tensors are left out: read
+    from a file they have the address of another one, which they would hide."""
+    return sum(
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors
+            if t.numel()
+        }.values()
+    )
 
 
 class DenseCache:
@@ -107,20 +133,26 @@ class DenseCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, Hkv, T, D); return all so far, (B, Hkv, L, D). Raises ValueError when the buffer is full."""
+        """Store k, v (B, Hkv, T, D); return all so far, (B, Hkv, L, D). Raises ValueError when the
+        buffer is full."""
         self.reserve(k.size(2))
         end = self.length + k.size(2)
-        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
     def reserve(self, n_columns: int) -> None:
         """See that n_columns more fit. Raises ValueError where they do not."""
         if self.length + n_columns > self.k.size(2):
-            raise ValueError(f"KV cache of {self.k.size(2)} tokens cannot take {self.length + n_columns}: ask new_cache for a larger max_len")
+            raise ValueError(
+                f"KV cache of {self.k.size(2)} tokens cannot take {self.length + n_columns}: ask "
+                "new_cache for a larger max_len"
+            )
 
     def steps(self, pad: Tensor) -> Tail:
-        """What `step` goes on from, the first pad (B,) columns being padding; its count is the caller's to raise before each."""
+        """What `step` goes on from, the first pad (B,) columns being padding; its count is the
+        caller's to raise before each."""
         return Tail(self.k, self.v, pad, self.length - pad)
 
     def stepped(self, n: int) -> None:
@@ -131,7 +163,8 @@ class DenseCache:
     def join(caches: list[DenseCache]) -> DenseCache:
         """One cache of the sequences of all, in order; each must have the same length."""
         out = copy.copy(caches[0])
-        out.k, out.v = torch.cat([c.k for c in caches]), torch.cat([c.v for c in caches])
+        out.k = torch.cat([c.k for c in caches])
+        out.v = torch.cat([c.v for c in caches])
         return out
 
     def tensors(self) -> dict[str, Tensor]:
@@ -148,18 +181,22 @@ class DenseCache:
 
 
 class DensePath(nn.Module):
-    """Keys and values kept whole: the baseline, and what every other path equals when it keeps everything."""
+    """Keys and values kept whole: the baseline, and what every other path equals when it keeps
+    everything."""
 
     reads_chunks = True
 
     def __init__(self, n_kv_head: int, head_dim: int):
         super().__init__()
-        self.n_kv_head, self.head_dim = n_kv_head, head_dim
+        self.n_kv_head = n_kv_head
+        self.head_dim = head_dim
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> DenseCache:
         return DenseCache(batch, max_len, self.n_kv_head, self.head_dim, like)
 
-    def forward(self, x, q, k, v, cache: DenseCache | None = None, pad: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x, q, k, v, cache: DenseCache | None = None, pad: Tensor | None = None
+    ) -> Tensor:
         if cache is not None:
             k, v = cache.append(k, v)
         return attend(q, k, v, pad)
@@ -175,7 +212,9 @@ class DensePath(nn.Module):
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.n_kv_head, cfg.head_dim
+        self.n_head = cfg.n_head
+        self.n_kv_head = cfg.n_kv_head
+        self.head_dim = cfg.head_dim
         self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
@@ -186,8 +225,10 @@ class Attention(nn.Module):
         """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), rotated."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        # (B, Hkv, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def output(self, y: Tensor) -> Tensor:
@@ -214,7 +255,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.mlp = MLP(cfg)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, pad: Tensor | None = None
+    ) -> Tensor:
         return self.after(x, self.self_attn.kv_path(*self.before(x, cos, sin), cache, pad))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -228,17 +271,22 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-CACHE_FORMAT = "3"  # of saved caches; 1 had other codes for integers, 2 did not say their bits and blocks
+# of saved caches; 1 had other codes for integers, 2 did not say their bits and blocks
+CACHE_FORMAT = "3"
 
 
 class KVCache:
-    """What a batch has stored so far: one cache per layer, the left padding of each row, and the length in columns."""
+    """What a batch has stored so far: one cache per layer, the left padding of each row, and the
+    length in columns."""
 
     def __init__(self, layers: list, pad: Tensor | None = None):
-        self.layers, self.pad, self.length = layers, pad, 0
+        self.layers = layers
+        self.pad = pad
+        self.length = 0
 
     def nbytes(self) -> int:
-        """Bytes of all tensors held, indices and unused capacity included; what layers share is counted once."""
+        """Bytes of all tensors held, indices and unused capacity included; what layers share is
+        counted once."""
         return storage_bytes([t for layer in self.layers for t in layer.tensors().values()])
 
     @staticmethod
@@ -252,40 +300,75 @@ class KVCache:
         return out
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write everything held to one safetensors file, what layers share once for each of them."""
-        tensors = {f"{i}.{name}": t.clone(memory_format=torch.contiguous_format)  # layers may share storage, which the format refuses
-                   for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
+        """Write everything held to one safetensors file, what layers share once for each of
+        them."""
+        # layers may share storage, which the format refuses
+        tensors = {
+            f"{i}.{name}": t.clone(memory_format=torch.contiguous_format)
+            for i, layer in enumerate(self.layers)
+            for name, t in layer.tensors().items()
+        }
         numbers = [layer.extra() for layer in self.layers]
         if self.pad is not None:
             tensors["pad"] = self.pad
-        save_file(tensors, path, metadata={"length": str(self.length), "layers": json.dumps(numbers), "format": CACHE_FORMAT})
+        save_file(
+            tensors,
+            path,
+            metadata={
+                "length": str(self.length),
+                "layers": json.dumps(numbers),
+                "format": CACHE_FORMAT,
+            },
+        )
 
     @staticmethod
     def load(path: str | os.PathLike, model: Transformer) -> KVCache:
-        """Read a saved cache for `model`, to its device. Raises ValueError where the file is not one of this model's caches."""
+        """Read a saved cache for `model`, to its device. Raises ValueError where the file is not
+        one of this model's caches."""
         try:
             with safe_open(path, "pt", device=str(model.norm.weight.device)) as f:
-                # copied: in a file tensors begin at any multiple of 8 bytes, and unaligned numbers are summed in another order
-                meta, tensors = f.metadata() or {}, {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 (not a dict)
-            if meta.get("format") != CACHE_FORMAT and any(name.endswith("key_scale") for name in tensors):
+                # copied: in a file tensors begin at any multiple of 8 bytes, and unaligned numbers
+                # are summed in another order
+                meta = f.metadata() or {}
+                names = list(f.keys())
+                tensors = {name: f.get_tensor(name).clone() for name in names}
+            if meta.get("format") != CACHE_FORMAT and any(
+                name.endswith("key_scale") for name in tensors
+            ):
                 raise ValueError("its integers were written by an earlier version")
-            numbers, pad = json.loads(meta["layers"]), tensors.pop("pad", None)
+            numbers = json.loads(meta["layers"])
+            pad = tensors.pop("pad", None)
             cache = model.new_cache(1, 1, pad)
             for i, (layer, extra) in enumerate(zip(cache.layers, numbers, strict=True)):
-                mine = {k.split(".", 1)[1]: t for k, t in tensors.items() if k.split(".", 1)[0] == str(i)}
+                mine = {
+                    k.split(".", 1)[1]: t
+                    for k, t in tensors.items()
+                    if k.split(".", 1)[0] == str(i)
+                }
                 own = layer.extra()
                 fixed = {name: n for name, n in own.items() if name.split(".")[-1] == "ints"}
                 same = set(mine) == set(layer.tensors()) and set(extra) == set(own)
-                if not (same and all(mine[k].shape[-1] == t.shape[-1] or t.ndim == 1 for k, t in layer.tensors().items())):
+                if not (
+                    same
+                    and all(
+                        mine[k].shape[-1] == t.shape[-1] or t.ndim == 1
+                        for k, t in layer.tensors().items()
+                    )
+                ):
                     raise ValueError(f"layer {i} holds another kind or size of cache")
                 if any(extra.pop(name) != n for name, n in fixed.items()):
-                    raise ValueError(f"layer {i} holds integers of other bits or blocks than {[*fixed.values()]}")
+                    raise ValueError(
+                        f"layer {i} holds integers of other bits or blocks than {[*fixed.values()]}"
+                    )
                 for name, value in {**mine, **extra}.items():  # "2.keys": of the layer's third part
                     *part, leaf = name.split(".")
                     setattr(layer.parts[int(part[0])] if part else layer, leaf, value)
             cache.length = int(meta["length"])
         except (SafetensorError, KeyError, ValueError, OSError) as e:
-            raise ValueError(f"{path} is not a cache of this model ({e}); give a file that KVCache.save wrote for it") from None
+            raise ValueError(
+                f"{path} is not a cache of this model ({e}); give a file that KVCache.save wrote "
+                "for it"
+            ) from None
         return cache
 
 
@@ -299,7 +382,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rope_table(cfg)  # real on the CPU even while the parameters are built on the meta device
+        # real on the CPU even while the parameters are built on the meta device
+        cos, sin = rope_table(cfg)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.apply(self._init)
@@ -314,33 +398,54 @@ class Transformer(nn.Module):
             if getattr(m, "bias", None) is not None:
                 nn.init.zeros_(m.bias)
 
-    def new_cache(self, batch: int, max_len: int, pad: Tensor | None = None, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `batch` rows of at most max_len columns; pad (B,) int64 counts each row's left padding. dtype: that of the
-        weights, or under autocast the one computed in."""
+    def new_cache(
+        self, batch: int, max_len: int, pad: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """An empty cache for `batch` rows of at most max_len columns; pad (B,) int64 counts each
+        row's left padding. dtype: that of the weights, or under autocast the one computed in."""
         device = self.norm.weight.device.type
         if dtype is None:
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embed_tokens.weight.dtype
+            dtype = (
+                torch.get_autocast_dtype(device)
+                if torch.is_autocast_enabled(device)
+                else self.embed_tokens.weight.dtype
+            )
         like = self.norm.weight.new_empty(0, dtype=dtype)
-        return KVCache([b.self_attn.kv_path.new_cache(batch, max_len, like) for b in self.layers], pad)
+        return KVCache(
+            [b.self_attn.kv_path.new_cache(batch, max_len, like) for b in self.layers], pad
+        )
 
     def dense_bytes(self, n_tokens: int, cache: KVCache) -> int:
         """Bytes of all keys and values of n_tokens, kept whole in the dtype of `cache`."""
-        item = next(t for t in cache.layers[0].tensors().values() if t.is_floating_point()).element_size()
+        item = next(
+            t for t in cache.layers[0].tensors().values() if t.is_floating_point()
+        ).element_size()
         return 2 * item * n_tokens * self.cfg.n_kv_head * self.cfg.head_dim * self.cfg.n_layer
 
     def _rope(self, start: int, T: int, pad: Tensor | None) -> tuple[Tensor, Tensor]:
         if start + T > self.cfg.block_size:
-            raise ValueError(f"{start + T} tokens: the model's context is {self.cfg.block_size}; shorten the text or raise --block_size")
+            raise ValueError(
+                f"{start + T} tokens: the model's context is {self.cfg.block_size}; shorten the "
+                "text or raise --block_size"
+            )
         if pad is None:
-            return self.rope_cos[start:start + T], self.rope_sin[start:start + T]  # (T, D/2)
-        pos = (torch.arange(start, start + T, device=pad.device) - pad[:, None]).clamp_min(0)  # (B, T)
+            return self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D/2)
+        # (B, T)
+        pos = (torch.arange(start, start + T, device=pad.device) - pad[:, None]).clamp_min(0)
         return self.rope_cos[pos][:, None], self.rope_sin[pos][:, None]  # (B, 1, T, D/2)
 
-    def forward(self, idx: Tensor, cache: KVCache | None = None, pad: Tensor | None = None, last_only: bool = False) -> Tensor:
+    def forward(
+        self,
+        idx: Tensor,
+        cache: KVCache | None = None,
+        pad: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Logits (B, T, vocab), or (B, 1, vocab) of the newest token with last_only.
 
-        idx (B, T) int64 in [0, vocab); cache: what came before, extended in place; pad (B,) left padding of an uncached batch
-        (a cache carries its own). Raises ValueError past block_size. Ids are not range-checked here: data.check_ids is."""
+        idx (B, T) int64 in [0, vocab); cache: what came before, extended in place; pad (B,) left
+        padding of an uncached batch (a cache carries its own). Raises ValueError past block_size.
+        Ids are not range-checked here: data.check_ids is."""
         start = cache.length if cache is not None else 0
         pad = cache.pad if cache is not None else pad
         cos, sin = self._rope(start, idx.size(1), pad)
@@ -365,13 +470,20 @@ def evaluating(model: nn.Module):
 
 
 def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats over targets (B, T) int64; -100 marks targets left out (all left out gives NaN)."""
-    return F.cross_entropy(at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    """Mean next-token cross-entropy in nats over targets (B, T) int64; -100 marks targets left out
+    (all left out gives NaN)."""
+    return F.cross_entropy(
+        at_least_float32(logits).flatten(0, 1), targets.flatten(), ignore_index=-100
+    )
 
 
-def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities (B, V) after temperature (> 0), then top-k (0: all), then the smallest set whose mass reaches top_p."""
-    probs = (at_least_float32(logits) / max(temperature, 1e-30)).softmax(-1)  # a smaller temperature would overflow to NaN
+def sampling_probs(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Probabilities (B, V) after temperature (> 0), then top-k (0: all), then the smallest set
+    whose mass reaches top_p."""
+    # a smaller temperature would overflow to NaN
+    probs = (at_least_float32(logits) / max(temperature, 1e-30)).softmax(-1)
     order = probs.argsort(dim=-1, descending=True, stable=True)  # ties: the lower id first
     p = probs.gather(-1, order)
     keep = torch.ones_like(p, dtype=torch.bool)
@@ -386,15 +498,21 @@ def sampling_probs(logits: Tensor, temperature: float, top_k: int = 0, top_p: fl
 
 
 @torch.no_grad()
-def prefill(model: Transformer, idx: Tensor, max_len: int, pad: Tensor | None = None, at_once: int = 0) -> tuple[Tensor, KVCache]:
-    """Logits (B, V) after prompts idx (B, T), the first pad (B,) tokens of each row padding, and the cache that holds them.
+def prefill(
+    model: Transformer, idx: Tensor, max_len: int, pad: Tensor | None = None, at_once: int = 0
+) -> tuple[Tensor, KVCache]:
+    """Logits (B, V) after prompts idx (B, T), the first pad (B,) tokens of each row padding, and
+    the cache that holds them.
 
-    at_once: tokens processed at a time, 0 for all: fewer rows at a time, and a row that is longer in pieces, each of which reads itself
-    whole and what came before as it is stored. A storage that looks at a whole prompt (kv=select) gets whole rows."""
-    (B, T), chunk = idx.shape, at_once or idx.numel()
+    at_once: tokens processed at a time, 0 for all: fewer rows at a time, and a row that is longer
+    in pieces, each of which reads itself whole and what came before as it is stored. A storage that
+    looks at a whole prompt (kv=select) gets whole rows."""
+    (B, T) = idx.shape
+    chunk = at_once or idx.numel()
     if not all(getattr(b.self_attn.kv_path, "reads_chunks", False) for b in model.layers):
         chunk = max(chunk, T)
-    logits, caches = [], []
+    logits = []
+    caches = []
     for rows in torch.arange(B).split(max(1, chunk // T)):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         cache = model.new_cache(len(rows), max_len, None if pad is None else pad[part])
@@ -406,31 +524,54 @@ def prefill(model: Transformer, idx: Tensor, max_len: int, pad: Tensor | None = 
 
 
 class Steps:
-    """Decoding without the host: the whole step is one CUDA graph, replayed for every token. pick(logits (B, V), step (1,)) -> ids (B, 1).
+    """Decoding without the host: the whole step is one CUDA graph, replayed for every token.
+    pick(logits (B, V), step (1,)) -> ids (B, 1).
 
-    The first two steps run as they are, to warm up; `compiled`: what lies between two attentions goes through torch.compile first. A
-    cache that is stepped grows as by forward, with room for n tokens reserved; it is the steps' alone until the last of them."""
+    The first two steps run as they are, to warm up; `compiled`: what lies between two attentions
+    goes through torch.compile first. A cache that is stepped grows as by forward, with room for n
+    tokens reserved; it is the steps' alone until the last of them."""
 
     WARM = 2
-    TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True}  # products with one row become reductions, fused with what is around
+    # products with one row become reductions, fused with what is around
+    TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
-    def __init__(self, model: Transformer, cache: KVCache, idx: Tensor, pick, n: int, compiled: bool = False):
-        self.model, self.cache, self.idx, self.pick, self.done, self.graph = model, cache, idx.clone(), pick, 0, None
+    def __init__(
+        self, model: Transformer, cache: KVCache, idx: Tensor, pick, n: int, compiled: bool = False
+    ):
+        self.model = model
+        self.cache = cache
+        self.idx = idx.clone()
+        self.pick = pick
+        self.done = 0
+        self.graph = None
         for layer in cache.layers:
             layer.reserve(n)
-        self.pad = torch.zeros(len(idx), dtype=torch.int64, device=idx.device) if cache.pad is None else cache.pad
+        self.pad = (
+            torch.zeros(len(idx), dtype=torch.int64, device=idx.device)
+            if cache.pad is None
+            else cache.pad
+        )
         tails = [layer.steps(self.pad) for layer in cache.layers]
         self.counts = torch.stack([t.count for t in tails if t] or [self.pad])  # raised together
         rows = iter(self.counts)
         self.tails = [t and t._replace(count=next(rows)) for t in tails]
         self.column, self.step = torch.tensor([[cache.length], [1]], device=idx.device)
-        self.before, self.after = (torch.compile(f, dynamic=False, options=self.TUNED) if compiled else f for f in (Block.before, Block.after))
+        self.before, self.after = (
+            torch.compile(f, dynamic=False, options=self.TUNED) if compiled else f
+            for f in (Block.before, Block.after)
+        )
 
     @staticmethod
     def possible(model: Transformer) -> bool:
         """Whether every layer of the model can step, on the device it is on."""
-        return model.norm.weight.is_cuda and model.norm.weight.dtype != torch.float64 and all(
-            hasattr(b.self_attn.kv_path, "step") and b.self_attn.kv_path.can_step() for b in model.layers)
+        return (
+            model.norm.weight.is_cuda
+            and model.norm.weight.dtype != torch.float64
+            and all(
+                hasattr(b.self_attn.kv_path, "step") and b.self_attn.kv_path.can_step()
+                for b in model.layers
+            )
+        )
 
     def _once(self) -> None:
         m = self.model
@@ -446,7 +587,8 @@ class Steps:
         self.step += 1
 
     def next(self) -> Tensor:
-        """The next token of every sequence, (B, 1), in a buffer that the following call overwrites."""
+        """The next token of every sequence, (B, 1), in a buffer that the following call
+        overwrites."""
         if self.done < self.WARM:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -466,30 +608,69 @@ class Steps:
         return self.idx
 
 
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, seed: int = 0, stop: int | None = None, prefill_tokens: int = 0,
-             compiled: bool = False) -> tuple[list[list[int]], KVCache]:
-    """Continue every prompt; returns the new tokens of each row (the stop token not included) and the cache that was used.
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+    prefill_tokens: int = 0,
+    compiled: bool = False,
+) -> tuple[list[list[int]], KVCache]:
+    """Continue every prompt; returns the new tokens of each row (the stop token not included) and
+    the cache that was used.
 
-    prompts: B non-empty lists of ids, of any lengths (padded on the left); temperature 0 is greedy; row b draws from its own
-    stream seeded by (seed, b), so neither the batch around it nor its padding changes it. prefill_tokens: how many tokens of the prompts
-    are processed at a time, 0 for all (see prefill). On a GPU the steps are CUDA graphs where the storage has kernels (see Steps), with
-    `compiled` torch.compile around attention. Raises ValueError for an empty prompt, an id outside the vocabulary, a setting out of
-    range, or prompt + new tokens past the model's context."""
+    prompts: B non-empty lists of ids, of any lengths (padded on the left); temperature 0 is greedy;
+    row b draws from its own stream seeded by (seed, b), so neither the batch around it nor its
+    padding changes it. prefill_tokens: how many tokens of the prompts are processed at a time, 0
+    for all (see prefill). On a GPU the steps are CUDA graphs where the storage has kernels (see
+    Steps), with `compiled` torch.compile around attention. Raises ValueError for an empty prompt,
+    an id outside the vocabulary, a setting out of range, or prompt + new tokens past the model's
+    context."""
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: at least one token is needed; give some text")
-    low, high = min(map(min, prompts)), max(map(max, prompts))
+    low = min(map(min, prompts))
+    high = max(map(max, prompts))
     if low < 0 or high >= model.cfg.vocab_size:
-        raise ValueError(f"token ids {low}..{high} in a prompt: the vocabulary has 0..{model.cfg.vocab_size - 1}; use the model's own tokenizer")
-    if max_new_tokens < 1 or not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1 or prefill_tokens < 0:
-        raise ValueError(f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, top_p={top_p}, "
-                         f"prefill_tokens={prefill_tokens}: need at least 1, at least 0, at least 0, within (0, 1], and at least 0; correct the flag")
-    device, (B, T) = model.embed_tokens.weight.device, (len(prompts), max(map(len, prompts)))
+        raise ValueError(
+            f"token ids {low}..{high} in a prompt: the vocabulary has "
+            f"0..{model.cfg.vocab_size - 1}; use the model's own tokenizer"
+        )
+    if (
+        max_new_tokens < 1
+        or not temperature >= 0
+        or top_k < 0
+        or not 0 < top_p <= 1
+        or prefill_tokens < 0
+    ):
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_k={top_k}, "
+            f"top_p={top_p}, "
+            f"prefill_tokens={prefill_tokens}: need at least 1, at least 0, at least 0, within "
+            "(0, 1], and at least 0; correct the flag"
+        )
+    device = model.embed_tokens.weight.device
+    B = len(prompts)
+    T = max(map(len, prompts))
     if T + max_new_tokens > model.cfg.block_size:
-        raise ValueError(f"a prompt of {T} tokens and {max_new_tokens} new ones: the context is {model.cfg.block_size}; shorten either")
+        raise ValueError(
+            f"a prompt of {T} tokens and {max_new_tokens} new ones: the context is "
+            f"{model.cfg.block_size}; shorten either"
+        )
     pad = torch.tensor([T - len(p) for p in prompts], device=device)
     idx = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
-    draws = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + b)) for b in range(B)]).to(device)
+    draws = torch.stack(
+        [
+            torch.rand(
+                max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + b)
+            )
+            for b in range(B)
+        ]
+    ).to(device)
 
     def pick(logits: Tensor, step: Tensor) -> Tensor:  # (B, V), (1,) -> (B, 1)
         if temperature == 0:
@@ -499,9 +680,12 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         return torch.searchsorted(cdf, draw, right=True).clamp_max(cdf.size(-1) - 1)
 
     with evaluating(model):
-        logits, cache = prefill(model, idx, T + max_new_tokens - 1, pad if pad.any() else None, prefill_tokens)
+        logits, cache = prefill(
+            model, idx, T + max_new_tokens - 1, pad if pad.any() else None, prefill_tokens
+        )
         idx = pick(logits, torch.zeros(1, dtype=torch.int64, device=device))
-        out, done = [idx], idx[:, 0] == stop if stop is not None else None
+        out = [idx]
+        done = idx[:, 0] == stop if stop is not None else None
         steps = None
         if Steps.possible(model) and max_new_tokens - 1 > Steps.WARM:
             steps = Steps(model, cache, idx, pick, max_new_tokens - 1, compiled)
@@ -511,8 +695,13 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
             if steps:
                 out.append(steps.next().clone())
             else:
-                out.append(pick(model(out[-1], cache, last_only=True)[:, -1], torch.tensor([step], device=device)))
+                out.append(
+                    pick(
+                        model(out[-1], cache, last_only=True)[:, -1],
+                        torch.tensor([step], device=device),
+                    )
+                )
             if done is not None:
                 done |= out[-1][:, 0] == stop
     rows = torch.cat(out, 1).tolist()
-    return [r[:r.index(stop)] if stop is not None and stop in r else r for r in rows], cache
+    return [r[: r.index(stop)] if stop is not None and stop in r else r for r in rows], cache

@@ -1,8 +1,11 @@
-"""Text from a trained run or a pretrained model, generated through the packed cache, with the bytes that cache held.
+"""Text from a trained run or a pretrained model, generated through the packed cache, with the bytes
+that cache held.
 
-    python sample.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf --prompt="The capital of France is" --temperature=0
+    python sample.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf \\
+        --prompt="The capital of France is" --temperature=0
     python sample.py --out_dir=out/... --prompt="def " --max_new_tokens=200 --temperature=0
 """
+
 from __future__ import annotations
 
 import sys
@@ -29,15 +32,29 @@ def main() -> None:
     prompts = [encoded(run.tokenizer, cfg.prompt)] * cfg.num_samples
     start = time.time()
     with autocast(device, cfg.dtype):
-        rows, cache = generate(run.model, prompts, cfg.max_new_tokens, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-                               seed=cfg.seed, stop=run.tokenizer.eot, prefill_tokens=cfg.prefill_tokens, compiled=cfg.compile)
+        rows, cache = generate(
+            run.model,
+            prompts,
+            cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            seed=cfg.seed,
+            stop=run.tokenizer.eot,
+            prefill_tokens=cfg.prefill_tokens,
+            compiled=cfg.compile,
+        )
     seconds = time.time() - start
     for r in rows:
         print(cfg.prompt + run.tokenizer.decode(r))
         print("-" * 20)
     dense = run.model.dense_bytes(cache.length * len(rows), cache)
-    print(f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} bytes for {cache.length} tokens a row, "
-          f"{cache.nbytes() / dense:.1%} of a dense one's {dense:,}", file=sys.stderr)
+    print(
+        f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} "
+        f"bytes for {cache.length} tokens a row, "
+        f"{cache.nbytes() / dense:.1%} of a dense one's {dense:,}",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

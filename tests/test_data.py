@@ -1,7 +1,9 @@
-"""Claims of data.py: whole documents in one split, checked files, safe downloads, pure batches. No network but loopback.
+"""Claims of data.py: whole documents in one split, checked files, safe downloads, pure batches. No
+network but loopback.
 
     PYTHONPATH=. python -m pytest tests/test_data.py
 """
+
 import contextlib
 import hashlib
 import itertools
@@ -36,21 +38,26 @@ def no_network(monkeypatch):
     def refuse(self, address):
         tries.append(address)
         raise OSError("network blocked by the test")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
     return tries
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A loopback server with one page per way a download goes wrong; .hits lists the paths asked for."""
-    release, hits = threading.Event(), []
+    """A loopback server with one page per way a download goes wrong; .hits lists the paths asked
+    for."""
+    release = threading.Event()
+    hits = []
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self):
             hits.append(self.path)
             if self.path == "/missing":
                 return self.send_error(404)
-            body = {"/wrong": GOOD[:-1] + b"?", "/silent_cut": GOOD[:-77]}.get(self.path, extra.get(self.path, GOOD))
+            body = {"/wrong": GOOD[:-1] + b"?", "/silent_cut": GOOD[:-77]}.get(
+                self.path, extra.get(self.path, GOOD)
+            )
             self.send_response(200)
             if self.path != "/silent_cut":
                 self.send_header("Content-Length", str(len(body)))
@@ -63,12 +70,15 @@ def server(monkeypatch):
 
         def log_message(self, *args):
             pass
+
     extra = {}
     http = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
     http.daemon_threads = True
     threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    http.hits, http.extra, http.root = hits, extra, f"http://127.0.0.1:{http.server_address[1]}"
+    http.hits = hits
+    http.extra = extra
+    http.root = f"http://127.0.0.1:{http.server_address[1]}"
     yield http
     release.set()
     http.shutdown()
@@ -77,8 +87,10 @@ def server(monkeypatch):
 
 # -- downloads
 
+
 def test_download_good_is_fetched_once(server, tmp_path):
-    """The bytes arrive whole, leave no other file behind, and a second call asks the server nothing."""
+    """The bytes arrive whole, leave no other file behind, and a second call asks the server
+    nothing."""
     path = tmp_path / "deep" / "file.bin"
     for _ in range(2):
         assert data.download(server.root + "/good", GOOD_SHA, path, timeout=5) == path
@@ -86,11 +98,21 @@ def test_download_good_is_fetched_once(server, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
 
-@pytest.mark.parametrize("page, says", [("/cut", "333 of 70001 bytes"), ("/silent_cut", "sha256"), ("/wrong", "sha256"),
-                                        ("/missing", "404"), ("/stall", "timed out")])
+@pytest.mark.parametrize(
+    "page, says",
+    [
+        ("/cut", "333 of 70001 bytes"),
+        ("/silent_cut", "sha256"),
+        ("/wrong", "sha256"),
+        ("/missing", "404"),
+        ("/stall", "timed out"),
+    ],
+)
 def test_download_failure_names_everything_and_leaves_nothing(server, tmp_path, page, says):
-    """Truncation, wrong bytes, 404 and stall: one line with the reason, URL, hash and path; no file appears."""
-    path, start = tmp_path / "file.bin", time.monotonic()
+    """Truncation, wrong bytes, 404 and stall: one line with the reason, URL, hash and path; no file
+    appears."""
+    path = tmp_path / "file.bin"
+    start = time.monotonic()
     line = error_line(data.download, server.root + page, GOOD_SHA, path, timeout=0.3)
     assert time.monotonic() - start < 4
     assert says in line and server.root + page in line and GOOD_SHA in line and str(path) in line
@@ -98,19 +120,31 @@ def test_download_failure_names_everything_and_leaves_nothing(server, tmp_path, 
 
 
 def test_download_part_exists_only_while_fetching(server, tmp_path):
-    """The bytes go to a .part file beside the target, and the target does not exist before they are all there."""
-    path, seen = tmp_path / "file.bin", []
-    t = threading.Thread(target=lambda: seen.append(error_line(data.download, server.root + "/stall", GOOD_SHA, path, timeout=0.7)))
+    """The bytes go to a .part file beside the target, and the target does not exist before they are
+    all there."""
+    path = tmp_path / "file.bin"
+    seen = []
+    t = threading.Thread(
+        target=lambda: seen.append(
+            error_line(data.download, server.root + "/stall", GOOD_SHA, path, timeout=0.7)
+        )
+    )
     t.start()
     names = set()
     while t.is_alive():
         names |= {p.name for p in tmp_path.iterdir()}
         t.join(0.01)
-    assert len(names) == 1 and names.pop().endswith(".part") and len(seen) == 1 and list(tmp_path.iterdir()) == []
+    assert (
+        len(names) == 1
+        and names.pop().endswith(".part")
+        and len(seen) == 1
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 def test_download_mirrors_are_tried_in_order(server, tmp_path):
-    """A 404 and a wrong file move on to the next URL; those after the good one are not asked; all failing are all named."""
+    """A 404 and a wrong file move on to the next URL; those after the good one are not asked; all
+    failing are all named."""
     urls = [server.root + p for p in ("/missing", "/wrong", "/good", "/cut")]
     assert data.download(urls, GOOD_SHA, tmp_path / "a", timeout=5).read_bytes() == GOOD
     assert server.hits == ["/missing", "/wrong", "/good"]
@@ -119,7 +153,8 @@ def test_download_mirrors_are_tried_in_order(server, tmp_path):
 
 
 def test_download_offline_is_one_line(no_network, tmp_path):
-    """Without a network the message names URL, hash and path; a file placed by hand is then taken as it is."""
+    """Without a network the message names URL, hash and path; a file placed by hand is then taken
+    as it is."""
     path = tmp_path / "file.bin"
     line = error_line(data.download, "http://127.0.0.1:9/x", GOOD_SHA, path, timeout=1)
     assert "http://127.0.0.1:9/x" in line and GOOD_SHA in line and str(path) in line and no_network
@@ -128,7 +163,8 @@ def test_download_offline_is_one_line(no_network, tmp_path):
 
 
 def test_download_wrong_file_is_named_and_kept(no_network, tmp_path):
-    """A different file at the target is neither used nor overwritten, and no connection is tried."""
+    """A different file at the target is neither used nor overwritten, and no connection is
+    tried."""
     path = tmp_path / "file.bin"
     path.write_bytes(GOOD[1:])
     line = error_line(data.download, "http://127.0.0.1:9/x", GOOD_SHA, path)
@@ -139,25 +175,40 @@ def test_download_wrong_file_is_named_and_kept(no_network, tmp_path):
 def test_pinned_hashes_are_well_formed():
     """Every pinned corpus has a sha256 of 64 hex digits and only https URLs."""
     for name, (file, sha256, urls) in data.PINNED.items():
-        assert len(sha256) == 64 and int(sha256, 16) and file and urls and all(u.startswith("https://") for u in urls), name
+        assert (
+            len(sha256) == 64
+            and int(sha256, 16)
+            and file
+            and urls
+            and all(u.startswith("https://") for u in urls)
+        ), name
 
 
 # -- corpora and splits
 
-WIKI = (" \n = First = \n \n text one \n = = Part = = \n more \n = = = Sub = = = \n = = odd = \n"
-        " = Second title = \n \n two \n = Third = \n three")
+WIKI = (
+    " \n = First = \n \n text one \n = = Part = = \n more \n = = = Sub = = = \n = = odd = \n"
+    " = Second title = \n \n two \n = Third = \n three"
+)
 
 
 def test_split_text_wikitext_headings_cut_documents():
     """Only top-level headings cut; the blank line above the first belongs to the first document."""
     docs = data.split_text(WIKI)
-    assert [d.strip().split("\n")[0].strip() for d in docs] == ["= First =", "= Second title =", "= Third ="]
+    assert [d.strip().split("\n")[0].strip() for d in docs] == [
+        "= First =",
+        "= Second title =",
+        "= Third =",
+    ]
     assert "= = Part = =" in docs[0] and "= = = Sub = = =" in docs[0] and "".join(docs) == WIKI
 
 
 def test_split_text_blank_lines_make_long_pieces():
-    """Pieces are MIN_PIECE characters or more, end after a blank line, and are not needlessly long."""
-    paragraphs = [f"paragraph {i} " + "x" * (i * 37 % 501) + "\n" + "\n" * (1 + i % 3) for i in range(301)]
+    """Pieces are MIN_PIECE characters or more, end after a blank line, and are not needlessly
+    long."""
+    paragraphs = [
+        f"paragraph {i} " + "x" * (i * 37 % 501) + "\n" + "\n" * (1 + i % 3) for i in range(301)
+    ]
     docs = data.split_text("".join(paragraphs))
     assert "".join(docs) == "".join(paragraphs) and len(docs) > 5
     assert all(len(d) >= data.MIN_PIECE and d.endswith("\n\n") for d in docs)
@@ -165,10 +216,17 @@ def test_split_text_blank_lines_make_long_pieces():
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from(["\n", " ", "\r\n", " = A = ", " = = B = = ", "a", "\n\n", "é\n"]), max_size=41))
+@given(
+    st.lists(
+        st.sampled_from(["\n", " ", "\r\n", " = A = ", " = = B = = ", "a", "\n\n", "é\n"]),
+        max_size=41,
+    )
+)
 def test_split_text_loses_nothing(bits):
-    """Concatenating the documents gives any text back, and none is empty, for pieces of 5 characters and up."""
-    old, data.MIN_PIECE = data.MIN_PIECE, 5
+    """Concatenating the documents gives any text back, and none is empty, for pieces of 5
+    characters and up."""
+    old = data.MIN_PIECE
+    data.MIN_PIECE = 5
     try:
         docs = data.split_text("".join(bits))
     finally:
@@ -177,23 +235,32 @@ def test_split_text_loses_nothing(bits):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text(max_size=5), min_size=2, max_size=23).filter(lambda d: len(set(d)) > 1), st.sampled_from([0.01, 0.1, 0.5, 0.97]))
+@given(
+    st.lists(st.text(max_size=5), min_size=2, max_size=23).filter(lambda d: len(set(d)) > 1),
+    st.sampled_from([0.01, 0.1, 0.5, 0.97]),
+)
 def test_split_documents_never_shares_a_document(docs, fraction):
-    """Every document lands in exactly one part, copies together, both parts non-empty, in the original order."""
+    """Every document lands in exactly one part, copies together, both parts non-empty, in the
+    original order."""
     docs = [d or "-" for d in docs] + ["+"]
     train, val = data.split_documents(docs, fraction)
     assert train and val and not set(train) & set(val)
-    assert train == [d for d in docs if d in set(train)] and val == [d for d in docs if d in set(val)]
+    assert train == [d for d in docs if d in set(train)] and val == [
+        d for d in docs if d in set(val)
+    ]
     assert len(train) + len(val) == len(docs)
 
 
 def test_split_documents_depends_on_content_only():
-    """The choice survives reordering, and val has its share of the bytes and no more than one document above it."""
+    """The choice survives reordering, and val has its share of the bytes and no more than one
+    document above it."""
     docs = [f"document {i} " * (1 + i * i % 17) for i in range(101)]
     shuffled = random.Random(5).sample(docs, len(docs))
-    val, again = data.split_documents(docs, 0.2)[1], data.split_documents(shuffled, 0.2)[1]
+    val = data.split_documents(docs, 0.2)[1]
+    again = data.split_documents(shuffled, 0.2)[1]
     assert set(val) == set(again)
-    want, have = 0.2 * sum(map(len, docs)), sum(map(len, val))
+    want = 0.2 * sum(map(len, docs))
+    have = sum(map(len, val))
     assert want <= have < want + max(map(len, docs))
 
 
@@ -205,24 +272,47 @@ def test_split_documents_refuses_one_document(docs):
 
 @pytest.mark.parametrize("corpus", ["pydocs", "pycode"])
 def test_embedded_corpora_need_no_network(no_network, tmp_path, corpus):
-    """They are found, split and prepared with connect blocked, without a single attempt; both splits hold real text."""
-    cfg, tok = DataConfig(data_dir=str(tmp_path)), tokenizer.get_tokenizer("byte")
+    """They are found, split and prepared with connect blocked, without a single attempt; both
+    splits hold real text."""
+    cfg = DataConfig(data_dir=str(tmp_path))
+    tok = tokenizer.get_tokenizer("byte")
     if corpus == "pycode":  # its 10 MB are split once here; preparing is proved on pydocs
         parts = data.documents(corpus, cfg)
-        assert any("class OrderedDict" in d for d in parts["train"] + parts["val"]) and sum(map(len, parts["train"])) > 10 ** 6
+        assert (
+            any("class OrderedDict" in d for d in parts["train"] + parts["val"])
+            and sum(map(len, parts["train"])) > 10**6
+        )
     else:
-        made, parts = data.prepare(corpus, cfg, tok), data.documents(corpus, cfg)
+        made = data.prepare(corpus, cfg, tok)
+        parts = data.documents(corpus, cfg)
         for name, f in (("train", made.train), ("val", made.val)):
-            assert len(f) == sum(len(d.encode()) + 1 for d in parts[name]) and f.header["split"] == name
+            assert (
+                len(f) == sum(len(d.encode()) + 1 for d in parts[name])
+                and f.header["split"] == name
+            )
             assert tok.decode(f.ids) == "".join(parts[name])
     assert not set(parts["train"]) & set(parts["val"]) and not no_network
 
 
 def test_pycode_leaves_out_what_is_not_the_library(tmp_path, monkeypatch):
-    """Packages, tests, demos, generated and undecodable files are left out; the rest comes sorted by path."""
+    """Packages, tests, demos, generated and undecodable files are left out; the rest comes sorted
+    by path."""
     keep = {"b.py": "b", "a/z.py": "z", "a/b/c.py": "c", "a.py": "top"}
-    drop = ["site-packages/p.py", "dist-packages/p.py", "test/t.py", "a/tests/t.py", "idlelib/i.py", "lib2to3/l.py", "turtledemo/t.py",
-            "ensurepip/e.py", "config-3.99-x/c.py", "pydoc_data/topics.py", "a/__pycache__/x.py", "_sysconfigdata__x.py", "notes.txt"]
+    drop = [
+        "site-packages/p.py",
+        "dist-packages/p.py",
+        "test/t.py",
+        "a/tests/t.py",
+        "idlelib/i.py",
+        "lib2to3/l.py",
+        "turtledemo/t.py",
+        "ensurepip/e.py",
+        "config-3.99-x/c.py",
+        "pydoc_data/topics.py",
+        "a/__pycache__/x.py",
+        "_sysconfigdata__x.py",
+        "notes.txt",
+    ]
     for name, text in {**keep, **dict.fromkeys(drop, "DROP"), "empty.py": ""}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -234,9 +324,16 @@ def test_pycode_leaves_out_what_is_not_the_library(tmp_path, monkeypatch):
 
 
 def test_text_folder_is_sorted_and_file_is_split(tmp_path):
-    """A folder gives one document per file in path order, hidden and empty ones left out; a file's bytes survive the splitting."""
+    """A folder gives one document per file in path order, hidden and empty ones left out; a file's
+    bytes survive the splitting."""
     (tmp_path / "sub").mkdir()
-    for name, text in {"b.txt": "bb", "a.txt": "aa", "sub/c.txt": "cc", ".hidden": "no", "empty": ""}.items():
+    for name, text in {
+        "b.txt": "bb",
+        "a.txt": "aa",
+        "sub/c.txt": "cc",
+        ".hidden": "no",
+        "empty": "",
+    }.items():
         (tmp_path / name).write_text(text)
     assert data._text(str(tmp_path)) == ["aa", "bb", "cc"]
     text = ("line é\r\n" * 701 + "\r\n") * 5
@@ -245,8 +342,17 @@ def test_text_folder_is_sorted_and_file_is_split(tmp_path):
     assert len(docs) > 1 and "".join(docs) == text
 
 
-@pytest.mark.parametrize("kind, says", [("missing", "no such file"), ("empty", "holds no text"), ("folder", "holds no text"),
-                                        ("latin", "UTF-8"), ("short", "give more files"), ("name", "choose one")])
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("missing", "no such file"),
+        ("empty", "holds no text"),
+        ("folder", "holds no text"),
+        ("latin", "UTF-8"),
+        ("short", "give more files"),
+        ("name", "choose one"),
+    ],
+)
 def test_text_bad_path_is_one_line(tmp_path, kind, says):
     """Missing, empty, undecodable, too short and unknown corpora are told in one line."""
     (tmp_path / "empty").touch()
@@ -254,12 +360,15 @@ def test_text_bad_path_is_one_line(tmp_path, kind, says):
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     (tmp_path / "short").write_text("one document only")
     name = "texts" if kind == "name" else f"text:{tmp_path / kind}"
-    line = error_line(data.prepare, name, DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer())
+    line = error_line(
+        data.prepare, name, DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
+    )
     assert says in line and (name.removeprefix("text:") in line or kind == "short")
 
 
 def test_wikitext_official_files_are_the_splits(server, tmp_path, monkeypatch):
-    """train, val and test are the archive's own files, nothing else is written, and ready token files need no archive."""
+    """train, val and test are the archive's own files, nothing else is written, and ready token
+    files need no archive."""
     archive = tmp_path / "made.zip"
     with zipfile.ZipFile(archive, "w") as z:
         for part, file in (("train", "train"), ("val", "valid"), ("test", "test")):
@@ -268,48 +377,90 @@ def test_wikitext_official_files_are_the_splits(server, tmp_path, monkeypatch):
     server.extra["/w.zip"] = archive.read_bytes()
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
     monkeypatch.setitem(data.PINNED, "wikitext2", ("w.zip", sha256, (server.root + "/w.zip",)))
-    cfg, tok = DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
-    made, parts = data.prepare("wikitext2", cfg, tok), data.documents("wikitext2", cfg)
+    cfg = DataConfig(data_dir=str(tmp_path / "cache"))
+    tok = tokenizer.ByteTokenizer()
+    made = data.prepare("wikitext2", cfg, tok)
+    parts = data.documents("wikitext2", cfg)
     whole = {s: WIKI.replace("text one", s) for s in ("train", "val", "test")}
     assert {s: "".join(d) for s, d in parts.items()} == whole | {"all": "".join(whole.values())}
-    assert tok.decode(made.train.ids) == "".join(parts["train"]) and tok.decode(made.val.ids) == "".join(parts["val"])
+    assert tok.decode(made.train.ids) == "".join(parts["train"]) and tok.decode(
+        made.val.ids
+    ) == "".join(parts["val"])
     assert list(made.val.ids).count(tok.eot) == 3 == len(parts["val"])
     assert not (tmp_path / "escape.txt").exists() and len(list((tmp_path / "cache").iterdir())) == 3
-    test, = data.prepare_splits("wikitext2", cfg, tok, ["test"])
+    (test,) = data.prepare_splits("wikitext2", cfg, tok, ["test"])
     assert tok.decode(test.ids) == "".join(parts["test"])
-    assert data.prepare("wikitext2", DataConfig(data_dir=cfg.data_dir, detokenize=True), tok).val.path != made.val.path  # though the pin is one
+    # though the pin is one
+    assert (
+        data.prepare("wikitext2", DataConfig(data_dir=cfg.data_dir, detokenize=True), tok).val.path
+        != made.val.path
+    )
     (tmp_path / "cache" / "w.zip").unlink()
-    assert data.prepare("wikitext2", cfg, tok).val.path == made.val.path and server.hits == ["/w.zip"]
+    assert data.prepare("wikitext2", cfg, tok).val.path == made.val.path and server.hits == [
+        "/w.zip"
+    ]
 
 
 # -- token files
 
+
 class Numbers:
     """A stand-in tokenizer of any vocabulary size."""
-    name, eot = "numbers", 0
+
+    name = "numbers"
+    eot = 0
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
 
 
-@pytest.mark.parametrize("vocab, dtype, size", [(256, "uint8", 1), (257, "uint16", 2), (65536, "uint16", 2), (65537, "uint32", 4)])
+@pytest.mark.parametrize(
+    "vocab, dtype, size",
+    [(256, "uint8", 1), (257, "uint16", 2), (65536, "uint16", 2), (65537, "uint32", 4)],
+)
 def test_token_file_layout(tmp_path, vocab, dtype, size):
-    """4096 bytes of magic and JSON, then little-endian ids of the smallest type that holds the vocabulary, mapped read-only."""
-    ids, path = np.arange(1, 1004, 7) % vocab, tmp_path / "x.tok"
+    """4096 bytes of magic and JSON, then little-endian ids of the smallest type that holds the
+    vocabulary, mapped read-only."""
+    ids = np.arange(1, 1004, 7) % vocab
+    path = tmp_path / "x.tok"
     ids[5] = vocab - 1
     data.write_tokens(path, ids, Numbers(vocab), "a corpus", "train")
-    raw, f = path.read_bytes(), data.open_tokens(path, Numbers(vocab))
-    assert raw.startswith(b"subtoken tokens 1\n") and len(raw) == 4096 + size * len(ids) and raw[4095:4096] == b" "
+    raw = path.read_bytes()
+    f = data.open_tokens(path, Numbers(vocab))
+    assert (
+        raw.startswith(b"subtoken tokens 1\n")
+        and len(raw) == 4096 + size * len(ids)
+        and raw[4095:4096] == b" "
+    )
     assert raw[4096:] == b"".join(int(i).to_bytes(size, "little") for i in ids)
-    assert json.loads(raw[18:4096]) == f.header == dict(dtype=dtype, tokenizer="numbers", vocab_size=vocab, eot=0, count=len(ids),
-                                                        sha256=hashlib.sha256(raw[4096:]).hexdigest(), corpus="a corpus", split="train")
-    assert isinstance(f.ids, np.memmap) and not f.ids.flags.writeable and np.array_equal(f.ids, ids) and len(f) == len(ids)
+    assert (
+        json.loads(raw[18:4096])
+        == f.header
+        == dict(
+            dtype=dtype,
+            tokenizer="numbers",
+            vocab_size=vocab,
+            eot=0,
+            count=len(ids),
+            sha256=hashlib.sha256(raw[4096:]).hexdigest(),
+            corpus="a corpus",
+            split="train",
+        )
+    )
+    assert (
+        isinstance(f.ids, np.memmap)
+        and not f.ids.flags.writeable
+        and np.array_equal(f.ids, ids)
+        and len(f) == len(ids)
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["x.tok"]
 
 
 def test_token_file_in_pieces_equals_whole(tmp_path):
-    """An iterator of pieces gives the same bytes as one array; a failing one leaves the old file and nothing else."""
-    ids, tok = list(range(1, 252)), Numbers(256)
+    """An iterator of pieces gives the same bytes as one array; a failing one leaves the old file
+    and nothing else."""
+    ids = list(range(1, 252))
+    tok = Numbers(256)
     data.write_tokens(tmp_path / "a", ids, tok)
     data.write_tokens(tmp_path / "b", iter([ids[:13], np.array(ids[13:14]), [], ids[14:]]), tok)
     before = (tmp_path / "a").read_bytes()
@@ -320,14 +471,16 @@ def test_token_file_in_pieces_equals_whole(tmp_path):
 
 
 def test_open_tokens_damaged_file_is_named(tmp_path):
-    """One flipped byte of the payload, or the file cut or grown anywhere, is refused with its name and what to do."""
-    path, tok = tmp_path / "x.tok", tokenizer.ByteTokenizer()
+    """One flipped byte of the payload, or the file cut or grown anywhere, is refused with its name
+    and what to do."""
+    path = tmp_path / "x.tok"
+    tok = tokenizer.ByteTokenizer()
     data.write_tokens(path, [i % 257 for i in range(503)], tok)
     raw = path.read_bytes()
     assert len(data.open_tokens(path, tok)) == 503
     damaged = [raw[:n] for n in (0, 7, 18, 99, 4095, 4096, 4097, len(raw) - 1)] + [raw + b"\0"]
     for at in (0, 3, 19, 30, 4096, 4097, 4600, len(raw) - 1):
-        damaged.append(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1:])
+        damaged.append(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
     for changed in damaged:
         path.write_bytes(changed)
         line = error_line(data.open_tokens, path, tok)
@@ -336,12 +489,30 @@ def test_open_tokens_damaged_file_is_named(tmp_path):
     assert str(path) in error_line(data.open_tokens, path, tok)
 
 
-@pytest.mark.parametrize("change", [dict(dtype="float8"), dict(dtype="uint32"), dict(dtype=7), dict(count=502), dict(count=0),
-                                    dict(count=-1), dict(count="503"), dict(count=True), dict(tokenizer="gpt2"), dict(vocab_size=256),
-                                    dict(eot=3), dict(sha256="0" * 64), dict(more=1)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(dtype="float8"),
+        dict(dtype="uint32"),
+        dict(dtype=7),
+        dict(count=502),
+        dict(count=0),
+        dict(count=-1),
+        dict(count="503"),
+        dict(count=True),
+        dict(tokenizer="gpt2"),
+        dict(vocab_size=256),
+        dict(eot=3),
+        dict(sha256="0" * 64),
+        dict(more=1),
+    ],
+    ids=str,
+)
 def test_open_tokens_header_is_checked(tmp_path, change):
-    """Every field that decides how the payload is read is checked against file and tokenizer; the file is named."""
-    path, tok = tmp_path / "x.tok", tokenizer.ByteTokenizer()
+    """Every field that decides how the payload is read is checked against file and tokenizer; the
+    file is named."""
+    path = tmp_path / "x.tok"
+    tok = tokenizer.ByteTokenizer()
     data.write_tokens(path, [i % 257 for i in range(503)], tok)
     raw = path.read_bytes()
     header = json.loads(raw[18:4096]) | change
@@ -352,7 +523,8 @@ def test_open_tokens_header_is_checked(tmp_path, change):
 
 def test_open_tokens_id_too_large_is_refused(tmp_path):
     """An id outside the vocabulary is found even where hash and header agree with the payload."""
-    path, tok = tmp_path / "x.tok", tokenizer.ByteTokenizer()
+    path = tmp_path / "x.tok"
+    tok = tokenizer.ByteTokenizer()
     data.write_tokens(path, [5, 299, 7], Numbers(301))
     raw = path.read_bytes()
     header = json.loads(raw[18:4096]) | dict(tokenizer="byte", vocab_size=257, eot=256)
@@ -362,7 +534,8 @@ def test_open_tokens_id_too_large_is_refused(tmp_path):
 
 
 def test_open_tokens_wrong_tokenizer_is_refused(tmp_path):
-    """A file of another tokenizer, or of another vocabulary of the same name, is refused and both are named."""
+    """A file of another tokenizer, or of another vocabulary of the same name, is refused and both
+    are named."""
     path = data.write_tokens(tmp_path / "x.tok", [1, 2, 3], Numbers(256))
     line = error_line(data.open_tokens, path, tokenizer.ByteTokenizer())
     assert "numbers" in line and "byte" in line
@@ -377,63 +550,98 @@ def text_corpus(folder, n=9):
 
 
 def test_prepare_is_cached_and_never_stale(tmp_path):
-    """The same corpus is not built twice; another text, tokenizer, pattern or val_fraction gets files of its own."""
-    corpus, cfg = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache"))
+    """The same corpus is not built twice; another text, tokenizer, pattern or val_fraction gets
+    files of its own."""
+    corpus = text_corpus(tmp_path / "t")
+    cfg = DataConfig(data_dir=str(tmp_path / "cache"))
     tok = tokenizer.ByteTokenizer()
     first = data.prepare(corpus, cfg, tok)
     stamp = first.train.path.stat().st_mtime_ns, first.train.path.stat().st_ino
     again = data.prepare(corpus, cfg, tok)
-    assert (again.train.path.stat().st_mtime_ns, again.train.path.stat().st_ino) == stamp and again.train.path == first.train.path
+    assert (
+        again.train.path.stat().st_mtime_ns,
+        again.train.path.stat().st_ino,
+    ) == stamp and again.train.path == first.train.path
     seen = {first.train.path}
-    for c, t in ((cfg, tokenizer.TiktokenTokenizer(tiny_encoding())), (cfg, tokenizer.TiktokenTokenizer(tiny_encoding(pattern=r"\w|\W"))),
-                 (DataConfig(data_dir=cfg.data_dir, val_fraction=0.5), tok)):
+    for c, t in (
+        (cfg, tokenizer.TiktokenTokenizer(tiny_encoding())),
+        (cfg, tokenizer.TiktokenTokenizer(tiny_encoding(pattern=r"\w|\W"))),
+        (DataConfig(data_dir=cfg.data_dir, val_fraction=0.5), tok),
+    ):
         seen.add(data.prepare(corpus, c, t).train.path)
     (tmp_path / "t" / "3.txt").write_text("changed " * 31)
     changed = data.prepare(corpus, cfg, tok)
     seen.add(changed.train.path)
-    assert len(seen) == 5 and "changed" in tok.decode(changed.train.ids) + tok.decode(changed.val.ids)
+    assert len(seen) == 5 and "changed" in tok.decode(changed.train.ids) + tok.decode(
+        changed.val.ids
+    )
     assert all(f.ids[-1] == tok.eot for f in (changed.train, changed.val))
     assert sum(int((f.ids == tok.eot).sum()) for f in (changed.train, changed.val)) == 9
 
 
 def test_detokenize_undoes_wikitext_spacing():
-    """Hyphens and marks inside numbers lose their '@', punctuation joins the word before it, brackets close, unknown words are X; text
-    without such spacing stays as it is, and doing it twice changes nothing more."""
-    pairs = {"a well @-@ known 1 @,@ 234 @.@ 5": "a well-known 1,234.5", "one , two ; three : four .": "one, two; three: four.",
-             "( in brackets )": "(in brackets)", "Valkyria 's": "Valkyria's", "the <unk> of <unk>": "the X of X", 'he said " yes "': 'he said" yes"',
-             " = Title = \n": " = Title = \n", "def f(x): return x - 1": "def f(x): return x - 1", "a 's' b": "a's' b", "": ""}
+    """Hyphens and marks inside numbers lose their '@', punctuation joins the word before it,
+    brackets close, unknown words are X; text without such spacing stays as it is, and doing it
+    twice changes nothing more."""
+    pairs = {
+        "a well @-@ known 1 @,@ 234 @.@ 5": "a well-known 1,234.5",
+        "one , two ; three : four .": "one, two; three: four.",
+        "( in brackets )": "(in brackets)",
+        "Valkyria 's": "Valkyria's",
+        "the <unk> of <unk>": "the X of X",
+        'he said " yes "': 'he said" yes"',
+        " = Title = \n": " = Title = \n",
+        "def f(x): return x - 1": "def f(x): return x - 1",
+        "a 's' b": "a's' b",
+        "": "",
+    }
     for before, after in pairs.items():
         assert data.detokenize(before) == after == data.detokenize(after)
 
 
 def test_prepare_splits_all_and_what_a_corpus_lacks(tmp_path):
-    """`all` is every document once, in the corpus's order; a text has no `test`, which is said in one line and leaves no file."""
-    corpus, cfg, tok = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
+    """`all` is every document once, in the corpus's order; a text has no `test`, which is said in
+    one line and leaves no file."""
+    corpus = text_corpus(tmp_path / "t")
+    cfg = DataConfig(data_dir=str(tmp_path / "cache"))
+    tok = tokenizer.ByteTokenizer()
     line = error_line(data.prepare_splits, corpus, cfg, tok, ["test"])
-    assert "split='test'" in line and "it has train, val, all" in line and not (tmp_path / "cache").exists()
+    assert (
+        "split='test'" in line
+        and "it has train, val, all" in line
+        and not (tmp_path / "cache").exists()
+    )
     everything, val = data.prepare_splits(corpus, cfg, tok, ["all", "val"])
-    assert tok.decode(everything.ids) == "".join((tmp_path / "t" / f"{i}.txt").read_text() for i in range(9))
-    assert (everything.header["split"], val.header["split"]) == ("all", "val") and int((everything.ids == tok.eot).sum()) == 9
+    assert tok.decode(everything.ids) == "".join(
+        (tmp_path / "t" / f"{i}.txt").read_text() for i in range(9)
+    )
+    assert (everything.header["split"], val.header["split"]) == ("all", "val") and int(
+        (everything.ids == tok.eot).sum()
+    ) == 9
     made = data.prepare(corpus, cfg, tok)
     assert val.path == made.val.path and len(made.train) + len(made.val) == len(everything)
 
 
 def test_bos_begins_every_document_and_detokenize_its_own_file(tmp_path):
-    """A tokenizer with a bos puts it before every document, and the end token after it; bos and --detokenize each name another file,
-    and --detokenize changes the text that becomes tokens, not which document is held out."""
+    """A tokenizer with a bos puts it before every document, and the end token after it; bos and
+    --detokenize each name another file, and --detokenize changes the text that becomes tokens, not
+    which document is held out."""
     (tmp_path / "t").mkdir()
     for i in range(9):
         (tmp_path / "t" / f"{i}.txt").write_text(f"hello {i} , " * (20 + i))
-    corpus, tok = f"text:{tmp_path / 't'}", tokenizer.TiktokenTokenizer(tiny_encoding())
+    corpus = f"text:{tmp_path / 't'}"
+    tok = tokenizer.TiktokenTokenizer(tiny_encoding())
     with_bos = tokenizer.TiktokenTokenizer(tiny_encoding(), bos=104)
     cfg = DataConfig(data_dir=str(tmp_path / "cache"))
-    plain, begun = data.prepare(corpus, cfg, tok), data.prepare(corpus, cfg, with_bos)
+    plain = data.prepare(corpus, cfg, tok)
+    begun = data.prepare(corpus, cfg, with_bos)
     typed = data.prepare(corpus, DataConfig(data_dir=cfg.data_dir, detokenize=True), tok)
     assert len({f.path for c in (plain, begun, typed) for f in (c.train, c.val)}) == 6
 
     def documents(ids):
         cuts = [-1, *np.flatnonzero(ids == tok.eot)]
-        return [ids[a + 1:b].tolist() for a, b in itertools.pairwise(cuts)]
+        return [ids[a + 1 : b].tolist() for a, b in itertools.pairwise(cuts)]
+
     for split in ("train", "val"):
         bare, longer, short = (documents(getattr(c, split).ids) for c in (plain, begun, typed))
         assert longer == [[104, *d] for d in bare] and len(short) == len(bare) > 0
@@ -441,18 +649,30 @@ def test_bos_begins_every_document_and_detokenize_its_own_file(tmp_path):
 
 
 def test_prepare_val_fraction_is_part_of_the_name(tmp_path):
-    """Where train comes before val in the folder, any cut leaves the same documents in the same order: still another file."""
-    texts = sorted((f"text {i}" for i in range(9)), key=lambda t: hashlib.sha256(t.encode()).digest(), reverse=True)
+    """Where train comes before val in the folder, any cut leaves the same documents in the same
+    order: still another file."""
+    texts = sorted(
+        (f"text {i}" for i in range(9)),
+        key=lambda t: hashlib.sha256(t.encode()).digest(),
+        reverse=True,
+    )
     for i, t in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(t)
     for fraction, n in ((0.1, 1), (0.5, 5)):
-        made = data.prepare(f"text:{tmp_path}", DataConfig(data_dir=str(tmp_path / ".cache"), val_fraction=fraction), tokenizer.ByteTokenizer())
+        made = data.prepare(
+            f"text:{tmp_path}",
+            DataConfig(data_dir=str(tmp_path / ".cache"), val_fraction=fraction),
+            tokenizer.ByteTokenizer(),
+        )
         assert int((made.val.ids == 256).sum()) == n and int((made.train.ids == 256).sum()) == 9 - n
 
 
 def test_prepare_damaged_cache_is_named_then_rebuilt(tmp_path):
-    """A damaged cached file stops the run with its name; deleted, it is built again with the same bytes."""
-    corpus, cfg, tok = text_corpus(tmp_path / "t"), DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
+    """A damaged cached file stops the run with its name; deleted, it is built again with the same
+    bytes."""
+    corpus = text_corpus(tmp_path / "t")
+    cfg = DataConfig(data_dir=str(tmp_path / "cache"))
+    tok = tokenizer.ByteTokenizer()
     path = data.prepare(corpus, cfg, tok).val.path
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-2] ^ 2]))
@@ -462,13 +682,18 @@ def test_prepare_damaged_cache_is_named_then_rebuilt(tmp_path):
 
 
 def test_prepare_at_the_same_time_is_safe(tmp_path):
-    """Eight simultaneous preparations all see whole files, equal ones, and leave no temporary file."""
-    corpus, cfg, tok = text_corpus(tmp_path / "t", 23), DataConfig(data_dir=str(tmp_path / "cache")), tokenizer.ByteTokenizer()
-    start, out = threading.Barrier(8), []
+    """Eight simultaneous preparations all see whole files, equal ones, and leave no temporary
+    file."""
+    corpus = text_corpus(tmp_path / "t", 23)
+    cfg = DataConfig(data_dir=str(tmp_path / "cache"))
+    tok = tokenizer.ByteTokenizer()
+    start = threading.Barrier(8)
+    out = []
 
     def work():
         start.wait()
         out.append(hashlib.sha256(data.prepare(corpus, cfg, tok).train.ids).hexdigest())
+
     threads = [threading.Thread(target=work) for _ in range(8)]
     for t in threads:
         t.start()
@@ -478,7 +703,8 @@ def test_prepare_at_the_same_time_is_safe(tmp_path):
 
 
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
-    """data_dir wins, then $XDG_CACHE_HOME, then ~/.cache; a folder that cannot be written is one line."""
+    """data_dir wins, then $XDG_CACHE_HOME, then ~/.cache; a folder that cannot be written is one
+    line."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert data.cache_dir(DataConfig(data_dir=str(tmp_path))) == tmp_path
@@ -487,7 +713,9 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert data.cache_dir(DataConfig()) == tmp_path / "home" / ".cache" / "subtoken"
     (tmp_path / "file").touch()
     cfg = DataConfig(data_dir=str(tmp_path / "file" / "under"))
-    assert "--data_dir" in error_line(data.prepare, text_corpus(tmp_path / "t"), cfg, tokenizer.ByteTokenizer())
+    assert "--data_dir" in error_line(
+        data.prepare, text_corpus(tmp_path / "t"), cfg, tokenizer.ByteTokenizer()
+    )
 
 
 # -- batches
@@ -496,10 +724,17 @@ IDS = np.arange(1009, dtype=np.uint16)  # each id is its own position
 
 
 def test_batch_is_pure():
-    """Equal calls give equal batches whatever was called between; seed, split and step each change them."""
+    """Equal calls give equal batches whatever was called between; seed, split and step each change
+    them."""
+
     def get(*key):
         return data.batch(IDS, *key, batch_size=7, block_size=31)
-    keys = [("train", s, t) for s in (0, 1) for t in range(5)] + [("val", 0, 0), ("train", 12, 3), ("train", 1, 23)]
+
+    keys = [("train", s, t) for s in (0, 1) for t in range(5)] + [
+        ("val", 0, 0),
+        ("train", 12, 3),
+        ("train", 1, 23),
+    ]
     forward = {k: get(*k) for k in keys}
     np.random.seed(0)
     torch.manual_seed(0)
@@ -510,27 +745,37 @@ def test_batch_is_pure():
 
 
 def test_batch_is_windows_shifted_by_one():
-    """x and y are int64 (b, T), consecutive tokens, y one ahead; starts reach the first and last place and no further."""
+    """x and y are int64 (b, T), consecutive tokens, y one ahead; starts reach the first and last
+    place and no further."""
     firsts = set()
     for step in range(41):
         x, y = data.batch(IDS[:23], "train", 3, step, batch_size=13, block_size=19)
-        assert x.shape == y.shape == (13, 19) and x.dtype == y.dtype == torch.int64 and x.is_contiguous() and y.is_contiguous()
+        assert (
+            x.shape == y.shape == (13, 19)
+            and x.dtype == y.dtype == torch.int64
+            and x.is_contiguous()
+            and y.is_contiguous()
+        )
         assert torch.equal(y, x + 1) and torch.equal(x, x[:, :1] + torch.arange(19))
         firsts |= set(x[:, 0].tolist())
     assert firsts == {0, 1, 2, 3}
 
 
 def test_batch_stream_is_pinned():
-    """The starts are those of this version on every machine: a resumed run sees the batches the unbroken one would."""
+    """The starts are those of this version on every machine: a resumed run sees the batches the
+    unbroken one would."""
     assert data.batch(IDS, "train", 1337, 5, 5, 11)[0][:, 0].tolist() == [94, 580, 835, 339, 728]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 11])
 def test_batch_ranks_make_up_the_global_batch(world):
-    """Slices of all ranks concatenate to the one-rank batch, sizes differ by one at most, and empty ones keep their shape."""
+    """Slices of all ranks concatenate to the one-rank batch, sizes differ by one at most, and empty
+    ones keep their shape."""
     x, y = data.batch(IDS, "train", 1, 2, batch_size=7, block_size=13)
     parts = [data.batch(IDS, "train", 1, 2, 7, 13, rank, world) for rank in range(world)]
-    assert torch.equal(torch.cat([p[0] for p in parts]), x) and torch.equal(torch.cat([p[1] for p in parts]), y)
+    assert torch.equal(torch.cat([p[0] for p in parts]), x) and torch.equal(
+        torch.cat([p[1] for p in parts]), y
+    )
     assert [len(p[0]) for p in parts] == [len(a) for a in np.array_split(np.arange(7), world)]
     assert all(p[0].shape[1] == 13 and p[0].dtype == torch.int64 for p in parts)
 
@@ -538,28 +783,56 @@ def test_batch_ranks_make_up_the_global_batch(world):
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 500])
 @pytest.mark.parametrize("length", [12, 13, 23, 24, 1009])
 def test_sequential_windows_do_not_overlap(n, length):
-    """Deterministic, evenly spaced, no target counted twice, as many as asked or fit, from the first token to the last."""
+    """Deterministic, evenly spaced, no target counted twice, as many as asked or fit, from the
+    first token to the last."""
     x, y = data.sequential(IDS[:length], n, 11)
-    assert len(x) == min(n, (length - 1) // 11) >= 1 and torch.equal(y, x + 1) and x.dtype == torch.int64
-    assert len(set(y.flatten().tolist())) == y.numel() and x[0, 0] == 0 and (len(x) == 1 or y[-1, -1] == length - 1)
+    assert (
+        len(x) == min(n, (length - 1) // 11) >= 1
+        and torch.equal(y, x + 1)
+        and x.dtype == torch.int64
+    )
+    assert (
+        len(set(y.flatten().tolist())) == y.numel()
+        and x[0, 0] == 0
+        and (len(x) == 1 or y[-1, -1] == length - 1)
+    )
     gaps = (x[1:, 0] - x[:-1, 0]).tolist()
     assert not gaps or (min(gaps) >= 11 and max(gaps) - min(gaps) <= 1)
     assert torch.equal(x, data.sequential(IDS[:length], n, 11)[0])
 
 
 def test_short_corpus_is_refused_before_training(tmp_path):
-    """block_size tokens are one too few: count, context and remedy are named; one more token is enough."""
-    f = data.open_tokens(data.write_tokens(tmp_path / "x", range(1, 18), Numbers(256), "text:x", "val"), Numbers(256))
-    for call in (lambda: data.check_length(f, 17), lambda: data.batch(f, "val", 0, 0, 3, 17), lambda: data.sequential(f, 3, 17)):
+    """block_size tokens are one too few: count, context and remedy are named; one more token is
+    enough."""
+    f = data.open_tokens(
+        data.write_tokens(tmp_path / "x", range(1, 18), Numbers(256), "text:x", "val"), Numbers(256)
+    )
+    for call in (
+        lambda: data.check_length(f, 17),
+        lambda: data.batch(f, "val", 0, 0, 3, 17),
+        lambda: data.sequential(f, 3, 17),
+    ):
         line = error_line(call)
-        assert "17 tokens" in line and "block_size=17" in line and "text:x" in line and "--block_size" in line
+        assert (
+            "17 tokens" in line
+            and "block_size=17" in line
+            and "text:x" in line
+            and "--block_size" in line
+        )
     data.check_length(f, 16)
-    assert data.batch(f, "val", 0, 0, 3, 16)[1][:, -1].tolist() == [17] * 3 and len(data.sequential(f, 3, 16)[0]) == 1
+    assert (
+        data.batch(f, "val", 0, 0, 3, 16)[1][:, -1].tolist() == [17] * 3
+        and len(data.sequential(f, 3, 16)[0]) == 1
+    )
 
 
 def test_batch_bad_numbers_are_refused():
     """A batch, window count, rank or context outside its range is one line."""
-    for call in (lambda: data.batch(IDS, "train", 0, 0, 0, 5), lambda: data.batch(IDS, "train", 0, 0, 3, 5, 2, 2),
-                 lambda: data.batch(IDS, "train", 0, 0, 3, 5, -1, 2), lambda: data.sequential(IDS, 0, 5),
-                 lambda: data.check_length(IDS, 0)):
+    for call in (
+        lambda: data.batch(IDS, "train", 0, 0, 0, 5),
+        lambda: data.batch(IDS, "train", 0, 0, 3, 5, 2, 2),
+        lambda: data.batch(IDS, "train", 0, 0, 3, 5, -1, 2),
+        lambda: data.sequential(IDS, 0, 5),
+        lambda: data.check_length(IDS, 0),
+    ):
         error_line(call)

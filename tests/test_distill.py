@@ -1,4 +1,6 @@
-"""Learned value bases: what distillation measures, trains and leaves alone, and that a trained run is stored and resumed as it was."""
+"""Learned value bases: what distillation measures, trains and leaves alone, and that a trained run
+is stored and resumed as it was."""
+
 from __future__ import annotations
 
 import math
@@ -8,7 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import adapt_arguments, arguments, assert_equal, before_step, copies, losses, rows_without_time, tensors
+from runs import (
+    adapt_arguments,
+    arguments,
+    assert_equal,
+    before_step,
+    copies,
+    losses,
+    rows_without_time,
+    tensors,
+)
 
 import checkpoint
 import data
@@ -23,21 +34,42 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 @pytest.fixture(scope="module")
 def base(base, tmp_path_factory) -> Path:
-    """The pretrained stage with random weights so large that its predictions depend on what attention reads."""
-    c, stage, g = checkpoint.load(train.find_checkpoint(base)), tmp_path_factory.mktemp("sharp") / "pretrain", torch.Generator().manual_seed(0)
-    sharp = {k: torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5 if t.ndim == 2 else t for k, t in c.tensors["model"].items()}
-    checkpoint.save(stage, checkpoint.step_name(c.step), step=c.step, tensors={"model": sharp}, config=c.config)
+    """The pretrained stage with random weights so large that its predictions depend on what
+    attention reads."""
+    c = checkpoint.load(train.find_checkpoint(base))
+    stage = tmp_path_factory.mktemp("sharp") / "pretrain"
+    g = torch.Generator().manual_seed(0)
+    sharp = {
+        k: torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5 if t.ndim == 2 else t
+        for k, t in c.tensors["model"].items()
+    }
+    checkpoint.save(
+        stage, checkpoint.step_name(c.step), step=c.step, tensors={"model": sharp}, config=c.config
+    )
     return stage
 
 
 @pytest.fixture
 def distill_stage(tmp_path, text, base):
-    """distill_stage(*flags): a stage that distils the value basis of the base, and its TrainConfig."""
+    """distill_stage(*flags): a stage that distils the value basis of the base, and its
+    TrainConfig."""
+
     def make(*flags):
-        args, w = adapt_arguments(tmp_path / "stage", text, base, *DISTILL, *flags), trainer.World(0, 1, torch.device("cpu"))
-        stage = train.adapt_stage(args, tmp_path / "stage", w, train.load_base(args, base, w.device), args.adapter, args.kv, 0, "s")
+        args = adapt_arguments(tmp_path / "stage", text, base, *DISTILL, *flags)
+        w = trainer.World(0, 1, torch.device("cpu"))
+        stage = train.adapt_stage(
+            args,
+            tmp_path / "stage",
+            w,
+            train.load_base(args, base, w.device),
+            args.adapter,
+            args.kv,
+            0,
+            "s",
+        )
         stage.model.train()
         return stage, args.train
+
     return make
 
 
@@ -45,22 +77,33 @@ def batch_of(stage) -> torch.Tensor:
     return data.batch(stage.corpus.train, "train", 0, 0, 5, stage.window)[0]
 
 
-@pytest.mark.parametrize("flags", [["--kv_tail=0"], ["--value_basis=pca", "--n_groups=8", "--topk_groups=1", "--reconstructor=pairwise"]],
-                         ids=["zero", "pairwise"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--kv_tail=0"],
+        ["--value_basis=pca", "--n_groups=8", "--topk_groups=1", "--reconstructor=pairwise"],
+    ],
+    ids=["zero", "pairwise"],
+)
 def test_distillation_loss_is_the_divergence_from_the_base(flags, distill_stage, base):
-    """The loss is the mean over tokens of sum p (log p - log q) with p the untouched base's predictions and q those of routed values,
-    summed here one token at a time in float64."""
+    """The loss is the mean over tokens of sum p (log p - log q) with p the untouched base's
+    predictions and q those of routed values, summed here one token at a time in float64."""
     stage, _ = distill_stage(*flags)
     x = batch_of(stage)
     got = trainer.distillation_loss(stage, stage.model, x).item()
     with torch.no_grad():
         p, q = (m(x).double().softmax(-1) for m in (load_run(base).model, stage.model.eval()))
-    terms = [sum(float(a * (a.log() - b.log())) for a, b in zip(p[i, t], q[i, t], strict=True)) for i in range(len(x)) for t in range(x.size(1))]
+    terms = [
+        sum(float(a * (a.log() - b.log())) for a, b in zip(p[i, t], q[i, t], strict=True))
+        for i in range(len(x))
+        for t in range(x.size(1))
+    ]
     assert got == pytest.approx(sum(terms) / len(terms), rel=1e-3) and got > 1e-4
 
 
 def test_distillation_loss_is_zero_when_nothing_is_dropped(distill_stage):
-    """K = S: exactly zero, whatever the maps have become; every token in the dense tail: zero to float64's rounding; else not zero."""
+    """K = S: exactly zero, whatever the maps have become; every token in the dense tail: zero to
+    float64's rounding; else not zero."""
     for flags, most in (([], 0.0), (["--kv_tail=32"], 1e-13), (["--kv_tail=31"], math.inf)):
         stage, _ = distill_stage(*flags)
         if not flags:
@@ -74,35 +117,53 @@ def test_distillation_loss_is_zero_when_nothing_is_dropped(distill_stage):
 
 
 def test_distillation_reaches_the_maps_only(distill_stage):
-    """Trained are enc and dec of every layer and nothing else; each gets a gradient, a base weight none, and the teacher passes none:
-    it equals that of the divergence from predictions computed beforehand."""
+    """Trained are enc and dec of every layer and nothing else; each gets a gradient, a base weight
+    none, and the teacher passes none: it equals that of the divergence from predictions computed
+    beforehand."""
     stage, cfg = distill_stage("--kv_tail=0")
     names = {p: n for n, p in stage.model.named_parameters()}
-    assert sorted(names[p] for p in stage.params) == [f"layers.{i}.self_attn.kv_path.{m}" for i in (0, 1) for m in ("dec", "enc")]
+    assert sorted(names[p] for p in stage.params) == [
+        f"layers.{i}.self_attn.kv_path.{m}" for i in (0, 1) for m in ("dec", "enc")
+    ]
     trainer.gradients(stage, stage.model, 0, cfg, trainer.World(0, 1, torch.device("cpu")), False)
-    assert {p for p in names if p.grad is not None} == set(stage.params) and all(p.grad.abs().max() > 0 for p in stage.params)
+    assert {p for p in names if p.grad is not None} == set(stage.params) and all(
+        p.grad.abs().max() > 0 for p in stage.params
+    )
     x = batch_of(stage)
     got = torch.autograd.grad(trainer.distillation_loss(stage, stage.model, x), stage.params)
     kv_router.set_kept(stage.model, stage.kv.n_groups)
     p = stage.model(x).detach().softmax(-1)
     kv_router.set_kept(stage.model, stage.kv.topk_groups)
-    want = torch.autograd.grad((p * (p.log() - stage.model(x).log_softmax(-1))).sum(-1).mean(), stage.params)
+    want = torch.autograd.grad(
+        (p * (p.log() - stage.model(x).log_softmax(-1))).sum(-1).mean(), stage.params
+    )
     for a, b in zip(got, want, strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
 
 
 def test_distillation_lowers_its_loss_and_leaves_the_base(tmp_path, base, run_stage, trainers):
-    """Thirty steps lower the divergence by a fifth at least, on text not trained on too; every weight of the base keeps its bits, in
-    memory and on disk; with everything kept the trained run is the base."""
+    """Thirty steps lower the divergence by a fifth at least, on text not trained on too; every
+    weight of the base keeps its bits, in memory and on disk; with everything kept the trained run
+    is the base."""
     on_disk = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
-    stage = run_stage("adapt", tmp_path / "run", *DISTILL, "--adapt_steps=30", "--adapt_lr=0.01", "--topk_groups=1", "--weight_decay=0.1")
+    stage = run_stage(
+        "adapt",
+        tmp_path / "run",
+        *DISTILL,
+        "--adapt_steps=30",
+        "--adapt_lr=0.01",
+        "--topk_groups=1",
+        "--weight_decay=0.1",
+    )
     trace = [float(v) for _, v in losses(stage)]
     assert sum(trace[-5:]) < 0.8 * sum(trace[:5])
     s = trainers[-1].s
     x = data.sequential(s.corpus.val, 6, 32)[0]
     fresh = load_run(base).model
     mine = s.model.state_dict()
-    assert_equal({k: t for k, t in mine.items() if ".kv_path." not in k}, copies(fresh.state_dict()))
+    assert_equal(
+        {k: t for k, t in mine.items() if ".kv_path." not in k}, copies(fresh.state_dict())
+    )
     assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == on_disk
     with torch.no_grad():
         after = trainer.distillation_loss(s, s.model.eval(), x).item()
@@ -111,32 +172,56 @@ def test_distillation_lowers_its_loss_and_leaves_the_base(tmp_path, base, run_st
         assert (run.model(x) - fresh(x)).abs().max() < 1e-4
         kv_router.set_kept(s.model, 4)
         assert torch.equal(s.model(x), fresh(x))
-        kv_router.attach(fresh, s.kv, [data.batch(s.corpus.train, "calibrate", 0, i, 16, 32)[0] for i in range(2)], 0)
+        kv_router.attach(
+            fresh,
+            s.kv,
+            [data.batch(s.corpus.train, "calibrate", 0, i, 16, 32)[0] for i in range(2)],
+            0,
+        )
         s.model = fresh
         before = trainer.distillation_loss(s, fresh, x).item()
     assert after < 0.9 * before
 
 
 def test_a_distilled_run_folds_and_packs(tmp_path, run_stage, trainers):
-    """What load_run puts together from a trained run has the maps folded into its weights: its logits are the trained model's to 1e-5,
-    and so are those read from its packed cache, token by token."""
-    stage = run_stage("adapt", tmp_path / "run", *DISTILL, "--adapt_steps=12", "--adapt_lr=0.01", "--prefill=routed")
-    trained, run = trainers[-1].s.model.eval(), load_run(stage)
+    """What load_run puts together from a trained run has the maps folded into its weights: its
+    logits are the trained model's to 1e-5, and so are those read from its packed cache, token by
+    token."""
+    stage = run_stage(
+        "adapt",
+        tmp_path / "run",
+        *DISTILL,
+        "--adapt_steps=12",
+        "--adapt_lr=0.01",
+        "--prefill=routed",
+    )
+    trained = trainers[-1].s.model.eval()
+    run = load_run(stage)
     path = run.model.layers[1].self_attn.kv_path
-    assert path.folded and (path.enc - torch.eye(path.D)).abs().max() > 1e-3 and not list(path.parameters())
+    assert (
+        path.folded
+        and (path.enc - torch.eye(path.D)).abs().max() > 1e-3
+        and not list(path.parameters())
+    )
     x = torch.randint(257, (3, 31), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        want, cache = trained(x), run.model.new_cache(3, 31)
-        got = torch.cat([run.model(x[:, t:t + 1], cache) for t in range(31)], 1)
-    assert (run.model(x) - want).abs().max() < 1e-5 * want.abs().max() and (got - want).abs().max() < 1e-5 * want.abs().max()
+        want = trained(x)
+        cache = run.model.new_cache(3, 31)
+        got = torch.cat([run.model(x[:, t : t + 1], cache) for t in range(31)], 1)
+    assert (run.model(x) - want).abs().max() < 1e-5 * want.abs().max() and (
+        got - want
+    ).abs().max() < 1e-5 * want.abs().max()
     assert cache.nbytes() < run.model.dense_bytes(3 * 31, cache)
 
 
-@pytest.mark.parametrize("flags", [[*DISTILL, "--accumulation=2"], ["--adapter=routed", "--learn_basis", "--lora_dropout=0.1"]],
-                         ids=["distill", "lm-routed"])
+@pytest.mark.parametrize(
+    "flags",
+    [[*DISTILL, "--accumulation=2"], ["--adapter=routed", "--learn_basis", "--lora_dropout=0.1"]],
+    ids=["distill", "lm-routed"],
+)
 def test_learned_basis_resumes_bitwise(flags, tmp_path, run_stage, monkeypatch):
-    """20 steps, SIGTERM and --resume end with the losses and final tensors, maps and moments included, of 30 unbroken steps; another
-    objective is not continued."""
+    """20 steps, SIGTERM and --resume end with the losses and final tensors, maps and moments
+    included, of 30 unbroken steps; another objective is not continued."""
     flags = [*flags, "--adapt_steps=30", "--eval_interval=6"]
     whole = run_stage("adapt", tmp_path / "whole", *flags)
     with monkeypatch.context() as m, pytest.raises(SystemExit):
@@ -155,7 +240,8 @@ def test_learned_basis_resumes_bitwise(flags, tmp_path, run_stage, monkeypatch):
 def test_distillation_means_the_same_batch(distill_stage):
     """Any number of micro-steps gives the gradients of one pass over 11 sequences."""
     stage, cfg = distill_stage("--adapt_batch_size=11", "--grad_clip=0")
-    w, grads = trainer.World(0, 1, torch.device("cpu")), []
+    w = trainer.World(0, 1, torch.device("cpu"))
+    grads = []
     for n in (1, 2, 3, 40):
         for p in stage.params:
             p.grad = None
@@ -166,20 +252,42 @@ def test_distillation_means_the_same_batch(distill_stage):
 
 
 def test_adaptation_starts_from_trained_value_groups(tmp_path, text, base, run_stage, trainers):
-    """--kv_from: step 0 has the maps that the other run ended with, not calibrated ones; its file's hash is in the checkpoint and part of
-    what --resume compares; another base or other settings are refused."""
+    """--kv_from: step 0 has the maps that the other run ended with, not calibrated ones; its file's
+    hash is in the checkpoint and part of what --resume compares; another base or other settings are
+    refused."""
     first = run_stage("adapt", tmp_path / "first", *DISTILL, "--adapt_steps=9", "--adapt_lr=0.01")
     ended = {k: t.clone() for k, t in kv_router.state(trainers[-1].s.model).items()}
-    flags = ["--adapter=lora", "--learn_basis", f"--kv_from={first}", "--adapt_steps=1", "--adapt_lr=1e-12", "--weight_decay=0"]
+    flags = [
+        "--adapter=lora",
+        "--learn_basis",
+        f"--kv_from={first}",
+        "--adapt_steps=1",
+        "--adapt_lr=1e-12",
+        "--weight_decay=0",
+    ]
     stage = run_stage("adapt", tmp_path / "second", *flags)
     began = kv_router.state(trainers[-1].s.model)
     assert all((began[k] - ended[k]).abs().max() < 1e-9 for k in ended)
-    assert checkpoint.load(stage / "step-00000001").config["kv_from"] == checkpoint.tensor_hash(first / "step-00000009", "adapter.safetensors")
+    assert checkpoint.load(stage / "step-00000001").config["kv_from"] == checkpoint.tensor_hash(
+        first / "step-00000009", "adapter.safetensors"
+    )
     with pytest.raises(ValueError, match="was trained with kv_from="):
-        run_stage("adapt", tmp_path / "second", "--adapter=lora", "--learn_basis", *flags[3:], "--resume")
+        run_stage(
+            "adapt", tmp_path / "second", "--adapter=lora", "--learn_basis", *flags[3:], "--resume"
+        )
     with pytest.raises(ValueError, match="other --kv settings"):
         run_stage("adapt", tmp_path / "no", *flags, "--topk_groups=1")
-    other = train.run(adapt_arguments(tmp_path / "x", text, base, "--stage=pretrain", "--init_from=scratch", "--pretrain_steps=1", "--seed=5"))
+    other = train.run(
+        adapt_arguments(
+            tmp_path / "x",
+            text,
+            base,
+            "--stage=pretrain",
+            "--init_from=scratch",
+            "--pretrain_steps=1",
+            "--seed=5",
+        )
+    )
     assert other is None
     with pytest.raises(ValueError, match="another base"):
         run_stage("adapt", tmp_path / "no", *flags, f"--init_from={tmp_path / 'x' / 'pretrain'}")
@@ -187,37 +295,66 @@ def test_adaptation_starts_from_trained_value_groups(tmp_path, text, base, run_s
 
 
 def test_table_on_a_given_base(tmp_path, text, base, monkeypatch):
-    """stage=all with --init_from=<a pretrain stage's folder>, --test_dataset and --distill_steps: nothing is pretrained, the basis is
-    distilled once and every sub-token row starts from it, the base is untouched, and all numbers are those of the whole test text."""
+    """stage=all with --init_from=<a pretrain stage's folder>, --test_dataset and --distill_steps:
+    nothing is pretrained, the basis is distilled once and every sub-token row starts from it, the
+    base is untouched, and all numbers are those of the whole test text."""
     other = tmp_path / "other"
     other.mkdir()
     for i in range(4):
         (other / f"{i}.txt").write_text(f"{'abcd'[i]} quick brown fox {i}. " * 12)
     on_disk = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
-    began, attach_state = [], kv_router.load_state
-    monkeypatch.setattr(kv_router, "load_state", lambda model, saved: (began.append(copies(saved)), attach_state(model, saved))[1])
-    flags = ["--stage=all", f"--adapt_dataset={text}", f"--test_dataset=text:{other}", "--test_sequences=999", "--adapt_steps=2", "--seeds=2",
-             "--max_minutes=99", "--learn_basis", "--distill_steps=3", "--distill_lr=0.01"]
+    began = []
+    attach_state = kv_router.load_state
+    monkeypatch.setattr(
+        kv_router,
+        "load_state",
+        lambda model, saved: (began.append(copies(saved)), attach_state(model, saved))[1],
+    )
+    flags = [
+        "--stage=all",
+        f"--adapt_dataset={text}",
+        f"--test_dataset=text:{other}",
+        "--test_sequences=999",
+        "--adapt_steps=2",
+        "--seeds=2",
+        "--max_minutes=99",
+        "--learn_basis",
+        "--distill_steps=3",
+        "--distill_lr=0.01",
+    ]
     train.run(arguments(*flags, f"--out_dir={tmp_path / 'run'}", f"--init_from={base}"))
     run = tmp_path / "run"
     kinds = ("lora", "moe_lora", "routed")
-    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == sorted(["distill", *(f"{k}-s{i}" for k in kinds for i in (0, 1))])
+    assert sorted(p.name for p in run.iterdir() if p.is_dir()) == sorted(
+        ["distill", *(f"{k}-s{i}" for k in kinds for i in (0, 1))]
+    )
     assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == on_disk
     rows = rows_without_time(run)
     size = sum(len(p.read_bytes()) + 1 for p in other.iterdir())
     assert {r["n"] for r in rows} == {(size - 1) // 32 * 32}
     main = [r for r in rows if "sweep" not in r["name"]]
-    assert [r["name"] for r in main] == ["base", *["LoRA", "MoE-LoRA", "sub-token"] * 2] and all(math.isfinite(r["value"]) for r in rows)
+    assert [r["name"] for r in main] == ["base", *["LoRA", "MoE-LoRA", "sub-token"] * 2] and all(
+        math.isfinite(r["value"]) for r in rows
+    )
     assert {r["basis"] for r in rows if r["name"].startswith("sub-token")} == {"output+"}
     distilled = checkpoint.load(run / "distill" / "step-00000003")
-    assert distilled.config["objective"] == "distill" and distilled.config["base_sha256"] == load_run(base).base_sha256
+    assert (
+        distilled.config["objective"] == "distill"
+        and distilled.config["base_sha256"] == load_run(base).base_sha256
+    )
     want = distilled.tensors["adapter"]
-    starts = [s for s in began if s.keys() == want.keys() and all(torch.equal(s[k], want[k]) for k in s)]
+    starts = [
+        s for s in began if s.keys() == want.keys() and all(torch.equal(s[k], want[k]) for k in s)
+    ]
     assert len(starts) == 2
     for i in (0, 1):
         c = checkpoint.load(run / f"routed-s{i}" / "step-00000002").config
-        assert c["objective"] == "lm" and c["kv_from"] == checkpoint.tensor_hash(run / "distill" / "step-00000003", "adapter.safetensors")
+        assert c["objective"] == "lm" and c["kv_from"] == checkpoint.tensor_hash(
+            run / "distill" / "step-00000003", "adapter.safetensors"
+        )
     dense = load_run(base)
-    text_file, = data.prepare_splits(f"text:{other}", train.DataConfig(), dense.tokenizer, ["all"])
+    (text_file,) = data.prepare_splits(
+        f"text:{other}", train.DataConfig(), dense.tokenizer, ["all"]
+    )
     value = train.Perplexity(*data.sequential(text_file, 999, 32)).value(dense.model, 16, "float32")
     assert main[0]["value"] == pytest.approx(value, rel=1e-6)

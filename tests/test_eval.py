@@ -1,4 +1,6 @@
-"""What eval.py measures: the continuation task against a plain oracle, bytes counted by hand, sweeps, and settings tried without training."""
+"""What eval.py measures: the continuation task against a plain oracle, bytes counted by hand,
+sweeps, and settings tried without training."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -21,45 +23,80 @@ from measure_config import EvalConfig
 from pretrained import load_run
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-SETTINGS = {  # every router, scope, tail and kind of basis; the tail is the task's, whatever the model was trained with
+# every router, scope, tail and kind of basis; the tail is the task's, whatever the model was
+# trained with
+SETTINGS = {
     "default": dict(value_basis="output", value_router="norm", mask_scope="head", kv_tail=4),
-    "pairwise": dict(n_groups=8, topk_groups=3, value_basis="pca", reconstructor="pairwise", value_router="linear"),
-    "mlp-one-layer": dict(reconstructor="mlp", value_router="norm", kv_layers="1", kv_tail=9, kv_tail_block=5),
-    "learned": dict(topk_groups=1, value_basis="output", value_router="norm", mask_scope="head", learn_basis=True),
-    "learned-unfolded": dict(n_groups=2, topk_groups=1, value_basis="random", learn_basis=True, fold=False)}
+    "pairwise": dict(
+        n_groups=8,
+        topk_groups=3,
+        value_basis="pca",
+        reconstructor="pairwise",
+        value_router="linear",
+    ),
+    "mlp-one-layer": dict(
+        reconstructor="mlp", value_router="norm", kv_layers="1", kv_tail=9, kv_tail_block=5
+    ),
+    "learned": dict(
+        topk_groups=1,
+        value_basis="output",
+        value_router="norm",
+        mask_scope="head",
+        learn_basis=True,
+    ),
+    "learned-unfolded": dict(
+        n_groups=2, topk_groups=1, value_basis="random", learn_basis=True, fold=False
+    ),
+}
 SHAPES = [(5, 9), (0, 7), (16, 2)]  # (query, last)
 
 
 class ContextOracle(torch.nn.Module):
-    """One layer's attention in full float64 matrices: tokens from `late` on read the routed values of those before `context`."""
+    """One layer's attention in full float64 matrices: tokens from `late` on read the routed values
+    of those before `context`."""
 
     def __init__(self, path: kv_router.ValueGroupPath, context: int, late: int):
         super().__init__()
-        self.path, self.context, self.late = path, context, late
+        self.path = path
+        self.context = context
+        self.late = late
 
     def forward(self, x, q, k, v, cache=None, pad=None):
-        p, n, T = self.path, q.size(1) // k.size(1), q.size(2)
-        z, read = coordinates(p, v), v.clone()
+        p = self.path
+        n = q.size(1) // k.size(1)
+        T = q.size(2)
+        z = coordinates(p, v)
+        read = v.clone()
         for b in range(v.size(0)):
             for t in range(self.context):
-                scores = p.scores(x[b:b + 1, t:t + 1], z[b:b + 1, :, t:t + 1])[0, :, 0]
-                kept = [sorted(range(p.S), key=lambda g, s=s: (-float(s[g]), g))[:p.k] for s in scores]
+                scores = p.scores(x[b : b + 1, t : t + 1], z[b : b + 1, :, t : t + 1])[0, :, 0]
+                kept = [
+                    sorted(range(p.S), key=lambda g, s=s: (-float(s[g]), g))[: p.k] for s in scores
+                ]
                 one = routed_value(p, z[b, :, t], kept * (p.Hkv // len(kept)))
-                read[b, :, t] = one if p.folded else torch.stack([one[h] @ p.dec[h] for h in range(p.Hkv)])
+                read[b, :, t] = (
+                    one if p.folded else torch.stack([one[h] @ p.dec[h] for h in range(p.Hkv)])
+                )
         k, v, read = (t.repeat_interleave(n, 1) for t in (k, v, read))
         scores = q @ k.mT / math.sqrt(p.D)
         weights = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
-        return torch.cat(((weights @ v)[:, :, :self.late], (weights @ read)[:, :, self.late:]), 2)
+        return torch.cat(((weights @ v)[:, :, : self.late], (weights @ read)[:, :, self.late :]), 2)
 
 
 def oracle(model, x: torch.Tensor, query: int, last: int) -> float:
     """Mean loss of the continuation's tokens but the first, one logarithm at a time."""
     late = x.size(1) - last
     for name, path in kv_router.paths(model).items():
-        model.get_submodule(name.rsplit(".", 1)[0]).kv_path = ContextOracle(path, late - query, late)
+        model.get_submodule(name.rsplit(".", 1)[0]).kv_path = ContextOracle(
+            path, late - query, late
+        )
     with torch.no_grad():
         probs = model(x).softmax(-1)
-    terms = [-math.log(probs[b, t, x[b, t + 1]]) for b in range(len(x)) for t in range(late, x.size(1) - 1)]
+    terms = [
+        -math.log(probs[b, t, x[b, t + 1]])
+        for b in range(len(x))
+        for t in range(late, x.size(1) - 1)
+    ]
     assert len(terms) == len(x) * (last - 1)
     return sum(terms) / len(terms)
 
@@ -67,24 +104,33 @@ def oracle(model, x: torch.Tensor, query: int, last: int) -> float:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("query, last", SHAPES)
 def test_continuation_equals_the_oracle(name, query, last):
-    """Through the packed cache: the context is read whole while it is processed, is compressed for what follows the query and for nothing
-    before, the query stays whole, and the loss is that of the last tokens; the same for any batch size."""
-    model, x = grouped_model(prefill="exact", **SETTINGS[name]), tokens(5, 67, seed=3)
+    """Through the packed cache: the context is read whole while it is processed, is compressed for
+    what follows the query and for nothing before, the query stays whole, and the loss is that of
+    the last tokens; the same for any batch size."""
+    model = grouped_model(prefill="exact", **SETTINGS[name])
+    x = tokens(5, 67, seed=3)
     task = tasks.Continuation(x, query, last)
     with kv_router.storing(model, kv_tail=query, kv_tail_block=1):
         got = [task.value(model, n, "float32") for n in (2, 5)]
     want = oracle(model, x, query, last)
     assert got[0] == pytest.approx(want, abs=1e-8) and got[1] == pytest.approx(want, abs=1e-8)
-    assert abs(want - tasks.Continuation(x, query, last).value(tiny_model(), 5, "float32")) > 1e-3  # it is not the dense model's
+    # it is not the dense model's
+    assert abs(want - tasks.Continuation(x, query, last).value(tiny_model(), 5, "float32")) > 1e-3
     assert task.n == 5 * (last - 1)
 
 
 def test_divergence_is_from_what_whole_values_predict(monkeypatch):
-    """Token by token over the first KL_SEQUENCES, for any batch size, none before whole values were read; rows have it, but the whole one's own."""
+    """Token by token over the first KL_SEQUENCES, for any batch size, none before whole values were
+    read; rows have it, but the whole one's own."""
     monkeypatch.setattr(tasks, "KL_SEQUENCES", 3)
     setting = dict(prefill="exact", value_router="norm", fold=False)
-    model, dense, x, query, last = grouped_model(**setting), tiny_model(), tokens(5, 67, seed=3), 6, 9
-    task, want = tasks.Continuation(x, query, last), []
+    model = grouped_model(**setting)
+    dense = tiny_model()
+    x = tokens(5, 67, seed=3)
+    query = 6
+    last = 9
+    task = tasks.Continuation(x, query, last)
+    want = []
     with torch.no_grad(), kv_router.storing(model, kv_tail=query, kv_tail_block=1):
         task.value(model, 2, "float32")
         assert task.kl is None
@@ -97,144 +143,277 @@ def test_divergence_is_from_what_whole_values_predict(monkeypatch):
         for row in x[:3]:
             cache = model.new_cache(1, 67)
             model(row[None, :-last], cache)
-            p, q = dense(row[None])[0, -last:-1].softmax(-1), model(row[None, -last:], cache)[0, :-1].softmax(-1)
-            want += [sum(a * math.log(a / b) for a, b in zip(s.tolist(), t.tolist(), strict=True)) for s, t in zip(p, q, strict=True)]
+            p = dense(row[None])[0, -last:-1].softmax(-1)
+            q = model(row[None, -last:], cache)[0, :-1].softmax(-1)
+            want += [
+                sum(a * math.log(a / b) for a, b in zip(s.tolist(), t.tolist(), strict=True))
+                for s, t in zip(p, q, strict=True)
+            ]
         assert got == [pytest.approx(sum(want) / len(want), rel=1e-4)] * 3 and got[0] > 1e-4
-        about = dict(adapter=AdapterConfig(adapter="none"), kv=KVConfig(prefill="exact"), seed=0, batch_size=2)
+        about = dict(
+            adapter=AdapterConfig(adapter="none"),
+            kv=KVConfig(prefill="exact"),
+            seed=0,
+            batch_size=2,
+        )
         rows = evaluation.sweep(model, tasks.Continuation(x, query, last), [1, 2, 4], **about)
     assert "kl" not in rows[2] and rows[0]["kl"] > rows[1]["kl"] > 0
-    assert "KL" in evaluation.table(rows) and f"{rows[1]['kl']:.5f}" in evaluation.table(rows) and "KL" not in evaluation.table(rows[2:])
+    assert (
+        "KL" in evaluation.table(rows)
+        and f"{rows[1]['kl']:.5f}" in evaluation.table(rows)
+        and "KL" not in evaluation.table(rows[2:])
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nothing_dropped_costs_nothing(name):
-    """With K = S the unfolded model's perplexity is the dense model's exactly, whatever the maps; so is the continuation's loss but for
-    the order of its sums; a sweep reports it as every row's dense value and leaves K as it was."""
+    """With K = S the unfolded model's perplexity is the dense model's exactly, whatever the maps;
+    so is the continuation's loss but for the order of its sums; a sweep reports it as every row's
+    dense value and leaves K as it was."""
     setting = {k: v for k, v in SETTINGS[name].items() if k != "fold"}
-    model, x, dense = grouped_model(prefill="exact", fold=False, **setting), tokens(5, 41, seed=4), tiny_model()
-    about = dict(adapter=AdapterConfig(adapter="none"), kv=KVConfig(**{**setting, "prefill": "exact"}), seed=0, batch_size=2)
-    S, K = setting.get("n_groups", 4), setting.get("topk_groups", 2)
-    for task, tolerance in ((tasks.Perplexity(x[:, :-1], x[:, 1:]), 0), (tasks.Continuation(x, 6, 9), 1e-10)):
+    model = grouped_model(prefill="exact", fold=False, **setting)
+    x = tokens(5, 41, seed=4)
+    dense = tiny_model()
+    about = dict(
+        adapter=AdapterConfig(adapter="none"),
+        kv=KVConfig(**{**setting, "prefill": "exact"}),
+        seed=0,
+        batch_size=2,
+    )
+    S = setting.get("n_groups", 4)
+    K = setting.get("topk_groups", 2)
+    for task, tolerance in (
+        (tasks.Perplexity(x[:, :-1], x[:, 1:]), 0),
+        (tasks.Continuation(x, 6, 9), 1e-10),
+    ):
         want = task.value(dense, 2, "float32")
         rows = evaluation.sweep(model, task, [K, S, 1], **about)
         assert [r["value_keep"] for r in rows] == [K / S, 1.0, 1 / S]
-        assert all(abs(r["dense_value"] - want) <= tolerance for r in rows) and rows[1]["value"] == rows[1]["dense_value"]
-        assert abs(rows[0]["value"] - want) > 1e-3 and {p.k for p in kv_router.paths(model).values()} == {K}
+        assert (
+            all(abs(r["dense_value"] - want) <= tolerance for r in rows)
+            and rows[1]["value"] == rows[1]["dense_value"]
+        )
+        assert abs(rows[0]["value"] - want) > 1e-3 and {
+            p.k for p in kv_router.paths(model).values()
+        } == {K}
         assert rows[0]["metric"] == task.metric and rows[0]["n"] == task.n
         assert rows[0]["prefill"] == ("exact" if isinstance(task, tasks.Continuation) else "routed")
-        assert rows[0]["basis"] == setting.get("value_basis", "output") + ("+" if setting.get("learn_basis") else "")
+        assert rows[0]["basis"] == setting.get("value_basis", "output") + (
+            "+" if setting.get("learn_basis") else ""
+        )
 
 
 @pytest.mark.parametrize("scope", ["layer", "head"])
 def test_continuation_row_counts_context_and_query(scope):
-    """A row's bytes are by hand those of a cache that holds the packed context and the whole query of the first four sequences, and its
-    dense bytes those of the same tokens; the continuation is not in it."""
+    """A row's bytes are by hand those of a cache that holds the packed context and the whole query
+    of the first four sequences, and its dense bytes those of the same tokens; the continuation is
+    not in it."""
     setting = dict(prefill="exact", mask_scope=scope, value_router="norm", value_basis="output")
-    model, x, query, last = grouped_model(dtype=torch.float32, **setting), tokens(5, 150), 11, 16
-    task, N, B, D, Hkv = tasks.Continuation(x, query, last), 150 - query - last, 4, TINY.head_dim, TINY.n_kv_head
+    model = grouped_model(dtype=torch.float32, **setting)
+    x = tokens(5, 150)
+    query = 11
+    last = 16
+    task = tasks.Continuation(x, query, last)
+    N = 150 - query - last
+    B = 4
+    D = TINY.head_dim
+    Hkv = TINY.n_kv_head
     Hm = Hkv if scope == "head" else 1
     with kv_router.storing(model, kv_tail=query, kv_tail_block=1):
-        row = evaluation.row(model, task, adapter=AdapterConfig(adapter="none"), kv=KVConfig(**setting), seed=0)
-    packed = 4 * B * Hkv * N * (D + D // 2) + B * Hm * N + 8 * B * (2 * Hkv + Hm)  # the last: where segments start
+        row = evaluation.row(
+            model, task, adapter=AdapterConfig(adapter="none"), kv=KVConfig(**setting), seed=0
+        )
+    # the last: where segments start
+    packed = 4 * B * Hkv * N * (D + D // 2) + B * Hm * N + 8 * B * (2 * Hkv + Hm)
     tail = 2 * 4 * B * Hkv * query * D + B * Hm * query
     assert row["cache_bytes"] == TINY.n_layer * (packed + tail + 2 * 8 * B)
     assert row["dense_bytes"] == 2 * 4 * B * (N + query) * Hkv * D * TINY.n_layer
-    assert row["kv_kept_model"] == row["kv_kept_layers"] == pytest.approx((1 + (N / 2 + query) / (N + query)) / 2)
+    assert (
+        row["kv_kept_model"]
+        == row["kv_kept_layers"]
+        == pytest.approx((1 + (N / 2 + query) / (N + query)) / 2)
+    )
 
 
 def test_storing_and_detach_leave_no_trace():
-    """Inside `storing` a path stores as told, after it as before, an exception included; a detached model is the dense one bit for bit,
-    and a folded one is not taken apart."""
+    """Inside `storing` a path stores as told, after it as before, an exception included; a detached
+    model is the dense one bit for bit, and a folded one is not taken apart."""
     model = grouped_model(dtype=torch.float32, fold=False, value_basis="output", kv_tail=3)
     cfgs = [p.cfg for p in kv_router.paths(model).values()]
     with pytest.raises(KeyError), kv_router.storing(model, kv_tail=20):
         assert [p.cfg.kv_tail for p in kv_router.paths(model).values()] == [20, 20]
         raise KeyError
     assert [p.cfg for p in kv_router.paths(model).values()] == cfgs
-    assert "load the base anew" in error_line(kv_router.detach, kv_router.fold(grouped_model(fold=False)))
-    x, dense = tokens(2, 33), tiny_model(dtype=torch.float32)
+    assert "load the base anew" in error_line(
+        kv_router.detach, kv_router.fold(grouped_model(fold=False))
+    )
+    x = tokens(2, 33)
+    dense = tiny_model(dtype=torch.float32)
     assert not torch.equal(model(x), dense(x))
     assert torch.equal(kv_router.detach(model)(x), dense(x)) and not kv_router.paths(model)
 
 
 # -- programs: what is tried without training
 
+
 def evaluate(base: Path, text: str, *, kv: dict | None = None, **cfg) -> list[dict]:
     """evaluate() of a fresh copy of the base, by its rows without seconds."""
-    cfg = EvalConfig(**{**dict(dataset=text, sequences=7, batch_size=4, calibration=6, device="cpu", query=3, continuation=8), **cfg})
+    cfg = EvalConfig(
+        **{
+            **dict(
+                dataset=text,
+                sequences=7,
+                batch_size=4,
+                calibration=6,
+                device="cpu",
+                query=3,
+                continuation=8,
+            ),
+            **cfg,
+        }
+    )
     rows, _ = evaluation.evaluate(load_run(base), cfg, KVConfig(**(kv or {})), DataConfig())
     return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
 
 def test_a_grid_equals_its_cells(base, text):
-    """Bases x groups x budgets x tasks in one call give the very rows of one call each: a setting leaves nothing behind in the weights.
-    K follows the given share of the groups, and the dense row is that of the base."""
+    """Bases x groups x budgets x tasks in one call give the very rows of one call each: a setting
+    leaves nothing behind in the weights. K follows the given share of the groups, and the dense row
+    is that of the base."""
     common = dict(tasks="perplexity,continuation")
-    rows = evaluate(base, text, methods="dense,value_groups", bases="native,pca,output", groups="2,8", **common)
+    rows = evaluate(
+        base, text, methods="dense,value_groups", bases="native,pca,output", groups="2,8", **common
+    )
     assert [(r["task"], r["basis"], r["n_groups"], r["value_keep"]) for r in rows] == [
-        ("perplexity", "native", 1, 1.0), ("continuation", "native", 1, 1.0),
-        *((t, b, s, 0.5) for b in ("native", "pca", "output") for s in (2, 8) for t in ("perplexity", "continuation"))]
-    cells = [evaluate(base, text, methods="dense,value_groups", bases=b, groups=str(s), **common)[2:]
-             for b in ("native", "pca", "output") for s in (2, 8)]
+        ("perplexity", "native", 1, 1.0),
+        ("continuation", "native", 1, 1.0),
+        *(
+            (t, b, s, 0.5)
+            for b in ("native", "pca", "output")
+            for s in (2, 8)
+            for t in ("perplexity", "continuation")
+        ),
+    ]
+    cells = [
+        evaluate(base, text, methods="dense,value_groups", bases=b, groups=str(s), **common)[2:]
+        for b in ("native", "pca", "output")
+        for s in (2, 8)
+    ]
     assert rows[2:] == [r for cell in cells for r in cell]
     assert rows[:2] == evaluate(base, text, **common)
     for r in rows[2:]:
         dense = rows[0 if r["task"] == "perplexity" else 1]
-        assert r["dense_value"] == pytest.approx(dense["value"], rel=1e-6) and r["value"] != r["dense_value"]
+        assert (
+            r["dense_value"] == pytest.approx(dense["value"], rel=1e-6)
+            and r["value"] != r["dense_value"]
+        )
         assert r["cache_bytes"] < r["dense_bytes"] == dense["cache_bytes"]
-        T, tail = (24, 3) if r["task"] == "continuation" else (32, 4)  # the query of the one, the default of the other
+        # the query of the one, the default of the other
+        T, tail = (24, 3) if r["task"] == "continuation" else (32, 4)
         assert r["kv_kept_layers"] == pytest.approx((1 + ((T - tail) / 2 + tail) / T) / 2)
-    keeps = [r["value_keep"] for r in evaluate(base, text, methods="value_groups", groups="4,8", budgets="0.25,1")]
+    keeps = [
+        r["value_keep"]
+        for r in evaluate(base, text, methods="value_groups", groups="4,8", budgets="0.25,1")
+    ]
     assert keeps == [0.25, 1.0] * 2
-    assert [r["value_keep"] for r in evaluate(base, text, methods="value_groups", groups="2,8", kv=dict(topk_groups=1))] == [0.5, 0.25]
+    assert [
+        r["value_keep"]
+        for r in evaluate(base, text, methods="value_groups", groups="2,8", kv=dict(topk_groups=1))
+    ] == [0.5, 0.25]
 
 
 def test_bases_are_calibrated_apart_from_what_is_measured(base, text, tmp_path, monkeypatch):
-    """Calibration windows come from the training split, or from all of --calibrate, and the text from --split; all of the same text is
-    refused without another corpus."""
-    seen, attach = [], kv_router.attach
-    monkeypatch.setattr(kv_router, "attach", lambda m, cfg, batches, seed: (seen.append(torch.cat(batches)), attach(m, cfg, batches, seed))[1])
+    """Calibration windows come from the training split, or from all of --calibrate, and the text
+    from --split; all of the same text is refused without another corpus."""
+    seen = []
+    attach = kv_router.attach
+    monkeypatch.setattr(
+        kv_router,
+        "attach",
+        lambda m, cfg, batches, seed: (
+            seen.append(torch.cat(batches)),
+            attach(m, cfg, batches, seed),
+        )[1],
+    )
     other = tmp_path / "other"
     other.mkdir()
     for i in range(3):
         (other / f"{i}.txt").write_text("KLMNOP "[i:] * 40)
     run = load_run(base)
-    train_text, all_other = (bytes(prepare_splits(c, DataConfig(), run.tokenizer, [s])[0].ids.clip(max=255).astype("uint8"))
-                             for c, s in ((text, "train"), (f"text:{other}", "all")))
+    train_text, all_other = (
+        bytes(
+            prepare_splits(c, DataConfig(), run.tokenizer, [s])[0].ids.clip(max=255).astype("uint8")
+        )
+        for c, s in ((text, "train"), (f"text:{other}", "all"))
+    )
     val = evaluate(base, text, methods="value_groups")
-    everything = evaluate(base, text, methods="value_groups", split="all", calibrate=f"text:{other}", sequences=999)
+    everything = evaluate(
+        base, text, methods="value_groups", split="all", calibrate=f"text:{other}", sequences=999
+    )
     for windows, source in zip(seen, (train_text, all_other), strict=True):
-        assert windows.shape == (6, 32) and all(bytes(w.clip(max=255).to(torch.uint8).tolist()) in source for w in windows)
-    sizes = {s: sum(len(d.encode()) + 1 for d in docs) for s, docs in documents(text, DataConfig()).items()}
+        assert windows.shape == (6, 32) and all(
+            bytes(w.clip(max=255).to(torch.uint8).tolist()) in source for w in windows
+        )
+    sizes = {
+        s: sum(len(d.encode()) + 1 for d in docs)
+        for s, docs in documents(text, DataConfig()).items()
+    }
     assert everything[0]["n"] == (sizes["all"] - 1) // 32 * 32 > val[0]["n"] == 7 * 32
     for split in ("all", "train"):
-        assert "--calibrate=CORPUS" in error_line(evaluate, base, text, methods="value_groups", split=split)
+        assert "--calibrate=CORPUS" in error_line(
+            evaluate, base, text, methods="value_groups", split=split
+        )
 
 
 def test_eval_of_a_base_named_by_init_from(base, text, tmp_path, monkeypatch, capsys):
-    """Without --out_dir a model is named by --init_from and the rows go to --results, or to a fresh folder under out/; the model's own
-    folder keeps its files as they were."""
+    """Without --out_dir a model is named by --init_from and the rows go to --results, or to a fresh
+    folder under out/; the model's own folder keeps its files as they were."""
     monkeypatch.chdir(tmp_path)
     before = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
-    flags = [f"--init_from={base}", f"--dataset={text}", "--sequences=3", "--tasks=perplexity,continuation", "--query=2", "--continuation=9"]
+    flags = [
+        f"--init_from={base}",
+        f"--dataset={text}",
+        "--sequences=3",
+        "--tasks=perplexity,continuation",
+        "--query=2",
+        "--continuation=9",
+    ]
     call(evaluation, *flags, "--results=deep/here")
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [r["metric"] for r in rows] == ["perplexity", "loss"] and rows == json.loads(Path("deep/here/results.json").read_text())
+    assert [r["metric"] for r in rows] == ["perplexity", "loss"] and rows == json.loads(
+        Path("deep/here/results.json").read_text()
+    )
     assert rows[1]["n"] == 3 * 8
     call(evaluation, *flags)
-    assert next(Path("out").iterdir()).name.startswith("eval-") and len(list(Path("out").glob("*/report.png"))) == 1
+    assert (
+        next(Path("out").iterdir()).name.startswith("eval-")
+        and len(list(Path("out").glob("*/report.png"))) == 1
+    )
     assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == before
 
 
 def test_eval_finds_a_base_that_was_moved(base, text, tmp_path, run_stage, capsys):
-    """--init_from beside --out_dir of an adapter says where its base lies now: the same rows as before the move; another base is refused."""
+    """--init_from beside --out_dir of an adapter says where its base lies now: the same rows as
+    before the move; another base is refused."""
     moved = tmp_path / "elsewhere"
     shutil.copytree(base, tmp_path / "base" / "pretrain")
-    stage = run_stage("adapt", tmp_path / "run", "--adapt_steps=2", f"--init_from={tmp_path / 'base' / 'pretrain'}")
+    stage = run_stage(
+        "adapt",
+        tmp_path / "run",
+        "--adapt_steps=2",
+        f"--init_from={tmp_path / 'base' / 'pretrain'}",
+    )
     evaluated = []
     for flags in ([], [f"--init_from={moved}"]):
-        call(evaluation, f"--out_dir={stage}", "--sequences=4", f"--results={tmp_path / 'r'}", *flags)
-        evaluated.append([{k: v for k, v in r.items() if k != "seconds"} for r in json.loads(capsys.readouterr().out.splitlines()[-1])])
+        call(
+            evaluation, f"--out_dir={stage}", "--sequences=4", f"--results={tmp_path / 'r'}", *flags
+        )
+        evaluated.append(
+            [
+                {k: v for k, v in r.items() if k != "seconds"}
+                for r in json.loads(capsys.readouterr().out.splitlines()[-1])
+            ]
+        )
         if not moved.exists():
             shutil.move(tmp_path / "base" / "pretrain", moved)
     assert evaluated[0] == evaluated[1]
@@ -242,17 +421,21 @@ def test_eval_finds_a_base_that_was_moved(base, text, tmp_path, run_stage, capsy
 
 
 def test_window_of_a_run_is_what_it_was_trained_with(base, text, tmp_path, run_stage, capsys):
-    """A run adapted on shorter windows than its model's context is measured on those, unless --block_size says otherwise."""
+    """A run adapted on shorter windows than its model's context is measured on those, unless
+    --block_size says otherwise."""
     stage = run_stage("adapt", tmp_path / "run", "--adapt_steps=2", "--block_size=12")
     for flags, T in (([], 12), (["--block_size=31"], 31)):
-        call(evaluation, f"--out_dir={stage}", "--sequences=4", f"--results={tmp_path / 'r'}", *flags)
-        row, = json.loads(capsys.readouterr().out.splitlines()[-1])
+        call(
+            evaluation, f"--out_dir={stage}", "--sequences=4", f"--results={tmp_path / 'r'}", *flags
+        )
+        (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert row["n"] == 4 * T
 
 
 def test_perplexity_is_exp_of_the_mean_loss():
     """By hand on a dense model: exp of the mean of -log p over every position, any batch size."""
-    model, x = tiny_model(), tokens(5, 23)
+    model = tiny_model()
+    x = tokens(5, 23)
     with torch.no_grad():
         p = model(x[:, :-1]).softmax(-1)
     want = math.exp(-sum(math.log(p[b, t, x[b, t + 1]]) for b in range(5) for t in range(22)) / 110)

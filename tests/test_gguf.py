@@ -1,4 +1,6 @@
-"""GGUF files: written here with the package gguf, tiny and random, and the real SmolLM2 against transformers."""
+"""GGUF files: written here with the package gguf, tiny and random, and the real SmolLM2 against
+transformers."""
+
 from __future__ import annotations
 
 import builtins
@@ -10,7 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign import SMOL, TEXT, definition, needs_gguf, needs_smol, random_model, smol, smol_ids, theirs
+from foreign import (
+    SMOL,
+    TEXT,
+    definition,
+    needs_gguf,
+    needs_smol,
+    random_model,
+    smol,
+    smol_ids,
+    theirs,
+)
 from helpers import error_line
 from test_parity import needs_transformers
 
@@ -20,16 +32,43 @@ from config import KVConfig
 from model import Transformer, generate
 from tokenizer import from_definition
 
-SHAPES = {"llama": dict(n_embd=32, n_head=4, n_kv_head=2, head_dim=16, n_inner=96, vocab_size=263),  # rows of multiples of 32
-          "qwen2": dict(n_embd=64, n_head=4, n_kv_head=2, head_dim=16, n_inner=32, vocab_size=261, qkv_bias=True, norm_eps=1e-6)}
-THEIR_NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-               "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-               "mlp.down_proj": "ffn_down", "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+# rows of multiples of 32
+SHAPES = {
+    "llama": dict(n_embd=32, n_head=4, n_kv_head=2, head_dim=16, n_inner=96, vocab_size=263),
+    "qwen2": dict(
+        n_embd=64,
+        n_head=4,
+        n_kv_head=2,
+        head_dim=16,
+        n_inner=32,
+        vocab_size=261,
+        qkv_bias=True,
+        norm_eps=1e-6,
+    ),
+}
+THEIR_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "embed_tokens": "token_embd",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
 
 
 def permute(w, n_head: int):
     """The order of rows that llama.cpp's converter gives q and k."""
-    return w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+    return (
+        w.reshape(n_head, 2, w.shape[0] // n_head // 2, *w.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(w.shape)
+    )
 
 
 def their_name(ours: str) -> str:
@@ -40,36 +79,88 @@ def their_name(ours: str) -> str:
     return f"{THEIR_NAMES[stem]}.{leaf}"
 
 
-def write(path: Path, model: Transformer, kind: str = "F32", *, fields: dict | None = None, drop: str = "", tensors: dict | None = None,
-          arch: str = "", tokenizer: dict | None = None) -> dict[str, torch.Tensor]:
-    """A GGUF file of `model`, its matrices stored as `kind`; returns the numbers that the file holds, under our names.
+def write(
+    path: Path,
+    model: Transformer,
+    kind: str = "F32",
+    *,
+    fields: dict | None = None,
+    drop: str = "",
+    tensors: dict | None = None,
+    arch: str = "",
+    tokenizer: dict | None = None,
+) -> dict[str, torch.Tensor]:
+    """A GGUF file of `model`, its matrices stored as `kind`; returns the numbers that the file
+    holds, under our names.
 
-    fields: settings added or, with None, left out; drop: a tensor left out; tensors: more tensors, by their GGUF names."""
+    fields: settings added or, with None, left out; drop: a tensor left out; tensors: more tensors,
+    by their GGUF names."""
     import gguf
-    c, dtype = model.cfg, gguf.GGMLQuantizationType[kind]
+
+    c = model.cfg
+    dtype = gguf.GGMLQuantizationType[kind]
     arch = arch or ("qwen2" if c.qkv_bias else "llama")
     writer = gguf.GGUFWriter(path, arch)
-    settings = {"context_length": c.block_size, "embedding_length": c.n_embd, "block_count": c.n_layer, "feed_forward_length": c.n_inner,
-                "attention.head_count": c.n_head, "attention.head_count_kv": c.n_kv_head, "attention.key_length": c.head_dim,
-                "attention.value_length": c.head_dim, "rope.dimension_count": c.head_dim, "rope.freq_base": float(c.rope_theta),
-                "attention.layer_norm_rms_epsilon": float(c.norm_eps)} | (fields or {})
+    settings = {
+        "context_length": c.block_size,
+        "embedding_length": c.n_embd,
+        "block_count": c.n_layer,
+        "feed_forward_length": c.n_inner,
+        "attention.head_count": c.n_head,
+        "attention.head_count_kv": c.n_kv_head,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "rope.dimension_count": c.head_dim,
+        "rope.freq_base": float(c.rope_theta),
+        "attention.layer_norm_rms_epsilon": float(c.norm_eps),
+    } | (fields or {})
     for key, value in settings.items():
         if value is not None:
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array, bool: writer.add_bool}
+            add = {
+                int: writer.add_uint32,
+                float: writer.add_float32,
+                str: writer.add_string,
+                list: writer.add_array,
+                bool: writer.add_bool,
+            }
             add[type(value)](f"{arch}.{key}", value)
     spec = definition()["model"]["vocab"] if tokenizer is None else {}
-    about = {"model": "gpt2", "pre": "gpt-2", "tokens": [*spec, "<|endoftext|>"], "token_type": [1] * len(spec) + [3],
-             "merges": ["h e", "l l", "he ll", "hell o"]} if tokenizer is None else tokenizer
+    about = (
+        {
+            "model": "gpt2",
+            "pre": "gpt-2",
+            "tokens": [*spec, "<|endoftext|>"],
+            "token_type": [1] * len(spec) + [3],
+            "merges": ["h e", "l l", "he ll", "hell o"],
+        }
+        if tokenizer is None
+        else tokenizer
+    )
     for key, value in about.items():
-        {str: writer.add_string, list: writer.add_array, bool: writer.add_bool, int: writer.add_uint32}[type(value)](f"tokenizer.ggml.{key}", value)
+        {
+            str: writer.add_string,
+            list: writer.add_array,
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+        }[type(value)](f"tokenizer.ggml.{key}", value)
     held = {}
     for name, t in pretrained.model_state(model).items():
         as_stored = gguf.GGMLQuantizationType.F32 if t.ndim == 1 else dtype
         w = t.detach().numpy()
-        held[name] = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(w, as_stored), as_stored))
-        heads = {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(name.split(".")[-2]) if arch == "llama" else None
+        held[name] = torch.tensor(
+            gguf.quants.dequantize(gguf.quants.quantize(w, as_stored), as_stored)
+        )
+        heads = (
+            {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(name.split(".")[-2])
+            if arch == "llama"
+            else None
+        )
         if name != drop:
-            writer.add_tensor(their_name(name), gguf.quants.quantize(permute(w, heads) if heads else w, as_stored), raw_dtype=as_stored)
+            writer.add_tensor(
+                their_name(name),
+                gguf.quants.quantize(permute(w, heads) if heads else w, as_stored),
+                raw_dtype=as_stored,
+            )
     for name, a in (tensors or {}).items():
         writer.add_tensor(name, a)
     writer.write_header_to_file()
@@ -91,7 +182,13 @@ def llama3_divisors(theta: float, D: int, factor: float, original: int = 8192) -
     for i in range(0, D, 2):
         wavelength = 2 * math.pi * theta ** (i / D)
         smooth = (original / wavelength - 1) / (4 - 1)
-        out.append(1.0 if wavelength < original / 4 else factor if wavelength > original else 1 / ((1 - smooth) / factor + smooth))
+        out.append(
+            1.0
+            if wavelength < original / 4
+            else factor
+            if wavelength > original
+            else 1 / ((1 - smooth) / factor + smooth)
+        )
     return np.array(out, dtype=np.float32)
 
 
@@ -100,34 +197,55 @@ def llama3_divisors(theta: float, D: int, factor: float, original: int = 8192) -
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("arch", SHAPES)
 def test_gguf_logits_equal_the_numbers_in_the_file(tmp_path, arch, tied, kind):
-    """A model filled by hand with the (de)quantised numbers and the model read from the file have bit-equal weights and logits: names, the
-    order of q and k rows (llama permuted, qwen2 not), biases, tied head, tokenizer."""
+    """A model filled by hand with the (de)quantised numbers and the model read from the file have
+    bit-equal weights and logits: names, the order of q and k rows (llama permuted, qwen2 not),
+    biases, tied head, tokenizer."""
     model = random_model(sum(map(ord, arch + kind)), **SHAPES[arch], tie_embeddings=tied)
     held = write(tmp_path / "m.gguf", model, kind)
     run = pretrained.load_run(tmp_path / "m.gguf")
-    assert run.model.cfg == model.cfg and run.tokenizer.encode(TEXT) == from_definition(definition(), "tiny").encode(TEXT)
+    assert run.model.cfg == model.cfg and run.tokenizer.encode(TEXT) == from_definition(
+        definition(), "tiny"
+    ).encode(TEXT)
     pretrained.load_model_state(model, held, "test")
     got = pretrained.model_state(run.model)
     assert got.keys() == held.keys() and all(torch.equal(got[k], held[k]) for k in held)
-    assert torch.equal(logits(run.model), logits(model)) and run.base == str((tmp_path / "m.gguf").resolve())
+    assert torch.equal(logits(run.model), logits(model)) and run.base == str(
+        (tmp_path / "m.gguf").resolve()
+    )
 
 
 @needs_gguf
 def test_gguf_settings_left_out_take_llama_cpps_defaults(tmp_path):
-    """Without rope.freq_base 10000, without head_count_kv as many as heads, without key_length n_embd / n_head."""
+    """Without rope.freq_base 10000, without head_count_kv as many as heads, without key_length
+    n_embd / n_head."""
     model = random_model(n_embd=32, n_head=4, n_kv_head=4, head_dim=8, n_inner=32, vocab_size=261)
-    left_out = dict.fromkeys(("rope.freq_base", "attention.head_count_kv", "attention.key_length", "attention.value_length", "rope.dimension_count"))
+    left_out = dict.fromkeys(
+        (
+            "rope.freq_base",
+            "attention.head_count_kv",
+            "attention.key_length",
+            "attention.value_length",
+            "rope.dimension_count",
+        )
+    )
     write(tmp_path / "m.gguf", model, fields=left_out)
     run = pretrained.load_run(tmp_path / "m.gguf")
-    assert run.model.cfg == model.cfg and run.model.cfg.rope_theta == 10000 and torch.equal(logits(run.model), logits(model))
+    assert (
+        run.model.cfg == model.cfg
+        and run.model.cfg.rope_theta == 10000
+        and torch.equal(logits(run.model), logits(model))
+    )
 
 
 @needs_gguf
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_gguf_llama3_scaling_is_recognised_from_rope_freqs(tmp_path, factor):
-    """From the divisors that llama.cpp stores the scaling is found again, and the logits are those of a model with it, not of one without."""
+    """From the divisors that llama.cpp stores the scaling is found again, and the logits are those
+    of a model with it, not of one without."""
     scaled = random_model(7, **SHAPES["llama"], rope_factor=factor, rope_original=8192)
-    write(tmp_path / "m.gguf", scaled, tensors={"rope_freqs.weight": llama3_divisors(1e4, 16, factor)})
+    write(
+        tmp_path / "m.gguf", scaled, tensors={"rope_freqs.weight": llama3_divisors(1e4, 16, factor)}
+    )
     run = pretrained.load_run(tmp_path / "m.gguf")
     assert run.model.cfg == scaled.cfg and torch.equal(logits(run.model), logits(scaled))
     assert (logits(scaled) - logits(random_model(7, **SHAPES["llama"]))).abs().max() > 0.01
@@ -135,13 +253,24 @@ def test_gguf_llama3_scaling_is_recognised_from_rope_freqs(tmp_path, factor):
 
 @needs_gguf
 def test_gguf_bos_follows_the_file_and_llama_cpps_default(tmp_path):
-    """bos_token_id begins a text where add_bos_token says so, and for Llama 3's pre-tokenizer also where that is left out."""
-    model, spec = random_model(**SHAPES["llama"]), definition()["model"]["vocab"]
-    for pre, more, want in (("gpt-2", {"bos_token_id": 260}, None), ("gpt-2", {"bos_token_id": 260, "add_bos_token": True}, 260),
-                            ("llama-bpe", {"bos_token_id": 260}, 260), ("llama-bpe", {"bos_token_id": 260, "add_bos_token": False}, None),
-                            ("llama-bpe", {}, None)):
-        about = {"model": "gpt2", "pre": pre, "tokens": [*spec, "<|endoftext|>"], "token_type": [1] * 260 + [3],
-                 "merges": ["h e", "l l", "he ll", "hell o"]} | more
+    """bos_token_id begins a text where add_bos_token says so, and for Llama 3's pre-tokenizer also
+    where that is left out."""
+    model = random_model(**SHAPES["llama"])
+    spec = definition()["model"]["vocab"]
+    for pre, more, want in (
+        ("gpt-2", {"bos_token_id": 260}, None),
+        ("gpt-2", {"bos_token_id": 260, "add_bos_token": True}, 260),
+        ("llama-bpe", {"bos_token_id": 260}, 260),
+        ("llama-bpe", {"bos_token_id": 260, "add_bos_token": False}, None),
+        ("llama-bpe", {}, None),
+    ):
+        about = {
+            "model": "gpt2",
+            "pre": pre,
+            "tokens": [*spec, "<|endoftext|>"],
+            "token_type": [1] * 260 + [3],
+            "merges": ["h e", "l l", "he ll", "hell o"],
+        } | more
         write(tmp_path / "m.gguf", model, tokenizer=about)
         assert pretrained.load_run(tmp_path / "m.gguf").tokenizer.bos == want, (pre, more)
 
@@ -151,38 +280,76 @@ WRONG = {
     "architecture": (dict(arch="gemma2"), "architecture 'gemma2'"),
     "experts": (dict(fields={"expert_count": 8}), "8 experts"),
     "yarn": (dict(fields={"rope.scaling.type": "yarn"}), "RoPE scaling 'yarn'"),
-    "linear": (dict(fields={"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}), "RoPE scaling 'linear'"),
+    "linear": (
+        dict(fields={"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}),
+        "RoPE scaling 'linear'",
+    ),
     "factor without a type": (dict(fields={"rope.scaling.factor": 4.0}), "RoPE scaling 'linear'"),
     "old linear": (dict(fields={"rope.scale_linear": 4.0}), "RoPE scaling 'linear'"),
     "half rope": (dict(fields={"rope.dimension_count": 8}), "RoPE on 8 dimensions"),
     "no layers": (dict(fields={"block_count": None}), "llama.block_count: is not in the file"),
     "too many layers": (dict(fields={"block_count": 9999}), "no tensor layers.9998"),
     "too few layers": (dict(fields={"block_count": 1}), "unexpected: layers.1"),
-    "heads per layer": (dict(fields={"attention.head_count_kv": [2, 2]}), "attention.head_count_kv=[2, 2]"),
+    "heads per layer": (
+        dict(fields={"attention.head_count_kv": [2, 2]}),
+        "attention.head_count_kv=[2, 2]",
+    ),
     "no heads": (dict(fields={"attention.head_count": 0}), "num_attention_heads=0"),
     "text for a number": (dict(fields={"embedding_length": "32"}), "embedding_length='32'"),
-    "huge context": (dict(fields={"context_length": 2 ** 31}), "max_position_embeddings=2147483648"),
-    "a tensor missing": (dict(drop="layers.1.mlp.up_proj.weight"), "missing: layers.1.mlp.up_proj.weight"),
+    "huge context": (dict(fields={"context_length": 2**31}), "max_position_embeddings=2147483648"),
+    "a tensor missing": (
+        dict(drop="layers.1.mlp.up_proj.weight"),
+        "missing: layers.1.mlp.up_proj.weight",
+    ),
     "no embedding": (dict(drop="embed_tokens.weight"), "lacks 'vocab_size'"),
-    "unknown tensor": (dict(tensors={"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}), "unexpected: blk.0.attn_q_norm.weight"),
-    "bias": (dict(tensors={"blk.0.attn_q.bias": np.ones(64, np.float32)}), "unexpected: layers.0.self_attn.q_proj.bias"),
-    "integers": (dict(drop="norm.weight", tensors={"output_norm.weight": np.ones(32, np.int8)}), "output_norm.weight is I8"),
-    "inf": (dict(drop="norm.weight", tensors={"output_norm.weight": np.full(32, np.inf, np.float32)}), "norm.weight: not all finite"),
-    "other rope_freqs": (dict(tensors={"rope_freqs.weight": llama3_divisors(1e4, 16, 8.0, 4096)}), "rope_freqs"),
+    "unknown tensor": (
+        dict(tensors={"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}),
+        "unexpected: blk.0.attn_q_norm.weight",
+    ),
+    "bias": (
+        dict(tensors={"blk.0.attn_q.bias": np.ones(64, np.float32)}),
+        "unexpected: layers.0.self_attn.q_proj.bias",
+    ),
+    "integers": (
+        dict(drop="norm.weight", tensors={"output_norm.weight": np.ones(32, np.int8)}),
+        "output_norm.weight is I8",
+    ),
+    "inf": (
+        dict(drop="norm.weight", tensors={"output_norm.weight": np.full(32, np.inf, np.float32)}),
+        "norm.weight: not all finite",
+    ),
+    "other rope_freqs": (
+        dict(tensors={"rope_freqs.weight": llama3_divisors(1e4, 16, 8.0, 4096)}),
+        "rope_freqs",
+    ),
     "short rope_freqs": (dict(tensors={"rope_freqs.weight": np.ones(4, np.float32)}), "rope_freqs"),
     "zero rope_freqs": (dict(tensors={"rope_freqs.weight": np.zeros(8, np.float32)}), "rope_freqs"),
-    "sentencepiece": (dict(tokenizer={"model": "llama", "tokens": ["a"], "merges": ["a"], "token_type": [1]}), "'llama' (SentencePiece)"),
+    "sentencepiece": (
+        dict(tokenizer={"model": "llama", "tokens": ["a"], "merges": ["a"], "token_type": [1]}),
+        "'llama' (SentencePiece)",
+    ),
     "no tokens": (dict(tokenizer={"model": "gpt2"}), "lacks 'tokens'"),
     "no tokenizer": (dict(tokenizer={}), "no tokenizer.json in it"),
-    "damaged tokenizer": (dict(tokenizer={"model": "gpt2", "tokens": 5, "merges": ["a b"], "token_type": [1], "pre": "gpt-2"}),
-                          "tokenizer is damaged"),
+    "damaged tokenizer": (
+        dict(
+            tokenizer={
+                "model": "gpt2",
+                "tokens": 5,
+                "merges": ["a b"],
+                "token_type": [1],
+                "pre": "gpt-2",
+            }
+        ),
+        "tokenizer is damaged",
+    ),
 }
 
 
 @needs_gguf
 @pytest.mark.parametrize("name", WRONG)
 def test_gguf_refusals_name_what_is_wrong(tmp_path, name):
-    """What this trunk cannot be, or a file that does not fit itself, is one line that names the setting or the tensor."""
+    """What this trunk cannot be, or a file that does not fit itself, is one line that names the
+    setting or the tensor."""
     how, words = WRONG[name]
     write(tmp_path / "m.gguf", random_model(**LLAMA), **how)
     assert words in error_line(pretrained.load_run, tmp_path / "m.gguf")
@@ -190,10 +357,12 @@ def test_gguf_refusals_name_what_is_wrong(tmp_path, name):
 
 @needs_gguf
 def test_damaged_gguf_is_one_line_or_loads(tmp_path):
-    """Cut anywhere in its header or data a file is refused in one line; with a byte of its header changed it is refused so, or loads."""
+    """Cut anywhere in its header or data a file is refused in one line; with a byte of its header
+    changed it is refused so, or loads."""
     path = tmp_path / "m.gguf"
     write(path, random_model(**LLAMA))
-    whole, rng = path.read_bytes(), random.Random(0)
+    whole = path.read_bytes()
+    rng = random.Random(0)
     assert len(whole) > 20000
     for n in [0, 3, 4, 20, *rng.sample(range(len(whole) - 40), 40)]:
         path.write_bytes(whole[:n])
@@ -201,7 +370,7 @@ def test_damaged_gguf_is_one_line_or_loads(tmp_path):
     refused = 0
     for _ in range(150):
         at = rng.choice([rng.randrange(900), rng.randrange(len(whole) // 2)])
-        path.write_bytes(whole[:at] + bytes([rng.randrange(256)]) + whole[at + 1:])
+        path.write_bytes(whole[:at] + bytes([rng.randrange(256)]) + whole[at + 1 :])
         try:
             pretrained.load_run(path)
         except ValueError as e:
@@ -222,6 +391,7 @@ def test_gguf_without_its_package_says_what_to_install(tmp_path, monkeypatch):
         if name == "gguf":
             raise ImportError("no module named gguf")
         return real(name, *args, **kwargs)
+
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(builtins, "__import__", without)
     assert "pip install gguf" in error_line(pretrained.load_run, tmp_path / "m.gguf")
@@ -229,9 +399,11 @@ def test_gguf_without_its_package_says_what_to_install(tmp_path, monkeypatch):
 
 # ----------------------------------------------------------------------------- the real thing
 
+
 @needs_smol
 def test_smollm2_knows_the_capital_of_france():
-    """The real weights, read from Q4_1, and the real tokenizer continue 'The capital of France is' with ' Paris'."""
+    """The real weights, read from Q4_1, and the real tokenizer continue 'The capital of France is'
+    with ' Paris'."""
     rows, _ = generate(smol().model, [smol().tokenizer.encode("The capital of France is")], 3)
     assert smol().tokenizer.decode(rows[0]).startswith(" Paris")
 
@@ -239,8 +411,9 @@ def test_smollm2_knows_the_capital_of_france():
 @needs_smol
 @needs_transformers
 def test_smollm2_equals_transformers(tmp_path_factory):
-    """Logits of 300 tokens equal transformers' reading of the same file to 1e-3 (they are of order 7); an exported tokenizer gives
-    AutoTokenizer our ids, blanks before digits included, and the text comes back."""
+    """Logits of 300 tokens equal transformers' reading of the same file to 1e-3 (they are of order
+    7); an exported tokenizer gives AutoTokenizer our ids, blanks before digits included, and the
+    text comes back."""
     _, out, said = theirs(tmp_path_factory)
     with torch.no_grad():
         got = smol().model(smol_ids())
@@ -251,27 +424,53 @@ def test_smollm2_equals_transformers(tmp_path_factory):
 
 @needs_smol
 def test_smollm2_cached_decoding_equals_the_whole_forward():
-    """A few tokens one by one, a chunk past three 64-token tiles, and some one by one again give the uncached logits to 1e-3, from the
-    dense cache and, in decode mode, from the packed one (S = 16, K = 8, calibrated output basis, folded, tail 4), which stores less."""
+    """A few tokens one by one, a chunk past three 64-token tiles, and some one by one again give
+    the uncached logits to 1e-3, from the dense cache and, in decode mode, from the packed one (S =
+    16, K = 8, calibrated output basis, folded, tail 4), which stores less."""
     x = smol_ids()
     packed = copy.deepcopy(smol().model)
-    kv_router.attach(packed, KVConfig(n_groups=16, topk_groups=8, value_basis="output", kv_tail=4, prefill="routed"), [x[:, 200:]])
+    kv_router.attach(
+        packed,
+        KVConfig(n_groups=16, topk_groups=8, value_basis="output", kv_tail=4, prefill="routed"),
+        [x[:, 200:]],
+    )
     kv_router.fold(packed)
-    x, sizes, whole = x[:, :206], {}, {}
+    x = x[:, :206]
+    sizes = {}
+    whole = {}
     with torch.no_grad():
         for name, model in (("dense", smol().model), ("packed", packed)):
-            cache, out = model.new_cache(1, 206), []
+            cache = model.new_cache(1, 206)
+            out = []
             for piece in (*x[:, :3].split(1, 1), x[:, 3:200], *x[:, 200:].split(1, 1)):
                 out.append(model(piece, cache))
-            whole[name], sizes[name] = model(x), cache.nbytes()
+            whole[name] = model(x)
+            sizes[name] = cache.nbytes()
             assert (torch.cat(out, 1) - whole[name]).abs().max() < 1e-3
-    assert (whole["dense"] - whole["packed"]).abs().mean() > 0.1 and sizes["packed"] < 0.8 * sizes["dense"]
+    assert (whole["dense"] - whole["packed"]).abs().mean() > 0.1 and sizes["packed"] < 0.8 * sizes[
+        "dense"
+    ]
 
 
 @needs_smol
 def test_smollm2_settings_are_those_of_its_config():
     """The shape that Hugging Face's config.json of SmolLM2-135M states, read from GGUF keys."""
     c = smol().model.cfg
-    assert (c.vocab_size, c.block_size, c.n_layer, c.n_embd, c.n_head, c.n_kv_head, c.head_dim, c.n_inner) == (49152, 8192, 30, 576, 9, 3, 64, 1536)
-    assert (c.rope_theta, c.norm_eps, c.tie_embeddings, c.qkv_bias, c.rope_factor) == (100000, 1e-5, True, False, 1)
+    assert (
+        c.vocab_size,
+        c.block_size,
+        c.n_layer,
+        c.n_embd,
+        c.n_head,
+        c.n_kv_head,
+        c.head_dim,
+        c.n_inner,
+    ) == (49152, 8192, 30, 576, 9, 3, 64, 1536)
+    assert (c.rope_theta, c.norm_eps, c.tie_embeddings, c.qkv_bias, c.rope_factor) == (
+        100000,
+        1e-5,
+        True,
+        False,
+        1,
+    )
     assert smol().tokenizer.vocab_size == 49152 and pretrained.is_foreign(SMOL)

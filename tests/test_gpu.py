@@ -1,4 +1,5 @@
 """What only a GPU can show: bfloat16 autocast, torch.compile and the packed cache on the device."""
+
 from __future__ import annotations
 
 import pytest
@@ -12,20 +13,34 @@ from model import generate
 from pretrained import autocast, load_run
 from tokenizer import get_tokenizer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"), pytest.mark.usefixtures("own_cache")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.usefixtures("own_cache"),
+]
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("setting", [dict(kv_tail=0), dict(kv_tail=4, value_router="norm", mask_scope="head", value_basis="output"),
-                                     dict(reconstructor="pairwise", n_groups=8, topk_groups=3)], ids=["paper-like", "default", "pairwise"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(kv_tail=0),
+        dict(kv_tail=4, value_router="norm", mask_scope="head", value_basis="output"),
+        dict(reconstructor="pairwise", n_groups=8, topk_groups=3),
+    ],
+    ids=["paper-like", "default", "pairwise"],
+)
 @pytest.mark.parametrize("dtype, tol", [("float32", 1e-3), ("bfloat16", 0.15)])
 def test_packed_equals_masked_on_the_device(setting, dtype, tol):
-    """Decoding from the packed cache gives the uncached forward's logits, float32 and bfloat16 autocast (tolerance relative to the
-    largest logit; with near-ties between groups a bfloat16 mask may differ, so its bound is on the mean)."""
-    model, x = grouped_model(dtype=torch.float32, **setting).to(CUDA), tokens(3, 67).to(CUDA)
+    """Decoding from the packed cache gives the uncached forward's logits, float32 and bfloat16
+    autocast (tolerance relative to the largest logit; with near-ties between groups a bfloat16 mask
+    may differ, so its bound is on the mean)."""
+    model = grouped_model(dtype=torch.float32, **setting).to(CUDA)
+    x = tokens(3, 67).to(CUDA)
     with torch.no_grad(), autocast(CUDA, dtype):
-        want, cache = model(x).float(), model.new_cache(3, 67)
-        got = torch.cat([model(x[:, t:t + 1], cache).float() for t in range(67)], 1)
+        want = model(x).float()
+        cache = model.new_cache(3, 67)
+        got = torch.cat([model(x[:, t : t + 1], cache).float() for t in range(67)], 1)
     error = (got - want).abs() / want.abs().max()
     assert got.isfinite().all() and float(error.max() if dtype == "float32" else error.mean()) < tol
     assert cache.nbytes() < 2 * 4 * 67 * 3 * TINY.n_kv_head * TINY.head_dim * TINY.n_layer
@@ -39,15 +54,34 @@ def test_top_k_mask_is_the_same_on_both_devices():
 
 
 def test_training_in_bfloat16_follows_float32_and_compiles(tmp_path, text):
-    """Thirty steps of adaptation: bfloat16 within 3 % of float32's loss at every step, compiled within 3 % of uncompiled."""
-    base = pretrain(tmp_path / "base", text, "--device=cuda", "--dtype=float32", "--pretrain_steps=30")
+    """Thirty steps of adaptation: bfloat16 within 3 % of float32's loss at every step, compiled
+    within 3 % of uncompiled."""
+    base = pretrain(
+        tmp_path / "base", text, "--device=cuda", "--dtype=float32", "--pretrain_steps=30"
+    )
     traces = {}
-    for name, flags in {"float32": ["--dtype=float32"], "bfloat16": ["--dtype=bfloat16"], "compiled": ["--dtype=float32", "--compile"]}.items():
-        train.run(adapt_arguments(tmp_path / name, text, base, "--device=cuda", "--adapt_steps=30", "--lora_dropout=0", *flags))
+    for name, flags in {
+        "float32": ["--dtype=float32"],
+        "bfloat16": ["--dtype=bfloat16"],
+        "compiled": ["--dtype=float32", "--compile"],
+    }.items():
+        train.run(
+            adapt_arguments(
+                tmp_path / name,
+                text,
+                base,
+                "--device=cuda",
+                "--adapt_steps=30",
+                "--lora_dropout=0",
+                *flags,
+            )
+        )
         traces[name] = [float(v) for _, v in losses(tmp_path / name / "routed-s0")]
     for name in ("bfloat16", "compiled"):
         assert len(traces[name]) == 30
-        assert max(abs(a / b - 1) for a, b in zip(traces[name], traces["float32"], strict=True)) < 0.03, name
+        assert (
+            max(abs(a / b - 1) for a, b in zip(traces[name], traces["float32"], strict=True)) < 0.03
+        ), name
     run = load_run(tmp_path / "bfloat16", CUDA)
     rows, cache = generate(run.model, [get_tokenizer("byte").encode("ab")], 12)
     assert len(rows[0]) == 12 and cache.nbytes() > 0

@@ -1,4 +1,6 @@
-"""Value-group routing: bases, routers, reconstructors and the KV path, masked and packed, against loops and float64."""
+"""Value-group routing: bases, routers, reconstructors and the KV path, masked and packed, against
+loops and float64."""
+
 from __future__ import annotations
 
 import itertools
@@ -17,16 +19,92 @@ from config import AdapterConfig, KVConfig
 from model import DenseCache, KVCache, generate
 
 SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least once, in few models
-    dict(n_groups=4, topk_groups=2, value_basis="output", reconstructor="zero", value_router="linear", mask_scope="layer"),
-    dict(n_groups=4, topk_groups=2, value_basis="native", reconstructor="linear", value_router="linear", mask_scope="head"),
-    dict(n_groups=8, topk_groups=3, value_basis="pca", reconstructor="pairwise", value_router="norm", mask_scope="head"),
-    dict(n_groups=16, topk_groups=5, value_basis="random", reconstructor="mlp", value_router="linear", mask_scope="layer"),
-    dict(n_groups=16, topk_groups=9, value_basis="output", reconstructor="zero", value_router="norm", mask_scope="head"),
-    dict(n_groups=2, topk_groups=1, value_basis="output", reconstructor="pairwise", value_router="norm", mask_scope="layer"),
-    dict(n_groups=4, topk_groups=3, value_basis="pca", reconstructor="linear", value_router="norm", mask_scope="layer", kv_tail=3),
-    dict(n_groups=4, topk_groups=1, value_basis="native", reconstructor="mlp", value_router="linear", mask_scope="head", kv_tail=2, kv_tail_block=5),
-    dict(n_groups=4, topk_groups=2, value_basis="output", reconstructor="zero", value_router="norm", mask_scope="head", kv_tail=3, learn_basis=True),
-    dict(n_groups=8, topk_groups=3, value_basis="pca", reconstructor="pairwise", value_router="linear", mask_scope="layer", learn_basis=True),
+    dict(
+        n_groups=4,
+        topk_groups=2,
+        value_basis="output",
+        reconstructor="zero",
+        value_router="linear",
+        mask_scope="layer",
+    ),
+    dict(
+        n_groups=4,
+        topk_groups=2,
+        value_basis="native",
+        reconstructor="linear",
+        value_router="linear",
+        mask_scope="head",
+    ),
+    dict(
+        n_groups=8,
+        topk_groups=3,
+        value_basis="pca",
+        reconstructor="pairwise",
+        value_router="norm",
+        mask_scope="head",
+    ),
+    dict(
+        n_groups=16,
+        topk_groups=5,
+        value_basis="random",
+        reconstructor="mlp",
+        value_router="linear",
+        mask_scope="layer",
+    ),
+    dict(
+        n_groups=16,
+        topk_groups=9,
+        value_basis="output",
+        reconstructor="zero",
+        value_router="norm",
+        mask_scope="head",
+    ),
+    dict(
+        n_groups=2,
+        topk_groups=1,
+        value_basis="output",
+        reconstructor="pairwise",
+        value_router="norm",
+        mask_scope="layer",
+    ),
+    dict(
+        n_groups=4,
+        topk_groups=3,
+        value_basis="pca",
+        reconstructor="linear",
+        value_router="norm",
+        mask_scope="layer",
+        kv_tail=3,
+    ),
+    dict(
+        n_groups=4,
+        topk_groups=1,
+        value_basis="native",
+        reconstructor="mlp",
+        value_router="linear",
+        mask_scope="head",
+        kv_tail=2,
+        kv_tail_block=5,
+    ),
+    dict(
+        n_groups=4,
+        topk_groups=2,
+        value_basis="output",
+        reconstructor="zero",
+        value_router="norm",
+        mask_scope="head",
+        kv_tail=3,
+        learn_basis=True,
+    ),
+    dict(
+        n_groups=8,
+        topk_groups=3,
+        value_basis="pca",
+        reconstructor="pairwise",
+        value_router="linear",
+        mask_scope="layer",
+        learn_basis=True,
+    ),
 ]
 
 
@@ -35,21 +113,30 @@ def name(s: dict) -> str:
 
 
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=name)
-each_learned = pytest.mark.parametrize("setting", [s for s in SETTINGS if "learn_basis" in s], ids=name)
+each_learned = pytest.mark.parametrize(
+    "setting", [s for s in SETTINGS if "learn_basis" in s], ids=name
+)
 
 
 def qkv(path, B=2, T=9, seed=0, n_embd=TINY.n_embd, H=TINY.n_head):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
-    return draw(B, T, n_embd), draw(B, H, T, path.D), draw(B, path.Hkv, T, path.D), draw(B, path.Hkv, T, path.D)
+    return (
+        draw(B, T, n_embd),
+        draw(B, H, T, path.D),
+        draw(B, path.Hkv, T, path.D),
+        draw(B, path.Hkv, T, path.D),
+    )
 
 
 # -- value bases
 
+
 @pytest.mark.parametrize("basis", ["native", "random", "pca", "output"])
 @pytest.mark.parametrize("adapter", ["none", "lora", "routed"])
 def test_fold_leaves_logits_unchanged(basis, adapter):
-    """Folding a basis into W_v, its bias, W_o and adapters on both changes no logit (keep-all, so that nothing else plays in)."""
+    """Folding a basis into W_v, its bias, W_o and adapters on both changes no logit (keep-all, so
+    that nothing else plays in)."""
     model = tiny_model()
     want_base = model(tokens(2, 33))
     kv_router.attach(model, KVConfig(value_basis=basis, topk_groups=4), [tokens(2, 40, seed=5)])
@@ -67,20 +154,28 @@ def test_fold_leaves_logits_unchanged(basis, adapter):
 
 @each_setting
 def test_folded_equals_unfolded_when_groups_are_dropped(setting):
-    """Training (basis applied by the path) and inference (basis folded) route the same groups and give the same logits."""
-    free, folded = grouped_model(fold=False, **setting), grouped_model(**setting)
+    """Training (basis applied by the path) and inference (basis folded) route the same groups and
+    give the same logits."""
+    free = grouped_model(fold=False, **setting)
+    folded = grouped_model(**setting)
     assert (free(tokens(3, 41)) - folded(tokens(3, 41))).abs().max() < 1e-8
 
 
 def test_output_basis_error_is_what_the_output_projection_writes():
-    """In the `output` basis squared error summed over the query heads of W_o (v - v') equals squared error in z up to one scale."""
+    """In the `output` basis squared error summed over the query heads of W_o (v - v') equals
+    squared error in z up to one scale."""
     g = torch.Generator().manual_seed(1)
-    Hkv, n, D, E = 3, 2, 16, 40
+    Hkv = 3
+    n = 2
+    D = 16
+    E = 40
     a = torch.randn(Hkv, 200, D, generator=g, dtype=torch.float64)
-    cov, w_o = a.mT @ a, torch.randn(E, Hkv * n * D, generator=g, dtype=torch.float64)
+    cov = a.mT @ a
+    w_o = torch.randn(E, Hkv * n * D, generator=g, dtype=torch.float64)
     fwd, bwd = kv_router.value_basis("output", cov, w_o)
     assert (fwd @ bwd - torch.eye(D)).abs().max() < 1e-9
-    w, ratios = w_o.view(E, Hkv, n, D), []
+    w = w_o.view(E, Hkv, n, D)
+    ratios = []
     for h in range(Hkv):
         e = torch.randn(D, generator=g, dtype=torch.float64)
         written = sum((w[:, h, i] @ e).square().sum() for i in range(n))
@@ -93,7 +188,8 @@ def test_output_basis_error_is_what_the_output_projection_writes():
 
 
 def test_pca_basis_diagonalises_and_is_orthogonal():
-    """`pca` gives uncorrelated dimensions, most energy first, and is a rotation; `random` is a rotation that the seed decides."""
+    """`pca` gives uncorrelated dimensions, most energy first, and is a rotation; `random` is a
+    rotation that the seed decides."""
     a = torch.randn(2, 90, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     cov = a.mT @ a
     fwd, bwd = kv_router.value_basis("pca", cov, torch.zeros(1, 32))
@@ -101,69 +197,106 @@ def test_pca_basis_diagonalises_and_is_orthogonal():
     second = z.mT @ z
     assert (second - torch.diag_embed(second.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
     assert (second.diagonal(dim1=1, dim2=2).diff() <= 0).all() and torch.allclose(fwd.mT, bwd)
-    one, two, other = (kv_router.value_basis("random", cov, torch.zeros(1, 32), s)[0] for s in (1, 1, 2))
+    one, two, other = (
+        kv_router.value_basis("random", cov, torch.zeros(1, 32), s)[0] for s in (1, 1, 2)
+    )
     assert torch.equal(one, two) and not torch.equal(one, other)
     assert (one @ one.mT - torch.eye(16)).abs().max() < 1e-12
 
 
 # -- routers
 
+
 def test_norm_router_keeps_the_largest_energies():
-    """The norm rule keeps, per head or summed over heads, exactly the K groups whose squared norms are largest."""
+    """The norm rule keeps, per head or summed over heads, exactly the K groups whose squared norms
+    are largest."""
     for scope in ("layer", "head"):
-        path = kv_router.ValueGroupPath(TINY, KVConfig(value_router="norm", mask_scope=scope, kv_tail=0)).double()
+        path = kv_router.ValueGroupPath(
+            TINY, KVConfig(value_router="norm", mask_scope=scope, kv_tail=0)
+        ).double()
         x, _, _, v = qkv(path)
         mask = kv_router.top_k_mask(path.scores(x, v), 2)
         for b, t in itertools.product(range(2), range(9)):
-            e = torch.tensor([[float((v[b, h, t, 4 * g:4 * g + 4] ** 2).sum()) for g in range(4)] for h in range(3)])
+            e = torch.tensor(
+                [
+                    [float((v[b, h, t, 4 * g : 4 * g + 4] ** 2).sum()) for g in range(4)]
+                    for h in range(3)
+                ]
+            )
             for h, row in enumerate(e if scope == "head" else e.sum(0, keepdim=True)):
-                assert sorted(mask[b, h, t].nonzero().flatten().tolist()) == sorted(row.argsort(descending=True)[:2].tolist())
+                assert sorted(mask[b, h, t].nonzero().flatten().tolist()) == sorted(
+                    row.argsort(descending=True)[:2].tolist()
+                )
 
 
 def test_static_router_keeps_the_first_groups_of_every_token():
     """The ablation without routing: bits 0..K-1 for all tokens and heads."""
-    path = kv_router.ValueGroupPath(TINY, KVConfig(value_router="static", n_groups=8, topk_groups=3)).double()
+    path = kv_router.ValueGroupPath(
+        TINY, KVConfig(value_router="static", n_groups=8, topk_groups=3)
+    ).double()
     x, _, _, v = qkv(path)
     mask = kv_router.top_k_mask(path.scores(x, v), 3)
     assert mask.shape == (2, 3, 9, 8) and mask[..., :3].all() and not mask[..., 3:].any()
 
 
 def test_fitted_router_is_the_least_squares_solution():
-    """Calibration leaves the router at the regression of group energies on [x, 1], in units of the mean energy."""
+    """Calibration leaves the router at the regression of group energies on [x, 1], in units of the
+    mean energy."""
     g = torch.Generator().manual_seed(0)
-    x, e = torch.randn(500, 7, generator=g, dtype=torch.float64), torch.rand(500, 4, generator=g, dtype=torch.float64)
+    x = torch.randn(500, 7, generator=g, dtype=torch.float64)
+    e = torch.rand(500, 4, generator=g, dtype=torch.float64)
     ones = torch.cat((x, torch.ones(500, 1, dtype=torch.float64)), 1)
     router = torch.nn.Linear(7, 4).double()
     with torch.no_grad():
         kv_router._fit_router(router, ones.T @ ones, ones.T @ e)
     want = torch.linalg.lstsq(ones, e / e.mean()).solution
-    assert (router.weight.T - want[:-1]).abs().max() < 1e-3 and (router.bias - want[-1]).abs().max() < 1e-3
+    assert (router.weight.T - want[:-1]).abs().max() < 1e-3 and (
+        router.bias - want[-1]
+    ).abs().max() < 1e-3
 
 
 def test_straight_through_is_hard_forward_and_soft_backward():
     """The mask that carries gradients equals the hard one in value and the softmax in gradient."""
-    logits = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    mask, weight = kv_router.top_k_mask(logits.detach(), 2), torch.arange(4.0, dtype=torch.float64)
+    logits = torch.randn(
+        3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
+    )
+    mask = kv_router.top_k_mask(logits.detach(), 2)
+    weight = torch.arange(4.0, dtype=torch.float64)
     m = kv_router._straight_through(logits, mask)
     assert torch.allclose(m.detach(), mask.double(), atol=1e-15)
-    got, = torch.autograd.grad((m * weight).sum(), logits)
-    want, = torch.autograd.grad((logits.softmax(-1) * weight).sum(), logits)
+    (got,) = torch.autograd.grad((m * weight).sum(), logits)
+    (want,) = torch.autograd.grad((logits.softmax(-1) * weight).sum(), logits)
     assert torch.allclose(got, want) and want.abs().max() > 0.01
 
 
 # -- reconstructors
 
-@pytest.mark.parametrize("kind, S, K", [("linear", 4, 2), ("linear", 8, 6), ("pairwise", 8, 3), ("pairwise", 4, 2), ("mlp", 4, 2), ("zero", 4, 2)])
+
+@pytest.mark.parametrize(
+    "kind, S, K",
+    [
+        ("linear", 4, 2),
+        ("linear", 8, 6),
+        ("pairwise", 8, 3),
+        ("pairwise", 4, 2),
+        ("mlp", 4, 2),
+        ("zero", 4, 2),
+    ],
+)
 def test_reconstructor_after_attention_equals_rebuilding_every_value(kind, S, K):
-    """sum_m R_m (sum_j p_j v_j) = sum_j p_j R_m(j) v_j: reading packed values equals attention over rebuilt ones, and so do the gradients."""
-    cfg = KVConfig(n_groups=S, topk_groups=K, reconstructor=kind, mask_scope="head", value_router="norm")
+    """sum_m R_m (sum_j p_j v_j) = sum_j p_j R_m(j) v_j: reading packed values equals attention over
+    rebuilt ones, and so do the gradients."""
+    cfg = KVConfig(
+        n_groups=S, topk_groups=K, reconstructor=kind, mask_scope="head", value_router="norm"
+    )
     rec = randomise(kv_router.ValueGroupPath(TINY, cfg).double().reconstructor)
     g = torch.Generator().manual_seed(2)
     v = torch.randn(2, 3, 11, 16, generator=g, dtype=torch.float64, requires_grad=True)
     p = torch.rand(2, 3, 5, 11, generator=g, dtype=torch.float64, requires_grad=True)
     mask = kv_router.top_k_mask(torch.randn(2, 3, 11, S, generator=g), K)
     kept = v * kv_router.spread(mask, 16)
-    read, whole = rec.read(p, kept, mask), p @ kv_router.fill(kept, rec.rebuild(kept, mask), mask)
+    read = rec.read(p, kept, mask)
+    whole = p @ kv_router.fill(kept, rec.rebuild(kept, mask), mask)
     assert (read - whole).abs().max() < 1e-12
     inputs = [v, p, *rec.parameters()]
     weight = torch.randn(read.shape, generator=g, dtype=torch.float64)
@@ -173,9 +306,11 @@ def test_reconstructor_after_attention_equals_rebuilding_every_value(kind, S, K)
 
 
 def test_linear_fit_is_least_squares_per_pattern():
-    """The fitted matrices equal lstsq of the lost dimensions on the kept ones, for every one of the six patterns."""
-    v = torch.randn(2, 400, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ torch.randn(
-        16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    """The fitted matrices equal lstsq of the lost dimensions on the kept ones, for every one of the
+    six patterns."""
+    v = torch.randn(
+        2, 400, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rec = kv_router.LinearPerPattern(2, 16, 4, 2).double()
     rec.fit(v.mT @ v)
     for i, c in enumerate(itertools.combinations(range(4), 2)):
@@ -187,9 +322,11 @@ def test_linear_fit_is_least_squares_per_pattern():
 
 @pytest.mark.parametrize("S, K", [(2, 1), (4, 2), (4, 3), (8, 3)])
 def test_pairwise_fit_minimises_the_error_over_all_masks(S, K):
-    """The fitted matrices are a stationary point of the error of lost groups averaged over every K-subset of the groups."""
-    v = torch.randn(1, 300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ torch.randn(
-        16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    """The fitted matrices are a stationary point of the error of lost groups averaged over every
+    K-subset of the groups."""
+    v = torch.randn(
+        1, 300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rec = kv_router.Pairwise(1, 16, S, K).double()
     rec.fit(v.mT @ v)
 
@@ -202,103 +339,157 @@ def test_pairwise_fit_minimises_the_error_over_all_masks(S, K):
             total = total + ((rec.rebuild(v[None] * dims, mask) - v) * ~dims).square().mean()
         return total
 
-    grad, = torch.autograd.grad(error(), [rec.weight])
+    (grad,) = torch.autograd.grad(error(), [rec.weight])
     fitted = float(error().detach())
     with torch.no_grad():
-        rec.weight.add_(0.05 * torch.randn(rec.weight.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64))
-    off, = torch.autograd.grad(error(), [rec.weight])
+        rec.weight.add_(
+            0.05
+            * torch.randn(
+                rec.weight.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+            )
+        )
+    (off,) = torch.autograd.grad(error(), [rec.weight])
     assert grad.abs().max() < 1e-3 * off.abs().max() and float(error().detach()) > fitted
 
 
 # -- the path, masked
 
+
 @each_setting
 @pytest.mark.parametrize("pad", [None, (0, 4)], ids=["", "padded"])
 def test_masked_path_equals_the_loops(setting, pad):
-    """The differentiable path gives, to 1e-10, what token-by-token loops over softmax and rebuilt values give."""
+    """The differentiable path gives, to 1e-10, what token-by-token loops over softmax and rebuilt
+    values give."""
     path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**setting)).double(), 0.3).eval()
     pad = None if pad is None else torch.tensor(pad)
     x, q, k, v = qkv(path)
-    got, want = path(x, q, k, v, None, pad), brute_force_path(path, x, q, k, v, pad)
+    got = path(x, q, k, v, None, pad)
+    want = brute_force_path(path, x, q, k, v, pad)
     real = ~want.isnan()
     assert real.sum() > 100 and (got - want)[real].abs().max() < 1e-10
 
 
 @each_setting
 def test_masked_path_gradients_pass_gradcheck(setting):
-    """Autograd through the routed attention equals finite differences, for q, k and v (the mask is a constant)."""
-    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "value_router": "linear"})).double(), 0.3).eval()
+    """Autograd through the routed attention equals finite differences, for q, k and v (the mask is
+    a constant)."""
+    path = randomise(
+        kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "value_router": "linear"})).double(),
+        0.3,
+    ).eval()
     x, q, k, v = qkv(path, B=1, T=5)
     inputs = [t.requires_grad_(True) for t in (q, k, v)]
     assert torch.autograd.gradcheck(lambda *a: path(x, *a), inputs, fast_mode=True)
 
 
 def test_keep_all_equals_dense_exactly():
-    """K = S in the native basis is the dense model bit for bit, whatever router and reconstructor."""
+    """K = S in the native basis is the dense model bit for bit, whatever router and
+    reconstructor."""
     dense = tiny_model(dtype=torch.float32)
     want = dense(tokens(3, 57))
     for kind in ("zero", "pairwise", "mlp", "linear"):
-        model = grouped_model(dtype=torch.float32, n_groups=8, topk_groups=8, value_basis="native", reconstructor=kind)
+        model = grouped_model(
+            dtype=torch.float32, n_groups=8, topk_groups=8, value_basis="native", reconstructor=kind
+        )
         assert torch.equal(model(tokens(3, 57)), want)
 
 
 @pytest.mark.parametrize("prefill", ["exact", "routed"])
 def test_keep_all_equals_dense_whatever_the_maps(prefill):
-    """K = S with maps that are not inverse of each other: every logit is the dense model's bit for bit. A packed cache holds the dense
-    keys and values, not encoded ones, and the logits read from it, like those of the folded model, agree to rounding."""
-    setting = dict(topk_groups=4, value_basis="output", reconstructor="pairwise", learn_basis=True, kv_tail=3, prefill=prefill)
-    x, dense, free, folded = tokens(2, 57), tiny_model(), grouped_model(fold=False, **setting), grouped_model(**setting)
+    """K = S with maps that are not inverse of each other: every logit is the dense model's bit for
+    bit. A packed cache holds the dense keys and values, not encoded ones, and the logits read from
+    it, like those of the folded model, agree to rounding."""
+    setting = dict(
+        topk_groups=4,
+        value_basis="output",
+        reconstructor="pairwise",
+        learn_basis=True,
+        kv_tail=3,
+        prefill=prefill,
+    )
+    x = tokens(2, 57)
+    dense = tiny_model()
+    free = grouped_model(fold=False, **setting)
+    folded = grouped_model(**setting)
     want = dense(x)
     assert torch.equal(free(x), want) and (folded(x) - want).abs().max() < 1e-8
     for model in (free, folded):
-        cache, whole = model.new_cache(2, 57), dense.new_cache(2, 57)
-        got = torch.cat([model(x[:, a:b], cache) for a, b in ((0, 30), *((t, t + 1) for t in range(30, 57)))], 1)
+        cache = model.new_cache(2, 57)
+        whole = dense.new_cache(2, 57)
+        got = torch.cat(
+            [model(x[:, a:b], cache) for a, b in ((0, 30), *((t, t + 1) for t in range(30, 57)))], 1
+        )
         assert (got - want).abs().max() < 1e-8
         dense(x, whole)
         k, v, mask = cache.layers[0].unpack()
         assert mask.all() and int(cache.layers[0].n_packed[0]) == 54
-        assert (k - whole.layers[0].k).abs().max() < 1e-12 and (model is folded or (v - whole.layers[0].v).abs().max() < 1e-12)
+        assert (k - whole.layers[0].k).abs().max() < 1e-12 and (
+            model is folded or (v - whole.layers[0].v).abs().max() < 1e-12
+        )
 
 
 @each_learned
 @pytest.mark.parametrize("pad", [None, (0, 4)], ids=["", "padded"])
 def test_learned_maps_have_the_loops_gradients(setting, pad):
-    """The gradients of both maps, and of q, k, v through them, are to 1e-9 those of the token-by-token loops, and none is zero."""
+    """The gradients of both maps, and of q, k, v through them, are to 1e-9 those of the
+    token-by-token loops, and none is zero."""
     path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**setting)).double(), 0.3).eval()
     pad = None if pad is None else torch.tensor(pad)
     x, q, k, v = qkv(path)
     inputs = [t.requires_grad_(True) for t in (q, k, v)] + [path.enc, path.dec]
-    got, want = path(x, q, k, v, None, pad), brute_force_path(path, x, q, k, v, pad)
-    weight = torch.randn(want.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).masked_fill(want.isnan(), 0)
-    ours, plain = (torch.autograd.grad((out.nan_to_num() * weight).sum(), inputs) for out in (got, want))
+    got = path(x, q, k, v, None, pad)
+    want = brute_force_path(path, x, q, k, v, pad)
+    weight = torch.randn(
+        want.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
+    ).masked_fill(want.isnan(), 0)
+    ours, plain = (
+        torch.autograd.grad((out.nan_to_num() * weight).sum(), inputs) for out in (got, want)
+    )
     for a, b in zip(ours, plain, strict=True):
         assert b.abs().max() > 1e-3 and (a - b).abs().max() < 1e-9
 
 
 @each_learned
 def test_learned_maps_pass_gradcheck(setting):
-    """Autograd through the maps equals finite differences (the mask is a constant: the router here looks at the layer's input)."""
-    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "value_router": "linear"})).double(), 0.3).eval()
+    """Autograd through the maps equals finite differences (the mask is a constant: the router here
+    looks at the layer's input)."""
+    path = randomise(
+        kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "value_router": "linear"})).double(),
+        0.3,
+    ).eval()
     x, q, k, v = qkv(path, B=1, T=5)
 
     def run(v, enc, dec):
         return torch.func.functional_call(path, {"enc": enc, "dec": dec}, (x, q, k, v))
+
     inputs = [t.detach().clone().requires_grad_(True) for t in (v, path.enc, path.dec)]
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 def test_learned_maps_are_only_the_language_models():
-    """L_LM trains both maps; L_aux trains neither, though it is measured in their coordinates; an adapter beside them still learns."""
-    model = grouped_model(fold=False, learn_basis=True, reconstructor="pairwise", value_basis="output")
+    """L_LM trains both maps; L_aux trains neither, though it is measured in their coordinates; an
+    adapter beside them still learns."""
+    model = grouped_model(
+        fold=False, learn_basis=True, reconstructor="pairwise", value_basis="output"
+    )
     lora.attach(model, AdapterConfig(adapter="lora", lora_dropout=0.0))
     randomise(torch.nn.ParameterList(lora.adapter_state(model).values()), 0.2)
     kv_router.trainable(model)
     model.train()
     reached = []
-    for loss in (lambda: model(tokens(2, 21)).square().mean(), lambda: (model(tokens(2, 21)), kv_router.aux_loss(model))[1]):
+    for loss in (
+        lambda: model(tokens(2, 21)).square().mean(),
+        lambda: (model(tokens(2, 21)), kv_router.aux_loss(model))[1],
+    ):
         model.zero_grad()
         loss().backward()
-        reached.append({n.rsplit("kv_path.")[-1] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0})
+        reached.append(
+            {
+                n.rsplit("kv_path.")[-1]
+                for n, p in model.named_parameters()
+                if p.grad is not None and p.grad.abs().max() > 0
+            }
+        )
     lm, aux = ({n for n in names if "lora_" not in n} for names in reached)
     assert lm == {"enc", "dec"} and aux == {"router.weight", "router.bias", "reconstructor.weight"}
     assert len(reached[0] - lm) == 16 and not reached[1] - aux
@@ -306,58 +497,79 @@ def test_learned_maps_are_only_the_language_models():
 
 @each_setting
 def test_no_output_depends_on_a_later_token(setting):
-    """Causality: changing token 20 of 37 leaves the logits before it as they were, bit for bit, and changes its own."""
-    model, a = grouped_model(**setting), tokens(1, 37)
+    """Causality: changing token 20 of 37 leaves the logits before it as they were, bit for bit, and
+    changes its own."""
+    model = grouped_model(**setting)
+    a = tokens(1, 37)
     b = a.clone()
     b[0, 20] = (b[0, 20] + 1) % TINY.vocab_size
-    x, y = model(a), model(b)
+    x = model(a)
+    y = model(b)
     assert torch.equal(x[:, :20], y[:, :20]) and not torch.equal(x[:, 20:], y[:, 20:])
 
 
 # -- the path, packed
 
+
 @each_setting
-@pytest.mark.parametrize("chunks", [(67,), (1,) * 67, (30, 1, 1, 5, 29, 1)], ids=["one", "token by token", "mixed"])
+@pytest.mark.parametrize(
+    "chunks", [(67,), (1,) * 67, (30, 1, 1, 5, 29, 1)], ids=["one", "token by token", "mixed"]
+)
 def test_packed_equals_masked(setting, chunks):
-    """Logits from the packed cache, in any chunks, padded rows too, equal the uncached forward's (past a 64-token tile)."""
-    model, x = grouped_model(**setting), tokens(3, 67)
+    """Logits from the packed cache, in any chunks, padded rows too, equal the uncached forward's
+    (past a 64-token tile)."""
+    model = grouped_model(**setting)
+    x = tokens(3, 67)
     for pad in (None, torch.tensor([0, 5, 66])):
-        want, cache, got, at = model(x, pad=pad), model.new_cache(3, 67, pad), [], 0
+        want = model(x, pad=pad)
+        cache = model.new_cache(3, 67, pad)
+        got = []
+        at = 0
         for n in chunks:
             with torch.no_grad():
-                got.append(model(x[:, at:at + n], cache))
+                got.append(model(x[:, at : at + n], cache))
             at += n
         difference = torch.cat(got, 1) - want
         for b in range(3):
-            assert difference[b, 0 if pad is None else pad[b]:].abs().max() < 1e-8
+            assert difference[b, 0 if pad is None else pad[b] :].abs().max() < 1e-8
 
 
 @each_setting
 def test_exact_prefill_then_decoding_equals_the_loops(setting):
-    """With prefill=exact the prompt reads whole values, and every later token reads the prompt's packed ones."""
-    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "prefill": "exact"})).double(), 0.3).eval()
+    """With prefill=exact the prompt reads whole values, and every later token reads the prompt's
+    packed ones."""
+    path = randomise(
+        kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "prefill": "exact"})).double(), 0.3
+    ).eval()
     x, q, k, v = qkv(path, T=13)
     pad = torch.tensor([0, 3])
-    cache, got = path.new_cache(2, 13, v), []
+    cache = path.new_cache(2, 13, v)
+    got = []
     for a, b in [(0, 8)] + [(t, t + 1) for t in range(8, 13)]:
         got.append(path(x[:, a:b], q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], cache, pad))
-    got, want = torch.cat(got, 2), brute_force_path(path, x, q, k, v, pad, exact_until=8)
+    got = torch.cat(got, 2)
+    want = brute_force_path(path, x, q, k, v, pad, exact_until=8)
     real = ~want.isnan()
     assert real.sum() > 100 and (got - want)[real].abs().max() < 1e-10
 
 
 def test_exact_prefill_gives_the_dense_models_logits():
-    """The prompt's own logits under exact prefill are the dense model's: only what is kept for later is compressed."""
-    model, x = grouped_model(value_basis="native", prefill="exact"), tokens(2, 45)
+    """The prompt's own logits under exact prefill are the dense model's: only what is kept for
+    later is compressed."""
+    model = grouped_model(value_basis="native", prefill="exact")
+    x = tokens(2, 45)
     assert (model(x, model.new_cache(2, 45)) - tiny_model()(x)).abs().max() < 1e-9
 
 
 def test_decode_mode_perplexity_equals_token_by_token_packed_decoding():
-    """The loss every table reports is that of feeding the tokens one at a time through the packed cache."""
-    model, x = grouped_model(value_basis="output", prefill="exact"), tokens(3, 50)
-    cache, total = model.new_cache(3, 49), 0.0
+    """The loss every table reports is that of feeding the tokens one at a time through the packed
+    cache."""
+    model = grouped_model(value_basis="output", prefill="exact")
+    x = tokens(3, 50)
+    cache = model.new_cache(3, 49)
+    total = 0.0
     for t in range(49):
-        logits = model(x[:, t:t + 1], cache)[:, 0]
+        logits = model(x[:, t : t + 1], cache)[:, 0]
         total += float(torch.nn.functional.cross_entropy(logits, x[:, t + 1]).detach())
     assert abs(tasks.mean_loss(model, x[:, :-1], x[:, 1:], 2) - total / 49) < 1e-9
     dense = tasks.mean_loss(tiny_model(), x[:, :-1], x[:, 1:], 2)
@@ -365,9 +577,12 @@ def test_decode_mode_perplexity_equals_token_by_token_packed_decoding():
 
 
 def test_batch_rows_do_not_influence_each_other():
-    """A row's logits and generated text are the same alone, among other rows, and behind padding."""
-    model, x = grouped_model(value_basis="output", mask_scope="head", value_router="norm"), tokens(4, 31)
-    alone, together = model(x[2:3]), model(x)
+    """A row's logits and generated text are the same alone, among other rows, and behind
+    padding."""
+    model = grouped_model(value_basis="output", mask_scope="head", value_router="norm")
+    x = tokens(4, 31)
+    alone = model(x[2:3])
+    together = model(x)
     assert (together[2:3] - alone).abs().max() < 1e-9
     prompts = [x[0, :9].tolist(), x[1, :23].tolist(), x[2, :5].tolist()]
     rows, _ = generate(model, prompts, 12)
@@ -377,11 +592,18 @@ def test_batch_rows_do_not_influence_each_other():
 
 # -- losses
 
+
 def test_lm_loss_and_aux_loss_reach_only_their_own_parameters():
-    """By default L_LM trains adapters and not router or reconstructor; L_aux the reverse, and nothing before it; lm_to_router joins them;
-    with a dense tail and without."""
+    """By default L_LM trains adapters and not router or reconstructor; L_aux the reverse, and
+    nothing before it; lm_to_router joins them; with a dense tail and without."""
     for joined, tail in itertools.product((False, True), (0, 3)):
-        model = grouped_model(fold=False, dtype=torch.float32, reconstructor="pairwise", lm_to_router=joined, kv_tail=tail)
+        model = grouped_model(
+            fold=False,
+            dtype=torch.float32,
+            reconstructor="pairwise",
+            lm_to_router=joined,
+            kv_tail=tail,
+        )
         lora.attach(model, AdapterConfig(lora_dropout=0.0))
         routers = kv_router.trainable(model)
         adapters = list(lora.adapter_state(model).values())
@@ -395,27 +617,35 @@ def test_lm_loss_and_aux_loss_reach_only_their_own_parameters():
         assert all(g is not None and g.abs().max() > 0 for g in on_adapters)
         model(tokens(2, 21))
         aux = torch.autograd.grad(kv_router.aux_loss(model), routers + adapters, allow_unused=True)
-        assert all(g is not None and g.abs().max() > 0 for g in aux[:len(routers)])
-        assert all(g is None or g.abs().max() == 0 for g in aux[len(routers):])
+        assert all(g is not None and g.abs().max() > 0 for g in aux[: len(routers)])
+        assert all(g is None or g.abs().max() == 0 for g in aux[len(routers) :])
 
 
 def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
-    """L_aux of a layer equals a hand-made MSE between whole and routed values, and is the same for any split of the batch."""
-    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**PAPER_LIKE, reconstructor="pairwise")).double(), 0.3).train()
+    """L_aux of a layer equals a hand-made MSE between whole and routed values, and is the same for
+    any split of the batch."""
+    path = randomise(
+        kv_router.ValueGroupPath(TINY, KVConfig(**PAPER_LIKE, reconstructor="pairwise")).double(),
+        0.3,
+    ).train()
     x, q, k, v = qkv(path, B=4)
     path(x, q, k, v)
     whole = float(path.aux_loss.detach())
     parts = []
     for b in range(4):
-        path(x[b:b + 1], q[b:b + 1], k[b:b + 1], v[b:b + 1])
+        path(x[b : b + 1], q[b : b + 1], k[b : b + 1], v[b : b + 1])
         parts.append(float(path.aux_loss.detach()))
     mask = kv_router.top_k_mask(path.scores(x, v), 2)
     kept = v * kv_router.spread(mask, 16)
     routed = kv_router.fill(kept, path.reconstructor.rebuild(kept, mask), mask)
-    assert abs(whole - float((routed - v).square().mean().detach())) < 1e-12 and abs(whole - sum(parts) / 4) < 1e-12
+    assert (
+        abs(whole - float((routed - v).square().mean().detach())) < 1e-12
+        and abs(whole - sum(parts) / 4) < 1e-12
+    )
 
 
 # -- the model around it
+
 
 def kept(model, T: int) -> tuple[float, float]:
     """KV kept in compressed layers and in the whole model, of a cache of T tokens."""
@@ -439,8 +669,8 @@ def test_uncompressed_layers_stay_dense_and_are_counted():
 
 @pytest.mark.parametrize("learned", [False, True], ids=["", "learned"])
 def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit(learned):
-    """state / load_state carry bases, trained ones too, routers and reconstructors; a missing, strange or non-finite tensor is refused
-    by name."""
+    """state / load_state carry bases, trained ones too, routers and reconstructors; a missing,
+    strange or non-finite tensor is refused by name."""
     cfg = dict(value_basis="output", reconstructor="pairwise", learn_basis=learned)
     model = grouped_model(fold=False, **cfg)
     saved = {k: t.clone() for k, t in kv_router.state(model).items()}
@@ -449,14 +679,20 @@ def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit(learned)
     assert torch.equal(other(tokens(2, 19)), model(tokens(2, 19)))
     assert (kv_router.fold(other)(tokens(2, 19)) - model(tokens(2, 19))).abs().max() < 1e-9
     key = next(k for k in saved if k.endswith("router.weight"))
-    for bad in ({k: t for k, t in saved.items() if k != key}, {**saved, "extra": saved[key]}, {**saved, key: saved[key] * math.nan},
-                {**saved, key: saved[key][:-1]}, {k: t for k, t in saved.items() if "basis_fwd" not in k}):
+    for bad in (
+        {k: t for k, t in saved.items() if k != key},
+        {**saved, "extra": saved[key]},
+        {**saved, key: saved[key] * math.nan},
+        {**saved, key: saved[key][:-1]},
+        {k: t for k, t in saved.items() if "basis_fwd" not in k},
+    ):
         with pytest.raises(ValueError, match=r"router\.weight|extra|basis"):
             kv_router.load_state(kv_router.attach(tiny_model(), KVConfig(**PAPER_LIKE, **cfg)), bad)
 
 
 def test_set_kept_changes_the_budget_and_refuses_foreign_patterns():
-    """Any K works for zero, pairwise and mlp; the per-pattern reconstructor refuses another K, but may keep everything."""
+    """Any K works for zero, pairwise and mlp; the per-pattern reconstructor refuses another K, but
+    may keep everything."""
     model = grouped_model(reconstructor="pairwise")
     kv_router.set_kept(model, 4)
     assert kept(model, 9) == (1.0, 1.0)
@@ -468,7 +704,8 @@ def test_set_kept_changes_the_budget_and_refuses_foreign_patterns():
 
 
 def test_cache_file_round_trip_continues_identically(tmp_path):
-    """A saved and loaded cache decodes on as the original does, padding included; a foreign file is refused in one line."""
+    """A saved and loaded cache decodes on as the original does, padding included; a foreign file is
+    refused in one line."""
     pad = torch.tensor([0, 4])
     for model in (grouped_model(kv_tail=3), tiny_model()):
         cache = model.new_cache(2, 40, pad)
@@ -477,8 +714,13 @@ def test_cache_file_round_trip_continues_identically(tmp_path):
         loaded = KVCache.load(tmp_path / "cache.safetensors", model)
         assert loaded.nbytes() == cache.nbytes()
         for t in range(3):
-            assert torch.equal(model(tokens(2, 1, seed=t), cache), model(tokens(2, 1, seed=t), loaded))
-        for other in (tiny_model() if kv_router.paths(model) else grouped_model(), grouped_model(n_groups=2, topk_groups=1)):
+            assert torch.equal(
+                model(tokens(2, 1, seed=t), cache), model(tokens(2, 1, seed=t), loaded)
+            )
+        for other in (
+            tiny_model() if kv_router.paths(model) else grouped_model(),
+            grouped_model(n_groups=2, topk_groups=1),
+        ):
             with pytest.raises(ValueError, match="not a cache of this model"):
                 KVCache.load(tmp_path / "cache.safetensors", other)
     checkpoint.write_json(tmp_path / "x", {})

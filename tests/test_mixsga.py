@@ -1,4 +1,6 @@
-"""mixSGA: who takes a token, what is stored of it, and that masked and packed executions agree; GQA, CLA and H2O beside it."""
+"""mixSGA: who takes a token, what is stored of it, and that masked and packed executions agree;
+GQA, CLA and H2O beside it."""
+
 from __future__ import annotations
 
 import math
@@ -19,7 +21,9 @@ EIGHT = replace(TINY, n_head=8, n_kv_head=8)
 
 def made(kv: str = "mixsga", cfg=EIGHT, dtype=torch.float64, tail: int = 0, **mix):
     """A random model with such paths and random routers, evaluation mode."""
-    model = mixsga.attach(tiny_model(dtype=dtype, cfg=cfg), KVConfig(kv=kv, kv_tail=tail), MixConfig(**mix))
+    model = mixsga.attach(
+        tiny_model(dtype=dtype, cfg=cfg), KVConfig(kv=kv, kv_tail=tail), MixConfig(**mix)
+    )
     torch.manual_seed(7)
     for p in mixsga.experts(model):
         if p.router is not None:
@@ -30,18 +34,28 @@ def made(kv: str = "mixsga", cfg=EIGHT, dtype=torch.float64, tail: int = 0, **mi
 
 
 SETTINGS = {
-    "3:1:6": dict(kv="mixsga"), "1:1:0": dict(kv="mixsga", expert_ratios="1:1:0"), "two": dict(kv="mixsga", group_sizes="2,8", expert_ratios="1:3"),
-    "random": dict(kv="mixsga", expert_router="random"), "groups": dict(kv="mixsga", expert_groups=2), "gqa": dict(kv="gqa", kv_share=0.35),
-    "cla": dict(kv="cla"), "tail": dict(kv="mixsga", tail=5), "gqa tail": dict(kv="gqa", tail=1), "cla tail": dict(kv="cla", tail=4),
+    "3:1:6": dict(kv="mixsga"),
+    "1:1:0": dict(kv="mixsga", expert_ratios="1:1:0"),
+    "two": dict(kv="mixsga", group_sizes="2,8", expert_ratios="1:3"),
+    "random": dict(kv="mixsga", expert_router="random"),
+    "groups": dict(kv="mixsga", expert_groups=2),
+    "gqa": dict(kv="gqa", kv_share=0.35),
+    "cla": dict(kv="cla"),
+    "tail": dict(kv="mixsga", tail=5),
+    "gqa tail": dict(kv="gqa", tail=1),
+    "cla tail": dict(kv="cla", tail=4),
     "groups tail": dict(kv="mixsga", expert_groups=1, tail=30),
 }
 
 
 # ----------------------------------------------------------------------------- who takes a token
 
+
 def choice_by_hand(scores, ratios, n_pad: int):
     """Equation 2, token by token: the best of the rest, as often as the expert has room."""
-    T, left, out = len(scores), list(range(n_pad, len(scores))), {}
+    T = len(scores)
+    left = list(range(n_pad, len(scores)))
+    out = {}
     n = T - n_pad
     for e, r in enumerate(ratios):
         room = len(left) if e == len(ratios) - 1 else min(len(left), math.ceil(r * n))
@@ -55,7 +69,8 @@ def choice_by_hand(scores, ratios, n_pad: int):
 @pytest.mark.parametrize("T", [1, 2, 7, 30, 31])
 @pytest.mark.parametrize("ratios", ["1", "3:1", "1:1:0", "3:1:6", "0:0:1", "1:2:3:4", "1:1:1"])
 def test_expert_choice_equals_a_loop(T, ratios):
-    """One expert a token, exact counts, ties to the earlier token, padding left out: odd lengths, one to four experts."""
+    """One expert a token, exact counts, ties to the earlier token, padding left out: odd lengths,
+    one to four experts."""
     ratios = tuple(Fraction(int(p), sum(map(int, ratios.split(":")))) for p in ratios.split(":"))
     g = torch.Generator().manual_seed(T)
     scores = torch.randint(0, 4, (3, T, len(ratios)), generator=g).double()  # many ties
@@ -64,14 +79,20 @@ def test_expert_choice_equals_a_loop(T, ratios):
     got = mixsga.expert_choice(scores, ratios, valid)
     for b in range(3):
         want = choice_by_hand(scores[b], ratios, n_pad[b])
-        assert got[b].tolist()[n_pad[b]:] == want[n_pad[b]:]
+        assert got[b].tolist()[n_pad[b] :] == want[n_pad[b] :]
         counts = [want.count(e) for e in range(len(ratios))]
-        assert sum(counts) == T - n_pad[b] and all(c == 0 for c, r in zip(counts, ratios, strict=True) if not r)
+        assert sum(counts) == T - n_pad[b] and all(
+            c == 0 for c, r in zip(counts, ratios, strict=True) if not r
+        )
 
 
 def test_counts_are_ceilings():
     """Of 31 tokens at 3:1:6: ceil(9.3), ceil(3.1) and the rest."""
-    got = mixsga.expert_choice(torch.rand(1, 31, 3, generator=torch.Generator().manual_seed(0)), MixConfig().ratios, torch.ones(1, 31).bool())
+    got = mixsga.expert_choice(
+        torch.rand(1, 31, 3, generator=torch.Generator().manual_seed(0)),
+        MixConfig().ratios,
+        torch.ones(1, 31).bool(),
+    )
     assert got[0].bincount(minlength=3).tolist() == [10, 4, 17]
 
 
@@ -89,31 +110,51 @@ def test_an_expert_of_share_0_is_never_chosen():
 
 
 def test_the_random_router_keeps_the_shares():
-    """Its scores' argmax falls on every expert as often as the ratios say, within three standard deviations."""
-    path = mixsga.GroupedHeads(replace(EIGHT, block_size=20000), KVConfig(kv="mixsga"), MixConfig(expert_router="random"))
+    """Its scores' argmax falls on every expert as often as the ratios say, within three standard
+    deviations."""
+    path = mixsga.GroupedHeads(
+        replace(EIGHT, block_size=20000), KVConfig(kv="mixsga"), MixConfig(expert_router="random")
+    )
     share = path.noise.argmax(-1).bincount(minlength=3) / 20000
     assert (share - torch.tensor([0.3, 0.1, 0.6])).abs().max() < 3 * (0.24 / 20000) ** 0.5
 
 
-# ----------------------------------------------------------------------------- what is stored and read
+# -------------------- what is stored and read
+
 
 def test_keys_may_be_averaged_before_or_after_rope():
     """All heads of a token turn alike: the same keys."""
     model = tiny_model(cfg=EIGHT)
-    attn, x = model.layers[0].self_attn, torch.randn(2, 9, EIGHT.n_embd, dtype=torch.float64)
-    cos, sin = model.rope_cos[:9].double(), model.rope_sin[:9].double()
+    attn = model.layers[0].self_attn
+    x = torch.randn(2, 9, EIGHT.n_embd, dtype=torch.float64)
+    cos = model.rope_cos[:9].double()
+    sin = model.rope_sin[:9].double()
     _, k, _ = attn.project(x, cos, sin)
-    before = attn.k_proj.weight.view(4, 2, 16, -1).mean(1).flatten(0, 1), attn.k_proj.bias.view(4, 2, 16).mean(1).flatten()
+    before = (
+        attn.k_proj.weight.view(4, 2, 16, -1).mean(1).flatten(0, 1),
+        attn.k_proj.bias.view(4, 2, 16).mean(1).flatten(),
+    )
     raw = torch.nn.functional.linear(x, *before).view(2, 9, 4, 16).transpose(1, 2)
     from model import apply_rope
+
     assert (mixsga.averaged(k, 2) - apply_rope(raw, cos, sin)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("setting", [dict(expert_ratios="1:0:0"), dict(group_sizes="1", expert_ratios="1"), dict(kv="gqa", kv_share=1.0),
-                                     dict(kv="cla", kv_share=1.0)])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        dict(expert_ratios="1:0:0"),
+        dict(group_sizes="1", expert_ratios="1"),
+        dict(kv="gqa", kv_share=1.0),
+        dict(kv="cla", kv_share=1.0),
+    ],
+)
 def test_keeping_all_is_dense_exactly(setting):
-    """1:0:0, one expert of size 1, GQA and CLA at a share of 1: the dense model's logits, without a cache and for a prompt with one."""
-    model, dense, x = made(**setting), tiny_model(cfg=EIGHT), tokens(2, 33)
+    """1:0:0, one expert of size 1, GQA and CLA at a share of 1: the dense model's logits, without a
+    cache and for a prompt with one."""
+    model = made(**setting)
+    dense = tiny_model(cfg=EIGHT)
+    x = tokens(2, 33)
     assert torch.equal(model(x), dense(x))
     assert torch.equal(model(x, model.new_cache(2, 40)), dense(x))
     model.train()
@@ -121,23 +162,33 @@ def test_keeping_all_is_dense_exactly(setting):
 
 
 def by_hand(model, x, index, tail):
-    """Logits when token t's keys and values in layer l are averaged over its expert's groups once it is `tail` tokens old: one head, one token
-    at a time."""
+    """Logits when token t's keys and values in layer l are averaged over its expert's groups once
+    it is `tail` tokens old: one head, one token at a time."""
+
     def attend(i, q, k, v):
-        sizes, whole_k, whole_v = mixsga.experts(model)[i].sizes, k, v
-        k, v = k.clone(), v.clone()
+        sizes = mixsga.experts(model)[i].sizes
+        whole_k = k
+        whole_v = v
+        k = k.clone()
+        v = v.clone()
         for b in range(x.size(0)):
             for t in range(x.size(1)):
                 size = sizes[index[i][b, t]]
                 for h in range(0, 8, size):
-                    k[b, h:h + size, t] = k[b, h:h + size, t].mean(0)
-                    v[b, h:h + size, t] = v[b, h:h + size, t].mean(0)
+                    k[b, h : h + size, t] = k[b, h : h + size, t].mean(0)
+                    v[b, h : h + size, t] = v[b, h : h + size, t].mean(0)
         out = torch.zeros_like(q)
         for t in range(x.size(1)):
             old = max(0, t + 1 - tail)
-            kt, vt = (torch.cat((a[:, :, :old], w[:, :, old:t + 1]), 2) for a, w in ((k, whole_k), (v, whole_v)))
-            out[:, :, t] = ((q[:, :, t:t + 1] @ kt.mT / q.size(-1) ** 0.5).softmax(-1) @ vt)[:, :, 0]
+            kt, vt = (
+                torch.cat((a[:, :, :old], w[:, :, old : t + 1]), 2)
+                for a, w in ((k, whole_k), (v, whole_v))
+            )
+            out[:, :, t] = ((q[:, :, t : t + 1] @ kt.mT / q.size(-1) ** 0.5).softmax(-1) @ vt)[
+                :, :, 0
+            ]
         return out
+
     h = model.embed_tokens(x)
     cos, sin = model._rope(0, x.size(1), None)
     for i, block in enumerate(model.layers):
@@ -149,8 +200,11 @@ def by_hand(model, x, index, tail):
 @pytest.mark.parametrize("tail", [0, 1, 4, 40])
 @pytest.mark.parametrize("by", ["choice", "score"])
 def test_masked_equals_a_loop(by, tail):
-    """Logits equal those of averaging by hand what the recorded experts say, but for the newest tokens of every query."""
-    model, x, seen = made(tail=tail), tokens(2, 21), []
+    """Logits equal those of averaging by hand what the recorded experts say, but for the newest
+    tokens of every query."""
+    model = made(tail=tail)
+    x = tokens(2, 21)
+    seen = []
     for p in mixsga.experts(model):
         p.chosen = lambda *a, f=p.chosen: (seen.append(f(*a)), seen[-1])[1]
     with mixsga.routing(model, by):
@@ -162,40 +216,52 @@ def test_masked_equals_a_loop(by, tail):
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("pieces", [[26], [1] * 26, [9, 1, 1, 8, 7]])
 def test_packed_equals_masked(name, pieces):
-    """Through a cache, all at once, token by token or in pieces, with padding: the logits of decode mode without one."""
-    model, x, pad = made(**SETTINGS[name]), tokens(2, 26), torch.tensor([0, 5])
+    """Through a cache, all at once, token by token or in pieces, with padding: the logits of decode
+    mode without one."""
+    model = made(**SETTINGS[name])
+    x = tokens(2, 26)
+    pad = torch.tensor([0, 5])
     with torch.no_grad(), mixsga.routing(model, "score"):
         want = model(x, pad=pad)
         cache = model.new_cache(2, 26, pad)
         got = torch.cat([model(part, cache) for part in x.split(pieces, 1)], 1)
     for b in range(2):
-        assert (got[b, pad[b]:] - want[b, pad[b]:]).abs().max() < 1e-10
+        assert (got[b, pad[b] :] - want[b, pad[b] :]).abs().max() < 1e-10
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the kernels read the experts' caches")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: the kernels read the experts' caches"
+)
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-3), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize("name", ["3:1:6", "groups", "tail", "gqa tail", "cla tail", "groups tail"])
 def test_packed_equals_masked_on_a_gpu(name, dtype, tol):
-    """A prompt, then token by token: attention outputs of every layer through the cache are those of the masked one, by kernels, in float32 and
-    bfloat16, relative to the largest."""
-    model, T = made(**SETTINGS[name], dtype=torch.float32).cuda().to(dtype), 70
+    """A prompt, then token by token: attention outputs of every layer through the cache are those
+    of the masked one, by kernels, in float32 and bfloat16, relative to the largest."""
+    model = made(**SETTINGS[name], dtype=torch.float32).cuda().to(dtype)
+    T = 70
     g = torch.Generator().manual_seed(1)
-    x, q, k, v = (torch.randn(*shape, generator=g).to("cuda", dtype) for shape in ((2, T, 40), (2, 8, T, 16), (2, 8, T, 16), (2, 8, T, 16)))
+    x, q, k, v = (
+        torch.randn(*shape, generator=g).to("cuda", dtype)
+        for shape in ((2, T, 40), (2, 8, T, 16), (2, 8, T, 16), (2, 8, T, 16))
+    )
     for block in model.layers:
         path = block.self_attn.kv_path
         with torch.no_grad(), mixsga.routing(model, "score"):
-            want, cache, got = path(x, q, k, v), path.new_cache(2, T, q), []
+            want = path(x, q, k, v)
+            cache = path.new_cache(2, T, q)
+            got = []
             seen = getattr(path, "seen", None)
             for part in (slice(0, 40), *(slice(t, t + 1) for t in range(40, T))):
                 if seen is not None:
-                    path.seen = tuple(t[:, :, :part.stop] for t in seen)
+                    path.seen = tuple(t[:, :, : part.stop] for t in seen)
                 got.append(path(x[:, part], *(t[:, :, part] for t in (q, k, v)), cache))
         assert (torch.cat(got, 2) - want).abs().max() < tol * want.abs().max()
 
 
 def test_any_head_dimension_is_stored():
     """Without value groups nothing has to divide D but 2: heads of 6, default n_groups of 4."""
-    model, x = made(cfg=replace(EIGHT, head_dim=6), tail=2), tokens(1, 15)
+    model = made(cfg=replace(EIGHT, head_dim=6), tail=2)
+    x = tokens(1, 15)
     with torch.no_grad(), mixsga.routing(model, "score"):
         cache = model.new_cache(1, 15)
         got = torch.cat([model(part, cache) for part in x.split([9, 1, 1, 4], 1)], 1)
@@ -204,9 +270,11 @@ def test_any_head_dimension_is_stored():
 
 def test_packed_notices_a_wrong_expert():
     """The comparison above sees a cache that stores a token with another expert."""
-    model, x = made(), tokens(1, 12)
+    model = made()
+    x = tokens(1, 12)
     with torch.no_grad(), mixsga.routing(model, "score"):
-        want, cache = model(x), model.new_cache(1, 12)
+        want = model(x)
+        cache = model.new_cache(1, 12)
         model(x[:, :11], cache)
         part = max(cache.layers[0].parts, key=lambda p: int(p.n_packed))
         assert int(part.n_packed) > 1
@@ -215,8 +283,10 @@ def test_packed_notices_a_wrong_expert():
 
 
 def test_decoding_is_causal_and_rows_are_apart():
-    """Decode mode: no logit depends on a later token or another row. Expert choice may look ahead; it does here."""
-    model, x = made(), tokens(2, 24)
+    """Decode mode: no logit depends on a later token or another row. Expert choice may look ahead;
+    it does here."""
+    model = made()
+    x = tokens(2, 24)
     other = x.clone()
     other[:, 15:] = (other[:, 15:] + 1) % 53
     assert torch.equal(model(x)[:, :15], model(other)[:, :15])
@@ -226,39 +296,55 @@ def test_decoding_is_causal_and_rows_are_apart():
 
 
 def test_a_prompt_is_chosen_and_what_follows_is_scored():
-    """A prompt's experts have exact counts, those of the newest tokens included, which wait whole; a later token joins the expert that its
-    score says, once it is no longer among the newest."""
+    """A prompt's experts have exact counts, those of the newest tokens included, which wait whole;
+    a later token joins the expert that its score says, once it is no longer among the newest."""
     for tail in (0, 6):
-        model, x = made(tail=tail), tokens(2, 21)
+        model = made(tail=tail)
+        x = tokens(2, 21)
         cache = model.new_cache(2, 40)
         model(x, cache)
         for layer in cache.layers:
-            counts = [(layer.tail_index == e).sum((1, 2)) + p.n_packed for e, p in enumerate(layer.parts)]
-            assert [c.tolist() for c in counts] == [[7, 7], [3, 3], [11, 11]] and layer.tail_k.size(2) == tail
+            counts = [
+                (layer.tail_index == e).sum((1, 2)) + p.n_packed for e, p in enumerate(layer.parts)
+            ]
+            assert [c.tolist() for c in counts] == [[7, 7], [3, 3], [11, 11]] and layer.tail_k.size(
+                2
+            ) == tail
         for i in range(3):
             model(tokens(2, 1, seed=i), cache)
         for layer in cache.layers:
-            assert layer.columns == 24 and sum(p.n_packed for p in layer.parts).tolist() == [24 - tail] * 2
+            assert (
+                layer.columns == 24
+                and sum(p.n_packed for p in layer.parts).tolist() == [24 - tail] * 2
+            )
 
 
 def test_scores_are_relative_to_their_running_mean():
-    """Scores are the router's output less the mean so far (32 tokens of 0 beforehand, padding left out) plus the offset."""
-    model, x, pad = made(), torch.randn(2, 9, EIGHT.n_embd, dtype=torch.float64), torch.tensor([0, 4])
+    """Scores are the router's output less the mean so far (32 tokens of 0 beforehand, padding left
+    out) plus the offset."""
+    model = made()
+    x = torch.randn(2, 9, EIGHT.n_embd, dtype=torch.float64)
+    pad = torch.tensor([0, 4])
     path = mixsga.experts(model)[0]
     got = path.logits(x, 0, pad, None)
     for b in range(2):
         for t in range(pad[b], 9):
-            raw = x[b, pad[b]:t + 1] @ path.router.weight.T + path.router.bias
-            assert (got[b, t] - (raw[-1] - raw.sum(0) / (len(raw) + 32) + path.offset)).abs().max() < 1e-12
+            raw = x[b, pad[b] : t + 1] @ path.router.weight.T + path.router.bias
+            assert (
+                got[b, t] - (raw[-1] - raw.sum(0) / (len(raw) + 32) + path.offset)
+            ).abs().max() < 1e-12
 
 
-# ----------------------------------------------------------------------------- bytes, and the cache as an object
+# -------------------- bytes, and the cache as an object
+
 
 @pytest.mark.parametrize("tail", [0, 20])
 def test_bytes_are_those_of_the_kept_heads(tail):
-    """The cache of a prompt holds the experts' heads, a byte of mask for each of their tokens, the newest tokens whole with a byte each, and
-    counters; at most 6 % more here, where rows have other experts among their newest."""
-    model, T = made(dtype=torch.float32, tail=tail), 150
+    """The cache of a prompt holds the experts' heads, a byte of mask for each of their tokens, the
+    newest tokens whole with a byte each, and counters; at most 6 % more here, where rows have other
+    experts among their newest."""
+    model = made(dtype=torch.float32, tail=tail)
+    T = 150
     cache = model.new_cache(4, T)
     model(tokens(4, T), cache)
     least = 0
@@ -289,8 +375,11 @@ def tiny_filled(n: int) -> int:
 
 @pytest.mark.parametrize("name", ["3:1:6", "groups", "cla", "tail", "cla tail", "groups tail"])
 def test_caches_join_slice_and_are_saved(name, tmp_path):
-    """Joined caches decode like each of their rows; a saved one is the same; a slice goes on as its rows would."""
-    model, x, more = made(**SETTINGS[name]), tokens(3, 18), tokens(3, 4, seed=9)
+    """Joined caches decode like each of their rows; a saved one is the same; a slice goes on as its
+    rows would."""
+    model = made(**SETTINGS[name])
+    x = tokens(3, 18)
+    more = tokens(3, 4, seed=9)
     with torch.no_grad(), mixsga.routing(model, "score"):
         parts = [model.new_cache(n, 30) for n in (1, 2)]
         for c, rows in zip(parts, x.split([1, 2]), strict=True):
@@ -298,16 +387,21 @@ def test_caches_join_slice_and_are_saved(name, tmp_path):
         joined = KVCache.join(parts)
         joined.save(tmp_path / "c")
         want = model(torch.cat((x, more), 1))[:, 18:]
-        loaded, part = KVCache.load(tmp_path / "c", model), KVCache.load(tmp_path / "c", model)
-        assert (model(more, joined) - want).abs().max() < 1e-10 and (model(more, loaded) - want).abs().max() < 1e-10
+        loaded = KVCache.load(tmp_path / "c", model)
+        part = KVCache.load(tmp_path / "c", model)
+        assert (model(more, joined) - want).abs().max() < 1e-10 and (
+            model(more, loaded) - want
+        ).abs().max() < 1e-10
         if not name.startswith("cla"):
             part.layers = [layer.slice([2, 0]) for layer in part.layers]
             assert (model(more[[2, 0]], part) - want[[2, 0]]).abs().max() < 1e-10
 
 
 def test_generate_and_batches():
-    """generate gives each prompt of a batch what it gives it alone (prompts of one length: choice depends on a prompt's own tokens)."""
-    model, prompts = made(), [tokens(12, seed=s).tolist() for s in (1, 2)]
+    """generate gives each prompt of a batch what it gives it alone (prompts of one length: choice
+    depends on a prompt's own tokens)."""
+    model = made()
+    prompts = [tokens(12, seed=s).tolist() for s in (1, 2)]
     both = generate(model, prompts, 6)[0]
     assert both == [generate(model, [p], 6)[0][0] for p in prompts]
     assert isinstance(model.new_cache(1, 5).layers[0].parts[0], PackedCache)
@@ -315,10 +409,13 @@ def test_generate_and_batches():
 
 # ----------------------------------------------------------------------------- training
 
+
 @pytest.mark.parametrize("lm, weight", [(True, 0.0), (False, 0.5), (False, 0.0), (True, 0.5)])
 def test_gradients_reach_the_router_by_the_intended_paths(lm, weight):
-    """The language-model loss only with lm_to_experts, the consistency loss only with its weight; it moves nothing but routers."""
-    model, x = made(lm_to_experts=lm, consistency_weight=weight), tokens(2, 20)
+    """The language-model loss only with lm_to_experts, the consistency loss only with its weight;
+    it moves nothing but routers."""
+    model = made(lm_to_experts=lm, consistency_weight=weight)
+    x = tokens(2, 20)
     model.train()
     loss = lm_loss(model(x), tokens(2, 20, seed=5))
     routers = [p.router.weight for p in mixsga.experts(model)]
@@ -327,19 +424,25 @@ def test_gradients_reach_the_router_by_the_intended_paths(lm, weight):
     extra = mixsga.consistency_loss(model)
     named = dict(model.named_parameters())
     moved = torch.autograd.grad(extra, list(named.values()), allow_unused=True)
-    touched = {n for n, g in zip(named, moved, strict=True) if g is not None and g.abs().max() > 1e-12}  # a bias is nearly its running mean
+    # a bias is nearly its running mean
+    touched = {
+        n for n, g in zip(named, moved, strict=True) if g is not None and g.abs().max() > 1e-12
+    }
     assert touched == ({n for n in named if "router" in n or "offset" in n} if weight else set())
 
 
 def test_gradients_equal_central_differences():
-    """Of the loss by keys' and values' weights (float64, experts held still), and of the router's scores: the change of a choice's weight."""
-    model, x, y = made(consistency_weight=0.0), tokens(1, 11), tokens(1, 11, seed=4)
+    """Of the loss by keys' and values' weights (float64, experts held still), and of the router's
+    scores: the change of a choice's weight."""
+    model = made(consistency_weight=0.0)
+    x = tokens(1, 11)
+    y = tokens(1, 11, seed=4)
     model.train()
     held = {}
     for i, p in enumerate(mixsga.experts(model)):
         p.chosen = lambda *a, f=p.chosen, i=i: held.setdefault(i, f(*a))
     w = model.layers[0].self_attn.v_proj.weight
-    g, = torch.autograd.grad(lm_loss(model(x), y), [w])
+    (g,) = torch.autograd.grad(lm_loss(model(x), y), [w])
     for at in ((0, 0), (17, 3), (101, 20)):
         with torch.no_grad():
             w[at] += 1e-6
@@ -351,10 +454,12 @@ def test_gradients_equal_central_differences():
 
 
 def test_agreement_rises_with_the_consistency_loss():
-    """Trained on it alone, the largest score becomes the choice for nearly all tokens; without it they agree less."""
+    """Trained on it alone, the largest score becomes the choice for nearly all tokens; without it
+    they agree less."""
     shares = []
     for weight in (1.0, 0.0):
-        model, x = made(consistency_weight=weight, dtype=torch.float32), tokens(3, 40)
+        model = made(consistency_weight=weight, dtype=torch.float32)
+        x = tokens(3, 40)
         model.train()
         opt = torch.optim.Adam([p for m in mixsga.experts(model) for p in m.parameters()], lr=0.05)
         for _ in range(80):
@@ -369,19 +474,36 @@ def test_agreement_rises_with_the_consistency_loss():
 
 # ----------------------------------------------------------------------------- baselines, refusals
 
-@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [2] * 4), ("0.25", 3, [4] * 3), ("0.35", 10, [2] * 4 + [4] * 6),
-                                                  ("0.75", 4, [1, 1, 2, 2]),
-                                                  ("1", 2, [1, 1]), ("0.13", 5, [8] * 5)])
+
+@pytest.mark.parametrize(
+    "share, n_layer, want",
+    [
+        ("0.5", 4, [2] * 4),
+        ("0.25", 3, [4] * 3),
+        ("0.35", 10, [2] * 4 + [4] * 6),
+        ("0.75", 4, [1, 1, 2, 2]),
+        ("1", 2, [1, 1]),
+        ("0.13", 5, [8] * 5),
+    ],
+)
 def test_gqa_keeps_at_most_its_share(share, n_layer, want):
     """Two neighbouring group sizes, at most the share and as near as whole layers allow."""
     assert mixsga.gqa_sizes(Fraction(share), n_layer, 8) == want
     assert sum(Fraction(1, g) for g in want) / n_layer <= Fraction(share)
 
 
-@pytest.mark.parametrize("share, n_layer, want", [("0.5", 4, [0, 0, 2, 2]), ("0.5", 5, [0, 0, 2, 2, 4]), ("1", 3, [0, 1, 2]),
-                                                  ("0.25", 10, [0, 0, 0, 0, 4, 4, 4, 7, 7, 7])])
+@pytest.mark.parametrize(
+    "share, n_layer, want",
+    [
+        ("0.5", 4, [0, 0, 2, 2]),
+        ("0.5", 5, [0, 0, 2, 2, 4]),
+        ("1", 3, [0, 1, 2]),
+        ("0.25", 10, [0, 0, 0, 0, 4, 4, 4, 7, 7, 7]),
+    ],
+)
 def test_cla_keeps_whole_layers(share, n_layer, want):
-    """ceil(share n_layer) layers have keys and values of their own, spread evenly; each reads the nearest below it."""
+    """ceil(share n_layer) layers have keys and values of their own, spread evenly; each reads the
+    nearest below it."""
     got = mixsga.cla_sources(Fraction(share), n_layer)
     assert got == want and len(set(got)) == math.ceil(Fraction(share) * n_layer)
 
@@ -389,14 +511,20 @@ def test_cla_keeps_whole_layers(share, n_layer, want):
 def h2o_by_hand(q, k, v, keep: float, whole, w: int):
     """One sequence, one layer, token by token with Python lists."""
     H, T, D = q.shape
-    n, held, total, out = math.ceil(keep * T), [], {}, torch.zeros_like(q)
+    n = math.ceil(keep * T)
+    held = []
+    total = {}
+    out = torch.zeros_like(q)
     for t in range(T):
         held.append(t)
         total[t] = 0.0
         for h in range(H):
             g = h // (H // k.size(0))
-            ks, vs = (torch.stack([(new if t - j < w else old)[g, j] for j in held]) for new, old in zip(whole, (k, v), strict=True))
-            p = (ks @ q[h, t] / D ** 0.5).softmax(0)
+            ks, vs = (
+                torch.stack([(new if t - j < w else old)[g, j] for j in held])
+                for new, old in zip(whole, (k, v), strict=True)
+            )
+            p = (ks @ q[h, t] / D**0.5).softmax(0)
             out[h, t] = p @ vs
             for j, a in zip(held, p.tolist(), strict=True):
                 total[j] += a
@@ -409,30 +537,45 @@ def h2o_by_hand(q, k, v, keep: float, whole, w: int):
 @pytest.mark.parametrize("w", [0, 3])
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
 def test_h2o_equals_a_loop(keep, w):
-    """Heavy hitters and the newest half, one eviction a token; 1 is attention, the newest w read whole."""
+    """Heavy hitters and the newest half, one eviction a token; 1 is attention, the newest w read
+    whole."""
     g = torch.Generator().manual_seed(0)
-    q, (k, v, *whole) = torch.randn(2, 6, 23, 8, generator=g).double(), torch.randn(4, 2, 3, 23, 8, generator=g).double()
+    q = torch.randn(2, 6, 23, 8, generator=g).double()
+    (k, v, *whole) = torch.randn(4, 2, 3, 23, 8, generator=g).double()
     got = mixsga.h2o_attention(q, k, v, keep, None, whole, w)
     for b in range(2):
-        assert (got[b] - h2o_by_hand(q[b], k[b], v[b], keep, [t[b] for t in whole], w)).abs().max() < 1e-12
+        assert (
+            got[b] - h2o_by_hand(q[b], k[b], v[b], keep, [t[b] for t in whole], w)
+        ).abs().max() < 1e-12
     if keep == 1:
         assert (got - mixsga.attend_near(q, k, v, whole, w)).abs().max() < 1e-12
 
 
 def test_h2o_reaches_every_path():
-    """Under routing(h2o=...) all paths read what is held; at 1 they read as before; after the `with` too."""
+    """Under routing(h2o=...) all paths read what is held; at 1 they read as before; after the
+    `with` too."""
     for name in ("3:1:6", "gqa", "cla", "tail", "cla tail"):
-        model, x = made(**SETTINGS[name]), tokens(1, 20)
+        model = made(**SETTINGS[name])
+        x = tokens(1, 20)
         want = model(x)
         with mixsga.routing(model, h2o=0.3):
             assert (model(x) - want).abs().max() > 1e-3
         assert torch.equal(model(x), want)
 
 
-@pytest.mark.parametrize("flags, message", [(dict(group_sizes="1,3", expert_ratios="1:1"), "n_kv_head=8"), (dict(group_sizes="1,2"), "2 numbers"),
-                                            (dict(expert_ratios="0:0:0"), "not all 0"), (dict(expert_ratios="1:x:2"), "whole numbers"),
-                                            (dict(kv_share=0.0), "(0, 1]"), (dict(expert_groups=5), "at most S"),
-                                            (dict(consistency_weight=-1.0), "at least 0"), (dict(group_sizes="4,2,1"), "ascend")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(group_sizes="1,3", expert_ratios="1:1"), "n_kv_head=8"),
+        (dict(group_sizes="1,2"), "2 numbers"),
+        (dict(expert_ratios="0:0:0"), "not all 0"),
+        (dict(expert_ratios="1:x:2"), "whole numbers"),
+        (dict(kv_share=0.0), "(0, 1]"),
+        (dict(expert_groups=5), "at most S"),
+        (dict(consistency_weight=-1.0), "at least 0"),
+        (dict(group_sizes="4,2,1"), "ascend"),
+    ],
+)
 def test_refusals_are_one_line(flags, message):
     """Heads that no group divides, shares that are none: what came, what is allowed, what to do."""
     with pytest.raises(ValueError) as e:

@@ -1,4 +1,5 @@
 """The packed cache: what it stores, in which order, in how many bytes."""
+
 from __future__ import annotations
 
 import itertools
@@ -14,25 +15,54 @@ from config import KVConfig
 from packed_cache import PackedCache
 
 
-def filled(T: int, S: int, K: int, *, B=2, Hkv=3, D=16, scope="head", tail=0, block=1, cap=None, chunks=None, pad=None, seed=0, encode=None):
+def filled(
+    T: int,
+    S: int,
+    K: int,
+    *,
+    B=2,
+    Hkv=3,
+    D=16,
+    scope="head",
+    tail=0,
+    block=1,
+    cap=None,
+    chunks=None,
+    pad=None,
+    seed=0,
+    encode=None,
+):
     """A cache that took T random tokens in chunks, and what it took: k, v (B, Hkv, T, D), mask."""
     cfg = KVConfig(n_groups=S, topk_groups=K, mask_scope=scope, kv_tail=tail, kv_tail_block=block)
     g = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, B, Hkv, T, D, generator=g)
     mask = layout.top_k_mask(torch.randn(B, Hkv if scope == "head" else 1, T, S, generator=g), K)
-    cache, at = PackedCache(B, T if cap is None else cap, Hkv, D, cfg, K, k), 0
+    cache = PackedCache(B, T if cap is None else cap, Hkv, D, cfg, K, k)
+    at = 0
     for n in chunks or [T]:
-        n_pad = torch.zeros(B, dtype=torch.int64) if pad is None else (torch.tensor(pad) - at).clamp(0, n)
-        cache.append(k[:, :, at:at + n], v[:, :, at:at + n], mask[:, :, at:at + n], n_pad, *([encode] if encode else []))
+        n_pad = (
+            torch.zeros(B, dtype=torch.int64)
+            if pad is None
+            else (torch.tensor(pad) - at).clamp(0, n)
+        )
+        cache.append(
+            k[:, :, at : at + n],
+            v[:, :, at : at + n],
+            mask[:, :, at : at + n],
+            n_pad,
+            *([encode] if encode else []),
+        )
         at += n
     return cache, k, v, mask
 
 
 @pytest.mark.parametrize("S", [2, 4, 8, 16, 32, 64])
 def test_bits_round_trip_and_have_the_stated_type(S):
-    """mask_to_bits puts group g in bit g, in uint8 up to S = 8, then the integer of S bits (the highest is its sign), and comes back."""
+    """mask_to_bits puts group g in bit g, in uint8 up to S = 8, then the integer of S bits (the
+    highest is its sign), and comes back."""
     mask = torch.randint(0, 2, (300, S), generator=torch.Generator().manual_seed(S)).bool()
-    mask[0], mask[1] = True, False
+    mask[0] = True
+    mask[1] = False
     bits = layout.mask_to_bits(mask)
     assert bits.dtype == {16: torch.int16, 32: torch.int32, 64: torch.int64}.get(S, torch.uint8)
     assert torch.equal(layout.bits_to_mask(bits, S), mask)
@@ -41,10 +71,14 @@ def test_bits_round_trip_and_have_the_stated_type(S):
 
 
 def test_rows_lie_token_major_group_minor_at_the_stated_number():
-    """Row of (t, g) = segment base + K t + kept groups of t before g; looked up one by one, per head."""
-    T, S, K = 150, 4, 2
+    """Row of (t, g) = segment base + K t + kept groups of t before g; looked up one by one, per
+    head."""
+    T = 150
+    S = 4
+    K = 2
     cache, k, v, mask = filled(T, S, K)
-    rows, keys = cache.rows.view(2, 3, -1, 4), cache.keys.view(2, 3, -1, 16)
+    rows = cache.rows.view(2, 3, -1, 4)
+    keys = cache.keys.view(2, 3, -1, 16)
     assert torch.equal(keys, k) and rows.size(2) == T * K
     for b in range(2):
         for h in range(3):
@@ -54,41 +88,59 @@ def test_rows_lie_token_major_group_minor_at_the_stated_number():
                 for g in range(S):
                     if mask[b, h, t, g]:
                         at = count + bin(bits & ((1 << g) - 1)).count("1")
-                        assert torch.equal(rows[b, h, at], v[b, h, t, 4 * g:4 * g + 4])
+                        assert torch.equal(rows[b, h, at], v[b, h, t, 4 * g : 4 * g + 4])
                 count += K
 
 
 @given(T=st.integers(1, 140), S=st.sampled_from([2, 4, 8, 16]), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_unpack_returns_what_was_appended(T, S, data):
-    """Keys, kept values (zeros elsewhere) and masks come back for any length, chunks, padding, tail, scope and starting capacity. A value
-    is encoded once, when it is compressed, and not while it is in the tail."""
-    K, scope = data.draw(st.integers(1, S)), data.draw(st.sampled_from(["head", "layer"]))
+    """Keys, kept values (zeros elsewhere) and masks come back for any length, chunks, padding,
+    tail, scope and starting capacity. A value is encoded once, when it is compressed, and not while
+    it is in the tail."""
+    K = data.draw(st.integers(1, S))
+    scope = data.draw(st.sampled_from(["head", "layer"]))
     cuts = sorted(data.draw(st.sets(st.integers(1, T), max_size=4)) | {0, T})
     chunks = [b - a for a, b in itertools.pairwise(cuts)]
     pad = [data.draw(st.integers(0, T - 1)), 0]
-    tail, block, cap = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 7)), data.draw(st.sampled_from([0, 1, T // 2, T]))
+    tail = data.draw(st.integers(0, 9))
+    block = data.draw(st.integers(1, 7))
+    cap = data.draw(st.sampled_from([0, 1, T // 2, T]))
     encode = data.draw(st.sampled_from([None, lambda v: 3 * v.flip(-1) + 1]))
-    cache, k, v, mask = filled(T, S, K, scope=scope, tail=tail, block=block, cap=cap, chunks=chunks, pad=pad, encode=encode)
+    cache, k, v, mask = filled(
+        T, S, K, scope=scope, tail=tail, block=block, cap=cap, chunks=chunks, pad=pad, encode=encode
+    )
     got_k, got_v, got_mask = cache.unpack()
     for b in range(2):
         n = T - pad[b]
         compressed = max(0, (n - tail) // block * block)
         assert int(cache.n_packed[b]) == compressed and int(cache.n_tail[b]) == n - compressed
         want_v = (encode(v[b]) if encode else v[b]) * mask[b].repeat_interleave(16 // S, -1)
-        want_v = torch.cat((want_v[:, pad[b]:pad[b] + compressed], v[b, :, pad[b] + compressed:]), 1)
-        assert torch.equal(got_k[b, :, :n], k[b, :, pad[b]:]) and torch.equal(got_v[b, :, :n], want_v)
-        assert torch.equal(got_mask[b, :, :n], mask[b, :, pad[b]:])
+        want_v = torch.cat(
+            (want_v[:, pad[b] : pad[b] + compressed], v[b, :, pad[b] + compressed :]), 1
+        )
+        assert torch.equal(got_k[b, :, :n], k[b, :, pad[b] :]) and torch.equal(
+            got_v[b, :, :n], want_v
+        )
+        assert torch.equal(got_mask[b, :, :n], mask[b, :, pad[b] :])
 
 
 def test_nbytes_is_the_storage_and_close_to_the_kept_share():
-    """nbytes counts every tensor's storage; at T = 256, float32, keys + kept rows + masks + segment starts and counts, within 2 % of 75 %."""
-    T, D, Hkv, B = 256, 16, 8, 4
+    """nbytes counts every tensor's storage; at T = 256, float32, keys + kept rows + masks + segment
+    starts and counts, within 2 % of 75 %."""
+    T = 256
+    D = 16
+    Hkv = 8
+    B = 4
     for scope in ("layer", "head"):
         cache, *_ = filled(T, 4, 2, B=B, Hkv=Hkv, D=D, scope=scope)
         Hm = Hkv if scope == "head" else 1
         by_hand = 4 * B * Hkv * T * (D + D // 2) + B * Hm * T + 2 * 8 * B + 8 * B * (2 * Hkv + Hm)
-        found = sum(t.untyped_storage().nbytes() for t in vars(cache).values() if isinstance(t, torch.Tensor))
+        found = sum(
+            t.untyped_storage().nbytes()
+            for t in vars(cache).values()
+            if isinstance(t, torch.Tensor)
+        )
         assert cache.nbytes() == by_hand == found
         assert abs(cache.nbytes() / (4 * 2 * B * Hkv * T * D) / 0.75 - 1) < 0.02
 
@@ -114,19 +166,26 @@ def test_slice_keeps_the_sequences_asked_for():
     model(x, cache)
     part = [layer.slice([2, 0]) for layer in cache.layers]
     whole = model(x[:, :1], cache)
-    cache.layers, cache.length = part, 40
+    cache.layers = part
+    cache.length = 40
     assert (model(x[[2, 0], :1], cache) - whole[[2, 0]]).abs().max() < 1e-10
 
 
 def test_truncate_forgets_the_newest_tokens():
-    """After truncate(n) other tokens can follow, and the cache holds the first n and then those, tile offsets included."""
+    """After truncate(n) other tokens can follow, and the cache holds the first n and then those,
+    tile offsets included."""
     for n in (0, 1, 63, 64, 65, 99):
-        (cache, *first), (_, *second) = filled(100, 4, 2), filled(100, 4, 2, seed=1)
+        (cache, *first) = filled(100, 4, 2)
+        (_, *second) = filled(100, 4, 2, seed=1)
         cache.truncate(n)
         assert cache.unpack()[0].size(2) == n
         cache.append(*(t[:, :, n:] for t in second), torch.zeros(2, dtype=torch.int64))
-        k, v, mask = (torch.cat((a[:, :, :n], b[:, :, n:]), 2) for a, b in zip(first, second, strict=True))
-        for got, want in zip(cache.unpack(), (k, v * mask.repeat_interleave(4, -1), mask), strict=True):
+        k, v, mask = (
+            torch.cat((a[:, :, :n], b[:, :, n:]), 2) for a, b in zip(first, second, strict=True)
+        )
+        for got, want in zip(
+            cache.unpack(), (k, v * mask.repeat_interleave(4, -1), mask), strict=True
+        ):
             assert torch.equal(got, want)
     with pytest.raises(ValueError, match="truncating"):
         cache.truncate(-1)

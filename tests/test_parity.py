@@ -1,5 +1,7 @@
-"""Parity with transformers and PEFT (promise 16). They run in a process of their own, in another folder and without our path: a package
-they import is shadowed by our kernels.py. Tensors travel through safetensors files."""
+"""Parity with transformers and PEFT (promise 16). They run in a process of their own, in another
+folder and without our path: a package they import is shadowed by our kernels.py. Tensors travel
+through safetensors files."""
+
 import importlib.util
 import json
 import os
@@ -14,18 +16,54 @@ import lora
 from config import AdapterConfig, ModelConfig
 from model import Transformer, generate
 
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
-needs_peft = pytest.mark.skipif(importlib.util.find_spec("transformers") is None or importlib.util.find_spec("peft") is None,
-                                reason="transformers or peft is not installed")
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+needs_peft = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("peft") is None,
+    reason="transformers or peft is not installed",
+)
 
-VOCAB, CONTEXT, TOLERANCE = 61, 29, 1e-5
-SHAPES = {  # all with grouped-query attention; only Llama and Mistral may choose a head dimension other than n_embd / n_head
-    "llama": {"n_embd": 18, "n_head": 6, "n_kv_head": 2, "head_dim": 8, "n_inner": 33, "rope_theta": 500.0, "norm_eps": 1e-5},
-    "qwen2": {"n_embd": 24, "n_head": 4, "n_kv_head": 2, "head_dim": 6, "n_inner": 31, "rope_theta": 1e6, "norm_eps": 1e-6,
-              "qkv_bias": True},
-    "mistral": {"n_embd": 20, "n_head": 4, "n_kv_head": 1, "head_dim": 10, "n_inner": 35, "rope_theta": 1e4, "norm_eps": 1e-3},
+VOCAB = 61
+CONTEXT = 29
+TOLERANCE = 1e-5
+# all with grouped-query attention; only Llama and Mistral may choose a head dimension other than
+# n_embd / n_head
+SHAPES = {
+    "llama": {
+        "n_embd": 18,
+        "n_head": 6,
+        "n_kv_head": 2,
+        "head_dim": 8,
+        "n_inner": 33,
+        "rope_theta": 500.0,
+        "norm_eps": 1e-5,
+    },
+    "qwen2": {
+        "n_embd": 24,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "head_dim": 6,
+        "n_inner": 31,
+        "rope_theta": 1e6,
+        "norm_eps": 1e-6,
+        "qkv_bias": True,
+    },
+    "mistral": {
+        "n_embd": 20,
+        "n_head": 4,
+        "n_kv_head": 1,
+        "head_dim": 10,
+        "n_inner": 35,
+        "rope_theta": 1e4,
+        "norm_eps": 1e-3,
+    },
 }
-CASES = {f"{arch}-{'tied' if tied else 'untied'}": (arch, tied) for arch in SHAPES for tied in (True, False)}
+CASES = {
+    f"{arch}-{'tied' if tied else 'untied'}": (arch, tied)
+    for arch in SHAPES
+    for tied in (True, False)
+}
 
 BUILD = '''
 import json, sys
@@ -49,7 +87,9 @@ def build(arch, c, weights):
     return model
 '''
 
-LOGITS = BUILD + '''
+LOGITS = (
+    BUILD
+    + """
 out = {}
 for name, case in json.load(open("cases.json")).items():
     model, idx = build(case["arch"], case["config"], load_file(name + ".safetensors")), torch.tensor(case["ids"])
@@ -61,9 +101,12 @@ for name, case in json.load(open("cases.json")).items():
         out[name + ".greedy"] = model.generate(idx, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None,
                                                pad_token_id=0)
 save_file(out, "out.safetensors")
-'''
+"""
+)
 
-PEFT = BUILD + '''
+PEFT = (
+    BUILD
+    + """
 import logging, warnings
 from peft import PeftModel
 
@@ -91,14 +134,19 @@ for name in case["adapters"]:
     said[name] = heard + [f"{w.category.__name__}: {w.message}" for w in caught]
 save_file(out, "out.safetensors")
 json.dump(said, open("said.json", "w"))
-'''
+"""
+)
 
 
 def build(arch: str, tied: bool) -> Transformer:
-    """A tiny model of that family, float32, every parameter large and random, norms and biases too; with std 0.3 everywhere float32
-    rounding alone, theirs and ours, comes to 1e-5."""
+    """A tiny model of that family, float32, every parameter large and random, norms and biases too;
+    with std 0.3 everywhere float32 rounding alone, theirs and ours, comes to 1e-5."""
     torch.manual_seed(sum(map(ord, arch)) + tied)
-    model = Transformer(ModelConfig(vocab_size=VOCAB, block_size=CONTEXT, n_layer=2, tie_embeddings=tied, **SHAPES[arch]))
+    model = Transformer(
+        ModelConfig(
+            vocab_size=VOCAB, block_size=CONTEXT, n_layer=2, tie_embeddings=tied, **SHAPES[arch]
+        )
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             norm = "norm" in name
@@ -117,7 +165,14 @@ def elsewhere(script: str, folder) -> dict[str, torch.Tensor]:
     """Run a script in `folder` without our path, offline; return the tensors it left."""
     (folder / "script.py").write_text(script)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-P", "script.py"], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-P", "script.py"],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(folder / "out.safetensors")
 
@@ -134,7 +189,12 @@ def theirs(tmp_path_factory):
     for name, (arch, tied) in CASES.items():
         model = build(arch, tied)
         save(model, folder / f"{name}.safetensors")
-        cases[name] = {"arch": arch, "config": vars(model.cfg), "ids": ids().tolist(), "pad": PAD.tolist()}
+        cases[name] = {
+            "arch": arch,
+            "config": vars(model.cfg),
+            "ids": ids().tolist(),
+            "pad": PAD.tolist(),
+        }
     (folder / "cases.json").write_text(json.dumps(cases))
     return elsewhere(LOGITS, folder)
 
@@ -142,7 +202,8 @@ def theirs(tmp_path_factory):
 @needs_transformers
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers(name, theirs):
-    """Our parameters under their names, loaded strictly, give transformers' logits to 1e-5 absolute, the logits being of order 1 to 5."""
+    """Our parameters under their names, loaded strictly, give transformers' logits to 1e-5
+    absolute, the logits being of order 1 to 5."""
     with torch.no_grad():
         got = build(*CASES[name])(ids())
     want = theirs[f"{name}.logits"]
@@ -152,19 +213,22 @@ def test_logits_equal_transformers(name, theirs):
 @needs_transformers
 @pytest.mark.parametrize("name", CASES)
 def test_padded_logits_equal_transformers(name, theirs):
-    """Left padding means what it means there: attention mask and positions counted from the first real token."""
+    """Left padding means what it means there: attention mask and positions counted from the first
+    real token."""
     with torch.no_grad():
         got = build(*CASES[name])(ids(), pad=PAD)
     want = theirs[f"{name}.padded"]
     for b, p in enumerate(PAD.tolist()):
         assert (got[b, p:] - want[b, p:]).abs().max() <= TOLERANCE
-        assert p == 0 or (want[b, p:] - theirs[f"{name}.logits"][b, p:]).abs().max() > 0.1  # the padding made a difference
+        # the padding made a difference
+        assert p == 0 or (want[b, p:] - theirs[f"{name}.logits"][b, p:]).abs().max() > 0.1
 
 
 @needs_transformers
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_equal_transformers(name, theirs):
-    """Greedy decoding of a left-padded batch through our cache gives the tokens of transformers' generate."""
+    """Greedy decoding of a left-padded batch through our cache gives the tokens of transformers'
+    generate."""
     prompts = [row[p:] for row, p in zip(ids().tolist(), PAD.tolist(), strict=True)]
     rows, _ = generate(build(*CASES[name]), prompts, 6)
     assert rows == theirs[f"{name}.greedy"][:, 17:].tolist()
@@ -175,8 +239,12 @@ ADAPTERS = {"all": "q,k,v,o,gate,up,down", "some": "v,down"}
 
 
 def adapted(targets: str) -> Transformer:
-    """The Llama with plain LoRA, trained for three steps from a random A and B, so that scale and layout show."""
-    model = lora.attach(build("llama", False), AdapterConfig(adapter="lora", r=3, alpha=5.0, lora_dropout=0.1, lora_targets=targets))
+    """The Llama with plain LoRA, trained for three steps from a random A and B, so that scale and
+    layout show."""
+    model = lora.attach(
+        build("llama", False),
+        AdapterConfig(adapter="lora", r=3, alpha=5.0, lora_dropout=0.1, lora_targets=targets),
+    )
     torch.manual_seed(7)
     for p in lora.adapter_state(model).values():
         torch.nn.init.normal_(p, std=0.12)
@@ -190,7 +258,8 @@ def adapted(targets: str) -> Transformer:
 
 @pytest.fixture(scope="module")
 def peft(tmp_path_factory):
-    """Logits and warnings of PEFT with our exported adapters, and with one whose key prefix is wrong; one process."""
+    """Logits and warnings of PEFT with our exported adapters, and with one whose key prefix is
+    wrong; one process."""
     folder = tmp_path_factory.mktemp("peft")
     base = build("llama", False)
     save(base, folder / "base.safetensors")
@@ -198,8 +267,18 @@ def peft(tmp_path_factory):
         lora.export_peft(adapted(targets), folder / name, "base")
     lora.export_peft(adapted(ADAPTERS["all"]), folder / "wrong", "base")
     file = folder / "wrong" / "adapter_model.safetensors"
-    save_file({k.replace("base_model.model.model.", "base_model.model."): t for k, t in load_file(file).items()}, file)
-    (folder / "case.json").write_text(json.dumps({"config": vars(base.cfg), "ids": ids().tolist(), "adapters": [*ADAPTERS, "wrong"]}))
+    save_file(
+        {
+            k.replace("base_model.model.model.", "base_model.model."): t
+            for k, t in load_file(file).items()
+        },
+        file,
+    )
+    (folder / "case.json").write_text(
+        json.dumps(
+            {"config": vars(base.cfg), "ids": ids().tolist(), "adapters": [*ADAPTERS, "wrong"]}
+        )
+    )
     out = elsewhere(PEFT, folder)
     return out, json.loads((folder / "said.json").read_text())
 
@@ -207,9 +286,11 @@ def peft(tmp_path_factory):
 @needs_peft
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_exported_lora_loads_in_peft(name, peft):
-    """PEFT loads our export without a word, and its logits, adapter apart and merged, are ours to 1e-5 and far from the base's."""
+    """PEFT loads our export without a word, and its logits, adapter apart and merged, are ours to
+    1e-5 and far from the base's."""
     out, said = peft
-    got, base = adapted(ADAPTERS[name])(ids()).detach(), build("llama", False)(ids()).detach()
+    got = adapted(ADAPTERS[name])(ids()).detach()
+    base = build("llama", False)(ids()).detach()
     assert said[name] == []
     assert (out["base"] - base).abs().max() <= TOLERANCE
     for theirs in (out[name], out[f"{name}.merged"]):
@@ -219,7 +300,8 @@ def test_exported_lora_loads_in_peft(name, peft):
 
 @needs_peft
 def test_wrong_key_prefix_is_heard_in_peft(peft):
-    """The control: with a wrong prefix PEFT only warns and leaves the base as it is, so the silence above means something."""
+    """The control: with a wrong prefix PEFT only warns and leaves the base as it is, so the silence
+    above means something."""
     out, said = peft
     assert any("missing" in line for line in said["wrong"])
     assert torch.equal(out["wrong"], out["base"])

@@ -1,4 +1,6 @@
-"""What adaptation trains and saves, the numbers it prints, and the whole pipeline with eval.py and sample.py on what it left."""
+"""What adaptation trains and saves, the numbers it prints, and the whole pipeline with eval.py and
+sample.py on what it left."""
+
 import itertools
 import json
 import math
@@ -29,27 +31,64 @@ from pretrained import load_run
 from tokenizer import get_tokenizer
 
 CONTEXT = 128  # long enough for what is stored once per sequence not to count
-ALL = ["--pretrain_steps=12", "--adapt_steps=4", "--seeds=2", "--max_minutes=99", f"--block_size={CONTEXT}"]
-ROW = {"task", "method", "adapter", "basis", "n_groups", "prefill", "relevance", "value_keep", "token_keep", "kv_kept_layers",
-       "kv_kept_model", "cache_bytes", "dense_bytes", "metric", "value", "dense_value", "n", "seed", "seconds"}
+ALL = [
+    "--pretrain_steps=12",
+    "--adapt_steps=4",
+    "--seeds=2",
+    "--max_minutes=99",
+    f"--block_size={CONTEXT}",
+]
+ROW = {
+    "task",
+    "method",
+    "adapter",
+    "basis",
+    "n_groups",
+    "prefill",
+    "relevance",
+    "value_keep",
+    "token_keep",
+    "kv_kept_layers",
+    "kv_kept_model",
+    "cache_bytes",
+    "dense_bytes",
+    "metric",
+    "value",
+    "dense_value",
+    "n",
+    "seed",
+    "seconds",
+}
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # -- adaptation
 
-KINDS = {"routed-output-pairwise": ["--adapter=routed", "--value_basis=output", "--reconstructor=pairwise"],
-         "lora-norm-pca": ["--adapter=lora", "--value_router=norm", "--value_basis=pca"],
-         "moe_lora-dense": ["--adapter=moe_lora", "--kv=dense", "--lora_targets=q,v,gate,down"],
-         "none-mlp": ["--adapter=none", "--reconstructor=mlp", "--lm_to_router"],
-         "routed-linear-head": ["--adapter=routed", "--reconstructor=linear", "--mask_scope=head", "--kv_layers=1"],
-         "routed-learned": ["--adapter=routed", "--learn_basis"],
-         "none-distilled": ["--adapter=none", "--learn_basis", "--objective=distill", "--kv_tail=0"]}
+KINDS = {
+    "routed-output-pairwise": [
+        "--adapter=routed",
+        "--value_basis=output",
+        "--reconstructor=pairwise",
+    ],
+    "lora-norm-pca": ["--adapter=lora", "--value_router=norm", "--value_basis=pca"],
+    "moe_lora-dense": ["--adapter=moe_lora", "--kv=dense", "--lora_targets=q,v,gate,down"],
+    "none-mlp": ["--adapter=none", "--reconstructor=mlp", "--lm_to_router"],
+    "routed-linear-head": [
+        "--adapter=routed",
+        "--reconstructor=linear",
+        "--mask_scope=head",
+        "--kv_layers=1",
+    ],
+    "routed-learned": ["--adapter=routed", "--learn_basis"],
+    "none-distilled": ["--adapter=none", "--learn_basis", "--objective=distill", "--kv_tail=0"],
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapt_saves_only_what_was_added(kind, tmp_path, base, run_stage, trainers):
-    """Training leaves every base weight's bits alone, in memory and on disk; the checkpoint holds adapter and KV tensors only, and
-    load_run rebuilds the trained model from it and the base, folded basis included, with bitwise equal logits."""
+    """Training leaves every base weight's bits alone, in memory and on disk; the checkpoint holds
+    adapter and KV tensors only, and load_run rebuilds the trained model from it and the base,
+    folded basis included, with bitwise equal logits."""
     on_disk = {p: p.read_bytes() for p in base.rglob("*") if p.is_file()}
     before = {}
     first = trainer.make_optimizer
@@ -58,22 +97,40 @@ def test_adapt_saves_only_what_was_added(kind, tmp_path, base, run_stage, traine
         model = remember.model
         before.update(copies(model.state_dict()))
         return first(params, cfg)
+
     attach = lora.attach
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(lora, "attach", lambda model, cfg: setattr(remember, "model", attach(model, cfg)) or model)
+        m.setattr(
+            lora,
+            "attach",
+            lambda model, cfg: setattr(remember, "model", attach(model, cfg)) or model,
+        )
         m.setattr(trainer, "make_optimizer", remember)
-        stage = run_stage("adapt", tmp_path / "run", *KINDS[kind], "--adapt_steps=6", "--weight_decay=0.1")
+        stage = run_stage(
+            "adapt", tmp_path / "run", *KINDS[kind], "--adapt_steps=6", "--weight_decay=0.1"
+        )
     s = trainers[-1].s
     added = set(lora.adapter_state(s.model)) | set(kv_router.state(s.model))
     saved_as = {"enc": "basis_fwd", "dec": "basis_bwd"}  # the maps of the value basis, in the file
-    on_file = lambda k: ".".join((*k.split(".")[:-1], saved_as.get(k.split(".")[-1], k.split(".")[-1])))  # noqa: E731
+    on_file = lambda k: ".".join(
+        (*k.split(".")[:-1], saved_as.get(k.split(".")[-1], k.split(".")[-1]))
+    )
     changed = {k for k, t in s.model.state_dict().items() if not torch.equal(t, before[k])}
     assert changed and {on_file(k) for k in changed} <= added
-    assert {id(p) for p in s.params} == {id(p) for n, p in s.model.named_parameters() if on_file(n) in added}
+    assert {id(p) for p in s.params} == {
+        id(p) for n, p in s.model.named_parameters() if on_file(n) in added
+    }
     assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == on_disk
     saved = checkpoint.load(stage / "step-00000006").tensors
-    assert set(saved) == {"adapter"} and set(saved["adapter"]) == added and not any(k.endswith((".enc", ".dec")) for k in added)
-    assert all(re.search(r"\.kv_path\.|lora_[AB]$|\.gate\.linear\.|lora_router\.linear\.", k) for k in added)
+    assert (
+        set(saved) == {"adapter"}
+        and set(saved["adapter"]) == added
+        and not any(k.endswith((".enc", ".dec")) for k in added)
+    )
+    assert all(
+        re.search(r"\.kv_path\.|lora_[AB]$|\.gate\.linear\.|lora_router\.linear\.", k)
+        for k in added
+    )
     run = load_run(stage)
     kv_router.fold(s.model)
     x = torch.randint(257, (3, 31), generator=torch.Generator().manual_seed(0))
@@ -96,9 +153,15 @@ def reached(stage, loss) -> set[str]:
 @pytest.mark.parametrize("reconstructor", config.RECONSTRUCTORS)
 @pytest.mark.parametrize("through", [False, True], ids=["apart", "lm_to_router"])
 def test_losses_train_what_they_should(reconstructor, through, stage_of):
-    """L_aux trains value routers and reconstructors only, the balance loss adapter gates only, and the language-model loss adapters
-    only, unless lm_to_router lets it reach value routers and reconstructors too."""
-    stage, _ = stage_of("--kv=value_groups", "--value_router=linear", f"--reconstructor={reconstructor}", f"--lm_to_router={through}")
+    """L_aux trains value routers and reconstructors only, the balance loss adapter gates only, and
+    the language-model loss adapters only, unless lm_to_router lets it reach value routers and
+    reconstructors too."""
+    stage, _ = stage_of(
+        "--kv=value_groups",
+        "--value_router=linear",
+        f"--reconstructor={reconstructor}",
+        f"--lm_to_router={through}",
+    )
     x, y = data.batch(stage.corpus.train, "train", 0, 0, 5, 32)
     kv = {n for n in kv_router.state(stage.model) if ".basis_" not in n}
     adapters = set(lora.adapter_state(stage.model))
@@ -113,7 +176,8 @@ def test_losses_train_what_they_should(reconstructor, through, stage_of):
 
 
 def test_learning_rate_schedule():
-    """Linear over the warm-up, the peak after it, a cosine down to just above zero; no warm-up and all warm-up are fine."""
+    """Linear over the warm-up, the peak after it, a cosine down to just above zero; no warm-up and
+    all warm-up are fine."""
     rates = [trainer.learning_rate(i, 50, 0.2, 0.1) for i in range(50)]
     assert rates[:5] == pytest.approx([0.04, 0.08, 0.12, 0.16, 0.2]) and rates[5] == 0.2
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[5:])) and rates[-1] < 0.001
@@ -125,54 +189,94 @@ def test_learning_rate_schedule():
 
 @pytest.mark.parametrize("adapter", ["lora", "moe_lora"])
 def test_matched_rank_is_the_smallest_that_suffices(adapter):
-    """The rank has at least the target's trainable parameters, one rank less has fewer, alpha / r is kept; counted on real modules."""
-    model_cfg = config.ModelConfig(vocab_size=31, n_layer=2, n_embd=24, n_head=4, n_kv_head=2, head_dim=8, n_inner=40, block_size=16)
+    """The rank has at least the target's trainable parameters, one rank less has fewer, alpha / r
+    is kept; counted on real modules."""
+    model_cfg = config.ModelConfig(
+        vocab_size=31,
+        n_layer=2,
+        n_embd=24,
+        n_head=4,
+        n_kv_head=2,
+        head_dim=8,
+        n_inner=40,
+        block_size=16,
+    )
     cfg = config.AdapterConfig(adapter=adapter, r=8, alpha=12.0)
 
     def count(r):
         return lora.count_trainable(lora.attach(Transformer(model_cfg), train.replace(cfg, r=r)))
+
     for target in (1, count(1), count(1) + 1, count(5), count(5) - 1, count(5) + 1, 7777):
         got = train.matched_rank(model_cfg, cfg, target)
         assert count(got.r) >= target and (got.r == 1 or count(got.r - 1) < target)
         assert got.alpha / got.r == 1.5
 
 
-def test_adapt_uses_a_shorter_context_and_the_bases_shape(tmp_path, text, base, run_stage, trainers):
-    """--block_size below the base's is what adaptation trains with, and the model keeps its own context; a shape
-    or tokenizer the base has not is refused, not ignored."""
+def test_adapt_uses_a_shorter_context_and_the_bases_shape(
+    tmp_path, text, base, run_stage, trainers
+):
+    """--block_size below the base's is what adaptation trains with, and the model keeps its own
+    context; a shape or tokenizer the base has not is refused, not ignored."""
     args = ["--stage=adapt", f"--init_from={base}", f"--dataset={text}", "--adapt_steps=2"]
     for flags, context in (([], 32), (["--block_size=9"], 9)):
-        train.run(cli.parse_args(train.CONFIGS, [*args, *flags, f"--out_dir={tmp_path / str(context)}"]))
-        stage, loaded = trainers[-1].s, load_run(tmp_path / str(context))
+        train.run(
+            cli.parse_args(train.CONFIGS, [*args, *flags, f"--out_dir={tmp_path / str(context)}"])
+        )
+        stage = trainers[-1].s
+        loaded = load_run(tmp_path / str(context))
         assert stage.window == stage.config["block_size"] == loaded.config["block_size"] == context
         assert stage.model.cfg.block_size == loaded.model.cfg.block_size == 32
-    for flag, why in (("--n_layer=3", "the base has 2"), ("--block_size=33", "the base knows 32"), ("--n_groups=16", None)):
+    for flag, why in (
+        ("--n_layer=3", "the base has 2"),
+        ("--block_size=33", "the base knows 32"),
+        ("--n_groups=16", None),
+    ):
         if why:
             with pytest.raises(ValueError, match=why):
-                train.run(cli.parse_args(train.CONFIGS, [*args, flag, f"--out_dir={tmp_path / 'no'}"]))
+                train.run(
+                    cli.parse_args(train.CONFIGS, [*args, flag, f"--out_dir={tmp_path / 'no'}"])
+                )
             assert not (tmp_path / "no").exists()
 
 
 # -- printed numbers
 
+
 def test_tokens_per_second_by_a_fake_clock(tmp_path, text):
-    """4 sequences of 32 tokens in a quarter of a second are 512 tokens/s, and a clock that stands still divides by no zero."""
-    args = arguments("--stage=pretrain", f"--dataset={text}", "--pretrain_steps=3", "--pretrain_batch_size=4", "--accumulation=2")
+    """4 sequences of 32 tokens in a quarter of a second are 512 tokens/s, and a clock that stands
+    still divides by no zero."""
+    args = arguments(
+        "--stage=pretrain",
+        f"--dataset={text}",
+        "--pretrain_steps=3",
+        "--pretrain_batch_size=4",
+        "--accumulation=2",
+    )
     w = trainer.World(0, 1, torch.device("cpu"))
     for name, clock in (("runs", itertools.count(5, 0.25).__next__), ("stands", lambda: 1.0)):
         stage = train.pretrain_stage(args, get_tokenizer("byte"), tmp_path / name, w)
         stage.folder.mkdir(parents=True)
         trainer.Trainer(stage, args.train, w, clock=clock).run()
-        speeds = [r["tokens_per_s"] for r in checkpoint.read_jsonl(stage.folder / "metrics.jsonl") if "loss" in r]
+        speeds = [
+            r["tokens_per_s"]
+            for r in checkpoint.read_jsonl(stage.folder / "metrics.jsonl")
+            if "loss" in r
+        ]
         assert len(speeds) == 3 and all(math.isfinite(s) for s in speeds)
         assert name == "stands" or speeds == [512.0] * 3
 
 
 def test_metrics_lines_are_json(base):
-    """Every line of metrics.jsonl is one JSON object with finite numbers; every step has loss, rate, norm and speed."""
+    """Every line of metrics.jsonl is one JSON object with finite numbers; every step has loss,
+    rate, norm and speed."""
     rows = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in rows if "loss" in r]
-    assert [r["step"] for r in steps] == list(range(20)) and rows[-1].keys() == {"step", "after", "val_loss", "peak_memory_bytes"}
+    assert [r["step"] for r in steps] == list(range(20)) and rows[-1].keys() == {
+        "step",
+        "after",
+        "val_loss",
+        "peak_memory_bytes",
+    }
     assert all(r.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_s"} for r in steps)
     assert rows[-1].pop("peak_memory_bytes") is None  # there is no such number on a CPU
     assert all(math.isfinite(v) for r in rows for v in r.values())
@@ -206,7 +310,8 @@ train.run(cli.parse_args(train.CONFIGS, sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(run folder, what it printed) of `train.py` with nothing but small sizes given, and the network blocked."""
+    """(run folder, what it printed) of `train.py` with nothing but small sizes given, and the
+    network blocked."""
     folder = tmp_path_factory.mktemp("whole")
     env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     p = python("-c", WITHOUT_NETWORK, *TINY, *ALL, f"--out_dir={folder / 'run'}", env=env)
@@ -215,44 +320,74 @@ def whole(tmp_path_factory):
 
 
 def test_pipeline_needs_no_network_and_leaves_rows(whole):
-    """stage=all with socket.connect blocked: 7 rows with every key of design.md and a sweep, a valid picture, bytes that are measured,
-    and a table with one line per method."""
+    """stage=all with socket.connect blocked: 7 rows with every key of design.md and a sweep, a
+    valid picture, bytes that are measured, and a table with one line per method."""
     run, out = whole
     rows = json.loads((run / "results.json").read_text())
     assert all(r.keys() >= ROW for r in rows)
     main = [r for r in rows if "sweep" not in r["name"]]
-    assert [(r["name"], r["seed"]) for r in main] == [("base", 0)] + [(n, s) for s in (0, 1) for n in ("LoRA", "MoE-LoRA", "sub-token")]
+    assert [(r["name"], r["seed"]) for r in main] == [("base", 0)] + [
+        (n, s) for s in (0, 1) for n in ("LoRA", "MoE-LoRA", "sub-token")
+    ]
     assert {r["value_keep"] for r in rows if "sweep" in r["name"]} == {0.25, 0.75, 1.0}
     trainable = {r["name"]: r["trainable_parameters"] for r in main}
-    assert trainable["base"] == 0 and min(trainable["LoRA"], trainable["MoE-LoRA"]) >= trainable["sub-token"] > 0
+    assert (
+        trainable["base"] == 0
+        and min(trainable["LoRA"], trainable["MoE-LoRA"]) >= trainable["sub-token"] > 0
+    )
     for r in main:
-        dense = 2 * 4 * (4 * CONTEXT) * 2 * 16 * 2  # K and V, float32, 4 sequences, 2 heads of 16, 2 layers
-        assert r["dense_bytes"] == dense and math.isfinite(r["value"]) and 1 < r["value"] < 400 and r["metric"] == "perplexity"
+        # K and V, float32, 4 sequences, 2 heads of 16, 2 layers
+        dense = 2 * 4 * (4 * CONTEXT) * 2 * 16 * 2
+        assert (
+            r["dense_bytes"] == dense
+            and math.isfinite(r["value"])
+            and 1 < r["value"] < 400
+            and r["metric"] == "perplexity"
+        )
         if r["name"] == "sub-token":
-            assert 0.75 <= r["kv_kept_model"] <= r["cache_bytes"] / dense < 0.77 and r["method"] == "value_groups"
+            assert (
+                0.75 <= r["kv_kept_model"] <= r["cache_bytes"] / dense < 0.77
+                and r["method"] == "value_groups"
+            )
         else:
-            assert r["cache_bytes"] == dense == r["dense_bytes"] and r["value"] == r["dense_value"] and r["kv_kept_model"] == 1.0
+            assert (
+                r["cache_bytes"] == dense == r["dense_bytes"]
+                and r["value"] == r["dense_value"]
+                and r["kv_kept_model"] == 1.0
+            )
     png = (run / "report.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[-8:-4] == b"IEND" and len(png) > 10_000
-    assert f"Storing {main[-1]['cache_bytes'] / dense:.1%} of the bytes, sub-token's perplexity is " in out
-    table = [line for line in out.splitlines() if re.match(r"(base|LoRA|MoE-LoRA|sub-token)\b", line)]
+    assert (
+        f"Storing {main[-1]['cache_bytes'] / dense:.1%} of the bytes, sub-token's perplexity is "
+        in out
+    )
+    table = [
+        line for line in out.splitlines() if re.match(r"(base|LoRA|MoE-LoRA|sub-token)\b", line)
+    ]
     assert [line.split()[0] for line in table] == ["base", "LoRA", "MoE-LoRA", "sub-token"]
     for line in table:
         mine = [r["value"] for r in main if r["name"] == line.split()[0]]
         assert f"{sum(mine) / len(mine):.4f}" in line
-        # every trained row ends in seeds, tokens per second and peak memory, which a CPU does not tell
-        assert re.search(rf" {len(mine)}$" if line.startswith("base") else rf" {len(mine)} +[\d,]+ +n/a$", line.rstrip()), line
+        # every trained row ends in seeds, tokens per second and peak memory, which a CPU does not
+        # tell
+        assert re.search(
+            rf" {len(mine)}$" if line.startswith("base") else rf" {len(mine)} +[\d,]+ +n/a$",
+            line.rstrip(),
+        ), line
     assert checkpoint.load(train.find_checkpoint(run / "pretrain")).config["corpus"] == "pydocs"
     assert checkpoint.load(train.find_checkpoint(run / "routed-s1")).config["corpus"] == "pycode"
 
 
 def test_pipeline_resumed_after_a_kill_ends_the_same(whole, tmp_path):
-    """SIGKILL in the third step of MoE-LoRA, then --resume: the same rows, number for number, as the unbroken run."""
+    """SIGKILL in the third step of MoE-LoRA, then --resume: the same rows, number for number, as
+    the unbroken run."""
     flags = [*TINY, *ALL, "--save_interval=2", f"--out_dir={tmp_path / 'run'}"]
     shutil.copytree(whole[0].parent / "cache", tmp_path / "cache")  # the same text, prepared once
     p = python("-c", KILLED, *flags)
     assert p.returncode == -signal.SIGKILL, p.err
-    assert (tmp_path / "run/moe_lora-s0/step-00000002").is_dir() and not (tmp_path / "run/routed-s0").exists()
+    assert (tmp_path / "run/moe_lora-s0/step-00000002").is_dir() and not (
+        tmp_path / "run/routed-s0"
+    ).exists()
     train.run(cli.parse_args(train.CONFIGS, [*flags, "--resume"]))
     assert rows_without_time(tmp_path / "run") == rows_without_time(whole[0])
 
@@ -266,42 +401,89 @@ def copy_of(whole, tmp_path):
 
 
 def test_eval_rows_of_a_run(whole, copy_of, capsys):
-    """eval.py on a run: a row per budget and one with everything kept, the last line of stdout is those rows as JSON, they go to the
-    stage's folder beside the run's own, and the trained budget has the very value that train.py reported."""
+    """eval.py on a run: a row per budget and one with everything kept, the last line of stdout is
+    those rows as JSON, they go to the stage's folder beside the run's own, and the trained budget
+    has the very value that train.py reported."""
     before = (copy_of / "results.json").read_bytes()
-    call(evaluation, f"--out_dir={copy_of}", "--methods=dense,value_groups", "--budgets=0.25,0.5,0.75",
-         "--sequences=24")
+    call(
+        evaluation,
+        f"--out_dir={copy_of}",
+        "--methods=dense,value_groups",
+        "--budgets=0.25,0.5,0.75",
+        "--sequences=24",
+    )
     out = capsys.readouterr().out
     rows = json.loads(out.splitlines()[-1])
-    assert rows == json.loads((copy_of / "routed-s0" / "results.json").read_text()) and (copy_of / "results.json").read_bytes() == before
-    assert [r["value_keep"] for r in rows] == [1.0, 0.25, 0.5, 0.75] and all(r.keys() >= ROW and r["adapter"] == "routed" for r in rows)
+    assert (
+        rows == json.loads((copy_of / "routed-s0" / "results.json").read_text())
+        and (copy_of / "results.json").read_bytes() == before
+    )
+    assert [r["value_keep"] for r in rows] == [1.0, 0.25, 0.5, 0.75] and all(
+        r.keys() >= ROW and r["adapter"] == "routed" for r in rows
+    )
     assert rows[0]["value"] == rows[0]["dense_value"]
     held = [r["cache_bytes"] for r in rows]
     assert held[0] > held[3] > held[2] > held[1]
-    mine = next(r for r in json.loads((whole[0] / "results.json").read_text()) if r["name"] == "sub-token" and r["seed"] == 0)
+    mine = next(
+        r
+        for r in json.loads((whole[0] / "results.json").read_text())
+        if r["name"] == "sub-token" and r["seed"] == 0
+    )
     assert {k: rows[2][k] for k in ROW - {"seconds"}} == {k: mine[k] for k in ROW - {"seconds"}}
     assert (copy_of / "routed-s0" / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_eval_training_free_on_a_base(copy_of, capsys):
-    """eval.py compresses a pretrained stage without any training; everything kept is the dense model, and less kept holds fewer bytes."""
-    call(evaluation, f"--out_dir={copy_of / 'pretrain'}", "--methods=dense,value_groups", "--budgets=0.5,1", "--n_groups=8",
-         "--reconstructor=pairwise", "--sequences=9", "--block_size=31", "--batch_size=4")
+    """eval.py compresses a pretrained stage without any training; everything kept is the dense
+    model, and less kept holds fewer bytes."""
+    call(
+        evaluation,
+        f"--out_dir={copy_of / 'pretrain'}",
+        "--methods=dense,value_groups",
+        "--budgets=0.5,1",
+        "--n_groups=8",
+        "--reconstructor=pairwise",
+        "--sequences=9",
+        "--block_size=31",
+        "--batch_size=4",
+    )
     dense, half, full = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (dense["method"], half["method"], half["n_groups"], half["adapter"]) == ("dense", "value_groups", 8, "none")
-    assert dense["n"] == 9 * 31 and dense["cache_bytes"] == dense["dense_bytes"] > half["cache_bytes"]
-    assert full["value"] == pytest.approx(dense["value"], rel=1e-5) and half["dense_value"] == full["value"]
+    assert (dense["method"], half["method"], half["n_groups"], half["adapter"]) == (
+        "dense",
+        "value_groups",
+        8,
+        "none",
+    )
+    assert (
+        dense["n"] == 9 * 31 and dense["cache_bytes"] == dense["dense_bytes"] > half["cache_bytes"]
+    )
+    assert (
+        full["value"] == pytest.approx(dense["value"], rel=1e-5)
+        and half["dense_value"] == full["value"]
+    )
 
 
 def test_sample_prints_text_and_bytes(copy_of, capsys):
-    """sample.py prints the prompt with its continuation and the bytes the cache held: fewer than dense when adapted, as many when not."""
+    """sample.py prints the prompt with its continuation and the bytes the cache held: fewer than
+    dense when adapted, as many when not."""
     for folder, less in ((copy_of, True), (copy_of / "pretrain", False)):
-        call(sample, f"--out_dir={folder}", "--prompt=def f(", "--max_new_tokens=90", "--num_samples=2",
-             "--top_k=5")
+        call(
+            sample,
+            f"--out_dir={folder}",
+            "--prompt=def f(",
+            "--max_new_tokens=90",
+            "--num_samples=2",
+            "--top_k=5",
+        )
         io = capsys.readouterr()
         assert io.out.count("def f(") >= 2 and io.out.count("-" * 20) >= 2
-        held, tokens, dense = (int(n.replace(",", "")) for n in re.search(
-            r"held ([\d,]+) bytes for (\d+) tokens a row, [\d.]+% of a dense one's ([\d,]+)", io.err).groups())
+        held, tokens, dense = (
+            int(n.replace(",", ""))
+            for n in re.search(
+                r"held ([\d,]+) bytes for (\d+) tokens a row, [\d.]+% of a dense one's ([\d,]+)",
+                io.err,
+            ).groups()
+        )
         assert dense == 2 * 4 * 2 * tokens * 2 * 16 * 2
         assert 0.7 * dense < held < 0.9 * dense if less else held == dense
 
@@ -309,8 +491,13 @@ def test_sample_prints_text_and_bytes(copy_of, capsys):
 def test_sample_is_repeatable(copy_of, capsys):
     """The same seed writes the same text, another seed another, and temperature 0 needs no seed."""
     texts = {}
-    for name, flags in {"a": ["--seed=1"], "b": ["--seed=1"], "c": ["--seed=2"], "d": ["--temperature=0"],
-                        "e": ["--temperature=0", "--seed=7"]}.items():
+    for name, flags in {
+        "a": ["--seed=1"],
+        "b": ["--seed=1"],
+        "c": ["--seed=2"],
+        "d": ["--temperature=0"],
+        "e": ["--temperature=0", "--seed=7"],
+    }.items():
         call(sample, f"--out_dir={copy_of}", "--max_new_tokens=25", *flags)
         texts[name] = capsys.readouterr().out
     assert texts["a"] == texts["b"] != texts["c"] and texts["d"] == texts["e"] != texts["a"]
@@ -332,4 +519,6 @@ def test_out_dir_fresh_each_time(tmp_path, text, monkeypatch):
 def test_network_guard_works():
     """The guard that blocks the network in the pipeline test does block it."""
     script = WITHOUT_NETWORK.split("sys.argv =")[0] + "socket.create_connection(('127.0.0.1', 9))"
-    assert "the network was touched" in python("-c", script).err and socket.socket.connect is not None
+    assert (
+        "the network was touched" in python("-c", script).err and socket.socket.connect is not None
+    )

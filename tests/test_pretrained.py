@@ -1,4 +1,6 @@
-"""Models of others, in and out: Hugging Face folders against transformers, export, refusals, memory, adapters on such a base (promise 17)."""
+"""Models of others, in and out: Hugging Face folders against transformers, export, refusals,
+memory, adapters on such a base (promise 17)."""
+
 from __future__ import annotations
 
 import json
@@ -73,41 +75,64 @@ def edit_tensors(folder: Path, **changes) -> None:
 
 # ----------------------------------------------------------------------------- in
 
+
 @needs_transformers
 @pytest.mark.parametrize("name", THEIR_FOLDERS)
 def test_folder_logits_equal_transformers(name, tmp_path_factory):
-    """A folder that transformers' save_pretrained wrote gives its logits to 1e-5 (they are of order 1): Llama with a head dimension of its own,
-    Llama 3's RoPE past its original context, Qwen2 with bias, Mistral; tied and not, one file and shards, three dtypes."""
+    """A folder that transformers' save_pretrained wrote gives its logits to 1e-5 (they are of order
+    1): Llama with a head dimension of its own, Llama 3's RoPE past its original context, Qwen2 with
+    bias, Mistral; tied and not, one file and shards, three dtypes."""
     at, out, said = theirs(tmp_path_factory)
     shape, tied, dtype = THEIR_FOLDERS[name]
     run = pretrained.load_run(at / name)
     assert (len(list((at / name).glob("*.safetensors"))) > 1) == name.endswith("sharded")
-    assert run.model.cfg.tie_embeddings == tied == said[name]["tied"] and not any(said[name]["wrong"].values())
-    assert run.model.cfg.qkv_bias == (shape == "qwen2") and next(run.model.parameters()).dtype == torch.float32
+    assert run.model.cfg.tie_embeddings == tied == said[name]["tied"] and not any(
+        said[name]["wrong"].values()
+    )
+    assert (
+        run.model.cfg.qkv_bias == (shape == "qwen2")
+        and next(run.model.parameters()).dtype == torch.float32
+    )
     x = ids(name, SHAPES[shape]["vocab_size"], *out[name].shape[:2])
     assert out[name].std() > 0.6 and (logits(run.model, x) - out[name]).abs().max() < 1e-5
     assert run.tokenizer.encode(TEXT) == from_definition(definition(), "tiny").encode(TEXT)
-    if shape == "llama3":  # the scaling is felt, and the sequence is longer than the original context
+    # the scaling is felt, and the sequence is longer than the original context
+    if shape == "llama3":
         plain = replace(run.model.cfg, rope_factor=1.0)
         other = Transformer(plain)
         pretrained.load_model_state(other, pretrained.model_state(run.model), "test")
-        assert x.size(1) > 2 * run.model.cfg.rope_original and (logits(other.eval(), x) - out[name]).abs().max() > 0.05
+        assert (
+            x.size(1) > 2 * run.model.cfg.rope_original
+            and (logits(other.eval(), x) - out[name]).abs().max() > 0.05
+        )
     if dtype != "f32":
         half = pretrained.load_run(at / name, weights="bfloat16").model
-        assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and half.rope_cos.dtype == torch.float32
-        assert dtype == "f16" or all(torch.equal(a.float(), b) for a, b in zip(half.parameters(), run.model.parameters(), strict=True))
+        assert {p.dtype for p in half.parameters()} == {
+            torch.bfloat16
+        } and half.rope_cos.dtype == torch.float32
+        assert dtype == "f16" or all(
+            torch.equal(a.float(), b)
+            for a, b in zip(half.parameters(), run.model.parameters(), strict=True)
+        )
 
 
 SCALING = SHAPES["llama3"]["scaling"]
 THETA = {"rope_theta": 500.0}
 
 
-@pytest.mark.parametrize("how, changes", {
-    "transformers 5": dict(rope_theta=..., rope_scaling=..., rope_parameters=THETA | SCALING), "type, not rope_type": dict(
-        rope_scaling={"type" if k == "rope_type" else k: v for k, v in SCALING.items()}),
-    "both styles": dict(rope_parameters=THETA | SCALING), "theta in rope_scaling": dict(rope_theta=..., rope_scaling=THETA | SCALING),
-    "rope_parameters null": dict(rope_parameters=None), "counts as floats": dict(rope_scaling=SCALING | {"original_max_position_embeddings": 32.0}),
-}.items())
+@pytest.mark.parametrize(
+    "how, changes",
+    {
+        "transformers 5": dict(rope_theta=..., rope_scaling=..., rope_parameters=THETA | SCALING),
+        "type, not rope_type": dict(
+            rope_scaling={"type" if k == "rope_type" else k: v for k, v in SCALING.items()}
+        ),
+        "both styles": dict(rope_parameters=THETA | SCALING),
+        "theta in rope_scaling": dict(rope_theta=..., rope_scaling=THETA | SCALING),
+        "rope_parameters null": dict(rope_parameters=None),
+        "counts as floats": dict(rope_scaling=SCALING | {"original_max_position_embeddings": 32.0}),
+    }.items(),
+)
 def test_llama3_config_in_every_spelling_is_the_same(how, changes):
     """The keys of transformers 4 and 5 for Llama 3's scaling give one ModelConfig."""
     want = pretrained.model_config(config_json("llama3"), "x")
@@ -116,133 +141,242 @@ def test_llama3_config_in_every_spelling_is_the_same(how, changes):
 
 
 def test_config_defaults_are_those_of_transformers():
-    """Absent or null: head_dim n_embd / n_head, KV heads as many as heads, rope_theta 10000, untied; a Mistral's window is 4096."""
-    c = pretrained.model_config(config_json("qwen2", num_key_value_heads=None, head_dim=None, rope_theta=..., tie_word_embeddings=...), "x")
-    assert (c.head_dim, c.n_kv_head, c.rope_theta, c.tie_embeddings, c.qkv_bias) == (6, 4, 10000, False, True)
-    c = pretrained.model_config(config_json("llama", hidden_size=36, num_key_value_heads=..., head_dim=..., rope_parameters=None), "x")
+    """Absent or null: head_dim n_embd / n_head, KV heads as many as heads, rope_theta 10000,
+    untied; a Mistral's window is 4096."""
+    c = pretrained.model_config(
+        config_json(
+            "qwen2",
+            num_key_value_heads=None,
+            head_dim=None,
+            rope_theta=...,
+            tie_word_embeddings=...,
+        ),
+        "x",
+    )
+    assert (c.head_dim, c.n_kv_head, c.rope_theta, c.tie_embeddings, c.qkv_bias) == (
+        6,
+        4,
+        10000,
+        False,
+        True,
+    )
+    c = pretrained.model_config(
+        config_json(
+            "llama", hidden_size=36, num_key_value_heads=..., head_dim=..., rope_parameters=None
+        ),
+        "x",
+    )
     assert (c.head_dim, c.n_kv_head, c.rope_factor, c.qkv_bias) == (6, 6, 1, False)
-    assert pretrained.model_config(config_json("mistral", max_position_embeddings=8192, sliding_window=...), "x").block_size == 4096
-    assert pretrained.model_config(config_json("qwen2", use_sliding_window=False, sliding_window=8), "x").block_size == 29
+    assert (
+        pretrained.model_config(
+            config_json("mistral", max_position_embeddings=8192, sliding_window=...), "x"
+        ).block_size
+        == 4096
+    )
+    assert (
+        pretrained.model_config(
+            config_json("qwen2", use_sliding_window=False, sliding_window=8), "x"
+        ).block_size
+        == 29
+    )
 
 
 def test_a_sliding_window_cuts_the_context(folder):
-    """A Mistral or Qwen2 whose window is shorter than its context loads with the window as its context: same logits inside, refused past it."""
+    """A Mistral or Qwen2 whose window is shorter than its context loads with the window as its
+    context: same logits inside, refused past it."""
     x = ids("x", 263, 2, 11)
     want = logits(pretrained.load_run(folder).model, x)
     edit(folder, model_type="mistral", sliding_window=11)
     model = pretrained.load_run(folder).model
     assert model.cfg.block_size == 11 and torch.equal(logits(model, x), want)
     assert "the model's context is 11" in error_line(model, ids("x", 263, 1, 12))
-    assert pretrained.model_config(config_json("qwen2", use_sliding_window=True, sliding_window=5), "x").block_size == 5
+    assert (
+        pretrained.model_config(
+            config_json("qwen2", use_sliding_window=True, sliding_window=5), "x"
+        ).block_size
+        == 5
+    )
 
 
 def test_names_without_prefix_old_tables_and_extra_files_load(folder):
-    """Names without 'model.', the inverse frequencies that old files hold, a tied head stored twice, and a second format beside
-    model.safetensors (consolidated.safetensors) all give the same model."""
-    want, tensors = pretrained.load_run(folder).model, load_file(folder / "model.safetensors")
+    """Names without 'model.', the inverse frequencies that old files hold, a tied head stored
+    twice, and a second format beside model.safetensors (consolidated.safetensors) all give the same
+    model."""
+    want = pretrained.load_run(folder).model
+    tensors = load_file(folder / "model.safetensors")
     x = ids("x", 263, 2, 17)
-    save_file({k.removeprefix("model."): t for k, t in tensors.items()} | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
-              folder / "model.safetensors")
+    save_file(
+        {k.removeprefix("model."): t for k, t in tensors.items()}
+        | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        folder / "model.safetensors",
+    )
     save_file({"tok_embeddings.weight": torch.ones(2)}, folder / "consolidated.safetensors")
     assert torch.equal(logits(pretrained.load_run(folder).model, x), logits(want, x))
     tied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(tied, folder / "model.safetensors")
     edit(folder, tie_word_embeddings=True)
     model = pretrained.load_run(folder).model
-    assert model.lm_head.weight is model.embed_tokens.weight and (logits(model, x) - logits(want, x)).abs().max() > 0.1
+    assert (
+        model.lm_head.weight is model.embed_tokens.weight
+        and (logits(model, x) - logits(want, x)).abs().max() > 0.1
+    )
     edit(folder, tie_word_embeddings=False)
     assert torch.equal(logits(pretrained.load_run(folder).model, x), logits(model, x))
 
 
 def test_tokenizers_of_other_kinds_and_bos(folder):
-    """A tokenizer.json that only the package tokenizers reads comes with the model; a template's first token is bos; a vocabulary smaller
-    than the model's is fine."""
+    """A tokenizer.json that only the package tokenizers reads comes with the model; a template's
+    first token is bos; a vocabulary smaller than the model's is fine."""
     pytest.importorskip("tokenizers", reason="the case needs the package tokenizers")
     vocab = {"[UNK]": 0, "hello": 1, "world": 2, "<|endoftext|>": 3}
-    spec = definition() | {"model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}, "pre_tokenizer": {"type": "Whitespace"},
-                           "decoder": None, "added_tokens": [definition()["added_tokens"][0] | {"id": 3}]}
+    spec = definition() | {
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"},
+        "pre_tokenizer": {"type": "Whitespace"},
+        "decoder": None,
+        "added_tokens": [definition()["added_tokens"][0] | {"id": 3}],
+    }
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = pretrained.load_run(folder).tokenizer
-    assert isinstance(tokenizer, LibraryTokenizer) and tokenizer.encode("hello world") == [1, 2] and (tokenizer.vocab_size, tokenizer.eot) == (4, 3)
+    assert (
+        isinstance(tokenizer, LibraryTokenizer)
+        and tokenizer.encode("hello world") == [1, 2]
+        and (tokenizer.vocab_size, tokenizer.eot) == (4, 3)
+    )
     (folder / "tokenizer.json").write_text(json.dumps(definition(bos=True)))
     tokenizer = pretrained.load_run(folder).tokenizer
-    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.bos) == (261, 260, 260) and tokenizer.encode("hello") == [259]
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.bos) == (
+        261,
+        260,
+        260,
+    ) and tokenizer.encode("hello") == [259]
 
 
 def test_run_says_where_its_base_is_and_hashes_all_weights(tmp_path):
-    """base is the absolute path; base_sha256 follows the weights' bytes in every shard, not the config, and not the folder's place."""
+    """base is the absolute path; base_sha256 follows the weights' bytes in every shard, not the
+    config, and not the folder's place."""
     folder = write_folder(tmp_path / "a", config_json())
     one = pretrained.load_run(folder)
-    assert one.base == str(folder.resolve()) and one.adapter.adapter == "none" and one.kv.kv == "dense" and one.model.training is False
+    assert (
+        one.base == str(folder.resolve())
+        and one.adapter.adapter == "none"
+        and one.kv.kv == "dense"
+        and one.model.training is False
+    )
     shutil.copytree(folder, tmp_path / "b")
     assert pretrained.load_run(tmp_path / "b").base_sha256 == one.base_sha256
-    tensors, seen = load_file(folder / "model.safetensors"), {one.base_sha256}
+    tensors = load_file(folder / "model.safetensors")
+    seen = {one.base_sha256}
     (tmp_path / "b" / "model.safetensors").unlink()
     for changed in "123", "1", "2", "3":  # three files without an index; then one of them changes
         tensors = {k: t + 1 for k, t in tensors.items()}
         for i in map(int, changed):
-            save_file({k: tensors[k] for k in sorted(tensors)[i - 1::3]}, tmp_path / "b" / f"{i}.safetensors")
+            save_file(
+                {k: tensors[k] for k in sorted(tensors)[i - 1 :: 3]},
+                tmp_path / "b" / f"{i}.safetensors",
+            )
         seen.add(pretrained.load_run(tmp_path / "b").base_sha256)
     assert len(seen) == 5
 
 
 def test_is_foreign_tells_theirs_from_ours(folder, tmp_path):
-    """hf:, .gguf and a folder with a model's config.json are foreign; a checkpoint, a stage, a run and nothing at all are not."""
-    step = checkpoint.save(tmp_path / "run" / "pretrain", "best", step=1, tensors={"model": {"a": torch.ones(1)}}, config={"model_type": "llama"})
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": {"n_layer": 2}, "train": {}}))
-    assert [pretrained.is_foreign(p) for p in ("hf:a/b", "x/y.gguf", folder, str(folder))] == [True] * 4
-    assert [pretrained.is_foreign(p) for p in (step, step.parent, tmp_path / "run", tmp_path / "none", "scratch")] == [False] * 5
+    """hf:, .gguf and a folder with a model's config.json are foreign; a checkpoint, a stage, a run
+    and nothing at all are not."""
+    step = checkpoint.save(
+        tmp_path / "run" / "pretrain",
+        "best",
+        step=1,
+        tensors={"model": {"a": torch.ones(1)}},
+        config={"model_type": "llama"},
+    )
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps({"model": {"n_layer": 2}, "train": {}})
+    )
+    assert [pretrained.is_foreign(p) for p in ("hf:a/b", "x/y.gguf", folder, str(folder))] == [
+        True
+    ] * 4
+    assert [
+        pretrained.is_foreign(p)
+        for p in (step, step.parent, tmp_path / "run", tmp_path / "none", "scratch")
+    ] == [False] * 5
 
 
 # ----------------------------------------------------------------------------- refusals
 
 CONFIG_REFUSALS = {
-    "mixtral": (dict(model_type="mixtral"), "model_type='mixtral'"), "gemma2": (dict(model_type="gemma2"), "model_type='gemma2'"),
-    "qwen3": (dict(model_type="qwen3"), "model_type='qwen3'"), "qwen2_moe": (dict(model_type="qwen2_moe"), "model_type='qwen2_moe'"),
-    "null type": (dict(model_type=None), "model_type=None"), "odd type": (dict(model_type=["llama"]), "model_type=['llama']"),
+    "mixtral": (dict(model_type="mixtral"), "model_type='mixtral'"),
+    "gemma2": (dict(model_type="gemma2"), "model_type='gemma2'"),
+    "qwen3": (dict(model_type="qwen3"), "model_type='qwen3'"),
+    "qwen2_moe": (dict(model_type="qwen2_moe"), "model_type='qwen2_moe'"),
+    "null type": (dict(model_type=None), "model_type=None"),
+    "odd type": (dict(model_type=["llama"]), "model_type=['llama']"),
     "quantised": (dict(quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
-    "attention_bias": (dict(attention_bias=True), "attention_bias=True"), "mlp_bias": (dict(mlp_bias=True), "mlp_bias=True"),
-    "hidden_act": (dict(hidden_act="gelu"), "hidden_act='gelu'"), "partial rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    "attention_bias": (dict(attention_bias=True), "attention_bias=True"),
+    "mlp_bias": (dict(mlp_bias=True), "mlp_bias=True"),
+    "hidden_act": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    "partial rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
     "yarn": (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE scaling 'yarn'"),
     "linear": (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear'"),
-    "dynamic, new keys": (dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}), "RoPE scaling 'dynamic'"),
+    "dynamic, new keys": (
+        dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
+        "RoPE scaling 'dynamic'",
+    ),
     "llama3 without factor": (dict(rope_scaling={"rope_type": "llama3"}), "lacks 'factor'"),
-    "llama3 upside down": (dict(rope_scaling=SCALING | {"low_freq_factor": 8.0}), "rope_low_freq=8.0"),
+    "llama3 upside down": (
+        dict(rope_scaling=SCALING | {"low_freq_factor": 8.0}),
+        "rope_low_freq=8.0",
+    ),
     "scaling is text": (dict(rope_scaling="llama3"), "rope_scaling='llama3'"),
     "window of nothing": (dict(model_type="mistral", sliding_window=0), "sliding_window=0"),
-    "no layers": (dict(num_hidden_layers=...), "lacks 'num_hidden_layers'"), "zero heads": (dict(num_attention_heads=0), "num_attention_heads=0"),
-    "text": (dict(hidden_size="eighteen"), "hidden_size='eighteen'"), "digits as text": (dict(hidden_size="18"), "hidden_size='18'"),
-    "list": (dict(num_key_value_heads=[2, 2]), "num_key_value_heads=[2, 2]"), "true": (dict(num_hidden_layers=True), "num_hidden_layers=True"),
-    "half a head": (dict(num_attention_heads=6.5), "num_attention_heads=6.5"), "infinite": (dict(rope_theta=float("inf")), "rope_theta=inf"),
+    "no layers": (dict(num_hidden_layers=...), "lacks 'num_hidden_layers'"),
+    "zero heads": (dict(num_attention_heads=0), "num_attention_heads=0"),
+    "text": (dict(hidden_size="eighteen"), "hidden_size='eighteen'"),
+    "digits as text": (dict(hidden_size="18"), "hidden_size='18'"),
+    "list": (dict(num_key_value_heads=[2, 2]), "num_key_value_heads=[2, 2]"),
+    "true": (dict(num_hidden_layers=True), "num_hidden_layers=True"),
+    "half a head": (dict(num_attention_heads=6.5), "num_attention_heads=6.5"),
+    "infinite": (dict(rope_theta=float("inf")), "rope_theta=inf"),
     "nan": (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
-    "huge": (dict(max_position_embeddings=10 ** 12), "max_position_embeddings=1000000000000"),
-    "odd head": (dict(head_dim=9), "head_dim=9"), "heads do not divide": (dict(num_key_value_heads=4), "n_kv_head=4"),
-    "more layers": (dict(num_hidden_layers=10 ** 6), "no tensor layers.999999"), "fewer layers": (dict(num_hidden_layers=1), "unexpected: layers.1"),
-    "other width": (dict(intermediate_size=34), "of another shape: layers.0.mlp.gate_proj.weight (33, 18) for (34, 18)"),
-    "bias not there": (dict(model_type="qwen2", head_dim=8), "missing: layers.0.self_attn.q_proj.bias"),
+    "huge": (dict(max_position_embeddings=10**12), "max_position_embeddings=1000000000000"),
+    "odd head": (dict(head_dim=9), "head_dim=9"),
+    "heads do not divide": (dict(num_key_value_heads=4), "n_kv_head=4"),
+    "more layers": (dict(num_hidden_layers=10**6), "no tensor layers.999999"),
+    "fewer layers": (dict(num_hidden_layers=1), "unexpected: layers.1"),
+    "other width": (
+        dict(intermediate_size=34),
+        "of another shape: layers.0.mlp.gate_proj.weight (33, 18) for (34, 18)",
+    ),
+    "bias not there": (
+        dict(model_type="qwen2", head_dim=8),
+        "missing: layers.0.self_attn.q_proj.bias",
+    ),
     "small vocabulary": (dict(vocab_size=260), "a tokenizer of 261 ids: the model has 260"),
 }
 
 
 @pytest.mark.parametrize("name", CONFIG_REFUSALS)
 def test_config_refusals_name_the_setting(folder, name):
-    """Another architecture, a setting this trunk lacks, or one of the wrong type or size: one line that names it."""
+    """Another architecture, a setting this trunk lacks, or one of the wrong type or size: one line
+    that names it."""
     changes, words = CONFIG_REFUSALS[name]
     edit(folder, **changes)
     assert words in error_line(pretrained.load_pretrained, folder)
 
 
 def write_text(name: str, text: str | bytes):
-    return lambda folder: (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return lambda folder: (folder / name).write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
 
 
 def shards(weight_map: object, *files: str):
     """Replace the one file by an index; `files` are made as copies of it."""
+
     def act(folder: Path) -> None:
         for name in files:
             shutil.copy(folder / "model.safetensors", folder / name)
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
     return act
 
 
@@ -250,6 +384,7 @@ def cut(n: int):
     def act(folder: Path) -> None:
         data = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(data[:n])
+
     return act
 
 
@@ -263,44 +398,92 @@ FILE_REFUSALS = {
     "missing tensor": (lambda f: edit_tensors(f, model_norm_weight=...), "missing: norm.weight"),
     "missing head": (lambda f: edit_tensors(f, lm_head_weight=...), "missing: lm_head.weight"),
     "unexpected tensor": (lambda f: edit_tensors(f, extra=torch.ones(1)), "unexpected: extra"),
-    "another shape": (lambda f: edit_tensors(f, model_norm_weight=torch.ones(17)), "norm.weight (17,) for (18,)"),
+    "another shape": (
+        lambda f: edit_tensors(f, model_norm_weight=torch.ones(17)),
+        "norm.weight (17,) for (18,)",
+    ),
     "nan": (lambda f: edit_tensors(f, model_norm_weight=NAN), "norm.weight: not all finite"),
-    "too large": (lambda f: edit_tensors(f, model_norm_weight=NAN.double().nan_to_num(1e300)), "norm.weight: not all finite in torch.float32"),
-    "integers": (lambda f: edit_tensors(f, model_norm_weight=torch.ones(18, dtype=torch.int64)), "norm.weight is torch.int64"),
-    "float8": (lambda f: edit_tensors(f, model_norm_weight=torch.ones(18).to(torch.float8_e4m3fn)), "norm.weight is torch.float8_e4m3fn"),
-    "both prefixes": (lambda f: edit_tensors(f, **{"norm.weight": torch.ones(18)}), "with and without the prefix"),
-    "empty file": (cut(0), "cannot be read"), "cut in the header": (cut(100), "cannot be read"), "cut in the data": (cut(9000), "cannot be read"),
+    "too large": (
+        lambda f: edit_tensors(f, model_norm_weight=NAN.double().nan_to_num(1e300)),
+        "norm.weight: not all finite in torch.float32",
+    ),
+    "integers": (
+        lambda f: edit_tensors(f, model_norm_weight=torch.ones(18, dtype=torch.int64)),
+        "norm.weight is torch.int64",
+    ),
+    "float8": (
+        lambda f: edit_tensors(f, model_norm_weight=torch.ones(18).to(torch.float8_e4m3fn)),
+        "norm.weight is torch.float8_e4m3fn",
+    ),
+    "both prefixes": (
+        lambda f: edit_tensors(f, **{"norm.weight": torch.ones(18)}),
+        "with and without the prefix",
+    ),
+    "empty file": (cut(0), "cannot be read"),
+    "cut in the header": (cut(100), "cannot be read"),
+    "cut in the data": (cut(9000), "cannot be read"),
     "pickles only": (only_bin, "it has .bin files, which can run code"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file in it"),
-    "missing shard": (shards({n: "b.safetensors" if "norm" in n else "a.safetensors" for n in NAMES}, "a.safetensors"), "lacks b.safetensors"),
-    "shard lacks a tensor": (shards(dict.fromkeys([*NAMES, "model.more"], "a.safetensors"), "a.safetensors"), "no tensor model.more"),
-    "shard above": (shards(dict.fromkeys(NAMES, "../other/model.safetensors")), "has no weight_map of file names"),
-    "shard elsewhere": (shards(dict.fromkeys(NAMES, "/etc/passwd")), "has no weight_map of file names"),
+    "missing shard": (
+        shards(
+            {n: "b.safetensors" if "norm" in n else "a.safetensors" for n in NAMES}, "a.safetensors"
+        ),
+        "lacks b.safetensors",
+    ),
+    "shard lacks a tensor": (
+        shards(dict.fromkeys([*NAMES, "model.more"], "a.safetensors"), "a.safetensors"),
+        "no tensor model.more",
+    ),
+    "shard above": (
+        shards(dict.fromkeys(NAMES, "../other/model.safetensors")),
+        "has no weight_map of file names",
+    ),
+    "shard elsewhere": (
+        shards(dict.fromkeys(NAMES, "/etc/passwd")),
+        "has no weight_map of file names",
+    ),
     "shard is the parent": (shards(dict.fromkeys(NAMES, "..")), "lacks .."),
     "shard is a number": (shards(dict.fromkeys(NAMES, 3)), "has no weight_map of file names"),
-    "index is a list": (shards(NAMES), "has no weight_map"), "index is no json": (
-        lambda f: (shards({})(f), write_text("model.safetensors.index.json", "{")(f)), "cannot be read as JSON"),
+    "index is a list": (shards(NAMES), "has no weight_map"),
+    "index is no json": (
+        lambda f: (shards({})(f), write_text("model.safetensors.index.json", "{")(f)),
+        "cannot be read as JSON",
+    ),
     "index is empty": (shards({}), "layers.1"),
-    "config cut": (write_text("config.json", '{"model_type": "lla'), "config.json cannot be read as JSON"),
+    "config cut": (
+        write_text("config.json", '{"model_type": "lla'),
+        "config.json cannot be read as JSON",
+    ),
     "config is a list": (write_text("config.json", "[1]"), "config.json: holds no JSON object"),
-    "config is not text": (write_text("config.json", b"\xff\xfe\x00"), "config.json cannot be read as JSON"),
-    "config nests deep": (write_text("config.json", "[" * 100_000), "config.json cannot be read as JSON"),
+    "config is not text": (
+        write_text("config.json", b"\xff\xfe\x00"),
+        "config.json cannot be read as JSON",
+    ),
+    "config nests deep": (
+        write_text("config.json", "[" * 100_000),
+        "config.json cannot be read as JSON",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json in it"),
-    "tokenizer cut": (write_text("tokenizer.json", '{"model":'), "tokenizer.json cannot be read as JSON"),
+    "tokenizer cut": (
+        write_text("tokenizer.json", '{"model":'),
+        "tokenizer.json cannot be read as JSON",
+    ),
     "tokenizer of another kind": (write_text("tokenizer.json", "{}"), "tokenizer m"),
 }
 
 
 @pytest.mark.parametrize("name", FILE_REFUSALS)
 def test_file_refusals_name_the_file_or_tensor(folder, name):
-    """A tensor or a file that is missing, damaged, foreign, or outside the folder: one line that names it."""
+    """A tensor or a file that is missing, damaged, foreign, or outside the folder: one line that
+    names it."""
     act, words = FILE_REFUSALS[name]
     act(folder)
     assert words in error_line(pretrained.load_run, folder)
 
 
 def test_folder_that_names_no_model_type_is_refused(folder):
-    """Without model_type a config.json is nobody's: asked for as a model it is refused by that name, and as a run by the lack of one."""
+    """Without model_type a config.json is nobody's: asked for as a model it is refused by that
+    name, and as a run by the lack of one."""
     edit(folder, model_type=...)
     assert "model_type=None" in error_line(pretrained.load_pretrained, folder)
     assert "no usable checkpoint" in error_line(pretrained.load_run, folder)
@@ -309,14 +492,26 @@ def test_folder_that_names_no_model_type_is_refused(folder):
 def test_too_large_for_bfloat16_is_refused(folder):
     """float32's largest number is no bfloat16: it would become inf."""
     edit_tensors(folder, model_norm_weight=torch.full((18,), 3.4028e38))
-    assert "norm.weight: not all finite in torch.bfloat16" in error_line(pretrained.load_run, folder, weights="bfloat16")
+    assert "norm.weight: not all finite in torch.bfloat16" in error_line(
+        pretrained.load_run, folder, weights="bfloat16"
+    )
     pretrained.load_run(folder)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json", "m.gguf"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "m.gguf",
+    ],
+)
 def test_malicious_pickle_in_a_models_folder_never_runs(folder, file, kind):
-    """Promise 6 for models of others: a pickle under each name that is read is a one-line ValueError and leaves no mark."""
+    """Promise 6 for models of others: a pickle under each name that is read is a one-line
+    ValueError and leaves no mark."""
     marker = folder / "ran"
     bomb = bombs(marker)[kind]
     if file == "model.safetensors.index.json":
@@ -330,22 +525,27 @@ def test_malicious_pickle_in_a_models_folder_never_runs(folder, file, kind):
 
 # ----------------------------------------------------------------------------- the hub
 
+
 def fake_hub(monkeypatch, answer) -> list[tuple]:
-    """Put a huggingface_hub in place whose snapshot_download records its arguments and gives, or raises, `answer`."""
-    asked, hub = [], types.ModuleType("huggingface_hub")
+    """Put a huggingface_hub in place whose snapshot_download records its arguments and gives, or
+    raises, `answer`."""
+    asked = []
+    hub = types.ModuleType("huggingface_hub")
 
     def snapshot_download(name, **how):
         asked.append((name, how))
         if isinstance(answer, Exception):
             raise answer
         return str(answer)
+
     hub.snapshot_download = snapshot_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     return asked
 
 
 def test_hub_model_loads_at_the_revision_asked_for(tmp_path, monkeypatch):
-    """hf:ORG/NAME hands name and revision to the hub's client, asks for no file that can run code, and notes the commit it got."""
+    """hf:ORG/NAME hands name and revision to the hub's client, asks for no file that can run code,
+    and notes the commit it got."""
     asked = fake_hub(monkeypatch, write_folder(tmp_path / "0123abcd", config_json()))
     run = pretrained.load_run("hf:org/name", revision="v1")
     pretrained.load_run("hf:org/name")
@@ -362,10 +562,17 @@ def test_hub_names_are_checked_before_anything_is_asked(name, monkeypatch):
 
 
 def test_hub_failures_are_one_line(monkeypatch):
-    """What the hub raises offline or for a missing model, of several lines, becomes one; without its package the line says what to install."""
+    """What the hub raises offline or for a missing model, of several lines, becomes one; without
+    its package the line says what to install."""
+
     class Transport(Exception):  # as httpx has it: neither OSError nor ValueError
         pass
-    for error in (FileNotFoundError("cannot find it\nand traffic is disabled"), ValueError("bad name"), Transport("reset\nby peer")):
+
+    for error in (
+        FileNotFoundError("cannot find it\nand traffic is disabled"),
+        ValueError("bad name"),
+        Transport("reset\nby peer"),
+    ):
         fake_hub(monkeypatch, error)
         line = error_line(pretrained.load_run, "hf:org/name", revision="v1")
         assert "hf:org/name at revision v1 cannot be had" in line and "go online" in line
@@ -375,11 +582,13 @@ def test_hub_failures_are_one_line(monkeypatch):
 
 # ----------------------------------------------------------------------------- out
 
+
 @needs_transformers
 @pytest.mark.parametrize("name", EXPORTS)
 def test_export_loads_in_transformers_with_equal_logits(name, tmp_path_factory):
-    """Promise 17: transformers loads the folder without a missing or unexpected tensor and gives our logits to 1e-5, for large random
-    weights, bias on and off, tied and not, scaled RoPE, bfloat16, LoRA merged; AutoTokenizer gives our ids."""
+    """Promise 17: transformers loads the folder without a missing or unexpected tensor and gives
+    our logits to 1e-5, for large random weights, bias on and off, tied and not, scaled RoPE,
+    bfloat16, LoRA merged; AutoTokenizer gives our ids."""
     _, out, said = theirs(tmp_path_factory)
     model, adapter = exported_model(name)
     base = Transformer(model.cfg).eval()
@@ -391,20 +600,30 @@ def test_export_loads_in_transformers_with_equal_logits(name, tmp_path_factory):
     assert ((logits(base, x) - out[name]).abs().max() > 0.1) == (adapter == "lora")
     assert said[name]["tokens"] == from_definition(definition(), "tiny").encode(TEXT)
     config = said[name]["config"]
-    assert config["eos_token_id"] == 260 and config["max_position_embeddings"] == OUR_SHAPE["block_size"]
+    assert (
+        config["eos_token_id"] == 260
+        and config["max_position_embeddings"] == OUR_SHAPE["block_size"]
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in EXPORTS if "lora" not in n])
 def test_export_and_load_give_the_same_bits_back(name, tmp_path):
-    """export -> load_run: equal ModelConfig, bit-equal tensors in their dtype, equal logits and token ids; and once more the same bytes."""
+    """export -> load_run: equal ModelConfig, bit-equal tensors in their dtype, equal logits and
+    token ids; and once more the same bytes."""
     model, _ = exported_model(name)
     pretrained.export(run_of(model), tmp_path / "one")
-    again = pretrained.load_run(tmp_path / "one", weights="bfloat16" if name == "bf16" else "float32")
-    assert len({p.stat().st_mode for p in (tmp_path / "one").iterdir()}) == 1  # who may read one file may read all
-    got, want = pretrained.model_state(again.model), pretrained.model_state(model)
+    again = pretrained.load_run(
+        tmp_path / "one", weights="bfloat16" if name == "bf16" else "float32"
+    )
+    # who may read one file may read all
+    assert len({p.stat().st_mode for p in (tmp_path / "one").iterdir()}) == 1
+    got = pretrained.model_state(again.model)
+    want = pretrained.model_state(model)
     assert again.model.cfg == model.cfg and got.keys() == want.keys()
     assert all(got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]) for k in want)
-    assert again.tokenizer.definition == definition() and again.tokenizer.encode(TEXT) == from_definition(definition(), "tiny").encode(TEXT)
+    assert again.tokenizer.definition == definition() and again.tokenizer.encode(
+        TEXT
+    ) == from_definition(definition(), "tiny").encode(TEXT)
     x = ids(name, OUR_SHAPE["vocab_size"], 2, 23)
     assert torch.equal(logits(again.model, x), logits(model, x))
     pretrained.export(again, tmp_path / "two")
@@ -413,23 +632,35 @@ def test_export_and_load_give_the_same_bits_back(name, tmp_path):
 
 
 def test_export_refuses_what_transformers_cannot_hold_and_leaves_nothing(tmp_path, monkeypatch):
-    """Routed adapters, value groups, Qwen2 with another head dimension, and a folder in use are refused; these and a full disk leave
-    neither folder nor temporary behind, and a refused run's model is as it was."""
-    model, to = random_model(), tmp_path / "deep" / "out"
-    for run, words in ((run_of(model, adapter="routed"), "adapter=routed"), (run_of(model, adapter="moe_lora"), "adapter=moe_lora"),
-                       (run_of(model, kv="value_groups"), "kv=value_groups"),
-                       (run_of(random_model(qkv_bias=True, head_dim=6)), "head_dim=6 with a bias")):
+    """Routed adapters, value groups, Qwen2 with another head dimension, and a folder in use are
+    refused; these and a full disk leave neither folder nor temporary behind, and a refused run's
+    model is as it was."""
+    model = random_model()
+    to = tmp_path / "deep" / "out"
+    for run, words in (
+        (run_of(model, adapter="routed"), "adapter=routed"),
+        (run_of(model, adapter="moe_lora"), "adapter=moe_lora"),
+        (run_of(model, kv="value_groups"), "kv=value_groups"),
+        (run_of(random_model(qkv_bias=True, head_dim=6)), "head_dim=6 with a bias"),
+    ):
         assert words in error_line(pretrained.export, run, to)
         assert list(tmp_path.iterdir()) == []
     lora.attach(model, AdapterConfig(adapter="lora"))
     to.mkdir(parents=True)
     (to / "mine.txt").write_text("mine")
-    assert "is not an empty folder" in error_line(pretrained.export, run_of(model, adapter="lora"), to)
-    assert "is not an empty folder" in error_line(pretrained.export, run_of(model, adapter="lora"), to / "mine.txt")
-    assert [p.name for p in to.parent.rglob("*")] == ["out", "mine.txt"] and lora.adapter_state(model)
+    assert "is not an empty folder" in error_line(
+        pretrained.export, run_of(model, adapter="lora"), to
+    )
+    assert "is not an empty folder" in error_line(
+        pretrained.export, run_of(model, adapter="lora"), to / "mine.txt"
+    )
+    assert [p.name for p in to.parent.rglob("*")] == ["out", "mine.txt"] and lora.adapter_state(
+        model
+    )
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(pretrained, "save_file", full)
     (to / "mine.txt").unlink()
     with pytest.raises(OSError, match="No space"):
@@ -441,15 +672,19 @@ def test_export_refuses_what_transformers_cannot_hold_and_leaves_nothing(tmp_pat
 
 
 def test_export_with_the_byte_tokenizer_has_no_tokenizer_json(tmp_path):
-    """The byte tokenizer has no tokenizer.json: weights and config are written, and loading the folder says what it lacks."""
+    """The byte tokenizer has no tokenizer.json: weights and config are written, and loading the
+    folder says what it lacks."""
     pretrained.export(run_of(random_model(), ByteTokenizer()), tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     assert "no tokenizer.json in it" in error_line(pretrained.load_run, tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------- memory
 
-MEASURE = '''
+MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import tiktoken, torch
@@ -459,45 +694,80 @@ def peak():  # of this process since its start; ru_maxrss would begin at the par
 before = peak()
 model = pretrained.load_run(sys.argv[2], weights=sys.argv[3]).model
 print(peak() - before, sum(p.nbytes for p in model.parameters()))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A bfloat16 folder of about 300 MB in few big tensors, gone afterwards."""
-    config = config_json(vocab_size=24001, hidden_size=1536, num_attention_heads=12, num_key_value_heads=4, head_dim=128, num_hidden_layers=5,
-                         intermediate_size=4096, tie_word_embeddings=True)
+    config = config_json(
+        vocab_size=24001,
+        hidden_size=1536,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_hidden_layers=5,
+        intermediate_size=4096,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
-        shapes = {k: t.shape for k, t in pretrained.model_state(Transformer(pretrained.model_config(config, "x"))).items()}
+        shapes = {
+            k: t.shape
+            for k, t in pretrained.model_state(
+                Transformer(pretrained.model_config(config, "x"))
+            ).items()
+        }
     tensors = {f"model.{k}": torch.full(s, 0.01, dtype=torch.bfloat16) for k, s in shapes.items()}
     yield write_folder(tmp_path_factory.mktemp("large") / "m", config, tensors)
     shutil.rmtree(tmp_path_factory.getbasetemp() / "large0", ignore_errors=True)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(), reason="peak memory is read from Linux's /proc"
+)
 @pytest.mark.parametrize("weights", ["bfloat16", "float32"])
 def test_loading_needs_little_more_than_the_model(large, weights):
-    """In a fresh process the peak rises by less than 1.35 times the weights as they are held, plus 64 MB (on a busy machine 474 MB for 325)."""
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(ROOT), str(large), weights], capture_output=True, text=True, timeout=120)
+    """In a fresh process the peak rises by less than 1.35 times the weights as they are held, plus
+    64 MB (on a busy machine 474 MB for 325)."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(ROOT), str(large), weights],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     rise, size = map(int, done.stdout.split())
-    assert size > 280e6 * (2 if weights == "float32" else 1) and 0.95 * size < rise < 1.35 * size + 64e6, (rise / size, rise, size)
+    assert (
+        size > 280e6 * (2 if weights == "float32" else 1)
+        and 0.95 * size < rise < 1.35 * size + 64e6
+    ), (rise / size, rise, size)
 
 
-# ----------------------------------------------------------------------------- adapters on a model of others
+# -------------------- adapters on a model of others
+
 
 def adapt(base: pretrained.Run, stage: Path, kv: KVConfig, adapter: AdapterConfig) -> torch.Tensor:
-    """Put random adapters and calibrated value groups on a base and save them as train.py does; returns the folded model's logits."""
+    """Put random adapters and calibrated value groups on a base and save them as train.py does;
+    returns the folded model's logits."""
     model = base.model
     kv_router.attach(model, kv, [ids("calibrate", 261, 2, 29)])
     lora.attach(model, adapter)
     torch.manual_seed(3)
     for p in lora.adapter_state(model).values():
         torch.nn.init.normal_(p, std=0.2)
-    config = {"stage": "adapt", "model": to_dict(model.cfg), "tokenizer": base.tokenizer.name, "adapter": to_dict(adapter), "kv": to_dict(kv),
-              "base": pretrained.base_reference(base, stage), "base_sha256": base.base_sha256}
+    config = {
+        "stage": "adapt",
+        "model": to_dict(model.cfg),
+        "tokenizer": base.tokenizer.name,
+        "adapter": to_dict(adapter),
+        "kv": to_dict(kv),
+        "base": pretrained.base_reference(base, stage),
+        "base_sha256": base.base_sha256,
+    }
     tensors = {k: t.detach().clone() for k, t in pretrained.added_state(model).items()}
-    checkpoint.save(stage, checkpoint.step_name(5), step=5, tensors={"adapter": tensors}, config=config)
+    checkpoint.save(
+        stage, checkpoint.step_name(5), step=5, tensors={"adapter": tensors}, config=config
+    )
     return logits(kv_router.fold(model.eval()), ids("x", 261, 2, 23))
 
 
@@ -507,51 +777,83 @@ PLAIN = AdapterConfig(adapter="lora", r=2, alpha=3.0), KVConfig(kv="dense")
 
 @pytest.mark.parametrize("adapter, kv", [ROUTED, PLAIN], ids=["routed", "lora"])
 def test_adapter_on_a_foreign_base_is_put_together_again(tmp_path, adapter, kv):
-    """load_run of a stage finds the base by its absolute path and gives the trained model's logits; a moved base is asked for and taken
-    from base=; a base with other weights is refused by sha256; the base's tokenizer comes along."""
+    """load_run of a stage finds the base by its absolute path and gives the trained model's logits;
+    a moved base is asked for and taken from base=; a base with other weights is refused by sha256;
+    the base's tokenizer comes along."""
     folder = write_folder(tmp_path / "models" / "m", config_json())
     want = adapt(pretrained.load_run(folder), tmp_path / "run" / "s", kv, adapter)
-    run, x = pretrained.load_run(tmp_path / "run" / "s"), ids("x", 261, 2, 23)
-    assert torch.equal(logits(run.model, x), want) and run.base == str(folder.resolve()) and run.adapter == adapter and run.kv == kv
-    assert run.tokenizer.encode("hello") == [259] and (logits(pretrained.load_run(folder).model, x) - want).abs().max() > 0.1
+    run = pretrained.load_run(tmp_path / "run" / "s")
+    x = ids("x", 261, 2, 23)
+    assert (
+        torch.equal(logits(run.model, x), want)
+        and run.base == str(folder.resolve())
+        and run.adapter == adapter
+        and run.kv == kv
+    )
+    assert (
+        run.tokenizer.encode("hello") == [259]
+        and (logits(pretrained.load_run(folder).model, x) - want).abs().max() > 0.1
+    )
     with pretrained.autocast(torch.device("cpu"), "bfloat16"):
-        half = logits(pretrained.load_run(tmp_path / "run" / "s", weights="bfloat16").model, x).float()
-    assert (half - want).abs().median() < 0.2 * want.std()  # rounding turns some selections of this random model
-    shutil.move(tmp_path / "run", tmp_path / "else" / "where")  # the base is named by absolute path: the run may move
+        half = logits(
+            pretrained.load_run(tmp_path / "run" / "s", weights="bfloat16").model, x
+        ).float()
+    # rounding turns some selections of this random model
+    assert (half - want).abs().median() < 0.2 * want.std()
+    # the base is named by absolute path: the run may move
+    shutil.move(tmp_path / "run", tmp_path / "else" / "where")
     stage = tmp_path / "else" / "where" / "s"
     assert torch.equal(logits(pretrained.load_run(stage).model, x), want)
     shutil.move(folder, tmp_path / "moved")
     assert "say where it is with --init_from" in error_line(pretrained.load_run, stage)
-    assert torch.equal(logits(pretrained.load_run(stage, base=str(tmp_path / "moved")).model, x), want)
+    assert torch.equal(
+        logits(pretrained.load_run(stage, base=str(tmp_path / "moved")).model, x), want
+    )
     edit_tensors(tmp_path / "moved", model_norm_weight=torch.full((18,), 0.5))
     line = error_line(pretrained.load_run, stage, base=str(tmp_path / "moved"))
     assert "sha256" in line and "give the base it was trained on" in line
 
 
 def test_adapter_on_a_hub_model_asks_for_the_commit_it_was_trained_on(tmp_path, monkeypatch):
-    """The base is noted as hf:ORG/NAME@COMMIT, and that commit is asked for when the adapter is loaded, wherever main is by then."""
+    """The base is noted as hf:ORG/NAME@COMMIT, and that commit is asked for when the adapter is
+    loaded, wherever main is by then."""
     asked = fake_hub(monkeypatch, write_folder(tmp_path / "c0ffee", config_json()))
     want = adapt(pretrained.load_run("hf:org/name"), tmp_path / "s", PLAIN[1], PLAIN[0])
     run = pretrained.load_run(tmp_path / "s")
-    assert asked[-1][1]["revision"] == "c0ffee" and torch.equal(logits(run.model, ids("x", 261, 2, 23)), want)
+    assert asked[-1][1]["revision"] == "c0ffee" and torch.equal(
+        logits(run.model, ids("x", 261, 2, 23)), want
+    )
     pretrained.load_run(tmp_path / "s", base=str(tmp_path / "c0ffee"))
     assert len(asked) == 2
 
 
 def test_merged_export_of_an_adapter_on_a_foreign_base(tmp_path):
-    """A LoRA stage exports as one model whose logits are the adapted ones, and which loads without its base."""
+    """A LoRA stage exports as one model whose logits are the adapted ones, and which loads without
+    its base."""
     folder = write_folder(tmp_path / "m", config_json())
     want = adapt(pretrained.load_run(folder), tmp_path / "s", PLAIN[1], PLAIN[0])
     pretrained.export(pretrained.load_run(tmp_path / "s"), tmp_path / "out")
     shutil.rmtree(folder)
-    assert (logits(pretrained.load_run(tmp_path / "out").model, ids("x", 261, 2, 23)) - want).abs().max() < 1e-5
+    assert (
+        logits(pretrained.load_run(tmp_path / "out").model, ids("x", 261, 2, 23)) - want
+    ).abs().max() < 1e-5
 
 
 def test_own_base_in_bfloat16_keeps_its_table_of_positions(tmp_path):
-    """weights=bfloat16 rounds the weights of one of our checkpoints, not the cosines of its positions."""
-    model, adapter, kv = random_model(vocab_size=257), AdapterConfig(adapter="none"), KVConfig(kv="dense")
-    config = {"model": to_dict(model.cfg), "tokenizer": "byte", "adapter": to_dict(adapter), "kv": to_dict(kv)}
-    path = checkpoint.save(tmp_path, "best", step=1, tensors={"model": pretrained.model_state(model)}, config=config)
+    """weights=bfloat16 rounds the weights of one of our checkpoints, not the cosines of its
+    positions."""
+    model = random_model(vocab_size=257)
+    adapter = AdapterConfig(adapter="none")
+    kv = KVConfig(kv="dense")
+    config = {
+        "model": to_dict(model.cfg),
+        "tokenizer": "byte",
+        "adapter": to_dict(adapter),
+        "kv": to_dict(kv),
+    }
+    path = checkpoint.save(
+        tmp_path, "best", step=1, tensors={"model": pretrained.model_state(model)}, config=config
+    )
     got = pretrained.load_run(path, weights="bfloat16").model
     assert {p.dtype for p in got.parameters()} == {torch.bfloat16}
     assert torch.equal(got.rope_cos, model.rope_cos) and torch.equal(got.rope_sin, model.rope_sin)
@@ -559,17 +861,31 @@ def test_own_base_in_bfloat16_keeps_its_table_of_positions(tmp_path):
 
 # ----------------------------------------------------------------------------- the program
 
+
 def test_program_exports_a_model_as_a_user_would(folder, tmp_path):
-    """python pretrained.py --init_from=A --to=B: one line, exit code 0, a folder that loads; again: one line, exit code 2."""
-    command = ("pretrained.py", f"--init_from={folder}", "--to", tmp_path / "out", "--weights=bfloat16")
+    """python pretrained.py --init_from=A --to=B: one line, exit code 0, a folder that loads; again:
+    one line, exit code 2."""
+    command = (
+        "pretrained.py",
+        f"--init_from={folder}",
+        "--to",
+        tmp_path / "out",
+        "--weights=bfloat16",
+    )
     done = python(*command)
     n = sum(p.numel() for p in pretrained.load_run(folder).model.parameters())
-    assert (done.returncode, done.err) == (0, "") and done.out.startswith(f"{tmp_path}/out: {n:,} parameters in torch.bfloat16, tokenizer m-")
+    assert (done.returncode, done.err) == (0, "") and done.out.startswith(
+        f"{tmp_path}/out: {n:,} parameters in torch.bfloat16, tokenizer m-"
+    )
     x = ids("x", 261, 2, 23)
     rounded = pretrained.load_run(folder, weights="bfloat16").model.float()
     assert torch.equal(logits(pretrained.load_run(tmp_path / "out").model, x), logits(rounded, x))
     done = python(*command)
-    assert (done.returncode, done.out) == (2, "") and done.err.count("\n") == 1 and "is not an empty folder" in done.err
+    assert (
+        (done.returncode, done.out) == (2, "")
+        and done.err.count("\n") == 1
+        and "is not an empty folder" in done.err
+    )
 
 
 def test_program_offline_with_an_empty_cache_says_so(tmp_path, monkeypatch):
@@ -577,9 +893,13 @@ def test_program_offline_with_an_empty_cache_says_so(tmp_path, monkeypatch):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
-    done = python("pretrained.py", "--init_from=hf:org/name", "--revision=v1", f"--to={tmp_path / 'out'}")
+    done = python(
+        "pretrained.py", "--init_from=hf:org/name", "--revision=v1", f"--to={tmp_path / 'out'}"
+    )
     assert (done.returncode, done.out) == (2, "") and done.err.count("\n") == 1
-    assert "hf:org/name at revision v1 cannot be had" in done.err and not (tmp_path / "out").exists()
+    assert (
+        "hf:org/name at revision v1 cannot be had" in done.err and not (tmp_path / "out").exists()
+    )
 
 
 def test_program_help_and_wrong_flags_need_no_torch():
@@ -588,4 +908,7 @@ def test_program_help_and_wrong_flags_need_no_torch():
     assert done.returncode == 0 and "--init_from" in done.out and "--to" in done.out
     assert not any(line.rsplit("|", 1)[-1].strip() == "torch" for line in done.err.splitlines())
     done = python("pretrained.py", "--init_from=x")
-    assert done.returncode == 2 and done.err == "pretrained.py: no folder to export to: one is needed; give --to=DIR\n"
+    assert (
+        done.returncode == 2
+        and done.err == "pretrained.py: no folder to export to: one is needed; give --to=DIR\n"
+    )

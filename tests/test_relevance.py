@@ -1,4 +1,6 @@
-"""Every relevance signal against loops over tokens, heads and queries; the trained ones against their features, losses and symmetries by hand."""
+"""Every relevance signal against loops over tokens, heads and queries; the trained ones against
+their features, losses and symmetries by hand."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,11 +15,22 @@ from config import SelectConfig
 from model import apply_rope, rope_table
 from relevance import PLAIN, HiddenPredictor, Prompt, QueryPredictor
 
-L, H, HKV, D, E, S = 2, TINY.n_head, TINY.n_kv_head, TINY.head_dim, TINY.n_embd, 4
+L = 2
+H = TINY.n_head
+HKV = TINY.n_kv_head
+D = TINY.head_dim
+E = TINY.n_embd
+S = 4
 PAD = (0, 21, 85)  # the last row is shorter than the query region
 CLOSE = dict(rtol=2e-5, atol=2e-6)  # scores are float32
 CFG = SelectConfig(past=7, ahead=5, token_keep=0.3, pool=5)
-TRAINED = ("predictor-mse", "predictor-kl", "expected_attention-mse", "expected_attention-kl", "predictor_query")
+TRAINED = (
+    "predictor-mse",
+    "predictor-kl",
+    "expected_attention-mse",
+    "expected_attention-kl",
+    "predictor_query",
+)
 DEPTH_FREE = [*sorted(PLAIN), *TRAINED]
 
 
@@ -29,12 +42,18 @@ def turned(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
 
-def prompt_of(pad=(0, 0, 0), C: int = 80, W: int = 11, seed: int = 0, **kw) -> tuple[Prompt, torch.Tensor]:
-    """A random prompt and its queries before RoPE (L, B, H, T, D). Keys are large, so that attention is far from even."""
-    g, B, T = torch.Generator().manual_seed(seed), len(pad), C + W
+def prompt_of(
+    pad=(0, 0, 0), C: int = 80, W: int = 11, seed: int = 0, **kw
+) -> tuple[Prompt, torch.Tensor]:
+    """A random prompt and its queries before RoPE (L, B, H, T, D). Keys are large, so that
+    attention is far from even."""
+    g = torch.Generator().manual_seed(seed)
+    B = len(pad)
+    T = C + W
     x = torch.randn(L, B, T, E, generator=g, dtype=torch.float64)
     q, k = (torch.randn(L, B, h, T, D, generator=g, dtype=torch.float64) * 1.5 for h in (H, HKV))
-    z, alpha = torch.randn(L, B, HKV, C, D, generator=g, dtype=torch.float64), torch.rand(L, B, HKV, C, generator=g)
+    z = torch.randn(L, B, HKV, C, D, generator=g, dtype=torch.float64)
+    alpha = torch.rand(L, B, HKV, C, generator=g)
     position = (torch.arange(T) - torch.tensor(pad)[:, None]).clamp_min(0)
     pads = torch.tensor(pad) if any(pad) else None
     rotated = [[turned(t, position) for t in s] for s in (q, k)]
@@ -46,19 +65,41 @@ def row_of(p: Prompt, b: int) -> Prompt | None:
     n = int(p.pad[b]) if p.pad is not None else 0
     if n >= p.n_context:
         return None
-    return Prompt([x[b:b + 1, n:] for x in p.x], [q[b:b + 1, :, n:] for q in p.q], [k[b:b + 1, :, n:] for k in p.k],
-                  [z[b:b + 1, :, n:] for z in p.z], p.n_context - n, None, p.rope, p.oracle[:, b:b + 1, :, n:])
+    return Prompt(
+        [x[b : b + 1, n:] for x in p.x],
+        [q[b : b + 1, :, n:] for q in p.q],
+        [k[b : b + 1, :, n:] for k in p.k],
+        [z[b : b + 1, :, n:] for z in p.z],
+        p.n_context - n,
+        None,
+        p.rope,
+        p.oracle[:, b : b + 1, :, n:],
+    )
 
 
 def layer_of(p: Prompt, i: int) -> Prompt:
     """Layer i alone, as a routed prefill sees it."""
-    return Prompt([p.x[i]], [p.q[i]], [p.k[i]], [p.z[i]], p.n_context, p.pad, p.rope, p.oracle[i:i + 1], first=i)
+    return Prompt(
+        [p.x[i]],
+        [p.q[i]],
+        [p.k[i]],
+        [p.z[i]],
+        p.n_context,
+        p.pad,
+        p.rope,
+        p.oracle[i : i + 1],
+        first=i,
+    )
 
 
-def attention(p: Prompt, readers: list[int], q=None, causal: bool = True, total: bool = False) -> torch.Tensor:
-    """Attention that the columns `readers` give each context token: a mean over those that are no padding and over the query heads of a KV
-    head (a sum over readers with `total`), softmax by softmax. q (L, B, H, len(readers), D): other queries in their place."""
-    B, n = len(p.k[0]), H // HKV
+def attention(
+    p: Prompt, readers: list[int], q=None, causal: bool = True, total: bool = False
+) -> torch.Tensor:
+    """Attention that the columns `readers` give each context token: a mean over those that are no
+    padding and over the query heads of a KV head (a sum over readers with `total`), softmax by
+    softmax. q (L, B, H, len(readers), D): other queries in their place."""
+    B = len(p.k[0])
+    n = H // HKV
     out = torch.zeros(L, B, HKV, p.n_context, dtype=torch.float64)
     for i in range(L):
         for b in range(B):
@@ -68,10 +109,14 @@ def attention(p: Prompt, readers: list[int], q=None, causal: bool = True, total:
                 last = r + 1 if causal else p.T
                 for h in range(H):
                     query = p.q[i][b, h, r] if q is None else q[i, b, h, readers.index(r)]
-                    logits = torch.stack([query.double() @ p.k[i][b, h // n, j].double() for j in range(first, last)]) / math.sqrt(D)
+                    logits = torch.stack(
+                        [query.double() @ p.k[i][b, h // n, j].double() for j in range(first, last)]
+                    ) / math.sqrt(D)
                     share = (logits - logits.max()).exp()
-                    share = (share / share.sum())[:max(0, p.n_context - first)]
-                    out[i, b, h // n, first:first + len(share)] += share / n / (1 if total else len(real))
+                    share = (share / share.sum())[: max(0, p.n_context - first)]
+                    out[i, b, h // n, first : first + len(share)] += (
+                        share / n / (1 if total else len(real))
+                    )
     return out
 
 
@@ -81,7 +126,7 @@ def widest(a: torch.Tensor, p: Prompt, width: int) -> torch.Tensor:
     for b in range(a.size(1)):
         first = 0 if p.pad is None else int(p.pad[b])
         for t in range(first, p.n_context):
-            out[:, b, :, t] = a[:, b, :, max(first, t - width // 2):t + width // 2 + 1].amax(-1)
+            out[:, b, :, t] = a[:, b, :, max(first, t - width // 2) : t + width // 2 + 1].amax(-1)
     return out
 
 
@@ -91,16 +136,19 @@ def on_real(a: torch.Tensor, p: Prompt) -> torch.Tensor:
 
 
 def past_columns(C: int, past: int) -> list[int]:
-    """The columns of the past queries of a context without padding: evenly spread over its last 1,024 tokens, from the last."""
+    """The columns of the past queries of a context without padding: evenly spread over its last
+    1,024 tokens, from the last."""
     n = min(past, C)
     return [C - 1 - i * (min(relevance.SPAN, C) // n) for i in range(n)]
 
 
-# ----------------------------------------------------------------------------- signals without parameters
+# -------------------- signals without parameters
+
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_observed_is_the_mean_attention_of_the_query_region(pad):
-    """Softmax by softmax over what each query may see, padding left out; pooling is a maximum over real neighbours, none with pool=1."""
+    """Softmax by softmax over what each query may see, padding left out; pooling is a maximum over
+    real neighbours, none with pool=1."""
     p, _ = prompt_of(pad)
     want = attention(p, list(range(p.n_context, p.T)))
     torch.testing.assert_close(p.observed.double(), want, **CLOSE)
@@ -111,7 +159,8 @@ def test_observed_is_the_mean_attention_of_the_query_region(pad):
 
 
 def test_attention_follows_visibility_and_weights(monkeypatch):
-    """Any visible set and any weight per query and row enter the mean as stated, and layers taken in several steps give the same."""
+    """Any visible set and any weight per query and row enter the mean as stated, and layers taken
+    in several steps give the same."""
     p, _ = prompt_of(PAD)
     readers = [33, 50, 84, 90]
     visible = torch.rand(len(readers), p.T, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -121,10 +170,16 @@ def test_attention_follows_visibility_and_weights(monkeypatch):
     want = torch.zeros(L, 3, HKV, p.n_context, dtype=torch.float64)
     for i in range(L):
         for b in range(2):  # the third has no context
-            for w, r, see in zip((weight[b] / weight[b].sum()).tolist(), readers, visible.tolist(), strict=True):
+            for w, r, see in zip(
+                (weight[b] / weight[b].sum()).tolist(), readers, visible.tolist(), strict=True
+            ):
                 seen = [j for j in range(int(p.pad[b]), p.T) if see[j]]
                 for h in range(H):
-                    share = torch.stack([p.q[i][b, h, r] @ p.k[i][b, h // 2, j] for j in seen]).div(math.sqrt(D)).softmax(0)
+                    share = (
+                        torch.stack([p.q[i][b, h, r] @ p.k[i][b, h // 2, j] for j in seen])
+                        .div(math.sqrt(D))
+                        .softmax(0)
+                    )
                     for s, j in zip(share.tolist(), seen, strict=True):
                         if j < p.n_context:
                             want[i, b, h // 2, j] += w * s / (H // HKV)
@@ -134,58 +189,86 @@ def test_attention_follows_visibility_and_weights(monkeypatch):
     monkeypatch.setattr(relevance, "CHUNK", 1)
     assert torch.equal(p.attention(queries, visible, weight), got)
     everything = torch.ones_like(visible)
-    torch.testing.assert_close(p.attention(queries, weight=weight)[:, :2], p.attention(queries, everything, weight)[:, :2])
+    torch.testing.assert_close(
+        p.attention(queries, weight=weight)[:, :2], p.attention(queries, everything, weight)[:, :2]
+    )
 
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_moved_queries_are_those_of_the_new_position(pad):
-    """Turning a rotated query on equals rotating the raw one where it is moved to: `ahead` after the prompt's last position, by row. None
-    is moved past the model's context."""
+    """Turning a rotated query on equals rotating the raw one where it is moved to: `ahead` after
+    the prompt's last position, by row. None is moved past the model's context."""
     p, raw = prompt_of(pad)
-    columns, start = torch.tensor([79, 64, 40, 7]), torch.tensor(pad)[:, None]
+    columns = torch.tensor([79, 64, 40, 7])
+    start = torch.tensor(pad)[:, None]
     real = (columns >= start)[:, None, :, None]  # (B, 1, Q, 1)
     for ahead in (0, 5, 60, 200):
         at = (p.T - start + ahead).clamp_max(TINY.block_size - 1).expand(-1, len(columns))
         want = torch.stack([turned(raw[i][:, :, columns], at) for i in range(L)])
-        torch.testing.assert_close(p.moved(columns, ahead).double() * real, want * real, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(
+            p.moved(columns, ahead).double() * real, want * real, rtol=1e-5, atol=5e-5
+        )
 
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_moments_are_of_queries_to_come(pad, monkeypatch):
-    """Query by query from their raw form, the last SPAN of a row, each rotated where one of the READ tokens to come stands, none past the context;
-    every row as if alone."""
+    """Query by query from their raw form, the last SPAN of a row, each rotated where one of the
+    READ tokens to come stands, none past the context; every row as if alone."""
     p, raw = prompt_of(pad)
     monkeypatch.setattr(relevance, "SPAN", 30)
-    got, D, n = [p.moment(i) for i in range(L)], TINY.head_dim, TINY.n_head // TINY.n_kv_head
+    got = [p.moment(i) for i in range(L)]
+    D = TINY.head_dim
+    n = TINY.n_head // TINY.n_kv_head
     for i in range(L):
         for b in range(len(pad)):
             for h in range(TINY.n_kv_head):
-                want, seen = torch.zeros(D, D, dtype=torch.float64), 0
+                want = torch.zeros(D, D, dtype=torch.float64)
+                seen = 0
                 for back in range(min(30, p.T - pad[b])):
                     length = p.T - pad[b]
-                    at = length + int(back * relevance.GOLDEN % 1 * min(relevance.READ, TINY.block_size - length))
+                    at = length + int(
+                        back * relevance.GOLDEN % 1 * min(relevance.READ, TINY.block_size - length)
+                    )
                     for head in range(h * n, h * n + n):
-                        q = turned(raw[i][b:b + 1, head:head + 1, p.T - 1 - back:p.T - back], torch.tensor([[at]]))[0, 0, 0]
-                        want, seen = want + torch.outer(q, q), seen + 1
+                        q = turned(
+                            raw[i][b : b + 1, head : head + 1, p.T - 1 - back : p.T - back],
+                            torch.tensor([[at]]),
+                        )[0, 0, 0]
+                        want = want + torch.outer(q, q)
+                        seen = seen + 1
                 torch.testing.assert_close(got[i][b, h], want / seen, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("past", "C"), [(7, 80), (80, 80), (200, 33), (1, 17)], ids=lambda n: str(n))
+@pytest.mark.parametrize(
+    ("past", "C"), [(7, 80), (80, 80), (200, 33), (1, 17)], ids=lambda n: str(n)
+)
 def test_past_and_future_are_attention_of_queries_moved_ahead(past, C):
-    """Past queries, evenly spread and the last among them, rotated at the new position from their raw form, attend to the whole prompt;
-    `future` is half that and half what the query region gives."""
+    """Past queries, evenly spread and the last among them, rotated at the new position from their
+    raw form, attend to the whole prompt; `future` is half that and half what the query region
+    gives."""
     p, raw = prompt_of(C=C, W=5)
     cfg = dataclasses.replace(CFG, past=past)
     columns = past_columns(C, past)
     assert len(columns) == min(past, C) and columns[0] == C - 1 and min(columns) >= 0
-    q = torch.stack([turned(raw[i][:, :, columns], torch.full((3, len(columns)), p.T + CFG.ahead)) for i in range(L)])
+    q = torch.stack(
+        [
+            turned(raw[i][:, :, columns], torch.full((3, len(columns)), p.T + CFG.ahead))
+            for i in range(L)
+        ]
+    )
     want = attention(p, columns, q, causal=False)
     torch.testing.assert_close(p.past(cfg).double(), want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(relevance.future(p, cfg).double(), (want + attention(p, list(range(C, p.T)))) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        relevance.future(p, cfg).double(),
+        (want + attention(p, list(range(C, p.T)))) / 2,
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_past_queries_come_from_the_last_span_only(monkeypatch):
-    """No query comes from before the last SPAN context tokens: changing those before leaves the score of `past` alone."""
+    """No query comes from before the last SPAN context tokens: changing those before leaves the
+    score of `past` alone."""
     monkeypatch.setattr(relevance, "SPAN", 30)
     p, _ = prompt_of()
     q = [t.clone() for t in p.q]
@@ -198,35 +281,46 @@ def test_past_queries_come_from_the_last_span_only(monkeypatch):
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_snapkv_is_pooled_attention_of_the_last_window(pad):
-    """The prompt's last 64 queries, padding left out, each by what it may see, then a maximum over 7."""
+    """The prompt's last 64 queries, padding left out, each by what it may see, then a maximum over
+    7."""
     p, _ = prompt_of(pad)
     want = widest(attention(p, list(range(p.T - 64, p.T))), p, 7)
     torch.testing.assert_close(on_real(relevance.snapkv(p, CFG), p), want, **CLOSE)
     short, _ = prompt_of(C=17, W=5)
-    torch.testing.assert_close(relevance.snapkv(short, CFG).double(), widest(attention(short, list(range(22))), short, 7), **CLOSE)
+    torch.testing.assert_close(
+        relevance.snapkv(short, CFG).double(),
+        widest(attention(short, list(range(22))), short, 7),
+        **CLOSE,
+    )
 
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_h2o_is_accumulated_attention_with_the_newest_half_first(pad):
-    """Below the newest floor(n token_keep / 2) tokens of a row the scores are the sums of attention of every query of the prompt; those
-    tokens score more than any other, the newer the more."""
+    """Below the newest floor(n token_keep / 2) tokens of a row the scores are the sums of attention
+    of every query of the prompt; those tokens score more than any other, the newer the more."""
     p, _ = prompt_of(pad)
-    got, want = relevance.h2o(p, CFG).double(), attention(p, list(range(p.T)), total=True)
+    got = relevance.h2o(p, CFG).double()
+    want = attention(p, list(range(p.T)), total=True)
     for b, first in enumerate(pad[:2]):
         n = p.n_context - first
         new = p.n_context - int(n * 0.3 / 2)
         torch.testing.assert_close(got[:, b, :, :new], want[:, b, :, :new], rtol=1e-4, atol=1e-5)
         assert (got[:, b, :, new:].amin(-1) > got[:, b, :, :new].amax(-1)).all()
-        assert (got[:, b, :, new + 1:] > got[:, b, :, new:-1]).all()
+        assert (got[:, b, :, new + 1 :] > got[:, b, :, new:-1]).all()
     assert not got[:, 2].any() or pad == (0, 0, 0)
 
 
 def test_h2o_adds_up_over_long_prompts():
-    """Past 512 queries, which come in several parts, the sums are those of one causal softmax over everything."""
-    g, C, W = torch.Generator().manual_seed(0), 601, 5
+    """Past 512 queries, which come in several parts, the sums are those of one causal softmax over
+    everything."""
+    g = torch.Generator().manual_seed(0)
+    C = 601
+    W = 5
     q, k = (torch.randn(1, h, C + W, 4, generator=g, dtype=torch.float64) for h in (2, 1))
     p = Prompt([q[0, :1]], [q], [k], [k[:, :, :C]], C, None, rope_table(TINY))
-    logits = (q @ k.mT / 2).masked_fill(torch.ones(C + W, C + W, dtype=torch.bool).triu(1), -math.inf)
+    logits = (q @ k.mT / 2).masked_fill(
+        torch.ones(C + W, C + W, dtype=torch.bool).triu(1), -math.inf
+    )
     want = logits.softmax(-1).mean(1).sum(1)[0, :C]
     got = relevance.h2o(p, dataclasses.replace(CFG, token_keep=1e-3))[0, 0, 0].double()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -238,16 +332,23 @@ def test_streaming_prefers_the_newest_token():
     got = relevance.streaming(p, CFG).expand(1, 3, 1, -1)[0, :, 0]
     for b, first in enumerate(PAD):
         first = min(first, p.n_context)
-        assert not got[b, :first].any() and (got[b, first:].diff() == 1).all() and (got[b, first:] > 0).all()
+        assert (
+            not got[b, :first].any()
+            and (got[b, first:].diff() == 1).all()
+            and (got[b, first:] > 0).all()
+        )
 
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_quest_scores_pages_by_their_bounds(pad):
-    """Pages of 16 from a row's first token, the last one shorter: the largest q . k that keys between a page's least and largest
-    coordinates allow, as shares over pages, a mean over the region's queries and heads; a page's tokens score alike."""
+    """Pages of 16 from a row's first token, the last one shorter: the largest q . k that keys
+    between a page's least and largest coordinates allow, as shares over pages, a mean over the
+    region's queries and heads; a page's tokens score alike."""
     p, _ = prompt_of(pad)
-    far = torch.tensor([6., -6]).repeat(D // 2)  # zeros, which padding holds, are no key's coordinate then
-    p, n = dataclasses.replace(p, k=[k * 0.3 + far for k in p.k], q=[q * 0.3 for q in p.q]), H // HKV
+    # zeros, which padding holds, are no key's coordinate then
+    far = torch.tensor([6.0, -6]).repeat(D // 2)
+    p = dataclasses.replace(p, k=[k * 0.3 + far for k in p.k], q=[q * 0.3 for q in p.q])
+    n = H // HKV
     got = relevance.quest(p, CFG).double()
     for b, first in enumerate(pad):
         pages = [range(a, min(a + 16, p.n_context)) for a in range(first, p.n_context, 16)]
@@ -257,38 +358,57 @@ def test_quest_scores_pages_by_their_bounds(pad):
                 for h in range(kv * n, kv * n + n):
                     for r in range(p.n_context, p.T):
                         q = p.q[i][b, h, r]
-                        products = p.k[i][b, kv, :p.n_context] * q / math.sqrt(D)  # (C, D): a coordinate's largest in a page is its bound
+                        # (C, D): a coordinate's largest in a page is its bound
+                        products = p.k[i][b, kv, : p.n_context] * q / math.sqrt(D)
                         bound = torch.stack([products[list(page)].amax(0).sum() for page in pages])
                         for page, limit in zip(pages, bound.tolist(), strict=True):
                             assert products[list(page)].sum(-1).max() <= limit + 1e-9
                         share += bound.softmax(0) / n / (p.T - p.n_context)
                 for page, s in zip(pages, share.tolist(), strict=True):
-                    torch.testing.assert_close(got[i, b, kv, list(page)], torch.full((len(page),), s, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+                    torch.testing.assert_close(
+                        got[i, b, kv, list(page)],
+                        torch.full((len(page),), s, dtype=torch.float64),
+                        rtol=1e-4,
+                        atol=1e-6,
+                    )
                     assert len(set(got[i, b, kv, list(page)].tolist())) == 1
-        assert not got[:, b, :, :min(first, p.n_context)].any()
+        assert not got[:, b, :, : min(first, p.n_context)].any()
 
 
 def test_uniform_oracle_and_random_are_what_they_say():
-    """uniform: 1 for every token; oracle: what the diagnostic pass gave, and refused without one; random: in [0, 1), not the same for two
-    layers or heads, the same for every row, counted from the prompt's end, whatever the length."""
+    """uniform: 1 for every token; oracle: what the diagnostic pass gave, and refused without one;
+    random: in [0, 1), not the same for two layers or heads, the same for every row, counted from
+    the prompt's end, whatever the length."""
     p, _ = prompt_of(PAD)
     assert torch.equal(relevance.uniform(p, CFG)[0, :, 0], p.valid.float())
     assert torch.equal(relevance.oracle(p, CFG), p.oracle)
     with pytest.raises(ValueError, match="seen what follows"):
         relevance.oracle(dataclasses.replace(p, oracle=None), CFG)
     a, b = (relevance.random(prompt_of(C=C)[0], CFG) for C in (80, 37))
-    assert torch.equal(a[..., -37:], b) and torch.equal(a[:, 0], a[:, 1]) and a.min() >= 0 and a.max() < 1
+    assert (
+        torch.equal(a[..., -37:], b)
+        and torch.equal(a[:, 0], a[:, 1])
+        and a.min() >= 0
+        and a.max() < 1
+    )
     flat = a[:, 0].flatten(0, 1)
     assert len({tuple(r) for r in flat.tolist()}) == L * HKV and abs(flat.mean() - 0.5) < 0.1
 
 
-# ----------------------------------------------------------------------------- what holds for all of them
+# -------------------- what holds for all of them
 
-def drawn_predictor(name: str, mask_heads: int = HKV, layers: int = L, seed: int = 5) -> torch.nn.Module:
+
+def drawn_predictor(
+    name: str, mask_heads: int = HKV, layers: int = L, seed: int = 5
+) -> torch.nn.Module:
     """A predictor in float64 with every parameter and buffer random."""
     torch.manual_seed(seed)
     n_out = mask_heads * (S if name == "predictor" else 1)
-    p = QueryPredictor(L, E, HKV, D) if name == "predictor_query" else HiddenPredictor(layers, E, mask_heads, n_out)
+    p = (
+        QueryPredictor(L, E, HKV, D)
+        if name == "predictor_query"
+        else HiddenPredictor(layers, E, mask_heads, n_out)
+    )
     randomise(p, 0.2)
     p.mean.normal_(2, 1)
     p.std.uniform_(0.5, 2)
@@ -296,7 +416,8 @@ def drawn_predictor(name: str, mask_heads: int = HKV, layers: int = L, seed: int
 
 
 def score(name: str, p: Prompt, cfg: SelectConfig = CFG) -> torch.Tensor:
-    """Scores of a signal by its name in DEPTH_FREE: (L or 1, B, Hkv or 1, C) or (L, B, Hkv, C, S or 1)."""
+    """Scores of a signal by its name in DEPTH_FREE: (L or 1, B, Hkv or 1, C) or (L, B, Hkv, C, S or
+    1)."""
     if name in PLAIN:
         return PLAIN[name](p, cfg)
     name, _, kind = name.partition("-")
@@ -305,8 +426,9 @@ def score(name: str, p: Prompt, cfg: SelectConfig = CFG) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", DEPTH_FREE)
 def test_a_padded_row_scores_as_it_does_alone(name):
-    """Neither a row's padding nor the batch around it changes what its tokens score; for the two signals that count columns, how they rank
-    and what they score below the newest tokens. A row without context makes no number infinite or undefined elsewhere."""
+    """Neither a row's padding nor the batch around it changes what its tokens score; for the two
+    signals that count columns, how they rank and what they score below the newest tokens. A row
+    without context makes no number infinite or undefined elsewhere."""
     p, _ = prompt_of(PAD)
     whole = score(name, p)
     for b, first in enumerate(PAD[:2]):
@@ -315,43 +437,60 @@ def test_a_padded_row_scores_as_it_does_alone(name):
         assert torch.isfinite(mine).all()
         if name in ("h2o", "streaming"):
             assert torch.equal(mine.argsort(-1), alone.argsort(-1))
-            mine, alone = mine.where(mine < 2, 0), alone.where(alone < 2, 0) * (name == "h2o")
+            mine = mine.where(mine < 2, 0)
+            alone = alone.where(alone < 2, 0) * (name == "h2o")
             mine = mine * (name == "h2o")
         torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", DEPTH_FREE)
 def test_a_layer_alone_scores_as_among_the_others(name):
-    """A routed prefill asks layer by layer: what a layer's tokens score does not depend on which layers are asked together."""
+    """A routed prefill asks layer by layer: what a layer's tokens score does not depend on which
+    layers are asked together."""
     p, _ = prompt_of(PAD)
     whole = score(name, p)
     for i in range(L):
-        got, want = score(name, layer_of(p, i))[:, :2], whole[min(i, len(whole) - 1):][:1, :2]
+        got = score(name, layer_of(p, i))[:, :2]
+        want = whole[min(i, len(whole) - 1) :][:1, :2]
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", sorted(set(PLAIN) - {"random"}))
 def test_kv_heads_permute_with_their_scores(name):
-    """Permuting KV heads, their query heads with them, permutes a signal's heads and changes nothing else."""
+    """Permuting KV heads, their query heads with them, permutes a signal's heads and changes
+    nothing else."""
     p, _ = prompt_of(PAD)
     turn = [2, 0, 1]
-    swapped = dataclasses.replace(p, q=[q.unflatten(1, (HKV, -1))[:, turn].flatten(1, 2) for q in p.q], k=[k[:, turn] for k in p.k],
-                                  z=[z[:, turn] for z in p.z], oracle=p.oracle[:, :, turn])
-    got, want = score(name, swapped), score(name, p)
-    torch.testing.assert_close(got, want[:, :, turn] if want.size(2) > 1 else want, rtol=1e-5, atol=1e-7)
+    swapped = dataclasses.replace(
+        p,
+        q=[q.unflatten(1, (HKV, -1))[:, turn].flatten(1, 2) for q in p.q],
+        k=[k[:, turn] for k in p.k],
+        z=[z[:, turn] for z in p.z],
+        oracle=p.oracle[:, :, turn],
+    )
+    got = score(name, swapped)
+    want = score(name, p)
+    torch.testing.assert_close(
+        got, want[:, :, turn] if want.size(2) > 1 else want, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_prompts_count_their_own_tokens():
-    """valid leaves out padding, and counts applies its function to every row's context, 0 for a row without any."""
+    """valid leaves out padding, and counts applies its function to every row's context, 0 for a row
+    without any."""
     p, _ = prompt_of(PAD)
     assert p.valid.sum(1).tolist() == [80, 59, 0] and p.real.sum(1).tolist() == [91, 70, 6]
-    assert p.counts(lambda n: n // 7).tolist() == [11, 8, 0] and prompt_of()[0].counts(lambda n: n + 1).tolist() == [81] * 3
+    assert (
+        p.counts(lambda n: n // 7).tolist() == [11, 8, 0]
+        and prompt_of()[0].counts(lambda n: n + 1).tolist() == [81] * 3
+    )
     asked = []
     p.counts(lambda n: asked.append(n) or n)
     assert 0 not in asked
 
 
 # ----------------------------------------------------------------------------- trained signals
+
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """x Phi(x)."""
@@ -361,14 +500,20 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["predictor", "expected_attention"])
 @pytest.mark.parametrize("mask_heads", [1, HKV], ids=["one_mask", "mask_per_head"])
 def test_hidden_predictor_is_its_two_layers_token_by_token(name, mask_heads):
-    """mse: the network's output times std plus mean, not below 0; kl: shares over a row's (token, group) pairs of each mask, times one
-    number per layer. Token by token, in the order masks, then groups."""
-    net, (p, _), per = drawn_predictor(name, mask_heads), prompt_of(PAD), S if name == "predictor" else 1
+    """mse: the network's output times std plus mean, not below 0; kl: shares over a row's (token,
+    group) pairs of each mask, times one number per layer. Token by token, in the order masks, then
+    groups."""
+    net = drawn_predictor(name, mask_heads)
+    (p, _) = prompt_of(PAD)
+    per = S if name == "predictor" else 1
     out = torch.zeros(L, 2, mask_heads, 80, per, dtype=torch.float64)
     for i in range(L):
         for b in range(2):
             for t in range(80):
-                y = gelu(p.x[i][b, t] @ net.up[i] + net.up_bias[i, 0]) @ net.down[i] + net.down_bias[i, 0]
+                y = (
+                    gelu(p.x[i][b, t] @ net.up[i] + net.up_bias[i, 0]) @ net.down[i]
+                    + net.down_bias[i, 0]
+                )
                 for m in range(mask_heads):
                     for g in range(per):
                         out[i, b, m, t, g] = y[m * per + g].detach()
@@ -377,17 +522,23 @@ def test_hidden_predictor_is_its_two_layers_token_by_token(name, mask_heads):
     got = net(p, "kl")
     for b, first in enumerate(PAD[:2]):
         e = out[:, b, :, first:].exp()
-        torch.testing.assert_close(got[:, b, :, first:], e / e.sum((-1, -2), keepdim=True) * net.mean.mean((1, 2)).view(L, 1, 1, 1))
+        torch.testing.assert_close(
+            got[:, b, :, first:],
+            e / e.sum((-1, -2), keepdim=True) * net.mean.mean((1, 2)).view(L, 1, 1, 1),
+        )
         assert not got[:, b, :, :first].any()
 
 
 @pytest.mark.parametrize("name", ["predictor", "expected_attention"])
 def test_hidden_predictor_losses_are_those_of_the_formulas(name):
-    """fit: mean and standard deviation of every output's targets, over all tokens of all prompts. mse: to the normalised target; kl: of the
-    target's shares from the predicted ones, a mean over layers, rows and masks. Gradients reach every parameter, but a kl does not see one
-    number added to every score of a mask."""
-    net, per = drawn_predictor(name), S if name == "predictor" else 1
-    prompts, targets = [prompt_of(seed=s)[0] for s in (1, 2)], [torch.rand(L, 3, HKV, 80, per, dtype=torch.float64) for _ in range(2)]
+    """fit: mean and standard deviation of every output's targets, over all tokens of all prompts.
+    mse: to the normalised target; kl: of the target's shares from the predicted ones, a mean over
+    layers, rows and masks. Gradients reach every parameter, but a kl does not see one number added
+    to every score of a mask."""
+    net = drawn_predictor(name)
+    per = S if name == "predictor" else 1
+    prompts = [prompt_of(seed=s)[0] for s in (1, 2)]
+    targets = [torch.rand(L, 3, HKV, 80, per, dtype=torch.float64) for _ in range(2)]
     net.fit(prompts, targets)
     every = torch.cat(targets, 1)  # (L, 6, Hkv, 80, per)
     for i in range(L):
@@ -396,8 +547,12 @@ def test_hidden_predictor_losses_are_those_of_the_formulas(name):
                 flat = every[i, :, m, :, g].flatten()
                 average = sum(flat.tolist()) / len(flat)
                 spread = math.sqrt(sum((t - average) ** 2 for t in flat.tolist()) / (len(flat) - 1))
-                assert abs(float(net.mean[i, 0, m * per + g]) - average) < 1e-9 and abs(float(net.std[i, 0, m * per + g]) - spread) < 1e-9
-    p, target = prompts[0], targets[0]
+                assert (
+                    abs(float(net.mean[i, 0, m * per + g]) - average) < 1e-9
+                    and abs(float(net.std[i, 0, m * per + g]) - spread) < 1e-9
+                )
+    p = prompts[0]
+    target = targets[0]
     out = net.normalised(p).detach().view(L, 3, 80, HKV, per).transpose(2, 3)
     std, mean = (t.view(L, 1, HKV, 1, per) for t in (net.std, net.mean))
     by_hand = {"mse": ((out - (target - mean) / std) ** 2).mean()}
@@ -405,7 +560,8 @@ def test_hidden_predictor_losses_are_those_of_the_formulas(name):
     for i in range(L):
         for b in range(3):
             for m in range(HKV):
-                want, e = target[i, b, m] / target[i, b, m].sum(), out[i, b, m].exp()
+                want = target[i, b, m] / target[i, b, m].sum()
+                e = out[i, b, m].exp()
                 terms.append((want * (want.log() - (e / e.sum()).log())).sum())
     by_hand["kl"] = sum(terms) / len(terms)
     for kind in ("mse", "kl"):
@@ -414,21 +570,26 @@ def test_hidden_predictor_losses_are_those_of_the_formulas(name):
         torch.testing.assert_close(loss, by_hand[kind])
         loss.backward()
         for n, w in net.named_parameters():
-            assert w.grad.abs().max() > 1e-9 or (n, kind, name) == ("down_bias", "kl", "expected_attention"), n
+            assert w.grad.abs().max() > 1e-9 or (n, kind, name) == (
+                "down_bias",
+                "kl",
+                "expected_attention",
+            ), n
     constant = torch.ones_like(target)
     net.fit(prompts, [constant, constant])
     assert torch.isfinite(net.loss(p, constant, "mse"))
 
 
 def test_query_predictor_features_are_those_of_the_loops():
-    """Nine of them, by name: logs of observed attention bare and max-pooled over 5 and 15, of past queries' attention bare and pooled over
-    5, of the value's norm; the key's norm, the log distance to the context's end in units of 64, and whether a token is among the first 4."""
+    """Nine of them, by name: logs of observed attention bare and max-pooled over 5 and 15, of past
+    queries' attention bare and pooled over 5, of the value's norm; the key's norm, the log distance
+    to the context's end in units of 64, and whether a token is among the first 4."""
     p, _ = prompt_of((0, 21, 3))
-    cfg = dataclasses.replace(CFG, past=10 ** 6)
+    cfg = dataclasses.replace(CFG, past=10**6)
     got = drawn_predictor("predictor_query").features(p, cfg)
     assert got.shape == (L, HKV, 3, 80, 9)
     seen = attention(p, list(range(80, 91)))
-    columns = past_columns(80, 10 ** 6)
+    columns = past_columns(80, 10**6)
     past = attention(p, columns, p.moved(torch.tensor(columns), cfg.ahead).double(), causal=False)
     for b, first in enumerate(p.pad.tolist()):
         for t in range(first, 80, 3):
@@ -436,38 +597,68 @@ def test_query_predictor_features_are_those_of_the_loops():
                 for h in range(HKV):
                     five, fifteen = (slice(max(0, t - r), t + r + 1) for r in (2, 7))
                     mine = seen[i, b, h], past[i, b, h]
-                    shares = (mine[0][t], mine[0][five].max(), mine[0][fifteen].max(), mine[1][t], mine[1][five].max(), p.z[i][b, h, t].norm())
+                    shares = (
+                        mine[0][t],
+                        mine[0][five].max(),
+                        mine[0][fifteen].max(),
+                        mine[1][t],
+                        mine[1][five].max(),
+                        p.z[i][b, h, t].norm(),
+                    )
                     want = [math.log(max(float(s), relevance.TINY)) for s in shares]
-                    want += [float(p.k[i][b, h, t].norm()), math.log((80 - t) / 64 + 1), float(t - first < 4)]
-                    torch.testing.assert_close(got[i, h, b, t].double(), torch.tensor(want, dtype=torch.float64), rtol=1e-4, atol=1e-3)
+                    want += [
+                        float(p.k[i][b, h, t].norm()),
+                        math.log((80 - t) / 64 + 1),
+                        float(t - first < 4),
+                    ]
+                    torch.testing.assert_close(
+                        got[i, h, b, t].double(),
+                        torch.tensor(want, dtype=torch.float64),
+                        rtol=1e-4,
+                        atol=1e-3,
+                    )
 
 
-def query_scores(net: QueryPredictor, p: Prompt, f: torch.Tensor, i: int, b: int, h: int, t: int) -> torch.Tensor:
+def query_scores(
+    net: QueryPredictor, p: Prompt, f: torch.Tensor, i: int, b: int, h: int, t: int
+) -> torch.Tensor:
     """One token's log-score, from the features f (L, Hkv, B, C, 9)."""
     y = (f[i, h, b, t].double() - net.mean[i, h]) / net.std[i, h]
-    s = gelu(y @ net.up[i, h] + net.up_bias[i, h, 0]) @ net.down[i, h, :, 0] + y @ net.linear[i, h, :, 0]
+    s = (
+        gelu(y @ net.up[i, h] + net.up_bias[i, h, 0]) @ net.down[i, h, :, 0]
+        + y @ net.linear[i, h, :, 0]
+    )
     s = s + gelu(p.x[i][b, t] @ net.token_up[i]) @ net.token_down[i, :, h]
-    u = gelu(p.x[i][b, p.n_context:].mean(0) @ net.query_up[i]) @ net.query_down[i, :, h * D:(h + 1) * D]
+    u = (
+        gelu(p.x[i][b, p.n_context :].mean(0) @ net.query_up[i])
+        @ net.query_down[i, :, h * D : (h + 1) * D]
+    )
     return s + p.k[i][b, h, t] @ u / math.sqrt(D)
 
 
 def test_query_predictor_is_its_formula_and_its_loss_a_kl_divergence():
-    """alpha is the softmax of the token-by-token log-scores times the observed attention of the context; the loss is the KL divergence
-    from the shares of the target, a mean over layers, rows and heads; its gradients reach every parameter, at the start every last one
-    of a network."""
-    net, (p, _) = drawn_predictor("predictor_query"), prompt_of(C=37)
+    """alpha is the softmax of the token-by-token log-scores times the observed attention of the
+    context; the loss is the KL divergence from the shares of the target, a mean over layers, rows
+    and heads; its gradients reach every parameter, at the start every last one of a network."""
+    net = drawn_predictor("predictor_query")
+    (p, _) = prompt_of(C=37)
     net.fit([p], CFG)
     f = net.features(p, CFG)
     torch.testing.assert_close(net.mean, f.double().mean((2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(net.std, f.double().flatten(2, 3).std(2) + 1e-3, rtol=1e-4, atol=1e-5)
-    target, terms = torch.rand(L, 3, HKV, 37, dtype=torch.float64), []
+    torch.testing.assert_close(
+        net.std, f.double().flatten(2, 3).std(2) + 1e-3, rtol=1e-4, atol=1e-5
+    )
+    target = torch.rand(L, 3, HKV, 37, dtype=torch.float64)
+    terms = []
     alpha = net(p, CFG).detach().double()
     observed = attention(p, list(range(37, 48)))
     for i in range(L):
         for b in range(3):
             for h in range(HKV):
                 s = torch.stack([query_scores(net, p, f, i, b, h, t) for t in range(37)]).detach()
-                torch.testing.assert_close(alpha[i, b, h], s.softmax(0) * observed[i, b, h].sum(), rtol=1e-4, atol=1e-7)
+                torch.testing.assert_close(
+                    alpha[i, b, h], s.softmax(0) * observed[i, b, h].sum(), rtol=1e-4, atol=1e-7
+                )
                 want = target[i, b, h] / target[i, b, h].sum()
                 terms.append((want * (want.log() - s.log_softmax(0))).sum())
     loss = net.loss(p, target, CFG)
@@ -477,38 +668,54 @@ def test_query_predictor_is_its_formula_and_its_loss_a_kl_divergence():
     fresh = QueryPredictor(L, E, HKV, D).double()
     fresh.fit([p], CFG)
     fresh.loss(p, target, CFG).backward()
-    assert all(getattr(fresh, n).grad.abs().max() > 1e-9 for n in ("down", "linear", "token_down", "query_down"))
+    assert all(
+        getattr(fresh, n).grad.abs().max() > 1e-9
+        for n in ("down", "linear", "token_down", "query_down")
+    )
 
 
 def test_a_fresh_query_predictor_ranks_by_observed_attention():
-    """Before training only the feature of observed attention, pooled over 5, counts: the order of tokens is that of `observed`."""
+    """Before training only the feature of observed attention, pooled over 5, counts: the order of
+    tokens is that of `observed`."""
     p, _ = prompt_of(PAD)
     fresh = QueryPredictor(L, E, HKV, D).double()
     fresh.fit([prompt_of(seed=3)[0]], CFG)
-    alpha, seen = fresh(p, CFG), relevance.observed(p, CFG)
+    alpha = fresh(p, CFG)
+    seen = relevance.observed(p, CFG)
     for b, first in enumerate(PAD[:2]):
-        a, s = alpha[:, b, :, first:], seen[:, b, :, first:]
+        a = alpha[:, b, :, first:]
+        s = seen[:, b, :, first:]
         steps = a.detach().gather(-1, s.argsort(-1)).diff(dim=-1)
         assert (steps >= -1e-6).all()
 
 
 def test_query_predictor_permutes_with_its_heads():
-    """KV heads of the inputs and of every parameter and buffer permuted together: alpha's heads are permuted, nothing else changes."""
-    net, (p, _), turn = drawn_predictor("predictor_query"), prompt_of(PAD), [2, 0, 1]
-    swapped = dataclasses.replace(p, q=[q.unflatten(1, (HKV, -1))[:, turn].flatten(1, 2) for q in p.q], k=[k[:, turn] for k in p.k],
-                                  z=[z[:, turn] for z in p.z])
+    """KV heads of the inputs and of every parameter and buffer permuted together: alpha's heads are
+    permuted, nothing else changes."""
+    net = drawn_predictor("predictor_query")
+    (p, _) = prompt_of(PAD)
+    turn = [2, 0, 1]
+    swapped = dataclasses.replace(
+        p,
+        q=[q.unflatten(1, (HKV, -1))[:, turn].flatten(1, 2) for q in p.q],
+        k=[k[:, turn] for k in p.k],
+        z=[z[:, turn] for z in p.z],
+    )
     other = drawn_predictor("predictor_query")
     with torch.no_grad():
         for name in ("up", "up_bias", "down", "linear", "mean", "std"):
             getattr(other, name).copy_(getattr(net, name)[:, turn])
         other.token_down.copy_(net.token_down[..., turn])
         other.query_down.copy_(net.query_down.unflatten(-1, (HKV, D))[..., turn, :].flatten(-2))
-    torch.testing.assert_close(other(swapped, CFG)[:, :2], net(p, CFG)[:, :2, turn], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        other(swapped, CFG)[:, :2], net(p, CFG)[:, :2, turn], rtol=1e-5, atol=1e-8
+    )
 
 
 def test_only_the_query_predictor_sees_the_query_region():
-    """With another query region, hidden states, queries and keys, the paper's predictor says the same number for number, in both of its
-    forms; predictor_query does not. And the paper's reads hidden states alone."""
+    """With another query region, hidden states, queries and keys, the paper's predictor says the
+    same number for number, in both of its forms; predictor_query does not. And the paper's reads
+    hidden states alone."""
     p, _ = prompt_of(PAD)
     x, q, k = ([t.clone() for t in ts] for ts in (p.x, p.q, p.k))
     for i in range(L):
@@ -516,10 +723,16 @@ def test_only_the_query_predictor_sees_the_query_region():
         q[i][:, :, 80:] *= -1
         k[i][:, :, 80:] += 1
     other = dataclasses.replace(p, x=x, q=q, k=k)
-    blind = dataclasses.replace(other, q=[t * 2 for t in q], k=[t * 3 for t in k], z=[t * 5 for t in p.z])
+    blind = dataclasses.replace(
+        other, q=[t * 2 for t in q], k=[t * 3 for t in k], z=[t * 5 for t in p.z]
+    )
     for name in TRAINED[:4]:
-        assert torch.equal(score(name, other)[:, :2], score(name, p)[:, :2]) and torch.equal(score(name, blind)[:, :2], score(name, p)[:, :2])
-    assert not torch.allclose(score("predictor_query", other)[:, :2], score("predictor_query", p)[:, :2], atol=1e-4)
+        assert torch.equal(score(name, other)[:, :2], score(name, p)[:, :2]) and torch.equal(
+            score(name, blind)[:, :2], score(name, p)[:, :2]
+        )
+    assert not torch.allclose(
+        score("predictor_query", other)[:, :2], score("predictor_query", p)[:, :2], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("change", ["x", "q", "k"])
@@ -529,11 +742,18 @@ def test_query_predictor_uses_every_part_of_the_region(change):
     part = [t.clone() for t in getattr(p, change)]
     for t in part:
         t.narrow(1 if change == "x" else 2, 80, 11).add_(1)
-    assert not torch.allclose(score("predictor_query", dataclasses.replace(p, **{change: part})), score("predictor_query", p), atol=1e-5)
+    assert not torch.allclose(
+        score("predictor_query", dataclasses.replace(p, **{change: part})),
+        score("predictor_query", p),
+        atol=1e-5,
+    )
 
 
 def test_rope_of_the_tests_is_the_models():
     """The float64 rotation of these tests and model.apply_rope turn the same way."""
-    x, at = torch.randn(1, 1, 9, D, dtype=torch.float64), torch.arange(9) * 7
+    x = torch.randn(1, 1, 9, D, dtype=torch.float64)
+    at = torch.arange(9) * 7
     cos, sin = rope_table(TINY)
-    torch.testing.assert_close(turned(x, at[None]), apply_rope(x, cos[at], sin[at]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        turned(x, at[None]), apply_rope(x, cos[at], sin[at]), rtol=1e-5, atol=1e-5
+    )

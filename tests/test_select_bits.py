@@ -1,4 +1,6 @@
-"""Routed precision: tokens, groups and their bits under one budget of bytes, and what eval.py says of it."""
+"""Routed precision: tokens, groups and their bits under one budget of bytes, and what eval.py says
+of it."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -22,22 +24,33 @@ from layout import tile_size
 from model import KVCache, generate
 from quant import REMAINS
 
-W, T, SINKS = 9, 131, 4
-X, Y = tokens(2, T, seed=4), tokens(2, 6, seed=5)
+W = 9
+T = 131
+SINKS = 4
+X = tokens(2, T, seed=4)
+Y = tokens(2, 6, seed=5)
 
 
 def greedy(value: list[list[float]], key: int, cost: list[int], m: int) -> list[list[bool]]:
-    """select_joint in words and Fractions: a token comes with the parts that make worth per cost largest, further ones alone; best first, until
-    one does not fit."""
+    """select_joint in words and Fractions: a token comes with the parts that make worth per cost
+    largest, further ones alone; best first, until one does not fit."""
     items = []
     for t, worth in enumerate(value):
         if worth[0] == float("-inf"):
             continue
         order = sorted(range(len(cost)), key=lambda i, w=worth: (-Fraction(w[i]) / cost[i], i))
-        totals = [(sum(Fraction(worth[i]) for i in order[:n]), key + sum(cost[i] for i in order[:n])) for n in range(1, len(order) + 1)]
+        totals = [
+            (sum(Fraction(worth[i]) for i in order[:n]), key + sum(cost[i] for i in order[:n]))
+            for n in range(1, len(order) + 1)
+        ]
         n = max(range(len(order)), key=lambda i, r=totals: (r[i][0] / r[i][1], -i))
-        items.append(((-totals[n][0] / totals[n][1], t, 0), totals[n][1], [(t, i) for i in order[:n + 1]]))
-        items += [((-Fraction(worth[i]) / cost[i], t, r), cost[i], [(t, i)]) for r, i in enumerate(order[n + 1:], 1)]
+        items.append(
+            ((-totals[n][0] / totals[n][1], t, 0), totals[n][1], [(t, i) for i in order[: n + 1]])
+        )
+        items += [
+            ((-Fraction(worth[i]) / cost[i], t, r), cost[i], [(t, i)])
+            for r, i in enumerate(order[n + 1 :], 1)
+        ]
     kept = set()
     for _, price, parts in sorted(items):
         if price > m:
@@ -60,52 +73,94 @@ def test_select_joint_with_costs_equals_the_greedy_rule(key):
             assert got.tolist() == greedy(value.tolist(), key, cost.tolist(), m)
 
 
-@pytest.mark.parametrize("impl", ["torch", pytest.param("triton", marks=pytest.mark.skipif(triton is None, reason="the kernels need triton"))])
+@pytest.mark.parametrize(
+    "impl",
+    [
+        "torch",
+        pytest.param(
+            "triton", marks=pytest.mark.skipif(triton is None, reason="the kernels need triton")
+        ),
+    ],
+)
 def test_prices_may_be_large(impl):
-    """Tokens of more than 2^15 half bytes, as 64 heads of 128 that share a mask have them: five of fifty fit."""
+    """Tokens of more than 2^15 half bytes, as 64 heads of 128 that share a mask have them: five of
+    fifty fit."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    value, cost = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) + 0.5, torch.full((8,), 2048)
-    got = packing.select_joint(value.to(device), torch.tensor(5 * (18000 + 8 * 2048), device=device), impl, key=18000, cost=cost.to(device))
+    value = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    cost = torch.full((8,), 2048)
+    got = packing.select_joint(
+        value.to(device),
+        torch.tensor(5 * (18000 + 8 * 2048), device=device),
+        impl,
+        key=18000,
+        cost=cost.to(device),
+    )
     assert got.any(-1).sum() == 5 and got.sum() == 40
 
 
 def half_bytes(key_bits: int, value_bits: int, block: int, scope: str) -> tuple[int, list[int]]:
-    """What a token's key and the levels of a group cost, in half bytes, by what is stored: TINY has D = 16, S = 4, 3 KV heads."""
+    """What a token's key and the levels of a group cost, in half bytes, by what is stored: TINY has
+    D = 16, S = 4, 3 KV heads."""
     heads = 1 if scope == "head" else 3
     own, tile = (4, tile_size(4)) if value_bits else (2, 16)  # its own step, and middle
-    key = heads * (16 * key_bits / 8 + 2 * 2 * 16 / block + own) + 1 + 1 + 4 / tile  # codes, share of the steps; masks, before, tile
-    return -(-2 * key // 1), [heads * value_bits] if value_bits else [heads * 2, heads * 2, heads * 4]
+    # codes, share of the steps; masks, before, tile
+    key = heads * (16 * key_bits / 8 + 2 * 2 * 16 / block + own) + 1 + 1 + 4 / tile
+    return -(-2 * key // 1), [heads * value_bits] if value_bits else [
+        heads * 2,
+        heads * 2,
+        heads * 4,
+    ]
 
 
-@pytest.mark.parametrize(("scope", "allocation", "bits"), [("head", "global", 0), ("head", "head", 0), ("layer", "layer", 0), ("layer", "global", 0),
-                                                           ("head", "global", 4), ("layer", "layer", 8)])
+@pytest.mark.parametrize(
+    ("scope", "allocation", "bits"),
+    [
+        ("head", "global", 0),
+        ("head", "head", 0),
+        ("layer", "layer", 0),
+        ("layer", "global", 0),
+        ("head", "global", 4),
+        ("layer", "layer", 8),
+    ],
+)
 def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
-    """Levels of every (token, group), or which groups where all have the same bits, against the rule in Fractions, from relevance and norms; first
-    tokens and padding have none."""
+    """Levels of every (token, group), or which groups where all have the same bits, against the
+    rule in Fractions, from relevance and norms; first tokens and padding have none."""
     m = selecting(scope)
     if bits:
         m.selector.kv = replace(m.selector.kv, key_bits=bits, value_bits=bits)
     cfg = config(kv_bytes=0.19, allocation=allocation, relevance="observed")
-    prompts, choose = [], m.selector.choose
+    prompts = []
+    choose = m.selector.choose
     m.selector.choose = lambda p: prompts.append(p) or choose(p)
     x = tokens(1, 120, seed=7)
     choice = run(m, cfg, x, Y[:1], pad=(3,))[2]
-    p, s = prompts[0], m.selector
-    C, Lm, Hm = p.n_context, 2, 3 if scope == "head" else 1
+    p = prompts[0]
+    s = m.selector
+    C = p.n_context
+    Lm = 2
+    Hm = 3 if scope == "head" else 1
     assert (s.stored.key_bits, s.stored.value_bits) == (bits or 4, bits)
-    alpha, norm = s.relevance(p, "observed"), s.norms(p, cfg.hedge)  # (2, 1, Hm, C), (..., S)
+    alpha = s.relevance(p, "observed")
+    norm = s.norms(p, cfg.hedge)  # (2, 1, Hm, C), (..., S)
     worth = (alpha.unsqueeze(-1) ** cfg.hedge * norm).square()
-    key, cost = half_bytes(bits or 4, bits, 64 if bits else 32, scope)  # the planner's below 20 % of the bytes
+    # the planner's below 20 % of the bytes
+    key, cost = half_bytes(bits or 4, bits, 64 if bits else 32, scope)
     gain = [1.0] if bits else [REMAINS[i] - REMAINS[i + 1] for i in range(3)]
     n = C - 3  # tokens of the context
     per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (4 + W)) - 4 * 16 - 80)
     shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]
     places = [(a, b) for a in range(Lm) for b in range(Hm)]
-    groups = [places[i:i + shared] for i in range(0, Lm * Hm, shared)]
+    groups = [places[i : i + shared] for i in range(0, Lm * Hm, shared)]
     seen = 0
     for group in groups:
-        value = [[float(worth[a, 0, b, t, g]) * r for g in range(4) for r in gain] if t >= 3 + SINKS else [float("-inf")] * 4 * len(gain)
-                 for a, b in group for t in range(C)]
+        value = [
+            [float(worth[a, 0, b, t, g]) * r for g in range(4) for r in gain]
+            if t >= 3 + SINKS
+            else [float("-inf")] * 4 * len(gain)
+            for a, b in group
+            for t in range(C)
+        ]
         want = greedy(value, int(key), cost * 4, max(0, int(shared * per_mask // 1)))
         levels = torch.tensor(want).view(len(group), C, 4, len(gain)).sum(-1)
         for (a, b), level in zip(group, levels, strict=True):
@@ -114,11 +169,21 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
     assert torch.equal(choice.keep, (choice.mask > 0).any(-1)) and (seen > 0) == (per_mask > key)
 
 
-@pytest.mark.parametrize(("scope", "allocation", "bits"), [("head", "global", 0), ("head", "head", 0), ("layer", "global", 0), ("layer", "head", 0),
-                                                           ("head", "global", 8)])
+@pytest.mark.parametrize(
+    ("scope", "allocation", "bits"),
+    [
+        ("head", "global", 0),
+        ("head", "head", 0),
+        ("layer", "global", 0),
+        ("layer", "head", 0),
+        ("head", "global", 8),
+    ],
+)
 def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation, bits):
-    """In bfloat16, where 16 bits are 16 bits: everything the cache holds of a prompt, whole tokens and all indices included."""
-    m, last = selecting(scope, model=tiny_model(dtype=torch.float32)).bfloat16(), 0
+    """In bfloat16, where 16 bits are 16 bits: everything the cache holds of a prompt, whole tokens
+    and all indices included."""
+    m = selecting(scope, model=tiny_model(dtype=torch.float32)).bfloat16()
+    last = 0
     if bits:
         m.selector.kv = replace(m.selector.kv, key_bits=bits, value_bits=bits)
     m.selector.float()
@@ -129,14 +194,22 @@ def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation, bits):
             cache = m.new_cache(2, T)
             m(X, cache, last_only=True)
         held = cache.nbytes()
-        assert held <= share * dense and held > last and all(isinstance(c, IntSelectedCache) for c in cache.layers)
-        assert share == 1 or held > (0.85 if allocation == "global" else 0.75) * share * dense, held / dense
+        assert (
+            held <= share * dense
+            and held > last
+            and all(isinstance(c, IntSelectedCache) for c in cache.layers)
+        )
+        assert share == 1 or held > (0.85 if allocation == "global" else 0.75) * share * dense, (
+            held / dense
+        )
         last = held
 
 
 def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
-    """Survivors in order at their levels; the tail begins with the first tokens and the query region, also of a row shorter than that."""
-    m, pad = selecting(), (0, T - W - 2)
+    """Survivors in order at their levels; the tail begins with the first tokens and the query
+    region, also of a row shorter than that."""
+    m = selecting()
+    pad = (0, T - W - 2)
     _, _, choice, cache = run(m, config(kv_bytes=0.6), X, Y, pad)
     _, _, k, z = m.selector.watch(m, X, torch.tensor(pad))
     C = T - W
@@ -144,14 +217,23 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
         _, _, level, valid = c.unpack()
         tail_k, tail_v, real = c.tail()
         assert c.columns == T + Y.size(1)
-        assert tail_k.size(2) == SINKS + W + Y.size(1) and real[:, SINKS:].all() and real[:, :SINKS].sum(-1).tolist() == [4, 2]
+        assert (
+            tail_k.size(2) == SINKS + W + Y.size(1)
+            and real[:, SINKS:].all()
+            and real[:, :SINKS].sum(-1).tolist() == [4, 2]
+        )
         for b in range(2):
             first = list(range(pad[b], min(pad[b] + SINKS, C)))
             for h in range(3):
-                assert torch.equal(tail_k[b, h, SINKS - len(first):SINKS], k[i][b, h, first])
-                assert torch.equal(tail_v[b, h, SINKS - len(first):SINKS + W], torch.cat((z[i][b, h, first], z[i][b, h, C:])))
+                assert torch.equal(tail_k[b, h, SINKS - len(first) : SINKS], k[i][b, h, first])
+                assert torch.equal(
+                    tail_v[b, h, SINKS - len(first) : SINKS + W],
+                    torch.cat((z[i][b, h, first], z[i][b, h, C:])),
+                )
                 mine = choice.keep[i, b, h].nonzero().flatten()
-                assert valid[b, h].sum() == len(mine) and torch.equal(level[b, h][valid[b, h]], choice.mask[i, b, h, mine])
+                assert valid[b, h].sum() == len(mine) and torch.equal(
+                    level[b, h][valid[b, h]], choice.mask[i, b, h, mine]
+                )
                 assert not len(mine) or int(mine[0]) >= pad[b] + SINKS
     assert choice.keep[:, 0].any() and not choice.keep[:, 1].any()
     for n in (C - SINKS, C - 1):  # inside the context, though the first tokens lie in the tail
@@ -161,19 +243,25 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
 
 
 def test_more_bytes_are_closer_to_dense():
-    """Logits after the prompt approach those of whole values; with all bytes, 8 bits of everything, they are near."""
+    """Logits after the prompt approach those of whole values; with all bytes, 8 bits of everything,
+    they are near."""
     m = selecting()
     dense = run(m, config(kv_keep=1.0), X, Y, None)[1]
-    errors = [(run(m, config(kv_bytes=share), X, Y, None)[1] - dense).abs().mean().item() for share in (0.2, 0.45, 1.0)]
+    errors = [
+        (run(m, config(kv_bytes=share), X, Y, None)[1] - dense).abs().mean().item()
+        for share in (0.2, 0.45, 1.0)
+    ]
     assert errors[0] > 1.5 * errors[1] > 4 * errors[2] > 0 and errors[2] < 0.05 * dense.std()
     uniform = (run(m, config(kv_keep=1.0), X, Y, None)[1] - dense).abs().max()
     assert uniform == 0
 
 
 def test_uniform_bits_on_top_of_a_choice():
-    """kv=select with --key_bits: what is chosen stays what it was, but for first tokens, which are whole; 8 bits are nearer than 2."""
+    """kv=select with --key_bits: what is chosen stays what it was, but for first tokens, which are
+    whole; 8 bits are nearer than 2."""
     m = selecting()
-    whole, errors = run(m, config(kv_keep=0.5, sinks=SINKS), X, Y, None), []
+    whole = run(m, config(kv_keep=0.5, sinks=SINKS), X, Y, None)
+    errors = []
     for bits in (8, 4, 2):
         m.selector.kv = KVConfig(**{**m.selector.kv.__dict__, "key_bits": bits, "value_bits": bits})
         got = run(m, config(kv_keep=0.5, sinks=SINKS), X, Y, None)
@@ -185,18 +273,22 @@ def test_uniform_bits_on_top_of_a_choice():
 
 
 def test_masks_that_layers_share_go_with_integers():
-    """Where everything is kept it makes no difference who shares masks: every layer reads its own steps, in every row."""
+    """Where everything is kept it makes no difference who shares masks: every layer reads its own
+    steps, in every row."""
     got = {}
     for scope in ("layer", "shared"):
         m = selecting(scope)
         m.selector.kv = replace(m.selector.kv, key_bits=4, value_bits=8, key_block=32)
         got[scope] = run(m, config(kv_keep=1.0), X, Y, (0, 40))[1]
-        torch.testing.assert_close(got[scope][1], run(m, config(kv_keep=1.0), X[1:, 40:], Y[1:], None)[1][0])
+        torch.testing.assert_close(
+            got[scope][1], run(m, config(kv_keep=1.0), X[1:, 40:], Y[1:], None)[1][0]
+        )
     torch.testing.assert_close(got["shared"], got["layer"])
 
 
 def test_rows_are_alone_and_caches_are_saved(tmp_path):
-    """A padded row gives what it gives alone; a saved cache goes on as it was; generated tokens do not depend on the batch."""
+    """A padded row gives what it gives alone; a saved cache goes on as it was; generated tokens do
+    not depend on the batch."""
     m = selecting()
     cfg = config(kv_bytes=0.5, allocation="global")
     both = run(m, cfg, X, Y, (0, 40))
@@ -209,11 +301,17 @@ def test_rows_are_alone_and_caches_are_saved(tmp_path):
         again = KVCache.load(tmp_path / "c", m)
         assert torch.equal(m(Y, again), m(Y, cache))
     with safe_open(tmp_path / "c", "pt") as f:
-        held, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
+        held = {k: f.get_tensor(k) for k in f.keys()}
+        meta = f.metadata()
     save_file(held, tmp_path / "c", {k: v for k, v in meta.items() if k != "format"})
     assert "earlier version" in error_line(KVCache.load, tmp_path / "c", m)
     save_file(held, tmp_path / "c", meta)
-    m.selector.kv = replace(m.selector.kv, key_block=64 if m.selector.stored.key_block != 64 else 32, key_bits=8, value_bits=0)
+    m.selector.kv = replace(
+        m.selector.kv,
+        key_block=64 if m.selector.stored.key_block != 64 else 32,
+        key_bits=8,
+        value_bits=0,
+    )
     assert "other bits or blocks" in error_line(KVCache.load, tmp_path / "c", m)
     m.selector.kv = replace(m.selector.kv, key_block=64, key_bits=16, value_bits=16)
     prompts = [X[0].tolist(), X[1, 50:].tolist(), X[1, :5].tolist()]
@@ -223,8 +321,11 @@ def test_rows_are_alone_and_caches_are_saved(tmp_path):
 
 def test_what_cannot_be_is_said_in_a_line():
     """One budget only, no mask that layers share, rows that fill bytes."""
-    for bad, said in ((dict(kv_bytes=0.1, kv_keep=0.5), "kv_bytes=0.1"), (dict(kv_bytes=1.5), "kv_bytes=1.5"),
-                      (dict(kv_bytes=0.1, token_relevance="h2o"), "token_relevance")):
+    for bad, said in (
+        (dict(kv_bytes=0.1, kv_keep=0.5), "kv_bytes=0.1"),
+        (dict(kv_bytes=1.5), "kv_bytes=1.5"),
+        (dict(kv_bytes=0.1, token_relevance="h2o"), "token_relevance"),
+    ):
         assert said in error_line(SelectConfig, **bad)
     assert "mask_scope=shared" in error_line(selecting, "shared", cfg=config(kv_bytes=0.2))
     assert "must fill bytes" in error_line(selecting, n_groups=8, cfg=config(kv_bytes=0.2))
@@ -233,7 +334,13 @@ def test_what_cannot_be_is_said_in_a_line():
 def test_the_planner_takes_what_was_best_at_that_budget():
     """Bits of keys, levels for values, tokens that share steps; what the user gives stays."""
     m = selecting(cfg=config(kv_bytes=0.04))
-    for share, bits, block in ((0.04, 3, 64), (0.1, 4, 64), (0.15, 4, 32), (0.2, 8, 128), (1.0, 8, 128)):
+    for share, bits, block in (
+        (0.04, 3, 64),
+        (0.1, 4, 64),
+        (0.15, 4, 32),
+        (0.2, 8, 128),
+        (1.0, 8, 128),
+    ):
         m.selector.set(config(kv_bytes=share))
         kv = m.selector.stored
         assert (kv.key_bits, kv.value_bits, kv.key_block) == (bits, 0, block)
@@ -243,48 +350,122 @@ def test_the_planner_takes_what_was_best_at_that_budget():
     assert m.selector.stored == m.selector.kv
 
 
-COMMON = ["--tasks=continuation", "--query=6", "--continuation=9", "--block_size=161", "--sequences=3", "--batch_size=2", "--calibration=2"]
+COMMON = [
+    "--tasks=continuation",
+    "--query=6",
+    "--continuation=9",
+    "--block_size=161",
+    "--sequences=3",
+    "--batch_size=2",
+    "--calibration=2",
+]
 
 
 def test_rows_of_bits(base, measure):  # noqa: F811
-    """Every bits with every budget, routed bits once; bytes of the tensors held; the picture, also beside earlier rows."""
-    rows = measure(f"--init_from={base}", *COMMON, "--methods=dense,select", "--relevances=observed", "--kv_byte_budgets=0.5,0.3",
-                   "--kv_budgets=1,0.5", "--kv_bits=16,4:2,3:0")
+    """Every bits with every budget, routed bits once; bytes of the tensors held; the picture, also
+    beside earlier rows."""
+    rows = measure(
+        f"--init_from={base}",
+        *COMMON,
+        "--methods=dense,select",
+        "--relevances=observed",
+        "--kv_byte_budgets=0.5,0.3",
+        "--kv_budgets=1,0.5",
+        "--kv_bits=16,4:2,3:0",
+    )
     assert [(r["method"], r["key_bits"], r["value_bits"]) for r in rows] == [
-        ("dense", 16, 16), *[("select", 8, 0)] * 2, ("dense", 16, 16), ("select", 16, 16), *[("select", 4, 2)] * 4, *[("select", 3, 0)] * 2]
-    assert [r["relevance"].split(" hedge")[0] for r in rows] == ["none", "observed bytes=0.5", "observed bytes=0.3", "none", "observed kv=0.5",
-                                                                 *[f"observed {b}" for b in ("bytes=0.5", "bytes=0.3", "kv=1", "kv=0.5")],
-                                                                 "observed bytes=0.5", "observed bytes=0.3"]
-    assert all(r["dense_value"] == rows[0]["value"] for r in rows) and "K4 V2" in rows[5]["setting"] and "K8/128 Vrouted" in rows[1]["setting"]
-    assert rows[1]["cache_bytes"] > rows[2]["cache_bytes"] and rows[7]["cache_bytes"] < 0.5 * rows[0]["cache_bytes"]
-    assert rows[7]["value"] != rows[0]["value"] and rows[7]["token_keep"] == pytest.approx(1 - 4 / 146)
+        ("dense", 16, 16),
+        *[("select", 8, 0)] * 2,
+        ("dense", 16, 16),
+        ("select", 16, 16),
+        *[("select", 4, 2)] * 4,
+        *[("select", 3, 0)] * 2,
+    ]
+    assert [r["relevance"].split(" hedge")[0] for r in rows] == [
+        "none",
+        "observed bytes=0.5",
+        "observed bytes=0.3",
+        "none",
+        "observed kv=0.5",
+        *[f"observed {b}" for b in ("bytes=0.5", "bytes=0.3", "kv=1", "kv=0.5")],
+        "observed bytes=0.5",
+        "observed bytes=0.3",
+    ]
+    assert (
+        all(r["dense_value"] == rows[0]["value"] for r in rows)
+        and "K4 V2" in rows[5]["setting"]
+        and "K8/128 Vrouted" in rows[1]["setting"]
+    )
+    assert (
+        rows[1]["cache_bytes"] > rows[2]["cache_bytes"]
+        and rows[7]["cache_bytes"] < 0.5 * rows[0]["cache_bytes"]
+    )
+    assert rows[7]["value"] != rows[0]["value"] and rows[7]["token_keep"] == pytest.approx(
+        1 - 4 / 146
+    )
     assert rows[6]["cache_bytes"] < rows[5]["cache_bytes"] <= rows[7]["cache_bytes"]
     assert (measure.folder / "bytes.png").stat().st_size > 5000
     earlier = measure.folder.rename(measure.folder.parent / "earlier")
-    fixed = measure(f"--init_from={base}", *COMMON, "--methods=dense,value_groups", "--budgets=1,0.5", "--kv_bits=8,4", f"--beside={earlier}",
-                    "--bases=native", "--key_block=16")
-    assert [(r["method"], r["key_bits"]) for r in fixed] == [("dense", 16), *[("value_groups", 8)] * 2, *[("value_groups", 4)] * 2]
-    assert fixed[1]["dense_value"] == fixed[0]["value"] != fixed[3]["value"] and fixed[3]["cache_bytes"] < fixed[1]["cache_bytes"]
+    fixed = measure(
+        f"--init_from={base}",
+        *COMMON,
+        "--methods=dense,value_groups",
+        "--budgets=1,0.5",
+        "--kv_bits=8,4",
+        f"--beside={earlier}",
+        "--bases=native",
+        "--key_block=16",
+    )
+    assert [(r["method"], r["key_bits"]) for r in fixed] == [
+        ("dense", 16),
+        *[("value_groups", 8)] * 2,
+        *[("value_groups", 4)] * 2,
+    ]
+    assert (
+        fixed[1]["dense_value"] == fixed[0]["value"] != fixed[3]["value"]
+        and fixed[3]["cache_bytes"] < fixed[1]["cache_bytes"]
+    )
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--kv_bits=5"], "kv_bits='5'"), (["--kv_bits=4:2:2"], "kv_bits="), (["--kv_byte_budgets=2"], "kv_byte_budgets"),
-    (["--key_bits=4"], "value_bits=16"), (["--kv_bytes=0.2", "--fixed_k"], "fixed_k"),
-    (["--value_bits=0", "--key_bits=4", "--kv=value_groups"], "value_bits=0")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--kv_bits=5"], "kv_bits='5'"),
+        (["--kv_bits=4:2:2"], "kv_bits="),
+        (["--kv_byte_budgets=2"], "kv_byte_budgets"),
+        (["--key_bits=4"], "value_bits=16"),
+        (["--kv_bytes=0.2", "--fixed_k"], "fixed_k"),
+        (["--value_bits=0", "--key_bits=4", "--kv=value_groups"], "value_bits=0"),
+    ],
+)
 def test_flags_say_what_is_wrong_with_bits(flags, said, base, measure, capsys):  # noqa: F811
     """One line and exit code 2, before anything is measured."""
     with pytest.raises(SystemExit) as e:
         measure(f"--init_from={base}", *COMMON, *flags)
     assert e.value.code == 2 and said in capsys.readouterr().err and not measure.folder.exists()
-    assert "beside=nowhere" in error_line(measure, f"--init_from={base}", *COMMON, "--beside=nowhere")
+    assert "beside=nowhere" in error_line(
+        measure, f"--init_from={base}", *COMMON, "--beside=nowhere"
+    )
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--methods=select", "--kv_budgets=0.5", "--kv_bits=4:0"], "kv_byte_budgets"),
-    (["--methods=select", "--kv_budgets=0.5", "--kv_bits=4,4:0"], "levels"),
-    (["--methods=dense,value_groups,select", "--kv_byte_budgets=0.4", "--kv_bits=4:0"], "value_bits=0 with kv=value_groups"),
-    (["--methods=select", "--kv_byte_budgets=0.4", "--kv_bits=16,4:2", "--n_groups=8"], "must fill bytes")])
-def test_bits_that_cannot_be_are_said_before_anything_is_measured(flags, said, base, measure, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--methods=select", "--kv_budgets=0.5", "--kv_bits=4:0"], "kv_byte_budgets"),
+        (["--methods=select", "--kv_budgets=0.5", "--kv_bits=4,4:0"], "levels"),
+        (
+            ["--methods=dense,value_groups,select", "--kv_byte_budgets=0.4", "--kv_bits=4:0"],
+            "value_bits=0 with kv=value_groups",
+        ),
+        (
+            ["--methods=select", "--kv_byte_budgets=0.4", "--kv_bits=16,4:2", "--n_groups=8"],
+            "must fill bytes",
+        ),
+    ],
+)
+def test_bits_that_cannot_be_are_said_before_anything_is_measured(
+    flags, said, base, measure, monkeypatch
+):
     """Of every setting with every bits."""
     monkeypatch.setattr(evaluation, "row", None)
     assert said in error_line(measure, f"--init_from={base}", *COMMON, *flags)
@@ -292,24 +473,71 @@ def test_bits_that_cannot_be_are_said_before_anything_is_measured(flags, said, b
 
 def test_levels_by_flags(base, measure):  # noqa: F811
     """--key_bits and --value_bits=0 are what every row has, as --kv_bits=4:0."""
-    common = [f"--init_from={base}", *COMMON, "--methods=select", "--relevances=observed", "--kv_byte_budgets=0.5"]
-    assert measure(*common, "--kv_bits=4:4", "--key_rounding=nearest")[0]["setting"].endswith("K4 V4 nearest")
-    rows = [measure(*common, *flags)[0]
-            for flags in (["--kv=select", "--key_bits=4", "--value_bits=0"], ["--kv_bits=4:0"], ["--key_bits=4", "--value_bits=4"])]
-    assert [(r["key_bits"], r["value_bits"]) for r in rows] == [(4, 0), (4, 0), (4, 4)] and rows[0]["value"] == rows[1]["value"] != rows[2]["value"]
+    common = [
+        f"--init_from={base}",
+        *COMMON,
+        "--methods=select",
+        "--relevances=observed",
+        "--kv_byte_budgets=0.5",
+    ]
+    assert measure(*common, "--kv_bits=4:4", "--key_rounding=nearest")[0]["setting"].endswith(
+        "K4 V4 nearest"
+    )
+    rows = [
+        measure(*common, *flags)[0]
+        for flags in (
+            ["--kv=select", "--key_bits=4", "--value_bits=0"],
+            ["--kv_bits=4:0"],
+            ["--key_bits=4", "--value_bits=4"],
+        )
+    ]
+    assert [(r["key_bits"], r["value_bits"]) for r in rows] == [(4, 0), (4, 0), (4, 4)] and rows[0][
+        "value"
+    ] == rows[1]["value"] != rows[2]["value"]
 
 
 def test_a_trained_run_has_rows_of_everything_in_integers(selected, measure):  # noqa: F811
-    """The whole row once, in 16 bits; everything in 4 bits where it is asked for; where nothing is left to measure, that is said."""
-    where = [f"--out_dir={selected.folder}", "--tasks=continuation", "--query=6", "--continuation=9", "--block_size=161", "--sequences=2"]
-    rows = measure(*where, "--methods=dense,select", "--relevances=observed", "--kv_budgets=1,0.5", "--kv_bits=16,4")
-    assert [(r["method"], r["key_bits"]) for r in rows] == [("dense", 16), ("dense", 16), ("select", 16), ("select", 4), ("select", 4)]
-    assert rows[3]["kl"] > 0 and rows[3]["dense_value"] == rows[0]["value"] and rows[4]["kl"] > rows[3]["kl"]
-    only, = measure(*where, "--methods=dense,select", "--relevances=observed", "--kv_budgets=1", "--kv_bits=4")
+    """The whole row once, in 16 bits; everything in 4 bits where it is asked for; where nothing is
+    left to measure, that is said."""
+    where = [
+        f"--out_dir={selected.folder}",
+        "--tasks=continuation",
+        "--query=6",
+        "--continuation=9",
+        "--block_size=161",
+        "--sequences=2",
+    ]
+    rows = measure(
+        *where,
+        "--methods=dense,select",
+        "--relevances=observed",
+        "--kv_budgets=1,0.5",
+        "--kv_bits=16,4",
+    )
+    assert [(r["method"], r["key_bits"]) for r in rows] == [
+        ("dense", 16),
+        ("dense", 16),
+        ("select", 16),
+        ("select", 4),
+        ("select", 4),
+    ]
+    assert (
+        rows[3]["kl"] > 0
+        and rows[3]["dense_value"] == rows[0]["value"]
+        and rows[4]["kl"] > rows[3]["kl"]
+    )
+    (only,) = measure(
+        *where, "--methods=dense,select", "--relevances=observed", "--kv_budgets=1", "--kv_bits=4"
+    )
     assert only == rows[3]
     assert "whole values have 16" in error_line(measure, *where, "--methods=dense", "--kv_bits=4")
 
 
 def test_the_envelope_is_what_nothing_beats():
     """By hand: fewer bytes or less loss, ties included."""
-    assert envelope([(3, 1.0), (1, 5.0), (2, 5.0), (2, 3.0), (4, 1.0), (5, 0.5)]) == [(1, 5.0), (2, 3.0), (3, 1.0), (5, 0.5)]
+    assert envelope([(3, 1.0), (1, 5.0), (2, 5.0), (2, 3.0), (4, 1.0), (5, 0.5)]) == [
+        (1, 5.0),
+        (2, 3.0),
+        (3, 1.0),
+        (5, 0.5),
+    ]

@@ -1,4 +1,6 @@
-"""Query-aware selection: packed equals masked, the choice equals brute force, and what a prompt's selection may depend on."""
+"""Query-aware selection: packed equals masked, the choice equals brute force, and what a prompt's
+selection may depend on."""
+
 from __future__ import annotations
 
 import functools
@@ -21,22 +23,56 @@ from relevance import AS_PUBLISHED, PLAIN, Prompt
 
 PREDICTORS = "predictor,expected_attention,predictor_query"
 TOKEN_LEVEL = ("quest", "h2o", "streaming", "snapkv", "expected_attention")
-BUDGETS = {"two_shares": dict(token_keep=.5, value_keep=.5), "joint": dict(kv_keep=.3), "fixed_k": dict(token_keep=.4, value_keep=.5, fixed_k=True)}
-W, T, N = 9, 61, 5  # query region, prompt, tokens after it
+BUDGETS = {
+    "two_shares": dict(token_keep=0.5, value_keep=0.5),
+    "joint": dict(kv_keep=0.3),
+    "fixed_k": dict(token_keep=0.4, value_keep=0.5, fixed_k=True),
+}
+W = 9
+T = 61
+N = 5  # query region, prompt, tokens after it
 PAD = (0, 7, 55)  # the last row is shorter than the query region
-X, Y = tokens(3, T, seed=4), tokens(3, N, seed=5)
+X = tokens(3, T, seed=4)
+Y = tokens(3, N, seed=5)
 
 
 def config(**cfg) -> SelectConfig:
     """Settings of these tests, and `cfg`."""
-    return SelectConfig(**{**dict(relevance="observed", predictors=PREDICTORS, readers=20, sinks=2, hedge=0.4, allocation="layer"), **cfg})
+    return SelectConfig(
+        **{
+            **dict(
+                relevance="observed",
+                predictors=PREDICTORS,
+                readers=20,
+                sinks=2,
+                hedge=0.4,
+                allocation="layer",
+            ),
+            **cfg,
+        }
+    )
 
 
-def selecting(scope: str = "head", prefill: str = "exact", fold: bool = True, model=None, cfg: SelectConfig | None = None, **kv):
-    """A calibrated model in float64 whose predictors are random; all choices of config() can be set."""
+def selecting(
+    scope: str = "head",
+    prefill: str = "exact",
+    fold: bool = True,
+    model=None,
+    cfg: SelectConfig | None = None,
+    **kv,
+):
+    """A calibrated model in float64 whose predictors are random; all choices of config() can be
+    set."""
     m = model or tiny_model()
-    kv = KVConfig(**{**dict(kv="select", mask_scope=scope, prefill=prefill, kv_tail=W, value_basis="pca"), **kv})
-    selector.attach(m, kv, cfg or config(), [tokens(2, 70, seed=1), tokens(1, 66, seed=2)], fit=True)
+    kv = KVConfig(
+        **{
+            **dict(kv="select", mask_scope=scope, prefill=prefill, kv_tail=W, value_basis="pca"),
+            **kv,
+        }
+    )
+    selector.attach(
+        m, kv, cfg or config(), [tokens(2, 70, seed=1), tokens(1, 66, seed=2)], fit=True
+    )
     torch.manual_seed(8)
     for p in m.selector.predictors.values():
         randomise(p, 0.3)
@@ -51,10 +87,12 @@ def made(scope: str = "head", prefill: str = "exact", fold: bool = True):
 
 
 def run(m, cfg: SelectConfig, x=X, y=Y, pad=PAD):
-    """Logits of the prompt x and of y after it, the choice (None where there was no context) and the cache."""
+    """Logits of the prompt x and of y after it, the choice (None where there was no context) and
+    the cache."""
     m.selector.set(cfg)
     pad = torch.tensor(pad) if pad and any(pad) else None
-    m.selector.record, m.selector.chosen = True, None
+    m.selector.record = True
+    m.selector.chosen = None
     with torch.no_grad(), selector.diagnosed(m, torch.cat((x, y), 1), x.size(1), pad):
         cache = m.new_cache(len(x), x.size(1) + y.size(1) + 3, pad)
         return m(x, cache), m(y, cache), m.selector.chosen, cache
@@ -66,24 +104,31 @@ def real(logits: torch.Tensor, pad=PAD) -> torch.Tensor:
 
 
 def settings(scope: str, prefill: str):
-    """Every allocation with every way to spend a budget and every signal, and a token-level one beside each."""
+    """Every allocation with every way to spend a budget and every signal, and a token-level one
+    beside each."""
     for allocation, (name, budget) in itertools.product(ALLOCATIONS, BUDGETS.items()):
         if allocation == "global" and prefill == "routed" and scope != "shared":
             continue
         for i, relevance in enumerate(SIGNALS):
             token = TOKEN_LEVEL[(i + len(allocation)) % 5] if i % 2 and name != "joint" else ""
-            yield config(relevance=relevance, token_relevance=token, allocation=allocation, **budget)
+            yield config(
+                relevance=relevance, token_relevance=token, allocation=allocation, **budget
+            )
 
 
-ALL = pytest.mark.parametrize(("scope", "prefill"), [(s, p) for s in SCOPES for p in ("exact", "routed")], ids=lambda s: s)
+ALL = pytest.mark.parametrize(
+    ("scope", "prefill"), [(s, p) for s in SCOPES for p in ("exact", "routed")], ids=lambda s: s
+)
 
 
-# ----------------------------------------------------------------------------- packed, masked, whole
+# -------------------- packed, masked, whole
+
 
 @ALL
 def test_packed_equals_masked(scope, prefill):
-    """Prompt and continuation through the cache give the logits of one uncached pass that reads the context as the choice kept it, left
-    padding and a row without context included, for every allocation, budget and signal."""
+    """Prompt and continuation through the cache give the logits of one uncached pass that reads the
+    context as the choice kept it, left padding and a row without context included, for every
+    allocation, budget and signal."""
     m = made(scope, prefill)
     for cfg in settings(scope, prefill):
         a, b, choice, _ = run(m, cfg)
@@ -92,7 +137,10 @@ def test_packed_equals_masked(scope, prefill):
         torch.testing.assert_close(real(a), real(full[:, :T]), rtol=0, atol=1e-9, msg=str(cfg))
         torch.testing.assert_close(b, full[:, T:], rtol=0, atol=1e-9, msg=str(cfg))
         valid = torch.arange(T - W) >= torch.tensor(PAD)[:, None]
-        assert not (choice.keep & ~valid[:, None]).any() and not (choice.mask & ~choice.keep[..., None]).any()
+        assert (
+            not (choice.keep & ~valid[:, None]).any()
+            and not (choice.mask & ~choice.keep[..., None]).any()
+        )
         assert (choice.keep | ~(valid & (valid.cumsum(-1) <= 2))[:, None]).all()  # sinks
         assert 0.05 < choice.mask[:, :2].float().mean() < 0.6
 
@@ -100,37 +148,56 @@ def test_packed_equals_masked(scope, prefill):
 @pytest.mark.parametrize("scope", ["layer", "head"])
 def test_a_routed_prefill_cannot_share_one_budget_between_layers(scope):
     """One line says so and what to do, when it is attached and when it is set."""
-    assert "--allocation=layer" in error_line(selecting, scope, "routed", cfg=config(allocation="global"))
-    assert "--allocation=layer" in error_line(made(scope, "routed").selector.set, config(allocation="global"))
+    assert "--allocation=layer" in error_line(
+        selecting, scope, "routed", cfg=config(allocation="global")
+    )
+    assert "--allocation=layer" in error_line(
+        made(scope, "routed").selector.set, config(allocation="global")
+    )
 
 
 @functools.cache
 def dense():
-    """Logits (prompt, continuation) of the same model with whole values, computed without a cache."""
+    """Logits (prompt, continuation) of the same model with whole values, computed without a
+    cache."""
     with torch.no_grad():
         full = tiny_model()(torch.cat((X, Y), 1), pad=torch.tensor(PAD))
     return full[:, :T], full[:, T:]
 
 
 @ALL
-@pytest.mark.parametrize("keep", [dict(token_keep=1.0, value_keep=1.0), dict(kv_keep=1.0), dict(token_keep=1.0, value_keep=1.0, fixed_k=True)],
-                         ids=["shares", "joint", "fixed_k"])
+@pytest.mark.parametrize(
+    "keep",
+    [
+        dict(token_keep=1.0, value_keep=1.0),
+        dict(kv_keep=1.0),
+        dict(token_keep=1.0, value_keep=1.0, fixed_k=True),
+    ],
+    ids=["shares", "joint", "fixed_k"],
+)
 def test_keeping_everything_is_dense(scope, prefill, keep):
-    """Every token and group of the context is kept, padding is not, and the logits are the dense model's."""
+    """Every token and group of the context is kept, padding is not, and the logits are the dense
+    model's."""
     for fold in (True, False):
         for allocation in ("head", "layer"):
             a, b, choice, _ = run(made(scope, prefill, fold), config(allocation=allocation, **keep))
             valid = (torch.arange(T - W) >= torch.tensor(PAD)[:, None])[None, :, None]
-            assert torch.equal(choice.keep, valid.expand_as(choice.keep)) and torch.equal(choice.mask, choice.keep[..., None].expand_as(choice.mask))
+            assert torch.equal(choice.keep, valid.expand_as(choice.keep)) and torch.equal(
+                choice.mask, choice.keep[..., None].expand_as(choice.mask)
+            )
             for got, want in zip((real(a), b), (real(dense()[0]), dense()[1]), strict=True):
-                torch.testing.assert_close(got, want, rtol=0, atol=1e-9 if fold else 1e-12)  # folding rounds the weights
+                # folding rounds the weights
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-9 if fold else 1e-12)
 
 
 @pytest.mark.parametrize("prefill", ["exact", "routed"])
 def test_fold_leaves_the_logits(prefill):
-    """Folded and not, the same prompt is kept the same way and gives the same logits; only an exact prefill's prompt is the dense one."""
-    for cfg in (config(), config(relevance="predictor", kv_keep=.4)):
-        (a, b, choice, _), (a2, b2, choice2, _) = (run(made("head", prefill, fold), cfg) for fold in (False, True))
+    """Folded and not, the same prompt is kept the same way and gives the same logits; only an exact
+    prefill's prompt is the dense one."""
+    for cfg in (config(), config(relevance="predictor", kv_keep=0.4)):
+        (a, b, choice, _), (a2, b2, choice2, _) = (
+            run(made("head", prefill, fold), cfg) for fold in (False, True)
+        )
         assert torch.equal(choice.mask, choice2.mask)
         torch.testing.assert_close(real(a), real(a2), rtol=0, atol=1e-9)
         torch.testing.assert_close(b, b2, rtol=0, atol=1e-9)
@@ -140,22 +207,40 @@ def test_fold_leaves_the_logits(prefill):
 
 # ----------------------------------------------------------------------------- the choice
 
+
 def floor_of(share: float, n: int) -> int:
     """floor(share * n), exactly."""
     return int(Fraction(str(share)) * n)
 
 
 def brute_force(p: Prompt, s: selector.Selector) -> tuple[torch.Tensor, torch.Tensor]:
-    """keep (Lm, B, Hm, C) and mask (Lm, B, Hm, C, S) of a prompt: scores pair by pair in plain numbers, and sorted()."""
-    cfg, C, n_kv, S = s.cfg, p.n_context, p.k[0].size(1), s.S
+    """keep (Lm, B, Hm, C) and mask (Lm, B, Hm, C, S) of a prompt: scores pair by pair in plain
+    numbers, and sorted()."""
+    cfg = s.cfg
+    C = p.n_context
+    n_kv = p.k[0].size(1)
+    S = s.S
     layers = [list(range(p.L))] if s.kv.mask_scope == "shared" else [[i] for i in range(p.L)]
     heads = [[h] for h in range(n_kv)] if s.kv.mask_scope == "head" else [list(range(n_kv))]
     d = p.z[0].size(-1) // S
-    energy = [[[[[float((p.z[i][b, h, t, g * d:(g + 1) * d] ** 2).sum()) for g in range(S)] for t in range(C)] for h in range(n_kv)]
-               for b in range(len(p.x[0]))] for i in range(p.L)]
-    feel, gain = s.feeling.tolist(), s.gain.tolist()
+    energy = [
+        [
+            [
+                [
+                    [float((p.z[i][b, h, t, g * d : (g + 1) * d] ** 2).sum()) for g in range(S)]
+                    for t in range(C)
+                ]
+                for h in range(n_kv)
+            ]
+            for b in range(len(p.x[0]))
+        ]
+        for i in range(p.L)
+    ]
+    feel = s.feeling.tolist()
+    gain = s.gain.tolist()
 
-    def signal(name):  # numbers (Lm or L, B, Hm or Hkv, C or C, S), and whether they are per mask already
+    # numbers (Lm or L, B, Hm or Hkv, C or C, S), and whether they are per mask already
+    def signal(name):
         if name in PLAIN:
             return PLAIN[name](p, cfg).expand(p.L, -1, n_kv, -1).tolist(), False
         with torch.no_grad():
@@ -168,21 +253,43 @@ def brute_force(p: Prompt, s: selector.Selector) -> tuple[torch.Tensor, torch.Te
         return sum(sum(f(i, h) for h in hs) / len(hs) for i in ls) / len(ls)
 
     def relevance(values, per_mask, a, b, c, t):
-        return values[a][b][c][t] if per_mask else average(lambda i, h: values[i][b][h][t], layers[a], heads[c])
+        return (
+            values[a][b][c][t]
+            if per_mask
+            else average(lambda i, h: values[i][b][h][t], layers[a], heads[c])
+        )
 
     def norm(a, b, c, t, g, x):
-        return math.sqrt(average(lambda i, h: energy[i][b][h][t][g] * (feel[p.first + i] ** x * gain[p.first + i][h]) ** 2, layers[a], heads[c]))
-    alpha, by = signal(cfg.relevance), signal(cfg.tokens_by)
+        return math.sqrt(
+            average(
+                lambda i, h: (
+                    energy[i][b][h][t][g] * (feel[p.first + i] ** x * gain[p.first + i][h]) ** 2
+                ),
+                layers[a],
+                heads[c],
+            )
+        )
+
+    alpha = signal(cfg.relevance)
+    by = signal(cfg.tokens_by)
     units = [(a, c) for a in range(len(layers)) for c in range(len(heads))]
-    share_one = {"head": [[u] for u in units], "layer": [[u for u in units if u[0] == a] for a in range(len(layers))], "global": [units]}
+    share_one = {
+        "head": [[u] for u in units],
+        "layer": [[u for u in units if u[0] == a] for a in range(len(layers))],
+        "global": [units],
+    }
     keep = torch.zeros(len(layers), len(p.x[0]), len(heads), C, dtype=torch.bool)
     mask = torch.zeros(*keep.shape, S, dtype=torch.bool)
     for b, first in enumerate([0] * keep.size(1) if p.pad is None else p.pad.tolist()):
-        there, n = range(first, C), C - first
+        there = range(first, C)
+        n = C - first
         for group in share_one[cfg.allocation] if n > 0 else ():
-            token, pair = {}, {}
+            token = {}
+            pair = {}
             for a, c in group:
-                weight = average(lambda i, h: feel[p.first + i] * gain[p.first + i][h], layers[a], heads[c])
+                weight = average(
+                    lambda i, h: feel[p.first + i] * gain[p.first + i][h], layers[a], heads[c]
+                )
                 for t in there:
                     r = relevance(*by, a, b, c, t)
                     if cfg.tokens_by == "predictor":
@@ -192,23 +299,34 @@ def brute_force(p: Prompt, s: selector.Selector) -> tuple[torch.Tensor, torch.Te
                         token[a, c, t] = r if cfg.tokens_by in AS_PUBLISHED else r * size
                     r = relevance(*alpha, a, b, c, t)
                     for g in range(S):
-                        worth = r[g] * weight if cfg.relevance == "predictor" else r ** cfg.hedge * norm(a, b, c, t, g, cfg.hedge)
-                        pair[a, c, t, g] = worth ** 2 if cfg.kv_keep else worth
+                        worth = (
+                            r[g] * weight
+                            if cfg.relevance == "predictor"
+                            else r**cfg.hedge * norm(a, b, c, t, g, cfg.hedge)
+                        )
+                        pair[a, c, t, g] = worth**2 if cfg.kv_keep else worth
                         if t - first < cfg.sinks:
                             token[a, c, t] = pair[a, c, t, g] = math.inf
             if cfg.kv_keep:
                 order = sorted(token)
-                rows = joint([[pair[(*k, g)] for g in range(S)] for k in order], floor_of(cfg.kv_keep, 2 * S * n * len(group)))
+                rows = joint(
+                    [[pair[(*k, g)] for g in range(S)] for k in order],
+                    floor_of(cfg.kv_keep, 2 * S * n * len(group)),
+                )
                 for (a, c, t), bits in zip(order, rows, strict=True):
-                    keep[a, b, c, t], mask[a, b, c, t] = any(bits), torch.tensor(bits)
+                    keep[a, b, c, t] = any(bits)
+                    mask[a, b, c, t] = torch.tensor(bits)
                 continue
             budget = floor_of(cfg.token_keep, n * len(group))
             kept = [k for _, k in sorted((-v, k) for k, v in token.items())][:budget]
             for a, c, t in kept:
                 keep[a, b, c, t] = True
             each = [[(-pair[(*k, g)], (*k, g)) for g in range(S)] for k in kept]  # of every token
-            top = [x for t in each for x in sorted(t)[:floor_of(cfg.value_keep, S)]] if cfg.fixed_k else \
-                sorted(x for t in each for x in t)[:floor_of(cfg.value_keep, S * budget)]
+            top = (
+                [x for t in each for x in sorted(t)[: floor_of(cfg.value_keep, S)]]
+                if cfg.fixed_k
+                else sorted(x for t in each for x in t)[: floor_of(cfg.value_keep, S * budget)]
+            )
             for _, (a, c, t, g) in top:
                 mask[a, b, c, t, g] = True
     return keep, mask
@@ -216,166 +334,254 @@ def brute_force(p: Prompt, s: selector.Selector) -> tuple[torch.Tensor, torch.Te
 
 @ALL
 def test_the_choice_equals_brute_force(scope, prefill, monkeypatch):
-    """For every allocation and budget, signals taken in turn: scores recomputed pair by pair, budgets as fractions, and sorted() choose the
-    same tokens and pairs, also layer by layer in a routed prefill."""
-    m, prompts = made(scope, prefill), []
+    """For every allocation and budget, signals taken in turn: scores recomputed pair by pair,
+    budgets as fractions, and sorted() choose the same tokens and pairs, also layer by layer in a
+    routed prefill."""
+    m = made(scope, prefill)
+    prompts = []
     choose = m.selector.choose
     monkeypatch.setattr(m.selector, "choose", lambda p: prompts.append(p) or choose(p))
     for i, cfg in enumerate(settings(scope, prefill)):
         if i % 3 == SCOPES.index(scope):
             prompts.clear()
-            choice = run(m, cfg, X[:, :T - (i % 2)])[2]
-            want = [torch.cat(t) for t in zip(*(brute_force(p, m.selector) for p in prompts), strict=True)]
+            choice = run(m, cfg, X[:, : T - (i % 2)])[2]
+            want = [
+                torch.cat(t)
+                for t in zip(*(brute_force(p, m.selector) for p in prompts), strict=True)
+            ]
             assert len(prompts) == (1 if scope == "shared" or prefill == "exact" else 2)
-            assert torch.equal(choice.keep, want[0]) and torch.equal(choice.mask, want[1]), (cfg, (choice.mask ^ want[1]).sum())
+            assert torch.equal(choice.keep, want[0]) and torch.equal(choice.mask, want[1]), (
+                cfg,
+                (choice.mask ^ want[1]).sum(),
+            )
 
 
 def tied_prompt(scope: str, C: int = 23, seed: int = 0) -> Prompt:
-    """A prompt whose group norms are 0, 1 or 2, for a uniform signal: ties everywhere. Heads and layers that share a mask are alike."""
+    """A prompt whose group norms are 0, 1 or 2, for a uniform signal: ties everywhere. Heads and
+    layers that share a mask are alike."""
     size = (2, 3, TINY.n_kv_head, C, 4)
     z = torch.randint(0, 3, size, generator=torch.Generator().manual_seed(seed)).double()
-    z = z if scope == "head" else z[:, :, :1].expand(size) if scope == "layer" else z[:1, :, :1].expand(size)
+    z = (
+        z
+        if scope == "head"
+        else z[:, :, :1].expand(size)
+        if scope == "layer"
+        else z[:1, :, :1].expand(size)
+    )
     z = F.pad(z.unsqueeze(-1), (0, 3)).flatten(-2)  # one number of four in each group
     blank = torch.zeros(2, 3, 3, C + W, TINY.head_dim)
-    return Prompt(list(blank[:, :, 0]), list(blank), list(blank), list(z), C, torch.tensor([0, 4, 29]), (torch.ones(1), torch.zeros(1)))
+    return Prompt(
+        list(blank[:, :, 0]),
+        list(blank),
+        list(blank),
+        list(z),
+        C,
+        torch.tensor([0, 4, 29]),
+        (torch.ones(1), torch.zeros(1)),
+    )
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 def test_equal_scores_go_by_layer_head_token_and_group(scope, allocation):
-    """With norms of three values almost every decision is a tie: tokens and pairs go to the lower layer and head, then the earlier token,
-    then the lower group, whatever the budget."""
+    """With norms of three values almost every decision is a tie: tokens and pairs go to the lower
+    layer and head, then the earlier token, then the lower group, whatever the budget."""
     s = selecting(scope, fold=False).selector
     for weight in (s.gain, s.feeling):
         weight.fill_(1)
-    for seed, budget in enumerate([*BUDGETS.values(), dict(token_keep=.9, value_keep=.21), dict(kv_keep=.77), dict(token_keep=.1, value_keep=1.0)]):
+    for seed, budget in enumerate(
+        [
+            *BUDGETS.values(),
+            dict(token_keep=0.9, value_keep=0.21),
+            dict(kv_keep=0.77),
+            dict(token_keep=0.1, value_keep=1.0),
+        ]
+    ):
         s.set(config(relevance="uniform", allocation=allocation, **budget))
         p = tied_prompt(scope, seed=seed)
-        choice, want = s.choose(p), brute_force(p, s)
+        choice = s.choose(p)
+        want = brute_force(p, s)
         assert torch.equal(choice.keep, want[0]) and torch.equal(choice.mask, want[1])
 
 
-@pytest.mark.parametrize(("allocation", "tokens_kept", "pairs_kept"), [("head", 6 * 36, 6 * 41), ("layer", 2 * 109, 2 * 126), ("global", 218, 252)])
+@pytest.mark.parametrize(
+    ("allocation", "tokens_kept", "pairs_kept"),
+    [("head", 6 * 36, 6 * 41), ("layer", 2 * 109, 2 * 126), ("global", 218, 252)],
+)
 def test_counts_are_exact_floors(allocation, tokens_kept, pairs_kept):
-    """52 context tokens, 4 groups, 3 heads, 2 layers; 0.7 of the tokens, 0.29 of their pairs: floor(0.7 n) and floor(0.29 * 4 floor(0.7 n))
-    with n = 52, 156 or 312, each budget on its own. (In floating point 0.29 * 100 is 28.999...: a share is the decimal it is written as.)"""
-    choice = run(made(), config(token_keep=.7, value_keep=.29, allocation=allocation), X[:1], Y[:1], None)[2]
+    """52 context tokens, 4 groups, 3 heads, 2 layers; 0.7 of the tokens, 0.29 of their pairs:
+    floor(0.7 n) and floor(0.29 * 4 floor(0.7 n)) with n = 52, 156 or 312, each budget on its own.
+    (In floating point 0.29 * 100 is 28.999...: a share is the decimal it is written as.)"""
+    choice = run(
+        made(), config(token_keep=0.7, value_keep=0.29, allocation=allocation), X[:1], Y[:1], None
+    )[2]
     assert int(choice.keep.sum()) == tokens_kept and int(choice.mask.sum()) == pairs_kept
-    assert (choice.keep.sum(-1) == 36).all() if allocation == "head" else allocation == "global" or (choice.keep.sum((-1, -2)) == 109).all()
-    exact = run(made(), config(token_keep=1.0, value_keep=.29, allocation="head"), X[:1, :34], Y[:1], None)[2]
+    assert (
+        (choice.keep.sum(-1) == 36).all()
+        if allocation == "head"
+        else allocation == "global" or (choice.keep.sum((-1, -2)) == 109).all()
+    )
+    exact = run(
+        made(), config(token_keep=1.0, value_keep=0.29, allocation="head"), X[:1, :34], Y[:1], None
+    )[2]
     assert (exact.mask.sum((-1, -2)) == 29).all()  # of 25 tokens' 100 pairs
 
 
 def test_a_tiny_budget_keeps_one():
-    """A share of less than one keeps one token, or one pair; under one budget a token that does not fit is not kept. A fixed K of none is
-    refused in one line."""
+    """A share of less than one keeps one token, or one pair; under one budget a token that does not
+    fit is not kept. A fixed K of none is refused in one line."""
+
     def kept(**budget):
         return run(made(), config(allocation="head", **budget), X[:1], Y[:1], None)[2]
-    assert (kept(token_keep=.01).keep.sum(-1) == 1).all() and (kept(value_keep=.001).mask.sum((-1, -2)) == 1).all()
-    assert not kept(kv_keep=.001).keep.any()
-    assert "at least one must be kept" in error_line(kept, value_keep=.2, fixed_k=True)
+
+    assert (kept(token_keep=0.01).keep.sum(-1) == 1).all() and (
+        kept(value_keep=0.001).mask.sum((-1, -2)) == 1
+    ).all()
+    assert not kept(kv_keep=0.001).keep.any()
+    assert "at least one must be kept" in error_line(kept, value_keep=0.2, fixed_k=True)
 
 
 @pytest.mark.parametrize("relevance", ["observed", "future", "predictor_query"])
 def test_a_region_of_no_tokens_is_refused(relevance):
-    """With kv_tail=0 there is nobody whose attention could be asked: one line, not a division by zero."""
+    """With kv_tail=0 there is nobody whose attention could be asked: one line, not a division by
+    zero."""
     cfg = config(relevance=relevance)
-    assert "kv_tail" in error_line(lambda: run(selecting(cfg=cfg, kv_tail=0), cfg, X[:1], Y[:1], None))
+    assert "kv_tail" in error_line(
+        lambda: run(selecting(cfg=cfg, kv_tail=0), cfg, X[:1], Y[:1], None)
+    )
 
 
-# ----------------------------------------------------------------------------- what it may depend on
+# -------------------- what it may depend on
+
 
 @pytest.mark.parametrize("past", [64, 7], ids=["past_64", "past_7"])
-@pytest.mark.parametrize(("scope", "prefill"), [("head", "exact"), ("shared", "routed")], ids=lambda s: s)
+@pytest.mark.parametrize(
+    ("scope", "prefill"), [("head", "exact"), ("shared", "routed")], ids=lambda s: s
+)
 def test_rows_are_independent(scope, prefill, past):
-    """Each row alone, without padding, keeps the same tokens and groups and gives the same logits, for every signal."""
+    """Each row alone, without padding, keeps the same tokens and groups and gives the same logits,
+    for every signal."""
     m = made(scope, prefill)
     for cfg in settings(scope, prefill):
-        if cfg.allocation != "layer" or (past == 7 and cfg.relevance not in ("future", "predictor_query")):
+        if cfg.allocation != "layer" or (
+            past == 7 and cfg.relevance not in ("future", "predictor_query")
+        ):
             continue
         cfg = replace(cfg, past=past)
         a, b, choice, _ = run(m, cfg)
         for i, first in enumerate(PAD):
-            a1, b1, alone, _ = run(m, cfg, X[i:i + 1, first:], Y[i:i + 1], None)
+            a1, b1, alone, _ = run(m, cfg, X[i : i + 1, first:], Y[i : i + 1], None)
             if alone is not None:
                 for whole, own in ((choice.mask, alone.mask), (choice.keep, alone.keep)):
                     assert torch.equal(whole[:, i, :, first:], own[:, 0]), cfg
-            torch.testing.assert_close(a[i:i + 1, first:], a1, rtol=0, atol=1e-9)
-            torch.testing.assert_close(b[i:i + 1], b1, rtol=0, atol=1e-9)
+            torch.testing.assert_close(a[i : i + 1, first:], a1, rtol=0, atol=1e-9)
+            torch.testing.assert_close(b[i : i + 1], b1, rtol=0, atol=1e-9)
 
 
 def test_kv_heads_permute_with_their_masks():
-    """The weights of KV heads and of their query heads permuted: the same logits, and each head's mask where the head went. (Not where heads
-    tie, as by `streaming`.)"""
-    m, turn = tiny_model(), torch.tensor([2, 0, 1])
+    """The weights of KV heads and of their query heads permuted: the same logits, and each head's
+    mask where the head went. (Not where heads tie, as by `streaming`.)"""
+    m = tiny_model()
+    turn = torch.tensor([2, 0, 1])
     with torch.no_grad():
         for block in m.layers:
             attn = block.self_attn
             for proj in (attn.q_proj, attn.k_proj, attn.v_proj):
                 for t in (proj.weight, proj.bias):
                     t.copy_(t.unflatten(0, (3, -1))[turn].flatten(0, 1))
-            attn.o_proj.weight.copy_(attn.o_proj.weight.unflatten(1, (3, -1))[:, turn].flatten(1, 2))
+            attn.o_proj.weight.copy_(
+                attn.o_proj.weight.unflatten(1, (3, -1))[:, turn].flatten(1, 2)
+            )
     other = selecting(model=m)
     torch.testing.assert_close(other.selector.gain, made().selector.gain[:, turn])
     for cfg in settings("head", "exact"):
-        if cfg.relevance in ("oracle", "observed", "future", "uniform") and cfg.tokens_by not in ("expected_attention", "streaming"):
-            (a, b, choice, _), (a2, b2, choice2, _) = run(made(), cfg), run(other, cfg)
-            assert torch.equal(choice.mask[:, :, turn], choice2.mask) and torch.equal(choice.keep[:, :, turn], choice2.keep)
+        if cfg.relevance in ("oracle", "observed", "future", "uniform") and cfg.tokens_by not in (
+            "expected_attention",
+            "streaming",
+        ):
+            (a, b, choice, _) = run(made(), cfg)
+            (a2, b2, choice2, _) = run(other, cfg)
+            assert torch.equal(choice.mask[:, :, turn], choice2.mask) and torch.equal(
+                choice.keep[:, :, turn], choice2.keep
+            )
             torch.testing.assert_close((real(a), b), (real(a2), b2), rtol=0, atol=1e-9)
 
 
 @ALL
 def test_no_output_depends_on_a_later_token(scope, prefill):
-    """After the prompt a token's logits are the same whatever follows it, for every signal that exists at inference; and with an exact
-    prefill the prompt's own are the dense model's."""
-    m, later = made(scope, prefill), Y.clone()
+    """After the prompt a token's logits are the same whatever follows it, for every signal that
+    exists at inference; and with an exact prefill the prompt's own are the dense model's."""
+    m = made(scope, prefill)
+    later = Y.clone()
     later[:, 3:] = (later[:, 3:] + 1) % TINY.vocab_size
     for relevance in SIGNALS[1:]:
-        cfg = config(relevance=relevance, allocation="layer", token_keep=.5)
+        cfg = config(relevance=relevance, allocation="layer", token_keep=0.5)
         a, b, _, _ = run(m, cfg)
         a2, b2, _, _ = run(m, cfg, y=later)
-        assert torch.equal(a, a2) and torch.equal(b[:, :3], b2[:, :3]) and not torch.allclose(b[:, 3:], b2[:, 3:])
+        assert (
+            torch.equal(a, a2)
+            and torch.equal(b[:, :3], b2[:, :3])
+            and not torch.allclose(b[:, 3:], b2[:, 3:])
+        )
         if prefill == "exact":
             torch.testing.assert_close(real(a), real(dense()[0]), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("prefill", ["exact", "routed"])
-@pytest.mark.parametrize(("relevance", "sees"), [("observed", True), ("future", True), ("predictor_query", True), ("predictor", False),
-                                                 ("uniform", False), ("random", False)])
+@pytest.mark.parametrize(
+    ("relevance", "sees"),
+    [
+        ("observed", True),
+        ("future", True),
+        ("predictor_query", True),
+        ("predictor", False),
+        ("uniform", False),
+        ("random", False),
+    ],
+)
 def test_only_query_aware_signals_see_the_query_region(relevance, sees, prefill):
-    """With another question after the same context the masks change for signals that look at it; the paper's predictor, the norms alone
-    and chance keep what they kept."""
-    m, other = made("head", prefill), X.clone()
+    """With another question after the same context the masks change for signals that look at it;
+    the paper's predictor, the norms alone and chance keep what they kept."""
+    m = made("head", prefill)
+    other = X.clone()
     other[:, -W:] = (other[:, -W:] + 5) % TINY.vocab_size
-    cfg = config(relevance=relevance, allocation="layer", token_keep=.5)
+    cfg = config(relevance=relevance, allocation="layer", token_keep=0.5)
     assert torch.equal(run(m, cfg)[2].mask, run(m, cfg, other)[2].mask) != sees
 
 
 # ----------------------------------------------------------------------------- decoding and storing
 
+
 @ALL
 def test_token_by_token_equals_one_call(scope, prefill):
     """After the prompt, tokens one at a time, two at a time or at once: the same logits."""
     m = made(scope, prefill)
-    for cfg in (config(token_keep=.5, allocation="layer"), config(relevance="predictor_query", kv_keep=.3, allocation="head")):
+    for cfg in (
+        config(token_keep=0.5, allocation="layer"),
+        config(relevance="predictor_query", kv_keep=0.3, allocation="head"),
+    ):
         whole = run(m, cfg)[1]
         for step in (1, 2):
             with torch.no_grad():
                 cache = m.new_cache(3, T + N, torch.tensor(PAD))
                 m(X, cache)
-                parts = [m(Y[:, i:i + step], cache) for i in range(0, N, step)]
+                parts = [m(Y[:, i : i + step], cache) for i in range(0, N, step)]
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
             assert cache.length == T + N
 
 
 @pytest.mark.parametrize("prefill", ["exact", "routed"])
-@pytest.mark.parametrize(("first", "pad"), [(7, (0, 3, 6)), (3, (0, 2, 5))], ids=["short", "padding_of_two_calls"])
+@pytest.mark.parametrize(
+    ("first", "pad"), [(7, (0, 3, 6)), (3, (0, 2, 5))], ids=["short", "padding_of_two_calls"]
+)
 def test_a_prompt_within_the_query_region_stays_whole(first, pad, prefill):
-    """Nothing is chosen of a first call that is no longer than the region, and nothing later: the logits are the dense model's, also where
-    a row's padding reaches into the second call."""
-    m, x = made("head", prefill), X[:, :20]
-    m.selector.set(config(kv_keep=.3))
-    m.selector.record, m.selector.chosen = True, None
+    """Nothing is chosen of a first call that is no longer than the region, and nothing later: the
+    logits are the dense model's, also where a row's padding reaches into the second call."""
+    m = made("head", prefill)
+    x = X[:, :20]
+    m.selector.set(config(kv_keep=0.3))
+    m.selector.record = True
+    m.selector.chosen = None
     with torch.no_grad():
         cache = m.new_cache(3, 20, torch.tensor(pad))
         got = torch.cat((m(x[:, :first], cache), m(x[:, first:15], cache), m(x[:, 15:], cache)), 1)
@@ -385,12 +591,15 @@ def test_a_prompt_within_the_query_region_stays_whole(first, pad, prefill):
 
 
 def test_generate_continues_prompts_of_any_length():
-    """Greedy tokens of a ragged batch, one prompt within the query region, are those of each prompt alone fed by hand."""
-    m, prompts = made(), [X[0].tolist(), X[1, :37].tolist(), X[2, :4].tolist()]
-    m.selector.set(config(relevance="future", kv_keep=.3))
+    """Greedy tokens of a ragged batch, one prompt within the query region, are those of each prompt
+    alone fed by hand."""
+    m = made()
+    prompts = [X[0].tolist(), X[1, :37].tolist(), X[2, :4].tolist()]
+    m.selector.set(config(relevance="future", kv_keep=0.3))
     rows, _ = generate(m, prompts, 6)
     for prompt, row in zip(prompts, rows, strict=True):
-        cache, idx = m.new_cache(1, len(prompt) + 6), torch.tensor([prompt])
+        cache = m.new_cache(1, len(prompt) + 6)
+        idx = torch.tensor([prompt])
         for token in row:
             with torch.no_grad():
                 idx = m(idx, cache)[:, -1:].argmax(-1)
@@ -399,9 +608,10 @@ def test_generate_continues_prompts_of_any_length():
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_saved_and_sliced_caches_give_equal_logits(scope, tmp_path):
-    """A cache written to a file and read again, and rows taken out of one in any order, continue as the original does."""
+    """A cache written to a file and read again, and rows taken out of one in any order, continue as
+    the original does."""
     m = made(scope)
-    cfg = config(token_keep=.5, value_keep=.4)
+    cfg = config(token_keep=0.5, value_keep=0.4)
     b = run(m, cfg)[1]
 
     def prompted():
@@ -409,6 +619,7 @@ def test_saved_and_sliced_caches_give_equal_logits(scope, tmp_path):
             cache = m.new_cache(3, T + N, torch.tensor(PAD))
             m(X, cache)
         return cache
+
     for rows in ([2, 0], [1], [0, 1, 2]):
         cache = prompted()
         part = KVCache([layer.slice(rows) for layer in cache.layers], cache.pad[rows])
@@ -423,45 +634,79 @@ def test_saved_and_sliced_caches_give_equal_logits(scope, tmp_path):
 
 
 def test_fewer_bytes_are_held_and_shared_masks_once():
-    """Less than dense; each layer's keys and rows are as many as the choice kept; masks shared by layers are one set of tensors: the
-    cache is smaller than with masks per layer by exactly those of every other layer."""
-    cfg = config(relevance="uniform", token_keep=.5, value_keep=.5, allocation="layer")
-    (*_, shared, one), (*_, each) = (run(made(scope), cfg, X[:1], Y[:1], None) for scope in ("shared", "layer"))
+    """Less than dense; each layer's keys and rows are as many as the choice kept; masks shared by
+    layers are one set of tensors: the cache is smaller than with masks per layer by exactly those
+    of every other layer."""
+    cfg = config(relevance="uniform", token_keep=0.5, value_keep=0.5, allocation="layer")
+    (*_, shared, one), (*_, each) = (
+        run(made(scope), cfg, X[:1], Y[:1], None) for scope in ("shared", "layer")
+    )
     masks = sum(t.nbytes for n, t in one.layers[1].tensors().items() if n in one.layers[1].LAYOUT)
     assert each.nbytes() - one.nbytes() == masks > 0
-    assert one.layers[0].bits.data_ptr() == one.layers[1].bits.data_ptr() and each.layers[0].bits.data_ptr() != each.layers[1].bits.data_ptr()
+    assert (
+        one.layers[0].bits.data_ptr() == one.layers[1].bits.data_ptr()
+        and each.layers[0].bits.data_ptr() != each.layers[1].bits.data_ptr()
+    )
     for cache in one.layers:
-        assert len(cache.keys) == int(shared.keep.sum()) * 3 == 26 * 3 and len(cache.rows) == int(shared.mask.sum()) * 3 == 52 * 3
+        assert (
+            len(cache.keys) == int(shared.keep.sum()) * 3 == 26 * 3
+            and len(cache.rows) == int(shared.mask.sum()) * 3 == 52 * 3
+        )
     assert one.nbytes() < each.nbytes() < made().dense_bytes(T + N, one)
 
 
-# ----------------------------------------------------------------------------- state, calibration, training
+# -------------------- state, calibration, training
+
 
 @pytest.mark.parametrize("scope", SCOPES)
 def test_state_goes_into_a_fresh_selector(scope):
-    """A selector's tensors and its paths' bases, put into a model attached without calibration, choose the same; misfits are refused."""
+    """A selector's tensors and its paths' bases, put into a model attached without calibration,
+    choose the same; misfits are refused."""
     m = selecting(scope, fold=False)
-    fresh = selector.attach(tiny_model(), KVConfig(kv="select", mask_scope=scope, kv_tail=W, value_basis="pca"), config())
+    fresh = selector.attach(
+        tiny_model(),
+        KVConfig(kv="select", mask_scope=scope, kv_tail=W, value_basis="pca"),
+        config(),
+    )
     fresh.selector.double()
     saved = {k: t.clone() for k, t in selector.state(m).items()}
-    assert {"selector.gain", "selector.feeling", "selector.predictors.predictor_query.mean"} < set(saved)
+    assert {"selector.gain", "selector.feeling", "selector.predictors.predictor_query.mean"} < set(
+        saved
+    )
     kv_router.load_state(fresh, kv_router.state(m))
     selector.load_state(fresh, saved)
     for cfg in settings(scope, "exact"):
         if cfg.allocation == "global":
-            (a, b, choice, _), (a2, b2, choice2, _) = run(m, cfg), run(fresh, cfg)
-            assert torch.equal(choice.mask, choice2.mask) and torch.equal(real(a), real(a2)) and torch.equal(b, b2)
-    assert "selector.gain" in error_line(selector.load_state, fresh, {k: t for k, t in saved.items() if k != "selector.gain"})
-    assert "selector.more" in error_line(selector.load_state, fresh, {**saved, "selector.more": torch.ones(1)})
-    assert "feeling" in error_line(selector.load_state, fresh, {**saved, "selector.feeling": torch.ones(3)})
+            (a, b, choice, _) = run(m, cfg)
+            (a2, b2, choice2, _) = run(fresh, cfg)
+            assert (
+                torch.equal(choice.mask, choice2.mask)
+                and torch.equal(real(a), real(a2))
+                and torch.equal(b, b2)
+            )
+    assert "selector.gain" in error_line(
+        selector.load_state, fresh, {k: t for k, t in saved.items() if k != "selector.gain"}
+    )
+    assert "selector.more" in error_line(
+        selector.load_state, fresh, {**saved, "selector.more": torch.ones(1)}
+    )
+    assert "feeling" in error_line(
+        selector.load_state, fresh, {**saved, "selector.feeling": torch.ones(3)}
+    )
 
 
 def test_detach_gives_the_dense_model_back():
     """Nothing of the selector stays, in its state neither."""
     m = selector.detach(selecting(fold=False))
-    assert selector.selector_of(m) is None and selector.state(m) == {} and set(m.state_dict()) == set(tiny_model().state_dict())
+    assert (
+        selector.selector_of(m) is None
+        and selector.state(m) == {}
+        and set(m.state_dict()) == set(tiny_model().state_dict())
+    )
     with torch.no_grad():
-        torch.testing.assert_close(real(m(X, pad=torch.tensor(PAD))), real(dense()[0]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            real(m(X, pad=torch.tensor(PAD))), real(dense()[0]), rtol=0, atol=1e-12
+        )
 
 
 def test_an_untrained_predictor_is_refused():
@@ -493,39 +738,57 @@ def recorded(idx: torch.Tensor, pad=None):
 
 @pytest.mark.parametrize("after", [N, 0], ids=["what_follows", "own_region"])
 def test_oracle_relevance_is_the_attention_of_what_follows(after, monkeypatch):
-    """Softmax by softmax in the dense model: mean over the tokens after the prompt (over its query region where nothing follows) and over
-    the query heads of a KV head. It is there inside the `with` only, and only where a signal asks for it."""
-    m, idx = made(), torch.cat((X, Y), 1)[:, :T + after]
+    """Softmax by softmax in the dense model: mean over the tokens after the prompt (over its query
+    region where nothing follows) and over the query heads of a KV head. It is there inside the
+    `with` only, and only where a signal asks for it."""
+    m = made()
+    idx = torch.cat((X, Y), 1)[:, : T + after]
     m.selector.set(config(relevance="oracle"))
     with selector.diagnosed(m, idx, T, torch.tensor(PAD)):
         got = m.selector.oracle.double()
     assert m.selector.oracle is None
-    seen, readers = recorded(idx, torch.tensor(PAD))[0], range(T, T + after) if after else range(T - W, T)
+    seen = recorded(idx, torch.tensor(PAD))[0]
+    readers = range(T, T + after) if after else range(T - W, T)
     want = torch.zeros(2, 3, 3, T - W, dtype=torch.float64)
     for i, (_, q, k, _) in enumerate(seen):
         for b, h, r in itertools.product(range(2), range(6), readers):
-            p = (k[b, h // 2, PAD[b]:r + 1] @ q[b, h, r] / 4).softmax(0)
-            want[i, b, h // 2, PAD[b]:] += p[:T - W - PAD[b]] / 2 / len(readers)
+            p = (k[b, h // 2, PAD[b] : r + 1] @ q[b, h, r] / 4).softmax(0)
+            want[i, b, h // 2, PAD[b] :] += p[: T - W - PAD[b]] / 2 / len(readers)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     m.selector.set(config())
     with selector.diagnosed(m, idx, T, torch.tensor(PAD)):
         assert m.selector.oracle is None
     if after:
-        routed, prompts = made("head", "routed"), []
-        monkeypatch.setattr(routed.selector, "choose", lambda p, choose=routed.selector.choose: prompts.append(p) or choose(p))
+        routed = made("head", "routed")
+        prompts = []
+        monkeypatch.setattr(
+            routed.selector,
+            "choose",
+            lambda p, choose=routed.selector.choose: prompts.append(p) or choose(p),
+        )
         run(routed, config(relevance="oracle"))
-        torch.testing.assert_close(torch.cat([p.oracle for p in prompts]).double(), want, rtol=1e-5, atol=1e-7)  # each layer its own
+        # each layer its own
+        torch.testing.assert_close(
+            torch.cat([p.oracle for p in prompts]).double(), want, rtol=1e-5, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("cfg", [dict(), dict(value_keep=1.0)], ids=["half", "everything"])
 @pytest.mark.parametrize("basis", ["native", "pca", "output"])
 def test_gain_is_what_a_unit_of_value_writes(basis, cfg):
-    """Root of: squared norms of what o_proj makes of each decoded value, summed over tokens and the query heads that read it, over the
-    squared norms of its coordinates. Whatever the budget at the time: it may be set to another later."""
+    """Root of: squared norms of what o_proj makes of each decoded value, summed over tokens and the
+    query heads that read it, over the squared norms of its coordinates. Whatever the budget at the
+    time: it may be set to another later."""
     batches = [tokens(2, 31, seed=1), tokens(1, 23, seed=2)]
     m = tiny_model()
-    selector.attach(m, KVConfig(kv="select", mask_scope="head", kv_tail=W, value_basis=basis), config(**cfg), batches)
-    effect, energy = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    selector.attach(
+        m,
+        KVConfig(kv="select", mask_scope="head", kv_tail=W, value_basis=basis),
+        config(**cfg),
+        batches,
+    )
+    effect = torch.zeros(2, 3, dtype=torch.float64)
+    energy = torch.zeros(2, 3, dtype=torch.float64)
     for idx in batches:
         seen, plain = recorded(idx)
         for i, (_, _, _, v) in enumerate(seen):
@@ -533,31 +796,49 @@ def test_gain_is_what_a_unit_of_value_writes(basis, cfg):
             w = plain.layers[i].self_attn.o_proj.weight
             for b, h, t in itertools.product(range(v.size(0)), range(3), range(v.size(2))):
                 z = v[b, h, t] @ enc[h]
-                energy[i, h] += (z ** 2).sum()
+                energy[i, h] += (z**2).sum()
                 for head in (2 * h, 2 * h + 1):
-                    effect[i, h] += ((w[:, 16 * head:16 * head + 16] @ (z @ dec[h])) ** 2).sum().detach()
-    torch.testing.assert_close(m.selector.gain.double(), (effect / energy).sqrt(), rtol=1e-5, atol=1e-6)
+                    effect[i, h] += (
+                        ((w[:, 16 * head : 16 * head + 16] @ (z @ dec[h])) ** 2).sum().detach()
+                    )
+    torch.testing.assert_close(
+        m.selector.gain.double(), (effect / energy).sqrt(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_feeling_is_the_gradient_by_finite_differences():
-    """Root mean square, over tokens and features, of the loss's slope when a layer's attention writes a little more, two-sided differences
-    of the dense model one number at a time; over the root mean square of all layers. Weights may be frozen or not and stay so."""
-    m, idx, eps = tiny_model(), tokens(2, 7, seed=3), 1e-5
+    """Root mean square, over tokens and features, of the loss's slope when a layer's attention
+    writes a little more, two-sided differences of the dense model one number at a time; over the
+    root mean square of all layers. Weights may be frozen or not and stay so."""
+    m = tiny_model()
+    idx = tokens(2, 7, seed=3)
+    eps = 1e-5
     m.layers[0].requires_grad_(False)
     wanted = [p.requires_grad for p in m.parameters()]
     got = selector.sensitivity(m, [block.self_attn for block in m.layers], [idx])
-    assert [p.requires_grad for p in m.parameters()] == wanted and all(p.grad is None for p in m.parameters())
-    t, e, mean_square = 6, TINY.n_embd, []
+    assert [p.requires_grad for p in m.parameters()] == wanted and all(
+        p.grad is None for p in m.parameters()
+    )
+    t = 6
+    e = TINY.n_embd
+    mean_square = []
     for block in m.layers:
         total = 0.0
         for row in idx:
             moved = torch.eye(t * e, dtype=torch.float64).view(-1, t, e) * eps
             losses = []
             for delta in (moved, -moved):
-                hook = block.self_attn.o_proj.register_forward_hook(lambda mod, args, out, d=delta: out + d)
+                hook = block.self_attn.o_proj.register_forward_hook(
+                    lambda mod, args, out, d=delta: out + d
+                )
                 with torch.no_grad():
                     logits = m(row[:-1].expand(t * e, -1))
-                losses.append(F.cross_entropy(logits.transpose(1, 2), row[1:].expand(t * e, -1), reduction="none").sum(-1) / (2 * t))
+                losses.append(
+                    F.cross_entropy(
+                        logits.transpose(1, 2), row[1:].expand(t * e, -1), reduction="none"
+                    ).sum(-1)
+                    / (2 * t)
+                )
                 hook.remove()
             total += float(((losses[0] - losses[1]) / (2 * eps)).square().sum())
         mean_square.append(total / (2 * t))
@@ -569,26 +850,40 @@ def test_feeling_is_the_gradient_by_finite_differences():
 @pytest.mark.parametrize("kind", ["mse", "kl"])
 @pytest.mark.parametrize("scope", ["shared", "head"])
 def test_training_lowers_the_loss_and_leaves_the_base(scope, kind):
-    """A few AdamW steps on one batch lower each predictor's own loss, the sum is that of the parts, and the base gets no gradient."""
+    """A few AdamW steps on one batch lower each predictor's own loss, the sum is that of the parts,
+    and the base gets no gradient."""
     for name in PREDICTORS.split(","):
-        m, idx = selecting(scope, cfg=config(predictors=name, predictor_loss=kind), fold=False), tokens(3, 70, seed=9)
+        m = selecting(scope, cfg=config(predictors=name, predictor_loss=kind), fold=False)
+        idx = tokens(3, 70, seed=9)
         (p,) = m.selector.predictors.values()
-        optimizer, losses = torch.optim.AdamW(p.parameters(), lr=1e-3), []
+        optimizer = torch.optim.AdamW(p.parameters(), lr=1e-3)
+        losses = []
         for _ in range(6):
             optimizer.zero_grad()
             losses.append(m.selector.loss(m, idx))
             losses[-1].backward()
             optimizer.step()
-        assert losses[-1] < 0.95 * losses[0] and all(a > b for a, b in itertools.pairwise(losses)), losses
+        assert losses[-1] < 0.95 * losses[0] and all(
+            a > b for a, b in itertools.pairwise(losses)
+        ), losses
         assert all(w.grad is None for n, w in m.named_parameters() if not n.startswith("selector."))
     m = selecting(scope, cfg=config(predictor_loss=kind), fold=False)
     prompt, alpha = m.selector.sample(m, idx)
     want = m.selector.targets(prompt, alpha)
-    parts = (p.loss(prompt, want[n], m.selector.cfg if n == "predictor_query" else kind) for n, p in m.selector.predictors.items())
+    parts = (
+        p.loss(prompt, want[n], m.selector.cfg if n == "predictor_query" else kind)
+        for n, p in m.selector.predictors.items()
+    )
     torch.testing.assert_close(m.selector.loss(m, idx), sum(parts))
     energy = torch.stack(prompt.z).unflatten(-1, (4, 4)).square().sum(-1)
-    alike, over = (alpha, energy) if scope == "head" else (alpha.mean((0, 2))[None, :, None], energy.mean((0, 2))[None, :, None])
+    alike, over = (
+        (alpha, energy)
+        if scope == "head"
+        else (alpha.mean((0, 2))[None, :, None], energy.mean((0, 2))[None, :, None])
+    )
     torch.testing.assert_close(want["predictor"], alike.unsqueeze(-1) * over.sqrt().float())
-    assert torch.equal(want["predictor_query"], alpha) and torch.allclose(want["expected_attention"], alike.unsqueeze(-1))
+    assert torch.equal(want["predictor_query"], alpha) and torch.allclose(
+        want["expected_attention"], alike.unsqueeze(-1)
+    )
     assert prompt.n_context == 70 - 20 - W and prompt.T == 50 and alpha.shape == (2, 3, 3, 41)
     assert "some context must be left" in error_line(m.selector.loss, m, idx[:, :29])

@@ -1,6 +1,9 @@
-"""Decoding: prompts in pieces, caches joined, and steps that ask the host nothing, which must give what plain forward calls give.
+"""Decoding: prompts in pieces, caches joined, and steps that ask the host nothing, which must give
+what plain forward calls give.
 
-On a GPU steps are CUDA graphs; without one their kernels run in Triton's interpreter, uncaptured."""
+On a GPU steps are CUDA graphs; without one their kernels run in Triton's interpreter,
+uncaptured."""
+
 from __future__ import annotations
 
 import pytest
@@ -26,26 +29,93 @@ pytestmark = pytest.mark.skipif(triton is None, reason="steps need triton")
 
 STORED = {
     "dense": None,
-    "norm": dict(value_router="norm", mask_scope="head", value_basis="output", prefill="exact", kv_tail=4),
+    "norm": dict(
+        value_router="norm", mask_scope="head", value_basis="output", prefill="exact", kv_tail=4
+    ),
     "no tail": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=0),
-    "blocks": dict(value_router="norm", mask_scope="layer", prefill="exact", kv_tail=3, kv_tail_block=4, n_groups=8, topk_groups=3),
+    "blocks": dict(
+        value_router="norm",
+        mask_scope="layer",
+        prefill="exact",
+        kv_tail=3,
+        kv_tail_block=4,
+        n_groups=8,
+        topk_groups=3,
+    ),
     "linear": dict(prefill="exact", kv_tail=2),
     "static": dict(value_router="static", prefill="exact", kv_tail=1),
     "patterns": dict(reconstructor="linear", prefill="exact", kv_tail=2, mask_scope="head"),
     "pairwise": dict(reconstructor="pairwise", prefill="routed", kv_tail=3),
-    "trained maps": dict(learn_basis=True, value_router="norm", value_basis="output", mask_scope="head", prefill="exact", kv_tail=2),
-    "some layers": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"),
+    "trained maps": dict(
+        learn_basis=True,
+        value_router="norm",
+        value_basis="output",
+        mask_scope="head",
+        prefill="exact",
+        kv_tail=2,
+    ),
+    "some layers": dict(
+        value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"
+    ),
     "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
-    "int4": dict(value_router="norm", mask_scope="head", topk_groups=4, prefill="exact", kv_tail=2, key_bits=4, value_bits=4, key_block=16),
-    "int4, half": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=2, key_bits=4, value_bits=4, key_block=16),
-    "int2": dict(value_router="norm", topk_groups=4, prefill="exact", kv_tail=2, key_bits=2, value_bits=2, key_block=16),
-    "int8 and int4, whole": dict(value_router="norm", topk_groups=4, prefill="exact", kv_tail=1, key_bits=8, value_bits=4, key_block=16),
+    "int4": dict(
+        value_router="norm",
+        mask_scope="head",
+        topk_groups=4,
+        prefill="exact",
+        kv_tail=2,
+        key_bits=4,
+        value_bits=4,
+        key_block=16,
+    ),
+    "int4, half": dict(
+        value_router="norm",
+        mask_scope="head",
+        prefill="exact",
+        kv_tail=2,
+        key_bits=4,
+        value_bits=4,
+        key_block=16,
+    ),
+    "int2": dict(
+        value_router="norm",
+        topk_groups=4,
+        prefill="exact",
+        kv_tail=2,
+        key_bits=2,
+        value_bits=2,
+        key_block=16,
+    ),
+    "int8 and int4, whole": dict(
+        value_router="norm",
+        topk_groups=4,
+        prefill="exact",
+        kv_tail=1,
+        key_bits=8,
+        value_bits=4,
+        key_block=16,
+    ),
     "MoE-LoRA": None,
 }
-INTERPRETED = ("dense", "MoE-LoRA", "norm", "blocks", "linear", "pairwise", "trained maps", "select", "int4", "select, levels")  # the slow way, too
-SELECTED = {"select": dict(mask_scope="head"), "select, one mask": dict(mask_scope="shared"),
-            "select, int4": dict(mask_scope="head", key_bits=4, value_bits=4, key_block=16),
-            "select, levels": dict(mask_scope="head", key_block=16)}
+# the slow way, too
+INTERPRETED = (
+    "dense",
+    "MoE-LoRA",
+    "norm",
+    "blocks",
+    "linear",
+    "pairwise",
+    "trained maps",
+    "select",
+    "int4",
+    "select, levels",
+)
+SELECTED = {
+    "select": dict(mask_scope="head"),
+    "select, one mask": dict(mask_scope="shared"),
+    "select, int4": dict(mask_scope="head", key_bits=4, value_bits=4, key_block=16),
+    "select, levels": dict(mask_scope="head", key_block=16),
+}
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -54,22 +124,40 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         kv = KVConfig(kv="select", n_groups=4, kv_tail=5, **SELECTED[name])
         budget = dict(kv_bytes=0.8) if "levels" in name else dict(kv_keep=0.5)
         cfg = SelectConfig(**budget, relevance="future", readers=20, past=16)
-        return kv_router.fold(selector.attach(tiny_model(dtype=dtype), kv, cfg, [tokens(2, 70, seed=1)])).to(DEVICE)
+        return kv_router.fold(
+            selector.attach(tiny_model(dtype=dtype), kv, cfg, [tokens(2, 70, seed=1)])
+        ).to(DEVICE)
     setting = STORED[name]
     model = tiny_model(dtype=dtype) if setting is None else grouped_model(dtype=dtype, **setting)
     if name == "MoE-LoRA":  # routers that run ahead of the projections
-        randomise(lora.attach(model, AdapterConfig(adapter="moe_lora", lora_targets="q,v,gate,down", r=2, experts=3, expert_topk=2))).eval()
+        randomise(
+            lora.attach(
+                model,
+                AdapterConfig(
+                    adapter="moe_lora", lora_targets="q,v,gate,down", r=2, experts=3, expert_topk=2
+                ),
+            )
+        ).eval()
     return model.to(DEVICE)
 
 
 @pytest.fixture
 def stepping(monkeypatch):
-    """Lets a CPU model step: its kernels in the interpreter, no graph; forward takes the references, as it does on a CPU."""
+    """Lets a CPU model step: its kernels in the interpreter, no graph; forward takes the
+    references, as it does on a CPU."""
     if CUDA:
         return
     inside = []  # a step
-    monkeypatch.setattr(kernels, "use_triton", lambda impl, x: bool(inside) and impl != "torch" and x.dtype == torch.float32)
-    monkeypatch.setattr(Steps, "possible", staticmethod(lambda m: all(b.self_attn.kv_path.can_step() for b in m.layers)))
+    monkeypatch.setattr(
+        kernels,
+        "use_triton",
+        lambda impl, x: bool(inside) and impl != "torch" and x.dtype == torch.float32,
+    )
+    monkeypatch.setattr(
+        Steps,
+        "possible",
+        staticmethod(lambda m: all(b.self_attn.kv_path.can_step() for b in m.layers)),
+    )
 
     def next_(self):
         inside.append(self)
@@ -79,15 +167,21 @@ def stepping(monkeypatch):
         for layer in self.cache.layers:
             layer.stepped(1)
         return self.idx
+
     monkeypatch.setattr(Steps, "next", next_)
 
 
-@pytest.mark.parametrize("name", [n if n in INTERPRETED else pytest.param(n, marks=GPU) for n in [*STORED, *SELECTED]])
+@pytest.mark.parametrize(
+    "name", [n if n in INTERPRETED else pytest.param(n, marks=GPU) for n in [*STORED, *SELECTED]]
+)
 def test_steps_give_what_forward_gives(name, stepping, monkeypatch):
-    """Logits of every step equal those of forward on a cache of its own, over tails that fill and blocks that are packed, with padding; then
-    both caches hold the same, host counters included, and forward goes on from either with the same logits."""
+    """Logits of every step equal those of forward on a cache of its own, over tails that fill and
+    blocks that are packed, with padding; then both caches hold the same, host counters included,
+    and forward goes on from either with the same logits."""
     ints = "int" in name or "levels" in name
-    model, x, n = made(name), tokens(2, 45 if ints else T).to(DEVICE), 9 if CUDA else 4 if name == "blocks" else 3
+    model = made(name)
+    x = tokens(2, 45 if ints else T).to(DEVICE)
+    n = 9 if CUDA else 4 if name == "blocks" else 3
     pad = torch.tensor([0, 6], device=DEVICE)
     follow = tokens(2, n + 2, seed=5).to(DEVICE)
     seen: list[torch.Tensor] = []
@@ -95,10 +189,11 @@ def test_steps_give_what_forward_gives(name, stepping, monkeypatch):
     def pick(logits, step):
         seen.append(logits.clone())
         return follow.index_select(1, step)
+
     with torch.no_grad():
         (_, a), (_, b) = (prefill(model, x, x.size(1) + n + 3, pad) for _ in range(2))
         assert not ints or all(c.n_packed.any() for c in a.layers)
-        want = [model(follow[:, i:i + 1], a)[:, -1] for i in range(n)]
+        want = [model(follow[:, i : i + 1], a)[:, -1] for i in range(n)]
         monkeypatch.setattr(Steps, "WARM", n)  # never captured: pick keeps what it sees
         steps = Steps(model, b, follow[:, :1], pick, n)
         for _ in range(n):
@@ -109,9 +204,15 @@ def test_steps_give_what_forward_gives(name, stepping, monkeypatch):
         for one, other in zip(a.layers, b.layers, strict=True):
             assert one.extra() == other.extra()
             for key, t in one.tensors().items():
-                same = torch.allclose(t, getattr(other, key), atol=2e-3, rtol=2e-3) if t.is_floating_point() else torch.equal(t, getattr(other, key))
+                same = (
+                    torch.allclose(t, getattr(other, key), atol=2e-3, rtol=2e-3)
+                    if t.is_floating_point()
+                    else torch.equal(t, getattr(other, key))
+                )
                 assert same, key
-        assert (model(follow[:, n:n + 2], a) - model(follow[:, n:n + 2], b)).abs().max() < 2e-4 * scale
+        assert (
+            model(follow[:, n : n + 2], a) - model(follow[:, n : n + 2], b)
+        ).abs().max() < 2e-4 * scale
 
 
 def test_steps_notice_a_wrong_append(stepping, monkeypatch):
@@ -120,6 +221,7 @@ def test_steps_notice_a_wrong_append(stepping, monkeypatch):
 
     def wrong(packed, tail, tail_bits, n_packed, n_tail, k, v, keep, block, scores=None, enc=None):
         right(packed, tail, tail_bits, n_packed, n_tail, k, v.roll(1, -1), keep, block, scores, enc)
+
     monkeypatch.setattr(packed_cache, "append_packed", wrong)
     with pytest.raises(AssertionError):
         test_steps_give_what_forward_gives("norm", None, monkeypatch)
@@ -127,8 +229,11 @@ def test_steps_notice_a_wrong_append(stepping, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dense", "norm", "select"])
 def test_generate_by_steps_gives_the_same_tokens(name, stepping, monkeypatch):
-    """Greedy and sampled, prompts of different lengths, with a token that stops a row: the same tokens as by forward."""
-    model, prompts, n = made(name), [tokens(n, seed=n).tolist() for n in (7, 10)], 14 if CUDA else 4
+    """Greedy and sampled, prompts of different lengths, with a token that stops a row: the same
+    tokens as by forward."""
+    model = made(name)
+    prompts = [tokens(n, seed=n).tolist() for n in (7, 10)]
+    n = 14 if CUDA else 4
     kinds = [dict(), dict(temperature=0.8, top_k=20, top_p=0.9, seed=3)]
     stepped = [generate(model, prompts, n, **kw)[0] for kw in kinds]
     stop = stepped[0][0][2]
@@ -140,50 +245,64 @@ def test_generate_by_steps_gives_the_same_tokens(name, stepping, monkeypatch):
 
 # ----------------------------------------------------------------------------- prompts in pieces
 
+
 @pytest.mark.parametrize("name", ["dense", "norm", "blocks", "select", "select, one mask"])
 def test_rows_at_a_time_change_nothing(name):
-    """Two rows at a time, then one: logits and the joined cache decode as if all rows had been read together."""
-    model, x = made(name, torch.float32 if CUDA else torch.float64), tokens(5, 41).to(DEVICE)
+    """Two rows at a time, then one: logits and the joined cache decode as if all rows had been read
+    together."""
+    model = made(name, torch.float32 if CUDA else torch.float64)
+    x = tokens(5, 41).to(DEVICE)
     pad = torch.tensor([0, 7, 0, 40, 2], device=DEVICE)
     want, whole = prefill(model, x, 60, pad)
     for at_once in (2 * 41 + 5, 41):
         got, parts = prefill(model, x, 60, pad, at_once)
         assert parts.length == whole.length == 41 and torch.equal(parts.pad, whole.pad)
-        follow, scale = tokens(5, 6, seed=8).to(DEVICE), want.abs().max()
+        follow = tokens(5, 6, seed=8).to(DEVICE)
+        scale = want.abs().max()
         tolerance = 1e-9 if got.dtype == torch.float64 else 2e-3
         assert (got - want).abs().max() < tolerance * scale
         with torch.no_grad():
             for i in range(6):
-                a, b = model(follow[:, i:i + 1], whole), model(follow[:, i:i + 1], parts)
+                a = model(follow[:, i : i + 1], whole)
+                b = model(follow[:, i : i + 1], parts)
                 assert (a - b).abs().max() < tolerance * scale
         whole = prefill(model, x, 60, pad)[1]
 
 
 def test_a_prompt_in_pieces_reads_itself_whole_and_what_came_before_as_stored():
-    """at_once below the prompt's length: the same as calling the model piece by piece; without compression the same as in one piece."""
+    """at_once below the prompt's length: the same as calling the model piece by piece; without
+    compression the same as in one piece."""
     x = tokens(2, 50).to(DEVICE)
     for name in ("dense", "norm", "patterns"):
         model = made(name, torch.float32 if CUDA else torch.float64)
         tolerance = 1e-9 if not CUDA else 2e-3
         got, _ = prefill(model, x, 60, None, 13)
         with torch.no_grad():
-            logits, at = [], 0
+            logits = []
+            at = 0
             for row in x:
-                cache, at = model.new_cache(1, 60), 0
+                cache = model.new_cache(1, 60)
+                at = 0
                 while at < 50:
-                    last = model(row[None, at:at + 13], cache)[:, -1]
+                    last = model(row[None, at : at + 13], cache)[:, -1]
                     at += 13
                 logits.append(last)
         want = torch.cat(logits)
         assert (got - want).abs().max() < tolerance * want.abs().max()
         whole = prefill(model, x, 60)[0]
-        near = (got - whole).abs().max() < 1e-6 * whole.abs().max() if not CUDA else (got - whole).abs().max() < 2e-3 * whole.abs().max()
+        near = (
+            (got - whole).abs().max() < 1e-6 * whole.abs().max()
+            if not CUDA
+            else (got - whole).abs().max() < 2e-3 * whole.abs().max()
+        )
         assert bool(near) == (name == "dense")
 
 
 def test_a_selecting_storage_gets_whole_prompts():
     """It looks at a whole prompt, so a budget below one prompt means one row at a time."""
-    model, x, seen = made("select"), tokens(3, 41).to(DEVICE), []
+    model = made("select")
+    x = tokens(3, 41).to(DEVICE)
+    seen = []
     model.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape)))
     prefill(model, x, 50, None, 10)
     assert seen == [(1, 41)] * 3
@@ -191,22 +310,28 @@ def test_a_selecting_storage_gets_whole_prompts():
 
 @pytest.mark.parametrize("dropped", [True, False])
 def test_joined_selected_caches_keep_positions_and_sequences(dropped):
-    """slice of a join gives back each part, positions of survivors included, whether or not one part dropped no token."""
+    """slice of a join gives back each part, positions of survivors included, whether or not one
+    part dropped no token."""
     g = torch.Generator().manual_seed(0)
     parts = []
     for b, share in ((2, 0.6), (1, 1.0 if not dropped else 0.3), (1, 1.0)):
         k, z = torch.randn(2, b, 3, 90, 16, generator=g)
-        keep, mask = torch.rand(b, 3, 90, generator=g) < share, torch.rand(b, 3, 90, 4, generator=g) < 0.5
+        keep = torch.rand(b, 3, 90, generator=g) < share
+        mask = torch.rand(b, 3, 90, 4, generator=g) < 0.5
         c = SelectedCache(b, 100, 3, 16, 4, 3, k)
         c.pack(k, z, keep, mask, torch.ones(b, 90, dtype=torch.bool))
         c.append(*torch.randn(2, b, 3, 4, 16, generator=g), torch.zeros(b, dtype=torch.int64))
         parts.append(c)
     joined = SelectedCache.join(parts)
-    assert joined.B == 4 and joined.columns == 94 and joined.longest == max(c.longest for c in parts)
+    assert (
+        joined.B == 4 and joined.columns == 94 and joined.longest == max(c.longest for c in parts)
+    )
     for rows, part in (([0, 1], parts[0]), ([2], parts[1]), ([3], parts[2])):
         got = joined.slice(rows)
         assert all(torch.equal(a, b) for a, b in zip(got.unpack(), part.unpack(), strict=True))
-        assert torch.equal(got.columns_held(), part.columns_held()) and all(torch.equal(a, b) for a, b in zip(got.tail(), part.tail(), strict=True))
+        assert torch.equal(got.columns_held(), part.columns_held()) and all(
+            torch.equal(a, b) for a, b in zip(got.tail(), part.tail(), strict=True)
+        )
         part.truncate(50)
         again = joined.slice(rows)
         again.truncate(50)
@@ -215,7 +340,8 @@ def test_joined_selected_caches_keep_positions_and_sequences(dropped):
 
 def test_join_of_one_cache_is_that_cache_and_saves_like_any(tmp_path):
     """KVCache.join([c]) is c; a joined cache is saved and loaded, and decodes on."""
-    model, x = made("norm", torch.float64 if not CUDA else torch.float32), tokens(4, 30).to(DEVICE)
+    model = made("norm", torch.float64 if not CUDA else torch.float32)
+    x = tokens(4, 30).to(DEVICE)
     _, one = prefill(model, x, 40)
     assert KVCache.join([one]) is one
     _, joined = prefill(model, x, 40, None, 30)
@@ -233,11 +359,17 @@ def test_generate_refuses_a_negative_budget():
 
 # ----------------------------------------------------------------------------- on a GPU
 
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=GPU) for n in [*STORED, *SELECTED]])
 def test_graphs_and_compilation_give_the_same_tokens(name, monkeypatch):
-    """CUDA graphs, with torch.compile too, against plain forward calls: the same greedy tokens for a batch with padding, float32."""
-    model, prompts = made(name), [tokens(n, seed=n).tolist() for n in (60, 33)]
-    got = [generate(model, prompts, 30, compiled=c)[0] for c in ((False, True) if name == "norm" else (False,))]
+    """CUDA graphs, with torch.compile too, against plain forward calls: the same greedy tokens for
+    a batch with padding, float32."""
+    model = made(name)
+    prompts = [tokens(n, seed=n).tolist() for n in (60, 33)]
+    got = [
+        generate(model, prompts, 30, compiled=c)[0]
+        for c in ((False, True) if name == "norm" else (False,))
+    ]
     monkeypatch.setattr(Steps, "possible", staticmethod(lambda m: False))
     want = generate(model, prompts, 30)[0]
     assert all(g == want for g in got)
@@ -245,9 +377,21 @@ def test_graphs_and_compilation_give_the_same_tokens(name, monkeypatch):
 
 @pytest.mark.parametrize("groups", [pytest.param(16, marks=GPU)])
 def test_a_long_prompt_needs_one_chunk_of_whole_values_beyond_the_cache(groups):
-    """Peak memory of a prefill in pieces of 512 tokens, weights aside: the packed cache, and what 512 tokens take in a pass of their own
-    (measured), twice over; reading all at once takes several times that."""
-    cfg = trunk.Transformer(TINY.__class__(vocab_size=101, block_size=16384, n_layer=4, n_embd=256, n_head=8, n_kv_head=8, head_dim=64, n_inner=512))
+    """Peak memory of a prefill in pieces of 512 tokens, weights aside: the packed cache, and what
+    512 tokens take in a pass of their own (measured), twice over; reading all at once takes several
+    times that."""
+    cfg = trunk.Transformer(
+        TINY.__class__(
+            vocab_size=101,
+            block_size=16384,
+            n_layer=4,
+            n_embd=256,
+            n_head=8,
+            n_kv_head=8,
+            head_dim=64,
+            n_inner=512,
+        )
+    )
     model = randomise(cfg, 0.05).to(DEVICE, torch.bfloat16).eval()
     kv = KVConfig(n_groups=groups, topk_groups=groups // 2, value_basis="native", kv_tail=16)
     kv_router.fold(kv_router.attach(model, kv, None))
@@ -261,7 +405,8 @@ def test_a_long_prompt_needs_one_chunk_of_whole_values_beyond_the_cache(groups):
         _, cache = prefill(model, x[:, :n], 16100, None, at_once)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, cache.nbytes()
+
     alone, held = peak(512, 512)
     pieces, _ = peak(16000, 512)
     whole, _ = peak(16000, 0)
-    assert pieces < held + 2 * (alone - held) + 2 ** 20 * 8 and whole > 2 * pieces - held
+    assert pieces < held + 2 * (alone - held) + 2**20 * 8 and whole > 2 * pieces - held

@@ -1,4 +1,6 @@
-"""Promises 2, 3, 5, 7, 8, 12, 19 and 20: what a run of train.py does when it is stopped, resumed, fed bad numbers, or split over ranks."""
+"""Promises 2, 3, 5, 7, 8, 12, 19 and 20: what a run of train.py does when it is stopped, resumed,
+fed bad numbers, or split over ranks."""
+
 import math
 import os
 import random
@@ -10,7 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, arguments, assert_equal, before_step, copies, losses, pretrain, python, rows_without_time, tensors, wait_for_steps
+from runs import (
+    TINY,
+    arguments,
+    assert_equal,
+    before_step,
+    copies,
+    losses,
+    pretrain,
+    python,
+    rows_without_time,
+    tensors,
+    wait_for_steps,
+)
 
 import checkpoint
 import data
@@ -18,8 +32,14 @@ import train
 import trainer
 from model import Transformer, lm_loss
 
-ROUTED = ["--adapter=routed", "--lora_dropout=0.1", "--accumulation=2", "--kv=value_groups", "--value_router=linear",
-          "--reconstructor=pairwise"]
+ROUTED = [
+    "--adapter=routed",
+    "--lora_dropout=0.1",
+    "--accumulation=2",
+    "--kv=value_groups",
+    "--value_router=linear",
+    "--reconstructor=pairwise",
+]
 WARM = ["--adapter=moe_lora", "--reconstructor=mlp", "--kv_warmup=0.8"]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
 SIGNALS = {"SIGINT": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}
@@ -28,10 +48,15 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 # -- resume, evaluation, signals
 
-@pytest.mark.parametrize("kind, flags", [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", WARM)],
-                         ids=["pretrain", "adapt-routed", "adapt-moe_lora"])
+
+@pytest.mark.parametrize(
+    "kind, flags",
+    [("pretrain", ["--accumulation=3"]), ("adapt", ROUTED), ("adapt", WARM)],
+    ids=["pretrain", "adapt-routed", "adapt-moe_lora"],
+)
 def test_resume_bitwise(kind, flags, tmp_path, run_stage, monkeypatch):
-    """30 steps unbroken, and 20 steps, SIGTERM, a start with --resume: every loss and final tensor, moments included, are the same bits."""
+    """30 steps unbroken, and 20 steps, SIGTERM, a start with --resume: every loss and final tensor,
+    moments included, are the same bits."""
     flags = [*flags, f"--{kind}_steps=30", "--eval_interval=6"]
     whole = run_stage(kind, tmp_path / "whole", *flags)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stopped:
@@ -44,27 +69,47 @@ def test_resume_bitwise(kind, flags, tmp_path, run_stage, monkeypatch):
     run_stage(kind, tmp_path / "broken", *flags, "--resume")
     assert losses(broken) == losses(whole) and [s for s, _ in losses(whole)] == list(range(30))
     assert_equal(tensors(broken / "step-00000030"), tensors(whole / "step-00000030"))
-    values = [[(r["after"], r["val_loss"]) for r in checkpoint.read_jsonl(s / "metrics.jsonl") if "val_loss" in r] for s in (whole, broken)]
+    values = [
+        [
+            (r["after"], r["val_loss"])
+            for r in checkpoint.read_jsonl(s / "metrics.jsonl")
+            if "val_loss" in r
+        ]
+        for s in (whole, broken)
+    ]
     assert values[0] == values[1] and [a for a, _ in values[0]] == [6, 12, 18, 24, 30]
     assert checkpoint.load(whole / "best").step == checkpoint.load(broken / "best").step
 
 
-@pytest.mark.parametrize("kind, flags", [("pretrain", []), ("adapt", ROUTED)], ids=["pretrain", "adapt"])
+@pytest.mark.parametrize(
+    "kind, flags", [("pretrain", []), ("adapt", ROUTED)], ids=["pretrain", "adapt"]
+)
 def test_evaluation_and_sampling_never_change_training(kind, flags, tmp_path, run_stage):
-    """Losses and final tensors are the same bits whatever eval_interval, sample_interval and save_interval are."""
+    """Losses and final tensors are the same bits whatever eval_interval, sample_interval and
+    save_interval are."""
     variants = [("0", "0", "200"), ("1", "0", "4"), ("7", "3", "200"), ("0", "1", "1")]
-    runs = [run_stage(kind, tmp_path / "-".join(v), *flags, f"--{kind}_steps=8",
-                      *(f"--{n}_interval={i}" for n, i in zip(("eval", "sample", "save"), v, strict=True))) for v in variants]
+    runs = [
+        run_stage(
+            kind,
+            tmp_path / "-".join(v),
+            *flags,
+            f"--{kind}_steps=8",
+            *(f"--{n}_interval={i}" for n, i in zip(("eval", "sample", "save"), v, strict=True)),
+        )
+        for v in variants
+    ]
     for r in runs[1:]:
         assert losses(r) == losses(runs[0])
         assert_equal(tensors(r / "step-00000008"), tensors(runs[0] / "step-00000008"))
 
 
 def test_resume_newest_valid_says_why(tmp_path, text, run_stage, capsys):
-    """--resume takes the newest whole checkpoint, names each one passed over and why, and ends where the unbroken run ended."""
+    """--resume takes the newest whole checkpoint, names each one passed over and why, and ends
+    where the unbroken run ended."""
     flags = ["--pretrain_steps=12", "--save_interval=4", "--keep_checkpoints=3"]
     stage = run_stage("pretrain", tmp_path / "run", *flags)
-    end, trace = tensors(stage / "step-00000012"), losses(stage)
+    end = tensors(stage / "step-00000012")
+    trace = losses(stage)
     weights = stage / "step-00000012" / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
     damaged[-5] ^= 16
@@ -75,8 +120,12 @@ def test_resume_newest_valid_says_why(tmp_path, text, run_stage, capsys):
     capsys.readouterr()
     run_stage("pretrain", tmp_path / "run", *flags, "--resume")
     lines = capsys.readouterr().err.splitlines()
-    for name, why in (("step-00000012", "model.safetensors is damaged"), ("step-00000099", "empty folder"),
-                      ("step-foreign", "its name is not"), (".tmp-step-00000016-77-0123abcd", "deleted")):
+    for name, why in (
+        ("step-00000012", "model.safetensors is damaged"),
+        ("step-00000099", "empty folder"),
+        ("step-foreign", "its name is not"),
+        (".tmp-step-00000016-77-0123abcd", "deleted"),
+    ):
         assert any(name in line and why in line for line in lines), (name, lines)
     assert any(line.endswith("resumed from " + str(stage / "step-00000008")) for line in lines)
     assert losses(stage) == trace
@@ -84,7 +133,8 @@ def test_resume_newest_valid_says_why(tmp_path, text, run_stage, capsys):
 
 
 def test_resume_without_usable_checkpoint_starts_anew(tmp_path, run_stage, capsys):
-    """A stage killed before its first checkpoint, or with none left whole, starts at step 0 again; no step is logged twice."""
+    """A stage killed before its first checkpoint, or with none left whole, starts at step 0 again;
+    no step is logged twice."""
     stage = run_stage("pretrain", tmp_path / "run", "--pretrain_steps=5", "--eval_interval=2")
     trace = losses(stage)
     (stage / "step-00000005" / "manifest.json").write_text("{")
@@ -94,38 +144,56 @@ def test_resume_without_usable_checkpoint_starts_anew(tmp_path, run_stage, capsy
 
 
 def test_resume_remembers_the_best(tmp_path, run_stage, monkeypatch, trainers):
-    """After a resume the best weights are still the best: later, worse ones do not take their place."""
+    """After a resume the best weights are still the best: later, worse ones do not take their
+    place."""
     monkeypatch.setattr(trainer, "validation_loss", lambda *a: 1.0 + trainers[-1].step)
     flags = ["--pretrain_steps=8", "--eval_interval=2"]
     with monkeypatch.context() as m, pytest.raises(SystemExit):
         before_step(m, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run_stage("pretrain", tmp_path / "run", *flags)
     stage = run_stage("pretrain", tmp_path / "run", *flags, "--resume")
-    assert checkpoint.load(stage / "best").step == 2 and checkpoint.load(stage / "step-00000008").state["best"] == 3.0
+    assert (
+        checkpoint.load(stage / "best").step == 2
+        and checkpoint.load(stage / "step-00000008").state["best"] == 3.0
+    )
     assert train.find_checkpoint(stage) == stage / "best"
 
 
 def test_resume_refuses_other_flags(tmp_path, run_stage):
     """A checkpoint of another model, rate or length is not continued as if it were this run's."""
     run_stage("pretrain", tmp_path / "run", "--pretrain_steps=3")
-    for flag, what in (("--pretrain_lr=0.1", "lr=0.003"), ("--pretrain_steps=9", "steps=3"), ("--seed=4", "seed=0"),
-                       ("--n_inner=40", "model=")):
+    for flag, what in (
+        ("--pretrain_lr=0.1", "lr=0.003"),
+        ("--pretrain_steps=9", "steps=3"),
+        ("--seed=4", "seed=0"),
+        ("--n_inner=40", "model="),
+    ):
         with pytest.raises(ValueError, match=f"was trained with {what}.*same flags"):
             run_stage("pretrain", tmp_path / "run", "--pretrain_steps=3", flag, "--resume")
 
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage):
-    """SIGINT or SIGTERM to a real process: one checkpoint, at a step boundary, exit 130 or 143, no traceback; --resume goes on."""
+    """SIGINT or SIGTERM to a real process: one checkpoint, at a step boundary, exit 130 or 143, no
+    traceback; --resume goes on."""
     number, code = SIGNALS[name]
-    flags = [f"--dataset={text}", f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=250", "--pretrain_batch_size=2"]
+    flags = [
+        f"--dataset={text}",
+        f"--out_dir={tmp_path / 'run'}",
+        "--pretrain_steps=250",
+        "--pretrain_batch_size=2",
+    ]
     p = python("train.py", *TINY, "--stage=pretrain", *flags, wait=None)
     stage = tmp_path / "run" / "pretrain"
     wait_for_steps(stage, p)
     p.send_signal(number)
     _, err = p.communicate(timeout=60)
     assert p.returncode == code, err
-    assert "Traceback" not in err and "stopped by a signal" in err and f"--resume --out_dir={tmp_path / 'run'}" in err
+    assert (
+        "Traceback" not in err
+        and "stopped by a signal" in err
+        and f"--resume --out_dir={tmp_path / 'run'}" in err
+    )
     saved = [q.name for q in stage.iterdir() if q.is_dir()]
     assert len(saved) == 1 and checkpoint.verify(stage / saved[0]) is None
     assert checkpoint.load(stage / saved[0]).step == len(losses(stage)) < 250
@@ -135,10 +203,20 @@ def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage)
 
 
 def test_signal_in_last_step_ends_the_pipeline(tmp_path, text, monkeypatch):
-    """A signal that comes while the last step of pretraining is evaluated is not lost: the step is saved and adaptation does not begin."""
-    monkeypatch.setattr(trainer.Trainer, "evaluate", lambda self: os.kill(os.getpid(), signal.SIGINT))
+    """A signal that comes while the last step of pretraining is evaluated is not lost: the step is
+    saved and adaptation does not begin."""
+    monkeypatch.setattr(
+        trainer.Trainer, "evaluate", lambda self: os.kill(os.getpid(), signal.SIGINT)
+    )
     with pytest.raises(SystemExit) as stopped:
-        train.run(arguments(f"--dataset={text}", f"--adapt_dataset={text}", f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=3"))
+        train.run(
+            arguments(
+                f"--dataset={text}",
+                f"--adapt_dataset={text}",
+                f"--out_dir={tmp_path / 'run'}",
+                "--pretrain_steps=3",
+            )
+        )
     assert stopped.value.code == 130
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "pretrain"]
     assert checkpoint.newest(tmp_path / "run" / "pretrain")[0].name == "step-00000003"
@@ -146,36 +224,75 @@ def test_signal_in_last_step_ends_the_pipeline(tmp_path, text, monkeypatch):
 
 # -- what must never reach weights or checkpoints
 
+
 def inject(monkeypatch, how: str, at: int, trainers: list) -> None:
     """Make the training loss, its gradient or its labels bad in step `at`."""
+
     def now():
         return trainers[-1].step == at
+
     if how in ("nan", "inf"):
-        monkeypatch.setattr(trainer, "lm_loss", lambda *a: lm_loss(*a) * (float(how) if now() else 1.0))
+        monkeypatch.setattr(
+            trainer, "lm_loss", lambda *a: lm_loss(*a) * (float(how) if now() else 1.0)
+        )
     elif how == "masked":
+
         def masked(*a, **k):
             x, y = data.batch(*a, **k)
             return x, y.fill_(-100) if a[3] == at and a[1] == "train" else y
+
         monkeypatch.setattr(trainer, "batch", masked)
     else:
-        before_step(monkeypatch, 0, lambda: trainers[-1].s.params[-1].register_hook(lambda g: g * math.inf if now() else g))
+        before_step(
+            monkeypatch,
+            0,
+            lambda: trainers[-1].s.params[-1].register_hook(lambda g: g * math.inf if now() else g),
+        )
 
 
-@pytest.mark.parametrize("kind, how", [("pretrain", "nan"), ("pretrain", "inf"), ("pretrain", "gradient"), ("pretrain", "masked"),
-                                       ("adapt", "nan"), ("adapt", "gradient")])
-def test_non_finite_never_reaches_weights(kind, how, tmp_path, run_stage, monkeypatch, capsys, trainers):
-    """NaN or inf in loss or gradient, or labels all masked: exit 3 naming step, rate, norm and last good checkpoint; nothing changed."""
+@pytest.mark.parametrize(
+    "kind, how",
+    [
+        ("pretrain", "nan"),
+        ("pretrain", "inf"),
+        ("pretrain", "gradient"),
+        ("pretrain", "masked"),
+        ("adapt", "nan"),
+        ("adapt", "gradient"),
+    ],
+)
+def test_non_finite_never_reaches_weights(
+    kind, how, tmp_path, run_stage, monkeypatch, capsys, trainers
+):
+    """NaN or inf in loss or gradient, or labels all masked: exit 3 naming step, rate, norm and last
+    good checkpoint; nothing changed."""
     inject(monkeypatch, how, 7, trainers)
     before = {}
 
     def remember():
         t = trainers[-1]
         files = {p: p.read_bytes() for p in t.s.folder.rglob("*") if p.is_file()}
-        before.update(weights=copies(t.s.model.state_dict()), best=t.best, files=files,
-                      moments=copies({f"{i}.{k}": v for i, s in t.opt.state_dict()["state"].items() for k, v in s.items()}))
+        before.update(
+            weights=copies(t.s.model.state_dict()),
+            best=t.best,
+            files=files,
+            moments=copies(
+                {
+                    f"{i}.{k}": v
+                    for i, s in t.opt.state_dict()["state"].items()
+                    for k, v in s.items()
+                }
+            ),
+        )
+
     before_step(monkeypatch, 7, remember)
     with pytest.raises(SystemExit) as e:
-        flags = [*(ROUTED if kind == "adapt" else []), f"--{kind}_steps=20", "--save_interval=5", "--eval_interval=3"]
+        flags = [
+            *(ROUTED if kind == "adapt" else []),
+            f"--{kind}_steps=20",
+            "--save_interval=5",
+            "--eval_interval=3",
+        ]
         run_stage(kind, tmp_path / "run", *flags)
     t = trainers[-1]
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -184,14 +301,18 @@ def test_non_finite_never_reaches_weights(kind, how, tmp_path, run_stage, monkey
     assert str(t.s.folder / "step-00000005") in message
     assert math.isfinite(t.best) and t.best == before["best"] and t.step == 7
     assert_equal(t.s.model.state_dict(), before["weights"])
-    assert_equal({f"{i}.{k}": v for i, s in t.opt.state_dict()["state"].items() for k, v in s.items()}, before["moments"])
+    assert_equal(
+        {f"{i}.{k}": v for i, s in t.opt.state_dict()["state"].items() for k, v in s.items()},
+        before["moments"],
+    )
     assert {p: p.read_bytes() for p in t.s.folder.rglob("*") if p.is_file()} == before["files"]
     for name in ("step-00000005", "best"):
         assert all(v.isfinite().all() for v in tensors(t.s.folder / name).values())
 
 
 def test_non_finite_validation_is_not_the_best(tmp_path, run_stage, monkeypatch, capsys):
-    """A validation loss that is no number ends the run with exit 3 before anything is saved as best."""
+    """A validation loss that is no number ends the run with exit 3 before anything is saved as
+    best."""
     monkeypatch.setattr(trainer, "mean_loss", lambda *a: math.nan)
     with pytest.raises(SystemExit) as e:
         run_stage("pretrain", tmp_path / "run", "--pretrain_steps=4", "--eval_interval=2")
@@ -200,20 +321,35 @@ def test_non_finite_validation_is_not_the_best(tmp_path, run_stage, monkeypatch,
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "adapt"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")],
-                         ids=["cuda", "python", "cpu"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+    ids=["cuda", "python", "cpu"],
+)
 def test_out_of_memory_names_sizes(kind, error, tmp_path, run_stage, monkeypatch):
-    """Out of memory becomes one ValueError with batch size, context and accumulation as this stage has them."""
+    """Out of memory becomes one ValueError with batch size, context and accumulation as this stage
+    has them."""
     forward = Transformer.forward
 
     def boom(self, *a, **k):
         if self.training and torch.is_grad_enabled():
             raise error
         return forward(self, *a, **k)
+
     monkeypatch.setattr(Transformer, "forward", boom)
-    with pytest.raises(ValueError, match=r"out of memory with batch size 5, context 24, accumulation 3: .*lower the batch size"):
-        run_stage(kind, tmp_path / "run", f"--{kind}_batch_size=5", "--accumulation=3", "--block_size=24")
+    with pytest.raises(
+        ValueError,
+        match=r"out of memory with batch size 5, context 24, accumulation 3: .*lower the batch size",
+    ):
+        run_stage(
+            kind, tmp_path / "run", f"--{kind}_batch_size=5", "--accumulation=3", "--block_size=24"
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -226,11 +362,14 @@ def test_out_of_memory_is_not_guessed(tmp_path, run_stage, monkeypatch):
 
 # -- the global batch
 
+
 def gradient(stage, cfg, accumulation: int, w) -> tuple[float, dict]:
     """Loss and gradients of step 3, by parameter."""
     for p in stage.params:
         p.grad = None
-    loss, norm, _ = trainer.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=accumulation), w, False)
+    loss, norm, _ = trainer.gradients(
+        stage, stage.model, 3, train.replace(cfg, accumulation=accumulation), w, False
+    )
     assert norm > 0
     names = {p: n for n, p in stage.model.named_parameters()}
     return loss, {names[p]: p.grad.clone() for p in stage.params}
@@ -242,11 +381,17 @@ def assert_close(a: dict, b: dict, tol: float) -> None:
     assert all(b[k].norm() > 0 for k in b) and max(far.values()) < tol, far
 
 
-@pytest.mark.parametrize("flags", [["--adapter=routed", "--reconstructor=pairwise"],
-                                   ["--adapter=moe_lora", "--reconstructor=mlp", "--lm_to_router"]],
-                         ids=["routed", "moe_lora"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--adapter=routed", "--reconstructor=pairwise"],
+        ["--adapter=moe_lora", "--reconstructor=mlp", "--lm_to_router"],
+    ],
+    ids=["routed", "moe_lora"],
+)
 def test_accumulation_means_the_same_batch(flags, stage_of):
-    """1, 2, 3, 8, 11 and 40 micro-steps of 11 sequences give the gradients of one pass, auxiliary losses included."""
+    """1, 2, 3, 8, 11 and 40 micro-steps of 11 sequences give the gradients of one pass, auxiliary
+    losses included."""
     stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", *flags)
     one = trainer.World(0, 1, torch.device("cpu"))
     loss, want = gradient(stage, cfg, 1, one)
@@ -258,30 +403,47 @@ def test_accumulation_means_the_same_batch(flags, stage_of):
 
 @pytest.mark.parametrize("ranks", [2, 3, 14])
 def test_ranks_mean_the_same_batch(ranks, stage_of):
-    """The shares of 2, 3 and 14 ranks (11 sequences: uneven, and 3 of 14 shares empty) add up to the gradients of one process."""
+    """The shares of 2, 3 and 14 ranks (11 sequences: uneven, and 3 of 14 shares empty) add up to
+    the gradients of one process."""
     stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", "--reconstructor=pairwise")
 
     class Alone(trainer.World):
         def sum(self, t):
             return t
+
     loss, want = gradient(stage, cfg, 1, trainer.World(0, 1, torch.device("cpu")))
     parts = []
     for rank in range(ranks):
         for p in stage.params:
             p.grad = None
         w = Alone(rank, ranks, torch.device("cpu"))
-        share = trainer.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=2), w, False)[0]
+        share = trainer.gradients(
+            stage, stage.model, 3, train.replace(cfg, accumulation=2), w, False
+        )[0]
         parts.append((share, [p.grad.clone() for p in stage.params]))
     names = {p: n for n, p in stage.model.named_parameters()}
     assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-6)
-    assert_close({names[p]: sum(part[1][i] for part in parts) for i, p in enumerate(stage.params)}, want, 2e-5)
+    assert_close(
+        {names[p]: sum(part[1][i] for part in parts) for i, p in enumerate(stage.params)},
+        want,
+        2e-5,
+    )
 
 
 def test_two_processes_equal_one(tmp_path, text):
-    """The whole pipeline on 2 gloo processes ends as on one: 3 sequences pretrain (uneven), 1 sequence adapts (one rank is empty).
-    Adaptation is compared from the same base: where eigenvalues nearly coincide, a basis is no continuous function of the weights."""
-    flags = [f"--dataset={text}", f"--adapt_dataset={text}", "--pretrain_steps=8", "--adapt_steps=6", "--pretrain_batch_size=3",
-             "--adapt_batch_size=1", "--seeds=1", "--lora_dropout=0"]
+    """The whole pipeline on 2 gloo processes ends as on one: 3 sequences pretrain (uneven), 1
+    sequence adapts (one rank is empty). Adaptation is compared from the same base: where
+    eigenvalues nearly coincide, a basis is no continuous function of the weights."""
+    flags = [
+        f"--dataset={text}",
+        f"--adapt_dataset={text}",
+        "--pretrain_steps=8",
+        "--adapt_steps=6",
+        "--pretrain_batch_size=3",
+        "--adapt_batch_size=1",
+        "--seeds=1",
+        "--lora_dropout=0",
+    ]
     p = python(*TWO_PROCESSES, *TINY, *flags, f"--out_dir={tmp_path / 'two'}", wait=100)
     assert p.returncode == 0, p.err
     pretrain(tmp_path / "alone", text, *flags)
@@ -291,28 +453,48 @@ def test_two_processes_equal_one(tmp_path, text):
         pair = ("alone" if stage == "pretrain" else "one", "two")
         one, two = (losses(tmp_path / n / stage) for n in pair)
         assert [s for s, _ in one] == [s for s, _ in two]
-        assert [float(v) for _, v in two] == pytest.approx([float(v) for _, v in one], rel=1e-4), stage
+        assert [float(v) for _, v in two] == pytest.approx([float(v) for _, v in one], rel=1e-4), (
+            stage
+        )
         one, two = (tensors(train.find_checkpoint(tmp_path / n / stage)) for n in pair)
         assert one.keys() == two.keys()
         for k in one:
             if not k.startswith("optimizer"):
-                assert torch.allclose(one[k].double(), two[k].double(), rtol=1e-3, atol=2e-4), (stage, k, (one[k] - two[k]).abs().max())
-    for a, b in zip(rows_without_time(tmp_path / "one"), rows_without_time(tmp_path / "two"), strict=True):
-        assert a["value"] == pytest.approx(b.pop("value"), rel=1e-3) and a["dense_value"] == pytest.approx(b.pop("dense_value"), rel=1e-3)
+                assert torch.allclose(one[k].double(), two[k].double(), rtol=1e-3, atol=2e-4), (
+                    stage,
+                    k,
+                    (one[k] - two[k]).abs().max(),
+                )
+    for a, b in zip(
+        rows_without_time(tmp_path / "one"), rows_without_time(tmp_path / "two"), strict=True
+    ):
+        assert a["value"] == pytest.approx(b.pop("value"), rel=1e-3) and a[
+            "dense_value"
+        ] == pytest.approx(b.pop("dense_value"), rel=1e-3)
         assert a | b == a
 
 
 def test_dying_rank_ends_the_job(tmp_path, text):
-    """SIGKILL one of two ranks in the middle of training: the job ends by itself within 60 s, with an error."""
-    p = python(*TWO_PROCESSES, *TINY, "--stage=pretrain", f"--dataset={text}",
-               f"--out_dir={tmp_path / 'run'}", "--pretrain_steps=1000000", wait=None)
+    """SIGKILL one of two ranks in the middle of training: the job ends by itself within 60 s, with
+    an error."""
+    p = python(
+        *TWO_PROCESSES,
+        *TINY,
+        "--stage=pretrain",
+        f"--dataset={text}",
+        f"--out_dir={tmp_path / 'run'}",
+        "--pretrain_steps=1000000",
+        wait=None,
+    )
     try:
         wait_for_steps(tmp_path / "run" / "pretrain", p)
         ranks = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 if int(stat.read_text().rpartition(")")[2].split()[1]) == p.pid:
-                    rank = re.search(rb"(?:^|\0)RANK=(\d+)\0", (stat.parent / "environ").read_bytes())
+                    rank = re.search(
+                        rb"(?:^|\0)RANK=(\d+)\0", (stat.parent / "environ").read_bytes()
+                    )
                     ranks[int(rank[1])] = int(stat.parent.name)
             except (OSError, TypeError):
                 continue

@@ -1,4 +1,6 @@
-"""A run knows its base, its text and its settings: what would silently measure, resume or adapt something else is refused or put right."""
+"""A run knows its base, its text and its settings: what would silently measure, resume or adapt
+something else is refused or put right."""
+
 from __future__ import annotations
 
 import json
@@ -20,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 @pytest.fixture
 def adapted(tmp_path, text, base):
     """A run of one adaptation, two steps, half of the text held out."""
-    train.run(adapt_arguments(tmp_path / "run", text, base, "--adapt_steps=2", "--val_fraction=0.5"))
+    train.run(
+        adapt_arguments(tmp_path / "run", text, base, "--adapt_steps=2", "--val_fraction=0.5")
+    )
     return tmp_path / "run"
 
 
@@ -30,27 +34,47 @@ def rows(capsys, *flags) -> list[dict]:
 
 
 def test_evaluation_reads_the_text_as_the_run_prepared_it(adapted, tmp_path, text, capsys):
-    """Without flags eval.py uses the run's own val_fraction, so no training document is measured; a flag still wins."""
+    """Without flags eval.py uses the run's own val_fraction, so no training document is measured; a
+    flag still wins."""
     common = [f"--out_dir={adapted}", f"--results={tmp_path / 'r'}", "--sequences=999"]
-    own, same, other = (rows(capsys, *common, *f)[0] for f in ([], ["--val_fraction=0.5"], ["--val_fraction=0.1"]))
+    own, same, other = (
+        rows(capsys, *common, *f)[0] for f in ([], ["--val_fraction=0.5"], ["--val_fraction=0.1"])
+    )
     assert own["n"] == same["n"] and own["value"] == same["value"] and own["n"] > 2 * other["n"]
 
 
-@pytest.mark.parametrize("flag, why", [("--val_fraction=0.1", "data="), ("--detokenize", "data="), ("--weights=bfloat16", "weights=")])
+@pytest.mark.parametrize(
+    "flag, why",
+    [
+        ("--val_fraction=0.1", "data="),
+        ("--detokenize", "data="),
+        ("--weights=bfloat16", "weights="),
+    ],
+)
 def test_resume_refuses_other_text_and_weights(flag, why, adapted, text, base):
-    """What the tokens are made of and how the base is held belong to a run: resuming with something else names it."""
-    flags = ["--adapt_steps=2", "--val_fraction=0.5", "--resume", "--dtype=bfloat16" if "weights" in flag else "--dtype=auto", flag]
+    """What the tokens are made of and how the base is held belong to a run: resuming with something
+    else names it."""
+    flags = [
+        "--adapt_steps=2",
+        "--val_fraction=0.5",
+        "--resume",
+        "--dtype=bfloat16" if "weights" in flag else "--dtype=auto",
+        flag,
+    ]
     line = error_line(train.run, adapt_arguments(adapted, text, base, *flags))
     assert (why in line or "optimizer=" in line) and "resume with the same flags" in line
 
 
 def test_resume_refuses_another_base_and_changed_text(adapted, tmp_path, text, base):
-    """A base of the same shape with other weights, and a text that has changed under its name, are refused by name."""
+    """A base of the same shape with other weights, and a text that has changed under its name, are
+    refused by name."""
     other = pretrain(tmp_path / "other", text, "--pretrain_steps=3")
     flags = ["--adapt_steps=2", "--val_fraction=0.5", "--resume"]
     assert "base_sha256=" in error_line(train.run, adapt_arguments(adapted, text, other, *flags))
     config = checkpoint.load(adapted / "routed-s0" / checkpoint.step_name(2)).config
-    files = data.prepare_splits(text, DataConfig(val_fraction=0.5), get_tokenizer("byte"), ["train", "val"])
+    files = data.prepare_splits(
+        text, DataConfig(val_fraction=0.5), get_tokenizer("byte"), ["train", "val"]
+    )
     assert config["tokens"] == [f.header["sha256"] for f in files]
     assert config["data"] == {"tokenizer": "byte", "val_fraction": 0.5, "detokenize": False}
 
@@ -65,40 +89,99 @@ def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path, text, base):
 
 
 def test_no_number_comes_from_the_text_it_was_fitted_to(tmp_path, text, base, capsys):
-    """A table tested on its adaptation text, and bases calibrated on the measured text under any spelling of its path, are refused."""
+    """A table tested on its adaptation text, and bases calibrated on the measured text under any
+    spelling of its path, are refused."""
     twice = f"text:{text[5:]}/../{text.rsplit('/', 1)[1]}"
-    args = arguments("--stage=all", f"--init_from={base}", f"--out_dir={tmp_path / 'x'}", f"--adapt_dataset={text}", f"--test_dataset={twice}")
-    assert "that is the text adapted on" in error_line(train.run, args) and not (tmp_path / "x").exists()
-    flags = [f"--out_dir={base}", f"--results={tmp_path / 'r'}", "--groups=4", f"--calibrate={twice}"]
+    args = arguments(
+        "--stage=all",
+        f"--init_from={base}",
+        f"--out_dir={tmp_path / 'x'}",
+        f"--adapt_dataset={text}",
+        f"--test_dataset={twice}",
+    )
+    assert (
+        "that is the text adapted on" in error_line(train.run, args)
+        and not (tmp_path / "x").exists()
+    )
+    flags = [
+        f"--out_dir={base}",
+        f"--results={tmp_path / 'r'}",
+        "--groups=4",
+        f"--calibrate={twice}",
+    ]
     assert "that is the text that is measured" in error_line(call, evaluation, *flags)
     assert data.same_text("wikitext2", "wikitext103") and not data.same_text("pydocs", "pycode")
-    assert data.whole_split("wikitext2", "test") == "test" and data.whole_split(text, "test") == "all"
+    assert (
+        data.whole_split("wikitext2", "test") == "test" and data.whole_split(text, "test") == "all"
+    )
 
 
-@pytest.mark.parametrize("flags, why", [
-    (["--stage=all", "--dataset=pydocs"], "dataset with init_from"), (["--stage=all", "--pretrain_steps=3"], "pretrain_steps with init_from"),
-    (["--stage=adapt", "--kv=dense", "--kv_from=x"], "there are no value groups")])
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--stage=all", "--dataset=pydocs"], "dataset with init_from"),
+        (["--stage=all", "--pretrain_steps=3"], "pretrain_steps with init_from"),
+        (["--stage=adapt", "--kv=dense", "--kv_from=x"], "there are no value groups"),
+    ],
+)
 def test_flags_that_would_be_ignored_are_refused_by_train(flags, why, tmp_path, base):
-    """Nothing is pretrained on a given base, and a dense cache starts from nobody's value groups."""
-    assert why in error_line(train.run, arguments(*flags, f"--init_from={base}", f"--out_dir={tmp_path / 'x'}"))
+    """Nothing is pretrained on a given base, and a dense cache starts from nobody's value
+    groups."""
+    assert why in error_line(
+        train.run, arguments(*flags, f"--init_from={base}", f"--out_dir={tmp_path / 'x'}")
+    )
 
 
 def test_flags_that_would_be_ignored_are_refused_or_felt_by_eval(adapted, base, tmp_path, capsys):
-    """A trained run refuses storage flags; a base takes any of them as the wish to compress; nothing is trained while measuring."""
+    """A trained run refuses storage flags; a base takes any of them as the wish to compress;
+    nothing is trained while measuring."""
     results = f"--results={tmp_path / 'r'}"
-    assert "kv_tail, topk_groups" in error_line(call, evaluation, f"--out_dir={adapted}", results, "--topk_groups=1", "--kv_tail=0")
-    assert "measuring trains nothing" in error_line(call, evaluation, f"--out_dir={base}", results, "--learn_basis")
-    assert [r["method"] for r in rows(capsys, f"--out_dir={base}", results, "--value_basis=pca", "--sequences=3")] == ["dense", "value_groups"]
+    assert "kv_tail, topk_groups" in error_line(
+        call, evaluation, f"--out_dir={adapted}", results, "--topk_groups=1", "--kv_tail=0"
+    )
+    assert "measuring trains nothing" in error_line(
+        call, evaluation, f"--out_dir={base}", results, "--learn_basis"
+    )
+    assert [
+        r["method"]
+        for r in rows(capsys, f"--out_dir={base}", results, "--value_basis=pca", "--sequences=3")
+    ] == ["dense", "value_groups"]
 
 
 def test_a_base_in_bfloat16_goes_all_the_way(tmp_path, text, base, capsys):
-    """Adapters of every kind train in float32 on bfloat16 weights, and table, sample and evaluation run to their end."""
-    out, flags = tmp_path / "run", ["--weights=bfloat16", "--dtype=bfloat16"]
-    train.run(arguments("--stage=all", f"--init_from={base}", f"--adapt_dataset={text}", f"--out_dir={out}", "--adapt_steps=2", "--seeds=1",
-                        "--sample_interval=1", "--learn_basis", *flags))
+    """Adapters of every kind train in float32 on bfloat16 weights, and table, sample and evaluation
+    run to their end."""
+    out = tmp_path / "run"
+    flags = ["--weights=bfloat16", "--dtype=bfloat16"]
+    train.run(
+        arguments(
+            "--stage=all",
+            f"--init_from={base}",
+            f"--adapt_dataset={text}",
+            f"--out_dir={out}",
+            "--adapt_steps=2",
+            "--seeds=1",
+            "--sample_interval=1",
+            "--learn_basis",
+            *flags,
+        )
+    )
     saved = checkpoint.load(out / "routed-s0" / checkpoint.step_name(2)).tensors["adapter"]
     assert {str(t.dtype) for t in saved.values()} == {"torch.float32", "torch.float64"}
     capsys.readouterr()
     assert rows(capsys, f"--out_dir={out}", "--sequences=3", *flags)[0]["method"] == "value_groups"
-    assert len(rows(capsys, f"--out_dir={base}", f"--results={tmp_path / 'r'}", "--sequences=3", "--value_router=linear", "--n_groups=4",
-                    "--reconstructor=pairwise", *flags)) == 2
+    assert (
+        len(
+            rows(
+                capsys,
+                f"--out_dir={base}",
+                f"--results={tmp_path / 'r'}",
+                "--sequences=3",
+                "--value_router=linear",
+                "--n_groups=4",
+                "--reconstructor=pairwise",
+                *flags,
+            )
+        )
+        == 2
+    )

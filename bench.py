@@ -56,9 +56,9 @@ from torch import Tensor
 
 import lora
 import selector
+from loaders.runs import autocast, check_weights, device_name, load_run, pick_device, place
 from model import Transformer, evaluating, lm_loss
-from pretrained import autocast, check_weights, device_name, load_run, pick_device, place
-from relevance import Prompt
+from selection.relevance import Prompt
 
 
 class PlainNorm(nn.Module):
@@ -346,7 +346,7 @@ def bench_select(cfg: BenchConfig, c: ModelConfig, base: BaseConfig) -> list[dic
 def main() -> None:
     cfg: BenchConfig = ARGS.bench
     if cfg.what in ("decode", "memory", "generate"):
-        import bench_cache
+        from benchmarks import cache as bench_cache
 
         rows = {
             "decode": lambda: bench_cache.bench_decode(cfg, ARGS.model),

@@ -14,7 +14,7 @@ A batch is a pure function of (seed, split, step): it needs no state to resume a
 for any number of ranks.
 
     from config import DataConfig
-    from tokenizer import get_tokenizer
+    from loaders.tokenizer import get_tokenizer
     print(len(data.prepare("pydocs", DataConfig(), get_tokenizer("byte")).train))
 """
 
@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from config import DataConfig, check, check_corpus
-from tokenizer import check_ids, encoded, one_line
+from loaders.tokenizer import check_ids, encoded, one_line
 
 # name: (file, sha256, URLs tried in order)
 PINNED = {

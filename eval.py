@@ -59,17 +59,12 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
 import torch
 from torch import Tensor
 
-import checkpoint
 import kv_router
 import mixsga
-import mixsga_table
 import selector
 from data import batch, prepare_splits, same_text, whole_split
-from figures import bytes_figure, groups_figure, report
-from lora import count_trainable
-from model import KVCache, Transformer, evaluating
-from packed_cache import PackedCache, SelectedCache
-from pretrained import (
+from loaders import checkpoint
+from loaders.runs import (
     Run,
     attach_storage,
     autocast,
@@ -78,7 +73,12 @@ from pretrained import (
     load_run,
     pick_device,
 )
-from tasks import READING, Task, make_tasks
+from lora import count_trainable
+from model import KVCache, Transformer, evaluating
+from report.figures import bytes_figure, groups_figure, report
+from storage.packed import PackedCache, SelectedCache
+from tasks.measure import READING, Task, make_tasks
+from training import mixsga_table
 
 
 def filled_cache(model: Transformer, x: Tensor, dtype: str = "float32") -> KVCache:

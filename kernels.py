@@ -18,8 +18,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from int_attention import int_attention_kernel, int_keys, int_values, level_values
-from kernel_base import (
+from storage.integers.attention import int_attention_kernel, int_keys, int_values, level_values
+from storage.integers.format import IntFormat
+from storage.kernel_base import (
     TRITON,
     as_word,
     jit,
@@ -32,8 +33,7 @@ from kernel_base import (
     use_triton,
     where_rows,
 )
-from quant import IntFormat
-from stored import Packed, Sums, Tail, packed_attention_ref
+from storage.views import Packed, Sums, Tail, packed_attention_ref
 
 # -------------------- attention over packed values
 

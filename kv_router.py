@@ -43,16 +43,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from appending import can_append
-from checkpoint import copy_tensors
 from config import KVConfig, ModelConfig, check
-from int_cache import IntPackedCache
 from kernels import packed_attention
-from layout import at_least_float32, top_k_mask
+from loaders.checkpoint import copy_tensors
 from model import DensePath, attend, attention_mask, evaluating
-from packed_cache import PackedCache, compressed
 from reconstruct import MLP, LinearPerPattern, Pairwise, Zero, fill, spread
-from stored import Packed, Tail, merged
+from storage.append import can_append
+from storage.integers.cache import IntPackedCache
+from storage.layout import at_least_float32, top_k_mask
+from storage.packed import PackedCache, compressed
+from storage.views import Packed, Tail, merged
 
 # queries at a time where attention weights are formed in full
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}

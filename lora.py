@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import copy_tensors
 from config import AdapterConfig, check
-from layout import at_least_float32, top_k_mask
+from loaders.checkpoint import copy_tensors
 from model import evaluating
+from storage.layout import at_least_float32, top_k_mask
 
 
 class Gate(nn.Module):

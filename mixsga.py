@@ -47,13 +47,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig, MixConfig, ModelConfig, check
-from int_cache import IntPackedCache
 from kernels import packed_attention
 from kv_router import group_energy, spread
-from layout import at_least_float32, top_k_mask
 from model import DenseCache, KVCache, attend, attention_mask
-from packed_cache import Flat, PackedCache
-from stored import Tail, merged
+from storage.integers.cache import IntPackedCache
+from storage.layout import at_least_float32, top_k_mask
+from storage.packed import Flat, PackedCache
+from storage.views import Tail, merged
 
 PADDING = 255  # in an index of experts
 PRIOR = 32  # tokens of mean 0 that a running mean of scores begins with

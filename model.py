@@ -37,12 +37,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from appending import append_tail
 from config import ModelConfig
-from kernel_base import triton
 from kernels import packed_attention
-from layout import at_least_float32
-from stored import Tail
+from storage.append import append_tail
+from storage.kernel_base import triton
+from storage.layout import at_least_float32
+from storage.views import Tail
 
 
 class RMSNorm(nn.Module):

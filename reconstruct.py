@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from layout import mask_to_bits
-from stored import Sums
+from storage.layout import mask_to_bits
+from storage.views import Sums
 
 
 class Zero(nn.Module):

@@ -39,18 +39,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kv_router
-from appending import append_tail, can_append
-from checkpoint import copy_tensors
 from config import KVConfig, SelectConfig, check, count_kept
-from int_cache import IntSelectedCache
 from kv_router import ValueGroupPath, spread
-from layout import at_least_float32, mask_dtype, tile_size, top_k_mask
+from loaders.checkpoint import copy_tensors
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
-from packed_cache import SelectedCache, pack_layers
-from packing import select_joint, select_top_m
-from quant import LEVELS, REMAINS, IntFormat, row_bytes
-from relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
-from stored import Tail
+from selection.relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
+from storage.append import append_tail, can_append
+from storage.integers.cache import IntSelectedCache
+from storage.integers.format import LEVELS, REMAINS, IntFormat, row_bytes
+from storage.layout import at_least_float32, mask_dtype, tile_size, top_k_mask
+from storage.packed import SelectedCache, pack_layers
+from storage.packing import select_joint, select_top_m
+from storage.views import Tail
 
 # from which --kv_bytes on: bits of keys, of values (0: levels), tokens whose keys share steps
 PLAN = ((0.2, 8, 0, 128), (0.14, 4, 0, 32), (0.09, 4, 0, 64), (0.0, 3, 0, 64))

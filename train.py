@@ -61,14 +61,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import checkpoint
 import eval as evaluation
 import kv_router
 import lora
-import mixsga_table
 from data import batch, check_length, prepare, prepare_splits, same_text, sequential, whole_split
-from model import Transformer
-from pretrained import (
+from loaders import checkpoint
+from loaders.runs import (
     Run,
     attach_storage,
     base_reference,
@@ -79,9 +77,11 @@ from pretrained import (
     load_run,
     split_added,
 )
-from tasks import Perplexity
-from tokenizer import get_tokenizer
-from trainer import (
+from loaders.tokenizer import get_tokenizer
+from model import Transformer
+from tasks.measure import Perplexity
+from training import mixsga_table
+from training.loop import (
     NonFinite,
     Stage,
     World,

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import appending
-import bench_cache
 import kernels
-import packing
-import rounding
+from benchmarks import cache as bench_cache
+from storage import append as appending
+from storage import packing
+from storage.integers import rounding
 
 TYPES = {
     torch.bfloat16: "bf16",

@@ -14,7 +14,7 @@ from runs import adapt_arguments, pretrain
 
 import lora
 import train
-import trainer
+from training import loop as trainer
 
 
 def patch_once() -> None:

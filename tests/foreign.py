@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from test_parity import elsewhere
 
 import lora
-import pretrained
 from config import AdapterConfig, KVConfig, ModelConfig, to_dict
+from loaders import runs as pretrained
+from loaders.tokenizer import ALPHABET, from_definition
 from model import Transformer
-from tokenizer import ALPHABET, from_definition
 
 # odd sizes, grouped-query attention; Llama and Mistral with a head dimension of their own
 SHAPES = {

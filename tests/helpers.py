@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import kv_router
 from config import KVConfig, ModelConfig
+from loaders import checkpoint
 from model import Transformer
 
 TINY = ModelConfig(

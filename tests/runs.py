@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import cli
 import train
-import trainer
+from loaders import checkpoint
+from training import loop as trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import TINY, tiny_model, tokens
 
-import align
 import mixsga
+from baselines import align
 from config import KVConfig, MixConfig
 from model import DensePath, lm_loss
 

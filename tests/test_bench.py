@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_cache
+from benchmarks import cache as bench_cache
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
 from measure_config import BenchConfig
-from stored import Tail
+from storage.views import Tail
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(n_head=6, n_kv_head=3, head_dim=32, block_size=301)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import remake
 
-import checkpoint
+from loaders import checkpoint
 
 # fork with threads about: the children touch only tiny tensors
 forks = pytest.mark.filterwarnings("ignore::DeprecationWarning")

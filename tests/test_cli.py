@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import runs
 
-import checkpoint
 import cli
 import config
 import data
 import eval as evaluation
-import pretrained
 import sample
 import train
-from tokenizer import get_tokenizer
+from loaders import checkpoint
+from loaders import runs as pretrained
+from loaders.tokenizer import get_tokenizer
 
 PROGRAMS = {
     "train": (train, train.CONFIGS),

@@ -10,10 +10,10 @@ import pytest
 import torch
 from runs import ROOT
 
-import int_attention
 import kernels
-from kernel_base import TRITON, triton
-from quant import LEVELS, STEPS, centre
+from storage.integers import attention as int_attention
+from storage.integers.format import LEVELS, STEPS, centre
+from storage.kernel_base import TRITON, triton
 
 CASES = [
     ("4:1:1:4", True, 128, "bfloat16"),

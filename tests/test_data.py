@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-import tokenizer
 from config import DataConfig
+from loaders import tokenizer
 
 GOOD = random.Random(3).randbytes(70001)  # more than one block of the reader
 GOOD_SHA = hashlib.sha256(GOOD).hexdigest()

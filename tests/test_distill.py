@@ -21,12 +21,12 @@ from runs import (
     tensors,
 )
 
-import checkpoint
 import data
 import kv_router
 import train
-import trainer
-from pretrained import load_run
+from loaders import checkpoint
+from loaders.runs import load_run
+from training import loop as trainer
 
 DISTILL = ["--adapter=none", "--learn_basis", "--objective=distill"]
 pytestmark = pytest.mark.usefixtures("own_cache")

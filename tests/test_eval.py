@@ -16,11 +16,11 @@ from runs import call
 
 import eval as evaluation
 import kv_router
-import tasks
 from config import AdapterConfig, DataConfig, KVConfig
 from data import documents, prepare_splits
+from loaders.runs import load_run
 from measure_config import EvalConfig
-from pretrained import load_run
+from tasks import measure as tasks
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 # every router, scope, tail and kind of basis; the tail is the task's, whatever the model was

@@ -27,10 +27,10 @@ from helpers import error_line
 from test_parity import needs_transformers
 
 import kv_router
-import pretrained
 from config import KVConfig
+from loaders import runs as pretrained
+from loaders.tokenizer import from_definition
 from model import Transformer, generate
-from tokenizer import from_definition
 
 # rows of multiples of 32
 SHAPES = {

@@ -8,10 +8,10 @@ from helpers import TINY, grouped_model, tokens
 from runs import adapt_arguments, losses, pretrain
 
 import train
-from layout import top_k_mask
+from loaders.runs import autocast, load_run
+from loaders.tokenizer import get_tokenizer
 from model import generate
-from pretrained import autocast, load_run
-from tokenizer import get_tokenizer
+from storage.layout import top_k_mask
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 import kernels
 import kv_router
-import packed_cache
-from appending import append_tail
 from config import KVConfig
-from kernel_base import triton
 from kernels import packed_attention
-from layout import mask_to_bits, tile_size, top_k_mask
-from packed_cache import PackedCache, SelectedCache
-from stored import Packed, Sums, Tail, merged, packed_attention_ref
+from storage import packed as packed_cache
+from storage.append import append_tail
+from storage.kernel_base import triton
+from storage.layout import mask_to_bits, tile_size, top_k_mask
+from storage.packed import PackedCache, SelectedCache
+from storage.views import Packed, Sums, Tail, merged, packed_attention_ref
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

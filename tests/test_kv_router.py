@@ -10,13 +10,13 @@ import pytest
 import torch
 from helpers import PAPER_LIKE, TINY, brute_force_path, grouped_model, randomise, tiny_model, tokens
 
-import checkpoint
 import eval as evaluation
 import kv_router
 import lora
-import tasks
 from config import AdapterConfig, KVConfig
+from loaders import checkpoint
 from model import DenseCache, KVCache, generate
+from tasks import measure as tasks
 
 SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least once, in few models
     dict(
@@ -120,7 +120,7 @@ each_learned = pytest.mark.parametrize(
 
 def qkv(path, B=2, T=9, seed=0, n_embd=TINY.n_embd, H=TINY.n_head):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     return (
         draw(B, T, n_embd),
         draw(B, H, T, path.D),

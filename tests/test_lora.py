@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import lora
 from config import AdapterConfig, ModelConfig
-from layout import top_k_mask
+from storage.layout import top_k_mask
 
 SHAPE = ModelConfig(
     vocab_size=23,

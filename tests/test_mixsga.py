@@ -14,7 +14,7 @@ from helpers import TINY, tiny_model, tokens
 import mixsga
 from config import KVConfig, MixConfig
 from model import KVCache, generate, lm_loss
-from packed_cache import PackedCache
+from storage.packed import PackedCache
 
 EIGHT = replace(TINY, n_head=8, n_kv_head=8)
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from runs import arguments, assert_equal, before_step, call, losses, pretrain, tensors
 
-import checkpoint
 import eval as evaluation
 import mixsga
-import mixsga_table
 import sample
 import train
-import trainer
 from config import DataConfig, KVConfig, MixConfig
 from data import prepare, sequential
+from loaders import checkpoint
+from loaders.runs import export, load_run
 from model import generate
-from pretrained import export, load_run
-from tasks import mean_loss
+from tasks.measure import mean_loss
+from training import loop as trainer
+from training import mixsga_table
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SMALL = [

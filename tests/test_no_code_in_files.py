@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import remake
 
-import checkpoint
+from loaders import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,9 +10,9 @@ from helpers import grouped_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import layout
 from config import KVConfig
-from packed_cache import PackedCache
+from storage import layout
+from storage.packed import PackedCache
 
 
 def filled(

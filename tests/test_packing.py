@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import packing
-from kernel_base import triton, use_triton
-from layout import mask_dtype, tile_size
-from packed_cache import SelectedCache
-from packing import (
+from storage import packing
+from storage.kernel_base import triton, use_triton
+from storage.layout import mask_dtype, tile_size
+from storage.packed import SelectedCache
+from storage.packing import (
     pack_values,
     pack_values_ref,
     select_joint,

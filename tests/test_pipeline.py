@@ -16,7 +16,6 @@ import pytest
 import torch
 from runs import TINY, arguments, call, copies, python, rows_without_time
 
-import checkpoint
 import cli
 import config
 import data
@@ -25,10 +24,11 @@ import kv_router
 import lora
 import sample
 import train
-import trainer
+from loaders import checkpoint
+from loaders.runs import load_run
+from loaders.tokenizer import get_tokenizer
 from model import Transformer, lm_loss
-from pretrained import load_run
-from tokenizer import get_tokenizer
+from training import loop as trainer
 
 CONTEXT = 128  # long enough for what is stored once per sequence not to count
 ALL = [

@@ -35,13 +35,13 @@ from safetensors.torch import load_file, save_file
 from test_no_code_in_files import bombs
 from test_parity import needs_transformers
 
-import checkpoint
 import kv_router
 import lora
-import pretrained
 from config import AdapterConfig, KVConfig, to_dict
+from loaders import checkpoint
+from loaders import runs as pretrained
+from loaders.tokenizer import ByteTokenizer, LibraryTokenizer, from_definition
 from model import Transformer
-from tokenizer import ByteTokenizer, LibraryTokenizer, from_definition
 
 
 def logits(model: Transformer, x: torch.Tensor) -> torch.Tensor:
@@ -688,7 +688,7 @@ MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import tiktoken, torch
-import pretrained
+from loaders import runs as pretrained
 def peak():  # of this process since its start; ru_maxrss would begin at the parent's
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 import kernels
 import kv_router
 import mixsga
-import quant
 from config import KVConfig, MixConfig
-from int_cache import IntPackedCache, IntSelectedCache
-from kernel_base import triton
 from kernels import packed_attention
 from model import KVCache, generate
-from stored import Tail, packed_attention_ref
+from storage.integers import format as quant
+from storage.integers.cache import IntPackedCache, IntSelectedCache
+from storage.kernel_base import triton
+from storage.views import Tail, packed_attention_ref
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (

@@ -10,10 +10,10 @@ import pytest
 import torch
 from helpers import TINY, randomise
 
-import relevance
 from config import SelectConfig
 from model import apply_rope, rope_table
-from relevance import PLAIN, HiddenPredictor, Prompt, QueryPredictor
+from selection import relevance
+from selection.relevance import PLAIN, HiddenPredictor, Prompt, QueryPredictor
 
 L = 2
 H = TINY.n_head

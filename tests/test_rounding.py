@@ -11,10 +11,10 @@ import torch
 from helpers import error_line, tokens
 from test_selector import config, run, selecting
 
-import quant
 from config import SelectConfig
-from kernel_base import triton
-from rounding import DAMPING, Readers, codes_for, taken_back
+from storage.integers import format as quant
+from storage.integers.rounding import DAMPING, Readers, codes_for, taken_back
+from storage.kernel_base import triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNEL = pytest.param(

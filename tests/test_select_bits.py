@@ -15,14 +15,14 @@ from test_select_stage import base, measure, selected  # noqa: F401 (fixtures)
 from test_selector import config, run, selecting
 
 import eval as evaluation
-import packing
 from config import KVConfig, SelectConfig
-from figures import envelope
-from int_cache import IntSelectedCache
-from kernel_base import triton
-from layout import tile_size
 from model import KVCache, generate
-from quant import REMAINS
+from report.figures import envelope
+from storage import packing
+from storage.integers.cache import IntSelectedCache
+from storage.integers.format import REMAINS
+from storage.kernel_base import triton
+from storage.layout import tile_size
 
 W = 9
 T = 131
@@ -361,7 +361,7 @@ COMMON = [
 ]
 
 
-def test_rows_of_bits(base, measure):  # noqa: F811
+def test_rows_of_bits(base, measure):
     """Every bits with every budget, routed bits once; bytes of the tensors held; the picture, also
     beside earlier rows."""
     rows = measure(
@@ -438,7 +438,7 @@ def test_rows_of_bits(base, measure):  # noqa: F811
         (["--value_bits=0", "--key_bits=4", "--kv=value_groups"], "value_bits=0"),
     ],
 )
-def test_flags_say_what_is_wrong_with_bits(flags, said, base, measure, capsys):  # noqa: F811
+def test_flags_say_what_is_wrong_with_bits(flags, said, base, measure, capsys):
     """One line and exit code 2, before anything is measured."""
     with pytest.raises(SystemExit) as e:
         measure(f"--init_from={base}", *COMMON, *flags)
@@ -471,7 +471,7 @@ def test_bits_that_cannot_be_are_said_before_anything_is_measured(
     assert said in error_line(measure, f"--init_from={base}", *COMMON, *flags)
 
 
-def test_levels_by_flags(base, measure):  # noqa: F811
+def test_levels_by_flags(base, measure):
     """--key_bits and --value_bits=0 are what every row has, as --kv_bits=4:0."""
     common = [
         f"--init_from={base}",
@@ -496,7 +496,7 @@ def test_levels_by_flags(base, measure):  # noqa: F811
     ] == rows[1]["value"] != rows[2]["value"]
 
 
-def test_a_trained_run_has_rows_of_everything_in_integers(selected, measure):  # noqa: F811
+def test_a_trained_run_has_rows_of_everything_in_integers(selected, measure):
     """The whole row once, in 16 bits; everything in 4 bits where it is asked for; where nothing is
     left to measure, that is said."""
     where = [

@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-import packing
+from storage import packing
 
 INF = math.inf
 DTYPES = [torch.float32, torch.float64]

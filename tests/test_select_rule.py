@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import packing
+from storage import packing
 
 INF = math.inf
 DTYPES = [torch.float32, torch.float64]

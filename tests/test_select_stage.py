@@ -21,19 +21,19 @@ from runs import arguments, assert_equal, before_step, call, copies, losses, pre
 from test_tasks import read, tokenizer
 
 import bench
-import checkpoint
 import data
 import eval as evaluation
 import kv_router
 import sample
 import selector
-import tasks
 import train
-import trainer
 from config import BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, to_dict
+from loaders import checkpoint
+from loaders.runs import autocast, load_run, split_added
 from measure_config import BenchConfig
 from model import Transformer
-from pretrained import autocast, load_run, split_added
+from tasks import measure as tasks
+from training import loop as trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ALL = "predictor,expected_attention,predictor_query"

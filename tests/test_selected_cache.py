@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layout import tile_size
 from model import DenseCache, KVCache, storage_bytes
-from packed_cache import SelectedCache
+from storage.layout import tile_size
+from storage.packed import SelectedCache
 
 TILE = tile_size(4)  # where a test says no other S
 GPU = pytest.param(

@@ -19,7 +19,7 @@ import kv_router
 import selector
 from config import ALLOCATIONS, SCOPES, SIGNALS, KVConfig, SelectConfig
 from model import DensePath, KVCache, generate
-from relevance import AS_PUBLISHED, PLAIN, Prompt
+from selection.relevance import AS_PUBLISHED, PLAIN, Prompt
 
 PREDICTORS = "predictor,expected_attention,predictor_query"
 TOKEN_LEVEL = ("quest", "h2o", "streaming", "snapkv", "expected_attention")

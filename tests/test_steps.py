@@ -14,12 +14,12 @@ import kernels
 import kv_router
 import lora
 import model as trunk
-import packed_cache
 import selector
 from config import AdapterConfig, KVConfig, SelectConfig
-from kernel_base import triton
 from model import KVCache, Steps, generate, prefill
-from packed_cache import SelectedCache
+from storage import packed as packed_cache
+from storage.kernel_base import triton
+from storage.packed import SelectedCache
 
 CUDA = torch.cuda.is_available()
 T = 37 if CUDA else 11  # tokens of a prompt: the interpreter is slow

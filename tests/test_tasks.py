@@ -19,11 +19,11 @@ from test_eval import ContextOracle
 
 import eval as evaluation
 import kv_router
-import tasks
 from config import DataConfig, KVConfig
+from loaders.runs import load_run
+from loaders.tokenizer import ByteTokenizer, TiktokenTokenizer
 from measure_config import EvalConfig
-from pretrained import load_run
-from tokenizer import ByteTokenizer, TiktokenTokenizer
+from tasks import measure as tasks
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

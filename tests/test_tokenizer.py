@@ -22,7 +22,7 @@ from helpers import error_line, tiny_encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as T
+from loaders import tokenizer as T
 
 # -- tokenizers
 

@@ -26,11 +26,11 @@ from runs import (
     wait_for_steps,
 )
 
-import checkpoint
 import data
 import train
-import trainer
+from loaders import checkpoint
 from model import Transformer, lm_loss
+from training import loop as trainer
 
 ROUTED = [
     "--adapter=routed",

@@ -9,12 +9,12 @@ import pytest
 from helpers import error_line
 from runs import adapt_arguments, arguments, call, pretrain
 
-import checkpoint
 import data
 import eval as evaluation
 import train
 from config import DataConfig
-from tokenizer import get_tokenizer
+from loaders import checkpoint
+from loaders.tokenizer import get_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

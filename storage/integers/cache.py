@@ -21,10 +21,7 @@ import torch
 from torch import Tensor
 
 from config import KVConfig, check
-from layout import mask_dtype, mask_to_bits, tile_size
-from packed_cache import PackedCache, SelectedCache, slots, starts
-from packing import tile_index
-from quant import (
+from storage.integers.format import (
     IntFormat,
     Ints,
     quantise_keys,
@@ -35,8 +32,11 @@ from quant import (
     to_codes,
     units,
 )
-from rounding import Readers, codes_for
-from stored import Packed, Tail
+from storage.integers.rounding import Readers, codes_for
+from storage.layout import mask_dtype, mask_to_bits, tile_size
+from storage.packed import PackedCache, SelectedCache, slots, starts
+from storage.packing import tile_index
+from storage.views import Packed, Tail
 
 
 class IntSelectedCache(SelectedCache):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernel_base import jit, popcount, tl, triton, use_triton
-from stored import Packed, Tail
+from storage.kernel_base import jit, popcount, tl, triton, use_triton
+from storage.views import Packed, Tail
 
 
 @jit

@@ -29,9 +29,8 @@ from statistics import mean, stdev
 import torch
 from tqdm import tqdm
 
-import align
-import checkpoint
 import mixsga
+from baselines import align
 from config import (
     AdapterConfig,
     DataConfig,
@@ -44,12 +43,13 @@ from config import (
     to_dict,
 )
 from data import batch, prepare, sequential
+from loaders import checkpoint
+from loaders.runs import Run, autocast, load_run, pick_device
+from loaders.tokenizer import get_tokenizer
 from measure_config import EvalConfig
 from model import Transformer, evaluating
-from pretrained import Run, autocast, load_run, pick_device
-from tasks import mean_loss
-from tokenizer import get_tokenizer
-from trainer import (
+from tasks.measure import mean_loss
+from training.loop import (
     Stage,
     World,
     gradients,

@@ -27,17 +27,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kv_router
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
-from int_cache import IntPackedCache, IntSelectedCache
 from kernels import packed_attention
-from layout import top_k_mask
+from loaders.runs import attach_storage, device_name, in_bfloat16, load_run, pick_device, place
 from measure_config import BenchConfig
 from model import DenseCache, Steps, Transformer, evaluating, prefill
-from packed_cache import PackedCache, SelectedCache
-from packing import select_top_m
-from pretrained import attach_storage, device_name, in_bfloat16, load_run, pick_device, place
-from quant import IntFormat
 from reconstruct import spread
-from stored import Packed, Tail, packed_attention_ref
+from storage.integers.cache import IntPackedCache, IntSelectedCache
+from storage.integers.format import IntFormat
+from storage.layout import top_k_mask
+from storage.packed import PackedCache, SelectedCache
+from storage.packing import select_top_m
+from storage.views import Packed, Tail, packed_attention_ref
 
 TAIL = 16  # whole tokens after the context
 BLOCK = 64  # tokens whose keys share steps

@@ -41,7 +41,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import checkpoint
 import kv_router
 import lora
 import mixsga
@@ -57,8 +56,9 @@ from config import (
     from_dict,
     to_dict,
 )
+from loaders import checkpoint
+from loaders.tokenizer import definition_from_gguf, from_definition, get_tokenizer, one_line
 from model import Transformer
-from tokenizer import definition_from_gguf, from_definition, get_tokenizer, one_line
 
 
 def pick_device(name: str) -> torch.device:

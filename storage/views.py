@@ -15,8 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layout import at_least_float32, bits_to_mask, mask_to_bits, tile_size
-from quant import Ints, dequantise_keys, dequantise_levels, dequantise_values, join_levels
+from storage.integers.format import (
+    Ints,
+    dequantise_keys,
+    dequantise_levels,
+    dequantise_values,
+    join_levels,
+)
+from storage.layout import at_least_float32, bits_to_mask, mask_to_bits, tile_size
 
 
 class Packed(NamedTuple):

@@ -36,11 +36,11 @@ from torch import Tensor
 
 from config import check, comma_list
 from data import TokenFile, batch, sequential
+from loaders.runs import autocast
+from loaders.tokenizer import encoded
 from measure_config import EvalConfig
 from model import KVCache, Transformer, evaluating, generate, lm_loss
-from pretrained import autocast
 from selector import diagnosed
-from tokenizer import encoded
 
 READING = ("perplexity", "continuation")  # the tasks that need a corpus
 KL_SEQUENCES = 16  # of a continuation, whose predictions are kept: 25 MB each with 49,152 tokens

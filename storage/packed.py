@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from appending import append_packed
 from config import KVConfig, check
-from layout import bits_to_mask, mask_dtype, mask_to_bits, tile_size
 from model import storage_bytes
-from packing import pack_values
-from stored import Packed, Tail
+from storage.append import append_packed
+from storage.layout import bits_to_mask, mask_dtype, mask_to_bits, tile_size
+from storage.packing import pack_values
+from storage.views import Packed, Tail
 
 
 def compressed(seen: Tensor, tail: int, block: int) -> Tensor:

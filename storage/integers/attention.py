@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import torch
 
-from kernel_base import (
+from storage.integers.format import STEPS, centre
+from storage.kernel_base import (
     TRITON,
     as_word,
     jit,
@@ -26,7 +27,6 @@ from kernel_base import (
     triton,
     where_rows,
 )
-from quant import STEPS, centre
 
 # ----------------------------------------------------------------------------- byte by byte
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernel_base import jit, tl, triton, use_triton
+from storage.kernel_base import jit, tl, triton, use_triton
 
 # of queries' mean square, added to it in every coordinate: what few queries do not show
 DAMPING = 0.01

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernel_base import jit, tl, triton, use_triton
-from layout import long_cumsum, mask_dtype, mask_to_bits, tile_size
+from storage.kernel_base import jit, tl, triton, use_triton
+from storage.layout import long_cumsum, mask_dtype, mask_to_bits, tile_size
 
 SPAN = 8192
 CHUNK = 512  # entries of a row that a program of take_within sees, and how many at a time

@@ -26,15 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import kv_router
 import lora
 import mixsga
 from config import AdapterConfig, KVConfig, TrainConfig, check
 from data import batch, sequential
-from layout import at_least_float32
-from model import Transformer, generate, lm_loss
-from pretrained import (
+from loaders import checkpoint
+from loaders.runs import (
     added_state,
     autocast,
     load_added_state,
@@ -42,7 +40,9 @@ from pretrained import (
     model_state,
     pick_device,
 )
-from tasks import mean_loss
+from model import Transformer, generate, lm_loss
+from storage.layout import at_least_float32
+from tasks.measure import mean_loss
 
 
 class NonFinite(Exception):

@@ -45,13 +45,13 @@ from torch import Tensor
 
 from config import KVConfig, ModelConfig, check
 from kernels import packed_attention
-from loaders.checkpoint import copy_tensors
 from model import DensePath, attend, attention_mask, evaluating
 from reconstruct import MLP, LinearPerPattern, Pairwise, Zero, fill, spread
 from storage.append import can_append
 from storage.integers.cache import IntPackedCache
 from storage.layout import at_least_float32, top_k_mask
 from storage.packed import PackedCache, compressed
+from storage.state import copy_tensors
 from storage.views import Packed, Tail, merged
 
 # queries at a time where attention weights are formed in full

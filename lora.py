@@ -34,9 +34,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import AdapterConfig, check
-from loaders.checkpoint import copy_tensors
 from model import evaluating
 from storage.layout import at_least_float32, top_k_mask
+from storage.state import copy_tensors
 
 
 class Gate(nn.Module):

@@ -41,7 +41,6 @@ from torch import Tensor
 import kv_router
 from config import KVConfig, SelectConfig, check, count_kept
 from kv_router import ValueGroupPath, spread
-from loaders.checkpoint import copy_tensors
 from model import Transformer, attend, attention_mask, evaluating, lm_loss
 from selection.relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
 from storage.append import append_tail, can_append
@@ -50,6 +49,7 @@ from storage.integers.format import LEVELS, REMAINS, IntFormat, row_bytes
 from storage.layout import at_least_float32, mask_dtype, tile_size, top_k_mask
 from storage.packed import SelectedCache, pack_layers
 from storage.packing import select_joint, select_top_m
+from storage.state import copy_tensors
 from storage.views import Tail
 
 # from which --kv_bytes on: bits of keys, of values (0: levels), tokens whose keys share steps

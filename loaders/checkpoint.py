@@ -17,8 +17,8 @@ undoes what a kill left. One process writes to a stage folder at a time; any num
 Reading: the bytes that were hashed are the bytes that are parsed: safetensors for weights, JSON for
 settings, and torch.load with weights_only=True for the state.
 
-    path, why_not = newest("out/run/pretrain"); ckpt = load(path); copy_tensors(model.state_dict(),
-    ckpt.tensors["model"], "model")
+    path, why_not = newest("out/run/pretrain")
+    copy_tensors(model.state_dict(), load(path).tensors["model"], "model")  # of storage.state
 """
 
 from __future__ import annotations
@@ -487,34 +487,6 @@ def read_jsonl(path) -> list:
                 f"{path}: line {i} {e}; every line is one JSON value: was the file edited?"
             ) from None
     return out
-
-
-def few(names: list[str]) -> str:
-    """The first eight names, and how many more there are."""
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-@torch.no_grad()
-def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copy `saved` into the tensors `own`, all or nothing: every name and shape must match and
-    every number be finite. Raises ValueError, one line, that lists the names at fault; `what` says
-    whose tensors these are."""
-    shapes = {k: (tuple(t.shape), tuple(own[k].shape)) for k, t in saved.items() if k in own}
-    faults = {
-        "missing": [k for k in own if k not in saved],
-        "unexpected": [k for k in saved if k not in own],
-        "of another shape": [
-            f"{k} {came} for {allowed}" for k, (came, allowed) in shapes.items() if came != allowed
-        ],
-        "not finite": [k for k, t in saved.items() if not torch.isfinite(t).all()],
-    }
-    if any(faults.values()):
-        text = "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items() if names)
-        raise ValueError(
-            f"{what} does not fit: {text}; use the checkpoint's own config, or another checkpoint"
-        )
-    for k, t in own.items():
-        t.copy_(saved[k])
 
 
 def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:

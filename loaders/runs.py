@@ -59,6 +59,7 @@ from config import (
 from loaders import checkpoint
 from loaders.tokenizer import definition_from_gguf, from_definition, get_tokenizer, one_line
 from model import Transformer
+from storage.state import copy_tensors, listed
 
 
 def pick_device(name: str) -> torch.device:
@@ -129,7 +130,7 @@ def model_state(model: Transformer) -> dict[str, Tensor]:
 
 def load_model_state(model: Transformer, saved: dict[str, Tensor], what: str) -> None:
     """Copy a base model's tensors, strictly (ValueError lists what does not fit)."""
-    checkpoint.copy_tensors(model_state(model), saved, what)
+    copy_tensors(model_state(model), saved, what)
 
 
 def added_state(model: Transformer) -> dict[str, Tensor]:
@@ -845,7 +846,7 @@ def _fill(model: Transformer, files: Files, device: torch.device, dtype: torch.d
             f"{k} {shapes[k]} for {want[k]}" for k in want if k in shapes and shapes[k] != want[k]
         ],
     }
-    text = "; ".join(f"{kind}: {checkpoint.few(names)}" for kind, names in faults.items() if names)
+    text = listed(faults)
     check(
         not text,
         f"the tensors of {files.name} do not fit its config: {text}",

@@ -16,6 +16,7 @@ import torch
 from helpers import remake
 
 from loaders import checkpoint
+from storage.state import copy_tensors
 
 # fork with threads about: the children touch only tiny tensors
 forks = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -591,13 +592,13 @@ def test_copy_tensors_is_strict_finite_and_all_or_nothing():
         ),
     ):
         with pytest.raises(ValueError, match=at) as e:
-            checkpoint.copy_tensors(b.state_dict(), bad, "the adapter")
+            copy_tensors(b.state_dict(), bad, "the adapter")
         assert "the adapter" in str(e.value) and "\n" not in str(e.value)
         assert all(torch.equal(v, before[k]) for k, v in b.state_dict().items())
-    checkpoint.copy_tensors(b.state_dict(), good, "the adapter")
+    copy_tensors(b.state_dict(), good, "the adapter")
     assert all(torch.equal(v, good[k]) for k, v in b.state_dict().items())
     with pytest.raises(ValueError, match=r"unexpected: x0, x1, x2, x3, x4, x5, x6, x7 and 3 more;"):
-        checkpoint.copy_tensors(
+        copy_tensors(
             b.state_dict(), {**good, **{f"x{i}": good["bias"] for i in range(11)}}, "model"
         )
 

@@ -1,0 +1,48 @@
+"""Named tensors copied into a model, all of them or none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from config import check
+
+
+def few(names: list[str]) -> str:
+    """Join the first eight names, and say how many more there are."""
+    text = ", ".join(names[:8])
+    if len(names) > 8:
+        text += f" and {len(names) - 8} more"
+    return text
+
+
+def listed(faults: dict[str, list[str]]) -> str:
+    """Write faults, {kind: names}, as one line; empty where there is no name."""
+    return "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items() if names)
+
+
+@torch.no_grad()
+def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
+    """Copy `saved` into the tensors `own`, all or nothing: every name and shape must match and
+    every number be finite. Raises ValueError, one line, that lists the names at fault; `what` says
+    whose tensors these are."""
+    shared = [k for k in saved if k in own]
+    faults = {
+        "missing": [k for k in own if k not in saved],
+        "unexpected": [k for k in saved if k not in own],
+        "of another shape": [
+            f"{k} {tuple(saved[k].shape)} for {tuple(own[k].shape)}"
+            for k in shared
+            if saved[k].shape != own[k].shape
+        ],
+        "not finite": [k for k, t in saved.items() if not torch.isfinite(t).all()],
+    }
+    text = listed(faults)
+    check(
+        not text,
+        f"{what} does not fit",
+        text,
+        "use the checkpoint's own config, or another checkpoint",
+    )
+    for k, t in own.items():
+        t.copy_(saved[k])

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The paper's own selection on SmolLM2-135M: native basis, S = 4, one mask for all layers from layer
+# 22 on, routed prefill, its predictor. The lines were put together from the settings that the
+# table names; the time was not noted.
+# usage: runs/paper_selection.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
+set -euo pipefail
+MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
+OUT="${2:-out/paper_selection}"
+VALID="${3:-wikitext2.valid.txt}"
+TEST="${4:-wikitext2.test.txt}"
+
+# the paper's predictor, 300 steps on validation text
+python train.py --stage=select --init_from="$MODEL" --dataset="text:$VALID" --detokenize \
+  --block_size=2048 --eval_sequences=8 --predictors=predictor --relevance=predictor \
+  --mask_scope=shared --value_basis=native --n_groups=4 --prefill=routed --sinks=0 \
+  --kv_layers=from:22 --select_steps=300 --out_dir="$OUT"
+
+# continuation on test text
+python eval.py --out_dir="$OUT" --tasks=continuation --methods=dense,select \
+  --dataset="text:$TEST" --split=all --detokenize --sequences=48 --block_size=2048 \
+  --batch_size=8 --dtype=float32 --relevances=predictor --budgets=0.75,0.5,0.25 \
+  --results="$OUT/continuation"
+
+# one needle in 2,048 tokens, 48 prompts
+python eval.py --out_dir="$OUT" --tasks=needle --methods=dense,select --relevances=predictor \
+  --budgets=0.75,0.5,0.25 --sequences=48 --block_size=2048 --results="$OUT/needle"

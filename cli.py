@@ -10,13 +10,22 @@ import argparse
 import difflib
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 
 from config import PAPER
 
 
+def program_name() -> str:
+    """Return what the user typed: train.py, or python -m loaders.export for a module in a room."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and "." in spec.name:
+        return f"python -m {spec.name}"
+    return sys.argv[0].rsplit("/", 1)[-1]
+
+
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr and exit code 2."""
+    """An argparse whose errors are one line on stderr and exit code 2."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
@@ -53,66 +62,72 @@ def parse_args(
     instance per entry of `configs`, plus `given`: the set of flags named on the command line.
     --key=value and --key value both work; a bare boolean flag means true. Any mistake prints one
     line to stderr and exits with code 2."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(
-        prog=prog,
+        prog=prog or program_name(),
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120),
     )
-    known: dict[str, str] = {}
+    known = _add_flags(parser, configs)
+    space, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if rest:
+        parser.error(_not_understood(rest[0], known))
+    given = vars(space)
+    chosen = {**PAPER, **given} if given.get("preset") == "paper" else given
+    out = argparse.Namespace(given=set(given))
+    try:
+        for name, cls in configs.items():
+            own = {f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}
+            setattr(out, name, cls(**own))
+    except ValueError as e:
+        parser.error(str(e))
+    return out
+
+
+def _add_flags(parser: argparse.ArgumentParser, configs: dict[str, type]) -> list[str]:
+    """Give the parser a flag for each field of the dataclasses, and return the flags' names."""
+    owner: dict[str, str] = {}
     for cls in configs.values():
         group = parser.add_argument_group(cls.__doc__.splitlines()[0])
         for f in fields(cls):
-            assert f.name not in known, (
-                f"{f.name} is defined by both {known[f.name]} and {cls.__name__}"
+            assert f.name not in owner, (
+                f"{f.name} is defined by both {owner[f.name]} and {cls.__name__}"
             )
-            known[f.name] = cls.__name__
+            owner[f.name] = cls.__name__
             kind = str(f.type)
-            choices = f.metadata["choices"]
-            text = (
-                f"{f.metadata['help']} ({kind}; default "
-                f"{f.default!r}{'; one of ' + ', '.join(map(str, choices)) if choices else ''})"
-            )
-            extra = dict(nargs="?", const=True) if kind == "bool" else {}
+            about = f"{kind}; default {f.default!r}"
+            if f.metadata["choices"]:
+                about += f"; one of {', '.join(map(str, f.metadata['choices']))}"
+            text = f"{f.metadata['help']} ({about})"
+            bare = {"nargs": "?", "const": True} if kind == "bool" else {}
             group.add_argument(
                 f"--{f.name}",
                 type=_TYPES[kind],
                 default=argparse.SUPPRESS,
                 metavar=kind.upper(),
                 help=text.replace("%", "%%"),
-                **extra,
+                **bare,
             )
-    space, rest = parser.parse_known_args(argv)
-    if rest:
-        flag = rest[0].split("=")[0]
-        near = difflib.get_close_matches(flag.lstrip("-"), known, n=1, cutoff=0.0)
-        parser.error(
-            f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)"
-            if flag.startswith("--")
-            else f"unexpected argument {rest[0]!r}: flags are --key=value or --key value"
-        )
-    given = vars(space)
-    chosen = {**(PAPER if given.get("preset") == "paper" else {}), **given}
-    out = argparse.Namespace(given=set(given))
-    try:
-        for name, cls in configs.items():
-            setattr(
-                out, name, cls(**{f.name: chosen[f.name] for f in fields(cls) if f.name in chosen})
-            )
-    except ValueError as e:
-        parser.error(str(e))
-    return out
+    return list(owner)
 
 
-def exit_on_bad_input(main):
+def _not_understood(argument: str, known: list[str]) -> str:
+    """Say what is wrong with an argument that is no flag, and which flag is nearest."""
+    if not argument.startswith("--"):
+        return f"unexpected argument {argument!r}: flags are --key=value or --key value"
+    flag = argument.split("=")[0]
+    near = difflib.get_close_matches(flag.lstrip("-"), known, n=1, cutoff=0.0)
+    return f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)"
+
+
+def exit_on_bad_input(main: Callable[[], None]) -> None:
     """Run main(); a ValueError or a file that cannot be had becomes one line on stderr and exit
     code 2; Ctrl-C exit code 130."""
     try:
         main()
     except (ValueError, OSError) as e:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"{program_name()}: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: interrupted", file=sys.stderr)
+        print(f"{program_name()}: interrupted", file=sys.stderr)
         sys.exit(130)

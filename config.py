@@ -1052,7 +1052,7 @@ class BaseConfig:
         return out_dir or self.init_from
 
     def options(self, out_dir: str) -> dict:
-        """Keyword arguments of pretrained.load_run for place(out_dir)."""
+        """Keyword arguments of loaders.runs.load_run for place(out_dir)."""
         moved = self.init_from if out_dir and self.init_from != "scratch" else ""
         return dict(base=moved, weights=self.weights, revision=self.revision)
 

@@ -64,15 +64,8 @@ import mixsga
 import selector
 from data import batch, prepare_splits, same_text, whole_split
 from loaders import checkpoint
-from loaders.runs import (
-    Run,
-    attach_storage,
-    autocast,
-    check_weights,
-    is_foreign,
-    load_run,
-    pick_device,
-)
+from loaders.device import autocast, check_weights, pick_device
+from loaders.runs import Run, attach_storage, is_foreign, load_run
 from lora import count_trainable
 from model import KVCache, Transformer, evaluating
 from report.figures import bytes_figure, groups_figure, report

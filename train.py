@@ -66,11 +66,11 @@ import kv_router
 import lora
 from data import batch, check_length, prepare, prepare_splits, same_text, sequential, whole_split
 from loaders import checkpoint
+from loaders.device import check_weights
 from loaders.runs import (
     Run,
     attach_storage,
     base_reference,
-    check_weights,
     find_checkpoint,
     is_foreign,
     load_added_state,

@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kv_router
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check, count_kept
 from kernels import packed_attention
-from loaders.runs import attach_storage, device_name, in_bfloat16, load_run, pick_device, place
+from loaders.device import device_name, in_bfloat16, pick_device, place
+from loaders.runs import attach_storage, load_run
 from measure_config import BenchConfig
 from model import DenseCache, Steps, Transformer, evaluating, prefill
 from reconstruct import spread

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from config import check, comma_list
 from data import TokenFile, batch, sequential
-from loaders.runs import autocast
+from loaders.device import autocast
 from loaders.tokenizer import encoded
 from measure_config import EvalConfig
 from model import KVCache, Transformer, evaluating, generate, lm_loss

@@ -18,8 +18,12 @@ from test_parity import elsewhere
 
 import lora
 from config import AdapterConfig, KVConfig, ModelConfig, to_dict
-from loaders import runs as pretrained
-from loaders.tokenizer import ALPHABET, from_definition
+from loaders.device import place
+from loaders.export import export
+from loaders.huggingface import model_config
+from loaders.runs import Run, load_run
+from loaders.tokenizer_json import ALPHABET, from_definition
+from loaders.weights import model_state
 from model import Transformer
 
 # odd sizes, grouped-query attention; Llama and Mistral with a head dimension of their own
@@ -263,12 +267,10 @@ def random_model(seed: int = 0, **shape) -> Transformer:
     return model.eval()
 
 
-def run_of(
-    model: Transformer, tokenizer=None, adapter: str = "none", kv: str = "dense"
-) -> pretrained.Run:
+def run_of(model: Transformer, tokenizer=None, adapter: str = "none", kv: str = "dense") -> Run:
     """A Run around a model that no file holds."""
     tokenizer = tokenizer or from_definition(definition(), "tiny")
-    return pretrained.Run(
+    return Run(
         model,
         tokenizer,
         Path("nowhere"),
@@ -284,7 +286,7 @@ def exported_model(name: str) -> tuple[Transformer, str]:
     """The model of EXPORTS[name], in its dtype, with random LoRA attached where the name says so;
     and its adapter."""
     model = random_model(sum(map(ord, name)), **EXPORTS[name])
-    model = pretrained.place(model, "cpu", torch.bfloat16) if "bf16" in name else model
+    model = place(model, "cpu", torch.bfloat16) if "bf16" in name else model
     if "lora" not in name:
         return model, "none"
     lora.attach(model, AdapterConfig(adapter="lora", r=3, alpha=5.0, lora_targets="q,v,o,up,down"))
@@ -321,17 +323,17 @@ def write_folder(
 
 def fitting(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random tensors for a config.json, under Hugging Face's names."""
-    model = random_model(seed, **to_dict(pretrained.model_config(config, "test")))
+    model = random_model(seed, **to_dict(model_config(config, "test")))
     return {
         k if k.startswith("lm_head") else f"model.{k}": t.clone()
-        for k, t in pretrained.model_state(model).items()
+        for k, t in model_state(model).items()
     }
 
 
 @functools.cache
-def smol() -> pretrained.Run:
+def smol() -> Run:
     """SmolLM2-135M-Instruct, loaded once for all tests; nobody changes it."""
-    return pretrained.load_run(SMOL)
+    return load_run(SMOL)
 
 
 def smol_ids() -> torch.Tensor:
@@ -362,7 +364,7 @@ def theirs(factory) -> tuple[Path, dict[str, torch.Tensor], dict]:
             ).tolist()
         for name in EXPORTS:
             model, adapter = exported_model(name)
-            pretrained.export(run_of(model, adapter=adapter), folder / name)
+            export(run_of(model, adapter=adapter), folder / name)
             jobs["ids"][name] = ids(name, OUR_SHAPE["vocab_size"], 2, 57).tolist()
         if SMOL is not None and importlib.util.find_spec("gguf") is not None:
             jobs["smol"], jobs["ids"]["smol"] = str(SMOL), smol_ids().tolist()
@@ -374,7 +376,7 @@ def theirs(factory) -> tuple[Path, dict[str, torch.Tensor], dict]:
                 head_dim=2,
                 n_layer=1,
             )
-            pretrained.export(run_of(small, smol().tokenizer), folder / "smol-tokenizer")
+            export(run_of(small, smol().tokenizer), folder / "smol-tokenizer")
         (folder / "jobs.json").write_text(json.dumps(jobs))
         out = elsewhere(SCRIPT, folder)
         _results["all"] = folder, out, json.loads((folder / "said.json").read_text())

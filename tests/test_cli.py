@@ -4,6 +4,7 @@ exit code 2, and nothing is left behind."""
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,26 +13,28 @@ import time
 from pathlib import Path
 
 import pytest
-import runs
 
 import cli
 import config
 import data
 import eval as evaluation
+import runs
 import sample
 import train
-from loaders import checkpoint
-from loaders import runs as pretrained
+from loaders import checkpoint, export
 from loaders.tokenizer import get_tokenizer
 
 PROGRAMS = {
     "train": (train, train.CONFIGS),
     "sample": (sample, sample.CONFIGS),
     "eval": (evaluation, evaluation.CONFIGS),
-    "pretrained": (pretrained, pretrained.CONFIGS),
+    "export": (export, export.CONFIGS),
 }
+COMMAND = {name: [str(runs.ROOT / f"{name}.py")] for name in ("train", "sample", "eval")}
+COMMAND["export"] = ["-m", "loaders.export"]
+CALLED = {name: f"{name}.py" for name in COMMAND} | {"export": "python -m loaders.export"}
 TINY = [*runs.TINY, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
-NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"], "pretrained": ["--to=x"]}
+NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"], "export": ["--to=x"]}
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +92,7 @@ def complaint(capsys, program: str, *flags, code: int = 2) -> str:
     capsys.readouterr()
 
     def main():
-        args = cli.parse_args(configs, list(map(str, flags)), prog=f"{program}.py")
+        args = cli.parse_args(configs, list(map(str, flags)), prog=CALLED[program])
         if program == "train":
             train.run(args)
         else:
@@ -115,8 +118,9 @@ def program(name: str, *flags, cwd=None) -> tuple[int, str, str, float]:
     """A true process: (exit code, stdout, stderr, seconds)."""
     start = time.time()
     p = subprocess.run(
-        [sys.executable, str(runs.ROOT / f"{name}.py"), *map(str, flags)],
+        [sys.executable, *COMMAND[name], *map(str, flags)],
         cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(runs.ROOT)},  # for -m, which looks in cwd
         capture_output=True,
         text=True,
         timeout=60,
@@ -189,7 +193,7 @@ def test_unknown_flag_is_answered_by_the_nearest(name, capsys, here):
         "train": ("n_layr", "n_layer"),
         "eval": ("budget", "budgets"),
         "sample": ("temprature", "temperature"),
-        "pretrained": ("init_form", "init_from"),
+        "export": ("init_form", "init_from"),
     }
     wrong, right = typos[name]
     for flags in both(wrong, 3):
@@ -214,13 +218,13 @@ def test_wrong_flag_of_a_process(name, here):
         "train": ["--seed", "many"],
         "eval": ["--sequences", "many"],
         "sample": ["--top_k", "many"],
-        "pretrained": ["--weights", "int8"],
+        "export": ["--weights", "int8"],
     }[name]
     for flags in (["--no_such_flag=1"], wrong, ["--revision=main", "--init_from=x"]):
         code, out, err, seconds = program(name, *NEEDED[name], *flags, cwd=here)
         assert (
             (code, out, err.count("\n")) == (2, "", 1)
-            and err.startswith(f"{name}.py: ")
+            and err.startswith(f"{CALLED[name]}: ")
             and seconds < 3
         ), err
     assert tree(here) == {}
@@ -521,7 +525,7 @@ def test_eval_refuses(flags, why, capsys, here):
 )
 def test_export_refuses(flags, why, capsys, here):
     """No folder to write to, no model to export."""
-    assert why in complaint(capsys, "pretrained", *flags)
+    assert why in complaint(capsys, "export", *flags)
     assert tree(here) == {}
 
 

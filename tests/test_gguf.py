@@ -28,8 +28,9 @@ from test_parity import needs_transformers
 
 import kv_router
 from config import KVConfig
-from loaders import runs as pretrained
-from loaders.tokenizer import from_definition
+from loaders.runs import is_foreign, load_run
+from loaders.tokenizer_json import from_definition
+from loaders.weights import load_model_state, model_state
 from model import Transformer, generate
 
 # rows of multiples of 32
@@ -144,7 +145,7 @@ def write(
             int: writer.add_uint32,
         }[type(value)](f"tokenizer.ggml.{key}", value)
     held = {}
-    for name, t in pretrained.model_state(model).items():
+    for name, t in model_state(model).items():
         as_stored = gguf.GGMLQuantizationType.F32 if t.ndim == 1 else dtype
         w = t.detach().numpy()
         held[name] = torch.tensor(
@@ -202,12 +203,12 @@ def test_gguf_logits_equal_the_numbers_in_the_file(tmp_path, arch, tied, kind):
     biases, tied head, tokenizer."""
     model = random_model(sum(map(ord, arch + kind)), **SHAPES[arch], tie_embeddings=tied)
     held = write(tmp_path / "m.gguf", model, kind)
-    run = pretrained.load_run(tmp_path / "m.gguf")
+    run = load_run(tmp_path / "m.gguf")
     assert run.model.cfg == model.cfg and run.tokenizer.encode(TEXT) == from_definition(
         definition(), "tiny"
     ).encode(TEXT)
-    pretrained.load_model_state(model, held, "test")
-    got = pretrained.model_state(run.model)
+    load_model_state(model, held, "test")
+    got = model_state(run.model)
     assert got.keys() == held.keys() and all(torch.equal(got[k], held[k]) for k in held)
     assert torch.equal(logits(run.model), logits(model)) and run.base == str(
         (tmp_path / "m.gguf").resolve()
@@ -229,7 +230,7 @@ def test_gguf_settings_left_out_take_llama_cpps_defaults(tmp_path):
         )
     )
     write(tmp_path / "m.gguf", model, fields=left_out)
-    run = pretrained.load_run(tmp_path / "m.gguf")
+    run = load_run(tmp_path / "m.gguf")
     assert (
         run.model.cfg == model.cfg
         and run.model.cfg.rope_theta == 10000
@@ -246,7 +247,7 @@ def test_gguf_llama3_scaling_is_recognised_from_rope_freqs(tmp_path, factor):
     write(
         tmp_path / "m.gguf", scaled, tensors={"rope_freqs.weight": llama3_divisors(1e4, 16, factor)}
     )
-    run = pretrained.load_run(tmp_path / "m.gguf")
+    run = load_run(tmp_path / "m.gguf")
     assert run.model.cfg == scaled.cfg and torch.equal(logits(run.model), logits(scaled))
     assert (logits(scaled) - logits(random_model(7, **SHAPES["llama"]))).abs().max() > 0.01
 
@@ -272,7 +273,7 @@ def test_gguf_bos_follows_the_file_and_llama_cpps_default(tmp_path):
             "merges": ["h e", "l l", "he ll", "hell o"],
         } | more
         write(tmp_path / "m.gguf", model, tokenizer=about)
-        assert pretrained.load_run(tmp_path / "m.gguf").tokenizer.bos == want, (pre, more)
+        assert load_run(tmp_path / "m.gguf").tokenizer.bos == want, (pre, more)
 
 
 LLAMA = SHAPES["llama"]
@@ -352,7 +353,7 @@ def test_gguf_refusals_name_what_is_wrong(tmp_path, name):
     setting or the tensor."""
     how, words = WRONG[name]
     write(tmp_path / "m.gguf", random_model(**LLAMA), **how)
-    assert words in error_line(pretrained.load_run, tmp_path / "m.gguf")
+    assert words in error_line(load_run, tmp_path / "m.gguf")
 
 
 @needs_gguf
@@ -366,21 +367,21 @@ def test_damaged_gguf_is_one_line_or_loads(tmp_path):
     assert len(whole) > 20000
     for n in [0, 3, 4, 20, *rng.sample(range(len(whole) - 40), 40)]:
         path.write_bytes(whole[:n])
-        assert str(path) in error_line(pretrained.load_run, path), n
+        assert str(path) in error_line(load_run, path), n
     refused = 0
     for _ in range(150):
         at = rng.choice([rng.randrange(900), rng.randrange(len(whole) // 2)])
         path.write_bytes(whole[:at] + bytes([rng.randrange(256)]) + whole[at + 1 :])
         try:
-            pretrained.load_run(path)
+            load_run(path)
         except ValueError as e:
             refused += 1
             assert "\n" not in str(e), e
     assert refused > 20
     for text in (b"GGUF", b"not a model", b"\x80\x04cos\nsystem\n"):
         path.write_bytes(text)
-        assert str(path) in error_line(pretrained.load_run, path)
-    assert "no such file" in error_line(pretrained.load_run, tmp_path / "absent.gguf")
+        assert str(path) in error_line(load_run, path)
+    assert "no such file" in error_line(load_run, tmp_path / "absent.gguf")
 
 
 def test_gguf_without_its_package_says_what_to_install(tmp_path, monkeypatch):
@@ -394,7 +395,7 @@ def test_gguf_without_its_package_says_what_to_install(tmp_path, monkeypatch):
 
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(builtins, "__import__", without)
-    assert "pip install gguf" in error_line(pretrained.load_run, tmp_path / "m.gguf")
+    assert "pip install gguf" in error_line(load_run, tmp_path / "m.gguf")
 
 
 # ----------------------------------------------------------------------------- the real thing
@@ -473,4 +474,4 @@ def test_smollm2_settings_are_those_of_its_config():
         False,
         1,
     )
-    assert smol().tokenizer.vocab_size == 49152 and pretrained.is_foreign(SMOL)
+    assert smol().tokenizer.vocab_size == 49152 and is_foreign(SMOL)

@@ -8,7 +8,8 @@ from helpers import TINY, grouped_model, tokens
 from runs import adapt_arguments, losses, pretrain
 
 import train
-from loaders.runs import autocast, load_run
+from loaders.device import autocast
+from loaders.runs import load_run
 from loaders.tokenizer import get_tokenizer
 from model import generate
 from storage.layout import top_k_mask

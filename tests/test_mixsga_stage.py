@@ -18,7 +18,8 @@ import train
 from config import DataConfig, KVConfig, MixConfig
 from data import prepare, sequential
 from loaders import checkpoint
-from loaders.runs import export, load_run
+from loaders.export import export
+from loaders.runs import load_run
 from model import generate
 from tasks.measure import mean_loss
 from training import loop as trainer

@@ -30,7 +30,6 @@ from foreign import (
     write_folder,
 )
 from helpers import error_line
-from runs import ROOT, python
 from safetensors.torch import load_file, save_file
 from test_no_code_in_files import bombs
 from test_parity import needs_transformers
@@ -39,9 +38,15 @@ import kv_router
 import lora
 from config import AdapterConfig, KVConfig, to_dict
 from loaders import checkpoint
-from loaders import runs as pretrained
-from loaders.tokenizer import ByteTokenizer, LibraryTokenizer, from_definition
+from loaders.device import autocast
+from loaders.export import export
+from loaders.huggingface import model_config
+from loaders.runs import Run, added_state, base_reference, is_foreign, load_pretrained, load_run
+from loaders.tokenizer import ByteTokenizer, LibraryTokenizer
+from loaders.tokenizer_json import from_definition
+from loaders.weights import load_model_state, model_state
 from model import Transformer
+from runs import ROOT, python
 
 
 def logits(model: Transformer, x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +89,7 @@ def test_folder_logits_equal_transformers(name, tmp_path_factory):
     bias, Mistral; tied and not, one file and shards, three dtypes."""
     at, out, said = theirs(tmp_path_factory)
     shape, tied, dtype = THEIR_FOLDERS[name]
-    run = pretrained.load_run(at / name)
+    run = load_run(at / name)
     assert (len(list((at / name).glob("*.safetensors"))) > 1) == name.endswith("sharded")
     assert run.model.cfg.tie_embeddings == tied == said[name]["tied"] and not any(
         said[name]["wrong"].values()
@@ -100,13 +105,13 @@ def test_folder_logits_equal_transformers(name, tmp_path_factory):
     if shape == "llama3":
         plain = replace(run.model.cfg, rope_factor=1.0)
         other = Transformer(plain)
-        pretrained.load_model_state(other, pretrained.model_state(run.model), "test")
+        load_model_state(other, model_state(run.model), "test")
         assert (
             x.size(1) > 2 * run.model.cfg.rope_original
             and (logits(other.eval(), x) - out[name]).abs().max() > 0.05
         )
     if dtype != "f32":
-        half = pretrained.load_run(at / name, weights="bfloat16").model
+        half = load_run(at / name, weights="bfloat16").model
         assert {p.dtype for p in half.parameters()} == {
             torch.bfloat16
         } and half.rope_cos.dtype == torch.float32
@@ -135,15 +140,15 @@ THETA = {"rope_theta": 500.0}
 )
 def test_llama3_config_in_every_spelling_is_the_same(how, changes):
     """The keys of transformers 4 and 5 for Llama 3's scaling give one ModelConfig."""
-    want = pretrained.model_config(config_json("llama3"), "x")
+    want = model_config(config_json("llama3"), "x")
     assert want.rope_factor == 8 and want.rope_original == 32 and want.rope_theta == 500
-    assert pretrained.model_config(config_json("llama3", **changes), "x") == want
+    assert model_config(config_json("llama3", **changes), "x") == want
 
 
 def test_config_defaults_are_those_of_transformers():
     """Absent or null: head_dim n_embd / n_head, KV heads as many as heads, rope_theta 10000,
     untied; a Mistral's window is 4096."""
-    c = pretrained.model_config(
+    c = model_config(
         config_json(
             "qwen2",
             num_key_value_heads=None,
@@ -160,7 +165,7 @@ def test_config_defaults_are_those_of_transformers():
         False,
         True,
     )
-    c = pretrained.model_config(
+    c = model_config(
         config_json(
             "llama", hidden_size=36, num_key_value_heads=..., head_dim=..., rope_parameters=None
         ),
@@ -168,13 +173,13 @@ def test_config_defaults_are_those_of_transformers():
     )
     assert (c.head_dim, c.n_kv_head, c.rope_factor, c.qkv_bias) == (6, 6, 1, False)
     assert (
-        pretrained.model_config(
+        model_config(
             config_json("mistral", max_position_embeddings=8192, sliding_window=...), "x"
         ).block_size
         == 4096
     )
     assert (
-        pretrained.model_config(
+        model_config(
             config_json("qwen2", use_sliding_window=False, sliding_window=8), "x"
         ).block_size
         == 29
@@ -185,13 +190,13 @@ def test_a_sliding_window_cuts_the_context(folder):
     """A Mistral or Qwen2 whose window is shorter than its context loads with the window as its
     context: same logits inside, refused past it."""
     x = ids("x", 263, 2, 11)
-    want = logits(pretrained.load_run(folder).model, x)
+    want = logits(load_run(folder).model, x)
     edit(folder, model_type="mistral", sliding_window=11)
-    model = pretrained.load_run(folder).model
+    model = load_run(folder).model
     assert model.cfg.block_size == 11 and torch.equal(logits(model, x), want)
     assert "the model's context is 11" in error_line(model, ids("x", 263, 1, 12))
     assert (
-        pretrained.model_config(
+        model_config(
             config_json("qwen2", use_sliding_window=True, sliding_window=5), "x"
         ).block_size
         == 5
@@ -202,7 +207,7 @@ def test_names_without_prefix_old_tables_and_extra_files_load(folder):
     """Names without 'model.', the inverse frequencies that old files hold, a tied head stored
     twice, and a second format beside model.safetensors (consolidated.safetensors) all give the same
     model."""
-    want = pretrained.load_run(folder).model
+    want = load_run(folder).model
     tensors = load_file(folder / "model.safetensors")
     x = ids("x", 263, 2, 17)
     save_file(
@@ -211,17 +216,17 @@ def test_names_without_prefix_old_tables_and_extra_files_load(folder):
         folder / "model.safetensors",
     )
     save_file({"tok_embeddings.weight": torch.ones(2)}, folder / "consolidated.safetensors")
-    assert torch.equal(logits(pretrained.load_run(folder).model, x), logits(want, x))
+    assert torch.equal(logits(load_run(folder).model, x), logits(want, x))
     tied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
     save_file(tied, folder / "model.safetensors")
     edit(folder, tie_word_embeddings=True)
-    model = pretrained.load_run(folder).model
+    model = load_run(folder).model
     assert (
         model.lm_head.weight is model.embed_tokens.weight
         and (logits(model, x) - logits(want, x)).abs().max() > 0.1
     )
     edit(folder, tie_word_embeddings=False)
-    assert torch.equal(logits(pretrained.load_run(folder).model, x), logits(model, x))
+    assert torch.equal(logits(load_run(folder).model, x), logits(model, x))
 
 
 def test_tokenizers_of_other_kinds_and_bos(folder):
@@ -236,14 +241,14 @@ def test_tokenizers_of_other_kinds_and_bos(folder):
         "added_tokens": [definition()["added_tokens"][0] | {"id": 3}],
     }
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = pretrained.load_run(folder).tokenizer
+    tokenizer = load_run(folder).tokenizer
     assert (
         isinstance(tokenizer, LibraryTokenizer)
         and tokenizer.encode("hello world") == [1, 2]
         and (tokenizer.vocab_size, tokenizer.eot) == (4, 3)
     )
     (folder / "tokenizer.json").write_text(json.dumps(definition(bos=True)))
-    tokenizer = pretrained.load_run(folder).tokenizer
+    tokenizer = load_run(folder).tokenizer
     assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.bos) == (
         261,
         260,
@@ -255,7 +260,7 @@ def test_run_says_where_its_base_is_and_hashes_all_weights(tmp_path):
     """base is the absolute path; base_sha256 follows the weights' bytes in every shard, not the
     config, and not the folder's place."""
     folder = write_folder(tmp_path / "a", config_json())
-    one = pretrained.load_run(folder)
+    one = load_run(folder)
     assert (
         one.base == str(folder.resolve())
         and one.adapter.adapter == "none"
@@ -263,7 +268,7 @@ def test_run_says_where_its_base_is_and_hashes_all_weights(tmp_path):
         and one.model.training is False
     )
     shutil.copytree(folder, tmp_path / "b")
-    assert pretrained.load_run(tmp_path / "b").base_sha256 == one.base_sha256
+    assert load_run(tmp_path / "b").base_sha256 == one.base_sha256
     tensors = load_file(folder / "model.safetensors")
     seen = {one.base_sha256}
     (tmp_path / "b" / "model.safetensors").unlink()
@@ -274,7 +279,7 @@ def test_run_says_where_its_base_is_and_hashes_all_weights(tmp_path):
                 {k: tensors[k] for k in sorted(tensors)[i - 1 :: 3]},
                 tmp_path / "b" / f"{i}.safetensors",
             )
-        seen.add(pretrained.load_run(tmp_path / "b").base_sha256)
+        seen.add(load_run(tmp_path / "b").base_sha256)
     assert len(seen) == 5
 
 
@@ -291,12 +296,9 @@ def test_is_foreign_tells_theirs_from_ours(folder, tmp_path):
     (tmp_path / "run" / "config.json").write_text(
         json.dumps({"model": {"n_layer": 2}, "train": {}})
     )
-    assert [pretrained.is_foreign(p) for p in ("hf:a/b", "x/y.gguf", folder, str(folder))] == [
-        True
-    ] * 4
+    assert [is_foreign(p) for p in ("hf:a/b", "x/y.gguf", folder, str(folder))] == [True] * 4
     assert [
-        pretrained.is_foreign(p)
-        for p in (step, step.parent, tmp_path / "run", tmp_path / "none", "scratch")
+        is_foreign(p) for p in (step, step.parent, tmp_path / "run", tmp_path / "none", "scratch")
     ] == [False] * 5
 
 
@@ -359,7 +361,7 @@ def test_config_refusals_name_the_setting(folder, name):
     that names it."""
     changes, words = CONFIG_REFUSALS[name]
     edit(folder, **changes)
-    assert words in error_line(pretrained.load_pretrained, folder)
+    assert words in error_line(load_pretrained, folder)
 
 
 def write_text(name: str, text: str | bytes):
@@ -478,24 +480,24 @@ def test_file_refusals_name_the_file_or_tensor(folder, name):
     names it."""
     act, words = FILE_REFUSALS[name]
     act(folder)
-    assert words in error_line(pretrained.load_run, folder)
+    assert words in error_line(load_run, folder)
 
 
 def test_folder_that_names_no_model_type_is_refused(folder):
     """Without model_type a config.json is nobody's: asked for as a model it is refused by that
     name, and as a run by the lack of one."""
     edit(folder, model_type=...)
-    assert "model_type=None" in error_line(pretrained.load_pretrained, folder)
-    assert "no usable checkpoint" in error_line(pretrained.load_run, folder)
+    assert "model_type=None" in error_line(load_pretrained, folder)
+    assert "no usable checkpoint" in error_line(load_run, folder)
 
 
 def test_too_large_for_bfloat16_is_refused(folder):
     """float32's largest number is no bfloat16: it would become inf."""
     edit_tensors(folder, model_norm_weight=torch.full((18,), 3.4028e38))
     assert "norm.weight: not all finite in torch.bfloat16" in error_line(
-        pretrained.load_run, folder, weights="bfloat16"
+        load_run, folder, weights="bfloat16"
     )
-    pretrained.load_run(folder)
+    load_run(folder)
 
 
 @pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
@@ -519,7 +521,7 @@ def test_malicious_pickle_in_a_models_folder_never_runs(folder, file, kind):
     (folder / file).write_bytes(bomb)
     if file == "m.gguf":
         pytest.importorskip("gguf", reason="gguf is not installed")
-    error_line(pretrained.load_run, folder / file if file == "m.gguf" else folder)
+    error_line(load_run, folder / file if file == "m.gguf" else folder)
     assert not marker.exists()
 
 
@@ -547,8 +549,8 @@ def test_hub_model_loads_at_the_revision_asked_for(tmp_path, monkeypatch):
     """hf:ORG/NAME hands name and revision to the hub's client, asks for no file that can run code,
     and notes the commit it got."""
     asked = fake_hub(monkeypatch, write_folder(tmp_path / "0123abcd", config_json()))
-    run = pretrained.load_run("hf:org/name", revision="v1")
-    pretrained.load_run("hf:org/name")
+    run = load_run("hf:org/name", revision="v1")
+    load_run("hf:org/name")
     assert [(n, how["revision"]) for n, how in asked] == [("org/name", "v1"), ("org/name", "main")]
     assert all(p.endswith((".json", ".safetensors")) for p in asked[0][1]["allow_patterns"])
     assert run.base == "hf:org/name@0123abcd" and run.tokenizer.name.startswith("org-name-")
@@ -558,7 +560,7 @@ def test_hub_model_loads_at_the_revision_asked_for(tmp_path, monkeypatch):
 def test_hub_names_are_checked_before_anything_is_asked(name, monkeypatch):
     """A name that is not ORG/NAME is refused without a request."""
     asked = fake_hub(monkeypatch, OSError("never"))
-    assert "a model is named hf:ORG/NAME" in error_line(pretrained.load_run, name) and asked == []
+    assert "a model is named hf:ORG/NAME" in error_line(load_run, name) and asked == []
 
 
 def test_hub_failures_are_one_line(monkeypatch):
@@ -574,10 +576,10 @@ def test_hub_failures_are_one_line(monkeypatch):
         Transport("reset\nby peer"),
     ):
         fake_hub(monkeypatch, error)
-        line = error_line(pretrained.load_run, "hf:org/name", revision="v1")
+        line = error_line(load_run, "hf:org/name", revision="v1")
         assert "hf:org/name at revision v1 cannot be had" in line and "go online" in line
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install huggingface_hub" in error_line(pretrained.load_run, "hf:org/name")
+    assert "pip install huggingface_hub" in error_line(load_run, "hf:org/name")
 
 
 # ----------------------------------------------------------------------------- out
@@ -611,14 +613,12 @@ def test_export_and_load_give_the_same_bits_back(name, tmp_path):
     """export -> load_run: equal ModelConfig, bit-equal tensors in their dtype, equal logits and
     token ids; and once more the same bytes."""
     model, _ = exported_model(name)
-    pretrained.export(run_of(model), tmp_path / "one")
-    again = pretrained.load_run(
-        tmp_path / "one", weights="bfloat16" if name == "bf16" else "float32"
-    )
+    export(run_of(model), tmp_path / "one")
+    again = load_run(tmp_path / "one", weights="bfloat16" if name == "bf16" else "float32")
     # who may read one file may read all
     assert len({p.stat().st_mode for p in (tmp_path / "one").iterdir()}) == 1
-    got = pretrained.model_state(again.model)
-    want = pretrained.model_state(model)
+    got = model_state(again.model)
+    want = model_state(model)
     assert again.model.cfg == model.cfg and got.keys() == want.keys()
     assert all(got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]) for k in want)
     assert again.tokenizer.definition == definition() and again.tokenizer.encode(
@@ -626,7 +626,7 @@ def test_export_and_load_give_the_same_bits_back(name, tmp_path):
     ) == from_definition(definition(), "tiny").encode(TEXT)
     x = ids(name, OUR_SHAPE["vocab_size"], 2, 23)
     assert torch.equal(logits(again.model, x), logits(model, x))
-    pretrained.export(again, tmp_path / "two")
+    export(again, tmp_path / "two")
     for file in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -643,16 +643,14 @@ def test_export_refuses_what_transformers_cannot_hold_and_leaves_nothing(tmp_pat
         (run_of(model, kv="value_groups"), "kv=value_groups"),
         (run_of(random_model(qkv_bias=True, head_dim=6)), "head_dim=6 with a bias"),
     ):
-        assert words in error_line(pretrained.export, run, to)
+        assert words in error_line(export, run, to)
         assert list(tmp_path.iterdir()) == []
     lora.attach(model, AdapterConfig(adapter="lora"))
     to.mkdir(parents=True)
     (to / "mine.txt").write_text("mine")
+    assert "is not an empty folder" in error_line(export, run_of(model, adapter="lora"), to)
     assert "is not an empty folder" in error_line(
-        pretrained.export, run_of(model, adapter="lora"), to
-    )
-    assert "is not an empty folder" in error_line(
-        pretrained.export, run_of(model, adapter="lora"), to / "mine.txt"
+        export, run_of(model, adapter="lora"), to / "mine.txt"
     )
     assert [p.name for p in to.parent.rglob("*")] == ["out", "mine.txt"] and lora.adapter_state(
         model
@@ -661,25 +659,25 @@ def test_export_refuses_what_transformers_cannot_hold_and_leaves_nothing(tmp_pat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", full)
+    monkeypatch.setattr("loaders.export.save_file", full)
     (to / "mine.txt").unlink()
     with pytest.raises(OSError, match="No space"):
-        pretrained.export(run_of(model, adapter="lora"), to)
+        export(run_of(model, adapter="lora"), to)
     assert [p.name for p in to.parent.rglob("*")] == ["out"]
     monkeypatch.undo()
-    pretrained.export(run_of(model, adapter="lora"), to)  # into the empty folder
+    export(run_of(model, adapter="lora"), to)  # into the empty folder
     assert (to / "model.safetensors").is_file() and [p.name for p in to.parent.iterdir()] == ["out"]
 
 
 def test_export_with_the_byte_tokenizer_has_no_tokenizer_json(tmp_path):
     """The byte tokenizer has no tokenizer.json: weights and config are written, and loading the
     folder says what it lacks."""
-    pretrained.export(run_of(random_model(), ByteTokenizer()), tmp_path / "out")
+    export(run_of(random_model(), ByteTokenizer()), tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
     ]
-    assert "no tokenizer.json in it" in error_line(pretrained.load_run, tmp_path / "out")
+    assert "no tokenizer.json in it" in error_line(load_run, tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------- memory
@@ -688,11 +686,11 @@ MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import tiktoken, torch
-from loaders import runs as pretrained
+from loaders.runs import load_run
 def peak():  # of this process since its start; ru_maxrss would begin at the parent's
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
-model = pretrained.load_run(sys.argv[2], weights=sys.argv[3]).model
+model = load_run(sys.argv[2], weights=sys.argv[3]).model
 print(peak() - before, sum(p.nbytes for p in model.parameters()))
 """
 
@@ -712,10 +710,7 @@ def large(tmp_path_factory):
     )
     with torch.device("meta"):
         shapes = {
-            k: t.shape
-            for k, t in pretrained.model_state(
-                Transformer(pretrained.model_config(config, "x"))
-            ).items()
+            k: t.shape for k, t in model_state(Transformer(model_config(config, "x"))).items()
         }
     tensors = {f"model.{k}": torch.full(s, 0.01, dtype=torch.bfloat16) for k, s in shapes.items()}
     yield write_folder(tmp_path_factory.mktemp("large") / "m", config, tensors)
@@ -746,7 +741,7 @@ def test_loading_needs_little_more_than_the_model(large, weights):
 # -------------------- adapters on a model of others
 
 
-def adapt(base: pretrained.Run, stage: Path, kv: KVConfig, adapter: AdapterConfig) -> torch.Tensor:
+def adapt(base: Run, stage: Path, kv: KVConfig, adapter: AdapterConfig) -> torch.Tensor:
     """Put random adapters and calibrated value groups on a base and save them as train.py does;
     returns the folded model's logits."""
     model = base.model
@@ -761,10 +756,10 @@ def adapt(base: pretrained.Run, stage: Path, kv: KVConfig, adapter: AdapterConfi
         "tokenizer": base.tokenizer.name,
         "adapter": to_dict(adapter),
         "kv": to_dict(kv),
-        "base": pretrained.base_reference(base, stage),
+        "base": base_reference(base, stage),
         "base_sha256": base.base_sha256,
     }
-    tensors = {k: t.detach().clone() for k, t in pretrained.added_state(model).items()}
+    tensors = {k: t.detach().clone() for k, t in added_state(model).items()}
     checkpoint.save(
         stage, checkpoint.step_name(5), step=5, tensors={"adapter": tensors}, config=config
     )
@@ -781,8 +776,8 @@ def test_adapter_on_a_foreign_base_is_put_together_again(tmp_path, adapter, kv):
     a moved base is asked for and taken from base=; a base with other weights is refused by sha256;
     the base's tokenizer comes along."""
     folder = write_folder(tmp_path / "models" / "m", config_json())
-    want = adapt(pretrained.load_run(folder), tmp_path / "run" / "s", kv, adapter)
-    run = pretrained.load_run(tmp_path / "run" / "s")
+    want = adapt(load_run(folder), tmp_path / "run" / "s", kv, adapter)
+    run = load_run(tmp_path / "run" / "s")
     x = ids("x", 261, 2, 23)
     assert (
         torch.equal(logits(run.model, x), want)
@@ -792,25 +787,21 @@ def test_adapter_on_a_foreign_base_is_put_together_again(tmp_path, adapter, kv):
     )
     assert (
         run.tokenizer.encode("hello") == [259]
-        and (logits(pretrained.load_run(folder).model, x) - want).abs().max() > 0.1
+        and (logits(load_run(folder).model, x) - want).abs().max() > 0.1
     )
-    with pretrained.autocast(torch.device("cpu"), "bfloat16"):
-        half = logits(
-            pretrained.load_run(tmp_path / "run" / "s", weights="bfloat16").model, x
-        ).float()
+    with autocast(torch.device("cpu"), "bfloat16"):
+        half = logits(load_run(tmp_path / "run" / "s", weights="bfloat16").model, x).float()
     # rounding turns some selections of this random model
     assert (half - want).abs().median() < 0.2 * want.std()
     # the base is named by absolute path: the run may move
     shutil.move(tmp_path / "run", tmp_path / "else" / "where")
     stage = tmp_path / "else" / "where" / "s"
-    assert torch.equal(logits(pretrained.load_run(stage).model, x), want)
+    assert torch.equal(logits(load_run(stage).model, x), want)
     shutil.move(folder, tmp_path / "moved")
-    assert "say where it is with --init_from" in error_line(pretrained.load_run, stage)
-    assert torch.equal(
-        logits(pretrained.load_run(stage, base=str(tmp_path / "moved")).model, x), want
-    )
+    assert "say where it is with --init_from" in error_line(load_run, stage)
+    assert torch.equal(logits(load_run(stage, base=str(tmp_path / "moved")).model, x), want)
     edit_tensors(tmp_path / "moved", model_norm_weight=torch.full((18,), 0.5))
-    line = error_line(pretrained.load_run, stage, base=str(tmp_path / "moved"))
+    line = error_line(load_run, stage, base=str(tmp_path / "moved"))
     assert "sha256" in line and "give the base it was trained on" in line
 
 
@@ -818,12 +809,12 @@ def test_adapter_on_a_hub_model_asks_for_the_commit_it_was_trained_on(tmp_path, 
     """The base is noted as hf:ORG/NAME@COMMIT, and that commit is asked for when the adapter is
     loaded, wherever main is by then."""
     asked = fake_hub(monkeypatch, write_folder(tmp_path / "c0ffee", config_json()))
-    want = adapt(pretrained.load_run("hf:org/name"), tmp_path / "s", PLAIN[1], PLAIN[0])
-    run = pretrained.load_run(tmp_path / "s")
+    want = adapt(load_run("hf:org/name"), tmp_path / "s", PLAIN[1], PLAIN[0])
+    run = load_run(tmp_path / "s")
     assert asked[-1][1]["revision"] == "c0ffee" and torch.equal(
         logits(run.model, ids("x", 261, 2, 23)), want
     )
-    pretrained.load_run(tmp_path / "s", base=str(tmp_path / "c0ffee"))
+    load_run(tmp_path / "s", base=str(tmp_path / "c0ffee"))
     assert len(asked) == 2
 
 
@@ -831,11 +822,11 @@ def test_merged_export_of_an_adapter_on_a_foreign_base(tmp_path):
     """A LoRA stage exports as one model whose logits are the adapted ones, and which loads without
     its base."""
     folder = write_folder(tmp_path / "m", config_json())
-    want = adapt(pretrained.load_run(folder), tmp_path / "s", PLAIN[1], PLAIN[0])
-    pretrained.export(pretrained.load_run(tmp_path / "s"), tmp_path / "out")
+    want = adapt(load_run(folder), tmp_path / "s", PLAIN[1], PLAIN[0])
+    export(load_run(tmp_path / "s"), tmp_path / "out")
     shutil.rmtree(folder)
     assert (
-        logits(pretrained.load_run(tmp_path / "out").model, ids("x", 261, 2, 23)) - want
+        logits(load_run(tmp_path / "out").model, ids("x", 261, 2, 23)) - want
     ).abs().max() < 1e-5
 
 
@@ -852,9 +843,9 @@ def test_own_base_in_bfloat16_keeps_its_table_of_positions(tmp_path):
         "kv": to_dict(kv),
     }
     path = checkpoint.save(
-        tmp_path, "best", step=1, tensors={"model": pretrained.model_state(model)}, config=config
+        tmp_path, "best", step=1, tensors={"model": model_state(model)}, config=config
     )
-    got = pretrained.load_run(path, weights="bfloat16").model
+    got = load_run(path, weights="bfloat16").model
     assert {p.dtype for p in got.parameters()} == {torch.bfloat16}
     assert torch.equal(got.rope_cos, model.rope_cos) and torch.equal(got.rope_sin, model.rope_sin)
 
@@ -863,23 +854,24 @@ def test_own_base_in_bfloat16_keeps_its_table_of_positions(tmp_path):
 
 
 def test_program_exports_a_model_as_a_user_would(folder, tmp_path):
-    """python pretrained.py --init_from=A --to=B: one line, exit code 0, a folder that loads; again:
+    """python -m loaders.export --init_from=A --to=B: one line, exit code 0, a folder that loads; again:
     one line, exit code 2."""
     command = (
-        "pretrained.py",
+        "-m",
+        "loaders.export",
         f"--init_from={folder}",
         "--to",
         tmp_path / "out",
         "--weights=bfloat16",
     )
     done = python(*command)
-    n = sum(p.numel() for p in pretrained.load_run(folder).model.parameters())
+    n = sum(p.numel() for p in load_run(folder).model.parameters())
     assert (done.returncode, done.err) == (0, "") and done.out.startswith(
         f"{tmp_path}/out: {n:,} parameters in torch.bfloat16, tokenizer m-"
     )
     x = ids("x", 261, 2, 23)
-    rounded = pretrained.load_run(folder, weights="bfloat16").model.float()
-    assert torch.equal(logits(pretrained.load_run(tmp_path / "out").model, x), logits(rounded, x))
+    rounded = load_run(folder, weights="bfloat16").model.float()
+    assert torch.equal(logits(load_run(tmp_path / "out").model, x), logits(rounded, x))
     done = python(*command)
     assert (
         (done.returncode, done.out) == (2, "")
@@ -894,7 +886,11 @@ def test_program_offline_with_an_empty_cache_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
     done = python(
-        "pretrained.py", "--init_from=hf:org/name", "--revision=v1", f"--to={tmp_path / 'out'}"
+        "-m",
+        "loaders.export",
+        "--init_from=hf:org/name",
+        "--revision=v1",
+        f"--to={tmp_path / 'out'}",
     )
     assert (done.returncode, done.out) == (2, "") and done.err.count("\n") == 1
     assert (
@@ -904,11 +900,12 @@ def test_program_offline_with_an_empty_cache_says_so(tmp_path, monkeypatch):
 
 def test_program_help_and_wrong_flags_need_no_torch():
     """--help and a missing --to are answered before torch is imported."""
-    done = python("-X", "importtime", "pretrained.py", "--help")
+    done = python("-X", "importtime", "-m", "loaders.export", "--help")
     assert done.returncode == 0 and "--init_from" in done.out and "--to" in done.out
     assert not any(line.rsplit("|", 1)[-1].strip() == "torch" for line in done.err.splitlines())
-    done = python("pretrained.py", "--init_from=x")
+    done = python("-m", "loaders.export", "--init_from=x")
     assert (
         done.returncode == 2
-        and done.err == "pretrained.py: no folder to export to: one is needed; give --to=DIR\n"
+        and done.err
+        == "python -m loaders.export: no folder to export to: one is needed; give --to=DIR\n"
     )

@@ -29,7 +29,8 @@ import selector
 import train
 from config import BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, to_dict
 from loaders import checkpoint
-from loaders.runs import autocast, load_run, split_added
+from loaders.device import autocast
+from loaders.runs import load_run, split_added
 from measure_config import BenchConfig
 from model import Transformer
 from tasks import measure as tasks

@@ -1,5 +1,5 @@
-"""Claims of tokenizer.py: ids are those of the package `tokenizers` on the same definition, or the
-package does it. No network.
+"""Claims of tokenizer.py and tokenizer_json.py: ids are those of the package `tokenizers` on the
+same definition, or the package does it. No network.
 
     PYTHONPATH=. python -m pytest tests/test_tokenizer.py
 """
@@ -23,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders import tokenizer as T
+from loaders.gguf import CONTROL, NORMAL, definition_from_gguf
+from loaders.tokenizer_json import ALPHABET, DIGITS, GPT2, LLAMA3, QWEN2, from_definition
 
 # -- tokenizers
 
@@ -121,7 +123,7 @@ def test_check_ids_out_of_range_is_named(ids, bad):
 
 # -- tokenizer.json: definitions
 
-PRES = {"gpt2": T.GPT2, "llama-bpe": T.LLAMA3, "qwen2": T.QWEN2, "smollm": T.DIGITS}
+PRES = {"gpt2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2, "smollm": DIGITS}
 # pieces that the patterns treat differently: contractions, numerals, marks, blanks of every kind,
 # controls, letters of many scripts
 PIECES = [
@@ -218,7 +220,7 @@ def library():
 def definition(library, pre: str, size: int = 700) -> dict:
     """A tokenizer trained on the pieces, as the definition of a GGUF of that pre-tokenizer: 256
     bytes, merges, an end and a begin token."""
-    frame = T.definition_from_gguf(["<|endoftext|>"], [], [T.CONTROL], pre, None, False)
+    frame = definition_from_gguf(["<|endoftext|>"], [], [CONTROL], pre, None, False)
     tok = library.Tokenizer.from_str(json.dumps(frame))
     trainer = library.trainers.BpeTrainer(
         vocab_size=size,
@@ -229,8 +231,8 @@ def definition(library, pre: str, size: int = 700) -> dict:
     model = json.loads(tok.to_str())["model"]
     tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<|endoftext|>", "<|begin|>"]
     tokens = [t for i, t in enumerate(tokens) if t not in tokens[:i]]
-    types = [T.CONTROL if t.startswith("<|") and t.endswith("|>") else T.NORMAL for t in tokens]
-    return T.definition_from_gguf(
+    types = [CONTROL if t.startswith("<|") and t.endswith("|>") else NORMAL for t in tokens]
+    return definition_from_gguf(
         tokens, [" ".join(m) for m in model["merges"]], types, pre, tokens.index("<|begin|>"), True
     )
 
@@ -262,7 +264,7 @@ def test_bpe_ids_equal_library(library, trained, pre):
     """1,000 strings, and whatever hypothesis finds: ids equal, text comes back, nothing special
     comes out."""
     spec = trained[pre]
-    made = T.from_definition(spec, pre)
+    made = from_definition(spec, pre)
     oracle = library.Tokenizer.from_str(json.dumps(spec))
     assert type(made) is T.BytePairTokenizer and made.definition is spec and made.absent == b""
     same(spec, oracle, made, strings(1000))
@@ -280,7 +282,7 @@ def test_bpe_cuts_every_character_like_library(library, trained, pre):
     """Each character of the basic plane between a blank and a letter, after an apostrophe, and
     before a digit, is cut alike."""
     spec = trained[pre]
-    made = T.from_definition(spec, pre)
+    made = from_definition(spec, pre)
     oracle = library.Tokenizer.from_str(json.dumps(spec))
     for first in range(0, 0x10000, 256):
         chars = [
@@ -296,7 +298,7 @@ def test_pieces_equal_library(library, trained, pre):
     """The pattern cuts every text where the library's pre-tokenizer cuts it, also where no token
     would show the difference."""
     regex = pytest.importorskip("regex", reason="tiktoken does not show its pieces")
-    made = T.from_definition(trained[pre], pre)
+    made = from_definition(trained[pre], pre)
     cutter = library.Tokenizer.from_str(json.dumps(trained[pre])).pre_tokenizer
     rng = random.Random(7)
     blanks = [" ", "\n", "\r", "\t", "\u00a0", "7", "4", "a", "!", "'s"]
@@ -313,7 +315,7 @@ def test_bpe_long_runs_equal_library(library, trained, pre):
     """Runs of one kind of character, longer than the matcher can step back over, give the library's
     ids."""
     spec = trained[pre]
-    made = T.from_definition(spec, pre)
+    made = from_definition(spec, pre)
     oracle = library.Tokenizer.from_str(json.dumps(spec))
     same(
         spec,
@@ -373,7 +375,7 @@ def test_smollm2_ids_equal_library(library):
 def test_special_tokens_are_text_and_never_come_out(library, trained):
     """The spelling of an added token is encoded as text; its id decodes to its spelling, eot to
     nothing; lone surrogates are U+FFFD."""
-    made = T.from_definition(trained["qwen2"], "q")
+    made = from_definition(trained["qwen2"], "q")
     text = "a<|endoftext|>b<|begin|>"
     ids = made.encode(text)
     assert made.decode(ids) == text and max(ids) < made.eot < made.bos
@@ -388,7 +390,7 @@ def test_special_tokens_are_text_and_never_come_out(library, trained):
 def abc(rng: random.Random) -> dict:
     """A random BPE over the letters a, b, c: merges in any order and shape, ids mostly in order of
     the merges."""
-    frame = T.definition_from_gguf(
+    frame = definition_from_gguf(
         ["a", "b", "c", "<|endoftext|>"], [], [1, 1, 1, 3], "gpt2", None, False
     )
     vocab = frame["model"]["vocab"]
@@ -422,7 +424,7 @@ def test_random_merges_equal_library(library):
     kinds = []
     for _ in range(90):
         spec = abc(rng)
-        made = T.from_definition(spec, "abc")
+        made = from_definition(spec, "abc")
         oracle = library.Tokenizer.from_str(json.dumps(spec))
         kinds.append((type(made), spec["model"]["ignore_merges"], len(spec["model"]["merges"]) > 2))
         if type(made) is T.BytePairTokenizer:
@@ -447,14 +449,14 @@ def test_merges_out_of_order_go_to_the_library(library, trained):
     del short["model"]["merges"][3]
     alone["model"]["vocab"]["Ġthinkable"] = 5000
     for spec in (swapped, short, alone):
-        made = T.from_definition(spec, "x")
+        made = from_definition(spec, "x")
         oracle = library.Tokenizer.from_str(json.dumps(spec))
         assert type(made) is T.LibraryTokenizer
         assert all(
             made.encode(t) == oracle.encode(t, add_special_tokens=False).ids for t in strings(200)
         )
     alone["model"]["ignore_merges"] = True  # Llama 3 takes such pieces whole, as tiktoken does
-    made = T.from_definition(alone, "x")
+    made = from_definition(alone, "x")
     oracle = library.Tokenizer.from_str(json.dumps(alone))
     assert type(made) is T.BytePairTokenizer and made.encode(" thinkable") == oracle.encode(
         " thinkable", add_special_tokens=False
@@ -469,9 +471,9 @@ def test_name_follows_the_definition(trained):
     """The name ends in 8 hex digits of the definition: equal for an equal one in another order of
     keys, another for a changed one."""
     spec = trained["gpt2"]
-    made = T.from_definition(spec, "org/m")
-    again = T.from_definition(dict(reversed(spec.items())), "org/m")
-    other = T.from_definition({**spec, "normalizer": {"type": "NFC"}}, "org/m")
+    made = from_definition(spec, "org/m")
+    again = from_definition(dict(reversed(spec.items())), "org/m")
+    other = from_definition({**spec, "normalizer": {"type": "NFC"}}, "org/m")
     assert (
         made.name == again.name != other.name
         and made.name.startswith("org/m-")
@@ -497,13 +499,8 @@ def test_eot_and_bos_are_found(trained):
             if t not in ("<|endoftext|>", "<|begin|>")
         },
     }
-    assert (
-        T.from_definition(ends, "x").eot == 901 and T.from_definition(ends, "x", eot=900).eot == 900
-    )
-    assert (
-        T.from_definition(ends, "x").bos is None
-        and T.from_definition(ends, "x", bos=902).bos == 902
-    )
+    assert from_definition(ends, "x").eot == 901 and from_definition(ends, "x", eot=900).eot == 900
+    assert from_definition(ends, "x").bos is None and from_definition(ends, "x", bos=902).bos == 902
     template = {
         "type": "TemplateProcessing",
         "single": [
@@ -517,10 +514,10 @@ def test_eot_and_bos_are_found(trained):
     sequence = {"type": "Sequence", "processors": [level, template]}
     after = {**template, "single": template["single"][::-1]}
     for post, bos in ((template, 902), (sequence, 902), (level, None), (after, None)):
-        assert T.from_definition({**ends, "post_processor": post}, "x").bos == bos
-    assert "eot=" in error_line(T.from_definition, {**ends, "added_tokens": added("<s>")}, "x")
-    assert "added token" in error_line(T.from_definition, ends, "x", eot=5)
-    assert "token id 903" in error_line(T.from_definition, ends, "x", bos=903)
+        assert from_definition({**ends, "post_processor": post}, "x").bos == bos
+    assert "eot=" in error_line(from_definition, {**ends, "added_tokens": added("<s>")}, "x")
+    assert "added token" in error_line(from_definition, ends, "x", eot=5)
+    assert "token id 903" in error_line(from_definition, ends, "x", bos=903)
     byte = T.get_tokenizer("byte")
     assert (
         byte.bos is None
@@ -605,7 +602,7 @@ def sentencepiece() -> dict:
 def test_sentencepiece_runs_in_the_library(library):
     """Llama-2's kind: bos and eot are read, text is whole in spite of a truncation, the spelling of
     </s> is text, bad ids are refused."""
-    made = T.from_definition(sentencepiece(), "llama2")
+    made = from_definition(sentencepiece(), "llama2")
     assert (
         type(made) is T.LibraryTokenizer
         and (made.eot, made.bos, made.vocab_size) == (2, 1, 264)
@@ -649,7 +646,7 @@ def test_other_models_run_in_the_library(library, kind):
         "decoder": None,
         "model": model,
     }
-    made = T.from_definition(spec, "x")
+    made = from_definition(spec, "x")
     assert (
         type(made) is T.LibraryTokenizer
         and made.encode("hi") == [4]
@@ -662,14 +659,14 @@ def test_missing_library_is_one_line(monkeypatch, trained):
     """Without the package the kind of tokenizer and the remedy are named; byte-level BPE does
     without it."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    line = error_line(T.from_definition, sentencepiece(), "llama2")
+    line = error_line(from_definition, sentencepiece(), "llama2")
     assert "llama2" in line and "SentencePiece" in line and "pip install tokenizers" in line
     odd = {
         **trained["gpt2"],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]},
     }
-    assert "Whitespace" in error_line(T.from_definition, odd, "x")
-    assert T.from_definition(trained["gpt2"], "x").encode("hello")
+    assert "Whitespace" in error_line(from_definition, odd, "x")
+    assert from_definition(trained["gpt2"], "x").encode("hello")
 
 
 @pytest.mark.parametrize(
@@ -702,7 +699,7 @@ def test_missing_library_is_one_line(monkeypatch, trained):
                 "pretokenizers": [
                     {
                         "type": "Split",
-                        "pattern": {"Regex": T.QWEN2},
+                        "pattern": {"Regex": QWEN2},
                         "behavior": "Removed",
                         "invert": False,
                     },
@@ -734,7 +731,7 @@ def test_unknown_forms_go_to_the_library(library, trained, change):
     """A pre-tokenizer, normalizer or decoder that is not known is left to the library, whose ids
     come out."""
     spec = {**trained["gpt2"], **change}
-    made = T.from_definition(spec, "x")
+    made = from_definition(spec, "x")
     oracle = library.Tokenizer.from_str(json.dumps(spec))
     assert type(made) is T.LibraryTokenizer
     assert all(
@@ -744,13 +741,13 @@ def test_unknown_forms_go_to_the_library(library, trained, change):
 
 def test_unknown_token_goes_to_the_library(library):
     """Bytes without a token become the unknown token where there is one, as the library does it."""
-    spec = T.definition_from_gguf(
+    spec = definition_from_gguf(
         ["a", "b", "ab", "<|endoftext|>"], ["a b"], [1, 1, 1, 3], "gpt2", None, False
     )
-    assert T.from_definition(spec, "x").encode("abc") == [2]
+    assert from_definition(spec, "x").encode("abc") == [2]
     spec["model"]["unk_token"] = "b"
     assert (
-        T.from_definition(spec, "x").encode("abc")
+        from_definition(spec, "x").encode("abc")
         == library.Tokenizer.from_str(json.dumps(spec)).encode("abc").ids
         == [2, 1]
     )
@@ -759,10 +756,10 @@ def test_unknown_token_goes_to_the_library(library):
 def test_older_and_newer_spellings_are_read(library, trained):
     """Merges as pairs, GPT-2's own file without model.type and use_regex: the same tokenizer."""
     spec = copy.deepcopy(trained["gpt2"])
-    want = T.from_definition(spec, "x")
+    want = from_definition(spec, "x")
     spec["model"]["merges"] = [m.split(" ") for m in spec["model"]["merges"]]
     del spec["model"]["type"], spec["pre_tokenizer"]["use_regex"]
-    made = T.from_definition(spec, "x")
+    made = from_definition(spec, "x")
     assert type(made) is T.BytePairTokenizer and all(
         made.encode(t) == want.encode(t) for t in strings(200)
     )
@@ -843,15 +840,15 @@ def test_damaged_definition_is_one_line(library, trained, path, value):
     if path == "pre_tokenizer/pretokenizers" and value == []:
         pytest.importorskip("tokenizers")
         # allowed: nothing is cut
-        assert T.from_definition(changed(trained["qwen2"], path, value), "mine").encode("a")
+        assert from_definition(changed(trained["qwen2"], path, value), "mine").encode("a")
         return
-    assert "mine" in error_line(T.from_definition, changed(trained["qwen2"], path, value), "mine")
+    assert "mine" in error_line(from_definition, changed(trained["qwen2"], path, value), "mine")
 
 
 @pytest.mark.parametrize("spec", [None, [], "x", 7], ids=repr)
 def test_definition_that_is_no_object_is_one_line(spec):
     """Whatever JSON can hold other than an object is refused."""
-    assert "object" in error_line(T.from_definition, spec, "mine")
+    assert "object" in error_line(from_definition, spec, "mine")
 
 
 # -- GGUF
@@ -860,11 +857,11 @@ def test_definition_that_is_no_object_is_one_line(spec):
 def test_gguf_definition_is_read_by_the_library(library, trained):
     """Unused entries are holes, control and user-defined tokens are added ones, bos is put first
     where the file says so."""
-    bytes_ = list(T.ALPHABET)
+    bytes_ = list(ALPHABET)
     tokens = [*bytes_, "ab", "[PAD257]", "<|im_end|>", "<tool>"]
     types = [1] * 257 + [5, 3, 4]
-    spec = T.definition_from_gguf(tokens, ["a b"], types, "qwen2", 258, True)
-    made = T.from_definition(spec, "x")
+    spec = definition_from_gguf(tokens, ["a b"], types, "qwen2", 258, True)
+    made = from_definition(spec, "x")
     oracle = library.Tokenizer.from_str(json.dumps(spec))
     assert (made.eot, made.bos, made.vocab_size) == (258, 258, 260) and "257" in error_line(
         made.decode, [257]
@@ -878,21 +875,19 @@ def test_gguf_definition_is_read_by_the_library(library, trained):
         made.encode("<tool>")
     ) == "<tool>"
     assert (
-        T.from_definition(
-            T.definition_from_gguf(tokens, ["a b"], types, "qwen2", 258, False), "x"
-        ).bos
+        from_definition(definition_from_gguf(tokens, ["a b"], types, "qwen2", 258, False), "x").bos
         is None
     )
     # as in the models' own files: Qwen2.5 normalizes, Llama 3 takes pieces that are tokens whole
     for pre in PRES:
-        own = T.definition_from_gguf(tokens, [], types, pre, None, False)
+        own = definition_from_gguf(tokens, [], types, pre, None, False)
         assert (own["normalizer"] is not None) == (pre == "qwen2") and own["model"][
             "ignore_merges"
         ] == (pre == "llama-bpe")
     for name, pre in (("gpt-2", "gpt2"), ("llama3", "llama-bpe")):
-        assert T.definition_from_gguf(
-            tokens, [], types, name, None, False
-        ) == T.definition_from_gguf(tokens, [], types, pre, None, False)
+        assert definition_from_gguf(tokens, [], types, name, None, False) == definition_from_gguf(
+            tokens, [], types, pre, None, False
+        )
 
 
 @pytest.mark.parametrize(
@@ -916,5 +911,5 @@ def test_gguf_unknown_is_refused_by_name(change, says):
     given = dict(
         tokens=["a", "b", "</s>"], merges=[], token_types=[1, 1, 3], pre="gpt2", bos=2, add_bos=True
     )
-    line = error_line(T.definition_from_gguf, **(given | change))
+    line = error_line(definition_from_gguf, **(given | change))
     assert says in line and ("Hugging Face folder" in line or "file again" in line)

@@ -32,14 +32,9 @@ import mixsga
 from config import AdapterConfig, KVConfig, TrainConfig, check
 from data import batch, sequential
 from loaders import checkpoint
-from loaders.runs import (
-    added_state,
-    autocast,
-    load_added_state,
-    load_model_state,
-    model_state,
-    pick_device,
-)
+from loaders.device import autocast, pick_device
+from loaders.runs import added_state, load_added_state
+from loaders.weights import load_model_state, model_state
 from model import Transformer, generate, lm_loss
 from storage.layout import at_least_float32
 from tasks.measure import mean_loss

@@ -44,7 +44,8 @@ from config import (
 )
 from data import batch, prepare, sequential
 from loaders import checkpoint
-from loaders.runs import Run, autocast, load_run, pick_device
+from loaders.device import autocast, pick_device
+from loaders.runs import Run, load_run
 from loaders.tokenizer import get_tokenizer
 from measure_config import EvalConfig
 from model import Transformer, evaluating

@@ -1,0 +1,380 @@
+"""A model's .gguf file: its settings as a config.json, its tensors dequantised, its tokenizer as a
+tokenizer.json.
+
+Llama (Mistral too) and Qwen2 are read, with the package gguf, in any kind of numbers that it can
+dequantise."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import check
+from loaders.tokenizer import one_line
+from loaders.tokenizer_json import DIGITS, GPT2, LLAMA3, QWEN2, is_id
+from loaders.weights import ModelFiles
+
+OUR_NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OTHER_FILE = "use another file of this model"
+OTHER_MODEL = "use another model"
+AGAIN = "get the file again"
+THE_FOLDER = "load the model's Hugging Face folder instead"
+
+
+def open_gguf(path: Path) -> ModelFiles:
+    """Open a .gguf file: read its settings, its tensors' shapes and its tokenizer. Raises
+    ValueError, one line, for what is missing or not supported."""
+    check(path.is_file(), f"{path}", "no such file", "give a .gguf file")
+    try:
+        import gguf  # here: an optional extra
+    except ImportError:
+        raise ValueError(
+            f"{path}: reading GGUF needs the package gguf; pip install gguf, or give a Hugging "
+            "Face folder"
+        ) from None
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {k: f.contents() for k, f in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} cannot be read as GGUF ({one_line(e)}); copy it again") from None
+    tensors = {our_name(t.name): t for t in reader.tensors}
+    config = gguf_config(fields, tensors, str(path))
+    permuted = {}  # heads of each projection whose rows llama.cpp's converter has permuted
+    if config["model_type"] == "llama":
+        permuted["q_proj"] = config["num_attention_heads"]
+        permuted["k_proj"] = config["num_key_value_heads"]
+
+    def read(name: str) -> Tensor:
+        t = tensors[name]
+        try:
+            a = gguf.quants.dequantize(t.data, t.tensor_type)
+        except NotImplementedError:
+            raise ValueError(
+                f"{path}: {t.name} is {t.tensor_type.name}, which gguf cannot dequantise; use "
+                "F16, Q8_0, Q4_0 or Q4_1"
+            ) from None
+        # F32 comes as the mapped file itself
+        a = torch.from_numpy(a if a.flags.writeable else a.copy())
+        n_head = permuted.get(name.split(".")[-2])
+        return unpermute(a, n_head) if n_head else a
+
+    shapes = {k: tuple(int(n) for n in reversed(t.shape)) for k, t in tensors.items()}
+    shapes.pop("rope_freqs.weight", None)  # read into the config
+    return ModelFiles(path.stem, config, shapes, read, _definition(fields, path), [path])
+
+
+def our_name(theirs: str) -> str:
+    """blk.3.attn_q.weight becomes layers.3.self_attn.q_proj.weight; an unknown name stays."""
+    parts = theirs.split(".")
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in OUR_NAMES:
+        return f"layers.{parts[1]}.{OUR_NAMES[parts[2]]}.{parts[3]}"
+    if len(parts) == 2 and parts[0] in OUR_NAMES:
+        return f"{OUR_NAMES[parts[0]]}.{parts[1]}"
+    return theirs
+
+
+def unpermute(t: Tensor, n_head: int) -> Tensor:
+    """Undo llama.cpp's order of a q or k projection's rows (n_head * D, ...): it pairs dimension 2i
+    with 2i + 1, RoPE here i with i + D/2."""
+    return t.unflatten(0, (n_head, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+# ----------------------------------------------------------------------------- settings
+
+
+class _Settings:
+    """The settings of a GGUF file, whose names begin with its architecture's."""
+
+    def __init__(self, fields: dict, where: str):
+        self.fields = fields
+        self.where = where
+        self.arch = fields.get("general.architecture")
+        check(
+            self.arch in ("llama", "qwen2"),
+            f"{where}: architecture {self.arch!r}",
+            "llama (Mistral too) and qwen2 are supported",
+            "use such a model",
+        )
+
+    def number(self, key: str, default=None) -> int | float:
+        """Return one number; an absent one is the default."""
+        value = self.fields.get(f"{self.arch}.{key}", default)
+        check(
+            value is not None,
+            f"{self.where}: {self.arch}.{key}",
+            "is not in the file",
+            OTHER_FILE,
+        )
+        check(
+            type(value) in (int, float),
+            f"{self.where}: {self.arch}.{key}={value!r}",
+            "one number is needed",
+            OTHER_MODEL,
+        )
+        return value
+
+    def rope_scaling(self) -> str:
+        """Return the kind of RoPE scaling; a factor without a kind means linear."""
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1))
+        unnamed = "none" if factor in (0, 1) else "linear"
+        return self.fields.get(f"{self.arch}.rope.scaling.type", unnamed)
+
+
+def gguf_config(fields: dict, tensors: dict, where: str) -> dict:
+    """Write a GGUF file's settings as a config.json."""
+    settings = _Settings(fields, where)
+    number = settings.number
+    n_experts = number("expert_count", 0)
+    check(
+        not n_experts,
+        f"{where}: {n_experts} experts",
+        "mixtures of experts are not supported",
+        "use a dense model",
+    )
+    scaling = settings.rope_scaling()
+    check(
+        scaling == "none",
+        f"{where}: RoPE scaling {scaling!r}",
+        "only Llama 3's is supported",
+        OTHER_MODEL,
+    )
+    n_head = number("attention.head_count")
+    n_embd = number("embedding_length")
+    default_dim = number("rope.dimension_count", n_embd // max(n_head, 1))
+    vocab_size = None
+    if "embed_tokens.weight" in tensors:
+        vocab_size = int(tensors["embed_tokens.weight"].shape[-1])
+    d = {
+        "model_type": settings.arch,
+        "hidden_size": n_embd,
+        "num_attention_heads": n_head,
+        "num_key_value_heads": number("attention.head_count_kv", n_head),
+        "num_hidden_layers": number("block_count"),
+        "intermediate_size": number("feed_forward_length"),
+        "max_position_embeddings": number("context_length"),
+        "head_dim": number("attention.key_length", default_dim),
+        "rope_theta": number("rope.freq_base", 10000.0),
+        # a float32 in the file: 1e-5 again, not 9.999999747378752e-06
+        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon'):.6g}"),
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "use_sliding_window": True,
+        "sliding_window": number("attention.sliding_window", 0) or None,
+        "vocab_size": vocab_size,
+    }
+    rotated = number("rope.dimension_count", d["head_dim"])
+    check(
+        rotated == d["head_dim"],
+        f"{where}: RoPE on {rotated} dimensions",
+        f"all {d['head_dim']} of a head are needed",
+        OTHER_MODEL,
+    )
+    if "rope_freqs.weight" in tensors:
+        divisors = np.asarray(tensors["rope_freqs.weight"].data, dtype=np.float64).ravel()
+        d["rope_scaling"] = _llama3_scaling(divisors, d["head_dim"], d["rope_theta"], where)
+    return d
+
+
+def _llama3_scaling(divisors: np.ndarray, D: int, theta: float, where: str) -> dict:
+    """Find the four numbers of Llama 3's RoPE scaling again from its divisors of each frequency,
+    (D/2,). Raises ValueError for divisors of another scaling."""
+    ok = 2 * divisors.size == D and divisors.min() >= 1
+    factor = 1.0
+    if ok:
+        factor = float(divisors.max())
+        turns = 8192 * float(theta) ** (-np.arange(0, D, 2) / D) / (2 * math.pi)
+        stay = np.clip((turns - 1) / 3, 0, 1)
+        ok = np.allclose(divisors, 1 / (stay + (1 - stay) / factor), rtol=1e-3)
+    check(
+        bool(ok),
+        f"{where}: its rope_freqs",
+        "are not those of Llama 3's scaling (1, 4, 8192)",
+        "use the model's Hugging Face folder",
+    )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+# ----------------------------------------------------------------------------- the tokenizer
+
+# how text is cut before merging, by the names that llama.cpp gives it
+CUTS = {
+    "smollm": DIGITS,
+    "llama-bpe": LLAMA3,
+    "llama3": LLAMA3,
+    "qwen2": QWEN2,
+    "gpt-2": GPT2,
+    "gpt2": GPT2,
+}
+NORMAL = 1
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
+
+
+def _definition(fields: dict, path: Path) -> dict | None:
+    """Read the file's tokenizer as a tokenizer.json; None where it has none."""
+    prefix = "tokenizer.ggml."
+    if f"{prefix}model" not in fields:
+        return None
+    tok = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
+    pre = tok.get("pre", "default")
+    bos = tok.get("bos_token_id")
+    # llama.cpp's default
+    begins = tok.get("add_bos_token", pre in ("llama-bpe", "llama3") and bos is not None)
+    try:
+        return definition_from_gguf(
+            tok["tokens"],
+            tok["merges"],
+            tok["token_type"],
+            pre,
+            bos,
+            bool(begins),
+            tok["model"],
+        )
+    except KeyError as e:
+        raise ValueError(f"{path}: its tokenizer lacks {e}; {OTHER_FILE}") from None
+    except TypeError as e:
+        raise ValueError(
+            f"{path}: its tokenizer is damaged ({one_line(e)}); copy it again"
+        ) from None
+
+
+def definition_from_gguf(
+    tokens: list[str],
+    merges: list[str],
+    token_types: list[int],
+    pre: str,
+    bos: int | None,
+    add_bos: bool,
+    model: str = "gpt2",
+) -> dict:
+    """Write a GGUF file's tokenizer.ggml.* metadata as the tokenizer.json, parsed, that the model's
+    own folder has.
+
+    tokens: (V,) in the order of their ids; merges: 'a b' each; token_types: (V,), 1 normal, 3
+    control and 4 user-defined (added tokens), 5 unused (holes); pre: one of CUTS; bos, add_bos: the
+    id and whether a text begins with it; model: tokenizer.ggml.model. ValueError, one line, for
+    anything else."""
+    came = f"a GGUF tokenizer of model {model!r}"
+    if model == "llama":
+        came += " (SentencePiece)"
+    check(model == "gpt2", came, "only gpt2, byte-level BPE, is read", THE_FOLDER)
+    check(pre in CUTS, f"a GGUF pre-tokenizer {pre!r}", f"one of {', '.join(CUTS)}", THE_FOLDER)
+    vocab = _vocabulary(tokens, token_types)
+    check(
+        not add_bos or (is_id(bos) and bos < len(tokens)),
+        f"a GGUF tokenizer with bos={bos}",
+        f"add_bos needs an id 0..{len(tokens) - 1}",
+        AGAIN,
+    )
+    cut = CUTS[pre]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(vocab, token_types),
+        "normalizer": {"type": "NFC"} if cut == QWEN2 else None,
+        "pre_tokenizer": _pre_tokenizer(cut),
+        "post_processor": _begin_with(bos, tokens[bos]) if add_bos else None,
+        "decoder": {**BYTE_LEVEL},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": cut == LLAMA3,
+            "vocab": vocab,
+            "merges": list(merges),
+        },
+    }
+
+
+def _vocabulary(tokens: list[str], token_types: list[int]) -> dict[str, int]:
+    """Map each token that is used to its id."""
+    check(
+        len(tokens) == len(token_types),
+        f"{len(tokens)} GGUF tokens with {len(token_types)} types",
+        "one type for each",
+        AGAIN,
+    )
+    for i, kind in enumerate(token_types):
+        if kind not in (NORMAL, CONTROL, USER_DEFINED, UNUSED):
+            raise ValueError(
+                f"GGUF token {i} {tokens[i]!r} of type {kind}: types 1, 3, 4 and 5 are read; "
+                f"{THE_FOLDER}"
+            )
+    vocab = {t: i for i, t in enumerate(tokens) if token_types[i] != UNUSED}
+    n_used = sum(t != UNUSED for t in token_types)
+    check(len(vocab) == n_used, "GGUF tokens that occur twice", "each has one id", AGAIN)
+    return vocab
+
+
+def _added_tokens(vocab: dict[str, int], token_types: list[int]) -> list[dict]:
+    """List the tokens that are added to the vocabulary: control and user-defined ones."""
+    return [
+        {
+            "id": i,
+            "content": t,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": token_types[i] == CONTROL,
+        }
+        for t, i in vocab.items()
+        if token_types[i] != NORMAL
+    ]
+
+
+def _pre_tokenizer(cut: str) -> dict:
+    """Write a tokenizer.json's pre_tokenizer for one of CUTS."""
+    if cut == GPT2:
+        return {**BYTE_LEVEL}
+    if cut == DIGITS:
+        digits = {"type": "Digits", "individual_digits": True}
+        return {"type": "Sequence", "pretokenizers": [digits, {**BYTE_LEVEL}]}
+    split = {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": False}]}
+
+
+def _begin_with(bos: int, token: str) -> dict:
+    """Write the post_processor that puts one token before a text, and before each of a pair."""
+    text = [{"Sequence": {"id": x, "type_id": n}} for n, x in enumerate("AB")]
+    first = [{"SpecialToken": {"id": token, "type_id": n}} for n in (0, 1)]
+    return {
+        "type": "TemplateProcessing",
+        "single": [first[0], text[0]],
+        "pair": [first[0], text[0], first[1], text[1]],
+        "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}},
+    }

@@ -1,0 +1,281 @@
+"""A model's Hugging Face folder: config.json, .safetensors, tokenizer.json.
+
+Llama (SmolLM2, Llama 3's RoPE scaling), Qwen2 and Qwen2.5 (bias on q, k, v) and Mistral are read.
+What is missing, unexpected or not supported is refused by name."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config import ModelConfig, check
+from loaders.tokenizer import one_line
+from loaders.weights import ModelFiles
+
+SUPPORTED = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+# settings with which attention or the MLP is another one than ours, and their only value read here
+ONLY = {
+    "quantization_config": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "hidden_act": "silu",
+}
+OTHER_MODEL = "use a Llama, Qwen2 or Mistral model"
+OWN_CONFIG = "use the model's own config"
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object from a model's folder. Raises ValueError, one line, naming the file."""
+    try:
+        d = json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(
+            f"{path} cannot be read as JSON ({one_line(e)}): a model's folder needs it; copy the "
+            "folder again"
+        ) from None
+    check(isinstance(d, dict), f"{path}", "holds no JSON object", "copy the folder again")
+    return d
+
+
+# ----------------------------------------------------------------------------- config.json
+
+
+def model_config(d: dict, where: str) -> ModelConfig:
+    """Make a ModelConfig from a config.json's content. The context is cut to the sliding window,
+    within which attention is the same.
+
+    Raises ValueError, naming it, for an architecture or a setting that this trunk does not have."""
+    kind = d.get("model_type")
+    check(
+        isinstance(kind, str) and kind in SUPPORTED,
+        f"{where}: model_type={kind!r}",
+        f"one of {', '.join(SUPPORTED)} is supported",
+        OTHER_MODEL,
+    )
+    for key, only in ONLY.items():
+        came = d.get(key, only)
+        check(
+            came in (only, None),
+            f"{where}: {key}={came!r}",
+            f"only {only!r} is supported",
+            OTHER_MODEL,
+        )
+    rope = _rope_settings(d, where)
+    block_size = _context_length(d, where)
+    number = partial(_number, where, d)
+    n_embd = number("hidden_size", int)
+    n_head = number("num_attention_heads", int)
+    return ModelConfig(
+        vocab_size=number("vocab_size", int),
+        block_size=block_size,
+        n_layer=number("num_hidden_layers", int),
+        n_embd=n_embd,
+        n_head=n_head,
+        n_kv_head=number("num_key_value_heads", int, n_head),
+        head_dim=number("head_dim", int, n_embd // n_head),
+        n_inner=number("intermediate_size", int),
+        norm_eps=number("rms_norm_eps", float),
+        qkv_bias=kind == "qwen2",
+        tie_embeddings=bool(d.get("tie_word_embeddings", False)),
+        **rope,
+    )
+
+
+def _number(where: str, settings: dict, key: str, kind: type, default=None) -> int | float:
+    """Return a positive setting as an int or a float; an absent or null one is the default."""
+    value = default if settings.get(key) is None else settings[key]
+    check(
+        value is not None,
+        f"{where}: its config lacks {key!r}",
+        "every setting is needed",
+        OWN_CONFIG,
+    )
+    ok = type(value) in (int, float) and 0 < value < 2**40
+    if kind is int:
+        ok = ok and value == int(value)
+    needed = "number" if kind is float else "whole number"
+    check(ok, f"{where}: {key}={value!r}", f"a positive {needed} is needed", OWN_CONFIG)
+    return kind(value)
+
+
+def _rope_settings(d: dict, where: str) -> dict[str, int | float]:
+    """Return the settings of RoPE under ModelConfig's names: its base and Llama 3's scaling."""
+    scaling = {}
+    for key in ("rope_scaling", "rope_parameters"):  # of transformers 4, of transformers 5
+        check(
+            isinstance(d.get(key), dict | None),
+            f"{where}: {key}={d.get(key)!r}",
+            "an object or null is needed",
+            OWN_CONFIG,
+        )
+        scaling |= d.get(key) or {}
+    name = scaling.get("rope_type") or scaling.get("type") or "default"
+    check(
+        name in ("default", "llama3"),
+        f"{where}: RoPE scaling {name!r}",
+        "only Llama 3's is supported",
+        OTHER_MODEL,
+    )
+    number = partial(_number, where, {**d, **scaling})
+    rope = {"rope_theta": number("rope_theta", float, 10000.0)}
+    if name == "llama3":
+        number = partial(_number, where, scaling)
+        rope["rope_factor"] = number("factor", float)
+        rope["rope_low_freq"] = number("low_freq_factor", float)
+        rope["rope_high_freq"] = number("high_freq_factor", float)
+        rope["rope_original"] = number("original_max_position_embeddings", int)
+    return rope
+
+
+def _context_length(d: dict, where: str) -> int:
+    """Return the longest context, not longer than the sliding window."""
+    longest = _number(where, d, "max_position_embeddings", int)
+    check(
+        longest <= 2**24,
+        f"{where}: max_position_embeddings={longest}",
+        "more than 16 million tokens is no model's context",
+        OWN_CONFIG,
+    )
+    if d["model_type"] == "mistral" or d.get("use_sliding_window"):
+        # absent means 4096 there, null that there is no window
+        window = d.get("sliding_window", 4096)
+        if window is not None:
+            longest = min(longest, _number(where, d, "sliding_window", int, 4096))
+    return longest
+
+
+# ----------------------------------------------------------------------------- the folder
+
+
+class _At(NamedTuple):
+    """Where a tensor lies: its file, and its name there."""
+
+    path: Path
+    theirs: str
+
+
+def open_folder(folder: Path) -> ModelFiles:
+    """Open a model's folder: read its config and its tensors' shapes. Raises ValueError, one line,
+    for what is missing or damaged."""
+    config = read_json(folder / "config.json")
+    try:
+        at = _our_names(_tensor_files(folder))
+        shapes = _shapes(at)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f"{folder}: a .safetensors file cannot be read ({one_line(e)}); copy it again"
+        ) from None
+
+    def read(name: str) -> Tensor:
+        # opened anew for each tensor: what was mapped for the last one is given back
+        with safe_open(at[name].path, "pt") as f:
+            return f.get_tensor(at[name].theirs)
+
+    definition = None
+    if (folder / "tokenizer.json").is_file():
+        definition = read_json(folder / "tokenizer.json")
+    weights = sorted({a.path for a in at.values()})
+    return ModelFiles(folder.resolve().name, config, shapes, read, definition, weights)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Map each tensor's name to its file: from model.safetensors, else from the index, else from
+    every .safetensors file in the folder."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.is_file() and not single.is_file():
+        return _names_in_index(index)
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    found = _names_inside(files)
+    other = ""
+    if any(folder.glob("*.bin")):
+        other = "; it has .bin files, which can run code: convert them to .safetensors"
+    check(
+        bool(found),
+        f"{folder}",
+        f"no .safetensors file in it{other}",
+        "give a folder with the weights",
+    )
+    return found
+
+
+def _names_in_index(index: Path) -> dict[str, Path]:
+    """Map each tensor's name to its file as model.safetensors.index.json has it. The files must be
+    there, and in the same folder."""
+    folder = index.parent
+    names = read_json(index).get("weight_map")
+    ok = isinstance(names, dict) and all(
+        isinstance(f, str) and Path(f).name == f for f in names.values()
+    )
+    check(ok, f"{index}", "has no weight_map of file names", "copy the folder again")
+    lost = sorted({f for f in names.values() if not (folder / f).is_file()})
+    check(
+        not lost,
+        f"{folder} lacks {', '.join(lost[:4])}",
+        "its index names them",
+        "copy the folder again",
+    )
+    return {name: folder / f for name, f in names.items()}
+
+
+def _names_inside(files: list[Path]) -> dict[str, Path]:
+    """Map each tensor's name to its file by opening the files. No name may be in two of them."""
+    found = {}
+    for path in files:
+        with safe_open(path, "pt") as f:
+            names = list(f.keys())
+        for name in names:
+            check(
+                name not in found,
+                f"{path}: tensor {name}",
+                f"is in {found.get(name)} too",
+                "remove the extra file",
+            )
+            found[name] = path
+    return found
+
+
+def _our_names(files: dict[str, Path]) -> dict[str, _At]:
+    """Map our name of each tensor, without the prefix 'model.', to where it lies."""
+    at = {}
+    for theirs, path in files.items():
+        if theirs.endswith("rotary_emb.inv_freq"):
+            continue  # old files hold this table; ours is computed
+        ours = theirs.removeprefix("model.")
+        check(
+            ours not in at,
+            f"{path}: tensor {theirs}",
+            f"{ours} is there with and without the prefix",
+            "use the model's own files",
+        )
+        at[ours] = _At(path, theirs)
+    return at
+
+
+def _shapes(at: dict[str, _At]) -> dict[str, tuple[int, ...]]:
+    """Read each tensor's shape from the headers of the files."""
+    shapes = {}
+    for path in {a.path for a in at.values()}:
+        with safe_open(path, "pt") as f:
+            inside = set(f.keys())
+            for ours, (where, theirs) in at.items():
+                if where != path:
+                    continue
+                check(
+                    theirs in inside,
+                    f"{path}: no tensor {theirs}",
+                    "the index says it is there",
+                    "copy the folder again",
+                )
+                shapes[ours] = tuple(f.get_slice(theirs).get_shape())
+    return shapes

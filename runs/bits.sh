@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Loss against bytes on SmolLM2-135M: uniform bits, kept tokens and groups, routed bits.
 # Measured on one H100; the time was not noted.
+# The last two commands (float32, needle) were put together after the table.
 # usage: runs/bits.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -2,6 +2,7 @@
 # How far predictions are from those over whole values (KL), by bytes. Needs runs/bits.sh first.
 # The table came from another script, over 24 evenly spaced windows; eval.py's KL column sees its
 # first 16 windows, so its numbers differ a little. The time was not noted.
+# Put together after the table.
 # usage: runs/bits_kl.sh [RUN] [OUT]
 set -euo pipefail
 RUN="${1:-out/bits}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Attention of one new token over a packed cache, beside dense attention. Needs one GPU: the table
 # was measured on an H100. The time was not noted.
+# The first command is the record's own; the others were put together from the table's rows.
 # usage: runs/decode_speed.sh
 set -euo pipefail
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Tokens per second of SmolLM2-135M, packed and dense. Needs one GPU: the table was measured on an
 # H100. The time was not noted.
+# The last two commands were put together from the settings that the table names.
 # usage: runs/generate_speed.sh [MODEL]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

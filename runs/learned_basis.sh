@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Adaptation of the small model with a trained value basis, on two bases.
 # The time was not noted; runs/default_table.sh, the same without the maps, takes 156 s.
+# Put together after the table.
 # usage: runs/learned_basis.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/learned_basis}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # mixSGA beside GQA and CLA on a GPU: 31.6 M parameters, 1,024 tokens, two seeds.
 # On an H100 the base takes 105 s, all of the 20-step table 190 s a seed.
+# The 20-step command is the record's own; 8 and 100 steps are the same but for --steps.
 # usage: runs/mixsga_gpu.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/mixsga_gpu}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The paper's table 1 on SmolLM2-135M, in three settings. The three commands took 424, 399 and 366 s
 # while they shared one H200.
+# The last two commands were put together from the settings that the table names.
 # usage: runs/paper_table1.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Query-aware selection on SmolLM2-135M: which tokens of a prompt, and which of their groups.
 # On an H200: training 109 s, the measurement of all signals at --hedge=0.5 94 s.
+# The last command was put together after the table.
 # usage: runs/selection.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -50,8 +50,8 @@ _STATE_LEAVES = (int, float, bool, str, type(None), Tensor, torch.nn.Parameter)
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint folder held: `tensors` maps a file's stem ('model', 'adapter') to its state
-    dict."""
+    """Holds what a checkpoint folder held: `tensors` maps a file's stem ('model', 'adapter') to its
+    state dict."""
 
     path: Path
     step: int
@@ -61,7 +61,7 @@ class Checkpoint:
 
 
 def step_name(step: int) -> str:
-    """The folder name of a step: 200 -> 'step-00000200'."""
+    """Return the folder name of a step: 200 -> 'step-00000200'."""
     return f"step-{step:08d}"
 
 
@@ -102,18 +102,24 @@ def _check_plain(x, where: str, state: bool) -> None:
     elif type(x) in (list, tuple):
         for i, v in enumerate(x):
             _check_plain(v, f"{where}[{i}]", state)
-    elif not state and isinstance(x, float) and not math.isfinite(x):
+    elif state:
+        if type(x) not in _STATE_LEAVES:
+            raise _cannot_be_written(x, where, "lists, dicts by name or int and tensors")
+    elif isinstance(x, float) and not math.isfinite(x):
         raise ValueError(
             f"{where} is {x}: JSON holds finite numbers only; write None, or find out where it "
             "came from"
         )
-    elif not (type(x) in _STATE_LEAVES if state else x is None or isinstance(x, (str, int, float))):
-        raise ValueError(
-            f"{where} is a {type(x).__name__}{' with other keys' if isinstance(x, dict) else ''}: "
-            "numbers, strings, None, "
-            f"lists, dicts by name or int{' and tensors' if state else ''} can be written; "
-            "convert it"
-        )
+    elif x is not None and not isinstance(x, (str, int, float)):
+        raise _cannot_be_written(x, where, "lists, dicts by name or int")
+
+
+def _cannot_be_written(x, where: str, containers: str) -> ValueError:
+    keys = " with other keys" if isinstance(x, dict) else ""
+    return ValueError(
+        f"{where} is a {type(x).__name__}{keys}: numbers, strings, None, {containers} can be "
+        "written; convert it"
+    )
 
 
 def _dump(obj, where: str, indent: int | None = 1) -> bytes:
@@ -122,7 +128,7 @@ def _dump(obj, where: str, indent: int | None = 1) -> bytes:
 
 
 def _parse(data: bytes):
-    """JSON bytes -> value. Raises ValueError with a short reason, also for NaN and for nesting too
+    """Parse JSON bytes. Raises ValueError with a short reason, also for NaN and for nesting too
     deep to be ours."""
 
     def refuse(word):
@@ -135,18 +141,21 @@ def _parse(data: bytes):
 
 
 def entry(data: bytes) -> dict:
-    """The manifest's entry for a file of these bytes."""
+    """Make the manifest's entry for a file of these bytes."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def manifest_bytes(step: int, files: dict[str, dict]) -> bytes:
-    """The one spelling of the manifest of `step`; `files` maps a plain file name to its `entry`."""
+    """Write the manifest of `step` in its one spelling; `files` maps a plain file name to its
+    `entry`."""
     body = {"format": 1, "step": step, "files": files}
-    return _dump({**body, "sha256": hashlib.sha256(_dump(body, MANIFEST)).hexdigest()}, MANIFEST)
+    digest = hashlib.sha256(_dump(body, MANIFEST)).hexdigest()
+    return _dump({**body, "sha256": digest}, MANIFEST)
 
 
 def _contiguous(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, no two in one storage (safetensors refuses that)."""
+    """Bring the tensors to the CPU, contiguous, no two in one storage (safetensors refuses
+    that)."""
     out = {}
     seen = set()
     for k, t in sd.items():
@@ -193,12 +202,8 @@ def save(
     Something of that name that is no checkpoint is renamed, not deleted. Raises ValueError for
     names or values that could not be read back; nothing is left then."""
     stage = Path(stage_dir)
-    if (
-        not _NAME.fullmatch(name)
-        or type(step) is not int
-        or step < 0
-        or (name.startswith("step-") and name != step_name(step))
-    ):
+    plain = bool(_NAME.fullmatch(name)) and type(step) is int and step >= 0
+    if not plain or (name.startswith("step-") and name != step_name(step)):
         raise ValueError(
             f"checkpoint {name!r} with step={step!r}: the step is an int >= 0, the name plain; "
             "use step_name(step) or 'best'"
@@ -237,7 +242,8 @@ def _set_aside(path: Path) -> Path:
 
 
 def _manifest(path: Path) -> dict:
-    """The checked manifest of a checkpoint folder. Raises ValueError with a short reason."""
+    """Read the manifest of a checkpoint folder and check it. Raises ValueError with a short
+    reason."""
     if not path.is_dir():
         raise ValueError("is not a folder" if os.path.lexists(path) else "does not exist")
     if not (path / MANIFEST).is_file():
@@ -247,11 +253,18 @@ def _manifest(path: Path) -> dict:
         m = _parse(raw)
     except ValueError as e:
         raise ValueError(f"{MANIFEST} {e}") from None
-    if not (
-        isinstance(m, dict)
-        and set(m) == {"format", "step", "files", "sha256"}
-        and isinstance(m["files"], dict)
-    ):
+    _check_manifest(m)
+    if raw != manifest_bytes(m["step"], m["files"]):
+        raise ValueError(f"{MANIFEST} was changed: its own sha256 or spelling does not match")
+    if path.name.startswith("step-") and path.name != step_name(m["step"]):
+        raise ValueError(f"{MANIFEST} says step {m['step']}, which is not this folder's name")
+    return m
+
+
+def _check_manifest(m: object) -> None:
+    """Raise ValueError unless a manifest has its entries, of their types, and plain file names."""
+    entries = {"format", "step", "files", "sha256"}
+    if not (isinstance(m, dict) and set(m) == entries and isinstance(m["files"], dict)):
         raise ValueError(f"{MANIFEST} has not the entries format, step, files, sha256")
     if m["format"] != 1 or type(m["step"]) is not int or m["step"] < 0:
         raise ValueError(
@@ -261,22 +274,13 @@ def _manifest(path: Path) -> dict:
     for name, e in m["files"].items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"{MANIFEST} lists {name!r}, which is not a plain file name")
-        if not (
-            isinstance(e, dict)
-            and set(e) == {"bytes", "sha256"}
-            and type(e["bytes"]) is int
-            and isinstance(e["sha256"], str)
-        ):
+        has_both = isinstance(e, dict) and set(e) == {"bytes", "sha256"}
+        if not (has_both and type(e["bytes"]) is int and isinstance(e["sha256"], str)):
             raise ValueError(f"{MANIFEST} has no bytes and sha256 for {name}")
-    if raw != manifest_bytes(m["step"], m["files"]):
-        raise ValueError(f"{MANIFEST} was changed: its own sha256 or spelling does not match")
-    if path.name.startswith("step-") and path.name != step_name(m["step"]):
-        raise ValueError(f"{MANIFEST} says step {m['step']}, which is not this folder's name")
-    return m
 
 
 def _ours(path: Path) -> bool:
-    """Whether this is a checkpoint folder, whole or not, and so may be replaced or deleted."""
+    """Say whether this is a checkpoint folder, whole or not, and so may be replaced or deleted."""
     try:
         return bool(_manifest(path)) and not path.is_symlink()
     except (ValueError, OSError):
@@ -300,7 +304,8 @@ def _checked(path: Path, name: str, e: dict, keep: bool) -> bytes | None:
 
 
 def verify(ckpt_dir) -> str | None:
-    """None if the checkpoint is whole; else one line saying what is wrong with which file."""
+    """Return None if the checkpoint is whole; else one line saying what is wrong with which
+    file."""
     path = Path(ckpt_dir)
     try:
         for name, e in _manifest(path)["files"].items():
@@ -331,6 +336,10 @@ def _decode(name: str, data: bytes, device: str):
     return value
 
 
+def _is_read(name: str) -> bool:
+    return name in ("config.json", "state.pt") or name.endswith(".safetensors")
+
+
 def load(ckpt_dir, *, device: str = "cpu") -> Checkpoint:
     """Verify a checkpoint and read it; tensors go to `device`, the state stays on the CPU. Raises
     ValueError, one line: path, what is wrong, what to do. Files the manifest does not list are not
@@ -338,9 +347,7 @@ def load(ckpt_dir, *, device: str = "cpu") -> Checkpoint:
     path = Path(ckpt_dir)
     try:
         m = _manifest(path)
-        known = [
-            n for n in m["files"] if n in ("config.json", "state.pt") or n.endswith(".safetensors")
-        ]
+        known = [n for n in m["files"] if _is_read(n)]
         raw = {n: _checked(path, n, e, keep=n in known) for n, e in m["files"].items()}
         values = {n: _decode(n, raw.pop(n), device) for n in known}
     except (ValueError, OSError) as e:
@@ -357,17 +364,16 @@ def load(ckpt_dir, *, device: str = "cpu") -> Checkpoint:
 
 
 def _steps(stage: Path) -> list[tuple[int, Path]]:
-    found = [
-        (int(m[1]), p)
-        for p in (stage.iterdir() if stage.is_dir() else ())
-        if (m := _STEP.fullmatch(p.name))
-    ]
+    """List the step checkpoints of a stage, valid or not, the newest first."""
+    if not stage.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in stage.iterdir() if (m := _STEP.fullmatch(p.name))]
     return sorted(found, reverse=True)
 
 
 def newest(stage_dir) -> tuple[Path | None, list[str]]:
-    """The newest valid `step-*` checkpoint by step, or None, and one line for each that came before
-    it and was passed over, and for anything else whose name begins with 'step-'."""
+    """Find the newest valid `step-*` checkpoint by step, or None, and write one line for each that
+    came before it and was passed over, and for anything else whose name begins with 'step-'."""
     stage = Path(stage_dir)
     why = []
     if stage.is_dir():
@@ -408,33 +414,42 @@ def clean(stage_dir) -> list[str]:
     all other leftovers are deleted. Only for the process that writes to the folder."""
     stage = Path(stage_dir)
     done = []
-    groups = {}
-    for p in sorted(stage.iterdir()) if stage.is_dir() else ():
-        if m := _LEFTOVER.fullmatch(p.name):
-            groups.setdefault(m[2], []).append((m[1], p))
-    for name, left in groups.items():
+    for name, left in _leftovers(stage).items():
         final = stage / name
-        valid = []
-        if verify(final) is not None:
-            valid = [
-                (_manifest(p)["step"], kind == "tmp", p)
-                for kind, p in left
-                if kind != "del" and verify(p) is None
-            ]
-        if name.startswith("step-"):
-            valid = [v for v in valid if name == step_name(v[0])]
-        if valid:
+        source = None if verify(final) is None else _newest_copy(name, left)
+        if source is not None:
             if os.path.lexists(final):
                 done.append(f"{final}: damaged, renamed to {_set_aside(final).name}")
-            source = max(valid)[2]
             os.rename(source, final)
             _sync_dir(stage)
             done.append(f"{final}: restored from {source.name}, left by a run that was killed")
-        for _, p in left:
-            if os.path.lexists(p):
-                _remove(p)
-                done.append(f"{p}: deleted, left by a run that was killed")
+        for _, path in left:
+            if os.path.lexists(path):
+                _remove(path)
+                done.append(f"{path}: deleted, left by a run that was killed")
     return done
+
+
+def _leftovers(stage: Path) -> dict[str, list[tuple[str, Path]]]:
+    """Map each checkpoint's name to what saves and prunes left of it: (tmp, old or del; path)."""
+    groups = {}
+    if stage.is_dir():
+        for path in sorted(stage.iterdir()):
+            if m := _LEFTOVER.fullmatch(path.name):
+                groups.setdefault(m[2], []).append((m[1], path))
+    return groups
+
+
+def _newest_copy(name: str, left: list[tuple[str, Path]]) -> Path | None:
+    """Choose among the leftovers of a checkpoint the whole copy with the highest step, of two with
+    the same step the one being saved; None where no copy is whole."""
+    copies = []
+    for kind, path in left:
+        if kind != "del" and verify(path) is None:
+            step = _manifest(path)["step"]
+            if not name.startswith("step-") or name == step_name(step):
+                copies.append((step, kind == "tmp", path))
+    return max(copies)[2] if copies else None
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -476,8 +491,8 @@ def append_jsonl(path, obj) -> None:
 
 
 def read_jsonl(path) -> list:
-    """The lines of a .jsonl file. A last line without its newline (torn by a kill) is left out; any
-    other bad line: ValueError."""
+    """Read the lines of a .jsonl file. A last line without its newline (torn by a kill) is left
+    out; any other bad line: ValueError."""
     out = []
     for i, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
@@ -490,8 +505,8 @@ def read_jsonl(path) -> list:
 
 
 def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:
-    """sha256 of one of a checkpoint's files, as its manifest has it. Raises ValueError where the
-    manifest lacks it."""
+    """Return the sha256 of one of a checkpoint's files, as its manifest has it. Raises ValueError
+    where the manifest lacks it."""
     files = _manifest(Path(ckpt_dir))["files"]
     if file not in files:
         raise ValueError(f"{ckpt_dir}: no {file} in its manifest; give a checkpoint that holds one")
@@ -499,10 +514,10 @@ def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:
 
 
 class GracefulStop:
-    """with GracefulStop() as stop: the first SIGINT or SIGTERM sets `stop.signal`, so that the
-    trainer saves once at the next step boundary and exits with `stop.exit_code`; the second raises
-    KeyboardInterrupt. Handlers are put back at the end. Outside the main thread, where Python
-    allows no handlers, it does nothing."""
+    """Lets a step end before a signal does. In `with GracefulStop() as stop`, the first SIGINT or
+    SIGTERM sets `stop.signal`, so that the trainer saves once at the next step boundary and exits
+    with `stop.exit_code`; the second raises KeyboardInterrupt. Handlers are put back at the end.
+    Outside the main thread, where Python allows no handlers, it does nothing."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -510,7 +525,7 @@ class GracefulStop:
 
     @property
     def exit_code(self) -> int:
-        """0, or 128 + the signal that came."""
+        """Return 0, or 128 + the signal that came."""
         return 0 if self.signal is None else 128 + self.signal
 
     def _handle(self, signum, frame):

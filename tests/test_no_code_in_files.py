@@ -49,15 +49,16 @@ def test_malicious_pickle_never_runs(tmp_path, file, kind):
         torch.load(io.BytesIO(bomb), weights_only=False)
     assert marker.exists(), "the bomb must work, or this proves nothing"
     marker.unlink()
-    path = remake(
-        tmp_path / "s" / "step-00000001", **({file: bomb} if file != "manifest.json" else {})
-    )
+    files = {} if file == "manifest.json" else {file: bomb}
+    path = remake(tmp_path / "s" / "step-00000001", **files)
     if file == "manifest.json":
         (path / file).write_bytes(bomb)
     with pytest.raises(ValueError) as e:
         checkpoint.load(path)
     assert file in str(e.value) and "\n" not in str(e.value)
-    checkpoint.newest(path.parent), checkpoint.prune(path.parent, 1), checkpoint.clean(path.parent)
+    checkpoint.newest(path.parent)
+    checkpoint.prune(path.parent, 1)
+    checkpoint.clean(path.parent)
     assert not marker.exists()
 
 
@@ -80,67 +81,87 @@ def test_matching_manifest_over_bad_content_is_one_line(tmp_path, file, data):
 
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+RUNNERS = {"exec", "eval", "compile", "__import__"}
+
+
+def sources(root: Path) -> list[Path]:
+    """List every Python file under a folder, however deep, except tests (which craft hostile files)
+    and what is not the project's: hidden folders, virtual environments, what programs wrote."""
+    found = []
+    for path in sorted(root.iterdir()):
+        left_out = path.name.startswith(".") or path.name in ("tests", "out")
+        if path.is_file() and path.suffix == ".py":
+            found.append(path)
+        elif path.is_dir() and not left_out and not (path / "pyvenv.cfg").exists():
+            found += sources(path)
+    return found
+
+
+def spelled_loads(tree: ast.AST, package: str, inside: tuple[str, ...]) -> set[str]:
+    """Collect the ways in which a source can spell package.load, whatever name it was imported
+    under. inside: modules of the package that hold the same function."""
+    spelled = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                if a.name == package:
+                    spelled |= {f"{a.asname or package}{m}.load" for m in ("", *inside)}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
+            spelled |= {a.asname or "load" for a in node.names if a.name == "load"}
+    return spelled | {f"{package}{m}.load" for m in ("", *inside)}
 
 
 def dangers(source: str) -> list[str]:
-    """What in a source text could run code from data: 'line: what'."""
+    """List what in a source text could run code from data: 'line: what'."""
     tree = ast.parse(source)
+    torch_loads = spelled_loads(tree, "torch", (".serialization",))
+    numpy_loads = spelled_loads(tree, "numpy", ())
     out = []
-    # names under which each module's load was imported directly
-    loads = {"torch": set(), "numpy": set()}
-    modules = {"torch": {"torch"}, "numpy": {"numpy"}}
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-            out += [
-                f"{node.lineno}: import {n}"
-                for n in names
-                if n.split(".")[0] in PICKLERS or n == "builtins"
-            ]
-            for a in node.names:
-                if isinstance(node, ast.Import) and a.name in modules:
-                    modules[a.name].add(a.asname or a.name)
-                if (
-                    isinstance(node, ast.ImportFrom)
-                    and (node.module or "").split(".")[0] in loads
-                    and a.name == "load"
-                ):
-                    loads[node.module.split(".")[0]].add(a.asname or "load")
-    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            names = []
+        for name in names:
+            if name.split(".")[0] in PICKLERS or name == "builtins":
+                out.append(f"{node.lineno}: import {name}")
         if not isinstance(node, ast.Call):
             continue
-        f = node.func
-        kw = {k.arg: getattr(k.value, "value", ...) for k in node.keywords}
-        if isinstance(f, ast.Name) and f.id in ("exec", "eval", "compile", "__import__"):
-            out.append(f"{node.lineno}: {f.id}()")
-        text = ast.unparse(f)
-        if text in loads["torch"] or text in {
-            f"{m}{s}.load" for m in modules["torch"] for s in ("", ".serialization")
-        }:
-            out += (
-                []
-                if kw.get("weights_only") is True
-                else [f"{node.lineno}: torch.load without weights_only=True"]
-            )
-        if text in loads["numpy"] or text in {f"{m}.load" for m in modules["numpy"]}:
-            out += (
-                []
-                if kw.get("allow_pickle", False) is False and None not in kw
-                else [f"{node.lineno}: np.load with allow_pickle"]
-            )
+        called = ast.unparse(node.func)
+        given = {k.arg: getattr(k.value, "value", ...) for k in node.keywords}
+        if called in RUNNERS:
+            out.append(f"{node.lineno}: {called}()")
+        if called in torch_loads and given.get("weights_only") is not True:
+            out.append(f"{node.lineno}: torch.load without weights_only=True")
+        # None stands for **keywords, which can hold anything
+        if called in numpy_loads and (
+            given.get("allow_pickle", False) is not False or None in given
+        ):
+            out.append(f"{node.lineno}: np.load with allow_pickle")
     return out
 
 
 def test_sources_hold_nothing_that_runs_code_from_files():
-    """Promise 6, by reading every source in the repository root (the tests, which craft hostile
-    files, are not among them)."""
-    files = sorted(ROOT.glob("*.py"))
-    assert ROOT / "checkpoint.py" in files
-    assert {f.name: d for f in files if (d := dangers(f.read_text(encoding="utf-8")))} == {}
+    """Promise 6, by reading every source in every folder."""
+    files = sources(ROOT)
+    assert {ROOT / "train.py", ROOT / "loaders" / "checkpoint.py"} <= set(files)
+    assert ROOT / "storage" / "integers" / "format.py" in files
+    found = {str(f.relative_to(ROOT)): dangers(f.read_text(encoding="utf-8")) for f in files}
+    assert {name: d for name, d in found.items() if d} == {}
+
+
+def test_scan_covers_every_folder(tmp_path):
+    """A planted danger is found however deep it lies, with and without __init__.py; tests, hidden
+    folders and virtual environments are left out."""
+    for name in ("a.py", "room/b.py", "room/deep/c.py", "tests/d.py", ".ci/e.py", "venv/f.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("import pickle")
+    (tmp_path / "venv" / "pyvenv.cfg").write_text("")
+    files = sources(tmp_path)
+    assert [f.name for f in files] == ["a.py", "b.py", "c.py"]
+    assert all(dangers(f.read_text()) for f in files)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +197,17 @@ def test_scanner_sees_planted_danger(bad):
 
 def test_scanner_lets_harmless_lookalikes_pass():
     """model.eval(), torch.compile, re.compile, json.load and safe loads are not reported."""
-    assert (
-        dangers(
-            "import torch, numpy as np, json, "
-            "re\nm.eval()\ntorch.compile(m)\nre.compile('a')\njson.load(f)\nnp.load(p)\n"
-            "np.load(p, allow_pickle=False)\ntorch.load(p, weights_only=True)\n# exec(1)\ns = "
-            "'import pickle'\n"
-            "compile: bool = True"
-        )
-        == []
-    )
+    harmless = """
+import torch, numpy as np, json, re
+m.eval()
+torch.compile(m)
+re.compile('a')
+json.load(f)
+np.load(p)
+np.load(p, allow_pickle=False)
+torch.load(p, weights_only=True)
+# exec(1)
+s = 'import pickle'
+compile: bool = True
+"""
+    assert dangers(harmless) == []

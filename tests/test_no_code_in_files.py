@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import remake
+from sources import ROOT, sources
 
 from loaders import checkpoint
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class Bomb:
@@ -82,19 +81,6 @@ def test_matching_manifest_over_bad_content_is_one_line(tmp_path, file, data):
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 RUNNERS = {"exec", "eval", "compile", "__import__"}
-
-
-def sources(root: Path) -> list[Path]:
-    """List every Python file under a folder, however deep, except tests (which craft hostile files)
-    and what is not the project's: hidden folders, virtual environments, what programs wrote."""
-    found = []
-    for path in sorted(root.iterdir()):
-        left_out = path.name.startswith(".") or path.name in ("tests", "out")
-        if path.is_file() and path.suffix == ".py":
-            found.append(path)
-        elif path.is_dir() and not left_out and not (path / "pyvenv.cfg").exists():
-            found += sources(path)
-    return found
 
 
 def spelled_loads(tree: ast.AST, package: str, inside: tuple[str, ...]) -> set[str]:

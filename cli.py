@@ -32,6 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _to_bool(text: str) -> bool:
+    """Read true or false in any of their usual spellings."""
     if text.lower() in ("1", "true", "yes", "on"):
         return True
     if text.lower() in ("0", "false", "no", "off"):
@@ -40,6 +41,7 @@ def _to_bool(text: str) -> bool:
 
 
 def _to_float(text: str) -> float:
+    """Read a finite number."""
     try:
         x = float(text)
     except ValueError:

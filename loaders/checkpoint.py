@@ -66,11 +66,13 @@ def step_name(step: int) -> str:
 
 
 def _hidden(kind: str, name: str) -> str:
+    """Make a fresh hidden name that `clean` knows again."""
     # not `random`: saving must not move the training's generators
     return f".{kind}-{name}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _sync_dir(path: Path) -> None:
+    """Wait until what was renamed in a folder is on disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -79,6 +81,7 @@ def _sync_dir(path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on disk."""
     # our own open: the user's umask decides on permissions (safetensors' writer gives 0600)
     with open(path, "xb") as f:
         f.write(data)
@@ -87,6 +90,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -123,6 +127,7 @@ def _cannot_be_written(x, where: str, containers: str) -> ValueError:
 
 
 def _dump(obj, where: str, indent: int | None = 1) -> bytes:
+    """Write a value as JSON; `where` names it where JSON cannot hold it."""
     _check_plain(obj, where, state=False)
     return (json.dumps(obj, indent=indent, allow_nan=False) + "\n").encode()
 
@@ -337,6 +342,7 @@ def _decode(name: str, data: bytes, device: str):
 
 
 def _is_read(name: str) -> bool:
+    """Say whether `load` parses a file of this name; others are only verified."""
     return name in ("config.json", "state.pt") or name.endswith(".safetensors")
 
 

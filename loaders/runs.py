@@ -37,7 +37,7 @@ from loaders.gguf import open_gguf
 from loaders.huggingface import model_config, open_folder, read_json
 from loaders.tokenizer import get_tokenizer
 from loaders.tokenizer_json import from_definition
-from loaders.weights import build_model, load_model_state, weights_hash
+from loaders.weights import ModelFiles, build_model, load_model_state, weights_hash
 from model import Transformer
 
 
@@ -156,6 +156,7 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
 
 
 def _is_stage(path: Path) -> bool:
+    """Say whether a folder holds checkpoints."""
     return path.is_dir() and ((path / "best").is_dir() or any(path.glob("step-*")))
 
 
@@ -285,30 +286,17 @@ def load_pretrained(
     weights: float32 or bfloat16, the dtype the weights are held in; revision: branch, tag or commit
     of an hf: model. Raises ValueError, one line, naming what is missing or not supported."""
     text = str(where)
-    if text.startswith("hf:"):
-        path = hub_folder(text[3:], revision)
-        files = open_folder(path)
+    from_hub = text.startswith("hf:")
+    path = hub_folder(text[3:], revision) if from_hub else Path(text)
+    files = open_gguf(path) if path.suffix == ".gguf" else open_folder(path)
+    if from_hub:
         name = text[3:].replace("/", "-")
         base = f"{text}@{path.name}"
     else:
-        path = Path(text)
-        files = open_gguf(path) if path.suffix == ".gguf" else open_folder(path)
         name = files.name
         base = str(path.resolve())
     cfg = model_config(files.config, text)
-    check(
-        files.definition is not None,
-        f"{text}",
-        "no tokenizer.json in it",
-        "copy the model's tokenizer.json there",
-    )
-    tokenizer = from_definition(files.definition, name)
-    check(
-        tokenizer.vocab_size <= cfg.vocab_size,
-        f"{text}: a tokenizer of {tokenizer.vocab_size} ids",
-        f"the model has {cfg.vocab_size}",
-        "use the model's own tokenizer.json",
-    )
+    tokenizer = _tokenizer_of(files, name, cfg, text)
     # before the model is built: a config of a million layers would take forever
     last = f"layers.{cfg.n_layer - 1}.input_layernorm.weight"
     check(
@@ -337,3 +325,22 @@ def load_pretrained(
         base=base,
         base_sha256=weights_hash(files.weights),
     )
+
+
+def _tokenizer_of(files: ModelFiles, name: str, cfg: ModelConfig, where: str):
+    """Make the tokenizer that came with a model's files. Raises ValueError where there is none, or
+    one with more ids than the model has."""
+    check(
+        files.definition is not None,
+        where,
+        "no tokenizer.json in it",
+        "copy the model's tokenizer.json there",
+    )
+    tokenizer = from_definition(files.definition, name)
+    check(
+        tokenizer.vocab_size <= cfg.vocab_size,
+        f"{where}: a tokenizer of {tokenizer.vocab_size} ids",
+        f"the model has {cfg.vocab_size}",
+        "use the model's own tokenizer.json",
+    )
+    return tokenizer

@@ -137,6 +137,7 @@ def _first_token(post: object) -> int | None:
 
 
 def _need(name: str, ok: bool, came: str, allowed: str) -> None:
+    """Raise the error for a tokenizer.json that cannot be one, unless ok."""
     if not ok:
         raise damaged(name, came, allowed)
 

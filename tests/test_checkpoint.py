@@ -165,7 +165,8 @@ def test_kill_before_every_single_file_operation_loses_nothing(tmp_path, case):
         stage = tmp_path / str(n)
         save(stage, 7, "best" if name == "best" else None)
         if case == "prune":
-            save(stage, 5), save(stage, 6)
+            save(stage, 5)
+            save(stage, 6)
         # killed between the two renames, and again while that is being repaired
         if case == "clean":
             (stage / "best").rename(stage / ".old-best-1-00000000")

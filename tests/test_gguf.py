@@ -80,6 +80,46 @@ def their_name(ours: str) -> str:
     return f"{THEIR_NAMES[stem]}.{leaf}"
 
 
+def tokenizer_fields(**changes) -> dict:
+    """The tokenizer.ggml.* metadata of `definition`."""
+    vocab = definition()["model"]["vocab"]
+    return {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": [*vocab, "<|endoftext|>"],
+        "token_type": [1] * len(vocab) + [3],
+        "merges": ["h e", "l l", "he ll", "hell o"],
+    } | changes
+
+
+def settings_of(c) -> dict:
+    """The settings of a ModelConfig by their GGUF names, without the architecture's."""
+    return {
+        "context_length": c.block_size,
+        "embedding_length": c.n_embd,
+        "block_count": c.n_layer,
+        "feed_forward_length": c.n_inner,
+        "attention.head_count": c.n_head,
+        "attention.head_count_kv": c.n_kv_head,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "rope.dimension_count": c.head_dim,
+        "rope.freq_base": float(c.rope_theta),
+        "attention.layer_norm_rms_epsilon": float(c.norm_eps),
+    }
+
+
+def add_field(writer, key: str, value) -> None:
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        list: writer.add_array,
+        bool: writer.add_bool,
+    }
+    add[type(value)](key, value)
+
+
 def write(
     path: Path,
     model: Transformer,
@@ -99,69 +139,25 @@ def write(
     import gguf
 
     c = model.cfg
-    dtype = gguf.GGMLQuantizationType[kind]
     arch = arch or ("qwen2" if c.qkv_bias else "llama")
     writer = gguf.GGUFWriter(path, arch)
-    settings = {
-        "context_length": c.block_size,
-        "embedding_length": c.n_embd,
-        "block_count": c.n_layer,
-        "feed_forward_length": c.n_inner,
-        "attention.head_count": c.n_head,
-        "attention.head_count_kv": c.n_kv_head,
-        "attention.key_length": c.head_dim,
-        "attention.value_length": c.head_dim,
-        "rope.dimension_count": c.head_dim,
-        "rope.freq_base": float(c.rope_theta),
-        "attention.layer_norm_rms_epsilon": float(c.norm_eps),
-    } | (fields or {})
-    for key, value in settings.items():
+    for key, value in (settings_of(c) | (fields or {})).items():
         if value is not None:
-            add = {
-                int: writer.add_uint32,
-                float: writer.add_float32,
-                str: writer.add_string,
-                list: writer.add_array,
-                bool: writer.add_bool,
-            }
-            add[type(value)](f"{arch}.{key}", value)
-    spec = definition()["model"]["vocab"] if tokenizer is None else {}
-    about = (
-        {
-            "model": "gpt2",
-            "pre": "gpt-2",
-            "tokens": [*spec, "<|endoftext|>"],
-            "token_type": [1] * len(spec) + [3],
-            "merges": ["h e", "l l", "he ll", "hell o"],
-        }
-        if tokenizer is None
-        else tokenizer
-    )
-    for key, value in about.items():
-        {
-            str: writer.add_string,
-            list: writer.add_array,
-            bool: writer.add_bool,
-            int: writer.add_uint32,
-        }[type(value)](f"tokenizer.ggml.{key}", value)
+            add_field(writer, f"{arch}.{key}", value)
+    for key, value in (tokenizer_fields() if tokenizer is None else tokenizer).items():
+        add_field(writer, f"tokenizer.ggml.{key}", value)
+    permuted = {"q_proj": c.n_head, "k_proj": c.n_kv_head} if arch == "llama" else {}
     held = {}
     for name, t in model_state(model).items():
-        as_stored = gguf.GGMLQuantizationType.F32 if t.ndim == 1 else dtype
+        dtype = gguf.GGMLQuantizationType["F32" if t.ndim == 1 else kind]
         w = t.detach().numpy()
-        held[name] = torch.tensor(
-            gguf.quants.dequantize(gguf.quants.quantize(w, as_stored), as_stored)
-        )
-        heads = (
-            {"q_proj": c.n_head, "k_proj": c.n_kv_head}.get(name.split(".")[-2])
-            if arch == "llama"
-            else None
-        )
+        held[name] = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(w, dtype), dtype))
+        n_head = permuted.get(name.split(".")[-2])
+        if n_head:
+            w = permute(w, n_head)
         if name != drop:
-            writer.add_tensor(
-                their_name(name),
-                gguf.quants.quantize(permute(w, heads) if heads else w, as_stored),
-                raw_dtype=as_stored,
-            )
+            stored = gguf.quants.quantize(w, dtype)
+            writer.add_tensor(their_name(name), stored, raw_dtype=dtype)
     for name, a in (tensors or {}).items():
         writer.add_tensor(name, a)
     writer.write_header_to_file()
@@ -182,14 +178,13 @@ def llama3_divisors(theta: float, D: int, factor: float, original: int = 8192) -
     out = []
     for i in range(0, D, 2):
         wavelength = 2 * math.pi * theta ** (i / D)
-        smooth = (original / wavelength - 1) / (4 - 1)
-        out.append(
-            1.0
-            if wavelength < original / 4
-            else factor
-            if wavelength > original
-            else 1 / ((1 - smooth) / factor + smooth)
-        )
+        if wavelength < original / 4:
+            out.append(1.0)
+        elif wavelength > original:
+            out.append(factor)
+        else:
+            smooth = (original / wavelength - 1) / (4 - 1)
+            out.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(out, dtype=np.float32)
 
 
@@ -257,7 +252,6 @@ def test_gguf_bos_follows_the_file_and_llama_cpps_default(tmp_path):
     """bos_token_id begins a text where add_bos_token says so, and for Llama 3's pre-tokenizer also
     where that is left out."""
     model = random_model(**SHAPES["llama"])
-    spec = definition()["model"]["vocab"]
     for pre, more, want in (
         ("gpt-2", {"bos_token_id": 260}, None),
         ("gpt-2", {"bos_token_id": 260, "add_bos_token": True}, 260),
@@ -265,14 +259,7 @@ def test_gguf_bos_follows_the_file_and_llama_cpps_default(tmp_path):
         ("llama-bpe", {"bos_token_id": 260, "add_bos_token": False}, None),
         ("llama-bpe", {}, None),
     ):
-        about = {
-            "model": "gpt2",
-            "pre": pre,
-            "tokens": [*spec, "<|endoftext|>"],
-            "token_type": [1] * 260 + [3],
-            "merges": ["h e", "l l", "he ll", "hell o"],
-        } | more
-        write(tmp_path / "m.gguf", model, tokenizer=about)
+        write(tmp_path / "m.gguf", model, tokenizer=tokenizer_fields(pre=pre, **more))
         assert load_run(tmp_path / "m.gguf").tokenizer.bos == want, (pre, more)
 
 

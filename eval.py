@@ -70,7 +70,8 @@ from lora import count_trainable
 from model import KVCache, Transformer, evaluating
 from report.figures import bytes_figure, groups_figure, report
 from storage.packed import PackedCache, SelectedCache
-from tasks.measure import READING, Task, make_tasks
+from tasks.common import Task
+from tasks.make import READING, make_tasks
 from training import mixsga_table
 
 

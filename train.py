@@ -79,7 +79,7 @@ from loaders.runs import (
 )
 from loaders.tokenizer import get_tokenizer
 from model import Transformer
-from tasks.measure import Perplexity
+from tasks.text import Perplexity
 from training import mixsga_table
 from training.loop import (
     NonFinite,

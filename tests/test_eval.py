@@ -20,7 +20,7 @@ from config import AdapterConfig, DataConfig, KVConfig
 from data import documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
-from tasks import measure as tasks
+from tasks import text as tasks
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 # every router, scope, tail and kind of basis; the tail is the task's, whatever the model was

@@ -16,7 +16,7 @@ import lora
 from config import AdapterConfig, KVConfig
 from loaders import checkpoint
 from model import DenseCache, KVCache, generate
-from tasks import measure as tasks
+from tasks import text as tasks
 
 SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least once, in few models
     dict(

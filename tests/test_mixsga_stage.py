@@ -21,7 +21,7 @@ from loaders import checkpoint
 from loaders.export import export
 from loaders.runs import load_run
 from model import generate
-from tasks.measure import mean_loss
+from tasks.text import mean_loss
 from training import loop as trainer
 from training import mixsga_table
 

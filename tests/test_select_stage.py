@@ -33,7 +33,8 @@ from loaders.device import autocast
 from loaders.runs import load_run, split_added
 from measure_config import BenchConfig
 from model import Transformer
-from tasks import measure as tasks
+from tasks import prompts as tasks
+from tasks.text import Continuation
 from training import loop as trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -593,7 +594,7 @@ def test_rows_of_a_joint_grid(base, measure, text):
     dense = rows[0]
     assert (
         dense["value"]
-        == tasks.Continuation(windows(text), 6, LAST).value(load_run(base).model, 2, "float32")
+        == Continuation(windows(text), 6, LAST).value(load_run(base).model, 2, "float32")
         == dense["dense_value"]
     )
     for r in rows[1:]:

@@ -1,4 +1,4 @@
-"""The prompts that tasks.py makes, read back as text; their scores, from models that answer right,
+"""The prompts that tasks/ makes, read back as text; their scores, from models that answer right,
 wrong or not at all; eval.py on each."""
 
 from __future__ import annotations
@@ -23,7 +23,17 @@ from config import DataConfig, KVConfig
 from loaders.runs import load_run
 from loaders.tokenizer import ByteTokenizer, TiktokenTokenizer
 from measure_config import EvalConfig
-from tasks import measure as tasks
+from tasks.choices import MultipleChoice, multiple_choice, read_questions
+from tasks.common import Generated, ThroughCache, decoded
+from tasks.prompts import (
+    FILLER,
+    LEAST_FILLER,
+    PLACES,
+    Needle,
+    VariableTracking,
+    needle,
+    variable_tracking,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -67,8 +77,8 @@ def check_filler(rest: str) -> list[str]:
     lines = re.findall(r"[A-Z][^.]*\.", rest)
     assert (
         " ".join(lines) == " ".join(rest.split())
-        and set(lines) <= set(tasks.FILLER)
-        and len(lines) >= tasks.LEAST_FILLER
+        and set(lines) <= set(FILLER)
+        and len(lines) >= LEAST_FILLER
     )
     return lines
 
@@ -76,12 +86,12 @@ def check_filler(rest: str) -> list[str]:
 def test_filler_is_plain():
     """About forty different sentences, without digits, capitals inside, or words of the questions;
     places are as many as --distractors needs."""
-    assert len(set(tasks.FILLER)) == len(tasks.FILLER) == 40 and len(set(tasks.PLACES)) == 32
-    for s in tasks.FILLER:
+    assert len(set(FILLER)) == len(FILLER) == 40 and len(set(PLACES)) == 32
+    for s in FILLER:
         assert re.fullmatch(r"[A-Z][A-Za-z, ]+\.", s) and not re.search(
             r"number|magic|lucky|VAR|[A-Z]{2}", s
         )
-    assert all(re.fullmatch("[A-Z][a-z]+", p) for p in tasks.PLACES)
+    assert all(re.fullmatch("[A-Z][a-z]+", p) for p in PLACES)
 
 
 # ----------------------------------------------------------------------------- needle
@@ -92,7 +102,7 @@ def test_filler_is_plain():
 def test_needle_is_said_once_and_asked_last(kind, length):
     """The needle stands once in whole filler sentences, the question ends the prompt, no other
     digit is in it, and the prompt has 90 to 100 % of the tokens that the answer leaves."""
-    task = tasks.needle(tokenizer(kind), length, 30, 3, 16)
+    task = needle(tokenizer(kind), length, 30, 3, 16)
     question = "\n\nWhat is the magic number? The magic number is"
     assert (task.n, task.room, task.query, task.metric, task.name) == (
         30,
@@ -125,7 +135,7 @@ class Dear(ByteTokenizer):
 def test_budget_holds_where_sentences_cost_more_together():
     """Sentences are taken out again until the prompt fits, whole ones, and hardly more than
     needed."""
-    task = tasks.needle(Dear(), 1500, 20, 0, 16)
+    task = needle(Dear(), 1500, 20, 0, 16)
     for i, answer in enumerate(task.answers):
         assert 0.9 * 1490 <= len(task.prompts[i]) <= 1490
         context = read(task, i).split("\n\n")[0]
@@ -135,7 +145,7 @@ def test_budget_holds_where_sentences_cost_more_together():
 def test_needle_answers_and_places_are_uniform():
     """Over 900 examples every digit comes about as often, and the needle about as often in every
     quarter of the text; the digit says nothing about the place."""
-    task = tasks.needle(ByteTokenizer(), 400, 900, 0, 16)
+    task = needle(ByteTokenizer(), 400, 900, 0, 16)
     place = [int(4 * read(task, i).index("The magic number is") / 330) for i in range(900)]
     assert set(Counter(task.answers)) == {*range(1, 10)} and all(
         70 <= c <= 130 for c in Counter(task.answers).values()
@@ -154,7 +164,7 @@ def test_needle_answers_and_places_are_uniform():
 def test_distractors_are_other_numbers(distractors):
     """Every place is named once with its number, none of the others has the answer, the one asked
     for is anywhere among them, and the question names it."""
-    task = tasks.needle(tokenizer("bpe"), 2600, 40, 1, 16, distractors)
+    task = needle(tokenizer("bpe"), 2600, 40, 1, 16, distractors)
     ranks = []
     for i, answer in enumerate(task.answers):
         text = read(task, i)
@@ -198,7 +208,7 @@ def test_variable_tracking_is_solved_by_an_interpreter(kind, chains, hops):
     length as were asked for; the example's answer is right, and its names and value are its own;
     room for the answer; 90 to 100 % of the tokens."""
     length = 2000
-    task = tasks.variable_tracking(tokenizer(kind), length, 12, 5, 16, chains, hops)
+    task = variable_tracking(tokenizer(kind), length, 12, 5, 16, chains, hops)
     assert (task.metric, task.name) == ("recall", "variable_tracking")
     for i, answer in enumerate(task.answers):
         text = read(task, i)
@@ -234,7 +244,7 @@ def test_variable_tracking_is_solved_by_an_interpreter(kind, chains, hops):
 def test_chains_are_scattered_and_any_is_asked_for():
     """The chain that is asked for is now the first, now another, and chains run through each other,
     with filler between assignments."""
-    task = tasks.variable_tracking(ByteTokenizer(), 2500, 40, 0, 16, 3, 3)
+    task = variable_tracking(ByteTokenizer(), 2500, 40, 0, 16, 3, 3)
     first = []
     mixed = 0
     apart = 0
@@ -255,11 +265,11 @@ def test_chains_are_scattered_and_any_is_asked_for():
 # -------------------- what all prompts have in common
 
 MAKERS = {
-    "needle": lambda n, seed, tok=None, T=400: tasks.needle(tok or ByteTokenizer(), T, n, seed, 16),
-    "distractors": lambda n, seed, tok=None, T=500: tasks.needle(
+    "needle": lambda n, seed, tok=None, T=400: needle(tok or ByteTokenizer(), T, n, seed, 16),
+    "distractors": lambda n, seed, tok=None, T=500: needle(
         tok or ByteTokenizer(), T, n, seed, 16, 3
     ),
-    "variable_tracking": lambda n, seed, tok=None, T=1100: tasks.variable_tracking(
+    "variable_tracking": lambda n, seed, tok=None, T=1100: variable_tracking(
         tok or ByteTokenizer(), T, n, seed, 16, 2, 2
     ),
 }
@@ -316,7 +326,7 @@ def test_stored_is_the_end_of_four_prompts():
 )
 def test_needle_score_is_the_first_digit(text, answer, score):
     """The first digit counts, nothing after it, and no digit is wrong."""
-    assert tasks.Needle.score(text, answer) == score
+    assert Needle.score(text, answer) == score
 
 
 @pytest.mark.parametrize(
@@ -332,7 +342,7 @@ def test_needle_score_is_the_first_digit(text, answer, score):
 )
 def test_variable_tracking_score_is_the_share_named(text, score):
     """Each of the chain's variables counts once, in any order."""
-    assert tasks.VariableTracking.score(text, ["AAAAA", "BBBBB", "CCCCC", "DDDDD"]) == score
+    assert VariableTracking.score(text, ["AAAAA", "BBBBB", "CCCCC", "DDDDD"]) == score
 
 
 class Reader(torch.nn.Module):
@@ -436,8 +446,8 @@ def test_generated_ids_that_the_tokenizer_lacks_end_the_text():
     """A model's table may be longer than the vocabulary: such an id gives no text and no crash."""
     tok = ByteTokenizer()
     assert (
-        tasks.decoded(tok, [55, 300, 56]) == tasks.decoded(tok, [55, 256]) == "7"
-        and tasks.decoded(tok, [300]) == tasks.decoded(tok, []) == ""
+        decoded(tok, [55, 300, 56]) == decoded(tok, [55, 256]) == "7"
+        and decoded(tok, [300]) == decoded(tok, []) == ""
     )
 
 
@@ -465,7 +475,7 @@ def test_answers_are_read_from_the_compressed_cache(query, tmp_path):
         n_groups=8,
         topk_groups=2,
     )
-    task = tasks.multiple_choice(Letters(), 160, 23, 0, query, str(tmp_path / "q.csv"), shots=1)
+    task = multiple_choice(Letters(), 160, 23, 0, query, str(tmp_path / "q.csv"), shots=1)
     model = grouped_model(**setting)
     oracle = grouped_model(**setting)
     seen = {}
@@ -486,7 +496,7 @@ def test_answers_are_read_from_the_compressed_cache(query, tmp_path):
             p = task.prompts[i]
             (_, letters) = task.answers[i]
             with torch.no_grad():
-                got = tasks.ThroughCache(model)(torch.tensor([p]), model.new_cache(1, len(p)))[
+                got = ThroughCache(model)(torch.tensor([p]), model.new_cache(1, len(p)))[
                     0, -1, letters
                 ]
             assert (
@@ -510,7 +520,7 @@ def test_generated_text_is_the_same_in_any_batch():
     said = []
     prompts = [tok.encode("What is it? It is"[i:]) for i in range(7)]
 
-    class Kept(tasks.Generated):
+    class Kept(Generated):
         @staticmethod
         def score(text, answer):
             said.append(text)
@@ -555,7 +565,7 @@ def test_csv_is_read_as_csv(tmp_path):
     for i, text in enumerate((ROWS, "\ufeff" + ROWS, ROWS.replace("\n", "\r\n"))):
         path = tmp_path / f"{i}.csv"
         path.write_bytes(text.encode())
-        read = tasks.read_questions(path)
+        read = read_questions(path)
         assert [q.answer for q in read] == [1, 0, 3, 2] and read[
             1
         ].text == 'Which, of these, is "round"?'
@@ -594,7 +604,7 @@ def test_bad_row_is_named_by_its_line(bad, why, tmp_path):
     """What is no row of MMLU's format is refused with file and line, that where the row begins."""
     path = tmp_path / "x_test.csv"
     path.write_bytes(ROWS.encode() + bad.encode("latin-1"))
-    line = error_line(tasks.read_questions, path)
+    line = error_line(read_questions, path)
     assert (
         why in line
         and str(path) in line
@@ -603,8 +613,8 @@ def test_bad_row_is_named_by_its_line(bad, why, tmp_path):
     ), line
 
 
-def ask(tmp_path, *, n=99, length=3000, seed=0, tok=None, **options) -> tasks.MultipleChoice:
-    return tasks.multiple_choice(tok or ByteTokenizer(), length, n, seed, 16, **options)
+def ask(tmp_path, *, n=99, length=3000, seed=0, tok=None, **options) -> MultipleChoice:
+    return multiple_choice(tok or ByteTokenizer(), length, n, seed, 16, **options)
 
 
 def test_examples_come_first_and_are_not_asked(tmp_path):
@@ -798,7 +808,7 @@ def test_eval_of_every_task(byte_model, text, tmp_path):
         )
     about = (ByteTokenizer(), 800, 3, 0, 16)
     for r, task in zip(
-        rows[7:9], (tasks.needle(*about, 2), tasks.variable_tracking(*about, 1, 1)), strict=True
+        rows[7:9], (needle(*about, 2), variable_tracking(*about, 1, 1)), strict=True
     ):
         T = task.stored.size(1)
         assert (
@@ -844,7 +854,7 @@ def test_tasks_that_make_their_text_read_no_corpus(byte_model, text, tmp_path, m
 
     assert rows()[0][0]["task"] == "needle" and asked == []
     got, shown = rows(methods="value_groups", dataset=text, split="all")
-    assert asked == [(text, "train")] and shown.masks.shape[1] == tasks.needle(
+    assert asked == [(text, "train")] and shown.masks.shape[1] == needle(
         ByteTokenizer(), 250, 2, 0, 16
     ).stored.size(1)
     rows(methods="value_groups", dataset="", calibrate=text)
@@ -912,5 +922,5 @@ def test_smollm2_finds_the_needle(distractors, least):
     """The real SmolLM2-135M with whole values, 140 tokens: the prompt is one that a base model
     answers; one digit in nine is chance."""
     run = smol()
-    task = tasks.needle(run.tokenizer, 140, 10, 0, 16, distractors)
+    task = needle(run.tokenizer, 140, 10, 0, 16, distractors)
     assert task.value(run.model, 10, "float32") * 10 >= least

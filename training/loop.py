@@ -37,7 +37,7 @@ from loaders.runs import added_state, load_added_state
 from loaders.weights import load_model_state, model_state
 from model import Transformer, generate, lm_loss
 from storage.layout import at_least_float32
-from tasks.measure import mean_loss
+from tasks.text import mean_loss
 
 
 class NonFinite(Exception):

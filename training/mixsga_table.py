@@ -49,7 +49,7 @@ from loaders.runs import Run, load_run
 from loaders.tokenizer import get_tokenizer
 from measure_config import EvalConfig
 from model import Transformer, evaluating
-from tasks.measure import mean_loss
+from tasks.text import mean_loss
 from training.loop import (
     Stage,
     World,

@@ -1,0 +1,129 @@
+"""What a task is, and what the tasks made of prompts have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import mean
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loaders.device import autocast
+from model import KVCache, Transformer, evaluating, generate
+from selector import diagnosed
+
+
+class Task(Protocol):
+    """What eval.py asks a model, and what it needs to know about the answer.
+
+    name, metric: as they are printed
+    n: how many measurements the value is the mean of
+    stored: ids (at most 4, T) int64 whose cache is measured
+    query: tokens at the end of a prompt that are never compressed; None: the path's own window
+    kl: mean divergence in nats of the last call's predictions from the reference's, or None
+    """
+
+    name: str
+    metric: str
+    n: int
+    stored: Tensor
+    query: int | None
+    kl: float | None
+
+    def value(
+        self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
+    ) -> float:
+        """Measure the model; reference: later calls are compared with what this one predicts."""
+        ...
+
+
+class ThroughCache:
+    """A model for `generate` that processes all of a prompt but its last tokens, and lets those
+    read what is kept of the others.
+
+    With an exact prefill the first token generated would otherwise come from whole values, and with
+    it, in many tokenizers, the whole answer."""
+
+    def __init__(self, model: Transformer, last: int = 1):
+        self.model = model
+        self.last = last
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+    def __call__(self, idx: Tensor, cache: KVCache, last_only: bool = True) -> Tensor:
+        """Return logits (B, 1, vocab) of the newest token; idx (B, T) int64."""
+        if idx.size(1) > self.last:
+            context = idx[:, : -self.last]
+            with diagnosed(self.model, context, context.size(1), cache.pad):
+                self.model(context, cache, last_only=True)
+            idx = idx[:, -self.last :]
+        return self.model(idx, cache, last_only=True)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of token ids, of any lengths, with one answer each; the value is the mean score.
+
+    The paths' window must be `query`. A task is a subclass with
+    scores(model, prompts, answers) -> list[float]: those of a batch, each in [0, 1]."""
+
+    prompts: list[list[int]]
+    answers: list
+    query: int
+    tokenizer: object
+    kl = None
+
+    @property
+    def n(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def stored(self) -> Tensor:
+        """The first four prompts, cut at the front to the shortest of them."""
+        return shortest_ends(self.prompts[:4])
+
+    def value(
+        self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
+    ) -> float:
+        device = model.norm.weight.device
+        scores = []
+        with evaluating(model), autocast(device, dtype):
+            for i in range(0, self.n, batch_size):
+                batch = slice(i, i + batch_size)
+                scores += self.scores(model, self.prompts[batch], self.answers[batch])
+        return mean(scores)
+
+
+def shortest_ends(prompts: list[list[int]]) -> Tensor:
+    """Return the last tokens of every prompt, as many as the shortest has: (prompts, T) int64."""
+    T = min(map(len, prompts))
+    return torch.tensor([p[-T:] for p in prompts])
+
+
+@dataclass(frozen=True)
+class Generated(Prompts):
+    """Prompts continued greedily by `room` tokens through the packed cache; `score(text, answer)`
+    is of the text up to the end token."""
+
+    room: int
+
+    def scores(
+        self, model: Transformer, prompts: list[list[int]], answers: list, last: int = 1
+    ) -> list[float]:
+        """Score every prompt's continuation; last: tokens of the prompt that read the cache."""
+        rows, _ = generate(ThroughCache(model, last), prompts, self.room, stop=self.tokenizer.eot)
+        texts = [decoded(self.tokenizer, ids) for ids in rows]
+        return [self.score(text, answer) for text, answer in zip(texts, answers, strict=True)]
+
+
+def decoded(tokenizer, ids: list[int]) -> str:
+    """Return the text of generated ids up to the first that the tokenizer does not have: a model's
+    table may be longer than its vocabulary."""
+    for end in range(len(ids), 0, -1):
+        try:
+            return tokenizer.decode(ids[:end])
+        except ValueError:
+            continue
+    return ""

@@ -1,0 +1,134 @@
+"""Text that is read: how well a model predicts a corpus, every token of it (perplexity), or the
+continuation of a compressed context."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from statistics import mean
+
+from torch import Tensor
+
+from loaders.device import autocast
+from model import Transformer, evaluating, lm_loss
+from selector import diagnosed
+
+# Sequences of a continuation whose predictions are kept: 25 MB each with 49,152 tokens.
+KL_SEQUENCES = 16
+
+
+def mean_loss(
+    model: Transformer, x: Tensor, y: Tensor, batch_size: int, dtype: str = "float32"
+) -> float:
+    """Return the mean next-token loss in nats, decode mode, batch_size sequences at a time.
+
+    x, y: ids and the ids that follow them, (n, T) int64"""
+    device = model.norm.weight.device
+    total = 0.0
+    with evaluating(model):
+        for i in range(0, len(x), batch_size):
+            xb = x[i : i + batch_size].to(device)
+            yb = y[i : i + batch_size].to(device)
+            with autocast(device, dtype):
+                total += lm_loss(model(xb), yb).item() * len(xb)
+    return total / len(x)
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean next-token loss over x, y (n, T) int64, decode mode."""
+
+    x: Tensor
+    y: Tensor
+    name = "perplexity"
+    metric = "perplexity"
+    query = None
+    kl = None
+
+    @property
+    def n(self) -> int:
+        return self.x.numel()
+
+    @property
+    def stored(self) -> Tensor:
+        """Sequences whose cache is measured."""
+        return self.x[:4]
+
+    def value(
+        self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
+    ) -> float:
+        return math.exp(mean_loss(model, self.x, self.y, batch_size, dtype))
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Mean loss in nats of the text that follows a compressed context, through the packed cache.
+
+    A context of T - query - last tokens is processed exactly and then compressed, `query` tokens
+    stay whole, and `last` tokens read both: it is their loss (the first of them is predicted by
+    nobody). The paths' window must be `query`.
+
+    A loss varies with the token that happened to come, a divergence from the reference's
+    predictions does not: it tells settings apart whose losses differ by less than chance.
+
+    x: ids (n, T) int64
+    seen: log-probabilities of the reference for the first KL_SEQUENCES, and the last call's kl
+    """
+
+    x: Tensor
+    query: int
+    last: int
+    seen: dict = field(default_factory=dict, compare=False, repr=False)
+    name = "continuation"
+    metric = "loss"
+
+    @property
+    def n(self) -> int:
+        return len(self.x) * (self.last - 1)
+
+    @property
+    def stored(self) -> Tensor:
+        return self.x[:4, : -self.last]
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL divergence in nats of the last call's predictions from the reference's, where
+        those came before."""
+        return self.seen.get("kl")
+
+    def value(
+        self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
+    ) -> float:
+        device = model.norm.weight.device
+        known = [] if reference else self.seen.get("reference")
+        divergences = []
+        total = 0.0
+        with evaluating(model), autocast(device, dtype):
+            for start in range(0, len(self.x), batch_size):
+                x = self.x[start : start + batch_size].to(device)
+                logits = self.predict(model, x)
+                total += lm_loss(logits, x[:, 1 - self.last :]).item() * len(x)
+                kept = logits[: max(0, KL_SEQUENCES - start)]
+                if reference:
+                    known += [row.float().log_softmax(-1).cpu() for row in kept]
+                elif known is not None:
+                    pairs = zip(known[start : start + len(kept)], kept, strict=True)
+                    divergences += [divergence(was, row) for was, row in pairs]
+        self.seen["reference"] = known
+        self.seen["kl"] = mean(divergences) if divergences else None
+        return total / len(self.x)
+
+    def predict(self, model: Transformer, x: Tensor) -> Tensor:
+        """Return the logits (B, last - 1, vocab) of the last tokens but the first, x (B, T)."""
+        cache = model.new_cache(*x.shape)
+        with diagnosed(model, x, x.size(1) - self.last):
+            model(x[:, : -self.last], cache, last_only=True)
+        return model(x[:, -self.last :], cache)[:, :-1]
+
+
+def divergence(was: Tensor, logits: Tensor) -> float:
+    """Return the mean KL divergence in nats of logits (T, vocab) from the log-probabilities `was`
+    (T, vocab)."""
+    log_p = logits.float().log_softmax(-1)
+    was = was.to(log_p.device)
+    return (was.exp() * (was - log_p)).sum(-1).mean().item()

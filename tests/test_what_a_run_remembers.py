@@ -7,7 +7,6 @@ import json
 
 import pytest
 from helpers import error_line
-from runs import adapt_arguments, arguments, call, pretrain
 
 import data
 import eval as evaluation
@@ -15,6 +14,7 @@ import train
 from config import DataConfig
 from loaders import checkpoint
 from loaders.tokenizer import get_tokenizer
+from runs import adapt_arguments, arguments, call, pretrain
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

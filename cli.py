@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 
-from config import PAPER
+from settings.train import PAPER
 
 
 def program_name() -> str:

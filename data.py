@@ -13,7 +13,7 @@ of all that defines its content, so a changed text, rule or tokenizer is never s
 A batch is a pure function of (seed, split, step): it needs no state to resume and means the same
 for any number of ranks.
 
-    from config import DataConfig
+    from settings.train import DataConfig
     from loaders.tokenizer import get_tokenizer
     print(len(data.prepare("pydocs", DataConfig(), get_tokenizer("byte")).train))
 """
@@ -38,8 +38,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import DataConfig, check, check_corpus
+from config import check
 from loaders.tokenizer import check_ids, encoded, one_line
+from settings.train import DataConfig, check_corpus
 
 # name: (file, sha256, URLs tried in order)
 PINNED = {
@@ -558,7 +559,7 @@ def _token_path(
 def prepare_splits(
     corpus: str, cfg: DataConfig, tokenizer, splits: Sequence[str]
 ) -> list[TokenFile]:
-    """Token files of some splits of a corpus (a name of config.CORPORA or text:PATH), built on
+    """Token files of some splits of a corpus (one of settings.train.CORPORA or text:PATH), built on
     first use under cache_dir(cfg), checked on every use. ValueError as for documents, write_tokens
     and open_tokens: in particular a damaged file is named, not silently replaced."""
     check_corpus(corpus)

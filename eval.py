@@ -33,15 +33,15 @@ from config import (
     SHARED,
     AdapterConfig,
     BaseConfig,
-    DataConfig,
     KVConfig,
     SelectConfig,
     check,
     comma_list,
     count_kept,
-    to_dict,
 )
 from measure_config import EvalConfig
+from settings.fields import to_dict
+from settings.train import DataConfig
 
 CONFIGS = {
     "eval": EvalConfig,

@@ -33,16 +33,15 @@ from config import (
     SHARED,
     AdapterConfig,
     BaseConfig,
-    DataConfig,
     KVConfig,
     MixConfig,
     ModelConfig,
     SelectConfig,
-    TrainConfig,
     check,
     comma_list,
-    to_dict,
 )
+from settings.fields import to_dict
+from settings.train import DataConfig, TrainConfig
 
 CONFIGS = {
     "train": TrainConfig,

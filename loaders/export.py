@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
-from config import BaseConfig, ExportConfig
+from config import BaseConfig
+from settings.train import ExportConfig
 
 CONFIGS = {"export": ExportConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once

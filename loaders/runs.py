@@ -19,17 +19,7 @@ import kv_router
 import lora
 import mixsga
 import selector
-from config import (
-    SHARED,
-    AdapterConfig,
-    KVConfig,
-    MixConfig,
-    ModelConfig,
-    SelectConfig,
-    check,
-    from_dict,
-    to_dict,
-)
+from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, check
 from loaders import checkpoint
 from loaders.device import place
 from loaders.download import hub_folder
@@ -39,6 +29,7 @@ from loaders.tokenizer import get_tokenizer
 from loaders.tokenizer_json import from_definition
 from loaders.weights import ModelFiles, build_model, load_model_state, weights_hash
 from model import Transformer
+from settings.fields import from_dict, to_dict
 
 
 @dataclass

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from config import check
 from loaders.tokenizer import encoded
 from model import Transformer
+from settings.fields import check
 from tasks.common import Prompts, ThroughCache
 
 LETTERS = "ABCD"

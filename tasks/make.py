@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from config import check, comma_list
 from data import TokenFile, batch, sequential
 from measure_config import EvalConfig
+from settings.fields import check, comma_list
 from tasks.choices import multiple_choice
 from tasks.common import Task
 from tasks.prompts import needle, variable_tracking

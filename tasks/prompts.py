@@ -20,10 +20,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from config import check
 from loaders.device import autocast
 from loaders.tokenizer import encoded
 from model import Transformer, evaluating
+from settings.fields import check
 from tasks.common import Generated, shortest_ends
 
 NEEDLE_ROOM = 10  # tokens generated for a needle (ST 4.3)

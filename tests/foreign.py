@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from test_parity import elsewhere
 
 import lora
-from config import AdapterConfig, KVConfig, ModelConfig, to_dict
+from config import AdapterConfig, KVConfig, ModelConfig
 from loaders.device import place
 from loaders.export import export
 from loaders.huggingface import model_config
@@ -25,6 +25,7 @@ from loaders.runs import Run, load_run
 from loaders.tokenizer_json import ALPHABET, from_definition
 from loaders.weights import model_state
 from model import Transformer
+from settings.fields import to_dict
 
 # odd sizes, grouped-query attention; Llama and Mistral with a head dimension of their own
 SHAPES = {

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import cli
-import config
 import data
 import eval as evaluation
 import runs
@@ -23,6 +22,7 @@ import sample
 import train
 from loaders import checkpoint, export
 from loaders.tokenizer import get_tokenizer
+from settings.train import DataConfig
 
 PROGRAMS = {
     "train": (train, train.CONFIGS),
@@ -373,10 +373,7 @@ def test_out_of_range(name, f, capsys, here):
         (["--lora_targets=q,z"], "lora_targets='q,z'"),
         (["--lora_targets="], "a list of q,k,v"),
         (["--value_basis=svd"], "native, random"),
-        (
-            ["--reconstructor=linear", "--n_groups=16", "--topk_groups=8"],
-            "use --reconstructor=pairwise",
-        ),
+        (["--reconstructor=linear"], "one of zero, mlp"),
         (["--kv_layers=2,x"], "kv_layers='2,x'"),
         (["--kv_layers=deepest:0"], "(0, 1]"),
         (["--kv_layers=deepest:1.5"], "(0, 1]"),
@@ -576,7 +573,7 @@ def test_token_id_out_of_range(capsys, here, text, tmp_path):
     """A token file with an id past the vocabulary, though its sha256 is right, and one with a wrong
     sha256, are named before step 0."""
     flags = [*TINY, "--stage=pretrain", f"--dataset={text}", "--out_dir=run"]
-    tokens = data.prepare(text, config.DataConfig(), get_tokenizer("byte")).train
+    tokens = data.prepare(text, DataConfig(), get_tokenizer("byte")).train
     raw = bytearray(tokens.path.read_bytes())
     payload = raw[data.HEADER_BYTES :]
     payload[10:12] = (300).to_bytes(2, "little")  # ids of the byte tokenizer end at 256

@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from config import DataConfig
 from loaders import tokenizer
+from settings.train import DataConfig
 
 GOOD = random.Random(3).randbytes(70001)  # more than one block of the reader
 GOOD_SHA = hashlib.sha256(GOOD).hexdigest()

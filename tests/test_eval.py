@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, coordinates, error_line, grouped_model, routed_value, tiny_model, tokens
-from runs import call
 
 import eval as evaluation
 import kv_router
-from config import AdapterConfig, DataConfig, KVConfig
+from config import AdapterConfig, KVConfig
 from data import documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
+from runs import call
+from settings.train import DataConfig
 from tasks import text as tasks
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import arguments, assert_equal, before_step, call, losses, pretrain, tensors
 
 import eval as evaluation
 import mixsga
 import sample
 import train
-from config import DataConfig, KVConfig, MixConfig
+from config import KVConfig, MixConfig
 from data import prepare, sequential
 from loaders import checkpoint
 from loaders.export import export
 from loaders.runs import load_run
 from model import generate
+from runs import arguments, assert_equal, before_step, call, losses, pretrain, tensors
+from settings.train import DataConfig
 from tasks.text import mean_loss
 from training import loop as trainer
 from training import mixsga_table

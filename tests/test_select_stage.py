@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import TINY, error_line, randomise, tiny_model, tokens
-from runs import arguments, assert_equal, before_step, call, copies, losses, pretrain, tensors
 from test_tasks import read, tokenizer
 
 import bench
@@ -27,12 +26,15 @@ import kv_router
 import sample
 import selector
 import train
-from config import BaseConfig, DataConfig, KVConfig, ModelConfig, SelectConfig, to_dict
+from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
 from loaders import checkpoint
 from loaders.device import autocast
 from loaders.runs import load_run, split_added
 from measure_config import BenchConfig
 from model import Transformer
+from runs import arguments, assert_equal, before_step, call, copies, losses, pretrain, tensors
+from settings.fields import to_dict
+from settings.train import DataConfig
 from tasks import prompts as tasks
 from tasks.text import Continuation
 from training import loop as trainer

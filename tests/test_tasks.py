@@ -14,15 +14,16 @@ import pytest
 import torch
 from foreign import needs_smol, smol
 from helpers import TINY, error_line, grouped_model, tiny_encoding, tiny_model
-from runs import call, pretrain, python
 from test_eval import ContextOracle
 
 import eval as evaluation
 import kv_router
-from config import DataConfig, KVConfig
+from config import KVConfig
 from loaders.runs import load_run
 from loaders.tokenizer import ByteTokenizer, TiktokenTokenizer
 from measure_config import EvalConfig
+from runs import call, pretrain, python
+from settings.train import DataConfig
 from tasks.choices import MultipleChoice, multiple_choice, read_questions
 from tasks.common import Generated, ThroughCache, decoded
 from tasks.prompts import (

@@ -11,10 +11,10 @@ from helpers import error_line
 import data
 import eval as evaluation
 import train
-from config import DataConfig
 from loaders import checkpoint
 from loaders.tokenizer import get_tokenizer
 from runs import adapt_arguments, arguments, call, pretrain
+from settings.train import DataConfig
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -29,13 +29,14 @@ from tqdm import tqdm
 import kv_router
 import lora
 import mixsga
-from config import AdapterConfig, KVConfig, TrainConfig, check
+from config import AdapterConfig, KVConfig, check
 from data import batch, sequential
 from loaders import checkpoint
 from loaders.device import autocast, pick_device
 from loaders.runs import added_state, load_added_state
 from loaders.weights import load_model_state, model_state
 from model import Transformer, generate, lm_loss
+from settings.train import TrainConfig
 from storage.layout import at_least_float32
 from tasks.text import mean_loss
 

@@ -31,17 +31,7 @@ from tqdm import tqdm
 
 import mixsga
 from baselines import align
-from config import (
-    AdapterConfig,
-    DataConfig,
-    KVConfig,
-    MixConfig,
-    ModelConfig,
-    TrainConfig,
-    check,
-    comma_list,
-    to_dict,
-)
+from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, check, comma_list
 from data import batch, prepare, sequential
 from loaders import checkpoint
 from loaders.device import autocast, pick_device
@@ -49,6 +39,8 @@ from loaders.runs import Run, load_run
 from loaders.tokenizer import get_tokenizer
 from measure_config import EvalConfig
 from model import Transformer, evaluating
+from settings.fields import to_dict
+from settings.train import DataConfig, TrainConfig
 from tasks.text import mean_loss
 from training.loop import (
     Stage,

@@ -1,0 +1,217 @@
+"""What text is read and how models are trained: settings like those of config.py, and the
+paper's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from settings.fields import DTYPES, MAX_SEED, check, check_fields, opt
+
+CORPORA = ("pydocs", "pycode", "shakespeare", "wikitext2", "wikitext103")
+TOKENIZERS = ("byte", "gpt2")
+STAGES = ("all", "pretrain", "adapt", "select", "continue")
+OBJECTIVES = ("lm", "distill")
+
+
+def check_corpus(name: str, flag: str = "dataset") -> None:
+    """Raise ValueError unless `name` is a known corpus or text:PATH (the path itself is checked
+    when it is read)."""
+    check(
+        name in CORPORA or (name.startswith("text:") and len(name) > 5),
+        f"{flag}={name!r}",
+        f"one of {', '.join(CORPORA)} or text:PATH",
+        "choose one",
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text and its tokens."""
+
+    tokenizer: str = opt("byte", "tokenizer", TOKENIZERS)
+    val_fraction: float = opt(
+        0.1, "share of the text, by document, held out for validation", above=0, below=1
+    )
+    detokenize: bool = opt(
+        False, "undo WikiText's spacing (' @-@ ', ' ,' ...) before text becomes tokens"
+    )
+    data_dir: str = opt(
+        "", "where token files and downloads are kept; empty: the user's cache folder"
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What train.py does. Steps are optimizer steps; batch sizes are sequences of the *global*
+    batch, whatever the rank count."""
+
+    stage: str = opt(
+        "all",
+        "all: pretrain, then every adapter, then the table; or one stage (select: predictors of "
+        "relevance; continue: all weights of a base, with --kv=mixsga, gqa, cla or dense)",
+        STAGES,
+    )
+    out_dir: str = opt("", "folder for everything the run leaves; empty: a fresh one under out/")
+    resume: bool = opt(False, "continue the run in --out_dir from its newest valid checkpoint")
+    preset: str = opt(
+        "default",
+        "paper: the sub-token paper's settings for the adapt stage (explicit flags still win)",
+        ("default", "paper"),
+    )
+    dataset: str = opt(
+        "",
+        "corpus of the stage; with stage=all the pretraining one (empty: pydocs, or pycode to "
+        "adapt); or text:PATH",
+    )
+    adapt_dataset: str = opt(
+        "", "corpus for adaptation, where it differs from --dataset (empty: pycode)"
+    )
+    test_dataset: str = opt(
+        "",
+        "stage=all: corpus that gives the table's numbers, all of it or WikiText's test split "
+        "(empty: the adaptation corpus's validation split)",
+    )
+    test_sequences: int = opt(192, "stage=all: sequences behind each number of the table", least=1)
+    distill_steps: int = opt(
+        0,
+        "stage=all with --learn_basis: steps that distil the value basis on the frozen base "
+        "before the table's adaptations",
+        least=0,
+    )
+    distill_lr: float = opt(3e-3, "peak learning rate of those steps", above=0)
+    kv_from: str = opt(
+        "",
+        "adapt, select: run whose trained value groups (same base and settings) are started from, "
+        "instead of calibrating",
+    )
+    objective: str = opt(
+        "lm",
+        "adapt: lm: next-token loss; distill: KL to the same model reading whole values (needs "
+        "--adapter=none)",
+        OBJECTIVES,
+    )
+    seed: int = opt(0, "seed of initialisation, batches and dropout", least=0, most=MAX_SEED)
+    seeds: int = opt(
+        3,
+        "stage=all: adaptation seeds per row, fewer when --max_minutes would be passed",
+        least=1,
+        most=10**6,
+    )
+    max_minutes: float = opt(
+        3.7, "stage=all: start no further seed that would end after this many minutes", above=0
+    )
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = opt(
+        "auto",
+        "compute type; auto: bfloat16 autocast on a GPU that has it, else float32",
+        DTYPES,
+    )
+    compile: bool = opt(False, "torch.compile the model")
+    pretrain_steps: int = opt(500, "steps of pretraining", least=1)
+    adapt_steps: int = opt(60, "steps of adaptation", least=1)
+    pretrain_batch_size: int = opt(8, "sequences in a pretraining step", least=1)
+    adapt_batch_size: int = opt(8, "sequences in an adaptation step", least=1)
+    select_steps: int = opt(400, "steps of training predictors", least=1)
+    select_batch_size: int = opt(4, "sequences in such a step", least=1)
+    select_lr: float = opt(
+        1e-2, "its peak learning rate (a tenth of it for the paper's predictors)", above=0
+    )
+    accumulation: int = opt(1, "micro-steps a rank splits its share of the batch into", least=1)
+    pretrain_lr: float = opt(3e-3, "peak learning rate of pretraining", above=0)
+    adapt_lr: float = opt(5e-3, "peak learning rate of adaptation", above=0)
+    warmup: float = opt(
+        0.1,
+        "share of the steps spent warming up linearly; cosine to zero after it",
+        least=0,
+        most=1,
+    )
+    weight_decay: float = opt(0.01, "AdamW weight decay (matrices only)", least=0)
+    beta1: float = opt(0.9, "AdamW beta1", least=0, below=1)
+    beta2: float = opt(0.99, "AdamW beta2", least=0, below=1)
+    grad_clip: float = opt(1.0, "largest global gradient norm; 0 means no clipping", least=0)
+    eval_interval: int = opt(0, "steps between validation losses; 0: only at the end", least=0)
+    eval_sequences: int = opt(48, "validation sequences per evaluation while training", least=1)
+    sample_interval: int = opt(
+        0, "steps between sampled texts; 0: only at the end of pretraining", least=0
+    )
+    save_interval: int = opt(200, "steps between checkpoints", least=1)
+    keep_checkpoints: int = opt(
+        2,
+        "newest checkpoints kept per stage (the best by validation loss is kept besides)",
+        least=1,
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("dataset", "adapt_dataset", "test_dataset"):
+            if getattr(self, name):
+                check_corpus(getattr(self, name), name)
+        check(
+            self.stage in ("adapt", "select") or not self.kv_from,
+            f"kv_from={self.kv_from!r} with stage={self.stage}",
+            "one stage starts from it",
+            "give --stage=adapt, or --distill_steps=N for the table",
+        )
+        check(
+            self.stage == "all" or not self.distill_steps,
+            f"distill_steps={self.distill_steps} with stage={self.stage}",
+            "the table's rows use it",
+            "give --stage=all, or --objective=distill",
+        )
+        check(
+            not self.resume or bool(self.out_dir),
+            "resume without out_dir",
+            "a run to continue is needed",
+            "give --out_dir=DIR",
+        )
+
+    def corpus(self, stage: str) -> str:
+        """Return the corpus of `stage` ('pretrain' or 'adapt')."""
+        if stage == "pretrain":
+            return self.dataset or "pydocs"
+        named = self.adapt_dataset
+        if not named and self.stage in ("adapt", "select", "continue"):
+            named = self.dataset
+        return named or "pycode"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Where a model is exported to."""
+
+    out_dir: str = opt("", "run, stage or checkpoint folder to export")
+    to: str = opt("", "folder to write, for transformers to load")
+
+    def __post_init__(self):
+        check(bool(self.to), "no folder to export to", "one is needed", "give --to=DIR")
+
+
+# ST 4.1 and 3.1; the rest of the paper's settings are the defaults.
+PAPER = dict(
+    adapter="routed",
+    r=4,
+    alpha=8.0,
+    lora_dropout=0.05,
+    subspaces=4,
+    subspace_topk=2,
+    balance_weight=0.01,
+    n_groups=4,
+    topk_groups=2,
+    value_basis="native",
+    value_router="linear",
+    mask_scope="layer",
+    reconstructor="mlp",
+    aux_weight=0.1,
+    lm_to_router=False,
+    prefill="routed",
+    kv_tail=0,
+    adapt_lr=5e-4,
+    weight_decay=0.01,
+    beta1=0.9,
+    beta2=0.999,
+    adapt_batch_size=8,
+    block_size=512,
+)

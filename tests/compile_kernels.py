@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
-from benchmarks import cache as bench_cache
+from benchmarks.cases import Case
 from storage import append as appending
 from storage import packing
 from storage.integers import rounding
@@ -91,12 +91,12 @@ for case, fixed, D, dtype in json.loads(sys.argv[1]):
     q, k, v = (
         torch.randn(2, h, t, D).to(getattr(torch, dtype)) for h, t in ((6, 1), (2, 272), (2, 272))
     )
-    cache = bench_cache.Case(case, D).fill(k, v, fixed)[0]
+    cache = Case(case, D).fill(k, v, fixed)[0]
     kernels.packed_attention(q, cache.packed(), cache.whole(), impl="triton", chunk=64)
 case = "others"
 for text in ("4:0.5:1:4", "4:0.5"):
     k, v = torch.randn(2, 2, 2, 272, 64).bfloat16()
-    cache = bench_cache.Case(text, 64).fill(k, v, True)[0]
+    cache = Case(text, 64).fill(k, v, True)[0]
     appending.append_packed(
         cache.packed(),
         cache.whole(),

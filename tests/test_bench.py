@@ -3,7 +3,6 @@ kernel gets no time."""
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -12,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cache as bench_cache
+from benchmarks import decode
+from benchmarks.cases import BLOCK, WINDOW, Case
+from benchmarks.decode import bench_decode, check_kernel
+from benchmarks.generate import bench_generate
+from benchmarks.memory import bench_memory
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
 from measure_config import BenchConfig
 from storage.views import Tail
@@ -31,7 +34,7 @@ def run(*flags: str) -> subprocess.CompletedProcess:
 def test_decode_rows_name_the_peer_and_count_the_bytes_held():
     """Every form of every case has a row, the first; bytes are those of the caches; the fastest
     fused dense attention has ratio 1."""
-    rows = bench_cache.bench_decode(
+    rows = bench_decode(
         BenchConfig(what="decode", cases="4:0.5,8:0.25:0.5", steps=2, batch_size=2, device="cpu"),
         ModelConfig(**SHAPE),
     )
@@ -41,7 +44,7 @@ def test_decode_rows_name_the_peer_and_count_the_bytes_held():
         == [r["impl"] for r in ours]
         == ["packed S=4 K=2", "packed S=4 rho=0.5", "packed S=8 rho=0.25 tokens=0.5"]
     )
-    dense = 2 * 4 * 2 * 3 * (301 + bench_cache.TAIL) * 32
+    dense = 2 * 4 * 2 * 3 * (301 + WINDOW) * 32
     peers = {r["impl"]: r for r in rows if r["impl"].startswith("SDPA")}
     assert min(r["ratio"] for r in peers.values()) == 1 and {r["peer"] for r in rows} == {
         min(peers, key=lambda n: peers[n]["ms"])
@@ -51,7 +54,7 @@ def test_decode_rows_name_the_peer_and_count_the_bytes_held():
     kept = 301 // 2
     token = 4 * 32  # bytes of a float32 key
     rows_kept = 301 * 8 * kept // 301 // 4  # a quarter of the survivors' groups, rounded down
-    by_hand = 2 * 3 * (kept * token + rows_kept * 16 + 2 * bench_cache.TAIL * token)
+    by_hand = 2 * 3 * (kept * token + rows_kept * 16 + 2 * WINDOW * token)
     assert by_hand < ours[2]["bytes"] < 1.05 * by_hand
     assert 0.75 < ours[0]["bytes_kept"] < 0.79 and {
         "reference S=4 K=2",
@@ -64,14 +67,12 @@ def test_memory_rows_are_what_is_held():
     """Bytes equal what the caches say, within 2 % of keys and kept values, and as many more
     sequences fit as bytes are fewer."""
     shape = ModelConfig(n_head=4, n_kv_head=1, head_dim=128, block_size=900)
-    gc.freeze()  # bench_memory collects often: not what other tests hold
-    rows = bench_cache.bench_memory(
+    rows = bench_memory(
         BenchConfig(
             what="memory", cases="16:0.5,16:0.5:0.5", batch_size=2, memory_gb=0.01, device="cpu"
         ),
         shape,
     )
-    gc.unfreeze()
     assert [r["impl"] for r in rows] == [
         "packed S=16 K=8",
         "packed S=16 rho=0.5",
@@ -96,7 +97,7 @@ def test_cases_of_integers():
         batch_size=2,
         device="cpu",
     )
-    rows = bench_cache.bench_decode(cfg, shape)
+    rows = bench_decode(cfg, shape)
     ours = [r for r in rows if r["impl"].startswith("packed")]
     assert [r["impl"][7:] for r in ours] == [
         "S=4 K=4 K4 V4",
@@ -104,20 +105,15 @@ def test_cases_of_integers():
         "S=8 rho=0.75 tokens=0.5 K4 Vrouted",
     ]
     # float32; blocks form in the tail
-    whole = [
-        n * 32 * 8
-        for n in (bench_cache.TAIL + bench_cache.BLOCK, bench_cache.TAIL, bench_cache.TAIL)
-    ]
+    whole = [n * 32 * 8 for n in (WINDOW + BLOCK, WINDOW, WINDOW)]
     # keys, a 64th of their steps, values, steps of those
     by_hand = [320 * (16 + 2 + 16 + 4), 160 * (32 + 2 + 4 + 4), 160 * (16 + 2 + 14 + 2)]
     assert all(
         6 * (b + w) < r["bytes"] < 1.09 * 6 * (b + w)
         for b, w, r in zip(by_hand, whole, ours, strict=True)
     )
-    k, v = torch.randn(
-        2, 2, 3, 70 + bench_cache.TAIL, 32, generator=torch.Generator().manual_seed(0)
-    )
-    _, mask = bench_cache.Case("8:0.75:0.4:4:0", 32).fill(k, v, False)
+    k, v = torch.randn(2, 2, 3, 70 + WINDOW, 32, generator=torch.Generator().manual_seed(0))
+    _, mask = Case("8:0.75:0.4:4:0", 32).fill(k, v, False)
     # 28 of 70 tokens, 6 of 8 groups, three levels
     assert all(mask.unique(return_counts=True)[1][1:] == 2 * 3 * 56)
 
@@ -126,10 +122,8 @@ def test_cases_of_integers():
 def test_case_keeps_what_it_says(fixed):
     """A filled cache holds every key that survives and the best groups of the values, the rest
     zeros, the tail whole."""
-    k, v = torch.randn(
-        2, 2, 3, 70 + bench_cache.TAIL, 32, generator=torch.Generator().manual_seed(0)
-    )
-    case = bench_cache.Case("4:0.5" if fixed else "4:0.5:0.3", 32)
+    k, v = torch.randn(2, 2, 3, 70 + WINDOW, 32, generator=torch.Generator().manual_seed(0))
+    case = Case("4:0.5" if fixed else "4:0.5:0.3", 32)
     cache, mask = case.fill(k, v, fixed)
     got_k, z, held, valid = cache.packed().unpack()
     energy = v[:, :, :70].unflatten(-1, (4, 8)).square().sum(-1)  # (B, Hkv, C, S)
@@ -151,7 +145,7 @@ def test_case_keeps_what_it_says(fixed):
     assert int(held.sum()) == int(mask.sum()) and float(z.abs().sum()) > 0
     tail = cache.whole()
     order = torch.stack([tail.order()[b].argsort() for b in range(2)])[
-        :, None, : bench_cache.TAIL, None
+        :, None, :WINDOW, None
     ].expand(-1, 3, -1, 32)
     assert torch.equal(tail.v.gather(2, order), v[:, :, 70:])
 
@@ -161,13 +155,13 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
     k, v = torch.randn(2, 2, 3, 40, 32, generator=torch.Generator().manual_seed(0))
     q = torch.randn(2, 6, 1, 32)
     tail = Tail(k, v, torch.zeros(2, dtype=torch.int64), torch.full((2,), 40))
-    bench_cache.check_kernel(q, None, tail, "right")
-    right = bench_cache.packed_attention
+    check_kernel(q, None, tail, "right")
+    right = decode.packed_attention
     monkeypatch.setattr(
-        bench_cache, "packed_attention", lambda *a, **kw: (right(*a, **kw)[0] * (1 + 1e-4), None)
+        decode, "packed_attention", lambda *a, **kw: (right(*a, **kw)[0] * (1 + 1e-4), None)
     )
     with pytest.raises(AssertionError, match="its time would mean nothing"):
-        bench_cache.check_kernel(q, None, tail, "wrong")
+        check_kernel(q, None, tail, "wrong")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +179,7 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
 def test_a_case_that_cannot_be_is_refused(text, message):
     """What came and what is allowed."""
     with pytest.raises(ValueError, match=message):
-        bench_cache.Case(text, 16)
+        Case(text, 16)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +227,7 @@ def test_generate_rows():
     )
     cfg = BenchConfig(what="generate", new_tokens=60, steps=3, batch_size=3, prefill_tokens=700)
     for kv in (KVConfig(n_groups=4, topk_groups=2), KVConfig(kv="select", n_groups=4, kv_tail=16)):
-        rows = bench_cache.bench_generate(cfg, shape, BaseConfig(), kv, SelectConfig(kv_keep=0.5))
+        rows = bench_generate(cfg, shape, BaseConfig(), kv, SelectConfig(kv_keep=0.5))
         assert (
             [r["peer"] for r in rows] == ["dense"] * 2
             and rows[1]["impl"] == "dense"

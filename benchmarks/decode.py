@@ -1,0 +1,260 @@
+"""Attention of one new token per sequence over a filled cache of one layer, as H query and Hkv KV
+heads of the flags, block_size tokens, batch_size sequences.
+
+Beside our kernel: its PyTorch reference, the masked path (full-size values times their mask),
+PyTorch's fused attention over whole keys and values with each backend that runs, our own kernel
+over whole ones. Every time is taken in turns with its peers', after the results have been compared
+with float64; bytes are those of tensors that exist.
+
+Letters: B sequences, H heads, Hkv KV heads, D head dimension, C context tokens, N = C + WINDOW."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import WINDOW, Case, parse_cases
+from benchmarks.common import dtype_name, in_turns
+from config import ModelConfig
+from kernels import packed_attention
+from loaders.device import device_name, in_bfloat16, pick_device
+from measure_config import BenchConfig
+from reconstruct import spread
+from storage.views import Packed, Tail, packed_attention_ref
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+MOST_SETS = 8  # of data, in the memory of one comparison
+COPY_ROUNDS = 11
+SEGMENT_FIELDS = ("n", "token_base", "row_base", "mask_base", "tile_base")
+QKV = tuple[Tensor, Tensor, Tensor]  # (B, H, 1, D), (B, Hkv, N, D), (B, Hkv, N, D)
+
+
+@dataclass
+class Entries:
+    """What is timed: a list of calls on different data, and the bytes that one of them reads."""
+
+    calls: dict[str, list[Callable]] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, calls: list[Callable], held: int) -> None:
+        self.calls[name] = calls
+        self.held[name] = held
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Entries that no CUDA graph can hold."""
+        return tuple(n for n in self.calls if n.split()[0] in ("reference", "masked"))
+
+
+def bench_decode(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
+    """Return the rows of `decode`: ours with their ratio to the fastest fused dense attention, then
+    the peers."""
+    device = pick_device(cfg.device)
+    dtype = torch.bfloat16 if in_bfloat16(device, cfg.dtype) else torch.float32
+    cases = parse_cases(cfg.cases, c.head_dim)
+    shape = (cfg.batch_size, c.n_kv_head, c.block_size + WINDOW, c.head_dim)
+    dense_bytes = 2 * torch.Size(shape).numel() * dtype.itemsize
+    data = draw_sets(c.n_head, shape, dtype, device, n_sets(dense_bytes, device))
+    copy = copy_gb_per_s(device)
+    entries = Entries()
+    q, k, v = data[0]
+    check_kernel(q, None, whole_window(k, v), "dense")
+    peers = [dense_peers(*d) for d in data]
+    for name in peers[0]:
+        entries.add(name, [p[name] for p in peers], dense_bytes)
+    for case in cases:
+        for fixed in case.forms():
+            add_case(entries, case, fixed, data, dense_bytes)
+    ms = in_turns(entries.calls, cfg.steps, device, entries.plain)
+    about = {
+        "name": "decode",
+        "shape": f"B{cfg.batch_size} T{c.block_size} H{c.n_head}/{c.n_kv_head} D{c.head_dim}",
+        "dtype": dtype_name(dtype),
+        "device": device_name(device),
+    }
+    return decode_rows(about, ms, entries.held, dense_bytes, copy)
+
+
+# -------------------- data
+
+
+def n_sets(dense_bytes: int, device: torch.device) -> int:
+    """Return how many sets of data are read in turns: a set that was read long ago has left the L2
+    cache, its packed part too."""
+    to_fill_cache = 1
+    if device.type == "cuda":
+        wanted = 4 * torch.cuda.get_device_properties(device).L2_cache_size
+        to_fill_cache = max(1, (wanted + dense_bytes - 1) // dense_bytes)
+    return min(MOST_SETS, 4 * to_fill_cache)
+
+
+def draw_sets(
+    n_head: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, n: int
+) -> list[QKV]:
+    """Draw n sets of a query and of keys and values of `shape` (B, Hkv, N, D)."""
+    (B, _, _, D) = shape
+    torch.manual_seed(0)
+    shapes = ((B, n_head, 1, D), shape, shape)
+    return [tuple(torch.randn(s, device=device).to(dtype) for s in shapes) for _ in range(n)]
+
+
+def copy_gb_per_s(device: torch.device) -> float:
+    """Return the bandwidth of a large copy, bytes read and written."""
+    n = 1 << 29 if device.type == "cuda" else 1 << 24
+    x = torch.randn(n, device=device).to(torch.bfloat16)
+    y = torch.empty_like(x)
+    calls = {"copy": [lambda: torch.mul(x, 1, out=y)]}
+    return 4 * n / in_turns(calls, COPY_ROUNDS, device)["copy"] / 1e6
+
+
+def whole_window(k: Tensor, v: Tensor) -> Tail:
+    """View k, v (B, Hkv, N, D) as a window of N tokens, none of them packed."""
+    (B, _, N, _) = k.shape
+    first, count = torch.tensor([[0], [N]], device=k.device).expand(-1, B).contiguous()
+    return Tail(k, v, first, count)
+
+
+# -------------------- what is timed
+
+
+def dense_peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable]:
+    """Return attention over k, v (B, Hkv, N, D): our kernel over whole values, and PyTorch's fused
+    one with each backend that takes them, the query heads of a group as they are, or as queries of
+    one KV head."""
+    (B, Hkv, _, D) = k.shape
+    n = q.size(1) // Hkv
+    window = whole_window(k, v)
+
+    def as_heads() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=n > 1)
+
+    def as_queries() -> Tensor:
+        return F.scaled_dot_product_attention(q.view(B, Hkv, n, D), k, v).view(q.shape)
+
+    peers = {"ours, dense": lambda: packed_attention(q, None, window)[0]}
+    for name, backend in BACKENDS.items():
+        for form, call in (("", as_heads), (" grouped", as_queries)):
+
+            def run(call=call, backend=backend):
+                with sdpa_kernel(backend):
+                    return call()
+
+            try:
+                close = agree(run, peers["ours, dense"])
+            except RuntimeError:
+                continue  # the backend does not take this form
+            assert close, f"SDPA {name}{form} and our dense kernel disagree"
+            peers[f"SDPA {name}{form}"] = run
+    return peers
+
+
+def agree(run: Callable, ours: Callable) -> bool:
+    """Say whether two attentions agree to bfloat16's precision. RuntimeError where `run` cannot
+    run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each backend says why it will not
+        return torch.allclose(run().float(), ours().float(), atol=2e-2, rtol=2e-2)
+
+
+def add_case(entries: Entries, case: Case, fixed: bool, data: list[QKV], dense_bytes: int) -> None:
+    """Fill a cache with each set, compare the kernel with float64, and add what reads them: the
+    kernel on all sets, its reference and, without dropped tokens, the masked path on the first."""
+    name = case.name(fixed)
+    packed = []
+    for i, (q, k, v) in enumerate(data):
+        cache, mask = case.fill(k, v, fixed)
+        view = (cache.packed(), cache.whole())
+        if i == 0:
+            check_kernel(q, *view, name)
+            if case.token_keep == 1:
+                entries.add(f"masked {name}", [masked_attention(q, k, v, mask)], dense_bytes)
+            reference = [
+                lambda q=q, cache=cache: packed_attention_ref(q, cache.packed(), cache.whole())
+            ]
+            entries.add(f"reference {name}", reference, cache.nbytes())
+            held = cache.nbytes()
+        packed.append(lambda q=q, view=view: packed_attention(q, *view))
+    entries.add(f"packed {name}", packed, held)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Callable:
+    """Return attention over full-size values times their mask (B, Hkv, C, S)."""
+    wide = spread(F.pad(mask > 0, (0, 0, 0, WINDOW), value=True), v.size(-1))
+    gqa = k.size(1) < q.size(1)
+    return lambda: F.scaled_dot_product_attention(q, k, v * wide, enable_gqa=gqa)
+
+
+# -------------------- the comparison with float64
+
+
+def check_kernel(q: Tensor, packed: Packed | None, window: Tail, name: str) -> None:
+    """Compare packed_attention with float64, sequence by sequence; AssertionError if its error is
+    more than twice that of the plain version in the same dtype, plus one unit in the last place."""
+    got = packed_attention(q, packed, window)[0]
+    exact = packed
+    if packed is not None and not packed.ints:
+        exact = packed._replace(keys=packed.keys.double(), rows=packed.rows.double())
+    for b in range(q.size(0)):
+        one = slice(b, b + 1)
+        near = Tail(*(t[one] for t in window))
+        near_exact = near._replace(k=near.k.double(), v=near.v.double())
+        want = packed_attention_ref(q[one].double(), sequence_of(exact, b), near_exact)[0]
+        plain = packed_attention_ref(q[one], sequence_of(packed, b), near)[0]
+        error = (got[one] - want).abs().max().item()
+        plain_error = (plain - want).abs().max().item()
+        allowed = 2 * plain_error + torch.finfo(q.dtype).eps * want.abs().max().item()
+        assert error <= allowed, (
+            f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}: its time would "
+            "mean nothing"
+        )
+
+
+def sequence_of(packed: Packed | None, b: int) -> Packed | None:
+    """View the b-th sequence of a packed part."""
+    if packed is None:
+        return None
+    one = slice(b, b + 1)
+    ints = packed.ints
+    if ints:
+        ints = ints._replace(block_base=ints.block_base[one])
+    bases = {name: getattr(packed, name)[one] for name in SEGMENT_FIELDS}
+    return packed._replace(ints=ints, **bases)
+
+
+# -------------------- rows
+
+
+def decode_rows(
+    about: dict, ms: dict[str, float], held: dict[str, int], dense_bytes: int, copy: float
+) -> list[dict]:
+    """Return a row for each entry, ours first; copy: bandwidth of a copy in GB/s."""
+    peer = min((name for name in ms if name.startswith("SDPA")), key=ms.get)
+    rows = []
+    for name in sorted(ms, key=lambda n: (not n.startswith("packed"), n)):
+        rate = held[name] / ms[name] / 1e6
+        rows.append(
+            {
+                **about,
+                "impl": name,
+                "peer": peer,
+                "ms": round(ms[name], 4),
+                "bytes": held[name],
+                "bytes_kept": round(held[name] / dense_bytes, 4),
+                "of_copy": round(rate / copy, 3),
+                "gb_per_s": round(rate, 3),
+                "copy_gb_per_s": round(copy),
+                "ratio": round(ms[name] / ms[peer], 4),
+            }
+        )
+    return rows

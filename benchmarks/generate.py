@@ -1,0 +1,208 @@
+"""Tokens per second of whole models, packed and dense: decoding after prompts, as CUDA graphs in
+turns, and token by token without them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+import kv_router
+from benchmarks.common import dtype_name, shape_name
+from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from loaders.device import device_name, in_bfloat16, pick_device, place
+from loaders.runs import attach_storage, load_run
+from measure_config import BenchConfig
+from model import Steps, Transformer, evaluating, prefill
+from settings.fields import check
+
+CALIBRATION_SHAPE = (2, 256)  # random ids that a model without a run is calibrated on, at most
+TURNS = 8  # parts that the timed tokens are cut into
+EAGER_WARM = 2  # tokens without a graph before those that are timed: the first ones compile
+EAGER_TIMED = 5
+SPARE = 1 + EAGER_WARM + EAGER_TIMED  # tokens of new_tokens left for those without a graph
+
+
+def bench_generate(
+    cfg: BenchConfig, c: ModelConfig, base: BaseConfig, kv: KVConfig, select: SelectConfig
+) -> list[dict]:
+    """Return the rows of `generate`: decoding after prompts of block_size - new_tokens tokens,
+    packed by --kv and dense."""
+    device = pick_device(cfg.device)
+    check(
+        device.type == "cuda",
+        f"generate on {device.type}",
+        "CUDA graphs are measured",
+        "run it on a GPU",
+    )
+    check(
+        cfg.new_tokens > 2 * Steps.WARM + cfg.steps,
+        f"new_tokens={cfg.new_tokens} with steps={cfg.steps}",
+        "too few to time",
+        "give more",
+    )
+    weights = torch.bfloat16 if in_bfloat16(device, cfg.dtype) else torch.float32
+    packed, dense = both_models(cfg, c, base, kv, select)
+    m = packed.cfg
+    longest = min(c.block_size, m.block_size) if c.block_size > cfg.new_tokens else m.block_size
+    T = longest - cfg.new_tokens
+    torch.manual_seed(0)
+    idx = torch.randint(0, m.vocab_size, (cfg.batch_size, T), device=device)
+    with evaluating(packed), evaluating(dense), torch.no_grad():
+        runs = {
+            "packed": started(cfg, packed, idx, "packed"),
+            "dense": started(cfg, dense, idx, "dense"),
+        }
+        time_graphs(runs, cfg.new_tokens - Steps.WARM - 1 - SPARE)
+        for run in runs.values():
+            time_eager(run, cfg.batch_size)
+    about = {
+        "name": "generate",
+        "peer": "dense",
+        "dtype": dtype_name(weights),
+        "device": device_name(device),
+        "shape": shape_name(cfg.batch_size, T, m),
+    }
+    impl = {"packed": f"packed {cfg.out_dir or kept_name(kv, select)}", "dense": "dense"}
+    return [{**about, "impl": impl[name], **figures(cfg, runs, name)} for name in runs]
+
+
+# -------------------- models
+
+
+def both_models(
+    cfg: BenchConfig, c: ModelConfig, base: BaseConfig, kv: KVConfig, select: SelectConfig
+) -> tuple[Transformer, Transformer]:
+    """Return (the model that stores by --kv or as its run does, a dense one of its shape)."""
+    device = pick_device(cfg.device)
+    weights = torch.bfloat16 if in_bfloat16(device, cfg.dtype) else torch.float32
+    options = {**base.options(cfg.out_dir), "weights": dtype_name(weights)}
+
+    def fresh() -> Transformer:
+        if cfg.out_dir or base.init_from != "scratch":
+            return load_run(base.place(cfg.out_dir), device, **options).model
+        torch.manual_seed(0)
+        return place(Transformer(c), device, weights).eval()
+
+    packed = fresh()
+    if kv.kv != "dense" and not cfg.out_dir:
+        m = packed.cfg
+        shape = (CALIBRATION_SHAPE[0], min(CALIBRATION_SHAPE[1], m.block_size))
+        seen = [torch.randint(0, m.vocab_size, shape, device=device)]
+        kv_router.fold(attach_storage(packed, kv, select, seen))
+    if cfg.out_dir:
+        # Any weights take the same time.
+        return packed, place(Transformer(packed.cfg), device, weights).eval()
+    return packed, fresh()
+
+
+def kept_name(kv: KVConfig, select: SelectConfig) -> str:
+    """Return what a storage keeps, in words."""
+    if kv.kv == "value_groups":
+        kept = f"S={kv.n_groups} K={kv.topk_groups} tail={kv.kv_tail}"
+    else:
+        kept = f"{kv.kv} S={kv.n_groups} {select.described()}"
+    if kv.ints:
+        kept += f" K{kv.key_bits} V{kv.value_bits}"
+    return kept
+
+
+# -------------------- times
+
+
+@dataclass
+class Decoding:
+    """A model after its prompt, ready to decode, and what has been measured of it."""
+
+    model: Transformer
+    steps: Steps
+    measured: dict  # as rows have it: bytes, prefill_s, capture_s, later eager_tokens_per_s
+    seconds: list[float] = field(default_factory=list)  # of a token, in each turn
+
+
+def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Decoding:
+    """Process the prompts idx (B, T) and capture the decode step, both timed."""
+    n_tokens = idx.size(1) + cfg.new_tokens
+    prefill(model, idx[:1], n_tokens, None, cfg.prefill_tokens)  # warm
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    logits, cache = prefill(model, idx, n_tokens, None, cfg.prefill_tokens)
+    torch.cuda.synchronize()
+    prefill_s = time.perf_counter() - start
+    check(
+        Steps.possible(model),
+        f"{name} storage",
+        "it has no kernels to step with",
+        "choose another reconstructor",
+    )
+    first = logits.argmax(-1, keepdim=True)
+    steps = Steps(
+        model,
+        cache,
+        first,
+        lambda logits, _: logits.argmax(-1, keepdim=True),
+        cfg.new_tokens,
+        cfg.compile,
+    )
+    held = cache.nbytes()
+    start = time.perf_counter()
+    for _ in range(Steps.WARM + 1):
+        steps.next()
+    torch.cuda.synchronize()
+    capture_s = time.perf_counter() - start
+    measured = {
+        "bytes": held,
+        "prefill_s": round(prefill_s, 3),
+        "capture_s": round(capture_s, 3),
+    }
+    return Decoding(model, steps, measured)
+
+
+def time_graphs(runs: dict[str, Decoding], n: int) -> None:
+    """Decode n tokens with each, part by part in turns."""
+    part = max(1, n // TURNS)
+    for done in range(0, n, part):
+        count = min(part, n - done)
+        for run in runs.values():
+            start = time.perf_counter()
+            for _ in range(count):
+                run.steps.next()
+            torch.cuda.synchronize()
+            run.seconds.append((time.perf_counter() - start) / count)
+
+
+def time_eager(run: Decoding, batch_size: int) -> None:
+    """Decode a few tokens without graphs: launches and all."""
+    token = run.steps.idx
+
+    def step(token: Tensor) -> Tensor:
+        logits = run.model(token, run.steps.cache, last_only=True)
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    for _ in range(EAGER_WARM):
+        token = step(token)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(EAGER_TIMED):
+        token = step(token)
+    torch.cuda.synchronize()
+    rate = EAGER_TIMED * batch_size / (time.perf_counter() - start)
+    run.measured["eager_tokens_per_s"] = round(rate, 1)
+
+
+def figures(cfg: BenchConfig, runs: dict[str, Decoding], name: str) -> dict:
+    """Return the numbers of a row."""
+    run = runs[name]
+    dense = runs["dense"]
+    seconds = median(run.seconds)
+    return {
+        "ms": round(1e3 * seconds, 4),
+        "ratio": round(seconds / median(dense.seconds), 4),
+        "tokens_per_s": round(cfg.batch_size / seconds, 1),
+        "bytes_of_dense": round(run.measured["bytes"] / dense.measured["bytes"], 4),
+        "compiled": cfg.compile,
+        **run.measured,
+    }

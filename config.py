@@ -11,8 +11,7 @@ Ratios say what is *kept*.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from settings.fields import check, check_choice, check_fields, comma_list, count_kept, opt
@@ -543,10 +542,8 @@ class SelectConfig:
         return self.token_relevance or self.relevance
 
     def everything(self) -> SelectConfig:
-        """These settings, but everything is kept."""
-        return dataclasses.replace(
-            self, kv_bytes=0.0, kv_keep=1.0, fixed_k=False, token_relevance=""
-        )
+        """Return these settings, but everything is kept."""
+        return replace(self, kv_bytes=0.0, kv_keep=1.0, fixed_k=False, token_relevance="")
 
     @property
     def whole(self) -> bool:
@@ -586,8 +583,7 @@ class BaseConfig:
         )
 
     def place(self, out_dir: str) -> str:
-        """The folder or model meant by --out_dir and --init_from. Raises ValueError where neither
-        is given."""
+        """Return the folder or model that is meant. ValueError where neither is given."""
         check(
             bool(out_dir) or self.init_from != "scratch",
             "no out_dir",
@@ -597,6 +593,6 @@ class BaseConfig:
         return out_dir or self.init_from
 
     def options(self, out_dir: str) -> dict:
-        """Keyword arguments of loaders.runs.load_run for place(out_dir)."""
+        """Return the keyword arguments of loaders.runs.load_run for place(out_dir)."""
         moved = self.init_from if out_dir and self.init_from != "scratch" else ""
         return dict(base=moved, weights=self.weights, revision=self.revision)

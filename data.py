@@ -1,4 +1,4 @@
-"""Text in, batches of token ids out: corpora, downloads, token files, batches.
+"""Text in, batches of token ids out.
 
 A corpus is a list of documents (str). Two need no network and are the same on every machine with
 the same Python: `pydocs` (the language reference inside CPython) and `pycode` (the standard
@@ -6,9 +6,10 @@ library's source). `shakespeare`, `wikitext2`, `wikitext103` are downloaded once
 sha256; `text:PATH` is a file or a folder of text files.
 
 Documents are divided into train and val whole, by the hash of their content (WikiText keeps its
-official files), so no document is ever in both. Each part becomes one token file: a 4096-byte
-header, then the ids, every document followed by the end-of-document token. Its name carries a hash
-of all that defines its content, so a changed text, rule or tokenizer is never served stale tokens.
+official files), so no document is ever in both. Each part becomes one token file
+(loaders/token_files.py), every document followed by the end-of-document token. Its name carries a
+hash of all that defines its content, so a changed text, rule or tokenizer is never served stale
+tokens.
 
 A batch is a pure function of (seed, split, step): it needs no state to resume and means the same
 for any number of ranks.
@@ -22,16 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import itertools
 import json
 import os
 import re
 import sysconfig
-import urllib.request
-import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +37,9 @@ import numpy as np
 import torch
 
 from config import check
-from loaders.tokenizer import check_ids, encoded, one_line
+from loaders.fetch import download
+from loaders.token_files import TokenFile, open_tokens, write_tokens
+from loaders.tokenizer import encoded, one_line
 from settings.train import DataConfig, check_corpus
 
 # name: (file, sha256, URLs tried in order)
@@ -76,92 +76,30 @@ WIKITEXT_FILES = {
 }
 WIKITEXT_FOLDERS = {"wikitext2": "wikitext-2", "wikitext103": "wikitext-103"}
 MIN_PIECE = 8192  # characters in a piece of a text that has no headings
-# part of every token file's name: raise it when the way text becomes documents or splits changes
+# Part of every token file's name: raise it when the way text becomes documents or splits changes.
 RULES = 1
-
-
-# -- files that appear whole or not at all, and downloads
-
-
-@contextlib.contextmanager
-def _new_file(path: Path, suffix: str):
-    """A binary file that becomes `path` when the block ends well (fsync, then rename) and vanishes
-    otherwise. Its name is unique, so two processes that write the same path never share a file: the
-    later one wins, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{suffix}")
-    try:
-        with open(part, "xb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _fetch(url: str, sha256: str, path: Path, timeout: float) -> None:
-    with urllib.request.urlopen(url, timeout=timeout) as answer, _new_file(path, ".part") as f:
-        length = answer.headers.get("Content-Length")
-        seen = hashlib.sha256()
-        got = 0
-        while block := answer.read(1 << 16):
-            f.write(block)
-            seen.update(block)
-            got += len(block)
-        check(
-            length is None or got == int(length),
-            f"{got} of {length} bytes",
-            "truncated",
-            "try again",
-        )
-        check(
-            seen.hexdigest() == sha256,
-            f"its sha256 is {seen.hexdigest()}",
-            "not the pinned one",
-            "try again",
-        )
-
-
-def download(
-    urls: str | Sequence[str], sha256: str, path: str | os.PathLike, timeout: float = 30.0
-) -> Path:
-    """Fetch one file to `path` unless it is there already, and return the path.
-
-    urls: one, or mirrors tried in order; sha256: hex digest the file must have; timeout: seconds a
-    connection may be silent. ValueError, one line with URLs, sha256 and path, if no URL gives these
-    bytes; or if another file lies at `path`, which is left alone. No part of a failed download
-    stays behind."""
-    path = Path(path)
-    urls = [urls] if isinstance(urls, str) else list(urls)
-    if path.is_file():
-        came = hashlib.sha256(path.read_bytes()).hexdigest()
-        check(
-            came == sha256,
-            f"{path} has sha256 {came}",
-            f"it should be {sha256}",
-            f"delete it, or put there {' or '.join(urls)}",
-        )
-        return path
-    failed = []
-    for url in urls:
-        try:
-            _fetch(url, sha256, path, timeout)
-            return path
-        # offline, 404 and stalls are OSError; truncation and hash ValueError
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            failed.append(f"{url} ({one_line(e)})")
-    raise ValueError(
-        f"could not download {' or '.join(failed)}: the file with sha256 {sha256} is needed; "
-        f"try again, or place it by hand at {path}"
-    )
+# What of Python's folder is not the library itself: installed packages, tests, demos, bundled
+# wheels, and what is generated for one platform.
+NOT_LIBRARY = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "pydoc_data",
+    "__pycache__",
+}
+GENERATED = ("_sysconfigdata", "sitecustomize", "usercustomize")
 
 
 # -- corpora: lists of documents
 
 
 def _pydocs() -> list[str]:
+    """The language reference inside CPython."""
     try:
         from pydoc_data.topics import topics
     except ImportError as e:
@@ -173,33 +111,19 @@ def _pydocs() -> list[str]:
 
 
 def _pycode() -> list[str]:
-    # not the library itself: installed packages, tests, demos, bundled wheels, and what is
-    # generated for one platform
-    skip = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "ensurepip",
-        "pydoc_data",
-        "__pycache__",
-    }
+    """The standard library's source, by path."""
     root = Path(sysconfig.get_paths()["stdlib"])
     docs = {}
     for folder, folders, names in os.walk(root):
-        folders[:] = [f for f in folders if f not in skip and not f.startswith(("config-", "."))]
+        folders[:] = [
+            f for f in folders if f not in NOT_LIBRARY and not f.startswith(("config-", "."))
+        ]
         for name in names:
             path = Path(folder, name)
-            if (
-                name.endswith(".py")
-                and not name.startswith(("_sysconfigdata", "sitecustomize", "usercustomize"))
-                and path.is_file()
-            ):
-                with contextlib.suppress(UnicodeDecodeError):
-                    docs[path.relative_to(root).as_posix()] = path.read_bytes().decode("utf-8")
+            if not name.endswith(".py") or name.startswith(GENERATED) or not path.is_file():
+                continue
+            with contextlib.suppress(UnicodeDecodeError):
+                docs[path.relative_to(root).as_posix()] = path.read_bytes().decode("utf-8")
     check(
         bool(docs),
         "dataset='pycode'",
@@ -210,30 +134,53 @@ def _pycode() -> list[str]:
 
 
 def _text(where: str) -> list[str]:
+    """A file, cut into documents, or the files of a folder, hidden ones left out."""
     root = Path(where).expanduser()
     do = "give text:PATH of a UTF-8 text file or a folder of them"
     check(root.exists(), f"text:{where}", "there is no such file or folder", do)
-    files = [root]
-    if root.is_dir():
-        files = sorted(Path(folder, n) for folder, _, names in os.walk(root) for n in names)
-        files = [
-            f
-            for f in files
-            if f.is_file() and not any(p.startswith(".") for p in f.relative_to(root).parts)
-        ]
     docs = []
-    for f in files:
+    for path in _visible_files(root) if root.is_dir() else [root]:
         try:
             # not read_text, which would change the line ends
-            docs.append(f.read_bytes().decode("utf-8"))
+            docs.append(path.read_bytes().decode("utf-8"))
         except (UnicodeDecodeError, OSError) as e:
             raise ValueError(
-                f"{f} cannot be read as UTF-8 text ({one_line(e)}): text:PATH needs that; convert "
-                "it or move it"
+                f"{path} cannot be read as UTF-8 text ({one_line(e)}): text:PATH needs that; "
+                "convert it or move it"
             ) from None
     docs = [d for d in docs if d]
     check(bool(docs), f"text:{where}", "it holds no text", do)
     return split_text(docs[0]) if len(docs) == 1 else docs
+
+
+def _visible_files(root: Path) -> list[Path]:
+    """The files below a folder, by path, without those whose name or folder begins with a dot."""
+    files = sorted(Path(folder, n) for folder, _, names in os.walk(root) for n in names)
+    return [
+        f
+        for f in files
+        if f.is_file() and not any(p.startswith(".") for p in f.relative_to(root).parts)
+    ]
+
+
+def _pinned(corpus: str, cfg: DataConfig) -> list[str]:
+    """A corpus of one text that is downloaded."""
+    name, sha256, urls = PINNED[corpus]
+    path = download(urls, sha256, cache_dir(cfg) / name)
+    return split_text(path.read_bytes().decode("utf-8"))
+
+
+def _wikitext(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
+    """Documents of WikiText's official files, by split. The archive is read in place: nothing that
+    it names is ever written."""
+    name, sha256, urls = PINNED[corpus]
+    path = download(urls, sha256, cache_dir(cfg) / name)
+    splits = {}
+    with zipfile.ZipFile(path) as z:
+        for split, file in WIKITEXT_FILES.items():
+            splits[split] = split_text(z.read(f"{WIKITEXT_FOLDERS[corpus]}/{file}").decode("utf-8"))
+    splits["all"] = [d for docs in splits.values() for d in docs]
+    return splits
 
 
 def split_text(text: str) -> list[str]:
@@ -242,17 +189,14 @@ def split_text(text: str) -> list[str]:
     belonging to the first document; else after blank lines, into pieces of at least MIN_PIECE
     characters (a shorter rest joins the piece before it)."""
     heads = [m.start() for m in re.finditer(r"^ = (?!=)[^\n]*(?<!=) = *\r?$", text, re.MULTILINE)]
+    bounds = [0]
     if len(heads) >= 2:
-        cuts = heads[1:]
+        bounds += heads[1:]
     else:
-        cuts = []
         for m in re.finditer(r"\n\s*\n", text):
-            if (
-                m.end() - (cuts[-1] if cuts else 0) >= MIN_PIECE
-                and len(text) - m.end() >= MIN_PIECE
-            ):
-                cuts.append(m.end())
-    bounds = [0, *cuts, len(text)]
+            if m.end() - bounds[-1] >= MIN_PIECE and len(text) - m.end() >= MIN_PIECE:
+                bounds.append(m.end())
+    bounds.append(len(text))
     return [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
 
 
@@ -321,12 +265,11 @@ def same_text(a: str, b: str) -> bool:
 def cache_dir(cfg: DataConfig) -> Path:
     """Folder of token files and downloads: cfg.data_dir, or `subtoken` in the user's cache
     folder."""
+    if cfg.data_dir:
+        return Path(cfg.data_dir).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (
-        Path(cfg.data_dir).expanduser()
-        if cfg.data_dir
-        else (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "subtoken"
-    )
+    # The standard says that a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "subtoken"
 
 
 def documents(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
@@ -334,192 +277,27 @@ def documents(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
     too). Empty documents are dropped. May download. ValueError for an unknown, missing, empty or
     one-document corpus."""
     check_corpus(corpus)
-    splits = None
-    if corpus in PINNED:
-        name, sha256, urls = PINNED[corpus]
-        path = download(urls, sha256, cache_dir(cfg) / name)
-        if corpus in WIKITEXT_FOLDERS:
-            # read in place: nothing an archive names is ever written
-            with zipfile.ZipFile(path) as z:
-                splits = {
-                    s: split_text(z.read(f"{WIKITEXT_FOLDERS[corpus]}/{f}").decode("utf-8"))
-                    for s, f in WIKITEXT_FILES.items()
-                }
-                splits["all"] = [d for s in splits.values() for d in s]
-        else:
-            docs = split_text(path.read_bytes().decode("utf-8"))
+    if corpus in WIKITEXT_FOLDERS:
+        splits = _wikitext(corpus, cfg)
     else:
-        docs = (
-            _text(corpus[5:])
-            if corpus.startswith("text:")
-            else {"pydocs": _pydocs, "pycode": _pycode}[corpus]()
-        )
-    if splits is None:
-        docs = [d for d in docs if d]
+        docs = [d for d in _documents(corpus, cfg) if d]
         train, val = split_documents(docs, cfg.val_fraction)
         splits = {"train": train, "val": val, "all": docs}
-    return (
-        {s: [detokenize(d) for d in docs] for s, docs in splits.items()}
-        if cfg.detokenize
-        else splits
-    )
+    if not cfg.detokenize:
+        return splits
+    return {split: [detokenize(d) for d in docs] for split, docs in splits.items()}
 
 
-# -- token files
-
-MAGIC = b"subtoken tokens 1\n"
-HEADER_BYTES = 4096
-DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
-FIELDS = {
-    "dtype": str,
-    "tokenizer": str,
-    "vocab_size": int,
-    "eot": int,
-    "count": int,
-    "sha256": str,
-    "corpus": str,
-    "split": str,
-}
+def _documents(corpus: str, cfg: DataConfig) -> list[str]:
+    """The documents of a corpus that has no splits of its own."""
+    if corpus.startswith("text:"):
+        return _text(corpus[5:])
+    if corpus in PINNED:
+        return _pinned(corpus, cfg)
+    return _pydocs() if corpus == "pydocs" else _pycode()
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """Tokens on disk. ids: (count,) read-only memory map of uint8, uint16 or uint32; header: the
-    fields of FIELDS."""
-
-    path: Path
-    ids: np.ndarray
-    header: dict
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def write_tokens(
-    path: str | os.PathLike, ids, tokenizer, corpus: str = "", split: str = ""
-) -> Path:
-    """Write a token file, whole or not at all, and return its path.
-
-    ids: (n,) integers, n >= 1, or an iterator of such arrays, written one after the other so that a
-    corpus need not fit in memory. ValueError for no ids, an id outside the tokenizer's vocabulary,
-    or a folder that cannot be written."""
-    path = Path(path)
-    chunks = ids if isinstance(ids, Iterator) else [ids]
-    dtype = next(n for n, d in DTYPES.items() if tokenizer.vocab_size - 1 <= np.iinfo(d).max)
-    seen = hashlib.sha256()
-    count = 0
-    try:
-        with _new_file(path, ".tmp") as f:
-            f.write(b" " * HEADER_BYTES)
-            for chunk in chunks:
-                check_ids(chunk, tokenizer.vocab_size)
-                a = np.asarray(chunk).astype(DTYPES[dtype])
-                f.write(a.tobytes())
-                seen.update(a.tobytes())
-                count += len(a)
-            check(
-                count > 0,
-                f"no tokens for {path}",
-                "a token file holds at least one",
-                "give a corpus with text",
-            )
-            header = MAGIC + json.dumps(
-                dict(
-                    dtype=dtype,
-                    tokenizer=tokenizer.name,
-                    vocab_size=tokenizer.vocab_size,
-                    eot=tokenizer.eot,
-                    count=count,
-                    sha256=seen.hexdigest(),
-                    corpus=corpus,
-                    split=split,
-                )
-            ).encode("ascii")
-            check(
-                len(header) <= HEADER_BYTES,
-                f"{path}: a header of {len(header)} bytes",
-                f"at most {HEADER_BYTES}",
-                "shorten the names",
-            )
-            f.seek(0)
-            f.write(header.ljust(HEADER_BYTES))
-    except OSError as e:
-        raise ValueError(
-            f"cannot write {path} ({one_line(e)}): token files need a folder with space; give "
-            "--data_dir=DIR"
-        ) from None
-    return path
-
-
-def _read_header(path: Path, do: str) -> dict:
-    try:
-        with open(path, "rb") as f:
-            head = f.read(HEADER_BYTES)
-    except OSError as e:
-        raise ValueError(
-            f"{path} cannot be read ({one_line(e)}): a token file is needed; prepare the corpus "
-            "first"
-        ) from None
-    check(
-        len(head) == HEADER_BYTES and head.startswith(MAGIC),
-        str(path),
-        "is not a token file, or its header is cut or damaged",
-        do,
-    )
-    try:
-        header = json.loads(head[len(MAGIC) :].decode("ascii"))
-    except ValueError as e:
-        raise ValueError(f"{path}: its header is damaged ({one_line(e)}); {do}") from None
-    ok = (
-        isinstance(header, dict)
-        and set(header) == set(FIELDS)
-        and all(type(header[k]) is t for k, t in FIELDS.items())
-    )
-    check(
-        ok and header["dtype"] in DTYPES and header["count"] >= 1,
-        str(path),
-        "its header is damaged or of another version",
-        do,
-    )
-    return header
-
-
-def open_tokens(path: str | os.PathLike, tokenizer) -> TokenFile:
-    """Memory-map a token file after checking all of it: header, length, sha256 of the payload,
-    tokenizer, largest id. ValueError names the file, what is wrong with it and what to do."""
-    path = Path(path)
-    do = "delete it, it is built again"
-    header = _read_header(path, do)
-    dtype = np.dtype(DTYPES[header["dtype"]])
-    want = HEADER_BYTES + header["count"] * dtype.itemsize
-    size = path.stat().st_size
-    check(size == want, f"{path} has {size} bytes", f"its header says {want}", do)
-    for key, have in (
-        ("tokenizer", tokenizer.name),
-        ("vocab_size", tokenizer.vocab_size),
-        ("eot", tokenizer.eot),
-    ):
-        check(
-            header[key] == have,
-            f"{path} was made with {key}={header[key]!r}",
-            f"the tokenizer now has {have!r}",
-            "use that tokenizer, or " + do,
-        )
-    ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(header["count"],))
-    check(
-        hashlib.sha256(ids).hexdigest() == header["sha256"],
-        str(path),
-        "its tokens do not have the sha256 of its header",
-        do,
-    )
-    top = int(ids.max())
-    check(
-        top < header["vocab_size"],
-        f"{path} holds token id {top}",
-        f"the vocabulary has ids 0..{header['vocab_size'] - 1}",
-        do,
-    )
-    return TokenFile(path, ids, header)
+# -- token files of a corpus
 
 
 @dataclass(frozen=True)
@@ -533,8 +311,10 @@ class Corpus:
 def _token_path(
     corpus: str, cfg: DataConfig, tokenizer, content: str, sample: str, split: str
 ) -> Path:
-    # ids of a probe tell apart tokenizers that share name and size but not their merges or their
-    # splitting pattern
+    """Where the tokens of a split lie, by a hash of all that defines them. content: the text's own
+    hash; sample: some of it."""
+    # Ids of a probe tell apart tokenizers that share name and size but not their merges or their
+    # splitting pattern.
     probe = tokenizer.encode(
         "A probe:\n\tdef naïve(x): return x**2  # = Wiki = @-@ 1,234.5 it's 字 🙂\r\n  END "
         + sample
@@ -564,14 +344,13 @@ def prepare_splits(
     and open_tokens: in particular a damaged file is named, not silently replaced."""
     check_corpus(corpus)
     docs = None
-    # this hash defines the text: ready files need no download
-    content = PINNED[corpus][1] if corpus in PINNED else ""
-    if not content:
+    if corpus in PINNED:
+        content = PINNED[corpus][1]  # defines the text: ready files need no download
+        sample = ""
+    else:
         docs = documents(corpus, cfg)
-        content = hashlib.sha256(
-            b"".join(hashlib.sha256(d.encode("utf-8")).digest() for s in docs for d in docs[s])
-        ).hexdigest()
-    sample = docs["train"][0][:4096] if docs else ""
+        content = _content_hash(docs)
+        sample = docs["train"][0][:4096]
     label = f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
     files = []
     for split in splits:
@@ -595,6 +374,15 @@ def prepare_splits(
     return files
 
 
+def _content_hash(docs: dict[str, list[str]]) -> str:
+    """sha256 over the sha256 of every document of every split."""
+    whole = hashlib.sha256()
+    for split in docs:
+        for d in docs[split]:
+            whole.update(hashlib.sha256(d.encode("utf-8")).digest())
+    return whole.hexdigest()
+
+
 def prepare(corpus: str, cfg: DataConfig, tokenizer) -> Corpus:
     """The training and validation splits of a corpus: see prepare_splits."""
     return Corpus(*prepare_splits(corpus, cfg, tokenizer, ("train", "val")))
@@ -611,11 +399,9 @@ def check_length(tokens: TokenFile | np.ndarray, block_size: int) -> None:
         "a context is at least 1 token",
         "give --block_size=1 or more",
     )
-    what = (
-        f"{tokens.header['corpus']}, {tokens.header['split']}: "
-        if isinstance(tokens, TokenFile)
-        else ""
-    )
+    what = ""
+    if isinstance(tokens, TokenFile):
+        what = f"{tokens.header['corpus']}, {tokens.header['split']}: "
     check(
         len(tokens) >= block_size + 1,
         f"{what}{len(tokens)} tokens with block_size={block_size}",
@@ -627,9 +413,10 @@ def check_length(tokens: TokenFile | np.ndarray, block_size: int) -> None:
 def _windows(
     tokens: TokenFile | np.ndarray, starts: np.ndarray, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, y), each (b, block_size) int64: tokens from starts (b,) on, y one token ahead of x."""
     ids = tokens.ids if isinstance(tokens, TokenFile) else np.asarray(tokens)
-    # (b, block_size + 1)
-    w = torch.from_numpy(ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+    places = starts[:, None] + np.arange(block_size + 1)  # (b, block_size + 1)
+    w = torch.from_numpy(ids[places].astype(np.int64))
     return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
 
@@ -664,8 +451,8 @@ def batch(
         "start it with torchrun",
     )
     key = hashlib.sha256(f"{seed}/{split}/{step}".encode()).digest()[:16]
-    # raw Philox words: numpy promises that their stream stays the same in every version, which it
-    # does not for integers()
+    # Raw Philox words: numpy promises that their stream stays the same in every version, which it
+    # does not for integers().
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(batch_size)
     starts = (raw % np.uint64(len(tokens) - block_size)).astype(np.int64)  # (batch_size,)
     each, extra = divmod(batch_size, world)
@@ -683,6 +470,5 @@ def sequential(
     check(n >= 1, f"n={n} windows", "at least 1", "give a positive number")
     last = len(tokens) - 1 - block_size
     n = min(n, (len(tokens) - 1) // block_size)
-    return _windows(
-        tokens, np.array([i * last // max(n - 1, 1) for i in range(n)], dtype=np.int64), block_size
-    )
+    starts = np.array([i * last // max(n - 1, 1) for i in range(n)], dtype=np.int64)
+    return _windows(tokens, starts, block_size)

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from loaders import tokenizer
+from loaders import fetch, token_files, tokenizer
 from settings.train import DataConfig
 
 GOOD = random.Random(3).randbytes(70001)  # more than one block of the reader
@@ -93,7 +93,7 @@ def test_download_good_is_fetched_once(server, tmp_path):
     nothing."""
     path = tmp_path / "deep" / "file.bin"
     for _ in range(2):
-        assert data.download(server.root + "/good", GOOD_SHA, path, timeout=5) == path
+        assert fetch.download(server.root + "/good", GOOD_SHA, path, timeout=5) == path
     assert path.read_bytes() == GOOD and server.hits == ["/good"]
     assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
@@ -113,7 +113,7 @@ def test_download_failure_names_everything_and_leaves_nothing(server, tmp_path, 
     appears."""
     path = tmp_path / "file.bin"
     start = time.monotonic()
-    line = error_line(data.download, server.root + page, GOOD_SHA, path, timeout=0.3)
+    line = error_line(fetch.download, server.root + page, GOOD_SHA, path, timeout=0.3)
     assert time.monotonic() - start < 4
     assert says in line and server.root + page in line and GOOD_SHA in line and str(path) in line
     assert list(tmp_path.iterdir()) == []
@@ -126,7 +126,7 @@ def test_download_part_exists_only_while_fetching(server, tmp_path):
     seen = []
     t = threading.Thread(
         target=lambda: seen.append(
-            error_line(data.download, server.root + "/stall", GOOD_SHA, path, timeout=0.7)
+            error_line(fetch.download, server.root + "/stall", GOOD_SHA, path, timeout=0.7)
         )
     )
     t.start()
@@ -146,9 +146,9 @@ def test_download_mirrors_are_tried_in_order(server, tmp_path):
     """A 404 and a wrong file move on to the next URL; those after the good one are not asked; all
     failing are all named."""
     urls = [server.root + p for p in ("/missing", "/wrong", "/good", "/cut")]
-    assert data.download(urls, GOOD_SHA, tmp_path / "a", timeout=5).read_bytes() == GOOD
+    assert fetch.download(urls, GOOD_SHA, tmp_path / "a", timeout=5).read_bytes() == GOOD
     assert server.hits == ["/missing", "/wrong", "/good"]
-    line = error_line(data.download, urls[:2], GOOD_SHA, tmp_path / "b", timeout=5)
+    line = error_line(fetch.download, urls[:2], GOOD_SHA, tmp_path / "b", timeout=5)
     assert urls[0] in line and urls[1] in line
 
 
@@ -156,10 +156,10 @@ def test_download_offline_is_one_line(no_network, tmp_path):
     """Without a network the message names URL, hash and path; a file placed by hand is then taken
     as it is."""
     path = tmp_path / "file.bin"
-    line = error_line(data.download, "http://127.0.0.1:9/x", GOOD_SHA, path, timeout=1)
+    line = error_line(fetch.download, "http://127.0.0.1:9/x", GOOD_SHA, path, timeout=1)
     assert "http://127.0.0.1:9/x" in line and GOOD_SHA in line and str(path) in line and no_network
     path.write_bytes(GOOD)
-    assert data.download("http://127.0.0.1:9/x", GOOD_SHA, path) == path
+    assert fetch.download("http://127.0.0.1:9/x", GOOD_SHA, path) == path
 
 
 def test_download_wrong_file_is_named_and_kept(no_network, tmp_path):
@@ -167,7 +167,7 @@ def test_download_wrong_file_is_named_and_kept(no_network, tmp_path):
     tried."""
     path = tmp_path / "file.bin"
     path.write_bytes(GOOD[1:])
-    line = error_line(data.download, "http://127.0.0.1:9/x", GOOD_SHA, path)
+    line = error_line(fetch.download, "http://127.0.0.1:9/x", GOOD_SHA, path)
     assert str(path) in line and GOOD_SHA in line and hashlib.sha256(GOOD[1:]).hexdigest() in line
     assert path.read_bytes() == GOOD[1:] and not no_network
 
@@ -424,9 +424,9 @@ def test_token_file_layout(tmp_path, vocab, dtype, size):
     ids = np.arange(1, 1004, 7) % vocab
     path = tmp_path / "x.tok"
     ids[5] = vocab - 1
-    data.write_tokens(path, ids, Numbers(vocab), "a corpus", "train")
+    token_files.write_tokens(path, ids, Numbers(vocab), "a corpus", "train")
     raw = path.read_bytes()
-    f = data.open_tokens(path, Numbers(vocab))
+    f = token_files.open_tokens(path, Numbers(vocab))
     assert (
         raw.startswith(b"subtoken tokens 1\n")
         and len(raw) == 4096 + size * len(ids)
@@ -461,12 +461,14 @@ def test_token_file_in_pieces_equals_whole(tmp_path):
     and nothing else."""
     ids = list(range(1, 252))
     tok = Numbers(256)
-    data.write_tokens(tmp_path / "a", ids, tok)
-    data.write_tokens(tmp_path / "b", iter([ids[:13], np.array(ids[13:14]), [], ids[14:]]), tok)
+    token_files.write_tokens(tmp_path / "a", ids, tok)
+    token_files.write_tokens(
+        tmp_path / "b", iter([ids[:13], np.array(ids[13:14]), [], ids[14:]]), tok
+    )
     before = (tmp_path / "a").read_bytes()
     assert before == (tmp_path / "b").read_bytes()
     for bad in (iter([ids, [256]]), [-1], [], iter([])):
-        error_line(data.write_tokens, tmp_path / "a", bad, tok)
+        error_line(token_files.write_tokens, tmp_path / "a", bad, tok)
     assert (tmp_path / "a").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
@@ -475,18 +477,18 @@ def test_open_tokens_damaged_file_is_named(tmp_path):
     and what to do."""
     path = tmp_path / "x.tok"
     tok = tokenizer.ByteTokenizer()
-    data.write_tokens(path, [i % 257 for i in range(503)], tok)
+    token_files.write_tokens(path, [i % 257 for i in range(503)], tok)
     raw = path.read_bytes()
-    assert len(data.open_tokens(path, tok)) == 503
+    assert len(token_files.open_tokens(path, tok)) == 503
     damaged = [raw[:n] for n in (0, 7, 18, 99, 4095, 4096, 4097, len(raw) - 1)] + [raw + b"\0"]
     for at in (0, 3, 19, 30, 4096, 4097, 4600, len(raw) - 1):
         damaged.append(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
     for changed in damaged:
         path.write_bytes(changed)
-        line = error_line(data.open_tokens, path, tok)
+        line = error_line(token_files.open_tokens, path, tok)
         assert str(path) in line and "delete it, it is built again" in line
     path.unlink()
-    assert str(path) in error_line(data.open_tokens, path, tok)
+    assert str(path) in error_line(token_files.open_tokens, path, tok)
 
 
 @pytest.mark.parametrize(
@@ -513,11 +515,11 @@ def test_open_tokens_header_is_checked(tmp_path, change):
     file is named."""
     path = tmp_path / "x.tok"
     tok = tokenizer.ByteTokenizer()
-    data.write_tokens(path, [i % 257 for i in range(503)], tok)
+    token_files.write_tokens(path, [i % 257 for i in range(503)], tok)
     raw = path.read_bytes()
     header = json.loads(raw[18:4096]) | change
     path.write_bytes((raw[:18] + json.dumps(header).encode()).ljust(4096) + raw[4096:])
-    line = error_line(data.open_tokens, path, tok)
+    line = error_line(token_files.open_tokens, path, tok)
     assert str(path) in line and "delete it" in line
 
 
@@ -525,21 +527,21 @@ def test_open_tokens_id_too_large_is_refused(tmp_path):
     """An id outside the vocabulary is found even where hash and header agree with the payload."""
     path = tmp_path / "x.tok"
     tok = tokenizer.ByteTokenizer()
-    data.write_tokens(path, [5, 299, 7], Numbers(301))
+    token_files.write_tokens(path, [5, 299, 7], Numbers(301))
     raw = path.read_bytes()
     header = json.loads(raw[18:4096]) | dict(tokenizer="byte", vocab_size=257, eot=256)
     path.write_bytes((raw[:18] + json.dumps(header).encode()).ljust(4096) + raw[4096:])
-    line = error_line(data.open_tokens, path, tok)
+    line = error_line(token_files.open_tokens, path, tok)
     assert "299" in line and "0..256" in line and str(path) in line
 
 
 def test_open_tokens_wrong_tokenizer_is_refused(tmp_path):
     """A file of another tokenizer, or of another vocabulary of the same name, is refused and both
     are named."""
-    path = data.write_tokens(tmp_path / "x.tok", [1, 2, 3], Numbers(256))
-    line = error_line(data.open_tokens, path, tokenizer.ByteTokenizer())
+    path = token_files.write_tokens(tmp_path / "x.tok", [1, 2, 3], Numbers(256))
+    line = error_line(token_files.open_tokens, path, tokenizer.ByteTokenizer())
     assert "numbers" in line and "byte" in line
-    assert "255" in error_line(data.open_tokens, path, Numbers(255))
+    assert "255" in error_line(token_files.open_tokens, path, Numbers(255))
 
 
 def text_corpus(folder, n=9):
@@ -804,8 +806,9 @@ def test_sequential_windows_do_not_overlap(n, length):
 def test_short_corpus_is_refused_before_training(tmp_path):
     """block_size tokens are one too few: count, context and remedy are named; one more token is
     enough."""
-    f = data.open_tokens(
-        data.write_tokens(tmp_path / "x", range(1, 18), Numbers(256), "text:x", "val"), Numbers(256)
+    f = token_files.open_tokens(
+        token_files.write_tokens(tmp_path / "x", range(1, 18), Numbers(256), "text:x", "val"),
+        Numbers(256),
     )
     for call in (
         lambda: data.check_length(f, 17),

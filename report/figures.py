@@ -1,4 +1,4 @@
-"""The pictures that eval.py draws: report.png, groups.png (ST figure 1) and bytes.png."""
+"""Pictures of results: report.png, groups.png (ST figure 1) and bytes.png."""
 
 from __future__ import annotations
 
@@ -10,67 +10,30 @@ from torch import Tensor
 from selector import Choice
 
 
-def report(
-    folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks: Tensor | None
-) -> None:
-    """Draw report.png: loss curves (mean of 5 steps), perplexity against whole-model KV kept, and
-    which groups each token kept."""
+def pyplot():
+    """matplotlib.pyplot, drawing to files. It takes a second to import, so only who draws does."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+# -- report.png
+
+
+def report_figure(
+    folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks: Tensor | None
+) -> None:
+    """Draw report.png: loss curves, the first task's metric against whole-model KV kept, and which
+    groups each token kept."""
+    plt = pyplot()
     fig, ((first, second), (third, fourth)) = plt.subplots(
         2, 2, figsize=(14, 9), layout="constrained"
     )
-    for name, points in curves.items():
-        points = [p for p in points if "loss" in p]
-        smooth = [
-            mean(q["loss"] for q in points[max(0, i - 4) : i + 1]) for i in range(len(points))
-        ]
-        (first if name == "pretrain" else second).plot(
-            [p["step"] for p in points], smooth, label=name, lw=1
-        )
-    predicts = any(name.startswith("select") for name in curves)
-    for ax, title in (
-        (first, "Pretraining"),
-        (second, "Predictors of relevance" if predicts else "Adaptation"),
-    ):
-        ax.set(
-            xlabel="step",
-            ylabel="training loss, nats per token"
-            if ax is first or not predicts
-            else "training loss",
-            title=title,
-        )
-    by_name: dict[str, list[dict]] = {}
-    for r in rows:
-        if r["task"] == rows[0]["task"]:  # one task to a picture
-            series = {
-                "dense": "dense",
-                "value_groups": f"{r['basis']}, S = {r['n_groups']}",
-                "select": f"{r['relevance'].split(' ')[0]}, {r.get('setting')}",
-            }
-            by_name.setdefault(r.get("name", series.get(r["method"], r["setting"])), []).append(r)
-    # far above the others: named, not drawn
-    base = by_name.pop("base", []) if len(by_name) > 1 else []
-    for name, mine in by_name.items():
-        mine = sorted(mine, key=lambda r: r["kv_kept_model"])
-        third.plot(
-            [100 * r["kv_kept_model"] for r in mine],
-            [r["value"] for r in mine],
-            "o",
-            ls="-" if "sweep" in name else "",
-            ms=5,
-            label=name,
-        )
-    metric = rows[0]["metric"]
-    beside = f" (base without adapter: {base[0]['value']:.2f})" if base else ""
-    third.set(
-        xlabel="KV kept in the whole model, %",
-        ylabel=f"{metric} ({rows[0]['task']})",
-        title=f"{metric.capitalize()} against KV kept{beside}",
-    )
+    draw_curves(first, second, curves)
+    draw_metric(third, [r for r in rows if r["task"] == rows[0]["task"]])
     for ax in (first, second, third):
         if ax.lines:
             ax.legend(fontsize=8)
@@ -78,57 +41,110 @@ def report(
         fourth.text(0.5, 0.5, "dense: every token keeps everything", ha="center")
         fourth.set_axis_off()
     else:
-        L, T, S = masks.shape
-        fourth.imshow(
-            masks.transpose(1, 2).reshape(L * S, T).numpy(),
-            aspect="auto",
-            cmap="Blues",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-        )
-        fourth.set(
-            xlabel="token",
-            ylabel="layer (its value groups top to bottom)",
-            title="Groups kept by each token (share of heads)",
-            yticks=[S * i + (S - 1) / 2 for i in range(L)],
-            yticklabels=[str(i) for i in range(L)],
-        )
-        for i in range(1, L):
-            fourth.axhline(S * i - 0.5, color="k", lw=0.5)
+        draw_masks(fourth, masks)
     fig.savefig(folder / "report.png", dpi=100)
     plt.close(fig)
+
+
+def draw_curves(first, second, curves: dict[str, list[dict]]) -> None:
+    """Training losses, each the mean of 5 steps: of pretraining, and of what came after it."""
+    for name, points in curves.items():
+        steps = [p for p in points if "loss" in p]
+        losses = [p["loss"] for p in steps]
+        smooth = [mean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
+        ax = first if name == "pretrain" else second
+        ax.plot([p["step"] for p in steps], smooth, label=name, lw=1)
+    predicts = any(name.startswith("select") for name in curves)
+    nats = "training loss, nats per token"
+    first.set(xlabel="step", ylabel=nats, title="Pretraining")
+    second.set(
+        xlabel="step",
+        ylabel="training loss" if predicts else nats,
+        title="Predictors of relevance" if predicts else "Adaptation",
+    )
+
+
+def draw_metric(ax, rows: list[dict]) -> None:
+    """One task's metric against the KV kept in the whole model. A base far above the others is
+    named, not drawn."""
+    by_name: dict[str, list[dict]] = {}
+    for r in rows:
+        by_name.setdefault(r.get("name", setting_of(r)), []).append(r)
+    metric = rows[0]["metric"]
+    beside = ""
+    if len(by_name) > 1 and "base" in by_name:
+        base = by_name.pop("base")
+        beside = f" (base without adapter: {base[0]['value']:.2f})"
+    for name, mine in by_name.items():
+        mine = sorted(mine, key=lambda r: r["kv_kept_model"])
+        ax.plot(
+            [100 * r["kv_kept_model"] for r in mine],
+            [r["value"] for r in mine],
+            "o",
+            ls="-" if "sweep" in name else "",
+            ms=5,
+            label=name,
+        )
+    ax.set(
+        xlabel="KV kept in the whole model, %",
+        ylabel=f"{metric} ({rows[0]['task']})",
+        title=f"{metric.capitalize()} against KV kept{beside}",
+    )
+
+
+def setting_of(r: dict) -> str:
+    """What a row without a name is called in report.png."""
+    if r["method"] == "dense":
+        return "dense"
+    if r["method"] == "value_groups":
+        return f"{r['basis']}, S = {r['n_groups']}"
+    if r["method"] == "select":
+        return f"{r['relevance'].split(' ')[0]}, {r.get('setting')}"
+    return r["setting"]
+
+
+def draw_masks(ax, masks: Tensor) -> None:
+    """Which groups each token kept. masks: (layers, T, S), shares of heads."""
+    L, T, S = masks.shape
+    ax.imshow(
+        masks.transpose(1, 2).reshape(L * S, T).numpy(),
+        aspect="auto",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
+    ax.set(
+        xlabel="token",
+        ylabel="layer (its value groups top to bottom)",
+        title="Groups kept by each token (share of heads)",
+        yticks=[S * i + (S - 1) / 2 for i in range(L)],
+        yticklabels=[str(i) for i in range(L)],
+    )
+    for i in range(1, L):
+        ax.axhline(S * i - 0.5, color="k", lw=0.5)
+
+
+# -- groups.png
 
 
 def groups_figure(folder: Path, choice: Choice, title: str) -> None:
     """Draw groups.png, the paper's figure 1: how many groups tokens keep, and how many against
     their rank by relevance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     S = choice.mask.size(-1)
     C = choice.mask.size(-2)
     kept = (choice.mask > 0).sum(-1).float().flatten(0, -2).cpu()  # (masks, C)
-    by_rank = kept.gather(-1, choice.score.flatten(0, -2).cpu().argsort(-1, descending=True)).mean(
-        0
-    )
+    order = choice.score.flatten(0, -2).cpu().argsort(-1, descending=True)
+    by_rank = kept.gather(-1, order).mean(0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    left.bar(
-        range(S + 1),
-        (kept.long().flatten().bincount(minlength=S + 1) / kept.numel()).tolist(),
-        color="tab:blue",
-    )
+    shares = kept.long().flatten().bincount(minlength=S + 1) / kept.numel()
+    left.bar(range(S + 1), shares.tolist(), color="tab:blue")
     left.set(xlabel=f"groups kept of {S}", ylabel="share of tokens", title="Groups kept per token")
     width = max(1, C // 64)
     bins = by_rank[: C // width * width].view(-1, width).mean(-1)
-    right.step(
-        [100 * i / len(bins) for i in range(len(bins))],
-        bins.tolist(),
-        where="post",
-        color="tab:blue",
-    )
+    ranks = [100 * i / len(bins) for i in range(len(bins))]
+    right.step(ranks, bins.tolist(), where="post", color="tab:blue")
     right.set(
         xlabel="rank by relevance, % of the context (0: most relevant)",
         ylabel="groups kept, mean",
@@ -138,6 +154,9 @@ def groups_figure(folder: Path, choice: Choice, title: str) -> None:
     fig.suptitle(title)
     fig.savefig(folder / "groups.png", dpi=100)
     plt.close(fig)
+
+
+# -- bytes.png
 
 
 def envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -152,70 +171,44 @@ def envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def series_of(r: dict) -> str:
     """What a row's point is drawn with: method, basis and bits; for selection how it chooses."""
-    bits = (
-        "16 bits"
-        if r.get("key_bits", 16) == 16
-        else f"K{r['key_bits']} V{r['value_bits']}"
-        if r["value_bits"]
-        else "routed bits"
-    )
+    bits = bits_of(r)
     if r["method"] != "select":
         return f"{r['method']}, {bits}"
     select = r["select"]
-    if (
-        bits != "16 bits"
-        and not select["kv_bytes"]
-        and (select["kv_keep"] or select["token_keep"] * select["value_keep"]) == 1
-    ):
-        return "uniform bits" + (
-            " (KIVI)"
-            if select.get("key_rounding", "nearest") == "nearest"
-            else ", keys rounded for queries"
-        )
-    how = (
-        "tokens"
-        if select["value_keep"] == 1 and not (select["kv_keep"] or select["kv_bytes"])
-        else "tokens and groups"
-    )
+    keeps_all = (select["kv_keep"] or select["token_keep"] * select["value_keep"]) == 1
+    if bits != "16 bits" and keeps_all and not select["kv_bytes"]:
+        nearest = select.get("key_rounding", "nearest") == "nearest"
+        return "uniform bits (KIVI)" if nearest else "uniform bits, keys rounded for queries"
+    jointly = select["kv_keep"] or select["kv_bytes"]
+    how = "tokens" if select["value_keep"] == 1 and not jointly else "tokens and groups"
     return f"{how}, {bits}, {r['relevance'].split(' ')[0]}"
+
+
+def bits_of(r: dict) -> str:
+    """The bits of a row's numbers. Earlier results do not name them: they have 16."""
+    if r.get("key_bits", 16) == 16:
+        return "16 bits"
+    return f"K{r['key_bits']} V{r['value_bits']}" if r["value_bits"] else "routed bits"
 
 
 def bytes_figure(folder: Path, rows: list[dict]) -> None:
     """Draw bytes.png: loss over dense against bytes held, of all rows of the first task whose
     metric is a loss, and their lower envelope."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [
-        r
-        for r in rows
-        if r["metric"] == "loss"
-        and r["task"] == next(r["task"] for r in rows if r["metric"] == "loss")
-    ]
-    places = [
-        (100 * r["cache_bytes"] / r["dense_bytes"], r["value"] - r["dense_value"]) for r in rows
-    ]
+    rows = [r for r in rows if r["metric"] == "loss"]
+    rows = [r for r in rows if r["task"] == rows[0]["task"]]
+    series: dict[str, list[tuple[float, float]]] = {}
+    for r in rows:
+        held = 100 * r["cache_bytes"] / r["dense_bytes"]
+        series.setdefault(series_of(r), []).append((held, r["value"] - r["dense_value"]))
+    points = [p for mine in series.values() for p in mine]
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(11, 7), layout="constrained")
-    for i, name in enumerate(dict.fromkeys(map(series_of, rows))):
-        mine = sorted(p for p, r in zip(places, rows, strict=True) if series_of(r) == name)
-        ax.plot(
-            *zip(*mine, strict=True), marker="osv^D<>Pp*X"[i % 11], ls="-", lw=0.6, ms=6, label=name
-        )
-    ax.plot(
-        *zip(*envelope(places), strict=True), color="k", lw=3, alpha=0.25, label="lower envelope"
-    )
-    ax.set_xscale("log")
-    ax.set_yscale("symlog", linthresh=0.002)
-    ax.set_ylim(bottom=min(-0.0005, 1.2 * min(p[1] for p in places)))
-    ticks = [
-        t
-        for t in (3, 4, 6.25, 9, 12.5, 16, 19, 22, 28, 40, 50, 75, 100)
-        if 0.8 * min(p[0] for p in places) <= t <= 101
-    ]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-    ax.set_xticks([], minor=True)
+    for i, (name, mine) in enumerate(series.items()):
+        marker = "osv^D<>Pp*X"[i % 11]
+        ax.plot(*zip(*sorted(mine), strict=True), marker=marker, ls="-", lw=0.6, ms=6, label=name)
+    best = zip(*envelope(points), strict=True)
+    ax.plot(*best, color="k", lw=3, alpha=0.25, label="lower envelope")
+    scale_axes(ax, points)
     ax.grid(alpha=0.3)
     ax.set(
         xlabel="bytes held, % of dense (scales, masks, offsets and whole tokens included)",
@@ -225,3 +218,15 @@ def bytes_figure(folder: Path, rows: list[dict]) -> None:
     ax.legend(fontsize=8)
     fig.savefig(folder / "bytes.png", dpi=100)
     plt.close(fig)
+
+
+def scale_axes(ax, points: list[tuple[float, float]]) -> None:
+    """Logarithmic axes, with ticks at the shares of bytes that are usual."""
+    ax.set_xscale("log")
+    ax.set_yscale("symlog", linthresh=0.002)
+    ax.set_ylim(bottom=min(-0.0005, 1.2 * min(loss for _, loss in points)))
+    least = 0.8 * min(held for held, _ in points)
+    usual = (3, 4, 6.25, 9, 12.5, 16, 19, 22, 28, 40, 50, 75, 100)
+    ticks = [t for t in usual if least <= t <= 101]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+    ax.set_xticks([], minor=True)

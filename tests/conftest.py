@@ -10,11 +10,12 @@ import torch
 if not torch.cuda.is_available():
     # before triton is imported: kernels then run on CPU tensors where a test asks for them
     os.environ.setdefault("TRITON_INTERPRET", "1")
-from runs import adapt_arguments, pretrain
-
 import lora
 import train
+from runs import adapt_arguments, pretrain
 from training import loop as trainer
+from training.adapters import adapt_stage, adaptation
+from training.base import load_base
 
 
 def patch_once() -> None:
@@ -136,10 +137,8 @@ def stage_of(tmp_path, text, base):
             *flags,
         )
         w = trainer.World(0, 1, torch.device("cpu"))
-        loaded = train.load_base(args, base, w.device)
-        stage = train.adapt_stage(
-            args, tmp_path / "stage", w, loaded, args.adapter, args.kv, 0, "s"
-        )
+        loaded = load_base(args, base, w.device)
+        stage = adapt_stage(args, tmp_path / "stage", w, loaded, adaptation(args, name="s"))
         torch.manual_seed(1)
         for name, p in lora.adapter_state(stage.model).items():
             if "lora_B" in name:

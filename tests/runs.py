@@ -1,6 +1,7 @@
 """Runs of train.py on tiny models, in this process and in others, and what they leave behind: for
 several test files."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -47,14 +48,17 @@ def adapt_arguments(out: Path, text: str, base: Path, *flags):
 
 
 def call(module, *flags) -> None:
-    """The module's main() with these flags, in this process."""
+    """The module's main with these flags, in this process."""
+    call_main(module, cli.parse_args(module.CONFIGS, ["--device=cpu", *map(str, flags)]))
+
+
+def call_main(module, args) -> None:
+    """The module's main, which takes its settings or reads them from ARGS."""
+    if inspect.signature(module.main).parameters:
+        module.main(args)
+        return
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(
-            module,
-            "ARGS",
-            cli.parse_args(module.CONFIGS, ["--device=cpu", *map(str, flags)]),
-            raising=False,
-        )
+        m.setattr(module, "ARGS", args, raising=False)
         module.main()
 
 

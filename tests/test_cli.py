@@ -20,7 +20,7 @@ import eval as evaluation
 import runs
 import sample
 import train
-from loaders import checkpoint, export
+from loaders import checkpoint, export, token_files
 from loaders.tokenizer import get_tokenizer
 from settings.train import DataConfig
 
@@ -96,9 +96,7 @@ def complaint(capsys, program: str, *flags, code: int = 2) -> str:
         if program == "train":
             train.run(args)
         else:
-            with pytest.MonkeyPatch.context() as m:
-                m.setattr(module, "ARGS", args, raising=False)
-                module.main()
+            runs.call_main(module, args)
 
     with pytest.raises(SystemExit) as e:
         cli.exit_on_bad_input(main)
@@ -575,14 +573,14 @@ def test_token_id_out_of_range(capsys, here, text, tmp_path):
     flags = [*TINY, "--stage=pretrain", f"--dataset={text}", "--out_dir=run"]
     tokens = data.prepare(text, DataConfig(), get_tokenizer("byte")).train
     raw = bytearray(tokens.path.read_bytes())
-    payload = raw[data.HEADER_BYTES :]
+    payload = raw[token_files.HEADER_BYTES :]
     payload[10:12] = (300).to_bytes(2, "little")  # ids of the byte tokenizer end at 256
-    header = json.loads(bytes(raw[len(data.MAGIC) : data.HEADER_BYTES]))
-    tokens.path.write_bytes(bytes(raw[: data.HEADER_BYTES]) + bytes(payload))
+    header = json.loads(bytes(raw[len(token_files.MAGIC) : token_files.HEADER_BYTES]))
+    tokens.path.write_bytes(bytes(raw[: token_files.HEADER_BYTES]) + bytes(payload))
     line = complaint(capsys, "train", *flags)
     assert str(tokens.path) in line and "sha256" in line
     header["sha256"] = hashlib.sha256(payload).hexdigest()
-    head = (data.MAGIC + json.dumps(header).encode()).ljust(data.HEADER_BYTES)
+    head = (token_files.MAGIC + json.dumps(header).encode()).ljust(token_files.HEADER_BYTES)
     tokens.path.write_bytes(head + bytes(payload))
     line = complaint(capsys, "train", *flags)
     assert str(tokens.path) in line and "token id 300" in line and "0..256" in line

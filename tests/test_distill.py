@@ -6,10 +6,17 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+import data
+import kv_router
+import train
+from loaders import checkpoint
+from loaders.runs import find_checkpoint, load_run
 from runs import (
     adapt_arguments,
     arguments,
@@ -20,13 +27,11 @@ from runs import (
     rows_without_time,
     tensors,
 )
-
-import data
-import kv_router
-import train
-from loaders import checkpoint
-from loaders.runs import load_run
+from settings.train import DataConfig
+from tasks.text import Perplexity
 from training import loop as trainer
+from training.adapters import adapt_stage, adaptation
+from training.base import load_base
 
 DISTILL = ["--adapter=none", "--learn_basis", "--objective=distill"]
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -36,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def base(base, tmp_path_factory) -> Path:
     """The pretrained stage with random weights so large that its predictions depend on what
     attention reads."""
-    c = checkpoint.load(train.find_checkpoint(base))
+    c = checkpoint.load(find_checkpoint(base))
     stage = tmp_path_factory.mktemp("sharp") / "pretrain"
     g = torch.Generator().manual_seed(0)
     sharp = {
@@ -57,16 +62,8 @@ def distill_stage(tmp_path, text, base):
     def make(*flags):
         args = adapt_arguments(tmp_path / "stage", text, base, *DISTILL, *flags)
         w = trainer.World(0, 1, torch.device("cpu"))
-        stage = train.adapt_stage(
-            args,
-            tmp_path / "stage",
-            w,
-            train.load_base(args, base, w.device),
-            args.adapter,
-            args.kv,
-            0,
-            "s",
-        )
+        loaded = load_base(args, base, w.device)
+        stage = adapt_stage(args, tmp_path / "stage", w, loaded, adaptation(args, name="s"))
         stage.model.train()
         return stage, args.train
 
@@ -81,9 +78,9 @@ def batch_of(stage) -> torch.Tensor:
     "flags",
     [
         ["--kv_tail=0"],
-        ["--value_basis=pca", "--n_groups=8", "--topk_groups=1", "--reconstructor=pairwise"],
+        ["--value_basis=pca", "--n_groups=8", "--topk_groups=1", "--reconstructor=mlp"],
     ],
-    ids=["zero", "pairwise"],
+    ids=["zero", "mlp"],
 )
 def test_distillation_loss_is_the_divergence_from_the_base(flags, distill_stage, base):
     """The loss is the mean over tokens of sum p (log p - log q) with p the untouched base's
@@ -107,7 +104,7 @@ def test_distillation_loss_is_zero_when_nothing_is_dropped(distill_stage):
     for flags, most in (([], 0.0), (["--kv_tail=32"], 1e-13), (["--kv_tail=31"], math.inf)):
         stage, _ = distill_stage(*flags)
         if not flags:
-            stage.kv = train.replace(stage.kv, topk_groups=4)
+            stage.kv = replace(stage.kv, topk_groups=4)
         stage.model.double()
         with torch.no_grad():
             for p in stage.params:
@@ -245,7 +242,7 @@ def test_distillation_means_the_same_batch(distill_stage):
     for n in (1, 2, 3, 40):
         for p in stage.params:
             p.grad = None
-        trainer.gradients(stage, stage.model, 3, train.replace(cfg, accumulation=n), w, False)
+        trainer.gradients(stage, stage.model, 3, replace(cfg, accumulation=n), w, False)
         grads.append([p.grad.clone() for p in stage.params])
     for other in grads[1:]:
         assert all((a - b).norm() < 2e-4 * b.norm() for a, b in zip(other, grads[0], strict=True))
@@ -353,8 +350,6 @@ def test_table_on_a_given_base(tmp_path, text, base, monkeypatch):
             run / "distill" / "step-00000003", "adapter.safetensors"
         )
     dense = load_run(base)
-    (text_file,) = data.prepare_splits(
-        f"text:{other}", train.DataConfig(), dense.tokenizer, ["all"]
-    )
-    value = train.Perplexity(*data.sequential(text_file, 999, 32)).value(dense.model, 16, "float32")
+    (text_file,) = data.prepare_splits(f"text:{other}", DataConfig(), dense.tokenizer, ["all"])
+    value = Perplexity(*data.sequential(text_file, 999, 32)).value(dense.model, 16, "float32")
     assert main[0]["value"] == pytest.approx(value, rel=1e-6)

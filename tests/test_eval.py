@@ -19,6 +19,9 @@ from config import AdapterConfig, KVConfig
 from data import documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
+from report.plan import Asked
+from report.rows import RowAbout, measure_row, sweep
+from report.tables import result_table
 from runs import call
 from settings.train import DataConfig
 from tasks import text as tasks
@@ -28,12 +31,11 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 # trained with
 SETTINGS = {
     "default": dict(value_basis="output", value_router="norm", mask_scope="head", kv_tail=4),
-    "pairwise": dict(
+    "static-pca": dict(
         n_groups=8,
         topk_groups=3,
         value_basis="pca",
-        reconstructor="pairwise",
-        value_router="linear",
+        value_router="static",
     ),
     "mlp-one-layer": dict(
         reconstructor="mlp", value_router="norm", kv_layers="1", kv_tail=9, kv_tail_block=5
@@ -151,18 +153,18 @@ def test_divergence_is_from_what_whole_values_predict(monkeypatch):
                 for s, t in zip(p, q, strict=True)
             ]
         assert got == [pytest.approx(sum(want) / len(want), rel=1e-4)] * 3 and got[0] > 1e-4
-        about = dict(
+        about = RowAbout(
             adapter=AdapterConfig(adapter="none"),
             kv=KVConfig(prefill="exact"),
             seed=0,
             batch_size=2,
         )
-        rows = evaluation.sweep(model, tasks.Continuation(x, query, last), [1, 2, 4], **about)
+        rows = sweep(model, tasks.Continuation(x, query, last), [1, 2, 4], about)
     assert "kl" not in rows[2] and rows[0]["kl"] > rows[1]["kl"] > 0
     assert (
-        "KL" in evaluation.table(rows)
-        and f"{rows[1]['kl']:.5f}" in evaluation.table(rows)
-        and "KL" not in evaluation.table(rows[2:])
+        "KL" in result_table(rows)
+        and f"{rows[1]['kl']:.5f}" in result_table(rows)
+        and "KL" not in result_table(rows[2:])
     )
 
 
@@ -175,7 +177,7 @@ def test_nothing_dropped_costs_nothing(name):
     model = grouped_model(prefill="exact", fold=False, **setting)
     x = tokens(5, 41, seed=4)
     dense = tiny_model()
-    about = dict(
+    about = RowAbout(
         adapter=AdapterConfig(adapter="none"),
         kv=KVConfig(**{**setting, "prefill": "exact"}),
         seed=0,
@@ -188,7 +190,7 @@ def test_nothing_dropped_costs_nothing(name):
         (tasks.Continuation(x, 6, 9), 1e-10),
     ):
         want = task.value(dense, 2, "float32")
-        rows = evaluation.sweep(model, task, [K, S, 1], **about)
+        rows = sweep(model, task, [K, S, 1], about)
         assert [r["value_keep"] for r in rows] == [K / S, 1.0, 1 / S]
         assert (
             all(abs(r["dense_value"] - want) <= tolerance for r in rows)
@@ -221,9 +223,8 @@ def test_continuation_row_counts_context_and_query(scope):
     Hkv = TINY.n_kv_head
     Hm = Hkv if scope == "head" else 1
     with kv_router.storing(model, kv_tail=query, kv_tail_block=1):
-        row = evaluation.row(
-            model, task, adapter=AdapterConfig(adapter="none"), kv=KVConfig(**setting), seed=0
-        )
+        about = RowAbout(adapter=AdapterConfig(adapter="none"), kv=KVConfig(**setting), seed=0)
+        row = measure_row(model, task, about)
     # the last: where segments start
     packed = 4 * B * Hkv * N * (D + D // 2) + B * Hm * N + 8 * B * (2 * Hkv + Hm)
     tail = 2 * 4 * B * Hkv * query * D + B * Hm * query
@@ -273,7 +274,8 @@ def evaluate(base: Path, text: str, *, kv: dict | None = None, **cfg) -> list[di
             **cfg,
         }
     )
-    rows, _ = evaluation.evaluate(load_run(base), cfg, KVConfig(**(kv or {})), DataConfig())
+    asked = Asked(eval=cfg, kv=KVConfig(**(kv or {})))
+    rows, _ = evaluation.evaluate(load_run(base), asked)
     return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from helpers import PAPER_LIKE, TINY, brute_force_path, grouped_model, randomise, tiny_model, tokens
 
-import eval as evaluation
 import kv_router
 import lora
 from config import AdapterConfig, KVConfig
 from loaders import checkpoint
 from model import DenseCache, KVCache, generate
+from report.rows import filled_cache, kept_shares
 from tasks import text as tasks
 
 SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least once, in few models
@@ -649,7 +649,7 @@ def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
 
 def kept(model, T: int) -> tuple[float, float]:
     """KV kept in compressed layers and in the whole model, of a cache of T tokens."""
-    shares = evaluation.kept_shares(model, evaluation.filled_cache(model, tokens(1, T)))
+    shares = kept_shares(model, filled_cache(model, tokens(1, T)))
     return shares["kv_kept_layers"], shares["kv_kept_model"]
 
 

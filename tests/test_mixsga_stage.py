@@ -18,7 +18,7 @@ from config import KVConfig, MixConfig
 from data import prepare, sequential
 from loaders import checkpoint
 from loaders.export import export
-from loaders.runs import load_run
+from loaders.runs import find_checkpoint, load_run
 from model import generate
 from runs import arguments, assert_equal, before_step, call, losses, pretrain, tensors
 from settings.train import DataConfig
@@ -150,7 +150,7 @@ def test_continue_resumes_bitwise(tmp_path, text, base, monkeypatch):
         go_on(tmp_path / "half", text, base, "--save_interval=3", "--resume", "--expert_ratios=1:1")
     half = go_on(tmp_path / "half", text, base, "--save_interval=3", "--resume")
     assert losses(half) == losses(whole)
-    assert_equal(tensors(train.find_checkpoint(half)), tensors(train.find_checkpoint(whole)))
+    assert_equal(tensors(find_checkpoint(half)), tensors(find_checkpoint(whole)))
 
 
 @pytest.mark.parametrize(
@@ -324,4 +324,4 @@ def test_an_adapter_is_no_base_for_the_table(tmp_path, text, base, capsys):
     stage = go_on(tmp_path / "run", text, base)
     with pytest.raises(ValueError, match="dense base"):
         table(tmp_path / "t", text, stage, capsys, "--mixes=1:1")
-    assert checkpoint.load(train.find_checkpoint(stage)).config["mix"]["expert_ratios"] == "1:3"
+    assert checkpoint.load(find_checkpoint(stage)).config["mix"]["expert_ratios"] == "1:3"

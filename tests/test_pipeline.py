@@ -10,11 +10,11 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY, arguments, call, copies, python, rows_without_time
 
 import cli
 import config
@@ -25,10 +25,13 @@ import lora
 import sample
 import train
 from loaders import checkpoint
-from loaders.runs import load_run
+from loaders.runs import find_checkpoint, load_run
 from loaders.tokenizer import get_tokenizer
 from model import Transformer, lm_loss
+from runs import TINY, arguments, call, copies, python, rows_without_time
 from training import loop as trainer
+from training.adapters import matched_rank
+from training.base import pretrain_stage
 
 CONTEXT = 128  # long enough for what is stored once per sequence not to count
 ALL = [
@@ -65,17 +68,17 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 # -- adaptation
 
 KINDS = {
-    "routed-output-pairwise": [
+    "routed-output-mlp": [
         "--adapter=routed",
         "--value_basis=output",
-        "--reconstructor=pairwise",
+        "--reconstructor=mlp",
     ],
     "lora-norm-pca": ["--adapter=lora", "--value_router=norm", "--value_basis=pca"],
     "moe_lora-dense": ["--adapter=moe_lora", "--kv=dense", "--lora_targets=q,v,gate,down"],
     "none-mlp": ["--adapter=none", "--reconstructor=mlp", "--lm_to_router"],
-    "routed-linear-head": [
+    "routed-zero-head": [
         "--adapter=routed",
-        "--reconstructor=linear",
+        "--reconstructor=zero",
         "--mask_scope=head",
         "--kv_layers=1",
     ],
@@ -138,7 +141,7 @@ def test_adapt_saves_only_what_was_added(kind, tmp_path, base, run_stage, traine
     with torch.no_grad():
         assert torch.equal(run.model(x), s.model(x))
         assert not torch.allclose(run.model(x), load_run(base).model(x), atol=1e-4)
-    assert Path(run.base).resolve() == train.find_checkpoint(base).resolve()
+    assert Path(run.base).resolve() == find_checkpoint(base).resolve()
 
 
 def reached(stage, loss) -> set[str]:
@@ -150,7 +153,7 @@ def reached(stage, loss) -> set[str]:
     return {names[p] for p in stage.params if p.grad is not None and p.grad.abs().max() > 0}
 
 
-@pytest.mark.parametrize("reconstructor", config.RECONSTRUCTORS)
+@pytest.mark.parametrize("reconstructor", ("zero", "mlp"))
 @pytest.mark.parametrize("through", [False, True], ids=["apart", "lm_to_router"])
 def test_losses_train_what_they_should(reconstructor, through, stage_of):
     """L_aux trains value routers and reconstructors only, the balance loss adapter gates only, and
@@ -204,10 +207,10 @@ def test_matched_rank_is_the_smallest_that_suffices(adapter):
     cfg = config.AdapterConfig(adapter=adapter, r=8, alpha=12.0)
 
     def count(r):
-        return lora.count_trainable(lora.attach(Transformer(model_cfg), train.replace(cfg, r=r)))
+        return lora.count_trainable(lora.attach(Transformer(model_cfg), replace(cfg, r=r)))
 
     for target in (1, count(1), count(1) + 1, count(5), count(5) - 1, count(5) + 1, 7777):
-        got = train.matched_rank(model_cfg, cfg, target)
+        got = matched_rank(model_cfg, cfg, target)
         assert count(got.r) >= target and (got.r == 1 or count(got.r - 1) < target)
         assert got.alpha / got.r == 1.5
 
@@ -254,7 +257,7 @@ def test_tokens_per_second_by_a_fake_clock(tmp_path, text):
     )
     w = trainer.World(0, 1, torch.device("cpu"))
     for name, clock in (("runs", itertools.count(5, 0.25).__next__), ("stands", lambda: 1.0)):
-        stage = train.pretrain_stage(args, get_tokenizer("byte"), tmp_path / name, w)
+        stage = pretrain_stage(args, get_tokenizer("byte"), tmp_path / name, w)
         stage.folder.mkdir(parents=True)
         trainer.Trainer(stage, args.train, w, clock=clock).run()
         speeds = [
@@ -296,7 +299,8 @@ runpy.run_path("train.py", run_name="__main__")
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, "")
-import cli, train, trainer
+import cli, train
+from training import loop as trainer
 calls, rate = [], trainer.learning_rate
 def learning_rate(*a):
     calls.append(a)
@@ -374,8 +378,8 @@ def test_pipeline_needs_no_network_and_leaves_rows(whole):
             rf" {len(mine)}$" if line.startswith("base") else rf" {len(mine)} +[\d,]+ +n/a$",
             line.rstrip(),
         ), line
-    assert checkpoint.load(train.find_checkpoint(run / "pretrain")).config["corpus"] == "pydocs"
-    assert checkpoint.load(train.find_checkpoint(run / "routed-s1")).config["corpus"] == "pycode"
+    assert checkpoint.load(find_checkpoint(run / "pretrain")).config["corpus"] == "pydocs"
+    assert checkpoint.load(find_checkpoint(run / "routed-s1")).config["corpus"] == "pycode"
 
 
 def test_pipeline_resumed_after_a_kill_ends_the_same(whole, tmp_path):
@@ -442,7 +446,7 @@ def test_eval_training_free_on_a_base(copy_of, capsys):
         "--methods=dense,value_groups",
         "--budgets=0.5,1",
         "--n_groups=8",
-        "--reconstructor=pairwise",
+        "--reconstructor=mlp",
         "--sequences=9",
         "--block_size=31",
         "--batch_size=4",

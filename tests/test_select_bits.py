@@ -467,7 +467,7 @@ def test_bits_that_cannot_be_are_said_before_anything_is_measured(
     flags, said, base, measure, monkeypatch
 ):
     """Of every setting with every bits."""
-    monkeypatch.setattr(evaluation, "row", None)
+    monkeypatch.setattr(evaluation, "whole_rows", None)
     assert said in error_line(measure, f"--init_from={base}", *COMMON, *flags)
 
 

@@ -29,15 +29,19 @@ import train
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
 from loaders import checkpoint
 from loaders.device import autocast
-from loaders.runs import load_run, split_added
+from loaders.runs import find_checkpoint, load_run, split_added
 from measure_config import BenchConfig
 from model import Transformer
+from report.figures import groups_figure
+from report.tables import reuse_note
 from runs import arguments, assert_equal, before_step, call, copies, losses, pretrain, tensors
 from settings.fields import to_dict
 from settings.train import DataConfig
 from tasks import prompts as tasks
 from tasks.text import Continuation
 from training import loop as trainer
+from training.base import load_base
+from training.predictors import select_stage
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ALL = "predictor,expected_attention,predictor_query"
@@ -78,7 +82,7 @@ def base(tmp_path_factory, text) -> Path:
             "--pretrain_batch_size=1",
             "--eval_sequences=1",
         )
-    c = checkpoint.load(train.find_checkpoint(stage))
+    c = checkpoint.load(find_checkpoint(stage))
     old = sorted(c.tensors["model"].items())  # a file's order is not the same every time
     sharp = {
         k: 1.5 * torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5 if t.ndim == 2 else t
@@ -178,7 +182,7 @@ def test_what_a_run_writes(selected, base, text):
     """Predictors lie in selector.safetensors apart from adapters; the config says how they choose,
     what was trained and on which base; there is a line of metrics for every step, and one
     validation loss, which is the sum of the predictors' losses on the held-out text."""
-    path = train.find_checkpoint(selected.folder)
+    path = find_checkpoint(selected.folder)
     assert (
         path.name == "step-00000025"
         and (path / "selector.safetensors").is_file()
@@ -325,7 +329,7 @@ def test_which_predictors_are_trained(flags, want, tmp_path, text, base):
     args.given.discard("kv_tail")
     args.model = replace(args.model, block_size=45)
     w = trainer.World(0, 1, torch.device("cpu"))
-    stage = train.select_stage(args, tmp_path / "run", w, train.load_base(args, base, w.device))
+    stage = select_stage(args, tmp_path / "run", w, load_base(args, base, w.device))
     assert (
         list(stage.model.selector.predictors) == want
         and stage.config["select"]["predictors"].split(",") == want
@@ -342,7 +346,7 @@ def test_preset_paper_selects_as_the_paper_does(tmp_path, text, base):
         tmp_path / "run", text, base, "--preset=paper", "--block_size=45", "--sinks=3"
     )
     w = trainer.World(0, 1, torch.device("cpu"))
-    stage = train.select_stage(args, tmp_path / "run", w, train.load_base(args, base, w.device))
+    stage = select_stage(args, tmp_path / "run", w, load_base(args, base, w.device))
     kv = stage.kv
     select = stage.model.selector.cfg
     assert (kv.kv, kv.mask_scope, kv.value_basis, kv.prefill, kv.reconstructor) == (
@@ -439,7 +443,7 @@ def test_selection_in_a_distilled_basis(tmp_path, text, base, run_stage, trainer
         - torch.eye(16)
     ).abs().max() > 1e-3
     assert s.config["kv_from"] == checkpoint.tensor_hash(
-        train.find_checkpoint(first), "adapter.safetensors"
+        find_checkpoint(first), "adapter.safetensors"
     )
     measured = copies(s.model.selector.state_dict())
     pristine = selector.attach(load_run(base).model, s.kv, s.model.selector.cfg)
@@ -871,7 +875,7 @@ def test_groups_figure_shows_the_choice(n_context, tmp_path, monkeypatch):
     made = []
     subplots = plt.subplots
     monkeypatch.setattr(plt, "subplots", lambda *a, **k: made.append(subplots(*a, **k)) or made[-1])
-    evaluation.groups_figure(tmp_path, selector.Choice(keep, mask, score), "by hand")
+    groups_figure(tmp_path, selector.Choice(keep, mask, score), "by hand")
     fig, (left, right) = made[0]
     counts = [
         int(mask[i, 0, h, t].sum()) for i in range(2) for h in range(3) for t in range(n_context)
@@ -1056,12 +1060,12 @@ def test_eval_says_what_a_second_question_gets(base, measure):
         )
         assert line in measure.err.splitlines()
     rows = [{**r, "value": v} for r, v in zip(rows, (1, 1, 0.75, 0.5, 0.25, 0.125), strict=True)]
-    note = evaluation.reuse_note(rows)
+    note = reuse_note(rows)
     assert (
         "kv=0.31 hedge=0.75: first question 0.750, second 0.250" in note
         and "kv=0.17 hedge=0.75: first question 0.500, second 0.125" in note
     )
-    assert evaluation.reuse_note(rows[:4]) == evaluation.reuse_note(rows[:2]) == ""
+    assert reuse_note(rows[:4]) == reuse_note(rows[:2]) == ""
 
 
 # ----------------------------------------------------------------------------- programs

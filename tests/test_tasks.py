@@ -18,12 +18,12 @@ from test_eval import ContextOracle
 
 import eval as evaluation
 import kv_router
-from config import KVConfig
 from loaders.runs import load_run
 from loaders.tokenizer import ByteTokenizer, TiktokenTokenizer
 from measure_config import EvalConfig
+from report.plan import Asked
+from report.tables import result_table
 from runs import call, pretrain, python
-from settings.train import DataConfig
 from tasks.choices import MultipleChoice, multiple_choice, read_questions
 from tasks.common import Generated, ThroughCache, decoded
 from tasks.prompts import (
@@ -849,9 +849,7 @@ def test_tasks_that_make_their_text_read_no_corpus(byte_model, text, tmp_path, m
             )
             | cfg
         )
-        return evaluation.evaluate(
-            load_run(byte_model), EvalConfig(**cfg), KVConfig(), DataConfig()
-        )
+        return evaluation.evaluate(load_run(byte_model), Asked(eval=EvalConfig(**cfg)))
 
     assert rows()[0][0]["task"] == "needle" and asked == []
     got, shown = rows(methods="value_groups", dataset=text, split="all")
@@ -890,22 +888,22 @@ def test_table_names_each_metric():
     )
     a = row | dict(task="needle", metric="accuracy")
     b = row | dict(task="variable_tracking", metric="recall")
-    both = evaluation.table([a, b, a | dict(value=0.7)]).split("\n\n")
+    both = result_table([a, b, a | dict(value=0.7)]).split("\n\n")
     assert both == [
-        "needle\n" + evaluation.table([a, a | dict(value=0.7)]),
-        "variable_tracking\n" + evaluation.table([b]),
+        "needle\n" + result_table([a, a | dict(value=0.7)]),
+        "variable_tracking\n" + result_table([b]),
     ]
     assert (
         "accuracy" in both[0]
         and "recall" not in both[0]
-        and evaluation.table([b]).startswith("row ")
+        and result_table([b]).startswith("row ")
         and "0.6000 +- 0.1414" in both[0]
     )
 
 
 def test_wrong_questions_are_refused_before_anything_is_measured(byte_model, tmp_path, monkeypatch):
     """A bad file, and a context too short for a prompt, end eval.py with one line and no row."""
-    monkeypatch.setattr(evaluation, "row", lambda *a, **k: pytest.fail("measured"))
+    monkeypatch.setattr(evaluation, "whole_rows", lambda *a, **k: pytest.fail("measured"))
     flags = [f"--init_from={byte_model}", "--sequences=2", f"--results={tmp_path / 'r'}"]
     (tmp_path / "bad.csv").write_text("a,b\n")
     for more, why in (

@@ -8,10 +8,17 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+import data
+import train
+from loaders import checkpoint
+from loaders.runs import find_checkpoint
+from model import Transformer, lm_loss
 from runs import (
     TINY,
     arguments,
@@ -25,11 +32,6 @@ from runs import (
     tensors,
     wait_for_steps,
 )
-
-import data
-import train
-from loaders import checkpoint
-from model import Transformer, lm_loss
 from training import loop as trainer
 
 ROUTED = [
@@ -38,7 +40,7 @@ ROUTED = [
     "--accumulation=2",
     "--kv=value_groups",
     "--value_router=linear",
-    "--reconstructor=pairwise",
+    "--reconstructor=mlp",
 ]
 WARM = ["--adapter=moe_lora", "--reconstructor=mlp", "--kv_warmup=0.8"]
 TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
@@ -156,7 +158,7 @@ def test_resume_remembers_the_best(tmp_path, run_stage, monkeypatch, trainers):
         checkpoint.load(stage / "best").step == 2
         and checkpoint.load(stage / "step-00000008").state["best"] == 3.0
     )
-    assert train.find_checkpoint(stage) == stage / "best"
+    assert find_checkpoint(stage) == stage / "best"
 
 
 def test_resume_refuses_other_flags(tmp_path, run_stage):
@@ -368,7 +370,7 @@ def gradient(stage, cfg, accumulation: int, w) -> tuple[float, dict]:
     for p in stage.params:
         p.grad = None
     loss, norm, _ = trainer.gradients(
-        stage, stage.model, 3, train.replace(cfg, accumulation=accumulation), w, False
+        stage, stage.model, 3, replace(cfg, accumulation=accumulation), w, False
     )
     assert norm > 0
     names = {p: n for n, p in stage.model.named_parameters()}
@@ -384,7 +386,7 @@ def assert_close(a: dict, b: dict, tol: float) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--adapter=routed", "--reconstructor=pairwise"],
+        ["--adapter=routed", "--reconstructor=mlp"],
         ["--adapter=moe_lora", "--reconstructor=mlp", "--lm_to_router"],
     ],
     ids=["routed", "moe_lora"],
@@ -405,7 +407,7 @@ def test_accumulation_means_the_same_batch(flags, stage_of):
 def test_ranks_mean_the_same_batch(ranks, stage_of):
     """The shares of 2, 3 and 14 ranks (11 sequences: uneven, and 3 of 14 shares empty) add up to
     the gradients of one process."""
-    stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", "--reconstructor=pairwise")
+    stage, cfg = stage_of("--kv=value_groups", "--value_router=linear", "--reconstructor=mlp")
 
     class Alone(trainer.World):
         def sum(self, t):
@@ -417,9 +419,7 @@ def test_ranks_mean_the_same_batch(ranks, stage_of):
         for p in stage.params:
             p.grad = None
         w = Alone(rank, ranks, torch.device("cpu"))
-        share = trainer.gradients(
-            stage, stage.model, 3, train.replace(cfg, accumulation=2), w, False
-        )[0]
+        share = trainer.gradients(stage, stage.model, 3, replace(cfg, accumulation=2), w, False)[0]
         parts.append((share, [p.grad.clone() for p in stage.params]))
     names = {p: n for n, p in stage.model.named_parameters()}
     assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-6)
@@ -456,7 +456,7 @@ def test_two_processes_equal_one(tmp_path, text):
         assert [float(v) for _, v in two] == pytest.approx([float(v) for _, v in one], rel=1e-4), (
             stage
         )
-        one, two = (tensors(train.find_checkpoint(tmp_path / n / stage)) for n in pair)
+        one, two = (tensors(find_checkpoint(tmp_path / n / stage)) for n in pair)
         assert one.keys() == two.keys()
         for k in one:
             if not k.startswith("optimizer"):

@@ -179,7 +179,7 @@ def test_a_base_in_bfloat16_goes_all_the_way(tmp_path, text, base, capsys):
                 "--sequences=3",
                 "--value_router=linear",
                 "--n_groups=4",
-                "--reconstructor=pairwise",
+                "--reconstructor=mlp",
                 *flags,
             )
         )

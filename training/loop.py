@@ -1,5 +1,4 @@
-"""The training loop under train.py: one stage, its steps over any number of processes, checkpoints,
-logs.
+"""The training loop: one stage, its steps over any number of processes, checkpoints, logs.
 
 What is random is a pure function of (seed, step, rank): batches, and the dropout stream, which is
 seeded anew at every step. So evaluation and sampling cannot change training, and a resumed run
@@ -13,11 +12,10 @@ backward pass: any split of a batch, uneven or empty shares too, means the same 
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,58 +28,53 @@ import kv_router
 import lora
 import mixsga
 from config import AdapterConfig, KVConfig, check
-from data import batch, sequential
+from data import Corpus, batch, sequential
 from loaders import checkpoint
-from loaders.device import autocast, pick_device
+from loaders.device import autocast
 from loaders.runs import added_state, load_added_state
 from loaders.weights import load_model_state, model_state
 from model import Transformer, generate, lm_loss
+from settings.fields import to_dict
 from settings.train import TrainConfig
 from storage.layout import at_least_float32
 from tasks.text import mean_loss
+from training.world import World
+
+# What a checkpoint says of its run that a resumed one must say, too. Entries that a kind of stage
+# lacks are lacking on both sides.
+SAME_WHEN_RESUMED = (
+    "model",
+    "tokenizer",
+    "adapter",
+    "kv",
+    "seed",
+    "steps",
+    "batch_size",
+    "block_size",
+    "lr",
+    "corpus",
+    "objective",
+    "kv_from",
+    "select",
+    "mix",
+    "optimizer",
+    "data",
+    "tokens",
+    "weights",
+    "base_sha256",
+)
 
 
 class NonFinite(Exception):
-    """A loss or gradient that is not a number, found before the optimizer step."""
+    """A loss or gradient that is not a number, found before the optimizer step: what was found, and
+    what to do."""
+
+    def __init__(self, what: str, do: str):
+        super().__init__(f"{what}; {do}")
+        self.what = what
 
 
-@dataclass(frozen=True)
-class World:
-    """This process among its peers."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, t: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(t)
-        return t
-
-
-@contextmanager
-def world(device_name: str):
-    """This process's World: torchrun's variables decide; the process group lives inside the
-    `with`."""
-    rank, size, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    device = pick_device(device_name)
-    if size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, device)
-    finally:
-        if size > 1:
-            dist.destroy_process_group()
+# -- the optimizer and its rate
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -114,68 +107,92 @@ def set_rate(opt: torch.optim.Optimizer, lr: float) -> None:
 
 def optimizer_settings(cfg: TrainConfig) -> dict:
     """The settings besides a stage's own that a resumed run must share with the unbroken one."""
-    return {
-        name: getattr(cfg, name)
-        for name in ("warmup", "weight_decay", "beta1", "beta2", "grad_clip", "dtype")
-    }
+    names = ("warmup", "weight_decay", "beta1", "beta2", "grad_clip", "dtype")
+    return {name: getattr(cfg, name) for name in names}
 
 
-@dataclass
+# -- one stage, and the gradient of one of its steps
+
+
+@dataclass(kw_only=True)
 class Stage:
     """One training stage: what is trained, on what, how long, and the folder that keeps it."""
 
+    kind: str  # pretrain, adapt, select or continue
     name: str
+    folder: Path | None  # None: nothing is written, and nothing but training happens
     model: Transformer
     params: list[torch.nn.Parameter]
-    corpus: object
     tokenizer: object
-    folder: Path
+    corpus: Corpus
+    window: int  # tokens in a training sequence
     steps: int
     batch_size: int
     lr: float
     seed: int
-    config: dict  # what checkpoints carry besides tensors
-    adapter: AdapterConfig
     kv: KVConfig
-    pretraining: bool
-    window: int  # tokens in a training sequence
-    objective: str = "lm"
+    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig(adapter="none"))
+    objective: str = "lm"  # lm, distill or select
+    about: dict = field(default_factory=dict)  # what checkpoints say besides the fields above
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every weight is trained, and not only what was added to a frozen base."""
+        return self.kind in ("pretrain", "continue")
+
+    @property
+    def config(self) -> dict:
+        """What a checkpoint of this stage says of it, in JSON types."""
+        settings = {
+            "stage": self.kind,
+            "model": to_dict(self.model.cfg),
+            "tokenizer": self.tokenizer.name,
+            "adapter": to_dict(self.adapter),
+            "kv": to_dict(self.kv),
+            "seed": self.seed,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+            "block_size": self.window,
+            "trainable_parameters": sum(p.numel() for p in self.params),
+        }
+        if not self.trains_all:
+            settings["objective"] = self.objective
+        return settings | self.about
+
+    @property
+    def part(self) -> str:
+        """The name of what a checkpoint holds: model, adapter or selector."""
+        if self.trains_all:
+            return "model"
+        return "selector" if self.objective == "select" else "adapter"
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint of this stage holds: the model, or only what was added to the frozen
         one."""
-        if self.pretraining:
-            return {"model": model_state(self.model)}
-        return {"selector" if self.objective == "select" else "adapter": added_state(self.model)}
+        state = model_state if self.trains_all else added_state
+        return {self.part: state(self.model)}
 
     def restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
         """Put a checkpoint's tensors back into this stage's model."""
-        if self.pretraining:
-            load_model_state(self.model, saved["model"], "checkpoint")
+        if self.trains_all:
+            load_model_state(self.model, saved[self.part], "checkpoint")
         else:
-            load_added_state(
-                self.model, saved["selector" if self.objective == "select" else "adapter"]
-            )
+            load_added_state(self.model, saved[self.part])
+
+    def groups_kept(self, step: int) -> int:
+        """Value groups kept per token in a training step: all of them while warming up."""
+        warm = step < self.kv.kv_warmup * self.steps
+        return self.kv.n_groups if warm else self.kv.topk_groups
 
     def loss(self, forward, x: Tensor, y: Tensor) -> Tensor:
         """What is minimised over x, y (B, T), a mean over sequences: by objective lm, distill or
         select."""
         if self.objective == "select":
             return self.model.selector.loss(self.model, x)
-        return (
-            lm_loss(forward(x), y)
-            if self.objective == "lm"
-            else distillation_loss(self, forward, x)
-        )
-
-
-def micro_batches(x: Tensor, y: Tensor, n: int):
-    """x, y (b, T) cut into at most n parts of sizes that differ by at most one; none if b = 0."""
-    return (
-        zip(x.tensor_split(min(n, len(x))), y.tensor_split(min(n, len(x))), strict=True)
-        if len(x)
-        else ()
-    )
+        if self.objective == "distill":
+            return distillation_loss(self, forward, x)
+        return lm_loss(forward(x), y)
 
 
 def distillation_loss(stage: Stage, forward, x: Tensor) -> Tensor:
@@ -189,12 +206,29 @@ def distillation_loss(stage: Stage, forward, x: Tensor) -> Tensor:
     return F.kl_div(got, target, reduction="none", log_target=True).sum(-1).mean()
 
 
+def with_side_losses(stage: Stage, loss: Tensor) -> Tensor:
+    """The loss, and what routers of the last forward are trained by besides it."""
+    return (
+        loss
+        + stage.adapter.balance_weight * lora.balance_loss(stage.model)
+        + stage.kv.aux_weight * kv_router.aux_loss(stage.model)
+        + mixsga.consistency_loss(stage.model)
+    )
+
+
+def micro_batches(x: Tensor, y: Tensor, n: int):
+    """x, y (b, T) cut into at most n parts of sizes that differ by at most one; none if b = 0."""
+    if not len(x):
+        return ()
+    n = min(n, len(x))
+    return zip(x.tensor_split(n), y.tensor_split(n), strict=True)
+
+
 def gradients(
     stage: Stage, forward, step: int, cfg: TrainConfig, w: World, stop: bool
 ) -> tuple[float, float, bool]:
     """Fill .grad with the gradient of the global batch's mean loss; returns (loss, gradient norm
     after the sum, any rank's stop)."""
-    m = stage.model
     torch.manual_seed((stage.seed * 1_000_003 + step) * 4099 + w.rank)  # dropout
     x, y = batch(
         stage.corpus.train,
@@ -206,31 +240,29 @@ def gradients(
         w.rank,
         w.size,
     )
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64)  # loss, stop
     for xb, yb in micro_batches(x.to(w.device), y.to(w.device), cfg.accumulation):
         share = len(xb) / stage.batch_size
         with autocast(w.device, cfg.dtype):
             loss = stage.loss(forward, xb, yb)
-        whole = (
-            loss
-            + stage.adapter.balance_weight * lora.balance_loss(m)
-            + stage.kv.aux_weight * kv_router.aux_loss(m)
-            + mixsga.consistency_loss(m)
-        )
-        (whole * share).backward()
+        (with_side_losses(stage, loss) * share).backward()
         total[0] += loss.item() * share
     total[1] = float(stop)
-    w.sum(total if w.device.type == "cpu" else (total := total.to(w.device)))
-    if w.size > 1:
-        flat = torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in stage.params]
-        )
-        for p, g in zip(
-            stage.params, w.sum(flat).split([p.numel() for p in stage.params]), strict=True
-        ):
-            p.grad = g.view_as(p)
+    total = w.sum(total.to(w.device))
+    sum_gradients(stage.params, w)
     norm = torch.nn.utils.clip_grad_norm_(stage.params, cfg.grad_clip or math.inf)
     return total[0].item(), norm.item(), bool(total[1])
+
+
+def sum_gradients(params: list[torch.nn.Parameter], w: World) -> None:
+    """Replace every gradient by its sum over the ranks, with one all-reduce. A rank whose share of
+    the batch is empty has none: they count as zeros."""
+    if w.size == 1:
+        return
+    mine = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]
+    total = w.sum(torch.cat(mine))
+    for p, g in zip(params, total.split([p.numel() for p in params]), strict=True):
+        p.grad = g.view_as(p)
 
 
 def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
@@ -243,12 +275,14 @@ def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
     if n and stage.objective == "select":
         with torch.no_grad(), autocast(w.device, cfg.dtype):
             for part in x[mine].split(stage.batch_size):
-                total += stage.model.selector.loss(stage.model, part.to(w.device)).double() * len(
-                    part
-                )
+                loss = stage.model.selector.loss(stage.model, part.to(w.device))
+                total += loss.double() * len(part)
     elif n:
         total += mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n
     return w.sum(total).item() / len(x)
+
+
+# -- the loop
 
 
 class Trainer:
@@ -262,59 +296,186 @@ class Trainer:
         self.opt = make_optimizer(stage.params, cfg)
         self.step = 0
         self.best = math.inf
-        self.metrics = stage.folder / "metrics.jsonl"
         self.forward = torch.compile(stage.model) if cfg.compile else stage.model
+
+    @property
+    def config(self) -> dict:
+        """What a checkpoint says of the run."""
+        return self.s.config | {"optimizer": optimizer_settings(self.cfg)}
+
+    @property
+    def metrics(self) -> Path:
+        return self.s.folder / "metrics.jsonl"
+
+    def run(self) -> None:
+        """Train to the last step. Raises SystemExit after a signal (one checkpoint is saved),
+        NonFinite before a bad update."""
+        self.s.model.train()
+        if self.w.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.w.device)
+        with checkpoint.GracefulStop() as stop, self.progress_bar() as bar:
+            while self.step < self.s.steps:
+                stopping = self.one_step(stop, bar)
+                last = self.step == self.s.steps
+                if self.s.folder is not None:
+                    self.keep(last, stopping)
+                # A signal may have come since; and no rank goes on before rank 0 has saved.
+                if last and not stopping:
+                    stopping = self.w.any(stop.signal is not None)
+                if stopping:
+                    self.say_stopped()
+                    raise SystemExit(stop.exit_code or 130)
+
+    def progress_bar(self) -> tqdm:
+        """The bar of this stage's steps, on rank 0."""
+        return tqdm(
+            total=self.s.steps,
+            initial=self.step,
+            desc=self.s.name,
+            unit="step",
+            disable=not self.w.main,
+            mininterval=0.5 if sys.stderr.isatty() else 20,  # a log file needs fewer lines
+            miniters=1,
+        )
+
+    def one_step(self, stop: checkpoint.GracefulStop, bar: tqdm) -> bool:
+        """One optimizer step, logged. Returns whether any rank was told to stop."""
+        s = self.s
+        start = self.clock()
+        lr = learning_rate(self.step, s.steps, s.lr, self.cfg.warmup)
+        set_rate(self.opt, lr)
+        self.opt.zero_grad(set_to_none=True)
+        kv_router.set_kept(s.model, s.groups_kept(self.step))
+        loss, norm, stopping = gradients(
+            s, self.forward, self.step, self.cfg, self.w, stop.signal is not None
+        )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFinite(
+                f"{s.name}: step {self.step}: loss {loss}, gradient norm {norm}, learning rate "
+                f"{lr:.3g}",
+                f"nothing was updated; {self.last_good()}; try a lower rate or --grad_clip",
+            )
+        self.opt.step()
+        speed = s.batch_size * s.window / max(self.clock() - start, 1e-9)
+        self.log(step=self.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed)
+        self.step += 1
+        bar.update()
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        return stopping
+
+    def keep(self, last: bool, stopping: bool) -> None:
+        """After a step: evaluate, sample and save where their intervals say so."""
+
+        def due(interval: int) -> bool:
+            return interval > 0 and self.step % interval == 0
+
+        if due(self.cfg.eval_interval) or last:
+            self.evaluate()
+        if due(self.cfg.sample_interval) or (last and self.s.kind == "pretrain"):
+            self.show_sample()
+        if due(self.cfg.save_interval) or last or stopping:
+            self.save()
+
+    def evaluate(self) -> None:
+        """Log the validation loss after self.step steps; keep the best weights."""
+        # whole values belong to the warm-up, not to a result
+        kv_router.set_kept(self.s.model, self.s.kv.topk_groups)
+        val = validation_loss(self.s, self.cfg, self.w)
+        if not math.isfinite(val):
+            raise NonFinite(
+                f"{self.s.name}: validation loss {val} after step {self.step - 1}",
+                f"{self.last_good()}; try a lower rate",
+            )
+        on_gpu = self.w.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.w.device) if on_gpu else None
+        self.log(step=self.step, after=self.step, val_loss=val, peak_memory_bytes=peak)
+        if val < self.best:
+            self.best = val
+            if self.cfg.eval_interval:
+                self.save("best")
+
+    def show_sample(self) -> None:
+        """Print some text that the model writes."""
+        if not self.w.main:
+            return
+        tokenizer = self.s.tokenizer
+        prompt = tokenizer.encode("The ")
+        n = min(120, self.s.model.cfg.block_size - len(prompt))
+        with autocast(self.w.device, self.cfg.dtype):
+            rows, _ = generate(
+                self.s.model,
+                [prompt],
+                n,
+                temperature=0.8,
+                seed=self.s.seed,
+                stop=tokenizer.eot,
+            )
+        text = " ".join(tokenizer.decode(rows[0]).split())
+        tqdm.write(f"  [{self.s.name}, step {self.step}] The {text}", file=sys.stderr)
+
+    def say_stopped(self) -> None:
+        """Say that a signal ended the run, and how to continue it."""
+        if not self.w.main:
+            return
+        end = f"{self.s.name}: stopped by a signal"
+        if self.s.folder is not None:
+            end += (
+                f", saved step {self.step}; continue with the same flags and --resume "
+                f"--out_dir={self.s.folder.parent}"
+            )
+        print(end, file=sys.stderr)
+
+    # -- what lies in the stage's folder
+
+    def log(self, **entry) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.w.main and self.s.folder is not None:
+            checkpoint.append_jsonl(self.metrics, entry)
+
+    def save(self, name: str | None = None) -> None:
+        """Write a checkpoint, named by the step unless it has a name, and drop the oldest ones."""
+        if self.w.main:
+            checkpoint.save(
+                self.s.folder,
+                name or checkpoint.step_name(self.step),
+                step=self.step,
+                tensors=self.s.tensors(),
+                config=self.config,
+                state={"optimizer": self.opt.state_dict(), "best": self.best},
+            )
+            checkpoint.prune(self.s.folder, self.cfg.keep_checkpoints)
+
+    def last_good(self) -> str:
+        """The newest checkpoint, in words."""
+        newest = None if self.s.folder is None else checkpoint.newest(self.s.folder)[0]
+        return f"last good checkpoint: {newest or 'none yet'}"
 
     def resume(self) -> bool:
         """Continue from the stage's newest valid checkpoint, saying what was passed over; False
         where there is none."""
-        if self.w.main:
-            for line in checkpoint.clean(self.s.folder):
-                print(line, file=sys.stderr)
+        self.say(checkpoint.clean(self.s.folder) if self.w.main else [])
         if self.w.size > 1:
-            dist.barrier()
+            dist.barrier()  # no rank looks before rank 0 has cleaned
         path, why = checkpoint.newest(self.s.folder)
-        if self.w.main:
-            for line in why:
-                print(line, file=sys.stderr)
+        self.say(why)
         if path is None:
             self.trim_metrics()
             return False
-        ckpt = checkpoint.load(path)
-        for key in (
-            "model",
-            "tokenizer",
-            "adapter",
-            "kv",
-            "seed",
-            "steps",
-            "batch_size",
-            "block_size",
-            "lr",
-            "corpus",
-            "objective",
-            "kv_from",
-            "select",
-            "mix",
-            "optimizer",
-            "data",
-            "tokens",
-            "weights",
-            "base_sha256",
-        ):
+        saved = checkpoint.load(path)
+        here = self.config
+        for key in SAME_WHEN_RESUMED:
             check(
-                ckpt.config.get(key) == self.s.config.get(key),
-                f"{path} was trained with {key}={ckpt.config.get(key)}",
-                f"this run says {self.s.config.get(key)}",
+                saved.config.get(key) == here.get(key),
+                f"{path} was trained with {key}={saved.config.get(key)}",
+                f"this run says {here.get(key)}",
                 "resume with the same flags",
             )
-        self.s.restore(ckpt.tensors)
-        self.opt.load_state_dict(ckpt.state["optimizer"])
-        self.step = ckpt.step
-        self.best = ckpt.state["best"]
+        self.s.restore(saved.tensors)
+        self.opt.load_state_dict(saved.state["optimizer"])
+        self.step = saved.step
+        self.best = saved.state["best"]
         self.trim_metrics()
-        if self.w.main:
-            print(f"{self.s.name}: resumed from {path}", file=sys.stderr)
+        self.say([f"{self.s.name}: resumed from {path}"])
         return True
 
     def trim_metrics(self) -> None:
@@ -327,155 +488,21 @@ class Trainer:
             ]
             checkpoint.write_jsonl(self.metrics, kept)
 
-    def save(self, name: str | None = None) -> None:
+    def say(self, lines: list[str]) -> None:
+        """Print lines to stderr, once for all ranks."""
         if self.w.main:
-            checkpoint.save(
-                self.s.folder,
-                name or checkpoint.step_name(self.step),
-                step=self.step,
-                tensors=self.s.tensors(),
-                config=self.s.config,
-                state={"optimizer": self.opt.state_dict(), "best": self.best},
-            )
-            checkpoint.prune(self.s.folder, self.cfg.keep_checkpoints)
-
-    def log(self, **entry) -> None:
-        if self.w.main:
-            checkpoint.append_jsonl(self.metrics, entry)
-
-    def evaluate(self) -> None:
-        """Log the validation loss after self.step steps; keep the best weights."""
-        # whole values belong to the warm-up, not to a result
-        kv_router.set_kept(self.s.model, self.s.kv.topk_groups)
-        val = validation_loss(self.s, self.cfg, self.w)
-        if not math.isfinite(val):
-            raise NonFinite(
-                f"{self.s.name}: validation loss {val} after step {self.step - 1}; last good "
-                "checkpoint: "
-                f"{checkpoint.newest(self.s.folder)[0] or 'none yet'}; try a lower rate"
-            )
-        peak = (
-            torch.cuda.max_memory_allocated(self.w.device) if self.w.device.type == "cuda" else None
-        )
-        self.log(step=self.step, after=self.step, val_loss=val, peak_memory_bytes=peak)
-        if val < self.best:
-            self.best = val
-            if self.cfg.eval_interval:
-                self.save("best")
-
-    def show_sample(self) -> None:
-        if self.w.main:
-            prompt = self.s.tokenizer.encode("The ")
-            n = min(120, self.s.model.cfg.block_size - len(prompt))
-            with autocast(self.w.device, self.cfg.dtype):
-                rows, _ = generate(
-                    self.s.model,
-                    [prompt],
-                    n,
-                    temperature=0.8,
-                    seed=self.s.seed,
-                    stop=self.s.tokenizer.eot,
-                )
-            text = self.s.tokenizer.decode(rows[0])
-            tqdm.write(
-                f"  [{self.s.name}, step {self.step}] The {' '.join(text.split())}", file=sys.stderr
-            )
-
-    def run(self) -> None:
-        """Train to the last step. Raises SystemExit after a signal (one checkpoint is saved),
-        NonFinite before a bad update."""
-        cfg = self.cfg
-        s = self.s
-        s.model.train()
-        if self.w.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.w.device)
-        tokens = s.batch_size * s.window
-        # seconds; a log file needs fewer lines than a screen
-        often = 0.5 if sys.stderr.isatty() else 20
-        bar = tqdm(
-            total=s.steps,
-            initial=self.step,
-            desc=s.name,
-            unit="step",
-            disable=not self.w.main,
-            mininterval=often,
-            miniters=1,
-        )
-        with checkpoint.GracefulStop() as stop, bar:
-            while self.step < s.steps:
-                start = self.clock()
-                lr = learning_rate(self.step, s.steps, s.lr, cfg.warmup)
-                set_rate(self.opt, lr)
-                self.opt.zero_grad(set_to_none=True)
-                kv_router.set_kept(
-                    s.model,
-                    s.kv.n_groups if self.step < s.kv.kv_warmup * s.steps else s.kv.topk_groups,
-                )
-                loss, norm, stopping = gradients(
-                    s, self.forward, self.step, cfg, self.w, stop.signal is not None
-                )
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    last = checkpoint.newest(s.folder)[0]
-                    raise NonFinite(
-                        f"{s.name}: step {self.step}: loss {loss}, gradient norm {norm}, learning "
-                        f"rate {lr:.3g}; nothing was updated; "
-                        f"last good checkpoint: {last or 'none yet'}; try a lower rate or "
-                        "--grad_clip"
-                    )
-                self.opt.step()
-                seconds = self.clock() - start
-                self.log(
-                    step=self.step,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=norm,
-                    tokens_per_s=tokens / max(seconds, 1e-9),
-                )
-                self.step += 1
-                bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
-                last_step = self.step == s.steps
-                if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or last_step:
-                    self.evaluate()
-                if (cfg.sample_interval and self.step % cfg.sample_interval == 0) or (
-                    last_step and s.name == "pretrain"
-                ):
-                    self.show_sample()
-                if last_step or stopping or self.step % cfg.save_interval == 0:
-                    self.save()
-                # a signal may have come since; and no rank goes on before rank 0 has saved
-                if last_step and not stopping:
-                    stopping = bool(
-                        self.w.sum(
-                            torch.tensor([float(stop.signal is not None)], device=self.w.device)
-                        ).item()
-                    )
-                if stopping:
-                    if self.w.main:
-                        print(
-                            f"{s.name}: stopped by a signal, saved step {self.step}; continue "
-                            "with the same flags and "
-                            f"--resume --out_dir={s.folder.parent}",
-                            file=sys.stderr,
-                        )
-                    raise SystemExit(stop.exit_code or 130)
+            for line in lines:
+                print(line, file=sys.stderr)
 
 
-def share_parameters(model: Transformer, w: World) -> None:
-    """Every rank starts from rank 0's weights and value bases."""
-    if w.size > 1:
-        for t in (*model.parameters(), *model.buffers()):
-            dist.broadcast(t.data, 0)
-
-
-def train(stage: Stage, args, w: World) -> None:
+def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
     """Run a stage, or continue it when resuming. Its last checkpoint is on disk when any rank
     returns."""
     if w.main:
         stage.folder.mkdir(parents=True, exist_ok=True)
-    with out_of_memory_explained(stage.batch_size, stage.window, args.train.accumulation):
-        trainer = Trainer(stage, args.train, w)
-        if args.train.resume:
+    with out_of_memory_explained(stage.batch_size, stage.window, cfg.accumulation):
+        trainer = Trainer(stage, cfg, w)
+        if cfg.resume:
             trainer.resume()
         trainer.run()
 
@@ -486,14 +513,11 @@ def out_of_memory_explained(batch_size: int | str, context: int, accumulation: i
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        if (
-            isinstance(e, RuntimeError)
-            and not isinstance(e, torch.OutOfMemoryError)
-            and "allocate" not in str(e)
-        ):
+        known = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        if not known and "allocate" not in str(e):
             raise
         raise ValueError(
             f"out of memory with batch size {batch_size}, context {context}, accumulation "
-            f"{accumulation}: less is needed; "
-            "lower the batch size or --block_size, or raise --accumulation"
+            f"{accumulation}: less is needed; lower the batch size or --block_size, or raise "
+            "--accumulation"
         ) from None

@@ -21,130 +21,41 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import mixsga
-from baselines import align
 from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, check, comma_list
-from data import batch, prepare, sequential
+from data import Corpus, prepare, sequential
 from loaders import checkpoint
-from loaders.device import autocast, pick_device
+from loaders.device import pick_device
 from loaders.runs import Run, load_run
 from loaders.tokenizer import get_tokenizer
 from measure_config import EvalConfig
-from model import Transformer, evaluating
+from model import Transformer
+from report.rows import filled_cache
+from report.tables import Column, lay_out, with_spread
 from settings.fields import to_dict
 from settings.train import DataConfig, TrainConfig
 from tasks.text import mean_loss
-from training.loop import (
-    Stage,
-    World,
-    gradients,
-    learning_rate,
-    make_optimizer,
-    optimizer_settings,
-    set_rate,
-)
+from training.loop import NonFinite, Stage, Trainer
+from training.shared_heads import share_heads
+from training.world import World
 
-SIZES = {1: "1", 2: "1,2", 3: "1,2,4", 4: "1,2,4,8"}
-CALIBRATION = (4, 8)  # batches and their sequences that heads are aligned and routers calibrated on
-TAIL = 16  # newest tokens read whole, unless a flag says otherwise
+SIZES = {1: "1", 2: "1,2", 3: "1,2,4", 4: "1,2,4,8"}  # of that many experts
+H2O_SEQUENCES = 32  # behind each perplexity under H2O's eviction
 MINI_STEPS = 500
+MINI_BATCH_SIZE = 8
 MINI_WINDOW = 128  # of the base that the miniature pretrains, a default model
 
 
-def continued(
-    base: Run,
-    kv: KVConfig,
-    mix: MixConfig,
-    corpus,
-    cfg: TrainConfig,
-    *,
-    name: str,
-    folder: Path,
-    steps: int,
-    lr: float,
-    batch_size: int,
-    seed: int,
-    window: int,
-    about: dict | None = None,
-) -> Stage:
-    """The stage that trains on all of a dense base, in place, with keys and values shared as kv and
-    mix say. Where a file names a base, its weights' sha256 is kept."""
-    torch.manual_seed(seed)
-    model = base.model
-    if kv.kv != "dense":
-        device = model.norm.weight.device
-        seen = [
-            batch(corpus.train, "calibrate", seed, i, CALIBRATION[1], window)
-            for i in range(CALIBRATION[0])
-        ]
-        align.fit(mixsga.attach(model, kv, mix), [(x.to(device), y.to(device)) for x, y in seen])
-    model.requires_grad_(True)
-    adapter = AdapterConfig(adapter="none")
-    config = {
-        "stage": "continue",
-        "model": to_dict(model.cfg),
-        "tokenizer": base.tokenizer.name,
-        "adapter": to_dict(adapter),
-        "kv": to_dict(kv),
-        "mix": to_dict(mix),
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "lr": lr,
-        "block_size": window,
-        "optimizer": optimizer_settings(cfg),
-        "base_sha256": base.base_sha256,
-        "trainable_parameters": sum(p.numel() for p in model.parameters()),
-        **(about or {}),
-    }
-    return Stage(
-        name,
-        model,
-        list(model.parameters()),
-        corpus,
-        base.tokenizer,
-        folder,
-        steps,
-        batch_size,
-        lr,
-        seed,
-        config,
-        adapter,
-        kv,
-        True,
-        window,
-    )
-
-
-def train_here(stage: Stage, cfg: TrainConfig, w: World) -> None:
-    """All steps of a stage, nothing written."""
-    opt = make_optimizer(stage.params, cfg)
-    stage.model.train()
-    for step in tqdm(
-        range(stage.steps),
-        desc=stage.name,
-        unit="step",
-        mininterval=20 if not sys.stderr.isatty() else 0.5,
-    ):
-        set_rate(opt, learning_rate(step, stage.steps, stage.lr, cfg.warmup))
-        opt.zero_grad(set_to_none=True)
-        loss, norm, _ = gradients(stage, stage.model, step, cfg, w, False)
-        check(
-            math.isfinite(loss) and math.isfinite(norm),
-            f"{stage.name}: loss {loss} at step {step}",
-            "training diverged",
-            "give a lower --lr",
-        )
-        opt.step()
-    stage.model.eval()
+# -- what is trained
 
 
 @dataclass(frozen=True)
@@ -190,67 +101,167 @@ def share_of(mix: MixConfig) -> Fraction:
 def rows_of(cfg: EvalConfig, kv: KVConfig, m: ModelConfig) -> list[Row]:
     """Every entry of --mixes; GQA and CLA at the same shares; for the first entry H2O, rows without
     a tail and what --ablations adds."""
-    h2o = tuple(float(Fraction(t)) for t in comma_list(cfg.h2o))
     rows = [Row("dense", KVConfig(kv="dense"), MixConfig())]
     shares = []
     for i, entry in enumerate(comma_list(cfg.mixes)):
         mix = mix_of(entry)
-        ours = replace(kv, kv="mixsga")
         mix.check_model(m)
-        name = f"mixSGA {entry}"
-        share = share_of(mix)
-        three = [Row(name, ours, mix)]
-        if not mix.expert_groups and share not in shares:
-            shares.append(share)
-            three += [
-                Row(
-                    f"{kind.upper()} {float(share):.0%}",
-                    replace(kv, kv=kind),
-                    MixConfig(kv_share=float(share)),
-                )
-                for kind in ("gqa", "cla")
-            ]
-        rows += [replace(r, h2o=h2o) for r in three] if i == 0 else three
-        if i == 0 and kv.kv_tail:
-            rows += [Row(f"{r.name}, no tail", replace(r.kv, kv_tail=0), r.mix) for r in three]
-        if i == 0 and cfg.ablations:
-            plain = replace(mix, calibrate_experts=False, align_heads=False)
-            rows += [
-                Row(
-                    f"{name}, nothing added",
-                    replace(ours, kv_tail=0),
-                    replace(plain, lm_to_experts=True),
-                ),
-                Row(f"{name}, random router", ours, replace(mix, expert_router="random")),
-                Row(f"{name}, router not calibrated", ours, replace(mix, calibrate_experts=False)),
-                Row(f"{name}, heads not aligned", ours, replace(mix, align_heads=False)),
-                Row(f"{name}, no consistency loss", ours, replace(mix, consistency_weight=0.0)),
-                Row(f"{name}, LM gradient to the router", ours, replace(mix, lm_to_experts=True)),
-            ]
+        ours = Row(f"mixSGA {entry}", replace(kv, kv="mixsga"), mix)
+        beside = [ours]
+        if not mix.expert_groups and share_of(mix) not in shares:
+            shares.append(share_of(mix))
+            beside += baselines_at(share_of(mix), kv)
+        if i > 0:
+            rows += beside
+            continue
+        h2o = tuple(float(Fraction(t)) for t in comma_list(cfg.h2o))
+        rows += [replace(r, h2o=h2o) for r in beside]
+        if kv.kv_tail:
+            rows += [Row(f"{r.name}, no tail", replace(r.kv, kv_tail=0), r.mix) for r in beside]
+        if cfg.ablations:
+            rows += ablations_of(ours)
     return rows
 
 
-def measured(stage: Stage, row: Row, x, y, batch_size: int, dtype: str) -> dict:
-    """Perplexities, agreement, share kept and bytes of a trained row. x, y (n, T) int64."""
-    model = stage.model
-    device = stage.model.norm.weight.device
-    out = {}
-    some = x[:batch_size].to(device)
-    for by, key in (("score", "value"), ("choice", "teacher_forced")):
-        with mixsga.routing(model, by):
-            out[key] = math.exp(mean_loss(model, x, y, batch_size, dtype))
-            with evaluating(model), autocast(device, dtype):
-                cache = model.new_cache(*some.shape)
-                model(some, cache, last_only=True)
-        if by == "score":
-            out["kv_kept_model"] = mixsga.kept_shares(model, cache) if mixsga.shares(model) else 1.0
+def baselines_at(share: Fraction, kv: KVConfig) -> list[Row]:
+    """GQA and CLA that keep this share of keys and values."""
+    mix = MixConfig(kv_share=float(share))
+    return [
+        Row(f"{kind.upper()} {float(share):.0%}", replace(kv, kv=kind), mix)
+        for kind in ("gqa", "cla")
+    ]
+
+
+def ablations_of(ours: Row) -> list[Row]:
+    """A row of experts without what this project adds, all of it or one thing at a time."""
+    paper = dict(calibrate_experts=False, align_heads=False, lm_to_experts=True)
+    changes = {
+        "nothing added": paper,
+        "random router": dict(expert_router="random"),
+        "router not calibrated": dict(calibrate_experts=False),
+        "heads not aligned": dict(align_heads=False),
+        "no consistency loss": dict(consistency_weight=0.0),
+        "LM gradient to the router": dict(lm_to_experts=True),
+    }
+    rows = []
+    for name, change in changes.items():
+        kv = replace(ours.kv, kv_tail=0) if name == "nothing added" else ours.kv
+        rows.append(Row(f"{ours.name}, {name}", kv, replace(ours.mix, **change)))
+    return rows
+
+
+# -- training a row, and measuring it
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all rows share: the base and a copy of its weights, the text, windows x, y (n, T) int64
+    to measure on, and how training goes."""
+
+    base: Run
+    weights: dict[str, Tensor]
+    corpus: Corpus
+    x: Tensor
+    y: Tensor
+    cfg: EvalConfig
+    train: TrainConfig
+    world: World
+
+    @property
+    def window(self) -> int:
+        return self.x.size(1)
+
+    def fresh(self) -> Run:
+        """The base with weights of its own, to be trained."""
+        model = Transformer(self.base.model.cfg).to(self.world.device)
+        model.load_state_dict(self.weights)
+        return replace(self.base, model=model)
+
+
+def stage_of(
+    base: Run,
+    corpus: Corpus,
+    *,
+    name: str,
+    kv: KVConfig,
+    window: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+) -> Stage:
+    """The stage that trains all of a base and leaves nothing on disk."""
+    return Stage(
+        kind="continue",
+        name=name,
+        folder=None,
+        model=base.model,
+        params=list(base.model.parameters()),
+        tokenizer=base.tokenizer,
+        corpus=corpus,
+        window=window,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        kv=kv,
+    )
+
+
+def train_here(stage: Stage, cfg: TrainConfig, w: World) -> None:
+    """All steps of a stage. ValueError where they diverge."""
+    try:
+        Trainer(stage, cfg, w).run()
+    except NonFinite as e:
+        raise ValueError(f"{e.what}: training diverged; give a lower --lr") from None
+    stage.model.eval()
+
+
+def trained(shared: Experiment, row: Row, seed: int) -> Stage:
+    """The base, trained on with a row's storage."""
+    cfg = shared.cfg
+    base = shared.fresh()
+    share_heads(base, row.kv, row.mix, text=shared.corpus.train, seed=seed, window=shared.window)
+    stage = stage_of(
+        base,
+        shared.corpus,
+        name=f"{row.name}, seed {seed}",
+        kv=row.kv,
+        window=shared.window,
+        steps=cfg.steps,
+        batch_size=cfg.batch_size,
+        lr=cfg.lr,
+        seed=seed,
+    )
+    train_here(stage, shared.train, shared.world)
+    return stage
+
+
+def measured(model: Transformer, row: Row, shared: Experiment) -> dict:
+    """Perplexities, agreement, share kept and bytes of a trained row."""
+    cfg = shared.cfg
+    some = shared.x[: cfg.batch_size].to(shared.world.device)
+
+    def perplexity(n: int | None = None) -> float:
+        loss = mean_loss(model, shared.x[:n], shared.y[:n], cfg.batch_size, cfg.dtype)
+        return math.exp(loss)
+
+    with mixsga.routing(model, "score"):
+        value = perplexity()
+        cache = filled_cache(model, some, cfg.dtype)
+        kept = mixsga.kept_shares(model, cache) if mixsga.shares(model) else 1.0
+    with mixsga.routing(model, "choice"):
+        teacher_forced = perplexity()
+        cache = filled_cache(model, some, cfg.dtype)
     same = [p.agreement.item() for p in mixsga.experts(model) if p.agreement is not None]
     h2o = {}
-    for keep in (*row.h2o, 1.0) if row.h2o else ():
-        with mixsga.routing(model, "score", keep):
-            h2o[f"{keep:g}"] = math.exp(mean_loss(model, x[:32], y[:32], batch_size, dtype))
+    for share in (*row.h2o, 1.0) if row.h2o else ():
+        with mixsga.routing(model, "score", share):
+            h2o[f"{share:g}"] = perplexity(H2O_SEQUENCES)
     return {
-        **out,
+        "value": value,
+        "kv_kept_model": kept,
+        "teacher_forced": teacher_forced,
         "agreement": mean(same) if same else 1.0,
         "cache_bytes": cache.nbytes(),
         "dense_bytes": model.dense_bytes(some.numel(), cache),
@@ -258,167 +269,170 @@ def measured(stage: Stage, row: Row, x, y, batch_size: int, dtype: str) -> dict:
     }
 
 
+# -- the table
+
+
 def mini_base(
     cfg: EvalConfig, train: TrainConfig, data: DataConfig, w: World
-) -> tuple[Run, object]:
+) -> tuple[Run, Corpus]:
     """A default model pretrained here for MINI_STEPS, and its text."""
     tokenizer = get_tokenizer(data.tokenizer)
     m = ModelConfig(vocab_size=tokenizer.vocab_size, block_size=MINI_WINDOW)
     corpus = prepare(cfg.dataset or "pycode", data, tokenizer)
     torch.manual_seed(cfg.seed)
-    run = Run(
-        Transformer(m).to(w.device),
-        tokenizer,
-        Path("."),
-        {},
-        AdapterConfig(adapter="none"),
-        KVConfig(kv="dense"),
-        "",
-        "",
+    base = Run(
+        model=Transformer(m).to(w.device),
+        tokenizer=tokenizer,
+        path=Path("."),
+        config={},
+        adapter=AdapterConfig(adapter="none"),
+        kv=KVConfig(kv="dense"),
+        base="",
+        base_sha256="",
     )
-    stage = continued(
-        run,
-        run.kv,
-        MixConfig(),
+    stage = stage_of(
+        base,
         corpus,
-        train,
         name="base",
-        folder=Path("."),
-        steps=MINI_STEPS,
-        lr=train.pretrain_lr,
-        batch_size=8,
-        seed=cfg.seed,
+        kv=base.kv,
         window=m.block_size,
+        steps=MINI_STEPS,
+        batch_size=MINI_BATCH_SIZE,
+        lr=train.pretrain_lr,
+        seed=cfg.seed,
     )
     train_here(stage, train, w)
-    return run, corpus
+    return base, corpus
 
 
-def run_table(
-    cfg: EvalConfig, kv: KVConfig, data: DataConfig, place: str, options: dict, folder: Path
-) -> list[dict]:
-    """Train and measure every row of every seed, the base from `place` ("": the miniature's own).
-    Rows that `folder`/results.json holds from the same settings are not trained again; it is
-    written after every row."""
-    device = pick_device(cfg.device)
-    w = World(0, 1, device)
-    begin = time.time()
+def dense_base(place: str, options: dict, device: torch.device) -> Run:
+    """The base at `place`. ValueError where it is not dense."""
+    base = load_run(place, device, **options)
+    check(
+        base.kv.kv == "dense" and base.adapter.adapter == "none",
+        f"{place}",
+        "a dense base is trained on",
+        "give a pretrain stage's folder",
+    )
+    return base
+
+
+def experiment_of(
+    cfg: EvalConfig, kv: KVConfig, data: DataConfig, place: str, options: dict
+) -> Experiment:
+    """What all rows share. Rows that cannot be are refused before anything is trained."""
+    w = World(0, 1, pick_device(cfg.device))
     train = TrainConfig(dtype=cfg.dtype, warmup=0.1, adapt_lr=cfg.lr)
     if place:
-        base = load_run(place, device, **options)
-        check(
-            base.kv.kv == "dense" and base.adapter.adapter == "none",
-            f"{place}",
-            "a dense base is trained on",
-            "give a pretrain stage's folder",
-        )
+        base = dense_base(place, options, w.device)
         rows_of(cfg, kv, base.model.cfg)
         corpus = prepare(cfg.dataset or base.config.get("corpus", "pycode"), data, base.tokenizer)
     else:
         rows_of(cfg, kv, ModelConfig())
         base, corpus = mini_base(cfg, train, data, w)
-    m = base.model.cfg
-    window = min(cfg.block_size or m.block_size, m.block_size)
-    x, y = sequential(corpus.val, cfg.sequences, window)
+    longest = base.model.cfg.block_size
+    x, y = sequential(corpus.val, cfg.sequences, min(cfg.block_size or longest, longest))
     weights = copy.deepcopy(base.model.state_dict())
-    settings = {
-        "base": base.base_sha256 or f"miniature, seed {cfg.seed}",
+    return Experiment(base, weights, corpus, x, y, cfg, train, w)
+
+
+def settings_of(shared: Experiment, kv: KVConfig) -> dict:
+    """What two calls must share for their rows to stand in one table."""
+    cfg = shared.cfg
+    return {
+        "base": shared.base.base_sha256 or f"miniature, seed {cfg.seed}",
         "steps": cfg.steps,
         "lr": cfg.lr,
         "batch_size": cfg.batch_size,
-        "window": window,
-        "sequences": len(x),
+        "window": shared.window,
+        "sequences": len(shared.x),
         "dataset": cfg.dataset,
         "n_groups": kv.n_groups,
         "dtype": cfg.dtype,
     }
+
+
+def earlier_rows(path: Path, settings: dict) -> list[dict]:
+    """The rows that an earlier call with the same settings left in its results.json."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    return [r for r in found if isinstance(r, dict) and r.get("settings") == settings]
+
+
+def new_row(shared: Experiment, row: Row, key: dict, settings: dict) -> dict:
+    """Train and measure a row. key: what tells it from others of the table."""
+    start = time.time()
+    stage = trained(shared, row, key["seed"])
+    return {
+        "task": "mixsga",
+        "method": row.kv.kv,
+        **key,
+        "metric": "perplexity",
+        **measured(stage.model, row, shared),
+        "n": shared.x.numel(),
+        "trainable_parameters": sum(p.numel() for p in stage.params),
+        "seconds": round(time.time() - start, 2),
+        "settings": settings,
+    }
+
+
+def run_table(
+    cfg: EvalConfig, kv: KVConfig, data: DataConfig, *, place: str, options: dict, folder: Path
+) -> list[dict]:
+    """Train and measure every row of every seed, the base from `place` ("": the miniature's own).
+    Rows that `folder`/results.json holds from the same settings are not trained again; it is
+    written after every row."""
+    begin = time.time()
+    shared = experiment_of(cfg, kv, data, place, options)
+    settings = settings_of(shared, kv)
     path = folder / "results.json"
-    done = []
-    if path.is_file():
-        done = [
-            r
-            for r in json.loads(path.read_text())
-            if isinstance(r, dict) and r.get("settings") == settings
-        ]
+    done = earlier_rows(path, settings)
     out: list[dict] = []
+    for row, key in keys_of(cfg, kv, shared.base.model.cfg):
+        known = next((r for r in done if all(r.get(k) == v for k, v in key.items())), None)
+        out.append(known or new_row(shared, row, key, settings))
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(path, out + [r for r in done if r not in out])
+    print(f"{table(out)}\n{path}, {time.time() - begin:.0f} s", file=sys.stderr)
+    return out
+
+
+def keys_of(cfg: EvalConfig, kv: KVConfig, m: ModelConfig) -> Iterator[tuple[Row, dict]]:
+    """Every row with every seed, and what tells it from the others."""
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for row in rows_of(cfg, kv, m):
-            key = {
-                "name": row.name,
-                "seed": seed,
-                "kv": to_dict(row.kv),
-                "mix": to_dict(row.mix),
-                "h2o_asked": list(row.h2o),
-            }
-            known = next((r for r in done if all(r.get(k) == v for k, v in key.items())), None)
-            if known is None:
-                start = time.time()
-                model = Transformer(m).to(device)
-                model.load_state_dict(weights)
-                run = replace(base, model=model)
-                stage = continued(
-                    run,
-                    row.kv,
-                    row.mix,
-                    corpus,
-                    train,
-                    name=f"{row.name}, seed {seed}",
-                    folder=folder,
-                    steps=cfg.steps,
-                    lr=cfg.lr,
-                    batch_size=cfg.batch_size,
-                    seed=seed,
-                    window=window,
-                )
-                train_here(stage, train, w)
-                got = measured(stage, row, x, y, cfg.batch_size, cfg.dtype)
-                known = {
-                    "task": "mixsga",
-                    "method": row.kv.kv,
-                    **key,
-                    "metric": "perplexity",
-                    **got,
-                    "n": x.numel(),
-                    "trainable_parameters": stage.config["trainable_parameters"],
-                    "seconds": round(time.time() - start, 2),
-                    "settings": settings,
-                }
-            out.append(known)
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(path, out + [r for r in done if r not in out])
-    print(f"{table(out)}\n{folder}/results.json, {time.time() - begin:.0f} s", file=sys.stderr)
-    return out
+            yield (
+                row,
+                {
+                    "name": row.name,
+                    "seed": seed,
+                    "kv": to_dict(row.kv),
+                    "mix": to_dict(row.mix),
+                    "h2o_asked": list(row.h2o),
+                },
+            )
 
 
 def table(rows: list[dict]) -> str:
     """The rows as text, a line per name: means over seeds, and the standard deviation of the first
     perplexity."""
-    width = max(len(r["name"]) for r in rows)
-    lines = [
-        f"{'trained on with':{width}s} {'KV kept':>8s} {'cache bytes':>13s} {'of dense':>8s} "
-        f"{'decode mode':>20s} {'teacher-forced':>14s} "
-        f"{'agreement':>9s} {'seeds':>5s}"
+    by_name: dict[str, list[dict]] = {}
+    for r in rows:
+        by_name.setdefault(r["name"], []).append(r)
+    width = max(map(len, by_name))
+    columns = [
+        Column("trained on with", width),
+        Column("KV kept", 8),
+        Column("cache bytes", 13),
+        Column("of dense", 8),
+        Column("decode mode", 20),
+        Column("teacher-forced", 14),
+        Column("agreement", 9),
+        Column("seeds", 5),
     ]
-    evicted = []
-    for name in dict.fromkeys(r["name"] for r in rows):
-        mine = [r for r in rows if r["name"] == name]
-        values = [r["value"] for r in mine]
-        spread = f"{mean(values):.4f}" + (f" +- {stdev(values):.4f}" if len(values) > 1 else "")
-        kept, size = (mean(r[k] for r in mine) for k in ("kv_kept_model", "cache_bytes"))
-        lines.append(
-            f"{name:{width}s} {kept:>8.1%} {size:>13,.0f} {size / mine[0]['dense_bytes']:>8.1%} "
-            f"{spread:>20s} "
-            f"{mean(r['teacher_forced'] for r in mine):>14.4f} "
-            f"{mean(r['agreement'] for r in mine):>9.1%} {len(mine):>5d}"
-        )
-        if mine[0]["h2o"]:
-            shares = sorted(mine[0]["h2o"], key=float, reverse=True)
-            evicted.append(
-                f"{name:{width}s} "
-                + "  ".join(
-                    f"{float(k):.0%}: {mean(r['h2o'][k] for r in mine):.4f}" for k in shares
-                )
-            )
+    lines = lay_out(columns, [cells_of(name, rs) for name, rs in by_name.items()])
+    evicted = [f"{name:{width}s} {h2o_line(rs)}" for name, rs in by_name.items() if rs[0]["h2o"]]
     if evicted:
         lines += [
             "perplexity in decode mode while H2O evicts, by tokens held (masked: no bytes are "
@@ -426,3 +440,27 @@ def table(rows: list[dict]) -> str:
             *evicted,
         ]
     return "\n".join(lines)
+
+
+def cells_of(name: str, rows: list[dict]) -> list[str]:
+    """A line of the table, of the same row with several seeds."""
+
+    def average(key: str) -> float:
+        return mean(r[key] for r in rows)
+
+    return [
+        name,
+        f"{average('kv_kept_model'):.1%}",
+        f"{average('cache_bytes'):,.0f}",
+        f"{average('cache_bytes') / rows[0]['dense_bytes']:.1%}",
+        with_spread([r["value"] for r in rows]),
+        f"{average('teacher_forced'):.4f}",
+        f"{average('agreement'):.1%}",
+        str(len(rows)),
+    ]
+
+
+def h2o_line(rows: list[dict]) -> str:
+    """Perplexities under eviction, the most tokens held first."""
+    shares = sorted(rows[0]["h2o"], key=float, reverse=True)
+    return "  ".join(f"{float(k):.0%}: {mean(r['h2o'][k] for r in rows):.4f}" for k in shares)

@@ -1,0 +1,294 @@
+"""Measure a model: one row of results, and rows that differ in what is kept.
+
+Perplexity is *decode-mode*: the token at t reads the routed values of every earlier token, which is
+exactly what packed cached decoding, token by token, gives (tests/test_kv_router.py). No number
+comes from uncompressed values, except in rows that say 100 %. Cache bytes are those of the tensors
+a packed cache holds after one sequence, masks and offsets included.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+import kv_router
+import mixsga
+import selector
+from config import AdapterConfig, KVConfig, SelectConfig
+from loaders.device import autocast
+from lora import count_trainable
+from model import KVCache, Transformer, evaluating
+from settings.fields import to_dict
+from storage.packed import PackedCache, SelectedCache
+from tasks.common import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowAbout:
+    """What a row says of the run that is measured, and how it is computed."""
+
+    adapter: AdapterConfig
+    kv: KVConfig
+    seed: int
+    batch_size: int = 16
+    dtype: str = "float32"
+    params: int | None = None  # trainable parameters; None: they are counted
+
+
+# -- one row
+
+
+def measure_row(
+    model: Transformer, task: Task, about: RowAbout, dense_value: float | None = None
+) -> dict:
+    """One result: the task's value and what the cache holds. dense_value: the value with whole
+    values; None: this row is the one that others are compared with."""
+    start = time.time()
+    kv = about.kv
+    value = task.value(model, about.batch_size, about.dtype, dense_value is None)
+    cache = filled_cache(model, task.stored, about.dtype)
+    method = method_of(model, kv)
+    shares = kept_shares(model, cache)
+    exact = prefills_exactly(method, kv, task)
+    grouped = method in ("value_groups", "select")
+    bits = stored_bits(model, method, kv)
+    row = {
+        "task": task.name,
+        "method": method,
+        "adapter": about.adapter.adapter,
+        "basis": basis_of(method, kv),
+        "n_groups": kv.n_groups if grouped else 1,
+        "prefill": "exact" if exact else "routed",
+        "relevance": relevance_of(model, method, kv),
+        "setting": setting_of(model, method, kv, shares, exact),
+        **shares,
+        "cache_bytes": cache.nbytes(),
+        "dense_bytes": model.dense_bytes(task.stored.numel(), cache),
+        "metric": task.metric,
+        "value": value,
+        "dense_value": value if dense_value is None else dense_value,
+        "n": task.n,
+        "seed": about.seed,
+        "seconds": round(time.time() - start, 3),
+        "trainable_parameters": count_trainable(model) if about.params is None else about.params,
+        "rank": about.adapter.r if about.adapter.adapter != "none" else 0,
+        "key_bits": bits[0],
+        "value_bits": bits[1],
+    }
+    if task.kl is not None:
+        row["kl"] = task.kl
+    if method == "select":
+        row["select"] = to_dict(selector.selector_of(model).cfg)
+    return row
+
+
+def filled_cache(model: Transformer, x: Tensor, dtype: str = "float32") -> KVCache:
+    """A cache of exactly that length that x (B, T) int64 was prefilled into."""
+    x = x.to(model.norm.weight.device)
+    with evaluating(model), autocast(x.device, dtype), selector.diagnosed(model, x, x.size(1)):
+        cache = model.new_cache(*x.shape)
+        model(x, cache, last_only=True)
+    return cache
+
+
+def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
+    """What a filled cache keeps, by count. kv_kept_layers, kv_kept_model: of keys and values in
+    compressed layers, in the whole model; value_keep: of the kept tokens' value groups; token_keep.
+    A fixed K counts the whole tokens of its tail, selection the context only."""
+    if mixsga.shares(model):
+        kept = mixsga.kept_shares(model, cache)
+        return {"value_keep": 1.0, "token_keep": 1.0, "kv_kept_layers": kept, "kv_kept_model": kept}
+    tokens = []
+    values = []
+    layers = []
+    for block, stored in zip(model.layers, cache.layers, strict=True):
+        path = block.self_attn.kv_path
+        if isinstance(stored, SelectedCache):
+            context = (cache.length - path.cfg.kv_tail) * stored.n_packed.numel()
+            kept = int(stored.n_packed.sum())
+            rows = stored.groups_kept() / stored.S
+            tokens.append(kept / context)
+            values.append(rows / context)
+            layers.append((kept + rows) / context / 2)
+        elif isinstance(stored, PackedCache):
+            T = cache.length
+            packed = int(path.compressed(torch.tensor(T)))
+            tokens.append(1.0)
+            values.append(path.k / path.S)
+            layers.append((1 + (path.k / path.S * packed + T - packed) / T) / 2)
+    if not layers:
+        return dict.fromkeys(("value_keep", "token_keep", "kv_kept_layers", "kv_kept_model"), 1.0)
+    n_dense = model.cfg.n_layer - len(layers)
+    return {
+        "value_keep": mean(values) / max(mean(tokens), 1e-30),
+        "token_keep": mean(tokens),
+        "kv_kept_layers": mean(layers),
+        "kv_kept_model": (sum(layers) + n_dense) / model.cfg.n_layer,
+    }
+
+
+# -- what a row is called
+
+
+def method_of(model: Transformer, kv: KVConfig) -> str:
+    """How a model stores its keys and values: dense, value_groups, select, mixsga, gqa or cla."""
+    chooser = selector.selector_of(model)
+    if chooser is not None:
+        keeps_all = chooser.cfg.whole and not chooser.stored.ints
+        return "dense" if keeps_all else "select"
+    if mixsga.shares(model):
+        return kv.kv
+    return "value_groups" if kv_router.paths(model) else "dense"
+
+
+def prefills_exactly(method: str, kv: KVConfig, task: Task) -> bool:
+    """Whether the task's prompt is read whole while it is processed."""
+    if method not in ("value_groups", "select"):
+        return True
+    return kv.prefill == "exact" and task.query is not None
+
+
+def basis_of(method: str, kv: KVConfig) -> str:
+    """The basis of the stored values, with a + where it was trained."""
+    if method not in ("value_groups", "select"):
+        return "native"
+    return f"{kv.value_basis}+" if kv.learn_basis else kv.value_basis
+
+
+def relevance_of(model: Transformer, method: str, kv: KVConfig) -> str:
+    """What chooses, in a few words."""
+    if method == "value_groups":
+        return f"fixed_k:{kv.value_router}"
+    return model.selector.cfg.described() if method == "select" else "none"
+
+
+def stored_bits(model: Transformer, method: str, kv: KVConfig) -> tuple[int, int]:
+    """Bits of a stored number of keys and of values."""
+    stored = model.selector.stored if method == "select" else kv
+    if method in ("value_groups", "select") or mixsga.shares(model):
+        return stored.key_bits, stored.value_bits
+    return 16, 16
+
+
+def setting_of(
+    model: Transformer, method: str, kv: KVConfig, shares: dict[str, float], exact: bool
+) -> str:
+    """A row's setting in a few words: basis and groups, bits, layers and prefill where they are not
+    the usual ones."""
+    grouped = method in ("value_groups", "select")
+    words = []
+    if method == "value_groups":
+        kept = round(shares["value_keep"] * kv.n_groups)
+        words += [basis_of(method, kv), f"S={kv.n_groups}", f"K={kept}"]
+    elif method == "select":
+        how = model.selector.cfg.allocation
+        words += [basis_of(method, kv), f"S={kv.n_groups}", kv.mask_scope, how]
+    elif mixsga.shares(model):
+        words.append(mixsga.described(model))
+    key_bits, value_bits = stored_bits(model, method, kv)
+    if key_bits < 16:
+        block = (model.selector.stored if method == "select" else kv).key_block
+        apart = "" if block == KVConfig.key_block else f"/{block}"
+        words += [f"K{key_bits}{apart}", f"V{value_bits or 'routed'}"]
+        if method == "select" and model.selector.cfg.key_rounding == "nearest":
+            words.append("nearest")
+    if grouped and kv.kv_layers != "all":
+        words.append(f"layers {kv.kv_layers}")
+    if method == "select" and not exact:
+        words.append("routed")
+    return " ".join(words)
+
+
+# -- rows that differ in what is kept
+
+
+def sweep(
+    model: Transformer,
+    task: Task,
+    ks: list[int],
+    about: RowAbout,
+    dense_value: float | None = None,
+) -> list[dict]:
+    """One row per K in ks, the same model with K groups kept, each with the value of K = S as its
+    dense value, measured unless given."""
+    path = next(iter(kv_router.paths(model).values()))
+    before = path.k
+    whole = None
+    if dense_value is None or path.S in ks:
+        kv_router.set_kept(model, path.S)
+        whole = measure_row(model, task, about, dense_value)
+        dense_value = whole["dense_value"]
+    rows = []
+    for k in ks:
+        kv_router.set_kept(model, k)
+        rows.append(whole if k == path.S else measure_row(model, task, about, dense_value))
+    kv_router.set_kept(model, before)
+    return rows
+
+
+def sweep_choices(
+    model: Transformer,
+    task: Task,
+    ways: list[SelectConfig],
+    about: RowAbout,
+    dense_value: float | None = None,
+) -> list[dict]:
+    """One row per way to choose, the same model; the dense value is measured unless given."""
+    before = model.selector.cfg
+    if dense_value is None and not ways[0].whole:
+        dense_value = whole_value(model, task, about.batch_size, about.dtype)
+    rows = []
+    for way in ways:
+        model.selector.set(way)
+        rows.append(measure_row(model, task, about, dense_value))
+        dense_value = rows[0]["dense_value"]
+    model.selector.cfg = before  # as it was, whatever bits values have here
+    return rows
+
+
+def whole_value(model: Transformer, task: Task, batch_size: int, dtype: str) -> float:
+    """The task's value with whole values of as many bits as are computed in."""
+    with kv_router.storing(model, key_bits=16, value_bits=16):
+        chooser = selector.selector_of(model)
+        if chooser is not None:
+            before = chooser.cfg
+            chooser.set(before.everything())
+            value = task.value(model, batch_size, dtype, True)
+            chooser.set(before)
+            return value
+        path = next(iter(kv_router.paths(model).values()))
+        before = path.k
+        kv_router.set_kept(model, path.S)
+        value = task.value(model, batch_size, dtype, True)
+        kv_router.set_kept(model, before)
+        return value
+
+
+# -- what pictures show
+
+
+def kept_groups(model: Transformer, x: Tensor, dtype: str = "float32") -> Tensor:
+    """Which groups each token of x (1, T) kept, per compressed layer: (layers, T, S) float in [0,
+    1], the mean over heads."""
+    paths = list(kv_router.paths(model).values())
+    for p in paths:
+        p.record = True
+    with evaluating(model), autocast(model.norm.weight.device, dtype):
+        model(x.to(model.norm.weight.device))
+    masks = torch.stack([p.last_mask[0].float().mean(0) for p in paths]).cpu()  # (layers, T, S)
+    for p in paths:
+        p.record = False
+        p.last_mask = None
+    return masks
+
+
+def chosen(model: Transformer, x: Tensor, dtype: str = "float32") -> selector.Choice:
+    """What the selector keeps of a prompt x (1, T), all compressed layers."""
+    model.selector.record = True
+    filled_cache(model, x, dtype)
+    model.selector.record = False
+    return model.selector.chosen

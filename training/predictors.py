@@ -1,0 +1,120 @@
+"""Train predictors of relevance over a frozen base: train.py --stage=select.
+
+    python train.py --stage=select --init_from=out/RUN/pretrain \\
+        --predictors=predictor,predictor_query
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from config import KVConfig, SelectConfig, check, comma_list
+from loaders.runs import Run, attach_storage
+from settings.fields import to_dict
+from settings.train import TrainConfig
+from training.base import (
+    adapt_window,
+    base_record,
+    calibration_batches,
+    corpus_of,
+    start_from,
+    text_record,
+)
+from training.loop import Stage
+from training.world import World, share_parameters
+
+# A selection's own defaults, where no flag says otherwise.
+STORAGE = dict(kv_tail=16, reconstructor="zero", value_router="norm")
+PAPER_STORAGE = dict(mask_scope="shared")
+PAPER_RULE = dict(sinks=0, hedge=1.0)
+
+
+def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
+    """Give a loaded base selecting paths, calibrated (or with the bases of --kv_from), and train
+    their predictors of relevance."""
+    cfg: TrainConfig = args.train
+    select = selection_of(args)
+    kv = storage_of(args)
+    model = base.model
+    window = adapt_window(args, base)
+    name = cfg.corpus("adapt")
+    corpus = corpus_of(args, name, base.tokenizer, window)
+    torch.manual_seed(cfg.seed)
+    batches = calibration_batches(
+        corpus.train, cfg.seed, batches=6, batch_size=4, window=window, device=w.device
+    )
+    model.requires_grad_(False)
+    attach_storage(model, kv, select, batches, cfg.seed, fit=True)
+    began = ""
+    if cfg.kv_from:
+        began = start_from(model, kv, cfg.kv_from, base.base_sha256)
+        # What was measured in the calibrated bases is measured anew in these.
+        model.selector.calibrate(model, batches, fit=True)
+    share_parameters(model, w)
+    folder = run_dir / f"select-s{cfg.seed}"
+    return Stage(
+        kind="select",
+        name=folder.name,
+        folder=folder,
+        model=model,
+        params=list(model.selector.predictors.parameters()),
+        tokenizer=base.tokenizer,
+        corpus=corpus,
+        window=window,
+        steps=cfg.select_steps,
+        batch_size=cfg.select_batch_size,
+        lr=cfg.select_lr,
+        seed=cfg.seed,
+        kv=kv,
+        adapter=base.adapter,
+        objective="select",
+        about={
+            "select": to_dict(select),
+            "kv_from": began,
+            **text_record(args, name, corpus),
+            **base_record(args, base, folder),
+        },
+    )
+
+
+def selection_of(args) -> SelectConfig:
+    """How the trained run chooses, and which predictors are trained: those named, else those that
+    are used as a signal, else one."""
+    paper = args.train.preset == "paper"
+    names = comma_list(args.select.predictors) or args.select.trained
+    if not names:
+        names = ["predictor" if paper else "predictor_query"]
+    relevance = args.select.relevance
+    if "relevance" not in args.given:
+        trained = [name for name in ("predictor_query", "predictor") if name in names]
+        relevance = (trained or ["future"])[0]
+    by = args.select.token_relevance
+    if not by and names == ["expected_attention"]:
+        by = "expected_attention"
+    rule = not_given(args, PAPER_RULE) if paper else {}
+    select = replace(
+        args.select, predictors=",".join(names), relevance=relevance, token_relevance=by, **rule
+    )
+    check(
+        "oracle" not in (select.relevance, select.tokens_by),
+        "relevance=oracle",
+        "it is measured, not used: it has seen what follows",
+        "leave it out, and give eval.py --relevances=oracle",
+    )
+    return select
+
+
+def storage_of(args) -> KVConfig:
+    """How what is selected is stored."""
+    changes = not_given(args, STORAGE)
+    if args.train.preset == "paper":
+        changes |= not_given(args, PAPER_STORAGE)
+    return replace(args.kv, kv="select", **changes)
+
+
+def not_given(args, settings: dict) -> dict:
+    """Those settings that no flag names."""
+    return {name: value for name, value in settings.items() if name not in args.given}

@@ -12,9 +12,6 @@ Beyond the paper:
 * router `norm`: keep the groups of largest norm, no parameters (`static`, the first K for every
   token, is the ablation); mask per layer (the paper) or per KV head. The learned router starts from
   a ridge regression of group energies on the layer's input, not from noise.
-* reconstructors linear in the kept groups run once per decode step, after attention: one
-  accumulated vector per mask pattern (`linear`) or per dropped group (`pairwise`), instead of once
-  per cached token (`mlp`, the paper's).
 * learn_basis: the maps into and out of the basis are trained, each for itself, so that what is read
   is the best linear guess of the value from the groups kept. They still fold: a token is encoded
   once, when it is packed, and decoding stays free.
@@ -46,7 +43,7 @@ from torch import Tensor
 from config import KVConfig, ModelConfig, check
 from kernels import packed_attention
 from model import DensePath, attend, attention_mask, evaluating
-from reconstruct import MLP, LinearPerPattern, Pairwise, Zero, fill, spread
+from reconstruct import MLP, Zero, fill, spread
 from storage.append import can_append
 from storage.integers.cache import IntPackedCache
 from storage.layout import at_least_float32, top_k_mask
@@ -175,8 +172,6 @@ class ValueGroupPath(nn.Module):
         args = (self.Hkv, self.D, self.S)
         self.reconstructor = {
             "zero": lambda: Zero(),
-            "linear": lambda: LinearPerPattern(*args, self.k),
-            "pairwise": lambda: Pairwise(*args, self.k),
             "mlp": lambda: MLP(*args, self.mask_heads, cfg.recon_hidden),
         }[cfg.reconstructor]()
         self.aux_loss: Tensor | None = None  # L_aux of the last training forward
@@ -275,7 +270,7 @@ class ValueGroupPath(nn.Module):
         if self.k == self.S:
             return attend(q, k, v, pad)
         routed = self.decode(self._routed(logits, mask, z))
-        if self.cfg.kv_tail:
+        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:  # the tail may hold tokens
             return self._tailed(q, k, v, routed, pad)
         return attend(q, k, routed, pad)
 
@@ -405,15 +400,13 @@ class ValueGroupPath(nn.Module):
             )
             return packed_attention(q, packed, tail)[0]
         (B, *_, D) = q.shape
-        sums = self.reconstructor.sums()
-        apart = not (self.whole or self.folded)
-        y, lse = packed_attention(q, packed, None if apart else tail, sums)
-        if sums:
-            acc = y.view(B, self.Hkv, -1, y.size(-2), D)  # (B, Hkv, n T, P, D)
-            y = (acc[..., 0, :] + self.reconstructor.added(acc[..., 1:, :])).view(q.shape)
-        if apart:
-            y = self.decode(y.view(B, self.Hkv, -1, D)).view(q.shape)
-        more = [packed_attention(q, None, tail)] * apart
+        more = []
+        if self.whole or self.folded:
+            y, lse = packed_attention(q, packed, tail)
+        else:  # what is read of groups is mapped back before whole values are mixed in
+            y, lse = packed_attention(q, packed, None)
+            y = self.decode(y.reshape(B, self.Hkv, -1, D)).view(q.shape)
+            more.append(packed_attention(q, None, tail))
         if sinks:  # all queries see them: so many more heads of one query
             more += [
                 tuple(
@@ -470,7 +463,7 @@ class ValueGroupPath(nn.Module):
         old = (at < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
         visible = torch.cat((old, attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)), -1)
         whole = None
-        if self.cfg.kv_tail:
+        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:  # the tail may hold tokens
             # (B, T)
             boundary = self.compressed(
                 n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
@@ -611,10 +604,8 @@ def attach(
         for path, seen in zip(paths, _observe(model, chosen, paths, batches), strict=True):
             if path.router is not None:
                 _fit_router(path.router, seen.xx, seen.xe)
-            if hasattr(path.reconstructor, "fit"):
-                path.reconstructor.fit(seen.cov)
     for attn, path in zip(chosen, paths, strict=True):
-        attn.kv_path = path
+        attn.kv_path = path.train(model.training)
     return model
 
 
@@ -676,12 +667,6 @@ def set_kept(model: nn.Module, k: int) -> None:
     1..S, or for a reconstructor bound to its K."""
     for path in paths(model).values():
         check(1 <= k <= path.S, f"K={k}", f"1..{path.S}", "choose a K in that range")
-        check(
-            k in (path.cfg.topk_groups, path.S) or path.cfg.reconstructor != "linear",
-            f"K={k} with reconstructor=linear",
-            f"its matrices belong to the mask patterns of K={path.cfg.topk_groups}",
-            "use pairwise, zero or mlp",
-        )
         path.k = k
 
 

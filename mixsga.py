@@ -340,10 +340,9 @@ class ExpertCache(Newest):
         out.parts = []
         for parts in zip(*(c.parts for c in caches), strict=True):
             cap = max(p.cap for p in parts)
-            cap = max([cap, *(p.cap + p.cap // 4 for p in parts if p.cap < cap)])
             for p in parts:
-                p._grow(cap)
-            out.parts.append(PackedCache.join(parts))
+                p._grow(cap, exact=True)
+            out.parts.append(type(parts[0]).join(parts))
             out.parts[-1].columns = max(p.columns for p in parts)
         return out
 
@@ -681,11 +680,10 @@ def described(model: nn.Module) -> str:
         text = "heads by " + ",".join(str(p.sizes[0]) for p in paths)
     else:
         p = paths[0]
-        text = (
-            f"{p.mix.expert_ratios} of {p.mix.group_sizes}"
-            + f" {p.k} of {p.stored_as.n_groups} groups" * bool(p.mix.expert_groups)
-        )
-    return text + f" tail {newest}" * bool(newest)
+        text = f"{p.mix.expert_ratios} of {p.mix.group_sizes}"
+        if p.mix.expert_groups:
+            text += f" {p.k} of {p.stored_as.n_groups} groups"
+    return f"{text} tail {newest}" if newest else text
 
 
 def consistency_loss(model: nn.Module) -> Tensor | float:

@@ -30,7 +30,8 @@ def main() -> None:
     device = pick_device(cfg.device)
     check_weights(ARGS.base.weights, device, cfg.dtype)
     run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
-    prompts = [encoded(run.tokenizer, cfg.prompt)] * cfg.num_samples
+    prompt = encoded(run.tokenizer, cfg.prompt)
+    prompts = [prompt for _ in range(cfg.num_samples)]
     start = time.time()
     with autocast(device, cfg.dtype):
         rows, cache = generate(

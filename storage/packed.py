@@ -139,12 +139,12 @@ class PackedCache(Flat):
         """Make room for n_tokens more per sequence."""
         self._grow(int((self.n_packed + self.n_tail).max()) + n_tokens - self.tail if self.B else 0)
 
-    def _grow(self, need: int) -> None:
+    def _grow(self, need: int, exact: bool = False) -> None:
         """Have room for `need` packed tokens in every segment."""
         if need > self.cap:
             old = [getattr(self, name) for name in self.SLOTS]
             cap = self.cap
-            self._allocate(max(need, cap + cap // 4), self.tail_k)
+            self._allocate(need if exact else max(need, cap + cap // 4), self.tail_k)
             for name, t in zip(self.SLOTS, old, strict=True):
                 if t.numel():
                     heads = self.mask_heads if name == "bits" else self.Hkv

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT
 
 import kernels
+from runs import ROOT
 from storage.integers import attention as int_attention
 from storage.integers.format import LEVELS, STEPS, centre
 from storage.kernel_base import TRITON, triton

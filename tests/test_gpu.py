@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import TINY, grouped_model, tokens
-from runs import adapt_arguments, losses, pretrain
 
 import train
 from loaders.device import autocast
 from loaders.runs import load_run
 from loaders.tokenizer import get_tokenizer
 from model import generate
+from runs import adapt_arguments, losses, pretrain
 from storage.layout import top_k_mask
 
 pytestmark = [
@@ -27,9 +27,9 @@ CUDA = torch.device("cuda")
     [
         dict(kv_tail=0),
         dict(kv_tail=4, value_router="norm", mask_scope="head", value_basis="output"),
-        dict(reconstructor="pairwise", n_groups=8, topk_groups=3),
+        dict(reconstructor="mlp", n_groups=8, topk_groups=3),
     ],
-    ids=["paper-like", "default", "pairwise"],
+    ids=["paper-like", "default", "mlp"],
 )
 @pytest.mark.parametrize("dtype, tol", [("float32", 1e-3), ("bfloat16", 0.15)])
 def test_packed_equals_masked_on_the_device(setting, dtype, tol):

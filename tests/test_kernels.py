@@ -603,14 +603,12 @@ def test_append_tail_equals_its_reference(split):
 @pytest.mark.parametrize(
     "setting",
     [
-        dict(reconstructor="linear"),
-        dict(reconstructor="pairwise"),
         dict(reconstructor="mlp"),
         dict(),
         dict(learn_basis=True),
         dict(topk_groups=4),
     ],
-    ids=["linear", "pairwise", "mlp", "zero", "maps", "whole"],
+    ids=["mlp", "zero", "maps", "whole"],
 )
 def test_attend_packed_reads_rebuilt_values(setting, fold):
     """Attention over packed values with sums equals dense attention over values rebuilt one by one,

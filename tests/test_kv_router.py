@@ -31,7 +31,7 @@ SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least o
         n_groups=4,
         topk_groups=2,
         value_basis="native",
-        reconstructor="linear",
+        reconstructor="mlp",
         value_router="linear",
         mask_scope="head",
     ),
@@ -39,7 +39,7 @@ SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least o
         n_groups=8,
         topk_groups=3,
         value_basis="pca",
-        reconstructor="pairwise",
+        reconstructor="mlp",
         value_router="norm",
         mask_scope="head",
     ),
@@ -63,7 +63,7 @@ SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least o
         n_groups=2,
         topk_groups=1,
         value_basis="output",
-        reconstructor="pairwise",
+        reconstructor="mlp",
         value_router="norm",
         mask_scope="layer",
     ),
@@ -71,7 +71,7 @@ SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least o
         n_groups=4,
         topk_groups=3,
         value_basis="pca",
-        reconstructor="linear",
+        reconstructor="mlp",
         value_router="norm",
         mask_scope="layer",
         kv_tail=3,
@@ -100,10 +100,20 @@ SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least o
         n_groups=8,
         topk_groups=3,
         value_basis="pca",
-        reconstructor="pairwise",
+        reconstructor="mlp",
         value_router="linear",
         mask_scope="layer",
         learn_basis=True,
+    ),
+    dict(  # no tail, but tokens wait in it until their block is full
+        n_groups=4,
+        topk_groups=2,
+        value_basis="output",
+        reconstructor="zero",
+        value_router="norm",
+        mask_scope="head",
+        kv_tail=0,
+        kv_tail_block=4,
     ),
 ]
 
@@ -275,10 +285,7 @@ def test_straight_through_is_hard_forward_and_soft_backward():
 @pytest.mark.parametrize(
     "kind, S, K",
     [
-        ("linear", 4, 2),
-        ("linear", 8, 6),
-        ("pairwise", 8, 3),
-        ("pairwise", 4, 2),
+        ("mlp", 8, 3),
         ("mlp", 4, 2),
         ("zero", 4, 2),
     ],
@@ -303,53 +310,6 @@ def test_reconstructor_after_attention_equals_rebuilding_every_value(kind, S, K)
     one = torch.autograd.grad((read * weight).sum(), inputs, retain_graph=True)
     for a, b in zip(one, torch.autograd.grad((whole * weight).sum(), inputs), strict=True):
         assert (a - b).abs().max() < 1e-10
-
-
-def test_linear_fit_is_least_squares_per_pattern():
-    """The fitted matrices equal lstsq of the lost dimensions on the kept ones, for every one of the
-    six patterns."""
-    v = torch.randn(
-        2, 400, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    rec = kv_router.LinearPerPattern(2, 16, 4, 2).double()
-    rec.fit(v.mT @ v)
-    for i, c in enumerate(itertools.combinations(range(4), 2)):
-        kept = [4 * g + j for g in c for j in range(4)]
-        lost = [j for j in range(16) if j not in kept]
-        want = torch.linalg.lstsq(v[..., kept], v[..., lost]).solution.mT
-        assert (rec.weight[:, i] - want).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("S, K", [(2, 1), (4, 2), (4, 3), (8, 3)])
-def test_pairwise_fit_minimises_the_error_over_all_masks(S, K):
-    """The fitted matrices are a stationary point of the error of lost groups averaged over every
-    K-subset of the groups."""
-    v = torch.randn(
-        1, 300, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    ) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    rec = kv_router.Pairwise(1, 16, S, K).double()
-    rec.fit(v.mT @ v)
-
-    def error():
-        total = 0.0
-        for c in itertools.combinations(range(S), K):
-            mask = torch.zeros(1, 1, 300, S, dtype=torch.bool)
-            mask[..., list(c)] = True
-            dims = kv_router.spread(mask, 16)
-            total = total + ((rec.rebuild(v[None] * dims, mask) - v) * ~dims).square().mean()
-        return total
-
-    (grad,) = torch.autograd.grad(error(), [rec.weight])
-    fitted = float(error().detach())
-    with torch.no_grad():
-        rec.weight.add_(
-            0.05
-            * torch.randn(
-                rec.weight.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64
-            )
-        )
-    (off,) = torch.autograd.grad(error(), [rec.weight])
-    assert grad.abs().max() < 1e-3 * off.abs().max() and float(error().detach()) > fitted
 
 
 # -- the path, masked
@@ -387,7 +347,7 @@ def test_keep_all_equals_dense_exactly():
     reconstructor."""
     dense = tiny_model(dtype=torch.float32)
     want = dense(tokens(3, 57))
-    for kind in ("zero", "pairwise", "mlp", "linear"):
+    for kind in ("zero", "mlp"):
         model = grouped_model(
             dtype=torch.float32, n_groups=8, topk_groups=8, value_basis="native", reconstructor=kind
         )
@@ -402,7 +362,7 @@ def test_keep_all_equals_dense_whatever_the_maps(prefill):
     setting = dict(
         topk_groups=4,
         value_basis="output",
-        reconstructor="pairwise",
+        reconstructor="mlp",
         learn_basis=True,
         kv_tail=3,
         prefill=prefill,
@@ -469,9 +429,7 @@ def test_learned_maps_pass_gradcheck(setting):
 def test_learned_maps_are_only_the_language_models():
     """L_LM trains both maps; L_aux trains neither, though it is measured in their coordinates; an
     adapter beside them still learns."""
-    model = grouped_model(
-        fold=False, learn_basis=True, reconstructor="pairwise", value_basis="output"
-    )
+    model = grouped_model(fold=False, learn_basis=True, reconstructor="mlp", value_basis="output")
     lora.attach(model, AdapterConfig(adapter="lora", lora_dropout=0.0))
     randomise(torch.nn.ParameterList(lora.adapter_state(model).values()), 0.2)
     kv_router.trainable(model)
@@ -491,7 +449,10 @@ def test_learned_maps_are_only_the_language_models():
             }
         )
     lm, aux = ({n for n in names if "lora_" not in n} for names in reached)
-    assert lm == {"enc", "dec"} and aux == {"router.weight", "router.bias", "reconstructor.weight"}
+    rebuilding = {
+        f"reconstructor.{name}.{p}" for name in ("up", "down") for p in ("weight", "bias")
+    }
+    assert lm == {"enc", "dec"} and aux == {"router.weight", "router.bias"} | rebuilding
     assert len(reached[0] - lm) == 16 and not reached[1] - aux
 
 
@@ -600,7 +561,7 @@ def test_lm_loss_and_aux_loss_reach_only_their_own_parameters():
         model = grouped_model(
             fold=False,
             dtype=torch.float32,
-            reconstructor="pairwise",
+            reconstructor="mlp",
             lm_to_router=joined,
             kv_tail=tail,
         )
@@ -625,7 +586,7 @@ def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
     """L_aux of a layer equals a hand-made MSE between whole and routed values, and is the same for
     any split of the batch."""
     path = randomise(
-        kv_router.ValueGroupPath(TINY, KVConfig(**PAPER_LIKE, reconstructor="pairwise")).double(),
+        kv_router.ValueGroupPath(TINY, KVConfig(**PAPER_LIKE, reconstructor="mlp")).double(),
         0.3,
     ).train()
     x, q, k, v = qkv(path, B=4)
@@ -671,7 +632,7 @@ def test_uncompressed_layers_stay_dense_and_are_counted():
 def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit(learned):
     """state / load_state carry bases, trained ones too, routers and reconstructors; a missing,
     strange or non-finite tensor is refused by name."""
-    cfg = dict(value_basis="output", reconstructor="pairwise", learn_basis=learned)
+    cfg = dict(value_basis="output", reconstructor="mlp", learn_basis=learned)
     model = grouped_model(fold=False, **cfg)
     saved = {k: t.clone() for k, t in kv_router.state(model).items()}
     other = kv_router.attach(tiny_model(), KVConfig(**PAPER_LIKE, **cfg))
@@ -690,17 +651,14 @@ def test_state_round_trip_restores_logits_and_refuses_what_does_not_fit(learned)
             kv_router.load_state(kv_router.attach(tiny_model(), KVConfig(**PAPER_LIKE, **cfg)), bad)
 
 
-def test_set_kept_changes_the_budget_and_refuses_foreign_patterns():
-    """Any K works for zero, pairwise and mlp; the per-pattern reconstructor refuses another K, but
-    may keep everything."""
-    model = grouped_model(reconstructor="pairwise")
+def test_set_kept_changes_the_budget_and_refuses_what_is_no_budget():
+    """Any K of 1..S works for zero and mlp; others are refused."""
+    model = grouped_model(reconstructor="mlp")
     kv_router.set_kept(model, 4)
     assert kept(model, 9) == (1.0, 1.0)
-    bound = grouped_model(reconstructor="linear")
-    kv_router.set_kept(bound, 4)
-    for k in (0, 5, 3):
+    for k in (0, 5):
         with pytest.raises(ValueError, match="K="):
-            kv_router.set_kept(bound, k)
+            kv_router.set_kept(model, k)
 
 
 def test_cache_file_round_trip_continues_identically(tmp_path):

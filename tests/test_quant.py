@@ -792,7 +792,7 @@ def test_integers_are_refused_where_they_cannot_be():
         (dict(key_bits=4), "value_bits=16"),
         ({**four, "key_bits": 5}, "key_bits=5"),
         ({**four, "value_bits": 0}, "kv_bytes"),
-        ({**four, "reconstructor": "pairwise"}, "pairwise"),
+        ({**four, "reconstructor": "mlp"}, "mlp"),
         ({**four, "kv_sinks": -1}, "kv_sinks=-1"),
         ({**four, "prefill": "routed"}, "routed"),
         ({**four, "key_block": 48}, "key_block=48"),

@@ -44,8 +44,6 @@ STORED = {
     ),
     "linear": dict(prefill="exact", kv_tail=2),
     "static": dict(value_router="static", prefill="exact", kv_tail=1),
-    "patterns": dict(reconstructor="linear", prefill="exact", kv_tail=2, mask_scope="head"),
-    "pairwise": dict(reconstructor="pairwise", prefill="routed", kv_tail=3),
     "trained maps": dict(
         learn_basis=True,
         value_router="norm",
@@ -104,7 +102,6 @@ INTERPRETED = (
     "norm",
     "blocks",
     "linear",
-    "pairwise",
     "trained maps",
     "select",
     "int4",
@@ -273,7 +270,7 @@ def test_a_prompt_in_pieces_reads_itself_whole_and_what_came_before_as_stored():
     """at_once below the prompt's length: the same as calling the model piece by piece; without
     compression the same as in one piece."""
     x = tokens(2, 50).to(DEVICE)
-    for name in ("dense", "norm", "patterns"):
+    for name in ("dense", "norm", "linear"):
         model = made(name, torch.float32 if CUDA else torch.float64)
         tolerance = 1e-9 if not CUDA else 2e-3
         got, _ = prefill(model, x, 60, None, 13)

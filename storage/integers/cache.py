@@ -14,7 +14,7 @@ columns of a context."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -249,6 +249,13 @@ class IntPackedCache(PackedCache):
         more."""
         self.open = 0
         super().reserve(n_tokens)
+
+    @staticmethod
+    def join(caches: Sequence[IntPackedCache]) -> IntPackedCache:
+        """See PackedCache.join. Sequences that may still fill their first tokens go on doing so."""
+        out = PackedCache.join(caches)
+        out.open = max(c.open for c in caches)
+        return out
 
     def packed(self) -> Packed:
         """The packed part, as kernels.packed_attention reads it."""

@@ -1,9 +1,9 @@
 """Attention over integers of 4 and 8 bits and over levels, word by word: a Triton kernel.
 
 Unpacking is what reading integers costs, so this kernel does little of it. The bits of a code,
-alone in a bfloat16 whose other bits are zeros, are that multiple of the smallest subnormal, exactly,
-and tensor cores multiply subnormals: a code becomes a number by a mask. What a number is besides
-its code, (code - 2^(b-1)) * step + middle, is done elsewhere:
+alone in a bfloat16 whose other bits are zeros, are that multiple of the smallest subnormal, and
+tensor cores multiply subnormals exactly: a code becomes a number by a mask. What a number is
+besides its code, (code - 2^(b-1)) * step + middle, is done elsewhere:
 
 * steps of keys go into the queries, steps of values into the weights;
 * 2^(b-1) too much in every code is summed by a product of its own, exactly, and taken off;

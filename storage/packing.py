@@ -339,11 +339,11 @@ def _pack_kernel(
 
     if segment % G == 0:
         first = tl.load(token_at_ptr + segment * n_blocks)  # token of the segment
-        to = first // G + token - first
+        mask_slot = first // G + token - first
         word = tl.sum(kept.to(tl.int64) << group[None, :], 1).to(bits_ptr.dtype.element_ty)
-        tl.store(bits_ptr + to, word, mask=here > 0)
-        row = (row - tl.load(row_at_ptr + segment * n_blocks)).to(tl.int32)
-        tl.store(rows_before_ptr + to, row, mask=here > 0)
+        tl.store(bits_ptr + mask_slot, word, mask=here > 0)
+        of_segment = (row - tl.load(row_at_ptr + segment * n_blocks)).to(tl.int32)
+        tl.store(rows_before_ptr + mask_slot, of_segment, mask=here > 0)
 
 
 def pack_values(

@@ -33,6 +33,7 @@ storage/pieces.py, `impl` is explained in storage/kernel_base.py, letters in sto
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -53,13 +54,7 @@ from storage.kernel_base import (
 from storage.layout import PackedView, WindowView, merge_softmax, packed_attention_ref
 from storage.pieces import Variant, attend_in_pieces, find_piece, segment_pieces, store_rows
 
-__all__ = [
-    "append_packed",
-    "append_window",
-    "attend_view",
-    "can_append",
-    "packed_attention",
-]
+__all__ = ["append_packed", "append_window", "attend_view", "can_append", "packed_attention"]
 
 # -------------------- the smallest kernel: store one token
 
@@ -477,4 +472,4 @@ def attend_view(q: Tensor, view: Any) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(q), nothing.fill_(float("-inf"))
     if len(parts) == 1:
         return parts[0]
-    return merge_softmax(*parts), torch.stack([lse for _, lse in parts]).logsumexp(0)
+    return merge_softmax(*parts), reduce(torch.logaddexp, [lse for _, lse in parts])

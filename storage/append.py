@@ -207,6 +207,8 @@ def append_packed(
     skip   (B,), above 0 for a sequence without a new token; None: all have one"""
     B, Hkv, _, D = k.shape
     Hm = packed.mask_base.size(1)
+    route = None if route is None else route.contiguous()
+    skip = None if skip is None else skip.contiguous()
     if packed.ints is not None:
         from storage.integers.append import quantise_block  # loaded where there are integers only
 
@@ -216,7 +218,7 @@ def append_packed(
     _append_packed_kernel[(B,)](
         k,
         v,
-        None if route is None else route.contiguous(),
+        route,
         enc,
         skip,
         packed.keys,

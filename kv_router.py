@@ -110,6 +110,16 @@ def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Ten
     return fwd * scale, bwd / scale
 
 
+def read_metric(attn: nn.Module) -> Tensor:
+    """Return M (Hkv, D, D) float64 with z^T M z the squared norm that o_proj writes for coordinates
+    z, summed over the query heads of a KV head."""
+    path = attn.kv_path
+    w = attn.o_proj.weight.double().view(-1, path.Hkv, attn.n_head // path.Hkv, path.D)
+    metric = torch.einsum("ehnd,ehnf->hdf", w, w)
+    dec = path.basis()[1].to(w.device)
+    return metric if path.folded else dec @ metric @ dec.mT
+
+
 @torch.no_grad()
 def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
     """Fold z = v @ fwd into what writes it (v_proj's weight, bias, lora_B) and what reads it
@@ -249,9 +259,11 @@ class ValueGroupPath(nn.Module):
         return self.k == self.S
 
     def maps(self) -> ValueBasis:
-        """Return the maps that this path applies itself."""
-        if self.keep_all:
-            return ValueBasis()
+        """Return the maps that this path applies itself; none where every group is kept."""
+        return ValueBasis() if self.keep_all else self.own_maps()
+
+    def own_maps(self) -> ValueBasis:
+        """Return the maps that are not folded into the projections."""
         if not self.folded:
             return ValueBasis(self.enc, self.dec)
         return ValueBasis(self.enc if self.cfg.learn_basis else None, None)

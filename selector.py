@@ -1,10 +1,10 @@
-"""Query-aware selection (arXiv 2604.21335, 3.2): which tokens of a prompt, and which groups of their
-values, are worth storing.
+"""Query-aware selection (arXiv 2604.21335, 3.2): which tokens of a prompt, and which groups of
+their values, are worth storing.
 
-The problem: after a long prompt most of its cache is hardly read. The idea: a prompt is a *context* and
-a *query region*, its last `kv_tail` tokens, which stay whole, as everything generated does. From what
-the query region and earlier queries look at one guesses how much each context token will be read, its
-relevance alpha (selection/). A (token j, group g) pair of the context then scores
+The problem: after a long prompt most of its cache is hardly read. The idea: a prompt is a *context*
+and a *query region*, its last `kv_tail` tokens, which stay whole, as everything generated does.
+From what the query region and earlier queries look at one guesses how much each context token will
+be read, its relevance alpha (selection/). A (token j, group g) pair of the context then scores
 
     s_jg = alpha_j^hedge * || v_j^(g) ||          (12, 13; the paper has hedge = 1)
 
@@ -18,22 +18,22 @@ scores the lower layer and head wins, then the earlier token, then the lower gro
     model.decode(next_ids, cache)                 # reads it
 
 Ways to spend a budget: tokens first (--token_keep, by any token-level method), then groups of the
-survivors (--value_keep); or both at once (--kv_keep), where a token pays for its key and for its groups;
-or in bytes (--kv_bytes), where every group gets a number of bits, too. A budget belongs to every head, to
-a layer, or to all layers and heads together (one threshold). Across layers scores are weighed by what a
-value writes to the residual stream (output_gain) and by how much the loss feels it there
-(layer_sensitivity), both measured once on calibration text.
+survivors (--value_keep); or both at once (--kv_keep), where a token pays for its key and for its
+groups; or in bytes (--kv_bytes), where every group gets a number of bits, too. A budget belongs to
+every head, to a layer, or to all layers and heads together (one threshold). Across layers scores
+are weighed by what a value writes to the residual stream (output_gain) and by how much the loss
+feels it there (layer_sensitivity), both measured once on calibration text.
 
-Open in the paper, our reading: the designated layer of a shared mask is the first compressed one in a
-routed prefill, the mean over all compressed ones in an exact one; `observed` uses each layer's own
-queries and keys, which exist before any routed value is read.
+Open in the paper, our reading: the designated layer of a shared mask is the first compressed one in
+a routed prefill, the mean over all compressed ones in an exact one; `observed` uses each layer's
+own queries and keys, which exist before any routed value is read.
 
-Letters: storage/layout.py; L compressed layers, C context columns, Lm mask layers (1 if shared, else L).
-"""
+Letters: storage/layout.py; L compressed layers, C context columns, Lm mask layers (1 if shared,
+else L)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -88,8 +88,8 @@ class SeenLayer(NamedTuple):
 
 
 class Selector(nn.Module):
-    """What the paths of a model share: settings, predictors and the layers' weights. Nothing of a prompt
-    is kept here: that lies in the cache which the prompt goes into (PromptState)."""
+    """What the paths of a model share: settings, predictors and the layers' weights. Nothing of a
+    prompt is kept here: that lies in the cache which the prompt goes into (PromptState)."""
 
     def __init__(self, model: Transformer, kv: KVConfig, cfg: SelectConfig):
         super().__init__()
@@ -133,8 +133,8 @@ class Selector(nn.Module):
         return planned(self.kv, self.cfg.kv_bytes)
 
     def set(self, cfg: SelectConfig) -> None:
-        """Choose by these settings from now on; caches that exist stay as they are. Raises ValueError
-        for a predictor it does not have, or what a routed prefill cannot do."""
+        """Choose by these settings from now on; caches that exist stay as they are. Raises
+        ValueError for a predictor it does not have, or what a routed prefill cannot do."""
         check_trained(cfg, self.predictors)
         waits = self.kv.prefill == "routed" and self.kv.mask_scope != "shared"
         check(
@@ -161,7 +161,8 @@ class Selector(nn.Module):
     # -------------------- scores
 
     def per_mask(self, t: Tensor) -> Tensor:
-        """Average (L, B, Hkv, ...) over the heads and layers that share a mask: (Lm, B, Hm, ...)."""
+        """Average (L, B, Hkv, ...) over the heads and layers that share a mask: (Lm, B, Hm,
+        ...)."""
         if self.kv.mask_scope != "head":
             t = t.mean(2, keepdim=True)
         return t.mean(0, keepdim=True) if self.kv.mask_scope == "shared" else t
@@ -183,8 +184,8 @@ class Selector(nn.Module):
         return self.per_mask(norm.square()).sqrt()
 
     def relevance(self, prompt: Prompt, name: str) -> Tensor:
-        """Return a signal's alpha, (Lm or 1, B, Hm or 1, C); of `predictor` the weighed scores of pairs
-        themselves, (Lm, B, Hm, C, S)."""
+        """Return a signal's alpha, (Lm or 1, B, Hm or 1, C); of `predictor` the weighed scores of
+        pairs themselves, (Lm, B, Hm, C, S)."""
         if name in PLAIN:
             return self.per_mask(PLAIN[name](prompt, self.cfg))
         predictor = self.predictors[name]
@@ -332,9 +333,7 @@ class Selector(nn.Module):
         if self.kv.mask_scope != "shared" and not self.stored.ints:
             # all layers at once: thirty times fewer kernels
             keys = prompt.keys[..., :C, :]
-            pack_layers(
-                caches, keys, prompt.values, selection.keep, selection.mask, prompt.valid
-            )
+            pack_layers(caches, keys, prompt.values, selection.keep, selection.mask, prompt.valid)
         rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         first = None
         for i, layer in enumerate(seen):
@@ -344,8 +343,8 @@ class Selector(nn.Module):
                 first = first or layer.cache
 
     def watch(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
-        """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx (B, T)
-        that reads whole values."""
+        """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
+        (B, T) that reads whole values."""
         layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
         seen = []
 
@@ -364,8 +363,8 @@ class Selector(nn.Module):
         n_prompt: int,
         pad: Tensor | None = None,
     ) -> tuple[Prompt, Tensor]:
-        """Return the prompt idx[:, :n_prompt], and the attention on its context of the tokens after it
-        (of its query region where there are none), (L, B, Hkv, C)."""
+        """Return the prompt idx[:, :n_prompt], and the attention on its context of the tokens after
+        it (of its query region where there are none), (L, B, Hkv, C)."""
         check(
             n_context < n_prompt,
             "a query region of 0 tokens",
@@ -415,8 +414,8 @@ def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
 class SelectPath(ValueGroupPath):
     """One layer that stores what the selector keeps of a prompt, and everything after it whole.
 
-    The first prefill into a cache is the prompt. Without a cache values are whole, or as masked_replay
-    prescribes."""
+    The first prefill into a cache is the prompt. Without a cache values are whole, or as
+    masked_replay prescribes."""
 
     reads_pieces = False  # a prompt is chosen from as a whole
 
@@ -475,8 +474,8 @@ class SelectPath(ValueGroupPath):
         return self._prefill_routed(seen, n_pad)
 
     def _prefill_routed(self, seen: SeenLayer, n_pad: Tensor | None) -> Tensor:
-        """Choose as soon as a layer (the first, where masks are shared) has seen the prompt, and read
-        what was chosen."""
+        """Choose as soon as a layer (the first, where masks are shared) has seen the prompt, and
+        read what was chosen."""
         s = self.selector
         state = seen.cache.prompt
         shared = self.cfg.mask_scope == "shared"
@@ -505,7 +504,8 @@ class SelectPath(ValueGroupPath):
         first: RaggedCache | None = None,
         query_moment: Tensor | None = None,
     ) -> None:
-        """Pack the chosen part of the context, unless that is done, and append the query region whole.
+        """Pack the chosen part of the context, unless that is done, and append the query region
+        whole.
 
         first: the cache whose masks this one shares; query_moment: see RaggedCache.pack."""
         cache = seen.cache
@@ -536,7 +536,8 @@ class SelectPath(ValueGroupPath):
 
     def _masked(self, q, k, v, z: Tensor, keep: Tensor, mask: Tensor, pad) -> Tensor:
         """Attend, full-size and differentiable, to routed values of the context, z (B, Hkv, C, D)
-        encoded, and whole ones after it; in an exact prefill context and query region read whole values.
+        encoded, and whole ones after it; in an exact prefill context and query region read whole
+        values.
 
         keep (B, Hm, C), mask (B, Hm, C, S)."""
         B, H, T, _ = q.shape
@@ -579,15 +580,14 @@ def attach(
     batches: list[Tensor] | None = None,
     seed: int = 0,
 ) -> Transformer:
-    """Give the chosen layers selecting paths and the model its `selector`, in place. Returns the model.
+    """Give the chosen layers selecting paths and the model its `selector`, in place. Returns the
+    model.
 
     batches: token ids (B, T) that calibrate bases and weights; None leaves that to load_state."""
     kv.check_model(model.cfg)
     selector = Selector(model, kv, cfg)
     index = iter(range(selector.L))
-    kv_router.attach(
-        model, kv, batches, seed, lambda m, c: SelectPath(m, selector, next(index))
-    )
+    kv_router.attach(model, kv, batches, seed, lambda m, c: SelectPath(m, selector, next(index)))
     model.selector = selector.to(model.norm.weight.device)
     if batches is not None:
         selector.calibrate(model, batches)
@@ -622,8 +622,8 @@ def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
 
 @contextmanager
 def with_oracle(model: Transformer, idx: Tensor, n_prompt: int, pad: Tensor | None = None):
-    """Let `oracle` relevance of the prompt idx[:, :n_prompt], inside the `with`, be the attention that
-    the rest of idx (B, T) pays it, or its own query region where there is no rest (12).
+    """Let `oracle` relevance of the prompt idx[:, :n_prompt], inside the `with`, be the attention
+    that the rest of idx (B, T) pays it, or its own query region where there is no rest (12).
 
     Nothing happens where no signal asks for it."""
     s = selector_of(getattr(model, "model", model))
@@ -641,8 +641,8 @@ def with_oracle(model: Transformer, idx: Tensor, n_prompt: int, pad: Tensor | No
 
 @contextmanager
 def masked_replay(model: Transformer, selection: Selection, n_context: int):
-    """Let uncached forwards inside the `with` read the context's first n_context columns as `selection`
-    keeps them: the masked execution."""
+    """Let uncached forwards inside the `with` read the context's first n_context columns as
+    `selection` keeps them: the masked execution."""
     s = selector_of(model)
     s.replayed = selection, n_context
     try:

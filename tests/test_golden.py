@@ -26,7 +26,7 @@ import lora
 import mixsga
 import selector
 from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
-from model import generate, prefill
+from generate import generate, prefill
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -166,7 +166,7 @@ def decoded(model: torch.nn.Module, prompts: list[list[int]]) -> dict:
     after = tokens(len(prompts), NEW, seed=5)
     with torch.no_grad():
         logits, kept = prefill(model, idx, n + NEW, pad if pad.any() else None)
-        seen = torch.stack([logits, *(model(t, kept)[:, -1] for t in after.split(1, 1))])
+        seen = torch.stack([logits, *(model.decode(t, kept)[:, -1] for t in after.split(1, 1))])
     return {
         "ids": ids,
         "nbytes": cache.nbytes(),

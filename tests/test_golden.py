@@ -25,6 +25,7 @@ import kv_router
 import lora
 import mixsga
 import selector
+from baselines import shared_heads
 from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
 from generate import generate, prefill
 
@@ -122,7 +123,7 @@ def sharing(name: str, dtype: torch.dtype) -> torch.nn.Module:
     """tiny_model of eight KV heads that share as SHARED says, random routers."""
     kv, mix = SHARED[name]
     model = tiny_model(dtype=dtype, cfg=replace(TINY, n_head=8, n_kv_head=8))
-    mixsga.attach(model, KVConfig(**kv), MixConfig(**mix))
+    shared_heads.attach(model, KVConfig(**kv), MixConfig(**mix))
     torch.manual_seed(7)
     for path in mixsga.experts(model):
         if path.router is not None:

@@ -6,14 +6,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import TINY, error_line, grouped_model, tiny_model, tokens
+from storage.integers.cache import IntPackedCache, IntSelectedCache
 from views import normal, uniform_by_hand
 
 import kv_router
 import mixsga
+from baselines import shared_heads
 from config import KVConfig, MixConfig
 from model import KVCache, generate
 from storage.integers import format as quant
-from storage.integers.cache import IntPackedCache, IntSelectedCache
 from storage.kernel_base import triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -382,7 +383,7 @@ def test_experts_hold_integers(tmp_path):
     cfg = TINY.__class__(**{**TINY.__dict__, "n_head": 4, "n_kv_head": 4})
     idx = tokens(2, 140)
     model = (
-        mixsga.attach(
+        shared_heads.attach(
             tiny_model(cfg=cfg), KVConfig(kv="mixsga", kv_tail=5), MixConfig(expert_ratios="1:1:2")
         )
         .double()
@@ -402,8 +403,8 @@ def test_experts_hold_integers(tmp_path):
             got, cache = decoded()
             errors.append((got - want).abs().mean().item())
             assert cache.nbytes() < 0.55 * whole.nbytes()
-            assert mixsga.kept_shares(model, cache) == pytest.approx(
-                mixsga.kept_shares(model, whole), rel=0.01
+            assert shared_heads.kept_shares(model, cache) == pytest.approx(
+                shared_heads.kept_shares(model, whole), rel=0.01
             )
             for part in cache.layers[0].parts:
                 assert not (part.n_packed % 16).any() and (part.n_tail < 16).all()
@@ -422,7 +423,7 @@ def test_experts_hold_integers(tmp_path):
         KVConfig, kv="select", n_groups=64, key_bits=4, value_bits=0
     )
     assert "whole numbers" in error_line(
-        mixsga.attach,
+        shared_heads.attach,
         tiny_model(cfg=cfg),
         KVConfig(kv="mixsga", key_bits=4, value_bits=4),
         MixConfig(),

@@ -4,7 +4,7 @@
   piece of one head's tokens, each kept byte once, and leaves a softmax of its own; `_merge_kernel`
   joins the pieces by their log-sum-exp. Group g of token t lies in row offset(t) + popcount(mask_t
   & ((1 << g) - 1)) (layout.py), so the address of a value is computed per group, and loads stay 16
-  bytes wide. Integers are read as they are stored, too (int_attention.py).
+  bytes wide. Integers are read as they are stored, too (storage/integers/).
 
 Letters: B sequences, H heads, Hkv KV heads, Hm mask heads (1 or Hkv), n = H/Hkv, D head dimension,
 S groups, d = D/S, T queries, W tail slots, P sums, R = P T n rows of queries that share a KV head.

@@ -664,7 +664,7 @@ def paths(model: nn.Module) -> dict[str, ValueGroupPath]:
 
 def set_kept(model: nn.Module, k: int) -> None:
     """Let every value-group path keep k groups per token from now on. Raises ValueError out of
-    1..S, or for a reconstructor bound to its K."""
+    1..S."""
     for path in paths(model).values():
         check(1 <= k <= path.S, f"K={k}", f"1..{path.S}", "choose a K in that range")
         path.k = k

@@ -41,7 +41,7 @@ from config import ModelConfig
 from kernels import packed_attention
 from storage.append import append_tail
 from storage.kernel_base import triton
-from storage.layout import at_least_float32
+from storage.layout import at_least_float32, storage_bytes
 from storage.views import Tail
 
 
@@ -109,18 +109,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attention_mask(T, L, pad, q.device), enable_gqa=gqa
-    )
-
-
-def storage_bytes(tensors) -> int:
-    """Bytes of the storages behind the tensors, each storage once. Empty tensors are left out: read
-    from a file they have the address of another one, which they would hide."""
-    return sum(
-        {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in tensors
-            if t.numel()
-        }.values()
     )
 
 

@@ -74,3 +74,15 @@ def long_cumsum(x: Tensor, block: int = 1024) -> Tensor:
     blocks = F.pad(x, (0, -x.size(-1) % block)).unflatten(-1, (-1, block)).cumsum(-1)
     before = blocks[..., -1].cumsum(-1) - blocks[..., -1]
     return (blocks + before.unsqueeze(-1)).flatten(-2)[..., : x.size(-1)]
+
+
+def storage_bytes(tensors) -> int:
+    """Bytes of the storages behind the tensors, each storage once. Empty tensors are left out: read
+    from a file they have the address of another one, which they would hide."""
+    return sum(
+        {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for t in tensors
+            if t.numel()
+        }.values()
+    )

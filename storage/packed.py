@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig, check
-from model import storage_bytes
 from storage.append import append_packed
-from storage.layout import bits_to_mask, mask_dtype, mask_to_bits, tile_size
+from storage.layout import bits_to_mask, mask_dtype, mask_to_bits, storage_bytes, tile_size
 from storage.packing import pack_values
 from storage.views import Packed, Tail
 

@@ -2,7 +2,7 @@
 of kernels.py.
 
 Group g of token t lies in row offset(t) + popcount(mask_t & ((1 << g) - 1)) (layout.py). Keys and
-rows may be integers (quant.py).
+rows may be integers (storage/integers/format.py).
 
 Letters: B sequences, H heads, Hkv KV heads, Hm mask heads (1 or Hkv), n = H/Hkv, D head dimension,
 S groups, d = D/S, T queries, W tail slots, P sums."""

@@ -28,6 +28,41 @@ TINY = ModelConfig(
 # unless a test says otherwise
 PAPER_LIKE = dict(prefill="routed", value_router="linear", mask_scope="layer", kv_tail=0)
 
+BY_NORM = dict(value_router="norm", mask_scope="head", prefill="exact")
+INT4 = dict(key_bits=4, value_bits=4, key_block=16)
+STORED_GROUPS = {  # ways to store value groups: KVConfig over PAPER_LIKE
+    "norm": dict(**BY_NORM, value_basis="output", kv_tail=4),
+    "no tail": dict(**BY_NORM, kv_tail=0),
+    "blocks": dict(
+        value_router="norm", prefill="exact", kv_tail=3, kv_tail_block=4, n_groups=8, topk_groups=3
+    ),
+    "linear": dict(prefill="exact", kv_tail=2),
+    "static": dict(value_router="static", prefill="exact", kv_tail=1),
+    "trained maps": dict(**BY_NORM, learn_basis=True, value_basis="output", kv_tail=2),
+    "some layers": dict(**BY_NORM, kv_tail=4, kv_layers="1"),
+    "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
+    "int4": dict(**BY_NORM, **INT4, topk_groups=4, kv_tail=2),
+    "int4, half": dict(**BY_NORM, **INT4, kv_tail=2),
+    "int2": dict(
+        value_router="norm",
+        topk_groups=4,
+        prefill="exact",
+        kv_tail=2,
+        key_bits=2,
+        value_bits=2,
+        key_block=16,
+    ),
+    "int8 and int4, whole": dict(
+        value_router="norm",
+        topk_groups=4,
+        prefill="exact",
+        kv_tail=1,
+        key_bits=8,
+        value_bits=4,
+        key_block=16,
+    ),
+}
+
 
 def randomise(module: torch.nn.Module, std: float = 0.3) -> torch.nn.Module:
     """Every parameter drawn anew, norms and biases too: zeros hide errors."""

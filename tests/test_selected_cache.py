@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import DenseCache, KVCache, storage_bytes
-from storage.layout import tile_size
+from model import DenseCache, KVCache
+from storage.layout import storage_bytes, tile_size
 from storage.packed import SelectedCache
 
 TILE = tile_size(4)  # where a test says no other S

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import TINY, grouped_model, randomise, tiny_model, tokens
+from helpers import STORED_GROUPS, TINY, grouped_model, randomise, tiny_model, tokens
 
 import kernels
 import kv_router
@@ -27,74 +27,7 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")]
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 pytestmark = pytest.mark.skipif(triton is None, reason="steps need triton")
 
-STORED = {
-    "dense": None,
-    "norm": dict(
-        value_router="norm", mask_scope="head", value_basis="output", prefill="exact", kv_tail=4
-    ),
-    "no tail": dict(value_router="norm", mask_scope="head", prefill="exact", kv_tail=0),
-    "blocks": dict(
-        value_router="norm",
-        mask_scope="layer",
-        prefill="exact",
-        kv_tail=3,
-        kv_tail_block=4,
-        n_groups=8,
-        topk_groups=3,
-    ),
-    "linear": dict(prefill="exact", kv_tail=2),
-    "static": dict(value_router="static", prefill="exact", kv_tail=1),
-    "trained maps": dict(
-        learn_basis=True,
-        value_router="norm",
-        value_basis="output",
-        mask_scope="head",
-        prefill="exact",
-        kv_tail=2,
-    ),
-    "some layers": dict(
-        value_router="norm", mask_scope="head", prefill="exact", kv_tail=4, kv_layers="1"
-    ),
-    "whole": dict(topk_groups=4, prefill="exact", kv_tail=2),
-    "int4": dict(
-        value_router="norm",
-        mask_scope="head",
-        topk_groups=4,
-        prefill="exact",
-        kv_tail=2,
-        key_bits=4,
-        value_bits=4,
-        key_block=16,
-    ),
-    "int4, half": dict(
-        value_router="norm",
-        mask_scope="head",
-        prefill="exact",
-        kv_tail=2,
-        key_bits=4,
-        value_bits=4,
-        key_block=16,
-    ),
-    "int2": dict(
-        value_router="norm",
-        topk_groups=4,
-        prefill="exact",
-        kv_tail=2,
-        key_bits=2,
-        value_bits=2,
-        key_block=16,
-    ),
-    "int8 and int4, whole": dict(
-        value_router="norm",
-        topk_groups=4,
-        prefill="exact",
-        kv_tail=1,
-        key_bits=8,
-        value_bits=4,
-        key_block=16,
-    ),
-    "MoE-LoRA": None,
-}
+STORED = {"dense": None, **STORED_GROUPS, "MoE-LoRA": None}
 # the slow way, too
 INTERPRETED = (
     "dense",

@@ -1,4 +1,4 @@
-"""Triton kernels for integers in the packed cache (quant.py has the formats,
+"""Triton kernels for integers in the packed cache (format.py has the formats,
 stored.packed_attention_ref is the specification).
 
 * `int_attention_kernel`: attention over 4 and 8 bits as they are stored, word by word: a code

@@ -1,5 +1,5 @@
-"""The packed caches of packed_cache.py with keys and values as integers (quant.py): what is added
-to them, and nothing else.
+"""The packed caches of storage/packed.py with keys and values as integers (format.py): what is
+added to them, and nothing else.
 
 * IntSelectedCache: a context quantised once, at uniform bits or with a level for every group; what
   follows stays whole in the tail.

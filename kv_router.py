@@ -1,32 +1,42 @@
-"""Value-group KV routing (arXiv 2604.21335, 3.1.2, equations 4-7 and 14-15) and the packed cache
-that stores only what it keeps.
+"""Value-group KV routing (arXiv 2604.21335, 3.1.2): of every token only K of the S groups of its
+value are stored.
 
-A head's value is cut into S groups of D/S neighbouring dimensions. A router picks K groups per
-token; only those are cached, and the dropped ones are rebuilt from them when read (or stay zero).
-Keys are whole. Kept: (1 + K/S) / 2 of a layer's KV.
+The problem: a cache holds a key and a value for every token, D numbers each and head. The idea: cut
+a value into S groups of D/S neighbours, let a router pick the K that matter, store those, and read
+zeros (or what a reconstructor makes of the kept ones) in place of the others. Keys stay whole. With
+router logits a(x), equations 4 to 7 are
+
+    m = top-K mask of a(x)                         (4, 5) v_read = m * v + (1 - m) * R(m * v)
+    (6, 7)      kept of keys and values: (1 + K/S) / 2
+
+and the loss is L_LM + aux_weight * L_aux with L_aux = MSE(R's whole value, v) (14, 15).
+
+Which K groups lose least depends on the coordinates that are cut. Any invertible map of V folds
+exactly into W_v, its bias and W_o (values carry no RoPE), so groups may be cut in a basis that
+sorts energy: native | random | pca | output (pca of what W_o reads, weighted by how much it reads).
+
+    model = Transformer(ModelConfig()) attach(model, KVConfig(n_groups=4, topk_groups=2),
+    batches=[idx])    # calibrates basis and router fold(model)
+    # the basis goes into W_v and W_o cache = model.new_cache(batch=1, max_len=64)
+    model.prefill(idx, cache)                                           # stores K groups of every
+    token
+
+Two executions give the same logits: *masked* (full-size tensors, differentiable; `forward`) and
+*packed* (only what is kept exists; `prefill`, `decode`). Without a cache every earlier token is
+read as routed: decode mode, what token-by-token decoding gives.
 
 Beyond the paper:
-* value basis: any invertible change of basis of V folds exactly into W_v, its bias and W_o (values
-  carry no RoPE), so groups may be cut in a basis that sorts energy: native | random | pca | output
-  (pca of what W_o reads, weighted by how much it reads).
 * router `norm`: keep the groups of largest norm, no parameters (`static`, the first K for every
-  token, is the ablation); mask per layer (the paper) or per KV head. The learned router starts from
-  a ridge regression of group energies on the layer's input, not from noise.
+  token, is the ablation); a mask per layer (the paper) or per KV head. The learned router starts
+  from a ridge regression of group energies on the layer's input, not from noise.
 * learn_basis: the maps into and out of the basis are trained, each for itself, so that what is read
-  is the best linear guess of the value from the groups kept. They still fold: a token is encoded
-  once, when it is packed, and decoding stays free.
-* the packed cache: dropped groups are not stored at all. `ValueGroupPath` with a cache runs
-  *packed*, without one *masked*; the logits agree (tested). Without a cache every earlier token is
-  read as routed: decode mode, what token-by-token decoding gives.
+  is the best linear guess of the value from the groups kept. They still fold.
 
-Open in the paper, our reading: top-K is passed by a straight-through softmax; L_aux = MSE(rebuilt
-V, V) with V detached, and its router input too; the language-model loss sees router and
-reconstructor as constants unless lm_to_router.
+Open in the paper, our reading: top-K is passed by a straight-through softmax; v is detached in
+L_aux, and so is the router's input; the language-model loss sees router and reconstructor as
+constants unless lm_to_router.
 
-Letters: B batch, T new tokens, L all tokens, H, Hkv heads, D head dimension, S groups, K kept, d =
-D/S, n = H/Hkv.
-
-    python train.py --stage=adapt --kv=value_groups --value_basis=output --init_from=out/...
+Letters: storage/layout.py.
 """
 
 from __future__ import annotations
@@ -41,21 +51,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig, ModelConfig, check
-from kernels import packed_attention
-from model import DensePath, attend, attention_mask, evaluating
-from reconstruct import MLP, Zero, fill, spread
-from storage.append import can_append
-from storage.integers.cache import IntPackedCache
-from storage.layout import at_least_float32, top_k_mask
-from storage.packed import PackedCache, compressed
+from kernels import attend_view, can_append, packed_attention
+from model import DensePath, attend, attention_mask, evaluating, record_layers
+from storage.cache import CacheView, NewTokens
+from storage.integers.codecs import codec_of
+from storage.layout import (
+    PackedView,
+    at_least_float32,
+    expand_mask,
+    group_energy,
+    merge_softmax,
+    top_k_mask,
+)
+from storage.packed import PackedCache, ValueBasis, packed_count
 from storage.state import copy_tensors
-from storage.views import Packed, Tail, merged
 
 # queries at a time where attention weights are formed in full
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}
 
 
-# ----------------------------------------------------------------------------- value bases
+# -------------------- value bases
 
 
 @torch.no_grad()
@@ -93,6 +108,16 @@ def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Ten
     bwd = u.mT @ inverse
     scale = (D * Hkv / fwd.square().sum()).sqrt()
     return fwd * scale, bwd / scale
+
+
+def read_metric(attn: nn.Module) -> Tensor:
+    """Return M (Hkv, D, D) float64 with z^T M z the squared norm that o_proj writes for coordinates
+    z, summed over the query heads of a KV head."""
+    path = attn.kv_path
+    w = attn.o_proj.weight.double().view(-1, path.Hkv, attn.n_head // path.Hkv, path.D)
+    metric = torch.einsum("ehnd,ehnf->hdf", w, w)
+    dec = path.basis()[1].to(w.device)
+    return metric if path.folded else dec @ metric @ dec.mT
 
 
 @torch.no_grad()
@@ -133,18 +158,41 @@ def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
                 )
 
 
-# ----------------------------------------------------------------------------- the KV path
+# -------------------- what stands for a dropped group
+
+
+class MLPReconstructor(nn.Module):
+    """The paper's R (equation 7): a two-layer GELU MLP from a layer's kept groups, zeros elsewhere,
+    and its mask bits to its whole value, run for every cached token at every read."""
+
+    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, hidden: int):
+        super().__init__()
+        width = n_kv_head * head_dim
+        self.up = nn.Linear(width + mask_heads * n_groups, hidden or width)
+        self.down = nn.Linear(hidden or width, width)
+        nn.init.zeros_(self.down.weight)  # starts as zero fill
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, kept: Tensor, mask: Tensor) -> Tensor:
+        """Rebuild values from kept (B, Hkv, T, D), zeros where dropped, and mask (B, Hm, T, S)."""
+        B, Hkv, T, D = kept.shape
+        values = kept.transpose(1, 2).flatten(2)
+        bits = mask.transpose(1, 2).flatten(2).to(kept.dtype)
+        out = self.down(F.gelu(self.up(torch.cat((values, bits), -1))))
+        return out.view(B, T, Hkv, D).transpose(1, 2)
+
+
+# -------------------- the KV path
 
 
 class ValueGroupPath(nn.Module):
-    """Fixed top-K value groups on one layer (eqs 4-7): routed values in training and evaluation,
-    packed storage with a cache.
+    """Fixed top-K value groups on one layer (equations 4-7).
 
-    A routed value is decode(mask * encode(v)), a whole one v itself, so keeping everything is
-    dense, exactly. Before `fold` encode is v @ enc and decode @ dec; after it W_o holds dec and W_v
-    its inverse, and encode is @ (dec enc), nothing at all while that is one."""
+    A routed value is decode(mask * encode(v)); a whole one is v itself, so keeping every group is
+    dense, exactly. Before `fold` encode is v @ enc and decode is z @ dec. After it W_o holds dec
+    and W_v its inverse, and encode is @ (dec enc): nothing at all while that is one."""
 
-    reads_chunks = True
+    reads_pieces = True  # a prompt may come in pieces
 
     def __init__(self, model_cfg: ModelConfig, cfg: KVConfig):
         super().__init__()
@@ -155,51 +203,45 @@ class ValueGroupPath(nn.Module):
         self.S = cfg.n_groups
         self.k = cfg.topk_groups
         self.mask_heads = self.Hkv if cfg.mask_scope == "head" else 1
-        self.rows = model_cfg.n_head // model_cfg.n_kv_head
         self.folded = False
         if cfg.learn_basis:
-            self.enc, self.dec = (
-                nn.Parameter(torch.empty(self.Hkv, self.D, self.D)) for _ in range(2)
-            )
-        # "cpu": paths are counted on meta tensors, too
+            self.enc = nn.Parameter(torch.empty(self.Hkv, self.D, self.D))
+            self.dec = nn.Parameter(torch.empty(self.Hkv, self.D, self.D))
+        # on the CPU also where parameters are counted on meta tensors
         eye = torch.eye(self.D, dtype=torch.float64, device="cpu").repeat(self.Hkv, 1, 1)
         self.set_basis(eye, eye)
-        self.router = (
-            nn.Linear(model_cfg.n_embd, self.mask_heads * self.S)
-            if cfg.value_router == "linear"
-            else None
-        )
-        args = (self.Hkv, self.D, self.S)
-        self.reconstructor = {
-            "zero": lambda: Zero(),
-            "mlp": lambda: MLP(*args, self.mask_heads, cfg.recon_hidden),
-        }[cfg.reconstructor]()
-        self.aux_loss: Tensor | None = None  # L_aux of the last training forward
-        # mask of the last uncached forward while `record` is on
-        self.last_mask: Tensor | None = None
+        self.router = None
+        if cfg.value_router == "linear":
+            self.router = nn.Linear(model_cfg.n_embd, self.mask_heads * self.S)
+        self.reconstructor = None  # zeros stand for a dropped group
+        if cfg.reconstructor == "mlp":
+            sizes = (self.Hkv, self.D, self.S, self.mask_heads)
+            self.reconstructor = MLPReconstructor(*sizes, cfg.recon_hidden)
+        self.losses: dict[str, Tensor] = {}
         self.record = False
+        self.last_mask: Tensor | None = None  # of the last uncached forward while `record` is on
+
+    # ---- the value basis
 
     def set_basis(self, enc: Tensor, dec: Tensor) -> None:
-        """z = v @ enc, v = z @ dec, (Hkv, D, D): inverse of each other unless learn_basis has
-        trained them."""
+        """Take the maps z = v @ enc and v = z @ dec, (Hkv, D, D), inverse of each other unless
+        learn_basis has trained them. Caches that exist keep the maps they were packed with."""
         if self.cfg.learn_basis:
             with torch.no_grad():
                 self.enc.copy_(enc)
                 self.dec.copy_(dec)
             return
-        # beside the copies in the path's own dtype that training applies
+        # float64, beside the copies in the path's own dtype that training applies
         self._exact = (enc.double(), dec.double())
         like = self.enc if hasattr(self, "enc") else torch.empty(0)
         self.register_buffer("enc", enc.to(like), persistent=False)
         self.register_buffer("dec", dec.to(like), persistent=False)
 
     def basis(self) -> tuple[Tensor, Tensor]:
-        """The maps (Hkv, D, D) float64 into and out of the value basis."""
-        return (
-            (self.enc.detach().double(), self.dec.detach().double())
-            if self.cfg.learn_basis
-            else self._exact
-        )
+        """Return the maps (Hkv, D, D) float64 into and out of the value basis."""
+        if self.cfg.learn_basis:
+            return self.enc.detach().double(), self.dec.detach().double()
+        return self._exact
 
     def fold(self, attn: nn.Module) -> None:
         """Put the basis into the projections of `attn` around this path, in place."""
@@ -208,365 +250,287 @@ class ValueGroupPath(nn.Module):
         self.folded = True
         if self.cfg.learn_basis:
             del self.enc, self.dec
-            self.register_buffer("enc", (dec @ enc).to(attn.o_proj.weight.dtype), persistent=False)
+            rest = (dec @ enc).to(attn.o_proj.weight.dtype)
+            self.register_buffer("enc", rest, persistent=False)
 
     @property
-    def whole(self) -> bool:
+    def keep_all(self) -> bool:
         """Whether every group is kept."""
         return self.k == self.S
 
-    def encode(self, v: Tensor) -> Tensor:
-        """Values (B, Hkv, T, D) as attention gets them -> the coordinates that are cut into groups;
-        as they are if all are kept."""
-        return (
-            v
-            if self.whole or (self.folded and not self.cfg.learn_basis)
-            else v @ self.enc.to(v.dtype)
-        )
+    def maps(self) -> ValueBasis:
+        """Return the maps that this path applies itself; none where every group is kept."""
+        return ValueBasis() if self.keep_all else self.own_maps()
 
-    def decode(self, z: Tensor) -> Tensor:
-        """What is read of the groups, (B, Hkv, ., D), -> the space of whole values."""
-        return z if self.whole or self.folded else z @ self.dec.to(z.dtype)
+    def own_maps(self) -> ValueBasis:
+        """Return the maps that are not folded into the projections."""
+        if not self.folded:
+            return ValueBasis(self.enc, self.dec)
+        return ValueBasis(self.enc if self.cfg.learn_basis else None, None)
 
-    def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
-        return (IntPackedCache if self.cfg.ints else PackedCache)(
-            batch, max_len, self.Hkv, self.D, self.cfg, self.k, like
-        )
+    # ---- the router
 
     def scores(self, x: Tensor, z: Tensor) -> Tensor:
-        """Router logits (B, 1 or Hkv, T, S): linear on x (B, T, n_embd), the groups' energies in z
-        (B, Hkv, T, D), or the same for all."""
+        """Return router logits (B, Hm, T, S) of inputs x (B, T, n_embd) and coordinates z
+        (B, Hkv, T, D): linear on x, the groups' energies, or the same for all tokens."""
         if self.cfg.value_router == "static":
-            return -torch.arange(self.S, device=z.device, dtype=z.dtype).expand(
-                z.size(0), self.mask_heads, z.size(2), -1
-            )
+            order = -torch.arange(self.S, device=z.device, dtype=z.dtype)
+            return order.expand(z.size(0), self.mask_heads, z.size(2), -1)
         if self.router is None:
             return group_energy(z, self.S, self.mask_heads)
-        return self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S)).transpose(1, 2)
+        logits = self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S))
+        return logits.transpose(1, 2)
+
+    # ---- without a cache: masked execution
 
     def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: PackedCache | None = None,
-        pad: Tensor | None = None,
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None
     ) -> Tensor:
-        if self.cfg.ints and cache is None and not self.training and not self.record:
+        self.losses = {}
+        if self.cfg.ints and not self.training and not self.record:
             return self._through_cache(x, q, k, v, pad)
-        if self.k == self.S and cache is None and not self.record:
-            self.aux_loss = None  # whole values: nothing to rebuild
+        if self.keep_all and not self.record:
             return attend(q, k, v, pad)
-        z = self.encode(v)
+        z = self.maps().encode(v)
         logits = self.scores(x, z)
-        mask = top_k_mask(logits.detach(), self.k)  # (B, 1 or Hkv, T, S)
-        if cache is not None:
-            return self._packed(q, k, v, z, mask, cache, pad)
+        mask = top_k_mask(logits.detach(), self.k)
         if self.record:
             self.last_mask = mask
         if self.training and torch.is_grad_enabled():
-            self.aux_loss = self._aux(logits, mask, z)
-        if self.k == self.S:
+            self.losses["aux"] = self._aux_loss(logits, mask, z)
+        if self.keep_all:
             return attend(q, k, v, pad)
-        routed = self.decode(self._routed(logits, mask, z))
-        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:  # the tail may hold tokens
-            return self._tailed(q, k, v, routed, pad)
+        routed = self.maps().decode(self._routed(logits, mask, z))
+        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
+            return self._attend_window(q, k, v, routed, pad)
         return attend(q, k, routed, pad)
+
+    def _routed(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+        """Return z as it is read: dropped groups rebuilt. Router and reconstructor are constants to
+        the loss unless lm_to_router."""
+        kept = expand_mask(mask, self.D)
+        if self.cfg.lm_to_router and self.router is not None and self.training:
+            m = expand_mask(straight_through(logits, mask), self.D)
+            return m * z + (1 - m) * self._rebuild(z * kept, mask)
+        if self.reconstructor is None:
+            return z * kept
+        if self.cfg.lm_to_router:
+            return torch.where(kept, z, self._rebuild(z * kept, mask))
+        constants = {name: p.detach() for name, p in self.reconstructor.named_parameters()}
+        args = (z * kept, mask)
+        rebuilt = torch.func.functional_call(self.reconstructor, constants, args)
+        return torch.where(kept, z, rebuilt)
+
+    def _rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
+        """Return what stands for dropped groups."""
+        return (
+            torch.zeros_like(kept) if self.reconstructor is None else self.reconstructor(kept, mask)
+        )
+
+    def _aux_loss(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
+        """Return L_aux (15), in the value basis; gradients reach the router straight through top-K,
+        and the reconstructor."""
+        z = z.detach()
+        rebuilt = self._rebuild(z * expand_mask(mask, self.D), mask)
+        m = mask.to(z.dtype) if self.router is None else straight_through(logits, mask)
+        m = expand_mask(m, self.D)
+        return F.mse_loss(m * z + (1 - m) * rebuilt, z)
+
+    def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, routed: Tensor, pad) -> Tensor:
+        """Attend causally to routed values, but to whole ones of the tokens that are in the window
+        when they are read.
+
+        In blocks of queries: a block needs no later key, and window tokens only among its
+        nearest."""
+        B, H, T, D = q.shape
+        n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
+        visible = attention_mask(T, T, pad, q.device)
+        in_window = self._window_mask(T, n_pad, torch.zeros_like(n_pad))
+        reach = self.cfg.kv_tail + self.cfg.tail_leaves - 1  # tokens that a window may hold
+        lost = v - routed
+        out = []
+        step = QUERY_BLOCK[q.device.type]
+        for a in range(0, T, step):
+            b = min(a + step, T)
+            near = max(0, a - reach)  # keys before it are routed for every query of the block
+            p = self._weights(q[:, :, a:b], k[:, :, :b], visible[..., a:b, :b])
+            whole = in_window[..., a:b, near:b].repeat(1, 1, H // self.Hkv, 1)
+            y = p @ routed[:, :, :b] + (p[..., near:] * whole) @ lost[:, :, near:b]
+            out.append(y.view(B, H, b - a, D))
+        return torch.cat(out, 2)
+
+    def _window_mask(self, T: int, n_pad: Tensor, n_old: Tensor) -> Tensor:
+        """Mark where query i of T new tokens reads new token j whole, because it is in the window
+        then: (B, 1, T, T) bool. n_old (B,): tokens before these T."""
+        number = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]  # (B, T)
+        packed = packed_count(number + 1, self.cfg.kv_tail, self.cfg.tail_leaves)
+        return (number[:, None, :] >= packed[:, :, None])[:, None]
+
+    def _weights(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        """Return attention weights (B, Hkv, n*T, L), the query heads of a KV head in turn.
+
+        q (B, H, T, D), k (B, Hkv, L, D), visible (B or 1, 1, T, L) bool."""
+        B, H, T, D = q.shape
+        n = H // self.Hkv
+        q = (q * D**-0.5).reshape(B, self.Hkv, n * T, D)
+        logits = at_least_float32(q @ k.mT)
+        # added rather than filled: the backward of a sum is free
+        bias = torch.zeros_like(visible, dtype=logits.dtype).masked_fill(~visible, float("-inf"))
+        return (logits + bias.repeat(1, 1, n, 1)).softmax(-1).to(k.dtype)
 
     def _through_cache(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None
     ) -> Tensor:
-        """Decode mode of integers: a cache is filled token by token, or as many as go by until a
-        block leaves the tail."""
-        check(
-            pad is None,
-            "padding without a cache",
-            "integers are read through one",
-            "give a cache, or rows of one length",
-        )
+        """Read integers in decode mode: a cache is filled token by token, or as many as go by until
+        a block leaves the window. Rows with padding one by one."""
+        if pad is not None:
+            out = torch.zeros_like(q)
+            for b, p in enumerate(pad.tolist()):
+                row = (x[b : b + 1, p:], *(t[b : b + 1, :, p:] for t in (q, k, v)))
+                out[b, :, p:] = self._through_cache(*row, None)[0]
+            return out
         T = q.size(2)
+        cache = self.new_cache(len(q), T, k)
         out = []
         a = 0
-        cache = self.new_cache(len(q), T, k)
         while a < T:
-            packed = int(self.compressed(torch.tensor(a + 1 - self.cfg.kv_sinks)))
-            # with one more, a block leaves
-            b = min(T, self.cfg.kv_sinks + self.cfg.kv_tail + packed + self.cfg.tail_leaves - 1)
-            part = [t[:, :, a:b] for t in (k, v)]
-            cache.columns += b - a
-            mask = top_k_mask(self.scores(x[:, a:b], self.encode(part[1])), self.k)
-            cache.append(*part, mask, torch.zeros_like(cache.n_packed), self.encode)
-            y = (
-                self.attend_packed(q[:, :, a:b], cache.packed(), cache.whole(), cache.sinks())
-                if a
-                else attend(q[:, :, :b], *part)
-            )
-            out.append(y)  # until the first block leaves everything is whole
+            after_sinks = torch.tensor(a + 1 - self.cfg.kv_sinks)
+            packed = int(packed_count(after_sinks, self.cfg.kv_tail, self.cfg.tail_leaves))
+            # with one more than these a block leaves the window
+            fits = self.cfg.kv_sinks + self.cfg.kv_tail + packed + self.cfg.tail_leaves - 1
+            b = min(T, fits)
+            new = NewTokens(k[:, :, a:b], v[:, :, a:b], None)
+            cache.append(new._replace(route=self._route(x[:, a:b], new, cache)))
+            if a:
+                out.append(self._read(q[:, :, a:b], cache.view(), cache))
+            else:  # until the first block leaves everything is whole
+                out.append(attend(q[:, :, :b], new.k, new.v))
             a = b
         return torch.cat(out, 2)
 
-    def _tailed(
-        self, q: Tensor, k: Tensor, v: Tensor, routed: Tensor, pad: Tensor | None
-    ) -> Tensor:
-        """Causal attention over routed values, whole ones for the tokens that are in the tail when
-        they are read. In blocks of queries: a block needs no later key, and tail tokens only among
-        its nearest keys."""
-        B, H, T, D = q.shape
-        n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
-        visible = attention_mask(T, T, pad, q.device)
-        whole = self._whole(T, n_pad, torch.zeros_like(n_pad))
-        reach = self.cfg.kv_tail + self.cfg.kv_tail_block - 1
-        lost = v - routed
-        parts = []
-        step = QUERY_BLOCK[q.device.type]
-        for a in range(0, T, step):
-            b = min(a + step, T)
-            # keys before `near` are compressed for every query of the block
-            near = max(0, a - reach)
-            p = self._weights(q[:, :, a:b], k[:, :, :b], visible[..., a:b, :b])
-            far, close = p.split([near, b - near], -1)
-            kept_whole = close * whole[..., a:b, near:b].repeat(1, 1, H // self.Hkv, 1)
-            y = (
-                far @ routed[:, :, :near]
-                + close @ routed[:, :, near:b]
-                + kept_whole @ lost[:, :, near:b]
-            )
-            parts.append(y.view(B, H, b - a, D))
-        return torch.cat(parts, 2)
+    # ---- with a cache: packed execution
 
-    def _routed(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-        """z with dropped groups rebuilt. Router and reconstructor are constants to the loss, unless
-        lm_to_router."""
-        kept = z * spread(mask, self.D)
-        if self.cfg.lm_to_router and self.router is not None and self.training:
-            m = spread(_straight_through(logits, mask), self.D)
-            return m * z + (1 - m) * self.reconstructor(kept, mask)
-        if self.cfg.lm_to_router:
-            return fill(kept, self.reconstructor(kept, mask), mask)
-        constants = {n: p.detach() for n, p in self.reconstructor.named_parameters()}
-        return fill(
-            kept, torch.func.functional_call(self.reconstructor, constants, (kept, mask)), mask
-        )
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
+        codec = codec_of(self.cfg)
+        shape = (batch, max_len, self.Hkv, self.D)
+        return PackedCache(*shape, self.cfg, self.k, like, self.maps(), codec)
 
-    def _aux(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-        """L_aux = MSE(rebuilt V, V), V detached (eq 15), in the value basis; gradients reach the
-        router straight through top-K, and the reconstructor."""
-        z = z.detach()
-        rebuilt = self.reconstructor(z * spread(mask, self.D), mask)
-        m = spread(_straight_through(logits, mask) if self.router is not None else mask, self.D)
-        return F.mse_loss(m * z + (~m if m.dtype == torch.bool else 1 - m) * rebuilt, z)
+    def _route(self, x: Tensor, new: NewTokens, cache: PackedCache) -> Tensor:
+        """Return the mask (B, Hm, T, S) with which the cache will pack new tokens."""
+        return top_k_mask(self.scores(x, cache.basis.encode(new.v)), cache.k)
 
-    def _packed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        z: Tensor,
-        mask: Tensor,
-        cache: PackedCache,
-        pad: Tensor | None,
-    ) -> Tensor:
-        """Attention over the cache and the T new tokens (v whole, z encoded), which are appended to
-        it."""
-        T = q.size(2)
-        n_old = cache.n_packed + cache.n_tail
-        n_pad = torch.zeros_like(n_old) if pad is None else (pad - cache.columns).clamp(0, T)
-        cache.columns += T
-        if T == 1:  # reads what is left of it and of all before
-            cache.append(k, v, mask, n_pad, self.encode)
-            return self.attend_packed(q, cache.packed(), cache.whole(), cache.sinks())
-        if self.cfg.prefill == "exact" and cache.columns == T:
-            y = attend(q, k, v, pad)
-        # a chunk reads itself whole, and of all before what is stored
-        elif self.cfg.prefill == "exact":
-            # few pieces: what they hold until merged is no small part
-            stored = cache.packed()._replace(longest=min(cache.cap, cache.columns))
-            y = self.attend_packed(q, stored, cache.beside(k, v, n_pad), cache.sinks())
+    def prefill(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
+        new = NewTokens(k, v, n_pad)
+        new = new._replace(route=self._route(x, new, cache))
+        if self.cfg.prefill == "routed":
+            y = self._read_routed(q, new, cache)
+        elif cache.fresh:
+            y = attend(q, k, v, n_pad)
         else:
-            y = self._attend_stored(q, k, v, z, mask, cache, n_old, n_pad)
-        cache.append(k, v, mask, n_pad, self.encode)
+            y = self._read_piece(q, new, cache)
+        cache.append(new)
         return y
 
-    def attend_packed(
-        self, q: Tensor, packed: Packed, tail: Tail, sinks: Tail | None = None
-    ) -> Tensor:
-        """Attention of q (B, H, T, D) over packed values, as they are read, and the whole ones of a
-        tail that ends with the T queries' tokens, and of first tokens."""
-        if isinstance(self.reconstructor, MLP):  # rebuilt on every read
-            k, z, mask, _ = packed.unpack()
-            packed = Packed.of_whole(
-                k, self.decode(fill(z, self.reconstructor(z, mask), mask)), packed.n
-            )
-            return packed_attention(q, packed, tail)[0]
-        (B, *_, D) = q.shape
-        more = []
-        if self.whole or self.folded:
-            y, lse = packed_attention(q, packed, tail)
-        else:  # what is read of groups is mapped back before whole values are mixed in
-            y, lse = packed_attention(q, packed, None)
-            y = self.decode(y.reshape(B, self.Hkv, -1, D)).view(q.shape)
-            more.append(packed_attention(q, None, tail))
-        if sinks:  # all queries see them: so many more heads of one query
-            more += [
-                tuple(
-                    t.view(*q.shape[:3], *t.shape[3:])
-                    for t in packed_attention(q.reshape(B, -1, 1, D), None, sinks)
-                )
-            ]
-        return merged((y, lse), *more) if more else y
+    def decode(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
+        new = NewTokens(k, v, n_pad)
+        if self.cfg.value_router != "norm":  # the groups of largest norm the cache finds by itself
+            new = new._replace(route=self._route(x, new, cache))
+        cache.append(new)
+        return self._read(q, cache.view(), cache)
 
-    def can_step(self) -> bool:
-        """Whether `step` has kernels for this storage."""
-        c = self.cfg
-        if c.ints and (not c.kv_tail or 3 in (c.key_bits, c.value_bits)):
-            # the newest token would be part of the block that is formed; the planes of 3 bits are
-            # formed by no kernel
+    def graph_safe(self) -> bool:
+        if self.cfg.ints and (
+            not self.cfg.kv_tail or 3 in (self.cfg.key_bits, self.cfg.value_bits)
+        ):
+            # the newest token would be part of the block that is formed; no kernel forms planes of
+            # 3
             return False
-        return (
-            can_append(self.D) and (self.whole or self.folded) and self.cfg.reconstructor != "mlp"
-        )
+        maps_fold = self.keep_all or self.folded
+        return can_append(self.D) and maps_fold and self.reconstructor is None
 
-    def step(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: PackedCache, tail: None
-    ) -> Tensor:
-        """forward for one token per sequence without padding, on the device alone; counts kept on
-        the host (columns) stay."""
-        scores = (
-            None
-            if self.router is None and self.cfg.value_router == "norm"
-            else self.scores(x, v)[:, :, 0].contiguous()
-        )
-        plain = self.whole or not self.cfg.learn_basis
-        cache.append_token(k, v, scores, None if plain else self.enc.to(v.dtype))
-        return self.attend_packed(q, cache.packed(), cache.whole(), cache.sinks())
+    def _read(self, q: Tensor, view: CacheView, cache: PackedCache) -> Tensor:
+        """Attend to what a cache shows: packed values as they are read, whole ones as they are."""
+        packed = view.packed[0]
+        if self.reconstructor is not None and cache.k < cache.S:  # rebuilt at every read
+            k, z, mask, _ = packed.unpack()
+            z = torch.where(expand_mask(mask, self.D), z, self.reconstructor(z, mask))
+            packed = PackedView.of_whole(k, cache.basis.decode(z), packed.n)
+            return attend_view(q, view._replace(packed=(packed,)))[0]
+        if cache.basis.dec is None:
+            return attend_view(q, view)[0]
+        y, lse = packed_attention(q, packed, None)
+        y = cache.basis.decode(y.reshape(len(q), self.Hkv, -1, self.D)).view(q.shape)
+        if view.window.k.size(2) == 0 and view.sinks is None:
+            return y
+        return merge_softmax((y, lse), attend_view(q, view._replace(packed=())))
 
-    def _attend_stored(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        z: Tensor,
-        mask: Tensor,
-        cache: PackedCache,
-        n_old: Tensor,
-        n_pad: Tensor,
-    ) -> Tensor:
-        """Attention output over what the cache holds, n_old (B,) tokens, and the new ones, the
-        first n_pad (B,) of which are padding; each query reads as routed what has left the tail by
-        then."""
-        B = q.size(0)
-        T = q.size(2)
+    def _read_piece(self, q: Tensor, new: NewTokens, cache: PackedCache) -> Tensor:
+        """Let a piece of a prompt read itself whole, and what came before as it is stored."""
+        view = cache.view()
+        longest = int(
+            cache.n_packed.max()
+        )  # fewer pieces, each of which holds a part of the result
+        held = cache.batch * self.Hkv * longest
+        packed = view.packed[0]._replace(longest=longest, held=held)
+        window = cache.beside(new.k, new.v, new.n_pad)
+        return self._read(q, CacheView((packed,), window, view.sinks), cache)
+
+    def _read_routed(self, q: Tensor, new: NewTokens, cache: PackedCache) -> Tensor:
+        """Let every query of a piece read as routed what has left the window by then: the prompt is
+        processed as decoding token by token would."""
+        B, H, T, _ = q.shape
+        n_old = cache.lengths
+        n_pad = torch.zeros_like(n_old) if new.n_pad is None else new.n_pad
         old_k, old_v, old_mask = cache.unpack()
         N = old_k.size(2)
-        at = torch.arange(N, device=q.device)
-        old = (at < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
-        visible = torch.cat((old, attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)), -1)
-        whole = None
-        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:  # the tail may hold tokens
-            # (B, T)
-            boundary = self.compressed(
-                n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
-            )
-            boundary = boundary.maximum(cache.n_packed[:, None])
-            whole = torch.cat((at >= boundary[:, None, :, None], self._whole(T, n_pad, n_old)), -1)
-        # rows hold encoded values already, the tail whole ones
-        packed = (at < cache.n_packed[:, None])[:, None, :, None]
-        groups = torch.cat((torch.where(packed, old_v, self.encode(old_v)), z), 2)
-        return self._read(
-            q,
-            torch.cat((old_k, k), 2),
-            torch.cat((old_v, v), 2),
-            groups,
-            torch.cat((old_mask, mask), 2),
-            visible,
-            whole,
-        )
-
-    def compressed(self, seen: Tensor) -> Tensor:
-        """Tokens compressed once `seen` have been seen."""
-        return compressed(seen, self.cfg.kv_tail, self.cfg.tail_leaves)
-
-    def _whole(self, T: int, n_pad: Tensor, n_old: Tensor) -> Tensor:
-        """True where query i of T new tokens reads new token j whole, because it is in the tail
-        then: (B, 1, T, T) bool."""
-        # (B, T) token number
-        own = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]
-        return (own[:, None, :] >= self.compressed(own + 1)[:, :, None])[:, None]
-
-    def _read(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        z: Tensor,
-        mask: Tensor,
-        visible: Tensor,
-        whole: Tensor | None,
-    ) -> Tensor:
-        """Attention of q (B, H, T, D) over L tokens: routed values from the groups z, except whole
-        ones, v, where `whole`. visible, whole (B, 1, T, L) bool."""
-        p = self._weights(q, k, visible)
-        kept = z * spread(mask, self.D)
-        if whole is None:
-            return self.decode(self.reconstructor.read(p, kept, mask)).view(q.shape)
-        whole = whole.repeat(1, 1, q.size(1) // self.Hkv, 1)
-        return (
-            self.decode(self.reconstructor.read(p * ~whole, kept, mask)) + (p * whole) @ v
-        ).view(q.shape)
-
-    def _weights(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-        """Attention weights of q (B, H, T, D) over k (B, Hkv, L, D) where visible (B or 1, 1, T,
-        L): (B, Hkv, n*T, L), query heads in turn."""
-        B, H, T, D = q.shape
-        q = (q * D**-0.5).reshape(B, self.Hkv, H // self.Hkv * T, D)
-        logits = at_least_float32(q @ k.mT)
-        # added: its backward is free
-        bias = torch.zeros_like(visible, dtype=logits.dtype).masked_fill(~visible, float("-inf"))
-        return (logits + bias.repeat(1, 1, H // self.Hkv, 1)).softmax(-1).to(k.dtype)
+        number = torch.arange(N, device=q.device)
+        old = (number < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
+        own = attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)
+        p = self._weights(q, torch.cat((old_k, new.k), 2), torch.cat((old, own), -1))
+        # what is in the window when query i reads it
+        seen = n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
+        boundary = packed_count(seen, cache.window, cache.block).maximum(cache.n_packed[:, None])
+        whole = number >= boundary[:, None, :, None]  # (B, 1, T, N)
+        whole = torch.cat((whole, self._window_mask(T, n_pad, n_old)), -1)
+        whole = whole.repeat(1, 1, H // self.Hkv, 1)
+        # packed rows are coordinates already, the window's values are not
+        packed = (number < cache.n_packed[:, None])[:, None, :, None]
+        old_z = torch.where(packed, old_v, cache.basis.encode(old_v))
+        z = torch.cat((old_z, cache.basis.encode(new.v)), 2)
+        mask = torch.cat((old_mask, new.route), 2)
+        kept = expand_mask(mask, self.D)
+        routed = torch.where(kept, z, self._rebuild(z * kept, mask))
+        v = torch.cat((old_v, new.v), 2)
+        return (cache.basis.decode((p * ~whole) @ routed) + (p * whole) @ v).view(q.shape)
 
 
-def _straight_through(logits: Tensor, mask: Tensor) -> Tensor:
-    """The hard mask in the forward pass, the softmax's gradient in the backward pass: float like
-    logits."""
+def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the hard mask with the gradient of the softmax of logits: float like logits."""
     soft = logits.softmax(-1)
     return mask + soft - soft.detach()
-
-
-def group_energy(v: Tensor, n_groups: int, mask_heads: int) -> Tensor:
-    """Squared norm of every value group, v (B, Hkv, T, D) -> (B, 1 or Hkv, T, S); summed over heads
-    when the mask is shared."""
-    e = at_least_float32(v).unflatten(-1, (n_groups, -1)).square().sum(-1)
-    return e if mask_heads > 1 else e.sum(1, keepdim=True)
 
 
 # -------------------- attaching, saving, loading
 
 
-class _Observe(nn.Module):
-    """Wraps a path during calibration: adds up second moments of V and, for the router, of the
-    input and the group energies."""
+class _Moments:
+    """Second moments that calibration adds up for one layer."""
 
-    def __init__(self, inner: nn.Module, path: ValueGroupPath):
-        super().__init__()
-        self.inner = inner
-        self.S = path.S
-        self.mask_heads = path.mask_heads
-        self.enc = path.enc
-        self.cov = 0.0
-        self.xx = 0.0
-        self.xe = 0.0
+    def __init__(self, path: ValueGroupPath):
+        self.path = path
+        self.cov = 0.0  # (Hkv, D, D) of v @ enc
+        self.xx = 0.0  # (n_embd + 1, n_embd + 1) of the layer's input and a one
+        self.xe = 0.0  # (n_embd + 1, Hm*S) of that and the group energies
 
-    def forward(self, x, q, k, v, cache=None, pad=None):
-        w = (v @ self.enc.to(v.dtype)).double()
-        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", w, w)
-        # (B*T, n_embd + 1)
+    def add(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Take what a path got."""
+        z = (v @ self.path.enc.to(v.dtype)).double()
+        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", z, z)
         ones = torch.cat((x, torch.ones_like(x[..., :1])), -1).double().flatten(0, 1)
-        # (B*T, Hm*S)
-        e = group_energy(w, self.S, self.mask_heads).transpose(1, 2).reshape(ones.size(0), -1)
+        energy = group_energy(z, self.path.S, self.path.mask_heads)
+        energy = energy.transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
         self.xx = self.xx + ones.T @ ones
-        self.xe = self.xe + ones.T @ e
-        return self.inner(x, q, k, v, cache, pad)
+        self.xe = self.xe + ones.T @ energy
 
 
 @torch.no_grad()
@@ -580,81 +544,74 @@ def attach(
     """Give the chosen layers value-group paths, in place; make(model_cfg, cfg) -> path: another
     kind of them. Returns the model.
 
-    batches: token ids (B, T) on the model's device that calibrate bases, routers and linear
-    reconstructors; None leaves the native basis and untrained parts, for load_state to overwrite.
-    Until `fold` the paths apply their basis themselves, so that adapters on v and o learn in the
-    native one (in the new one they learn worse: docs/log.md). Raises ValueError when S does not
-    divide D."""
+    batches: token ids (B, T) on the model's device that calibrate bases and routers; None leaves
+    the native basis and untrained parts, for load_state to overwrite. Until `fold` the paths apply
+    their basis themselves, so that adapters on v and o learn in the native one (in the new one they
+    learn worse: docs/log.md). Raises ValueError when S does not divide D."""
     if cfg.kv == "dense":
         return model
     cfg.check_model(model.cfg)
     chosen = [model.layers[i].self_attn for i in cfg.layers(model.cfg.n_layer)]
-    dtype = at_least_float32(model.norm.weight).dtype  # what is trained is never narrower than that
-    paths = [
-        (make or ValueGroupPath)(model.cfg, cfg).to(model.norm.weight.device, dtype) for _ in chosen
-    ]
+    # what is trained is never narrower than float32
+    dtype = at_least_float32(model.norm.weight).dtype
+    device = model.norm.weight.device
+    paths = [(make or ValueGroupPath)(model.cfg, cfg).to(device, dtype) for _ in chosen]
     if batches is not None:
-        for i, (attn, seen) in enumerate(
-            zip(chosen, _observe(model, chosen, paths, batches), strict=True)
-        ):
-            paths[i].set_basis(
-                *value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i)
-            )
-        # again, in the new basis
-        for path, seen in zip(paths, _observe(model, chosen, paths, batches), strict=True):
-            if path.router is not None:
+        moments = _observe(model, chosen, paths, batches)
+        for i, (attn, seen) in enumerate(zip(chosen, moments, strict=True)):
+            maps = value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i)
+            paths[i].set_basis(*maps)
+        if any(path.router is not None for path in paths):
+            moments = _observe(model, chosen, paths, batches)  # again, in the new basis
+            for path, seen in zip(paths, moments, strict=True):
                 _fit_router(path.router, seen.xx, seen.xe)
     for attn, path in zip(chosen, paths, strict=True):
         attn.kv_path = path.train(model.training)
     return model
 
 
-def detach(model: nn.Module) -> nn.Module:
-    """Put whole values back into a model whose bases are not folded, in place. Returns the
-    model."""
-    for name, path in paths(model).items():
-        check(
-            not path.folded, f"{name}", "its basis is folded into the weights", "load the base anew"
-        )
-        model.get_submodule(name.rsplit(".", 1)[0]).kv_path = DensePath(path.Hkv, path.D)
-    return model
-
-
-@contextmanager
-def storing(model: nn.Module, **changes):
-    """Inside the `with` every value-group path stores by a KVConfig changed so (kv_tail,
-    kv_tail_block, prefill)."""
-    before = {p: p.cfg for p in paths(model).values()}
-    for p, cfg in before.items():
-        p.cfg = replace(cfg, **changes)
-    try:
-        yield
-    finally:
-        for p, cfg in before.items():
-            p.cfg = cfg
-
-
-def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[_Observe]:
-    inner = [attn.kv_path for attn in chosen]
-    seen = [_Observe(i, p) for i, p in zip(inner, paths, strict=True)]
-    for attn, s in zip(chosen, seen, strict=True):
-        attn.kv_path = s
-    with evaluating(model):
+def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[_Moments]:
+    """Run batches through the model as it is, and add up what the new paths would see."""
+    moments = [_Moments(path) for path in paths]
+    with evaluating(model), record_layers(chosen, lambda i, *seen: moments[i].add(*seen)):
         for idx in batches:
             model(idx, last_only=True)
-    for attn, i in zip(chosen, inner, strict=True):
-        attn.kv_path = i
-    return seen
+    return moments
 
 
 def _fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
-    """Ridge regression of group energies (in units of their mean) on the layer's input: a router
-    that starts near the norm rule."""
+    """Fit a router by ridge regression of group energies, in units of their mean, on the layer's
+    input: it starts near the norm rule."""
     ridge = 1e-4 * xx.diagonal().mean() * torch.eye(xx.size(0), dtype=xx.dtype, device=xx.device)
     w = torch.linalg.solve(xx + ridge, xe)  # (n_embd + 1, Hm*S)
     w = w / (xe[-1] / xx[-1, -1]).mean().clamp_min(1e-30)
     router.weight.copy_(w[:-1].T)
     router.bias.copy_(w[-1])
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Put dense paths back into a model whose bases are not folded, in place. Returns the model."""
+    for name, path in paths(model).items():
+        check(
+            not path.folded, f"{name}", "its basis is folded into the weights", "load the base anew"
+        )
+        attn = model.get_submodule(name.rsplit(".", 1)[0])
+        attn.kv_path = DensePath(path.Hkv, path.D)
+    return model
+
+
+@contextmanager
+def storing(model: nn.Module, **changes):
+    """Let every value-group path store by a KVConfig changed so (kv_tail, kv_tail_block, prefill)
+    inside the `with`. Caches that exist keep their settings."""
+    before = {path: path.cfg for path in paths(model).values()}
+    for path, cfg in before.items():
+        path.cfg = replace(cfg, **changes)
+    try:
+        yield
+    finally:
+        for path, cfg in before.items():
+            path.cfg = cfg
 
 
 def paths(model: nn.Module) -> dict[str, ValueGroupPath]:
@@ -663,8 +620,8 @@ def paths(model: nn.Module) -> dict[str, ValueGroupPath]:
 
 
 def set_kept(model: nn.Module, k: int) -> None:
-    """Let every value-group path keep k groups per token from now on. Raises ValueError out of
-    1..S."""
+    """Let every value-group path keep k groups per token in caches made from now on. Raises
+    ValueError out of 1..S."""
     for path in paths(model).values():
         check(1 <= k <= path.S, f"K={k}", f"1..{path.S}", "choose a K in that range")
         path.k = k
@@ -676,13 +633,6 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     for p in out:
         p.requires_grad_(True)
     return out
-
-
-def aux_loss(model: nn.Module) -> Tensor | float:
-    """Mean of L_aux over the compressed layers of the last training forward; 0.0 where there is
-    none."""
-    terms = [p.aux_loss for p in paths(model).values() if p.aux_loss is not None]
-    return torch.stack(terms).mean() if terms else 0.0
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -1,36 +1,41 @@
-"""Query-aware selection (arXiv 2604.21335, 3.2, equations 8-13): which tokens of a prompt, and
-which groups of their values, are kept.
+"""Query-aware selection (arXiv 2604.21335, 3.2): which tokens of a prompt, and which groups of
+their values, are worth storing.
 
-A prompt is a context and a query region, its last `kv_tail` tokens, which stay whole, as everything
-generated does. relevance.py says how much each context token will be read (alpha); a (token, group)
-pair scores alpha^hedge * ||its value's group||, and the best pairs under a budget stay. Exact
-integers: floor(share * how many there are); of equal scores the lower layer and head wins, then the
-earlier token, then the lower group.
+The problem: after a long prompt most of its cache is hardly read. The idea: a prompt is a *context*
+and a *query region*, its last `kv_tail` tokens, which stay whole, as everything generated does.
+From what the query region and earlier queries look at one guesses how much each context token will
+be read, its relevance alpha (selection/). A (token j, group g) pair of the context then scores
 
-Two ways to spend a budget: tokens first (--token_keep, by any token-level method), then groups of
-the survivors (--value_keep); or both at once (--kv_keep), where a token pays for its key and for
-its groups. A budget belongs to every head, to a layer, or to all layers and heads together (one
-threshold). Across layers scores are weighed by what a value does to the residual stream and by how
-much the loss feels it there, both measured once on calibration text.
+    s_jg = alpha_j^hedge * || v_j^(g) ||          (12, 13; the paper has hedge = 1)
+
+and the best pairs under a budget stay. Exact integers: floor(share * how many there are). Of equal
+scores the lower layer and head wins, then the earlier token, then the lower group.
+
+    attach(model, KVConfig(kv="select"), SelectConfig(kv_keep=0.25), batches=[idx])
+    kv_router.fold(model)
+    cache = model.new_cache(batch=1, max_len=2048)
+    model.prefill(prompt_ids, cache)              # chooses, and packs what it chose
+    model.decode(next_ids, cache)                 # reads it
+
+Ways to spend a budget: tokens first (--token_keep, by any token-level method), then groups of the
+survivors (--value_keep); or both at once (--kv_keep), where a token pays for its key and for its
+groups; or in bytes (--kv_bytes), where every group gets a number of bits, too. A budget belongs to
+every head, to a layer, or to all layers and heads together (one threshold). Across layers scores
+are weighed by what a value writes to the residual stream (output_gain) and by how much the loss
+feels it there (layer_sensitivity), both measured once on calibration text.
 
 Open in the paper, our reading: the designated layer of a shared mask is the first compressed one in
 a routed prefill, the mean over all compressed ones in an exact one; `observed` uses each layer's
 own queries and keys, which exist before any routed value is read.
 
-Letters: L compressed layers, B batch, T prompt, C context, Hm mask heads (1 or Hkv), Lm mask layers
-(1 if shared, else L), S groups.
-
-    python eval.py --init_from=model.gguf --tasks=continuation --methods=dense,select \\
-        --kv_budgets=0.5,0.25,0.125 --relevances=observed,future
-"""
+Letters: storage/layout.py; L compressed layers, C context columns, Lm mask layers (1 if shared,
+else L)."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container
+from collections.abc import Container
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -40,60 +45,51 @@ from torch import Tensor
 
 import kv_router
 from config import KVConfig, SelectConfig, check, count_kept
-from kv_router import ValueGroupPath, spread
-from model import Transformer, attend, attention_mask, evaluating, lm_loss
+from kernels import attend_view, can_append
+from kv_router import ValueGroupPath
+from model import Transformer, attend, attention_mask, evaluating, record_layers
+from selection.budgets import half_bytes_for, level_worth, planned, prices, within_budget
+from selection.calibration import layer_sensitivity, value_statistics
 from selection.relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
-from storage.append import append_tail, can_append
-from storage.integers.cache import IntSelectedCache
-from storage.integers.format import LEVELS, REMAINS, IntFormat, row_bytes
-from storage.layout import at_least_float32, mask_dtype, tile_size, top_k_mask
-from storage.packed import SelectedCache, pack_layers
+from storage.cache import NewTokens, PromptState
+from storage.integers.codecs import codec_of
+from storage.layout import expand_mask, top_k_mask
 from storage.packing import select_joint, select_top_m
+from storage.ragged import RaggedCache, pack_layers
 from storage.state import copy_tensors
-from storage.views import Tail
 
-# from which --kv_bytes on: bits of keys, of values (0: levels), tokens whose keys share steps
-PLAN = ((0.2, 8, 0, 128), (0.14, 4, 0, 32), (0.09, 4, 0, 64), (0.0, 3, 0, 64))
-
-
-@cache
-def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
-    """Storage as kv says, or where it leaves that to --kv_bytes as is best, as far as known
-    (docs/log.md)."""
-    if not kv_bytes or kv.ints:
-        return kv
-    key_bits, value_bits, block = next(best for least, *best in PLAN if kv_bytes >= least)
-    block = block if kv.key_block == KVConfig.key_block else kv.key_block
-    return replace(kv, kv="select", key_bits=key_bits, value_bits=value_bits, key_block=block)
+# names in files, which are users', and the names in the code
+FILE_NAMES = {"gain": "output_gain", "feeling": "layer_sensitivity"}
 
 
-class Choice(NamedTuple):
-    """What is kept of a context: keep (Lm, B, Hm, C) tokens, mask (Lm, B, Hm, C, S) pairs, bool, or
-    their levels, uint8; score (Lm, B, Hm, C) of each token."""
+class Selection(NamedTuple):
+    """What is kept of a context."""
 
-    keep: Tensor
-    mask: Tensor
-    score: Tensor
+    keep: Tensor  # (Lm, B, Hm, C) bool: tokens
+    mask: Tensor  # (Lm, B, Hm, C, S) bool: groups; or their levels, uint8
+    score: Tensor  # (Lm, B, Hm, C) of each token
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """keep (B, Hm, C) and mask (B, Hm, C, S) of compressed layer i."""
+        """Return keep (B, Hm, C) and mask (B, Hm, C, S) of compressed layer i."""
         i = min(i, len(self.keep) - 1)  # shared: the only one
         return self.keep[i], self.mask[i]
 
 
-@dataclass
-class Pending:
-    """One prompt on its way through the layers: what the paths have seen (exact prefill), or the
-    choice they follow (routed)."""
+class SeenLayer(NamedTuple):
+    """What one layer saw of a prompt that is still on its way through the layers above."""
 
-    seen: list[tuple] = field(default_factory=list)
-    choice: Choice | None = None
-    first: SelectedCache | None = None  # the first layer's, whose masks the others share
+    path: SelectPath
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    z: Tensor  # (B, Hkv, C, D) context values in the coordinates that are cut
+    cache: RaggedCache
 
 
 class Selector(nn.Module):
-    """What the paths of a model share: settings, predictors, the layers' weights, and what a caller
-    wants to see or to prescribe."""
+    """What the paths of a model share: settings, predictors and the layers' weights. Nothing of a
+    prompt is kept here: that lies in the cache which the prompt goes into (PromptState)."""
 
     def __init__(self, model: Transformer, kv: KVConfig, cfg: SelectConfig):
         super().__init__()
@@ -102,46 +98,47 @@ class Selector(nn.Module):
         self.L = len(kv.layers(m.n_layer))
         self.Hm = m.n_kv_head if kv.mask_scope == "head" else 1
         self.S = kv.n_groups
-        self._model = (model,)  # in a tuple: it is no part of this module
-        # of a unit of z, in the residual stream
-        self.register_buffer("gain", torch.ones(self.L, m.n_kv_head))
-        # of the loss for what a layer's attention writes there
-        self.register_buffer("feeling", torch.ones(self.L))
-        # of every coordinate of z, which routed bits are relative to
+        self.model_cfg = m
+        self._model = (model,)  # in a tuple, so that it does not become a part of this module
+        # how much a unit of z writes to the residual stream
+        self.register_buffer("output_gain", torch.ones(self.L, m.n_kv_head))
+        # how much the loss feels what a layer's attention writes there
+        self.register_buffer("layer_sensitivity", torch.ones(self.L))
+        # root mean square of every coordinate of z, which levels are relative to
         self.register_buffer("rms", torch.ones(self.L, m.n_kv_head, m.head_dim))
-        deciding = 1 if kv.mask_scope == "shared" else self.L
-        self.predictors = nn.ModuleDict(
-            {
-                name: QueryPredictor(self.L, m.n_embd, m.n_kv_head, m.head_dim)
-                if name == "predictor_query"
-                else HiddenPredictor(
-                    deciding, m.n_embd, self.Hm, self.Hm * (self.S if name == "predictor" else 1)
-                )
-                for name in cfg.trained
-            }
-        )
+        made = {name: self._predictor(name) for name in cfg.trained}
+        self.predictors = nn.ModuleDict(made)
         self.set(cfg)
-        # (x, q, k, z) of each path in the next uncached forward, where somebody asks for them
-        self.views: list[tuple] | None = None
-        self.oracle: Tensor | None = None  # see diagnosed
-        self.replayed: tuple[Choice, int] | None = None  # see replaying
-        self.pending: Pending | None = None  # of the cache made last
+        self.oracle: Tensor | None = None  # see with_oracle
+        self.replayed: tuple[Selection, int] | None = None  # see masked_replay
         self.record = False
-        self.chosen = None  # the last prompt's choice, while `record` is on
+        self.chosen: Selection | None = None  # the last prompt's, while `record` is on
+
+    def _predictor(self, name: str) -> nn.Module:
+        m = self.model_cfg
+        if name == "predictor_query":
+            return QueryPredictor(self.L, m.n_embd, m.n_kv_head, m.head_dim)
+        deciding = 1 if self.kv.mask_scope == "shared" else self.L
+        n_out = self.Hm * (self.S if name == "predictor" else 1)
+        return HiddenPredictor(deciding, m.n_embd, self.Hm, n_out)
 
     @property
     def rope(self) -> tuple[Tensor, Tensor]:
         """The model's tables of positions."""
         return self._model[0].rope_cos, self._model[0].rope_sin
 
+    @property
+    def stored(self) -> KVConfig:
+        """How a context is stored."""
+        return planned(self.kv, self.cfg.kv_bytes)
+
     def set(self, cfg: SelectConfig) -> None:
-        """Choose by these settings from now on. Raises ValueError for a predictor it does not have,
-        or what a routed prefill cannot do."""
+        """Choose by these settings from now on; caches that exist stay as they are. Raises
+        ValueError for a predictor it does not have, or what a routed prefill cannot do."""
         check_trained(cfg, self.predictors)
+        waits = self.kv.prefill == "routed" and self.kv.mask_scope != "shared"
         check(
-            self.kv.prefill == "exact"
-            or self.kv.mask_scope == "shared"
-            or cfg.allocation != "global",
+            not (waits and cfg.allocation == "global"),
             "allocation=global with prefill=routed",
             "a layer cannot wait for those after it",
             "give --allocation=layer, --mask_scope=shared or --prefill=exact",
@@ -159,227 +156,204 @@ class Selector(nn.Module):
             "give --kv_bytes=0.125",
         )
         self.cfg = cfg
-        self.stored.check_model(self._model[0].cfg)
+        self.stored.check_model(self.model_cfg)
 
-    # ------------------------------------------------------------------------- scores
+    # -------------------- scores
 
     def per_mask(self, t: Tensor) -> Tensor:
-        """Mean of (L, B, Hkv, ...) over the heads and layers that share a mask: (Lm, B, Hm,
+        """Average (L, B, Hkv, ...) over the heads and layers that share a mask: (Lm, B, Hm,
         ...)."""
-        t = t if self.kv.mask_scope == "head" else t.mean(2, keepdim=True)
+        if self.kv.mask_scope != "head":
+            t = t.mean(2, keepdim=True)
         return t.mean(0, keepdim=True) if self.kv.mask_scope == "shared" else t
 
+    def layer_weights(self, prompt: Prompt, hedge: float) -> Tensor:
+        """Return layer_sensitivity^hedge * output_gain of a prompt's layers: (L, 1, Hkv, 1, 1)."""
+        at = prompt.layers
+        weight = self.layer_sensitivity[at, None] ** hedge * self.output_gain[at]
+        return weight[:, None, :, None, None]
+
     def norms(self, prompt: Prompt, hedge: float | None = None) -> Tensor:
-        """Norms of the context's value groups, with `hedge` times their layer's weight
-        feeling^hedge * gain: (Lm, B, Hm, C, S)."""
+        """Return norms of the context's value groups, with `hedge` times their layers' weights:
+        (Lm, B, Hm, C, S)."""
         norm = prompt.norms(self.S)  # (L, B, Hkv, C, S)
         if hedge is not None:
-            at = prompt.layers
-            norm = norm * (self.feeling[at, None] ** hedge * self.gain[at])[:, None, :, None, None]
-        return norm if self.kv.mask_scope == "head" else self.per_mask(norm.square()).sqrt()
+            norm = norm * self.layer_weights(prompt, hedge)
+        if self.kv.mask_scope == "head":
+            return norm
+        return self.per_mask(norm.square()).sqrt()
 
     def relevance(self, prompt: Prompt, name: str) -> Tensor:
-        """A signal's alpha, (Lm or 1, B, Hm or 1, C); of `predictor` the weighed scores of pairs
-        themselves, (Lm, B, Hm, C, S)."""
+        """Return a signal's alpha, (Lm or 1, B, Hm or 1, C); of `predictor` the weighed scores of
+        pairs themselves, (Lm, B, Hm, C, S)."""
         if name in PLAIN:
             return self.per_mask(PLAIN[name](prompt, self.cfg))
+        predictor = self.predictors[name]
         if name == "predictor_query":
-            return self.per_mask(self.predictors[name](prompt, self.cfg))
-        out = self.predictors[name](prompt, self.cfg.predictor_loss)
-        at = prompt.layers
-        return (
-            out * self.per_mask((self.feeling[at, None] * self.gain[at])[:, None, :, None, None])
-            if name == "predictor"
-            else out.squeeze(-1)
-        )
+            return self.per_mask(predictor(prompt, self.cfg))
+        out = predictor(prompt, self.cfg.predictor_loss)
+        if name == "predictor":
+            return out * self.per_mask(self.layer_weights(prompt, 1.0))
+        return out.squeeze(-1)
+
+    def pair_scores(self, prompt: Prompt, alpha: Tensor) -> Tensor:
+        """Score (token, group) pairs (13): (Lm, B, Hm, C, S)."""
+        if alpha.ndim == 5:  # a predictor of pairs
+            return alpha
+        hedge = self.cfg.hedge
+        return alpha.unsqueeze(-1) ** hedge * self.norms(prompt, hedge)
+
+    def token_scores(self, prompt: Prompt, alpha: Tensor) -> Tensor:
+        """Score tokens, by --token_relevance: (Lm, B, Hm, C)."""
+        cfg = self.cfg
+        if cfg.tokens_by != cfg.relevance and cfg.token_keep < 1:
+            alpha = self.relevance(prompt, cfg.tokens_by)
+        if alpha.ndim == 5:
+            return alpha.square().sum(-1).sqrt()
+        norm = self.norms(prompt, 1.0)
+        if cfg.tokens_by in AS_PUBLISHED:
+            return alpha.expand(norm.shape[:-1])
+        return alpha * norm.square().sum(-1).sqrt()
+
+    # -------------------- choosing
 
     @torch.no_grad()
-    def choose(self, prompt: Prompt) -> Choice:
-        """What is kept of a prompt's context, by cfg."""
+    def choose(self, prompt: Prompt) -> Selection:
+        """Choose what is kept of a prompt's context, by cfg."""
         with torch.autocast(prompt.column.device.type, enabled=False):
-            choice = self._choose(prompt)
+            selection = self._choose(prompt)
         if self.record:  # a routed prefill chooses layer by layer
-            self.chosen = (
-                choice
-                if not prompt.first
-                else Choice(*(torch.cat(t) for t in zip(self.chosen, choice, strict=True)))
-            )
-        return choice
+            before = self.chosen if prompt.first else None
+            if before is None:
+                self.chosen = selection
+            else:
+                both = zip(before, selection, strict=True)
+                self.chosen = Selection(*(torch.cat(parts) for parts in both))
+        return selection
 
-    def _choose(self, prompt: Prompt) -> Choice:
+    def _choose(self, prompt: Prompt) -> Selection:
         cfg = self.cfg
-        valid = prompt.valid[None, :, None]  # (1, B, 1, C)
         if cfg.whole:
-            keep = valid.expand(1 if self.kv.mask_scope == "shared" else prompt.L, -1, self.Hm, -1)
-            return Choice(keep, keep.unsqueeze(-1).expand(*keep.shape, self.S), keep.float())
-        sink = valid & (valid.cumsum(-1) <= cfg.sinks)
-        norm = self.norms(prompt, 1.0)
+            return self._everything(prompt)
         alpha = self.relevance(prompt, cfg.relevance)
         if cfg.kv_bytes:
-            return self._route_bits(prompt, alpha, valid)
-        by = (
-            alpha
-            if cfg.tokens_by == cfg.relevance or cfg.token_keep == 1
-            else self.relevance(prompt, cfg.tokens_by)
-        )
-        if by.ndim == 5:
-            token = by.square().sum(-1).sqrt()
-        else:
-            token = (
-                by.expand(norm.shape[:-1])
-                if cfg.tokens_by in AS_PUBLISHED
-                else by * norm.square().sum(-1).sqrt()
-            )
-        pair = (
-            alpha
-            if alpha.ndim == 5
-            else alpha.unsqueeze(-1) ** cfg.hedge * self.norms(prompt, cfg.hedge)
-        )
-        pair = pair.square() if cfg.kv_keep else pair  # errors of many tokens add up so
-        token, pair = (
-            t.masked_fill(s, float("inf")).masked_fill(~v, float("-inf"))
-            for t, s, v in ((token, sink, valid), (pair, sink.unsqueeze(-1), valid.unsqueeze(-1)))
-        )
-        # that share one budget
-        masks = {"head": 1, "layer": pair.size(2), "global": pair.size(0) * pair.size(2)}[
-            cfg.allocation
-        ]
+            return self._choose_bytes(prompt, alpha)
+        valid = prompt.valid[None, :, None]  # (1, B, 1, C)
+        sink = valid & (valid.cumsum(-1) <= cfg.sinks)
+        token = self.token_scores(prompt, alpha)
+        token = token.masked_fill(sink, float("inf")).masked_fill(~valid, float("-inf"))
+        pair = self.pair_scores(prompt, alpha)
         if cfg.kv_keep:
-            units = prompt.counts(lambda n: count_kept(cfg.kv_keep, 2 * self.S * n * masks, 1))
-            mask = self._within(pair, units, select_joint)
-            return Choice(mask.any(-1), mask, token)
+            pair = pair.square()  # errors of many tokens add up so
+        pair = pair.masked_fill(sink.unsqueeze(-1), float("inf"))
+        pair = pair.masked_fill(~valid.unsqueeze(-1), float("-inf"))
+        if cfg.kv_keep:
+            return self._choose_jointly(prompt, token, pair)
+        return self._choose_in_turn(prompt, token, pair)
 
-        def tokens(n: int) -> int:
+    def _everything(self, prompt: Prompt) -> Selection:
+        layers = 1 if self.kv.mask_scope == "shared" else prompt.L
+        keep = prompt.valid[None, :, None].expand(layers, -1, self.Hm, -1)
+        return Selection(keep, keep.unsqueeze(-1).expand(*keep.shape, self.S), keep.float())
+
+    def _sharing(self, prompt: Prompt) -> int:
+        """Count the masks that share one budget."""
+        layers = 1 if self.kv.mask_scope == "shared" else prompt.L
+        return {"head": 1, "layer": self.Hm, "global": layers * self.Hm}[self.cfg.allocation]
+
+    def _choose_jointly(self, prompt: Prompt, token: Tensor, pair: Tensor) -> Selection:
+        """Spend one budget on tokens and groups: a token pays for its key as for S groups."""
+        share = self.cfg.kv_keep
+        masks = self._sharing(prompt)
+        budget = prompt.counts(lambda n: count_kept(share, 2 * self.S * n * masks, 1))
+        mask = within_budget(pair, budget, self.cfg.allocation, select_joint)
+        return Selection(mask.any(-1), mask, token)
+
+    def _choose_in_turn(self, prompt: Prompt, token: Tensor, pair: Tensor) -> Selection:
+        """Spend token_keep on tokens, then value_keep on the survivors' groups."""
+        cfg = self.cfg
+        masks = self._sharing(prompt)
+
+        def n_tokens(n: int) -> int:
             return count_kept(cfg.token_keep, n * masks, 1)
 
-        keep = self._within(token, prompt.counts(tokens), select_top_m)
+        def n_pairs(n: int) -> int:
+            return count_kept(cfg.value_keep, self.S * n_tokens(n), 1)
+
+        def best_pairs(score: Tensor, m: Tensor) -> Tensor:
+            return select_top_m(score.flatten(-2), m).view(score.shape)
+
+        budget = prompt.counts(n_tokens)
+        keep = within_budget(token, budget, cfg.allocation, select_top_m)
         if cfg.fixed_k:
             mask = top_k_mask(pair, count_kept(cfg.value_keep, self.S)) & keep.unsqueeze(-1)
-        else:
-            pairs = pair.masked_fill(~keep.unsqueeze(-1), float("-inf"))
-            mask = self._within(
-                pairs,
-                prompt.counts(lambda n: count_kept(cfg.value_keep, self.S * tokens(n), 1)),
-                lambda t, m: select_top_m(t.flatten(-2), m).view(t.shape),
-            )
-        return Choice(keep, mask, token)
+            return Selection(keep, mask, token)
+        pair = pair.masked_fill(~keep.unsqueeze(-1), float("-inf"))
+        mask = within_budget(pair, prompt.counts(n_pairs), cfg.allocation, best_pairs)
+        return Selection(keep, mask, token)
 
-    def _route_bits(self, prompt: Prompt, alpha: Tensor, valid: Tensor) -> Choice:
-        """Tokens, groups and, where values have no bits of their own, levels under one budget of
-        bytes; mask holds groups, or levels 0 to 3. What a level is worth is the squared error it
-        takes away, if a group's numbers are Gaussian; first tokens stay whole and are no part of
-        it."""
+    def _choose_bytes(self, prompt: Prompt, alpha: Tensor) -> Selection:
+        """Spend one budget of bytes on tokens, groups and, where values have no bits of their own,
+        levels 0 to 3. First tokens stay whole and are no part of it."""
         kv = self.stored
-        cfg = self.cfg
-        pair = (
-            alpha
-            if alpha.ndim == 5
-            else alpha.unsqueeze(-1) ** cfg.hedge * self.norms(prompt, cfg.hedge)
-        )
+        pair = self.pair_scores(prompt, alpha)
+        heads = self.output_gain.size(1) // self.Hm  # KV heads of a mask
         D = prompt.values.size(-1)
-        G = self.rms.size(1) // self.Hm
-        W = prompt.T - prompt.n_context  # heads to a mask, tokens of the query region
-        bits, error, held, scale = (
-            ((0, kv.value_bits), (1, 0), self.S, 4)
-            if kv.value_bits
-            else (LEVELS, REMAINS, 2 * self.S, 2)
-        )
-        per_mask = (
-            mask_dtype(held).itemsize + 1 + 4 / tile_size(self.S if kv.value_bits else 4 * self.S)
-        )
-        # in half bytes
-        key = math.ceil(
-            2 * (G * (row_bytes(D, kv.key_bits) + 4 * D / kv.key_block + scale) + per_mask)
-        )
-        row = torch.tensor([2 * G * row_bytes(D // self.S, b) for b in bits], device=pair.device)
-        # (Lm, B, Hm, C, S steps)
-        worth = (pair.square().unsqueeze(-1) * -pair.new_tensor(error).diff()).flatten(-2)
+        price = prices(kv, D, heads, pair.device)
+        worth = level_worth(pair.square(), price.error)  # (Lm, B, Hm, C, S steps)
+        valid = prompt.valid[None, :, None]
         there = valid & (valid.cumsum(-1) > kv.kv_sinks)
         worth = worth.masked_fill(~there.unsqueeze(-1), float("-inf"))
-        # that share one budget
-        masks = {"head": 1, "layer": self.Hm, "global": prompt.L * self.Hm}[cfg.allocation]
-
-        # of n context tokens; blocks that are not full, counts and starts are paid for, too
-        def half_bytes(n: int) -> int:
-            whole = min(n, kv.kv_sinks) + W
-            return max(
-                0,
-                math.floor(
-                    masks * (2 * G * (4 * D * (cfg.kv_bytes * (n + W) - whole) - 4 * D - 80))
-                ),
-            )
-
-        taken = self._within(
-            worth,
-            prompt.counts(half_bytes),
-            lambda t, m: select_joint(t, m, key=key, cost=row.diff().repeat(self.S)),
+        region = prompt.T - prompt.n_context
+        masks = self._sharing(prompt)
+        budget = prompt.counts(
+            lambda n: half_bytes_for(self.cfg.kv_bytes, n, region, kv.kv_sinks, D, heads) * masks
         )
+        cost = price.step.repeat(self.S)
+
+        def best(score: Tensor, m: Tensor) -> Tensor:
+            return select_joint(score, m, key=price.key, cost=cost)
+
+        taken = within_budget(worth, budget, self.cfg.allocation, best)
         levels = taken.unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
-        return Choice(
-            (levels > 0).any(-1),
-            levels > 0 if kv.value_bits else levels,
-            pair.square().sum(-1).sqrt(),
-        )
+        mask = levels > 0 if kv.value_bits else levels
+        return Selection((levels > 0).any(-1), mask, pair.square().sum(-1).sqrt())
 
-    @property
-    def stored(self) -> KVConfig:
-        """How a context is stored."""
-        return planned(self.kv, self.cfg.kv_bytes)
+    # -------------------- prompts
 
-    def _within(
-        self, score: Tensor, counts: Tensor, rule: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """rule(scores (..., N or N, S), counts (...)) over what shares a budget; score (Lm, B, Hm,
-        C or C, S), counts (B,) per row."""
-        Lm, _, Hm, C = score.shape[:4]
-        if self.cfg.allocation == "head":
-            return rule(score, counts[:, None].expand(Lm, -1, Hm))
-        if self.cfg.allocation == "layer":
-            return rule(score.flatten(2, 3), counts.expand(Lm, -1)).unflatten(2, (Hm, C))
-        return (
-            rule(score.transpose(0, 1).flatten(1, 3), counts)
-            .unflatten(1, (Lm, Hm, C))
-            .transpose(0, 1)
-        )
-
-    # ------------------------------------------------------------------------- prompts
-
-    def finish(self, pending: Pending, pad: Tensor | None) -> None:
-        """An exact prefill has passed all layers: choose, and pack every layer."""
-        paths, x, q, k, v, z, caches = zip(*pending.seen, strict=True)
-        pending.seen.clear()
-        C = z[0].size(2)
-        prompt = Prompt(x, q, k, z, C, pad, self.rope, self.oracle)
-        choice = self.choose(prompt)
-        # all at once: thirty times fewer kernels
+    def finish(self, state: PromptState, n_pad: Tensor | None) -> None:
+        """Choose and pack, now that an exact prefill has passed all layers."""
+        seen: list[SeenLayer] = state.seen
+        state.seen = []
+        columns = list(zip(*seen, strict=True))
+        C = seen[0].z.size(2)
+        _, x, q, k, _, z, caches = columns
+        prompt = Prompt(x, q, k, z, C, n_pad, self.rope, self.oracle)
+        selection = self.choose(prompt)
         if self.kv.mask_scope != "shared" and not self.stored.ints:
-            pack_layers(
-                caches,
-                prompt.keys[..., :C, :],
-                prompt.values,
-                choice.keep,
-                choice.mask,
-                prompt.valid,
-            )
+            # all layers at once: thirty times fewer kernels
+            keys = prompt.keys[..., :C, :]
+            pack_layers(caches, keys, prompt.values, selection.keep, selection.mask, prompt.valid)
         rounded = self.stored.ints and self.cfg.key_rounding == "queries"
-        for i, path in enumerate(paths):
-            path.store(
-                k[i], v[i], z[i], choice, caches[i], pad, prompt.moment(i) if rounded else None
-            )
-        pending.first = None
+        first = None
+        for i, layer in enumerate(seen):
+            moment = prompt.moment(i) if rounded else None
+            layer.path.store(layer, selection, n_pad, first, moment)
+            if self.kv.mask_scope == "shared":
+                first = first or layer.cache
 
-    def watch(
-        self, model: Transformer, idx: Tensor, pad: Tensor | None = None
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        """(x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx (B, T)
-        that reads whole values."""
-        self.views = []
-        try:
-            with evaluating(model):
-                model(idx, pad=pad, last_only=True)
-            return tuple(zip(*self.views, strict=True))
-        finally:
-            self.views = None
+    def watch(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
+        """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
+        (B, T) that reads whole values."""
+        layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
+        seen = []
+
+        def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+            seen.append((x, q, k, layers[i].kv_path.own_maps().encode(v)))
+
+        with evaluating(model), record_layers(layers, see):
+            model(idx, pad=pad, last_only=True)
+        return tuple(zip(*seen, strict=True))
 
     def look(
         self,
@@ -389,8 +363,8 @@ class Selector(nn.Module):
         n_prompt: int,
         pad: Tensor | None = None,
     ) -> tuple[Prompt, Tensor]:
-        """The prompt idx[:, :n_prompt], and the attention on its context of the tokens after it (of
-        its query region where there are none), (L, B, Hkv, C)."""
+        """Return the prompt idx[:, :n_prompt], and the attention on its context of the tokens after
+        it (of its query region where there are none), (L, B, Hkv, C)."""
         check(
             n_context < n_prompt,
             "a query region of 0 tokens",
@@ -398,88 +372,29 @@ class Selector(nn.Module):
             "give --query or --kv_tail of 1 or more",
         )
         x, q, k, z = self.watch(model, idx, pad)
-        whole = Prompt(x, q, k, tuple(t[:, :, :n_context] for t in z), n_context, pad, self.rope)
-        alpha = whole.causal(whole.column[n_prompt if n_prompt < whole.T else n_context :])
+        context = tuple(t[:, :, :n_context] for t in z)
+        all_of_it = Prompt(x, q, k, context, n_context, pad, self.rope)
+        asking = n_prompt if n_prompt < all_of_it.T else n_context
+        alpha = all_of_it.causal(all_of_it.column[asking:])
+        x = tuple(t[:, :n_prompt] for t in x)
         q, k = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
-        return Prompt(
-            tuple(t[:, :n_prompt] for t in x), q, k, whole.z, n_context, pad, self.rope
-        ), alpha
-
-    # ------------------------------------------------------------------------- training
-
-    def sample(self, model: Transformer, idx: Tensor) -> tuple[Prompt, Tensor]:
-        """A training example of windows idx (B, T): a prompt, and the attention its last
-        cfg.readers tokens give its context."""
-        n_prompt = idx.size(1) - self.cfg.readers
-        n_context = n_prompt - self.kv.kv_tail
-        check(
-            n_context >= 1,
-            f"{idx.size(1)} tokens with readers={self.cfg.readers}, kv_tail={self.kv.kv_tail}",
-            "some context must be left",
-            "give a larger --block_size or fewer --readers",
-        )
-        return self.look(model, idx, n_context, n_prompt)
-
-    def targets(self, prompt: Prompt, alpha: Tensor) -> dict[str, Tensor]:
-        """What each predictor is trained towards: (Lm, B, Hm, C, S or 1), or alpha itself for
-        predictor_query."""
-        mine = self.per_mask(alpha).unsqueeze(-1)
-        return {
-            "predictor": mine * self.norms(prompt),
-            "expected_attention": mine,
-            "predictor_query": alpha,
-        }
-
-    def loss(self, model: Transformer, idx: Tensor) -> Tensor:
-        """Sum of the predictors' losses on windows idx (B, T)."""
-        prompt, alpha = self.sample(model, idx)
-        with torch.autocast(idx.device.type, enabled=False):
-            want = self.targets(prompt, alpha)
-            return torch.stack(
-                [
-                    p.loss(
-                        prompt,
-                        want[name],
-                        self.cfg if name == "predictor_query" else self.cfg.predictor_loss,
-                    )
-                    for name, p in self.predictors.items()
-                ]
-            ).sum()
+        return Prompt(x, q, k, context, n_context, pad, self.rope), alpha
 
     @torch.no_grad()
-    def calibrate(self, model: Transformer, batches: list[Tensor], fit: bool = False) -> None:
-        """Measure gain and feeling on batches of windows (B, T), with `fit` also what the
-        predictors' inputs and targets look like."""
+    def calibrate(self, model: Transformer, batches: list[Tensor]) -> None:
+        """Measure output_gain, rms and layer_sensitivity on batches of windows (B, T).
+
+        The tensors are replaced, not written into: caches keep the ones they were packed with."""
         layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
-        energy = 0.0
-        effect = 0.0
-        each = 0.0
-        n = 0
-        # a pass holds what every layer saw
-        for few in (part for idx in batches for part in idx.split(2)):
-            z = self.watch(model, few)[3]
-            # (L, Hkv, D, D)
-            cov = torch.stack(
-                [torch.einsum("bhtd,bhte->hde", w, w) for w in map(at_least_float32, z)]
-            ).double()
-            read = torch.stack([reading(attn) for attn in layers])
-            energy = energy + cov.diagonal(dim1=-2, dim2=-1).sum(-1)
-            effect = effect + (cov * read).sum((-1, -2))
-            # first tokens are stored whole
-            later = [at_least_float32(w[:, :, self.kv.kv_sinks :]) for w in z]
-            each = each + torch.stack([w.square().sum((0, 2)) for w in later])
-            n = n + len(few) * later[0].size(2)
-        self.rms.copy_((each / max(1, n)).sqrt().clamp_min(1e-6))
-        self.gain.copy_((effect / energy.clamp_min(1e-30)).sqrt())
-        self.feeling.copy_(sensitivity(model, layers, [idx[:2, :512] for idx in batches[:2]]))
-        if fit and self.predictors:
-            prompts, alphas = zip(*(self.sample(model, idx) for idx in batches[:2]), strict=True)
-            wants = [self.targets(p, a) for p, a in zip(prompts, alphas, strict=True)]
-            for name, p in self.predictors.items():
-                p.fit(
-                    list(prompts),
-                    self.cfg if name == "predictor_query" else [w[name] for w in wants],
-                )
+        metrics = torch.stack([kv_router.read_metric(attn) for attn in layers])
+        # a pass holds what every layer saw: two windows at a time
+        few = (part for idx in batches for part in idx.split(2))
+        values = (self.watch(model, part)[3] for part in few)
+        gain, rms = value_statistics(values, metrics, self.kv.kv_sinks)
+        self.output_gain = gain.to(self.output_gain)
+        self.rms = rms.to(self.rms)
+        short = [idx[:2, :512] for idx in batches[:2]]
+        self.layer_sensitivity = layer_sensitivity(model, layers, short).to(self.layer_sensitivity)
 
 
 def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
@@ -493,58 +408,20 @@ def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
         )
 
 
-def reading(attn: nn.Module) -> Tensor:
-    """dec G dec^T per KV head, (Hkv, D, D) float64: the squared norm that o_proj writes for a z is
-    z of it z^T, summed over query heads."""
-    path = attn.kv_path
-    w = attn.o_proj.weight.double().view(-1, path.Hkv, attn.n_head // path.Hkv, path.D)
-    G = torch.einsum("ehnd,ehnf->hdf", w, w)
-    dec = path.basis()[1].to(w.device)
-    return G if path.folded else dec @ G @ dec.mT
-
-
-def sensitivity(model: Transformer, layers: list[nn.Module], batches: list[Tensor]) -> Tensor:
-    """Root mean square gradient of the loss at what each layer's attention adds to the residual
-    stream, over its mean: (L,)."""
-    written: list[Tensor] = []
-
-    def hook(module, args, out):
-        out = out if out.requires_grad else out.detach().requires_grad_()
-        out.retain_grad()
-        written.append(out)
-        return out
-
-    total = 0.0
-    hooks = [attn.o_proj.register_forward_hook(hook) for attn in layers]
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)  # gradients of activations are enough
-    try:
-        for idx in batches:
-            written.clear()
-            with evaluating(model), torch.enable_grad():
-                lm_loss(model(idx[:, :-1]), idx[:, 1:]).backward()
-            total = total + torch.stack([t.grad.float().square().sum(-1).mean() for t in written])
-    finally:
-        for h in hooks:
-            h.remove()
-        for p, w in wanted.items():
-            p.requires_grad_(w)
-    return (total / total.mean()).sqrt()
-
-
-# ----------------------------------------------------------------------------- the KV path
+# -------------------- the KV path
 
 
 class SelectPath(ValueGroupPath):
-    """One layer that stores what the selector keeps of a prompt, and everything after it whole. The
-    first call with a cache and more tokens than the query region is the prompt; without a cache
-    values are whole, or as `replaying` prescribes."""
+    """One layer that stores what the selector keeps of a prompt, and everything after it whole.
 
-    reads_chunks = False  # a prompt is chosen from as a whole
+    The first prefill into a cache is the prompt. Without a cache values are whole, or as
+    masked_replay prescribes."""
 
-    def __init__(self, model_cfg, cfg: KVConfig, selector: Selector, index: int):
-        self._shared = (selector,)
-        self.index = index  # in a tuple: it is the model's module, not this one's
+    reads_pieces = False  # a prompt is chosen from as a whole
+
+    def __init__(self, model_cfg, selector: Selector, index: int):
+        self._shared = (selector,)  # in a tuple: it is the model's module, not this one's
+        self.index = index
         super().__init__(model_cfg, selector.kv)
 
     @property
@@ -560,157 +437,137 @@ class SelectPath(ValueGroupPath):
         self.selector.kv = cfg
 
     @property
-    def whole(self) -> bool:
-        # who watches wants the coordinates that would be cut
-        return self.selector.cfg.whole and self.selector.views is None
+    def keep_all(self) -> bool:
+        return self.selector.cfg.whole
 
-    def new_cache(self, batch: int, max_len: int, like: Tensor) -> SelectedCache:
-        s = self.selector
-        shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads, like)
-        kv = s.stored
-        cache = (
-            IntSelectedCache(
-                *shape, IntFormat(kv.key_bits, kv.value_bits, kv.key_block, s.rms[self.index])
-            )
-            if kv.ints
-            else SelectedCache(*shape)
-        )
-        if self.index == 0:
-            s.pending = Pending()  # the layers' caches are made in their order
-        cache.pending = s.pending
-        return cache
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> RaggedCache:
+        codec = codec_of(self.selector.stored, self.selector.rms[self.index])
+        shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
+        return RaggedCache(*shape, like, codec)
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: SelectedCache | None = None,
-        pad: Tensor | None = None,
-    ) -> Tensor:
-        s = self.selector
-        C = q.size(2) - self.cfg.kv_tail
-        if cache is None:
-            if s.views is not None:
-                s.views.append((x, q, k, self.encode(v)))
-            if s.replayed is None:
-                return attend(q, k, v, pad)
-            choice, C = s.replayed
-            return self._masked(q, k, v, self.encode(v[:, :, :C]), *choice.layer(self.index), pad)
-        if cache.columns or C <= 0:
-            return self._attend_stored(q, k, v, cache, pad)
-        z = self.encode(v[:, :, :C])
-        if self.cfg.prefill == "exact":
-            if self.index == 0:
-                cache.pending.seen.clear()  # of a pass that failed
-            cache.pending.seen.append((self, x, q, k, v, z, cache))
-            if len(cache.pending.seen) == s.L:
-                s.finish(cache.pending, pad)
+    def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
+        if self.selector.replayed is None:
             return attend(q, k, v, pad)
-        if cache.pending.choice is None or s.kv.mask_scope != "shared":
+        selection, C = self.selector.replayed
+        z = self.maps().encode(v[:, :, :C])
+        return self._masked(q, k, v, z, *selection.layer(self.index), pad)
+
+    def prefill(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
+        C = q.size(2) - self.cfg.kv_tail
+        if not cache.fresh:  # what follows a prompt stays whole, and reads the prompt as stored
+            return self.decode(x, q, k, v, cache, n_pad)
+        if C <= 0:  # there is no context
+            cache.append(NewTokens(k, v, n_pad))
+            return attend(q, k, v, n_pad)
+        cache.keep_all = self.keep_all
+        cache.basis = self.maps()
+        z = cache.basis.encode(v[:, :, :C])
+        seen = SeenLayer(self, x, q, k, v, z, cache)
+        if self.cfg.prefill == "exact":
+            state = cache.prompt
+            if self.index == 0:
+                state.reset()
+            state.seen.append(seen)
+            if len(state.seen) == self.selector.L:
+                self.selector.finish(state, n_pad)
+            return attend(q, k, v, n_pad)
+        return self._prefill_routed(seen, n_pad)
+
+    def _prefill_routed(self, seen: SeenLayer, n_pad: Tensor | None) -> Tensor:
+        """Choose as soon as a layer (the first, where masks are shared) has seen the prompt, and
+        read what was chosen."""
+        s = self.selector
+        state = seen.cache.prompt
+        shared = self.cfg.mask_scope == "shared"
+        C = seen.z.size(2)
+        if self.index == 0:
+            state.reset()
+        if state.selection is None or not shared:
             alpha = None if s.oracle is None else s.oracle[self.index : self.index + 1]
-            cache.pending.choice = s.choose(
-                Prompt([x], [q], [k], [z], C, pad, s.rope, alpha, self.index)
-            )
-        self.store(k, v, z, cache.pending.choice, cache, pad)
-        choice = cache.pending.choice
+            lists = ([seen.x], [seen.q], [seen.k], [seen.z])
+            prompt = Prompt(*lists, C, n_pad, s.rope, alpha, self.index)
+            state.selection = s.choose(prompt)
+        first = state.seen[0] if state.seen else None  # the first layer's cache
+        self.store(seen, state.selection, n_pad, first if shared else None)
+        if first is None:
+            state.seen.append(seen.cache)
+        y = self._masked(seen.q, seen.k, seen.v, seen.z, *state.selection.layer(0), n_pad)
         if self.index == s.L - 1:
-            cache.pending.choice = cache.pending.first = None  # the prompt is done
-        return self._masked(q, k, v, z, *choice.layer(0), pad)
+            state.reset()  # the prompt is done
+        return y
 
     def store(
         self,
-        k: Tensor,
-        v: Tensor,
-        z: Tensor,
-        choice: Choice,
-        cache: SelectedCache,
-        pad: Tensor | None,
-        moment: Tensor | None = None,
+        seen: SeenLayer,
+        selection: Selection,
+        n_pad: Tensor | None,
+        first: RaggedCache | None = None,
+        query_moment: Tensor | None = None,
     ) -> None:
-        """Pack the chosen part of the context, unless that is done (masks shared by layers once),
-        and append the query region whole. moment: see SelectedCache.pack."""
-        C = z.size(2)
-        shared = self.cfg.mask_scope == "shared"
-        n_pad = torch.zeros(len(k), dtype=torch.int64, device=k.device) if pad is None else pad
-        if not cache.n_context:
-            valid = torch.arange(C, device=k.device) >= n_pad[:, None]
-            keep, mask = choice.layer(self.index)
-            if isinstance(cache, IntSelectedCache):
-                # first tokens go to the tail
-                keep = keep & (valid.cumsum(-1) > self.cfg.kv_sinks)[:, None]
-            cache.pack(
-                k[:, :, :C], z, keep, mask, valid, cache.pending.first if shared else None, moment
-            )
-            cache.pending.first = cache.pending.first or cache
-            if isinstance(cache, IntSelectedCache):
-                n = min(self.cfg.kv_sinks, C)
-                # rows with fewer tokens than that: theirs come last
-                few = (n_pad + n - C).clamp(0, n)
-                at = ((n_pad - few)[:, None] + torch.arange(n, device=k.device)).clamp(0, C - 1)[
-                    :, None, :, None
-                ]
-                cache.append_sinks(k.take_along_dim(at, 2), v.take_along_dim(at, 2), few)
-        cache.append(k[:, :, C:], v[:, :, C:], (n_pad - C).clamp_min(0))
+        """Pack the chosen part of the context, unless that is done, and append the query region
+        whole.
 
-    def _masked(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        z: Tensor,
-        keep: Tensor,
-        mask: Tensor,
-        pad: Tensor | None,
-    ) -> Tensor:
-        """Full-size and differentiable: attention of T tokens over routed values of the context, z
-        (B, Hkv, C, D) encoded, and whole ones after it; in an exact prefill context and query
-        region read whole values. keep (B, Hm, C), mask (B, Hm, C, S)."""
-        (B, H, T, _) = q.shape
+        first: the cache whose masks this one shares; query_moment: see RaggedCache.pack."""
+        cache = seen.cache
+        C = seen.z.size(2)
+        B = len(seen.k)
+        if n_pad is None:
+            pad = torch.zeros(B, dtype=torch.int64, device=seen.k.device)
+        else:
+            pad = n_pad
+        if cache.fresh:
+            valid = torch.arange(C, device=pad.device) >= pad[:, None]
+            keep, mask = selection.layer(self.index)
+            n_first = min(cache.codec.n_sinks, C)
+            if n_first:  # first tokens go to the window
+                keep = keep & (valid.cumsum(-1) > n_first)[:, None]
+            context = seen.k[:, :, :C]
+            cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
+            if n_first:
+                # rows with fewer tokens than that: theirs come last
+                few = (pad + n_first - C).clamp(0, n_first)
+                at = (pad - few)[:, None] + torch.arange(n_first, device=pad.device)
+                at = at.clamp(0, C - 1)[:, None, :, None]
+                cache.move_to_window(
+                    seen.k.take_along_dim(at, 2), seen.v.take_along_dim(at, 2), few
+                )
+        region_pad = None if n_pad is None else (pad - C).clamp_min(0)
+        cache.append(NewTokens(seen.k[:, :, C:], seen.v[:, :, C:], region_pad))
+
+    def _masked(self, q, k, v, z: Tensor, keep: Tensor, mask: Tensor, pad) -> Tensor:
+        """Attend, full-size and differentiable, to routed values of the context, z (B, Hkv, C, D)
+        encoded, and whole ones after it; in an exact prefill context and query region read whole
+        values.
+
+        keep (B, Hm, C), mask (B, Hm, C, S)."""
+        B, H, T, _ = q.shape
         C = z.size(2)
         # the first column that reads routed values
         first = min(C + self.cfg.kv_tail, T) if self.cfg.prefill == "exact" else 0
-        read = torch.cat((self.decode(z * spread(mask, self.D)), v[:, :, C:]), 2)
-        there = (
-            torch.cat((keep, keep.new_ones(B, keep.size(1), T - C)), -1)
-            .expand(-1, self.Hkv, -1)
-            .repeat_interleave(H // self.Hkv, 1)
-        )
+        routed = self.maps().decode(z * expand_mask(mask, self.D))
+        read = torch.cat((routed, v[:, :, C:]), 2)
+        there = torch.cat((keep, keep.new_ones(B, keep.size(1), T - C)), -1)
+        there = there.expand(-1, self.Hkv, -1).repeat_interleave(H // self.Hkv, 1)
         own = torch.eye(T, dtype=torch.bool, device=q.device)[first:]
         visible = attention_mask(T, T, pad, q.device)[:, :, first:] & there.unsqueeze(-2) | own
-        routed = F.scaled_dot_product_attention(
-            q[:, :, first:], k, read, attn_mask=visible, enable_gqa=self.Hkv != H
+        gqa = self.Hkv != H
+        y = F.scaled_dot_product_attention(
+            q[:, :, first:], k, read, attn_mask=visible, enable_gqa=gqa
         )
-        return (
-            torch.cat((attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], pad), routed), 2)
-            if first
-            else routed
-        )
+        if not first:
+            return y
+        exact = attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], pad)
+        return torch.cat((exact, y), 2)
 
-    def _attend_stored(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, pad: Tensor | None
-    ) -> Tensor:
-        """Attention of T new tokens, appended to the tail, over what is stored."""
-        n_pad = (
-            torch.zeros(len(q), dtype=torch.int64, device=q.device)
-            if pad is None
-            else (pad - cache.columns).clamp(0, q.size(2))
-        )
-        cache.append(k, v, n_pad)
-        return self.attend_packed(q, cache.packed(), cache.whole())
+    def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
+        cache.append(NewTokens(k, v, n_pad))
+        view = cache.view()
+        if not len(cache.keys):  # no context
+            return attend_view(q, view._replace(packed=()))[0]
+        return self._read(q, view, cache)
 
-    def can_step(self) -> bool:
-        """Whether `step` has kernels for this storage."""
-        return can_append(self.D) and (self.whole or self.folded)
-
-    def step(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, cache: SelectedCache, tail: Tail
-    ) -> Tensor:
-        """forward for one token per sequence, on the device alone: into the tail, whose count is
-        one up already."""
-        append_tail(tail, k, v)
-        return self.attend_packed(q, cache.packed(), tail)
+    def graph_safe(self) -> bool:
+        return can_append(self.D) and (self.keep_all or self.folded)
 
 
 # -------------------- attaching, looking, saving
@@ -722,39 +579,40 @@ def attach(
     cfg: SelectConfig,
     batches: list[Tensor] | None = None,
     seed: int = 0,
-    fit: bool = False,
 ) -> Transformer:
     """Give the chosen layers selecting paths and the model its `selector`, in place. Returns the
     model.
 
-    batches: token ids (B, T) that calibrate bases and weights, with `fit` the predictors' scales
-    too; None leaves that to load_state."""
+    batches: token ids (B, T) that calibrate bases and weights; None leaves that to load_state."""
     kv.check_model(model.cfg)
     selector = Selector(model, kv, cfg)
-    made = iter(range(selector.L))
-    kv_router.attach(model, kv, batches, seed, lambda m, c: SelectPath(m, c, selector, next(made)))
+    index = iter(range(selector.L))
+    kv_router.attach(model, kv, batches, seed, lambda m, c: SelectPath(m, selector, next(index)))
     model.selector = selector.to(model.norm.weight.device)
     if batches is not None:
-        selector.calibrate(model, batches, fit)
+        selector.calibrate(model, batches)
     return model
 
 
 def selector_of(model: Transformer) -> Selector | None:
-    """The model's selector; None where nothing selects."""
+    """Return the model's selector; None where nothing selects."""
     return getattr(model, "selector", None)
 
 
 def detach(model: Transformer) -> Transformer:
-    """Put whole values back, in place, and forget the selector. Not for a folded model."""
+    """Put dense paths back, in place, and forget the selector. Not for a folded model."""
     if selector_of(model) is not None:
         del model.selector
     return kv_router.detach(model)
 
 
 def state(model: Transformer) -> dict[str, Tensor]:
-    """The selector's tensors under their names in the model; empty where there is none."""
+    """Return the selector's tensors under their names in files; empty where there is none."""
     s = selector_of(model)
-    return {} if s is None else {f"selector.{k}": t for k, t in s.state_dict().items()}
+    if s is None:
+        return {}
+    in_file = {code: file for file, code in FILE_NAMES.items()}
+    return {f"selector.{in_file.get(name, name)}": t for name, t in s.state_dict().items()}
 
 
 def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
@@ -763,13 +621,15 @@ def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def diagnosed(model: Transformer, idx: Tensor, n_prompt: int, pad: Tensor | None = None):
-    """Inside the `with`, `oracle` relevance of the prompt idx[:, :n_prompt] is the attention that
-    the rest of idx (B, T) pays it, or its own query region where there is no rest (eq 12). Nothing
-    happens where no signal asks for it."""
+def with_oracle(model: Transformer, idx: Tensor, n_prompt: int, pad: Tensor | None = None):
+    """Let `oracle` relevance of the prompt idx[:, :n_prompt], inside the `with`, be the attention
+    that the rest of idx (B, T) pays it, or its own query region where there is no rest (12).
+
+    Nothing happens where no signal asks for it."""
     s = selector_of(getattr(model, "model", model))
-    n_context = n_prompt - (s.kv.kv_tail if s else 0)
-    if s is None or "oracle" not in (s.cfg.relevance, s.cfg.tokens_by) or n_context <= 0:
+    asked = s is not None and "oracle" in (s.cfg.relevance, s.cfg.tokens_by)
+    n_context = n_prompt - s.kv.kv_tail if asked else 0
+    if n_context <= 0:
         yield
         return
     s.oracle = s.look(model, idx, n_context, n_prompt, pad)[1]
@@ -780,11 +640,11 @@ def diagnosed(model: Transformer, idx: Tensor, n_prompt: int, pad: Tensor | None
 
 
 @contextmanager
-def replaying(model: Transformer, choice: Choice, n_context: int):
-    """Inside the `with`, uncached forwards read the context's first n_context columns as `choice`
-    keeps them: the masked execution."""
+def masked_replay(model: Transformer, selection: Selection, n_context: int):
+    """Let uncached forwards inside the `with` read the context's first n_context columns as
+    `selection` keeps them: the masked execution."""
     s = selector_of(model)
-    s.replayed = choice, n_context
+    s.replayed = selection, n_context
     try:
         yield
     finally:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import kv_router
 import lora
-import mixsga
 import selector
+from baselines import shared_heads
 from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, check
 from loaders import checkpoint
 from loaders.device import place
@@ -83,7 +83,7 @@ def _base_run(ckpt: checkpoint.Checkpoint, device: torch.device | str, weights: 
     kv = from_dict(KVConfig, ckpt.config["kv"])
     model = Transformer(from_dict(ModelConfig, ckpt.config["model"]))
     if kv.kv in SHARED:
-        mixsga.attach(model, kv, from_dict(MixConfig, ckpt.config.get("mix", {})))
+        shared_heads.attach(model, kv, from_dict(MixConfig, ckpt.config.get("mix", {})))
     load_model_state(model, ckpt.tensors.get("model", {}), str(ckpt.path))
     place(model, device, getattr(torch, weights))
     return Run(

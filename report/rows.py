@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import kv_router
-import mixsga
 import selector
+from baselines import shared_heads
 from config import AdapterConfig, KVConfig, SelectConfig
 from loaders.device import autocast
 from lora import count_trainable
@@ -99,8 +99,8 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
     """What a filled cache keeps, by count. kv_kept_layers, kv_kept_model: of keys and values in
     compressed layers, in the whole model; value_keep: of the kept tokens' value groups; token_keep.
     A fixed K counts the whole tokens of its tail, selection the context only."""
-    if mixsga.shares(model):
-        kept = mixsga.kept_shares(model, cache)
+    if shared_heads.shares(model):
+        kept = shared_heads.kept_shares(model, cache)
         return {"value_keep": 1.0, "token_keep": 1.0, "kv_kept_layers": kept, "kv_kept_model": kept}
     tokens = []
     values = []
@@ -140,7 +140,7 @@ def method_of(model: Transformer, kv: KVConfig) -> str:
     if chooser is not None:
         keeps_all = chooser.cfg.whole and not chooser.stored.ints
         return "dense" if keeps_all else "select"
-    if mixsga.shares(model):
+    if shared_heads.shares(model):
         return kv.kv
     return "value_groups" if kv_router.paths(model) else "dense"
 
@@ -169,7 +169,7 @@ def relevance_of(model: Transformer, method: str, kv: KVConfig) -> str:
 def stored_bits(model: Transformer, method: str, kv: KVConfig) -> tuple[int, int]:
     """Bits of a stored number of keys and of values."""
     stored = model.selector.stored if method == "select" else kv
-    if method in ("value_groups", "select") or mixsga.shares(model):
+    if method in ("value_groups", "select") or shared_heads.shares(model):
         return stored.key_bits, stored.value_bits
     return 16, 16
 
@@ -187,8 +187,8 @@ def setting_of(
     elif method == "select":
         how = model.selector.cfg.allocation
         words += [basis_of(method, kv), f"S={kv.n_groups}", kv.mask_scope, how]
-    elif mixsga.shares(model):
-        words.append(mixsga.described(model))
+    elif shared_heads.shares(model):
+        words.append(shared_heads.described(model))
     key_bits, value_bits = stored_bits(model, method, kv)
     if key_bits < 16:
         block = (model.selector.stored if method == "select" else kv).key_block

@@ -1,7 +1,12 @@
-"""What the Triton kernels share: where they run, and small functions that several of them call.
+"""What all Triton kernels share: where they run, and small functions on the device.
 
-`impl`: "auto" runs a kernel on CUDA tensors and its reference elsewhere, "triton" and "torch" force
-one; kernels run on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). None has a gradient.
+A kernel stands beside a plain PyTorch function, its reference: the specification, and what runs
+where there is no GPU. Functions with an argument `impl` choose between the two: "auto" runs the
+kernel on CUDA tensors and the reference elsewhere, "triton" and "torch" force one. On CPU tensors
+kernels run in Triton's interpreter (TRITON_INTERPRET=1). No kernel has a gradient.
+
+Names in kernels: `_ptr` ends what is an address, `_stride_b` and the like what is added to an
+address for the next sequence, head or token; capitals are known when compiling.
 """
 
 from __future__ import annotations
@@ -13,27 +18,29 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # the references need none
-    triton = tl = None
+    triton = None
+    tl = None
 jit = triton.jit if triton else lambda f: f
 TRITON = tuple(map(int, triton.__version__.split(".")[:2])) if triton else (0, 0)
 
 
 def use_triton(impl: str, x: Tensor) -> bool:
-    """Whether a function runs its kernel: impl "triton" always (CPU tensors need
-    TRITON_INTERPRET=1), "torch" never, "auto" on a GPU."""
-    assert impl in ("auto", "triton", "torch") and (triton or impl != "triton"), (
-        f"impl={impl} with triton {'there' if triton else 'missing'}"
-    )
-    return (
-        triton is not None
-        and x.dtype != torch.float64
-        and (impl == "triton" or (impl == "auto" and x.is_cuda))
-    )
+    """Say whether a function that works on x runs its kernel; float64 never does."""
+    assert impl in ("auto", "triton", "torch"), f"impl={impl}: auto, triton or torch"
+    assert triton or impl != "triton", f"impl={impl}, and triton is not installed"
+    if triton is None or x.dtype == torch.float64:
+        return False
+    return impl == "triton" or (impl == "auto" and x.is_cuda)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """Return x such that the numbers of its last dimension lie side by side, as kernels expect."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @jit
 def popcount(x):
-    """Bits set in each uint32 or uint64, int32; the compiler knows the idiom."""
+    """Count the bits set in each uint32 or uint64, int32; the compiler knows the idiom."""
     if x.dtype == tl.uint64:
         x = x - ((x >> 1) & 0x5555555555555555)
         x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
@@ -47,8 +54,19 @@ def popcount(x):
 
 
 @jit
+def as_word(bits, BITS: tl.constexpr):
+    """Turn a token's mask of BITS bits, as it is stored, into uint32; one of 64 into uint64."""
+    if BITS == 64:
+        return bits.to(tl.uint64, bitcast=True)
+    elif BITS == 16:
+        return bits.to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        return bits.to(tl.uint32)
+
+
+@jit
 def product(a, b, c):
-    """a @ b + c in float32; float32 factors are not rounded."""
+    """Compute a @ b + c in float32; float32 factors are not rounded."""
     if a.dtype == tl.float32:
         return tl.dot(a, b, c, input_precision="ieee")
     else:
@@ -56,70 +74,19 @@ def product(a, b, c):
 
 
 @jit
-def where_rows(bits, before, tile_rows, t, hi, K: tl.constexpr, TILE: tl.constexpr):
-    """Masks of tokens t, 0 from hi on, and the number of rows before each, int32."""
-    mask = tl.load(bits + t, mask=t < hi, other=0)
-    if K > 0:
-        return mask, t * K
-    else:
-        return mask, tl.load(tile_rows + t // TILE, mask=t < hi, other=0) + tl.load(
-            before + t, mask=t < hi, other=0
-        ).to(tl.int32)
-
-
-@jit
-def pieces(n_packed, tail_first, tail_n, seg, segments, Hkv, n_b, n_h, W, chunk, N: tl.constexpr):
-    """Of a segment, or of several: packed tokens, tail slots, the tail's first and count; the size
-    of its pieces, equal and at most chunk (rounded up to N), and their number, 0 for what is no
-    segment."""
-    b = seg // Hkv
-    h = seg % Hkv
-    there = seg < segments
-    count = tl.load(n_packed + b * n_b + h * n_h, mask=there, other=0).to(tl.int32)
-    first = tl.load(tail_first + b, mask=there, other=0).to(tl.int32) % W
-    tail_n = tl.load(tail_n + b, mask=there, other=0).to(tl.int32)
-    slots = tl.where(tail_n > 0, tl.minimum(first + tail_n, W), 0)
-    total = tl.maximum(count + slots, 1)
-    size = tl.cdiv(tl.cdiv(total, tl.cdiv(total, chunk)), N) * N
-    return count, slots, first, tail_n, size, tl.where(there, tl.cdiv(total, size), 0)
-
-
-@jit
-def own_piece(
-    n_packed,
-    tail_first,
-    tail_n,
-    segments,
-    Hkv,
-    n_b,
-    n_h,
-    W,
-    chunk,
-    N: tl.constexpr,
-    SEGS: tl.constexpr,
+def load_masks(
+    bits_ptr,
+    before_ptr,
+    tile_rows_ptr,
+    t,
+    end,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Segment and piece of this program. The grid is (segments, pieces), those past a segment's end
-    last; or with SEGS > 0 (pieces of all segments in a row,): segments and more where there is
-    none."""
-    seg = tl.program_id(0)
-    c = tl.program_id(1)
-    if SEGS > 0:
-        s = tl.arange(0, SEGS)
-        _, _, _, _, _, number = pieces(
-            n_packed, tail_first, tail_n, s, segments, Hkv, n_b, n_h, W, chunk, N
-        )
-        pid = seg
-        seg = tl.sum((tl.cumsum(number, 0) <= pid).to(tl.int32), 0)
-        c = pid - tl.sum(tl.where(s < seg, number, 0), 0)
-    return seg, c
-
-
-@jit
-def as_word(mask, BITS: tl.constexpr):
-    """A token's mask of BITS bits as uint32, of 64 as uint64."""
-    if BITS == 64:
-        return mask.to(tl.uint64, bitcast=True)
-    elif BITS == 16:
-        return mask.to(tl.uint16, bitcast=True).to(tl.uint32)
+    """Load the masks of tokens t, 0 from `end` on, and the number of rows before each, int32."""
+    bits = tl.load(bits_ptr + t, mask=t < end, other=0)
+    if K > 0:
+        return bits, t * K
     else:
-        return mask.to(tl.uint32)
+        tile = tl.load(tile_rows_ptr + t // TILE, mask=t < end, other=0)
+        return bits, tile + tl.load(before_ptr + t, mask=t < end, other=0).to(tl.int32)

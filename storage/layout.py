@@ -1,56 +1,83 @@
-"""How masks and rows are laid out: the plain functions that routing, selection and the packed cache
-share.
+"""How kept values are laid out in memory, and plain attention over them: what routing, packing and
+kernels agree on.
 
-Masks are bool with the groups last; in storage a token's mask is one integer whose bit g says that
-group g is kept (uint8 up to S = 8, then int16, int32, int64). A row is one kept group: D/S numbers.
-Rows lie token-major, group-minor, without gaps, so
+A head's value, D numbers, is cut into S groups of d = D/S neighbours. Of each token only some
+groups are kept. Which ones is the token's *mask*; in storage it is one integer whose bit g says
+that group g is kept (uint8 up to S = 8, then int16, int32, int64). A kept group is a *row* of d
+numbers. Rows lie one after the other without gaps, token by token and group by group, so that
 
-    row of (t, g) = base + offset(t) + popcount(mask_t & ((1 << g) - 1))
+    row of (token t, group g) = row_base + offset(t) + popcount(mask_t & ((1 << g) - 1))
 
-where offset(t) = K t if every token keeps K groups, and otherwise the rows before t's tile, stored
-once per tile (int32), and those before t in its tile, stored per token (uint8: tiles are as long as
-that allows).
+offset(t), the rows of the tokens before t, is K t where every token keeps K groups. Elsewhere it is
+stored in two parts: once per tile of tokens (int32), and within its tile per token (uint8; a tile
+is as long as that allows). docs/format.md draws this.
 
-Letters: B batch, Hkv KV heads, T tokens, S groups, d = D/S numbers in a row.
-"""
+    bits = torch.tensor([0b1010, 0b0011])   # token 0 keeps groups 1 and 3, token 1 groups 0 and 1
+    bits_to_mask(bits, 4)                   # [[F, T, F, T], [T, T, F, F]]
+    # K = 2: group 1 of token 1 lies in row 2 * 1 + popcount(0b0011 & 0b0001) = 3
+
+Letters, here and everywhere: B sequences, T new tokens, H heads, Hkv KV heads, n = H/Hkv query
+heads of one KV head, Hm mask heads (1 or Hkv: heads may share a mask), D head dimension, S groups,
+K kept per token, d = D/S, W slots of a window, N tokens of the longest segment. A segment is what
+one sequence holds for one head. """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+def cdiv(a, b):
+    """Divide and round up: integers, or tensors of them."""
+    return -(-a // b)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32 if its type is narrower, else as it is: the type for softmax, scores and
-    losses."""
+    """x in float32 if its type is narrower, else as it is: the type for softmax, scores, losses."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+# -------------------- masks
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """bool like scores (..., n): True at the k largest of the last dimension, exactly k; equal
-    scores: the lower index wins."""
+    """Mark the k largest of the last dimension: bool like scores (..., n), exactly k of them.
+
+    Of equal scores the lower index wins."""
     best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
 
 
+def expand_mask(mask: Tensor, head_dim: int) -> Tensor:
+    """Turn a mask per group (..., S) into one per dimension (..., D)."""
+    return mask.repeat_interleave(head_dim // mask.size(-1), dim=-1)
+
+
+def group_energy(z: Tensor, n_groups: int, mask_heads: int) -> Tensor:
+    """Square and sum every group of z (B, Hkv, T, D): (B, 1 or Hkv, T, S).
+
+    With mask_heads = 1 heads share a mask, so their energies are added."""
+    energy = at_least_float32(z).unflatten(-1, (n_groups, -1)).square().sum(-1)
+    return energy if mask_heads > 1 else energy.sum(1, keepdim=True)
+
+
 def mask_dtype(n_groups: int) -> torch.dtype:
-    """Integer type that holds one token's mask: uint8 for S <= 8, int16 for S = 16, int32 for 32,
-    int64 for 64."""
-    return (
-        torch.uint8
-        if n_groups <= 8
-        else {16: torch.int16, 32: torch.int32, 64: torch.int64}[n_groups]
-    )
+    """Return the integer type of one token's mask: uint8 for S <= 8, else int16, int32, int64."""
+    if n_groups <= 8:
+        return torch.uint8
+    return {16: torch.int16, 32: torch.int32, 64: torch.int64}[n_groups]
 
 
 def mask_to_bits(mask: Tensor) -> Tensor:
-    """bool (..., S) -> one integer per token (...), bit g = group g kept; the highest bit of int16
-    to int64 is their sign."""
+    """Pack bool (..., S) into one integer per token (...), bit g = group g kept.
+
+    The highest bit of int16 to int64 is their sign."""
     S = mask.size(-1)
-    weight = torch.ones((), dtype=torch.int64, device=mask.device) << torch.arange(
-        S, device=mask.device
-    )
+    weight = torch.ones((), dtype=torch.int64, device=mask.device)
+    weight = weight << torch.arange(S, device=mask.device)
     bits = (mask * weight).sum(-1)
     if S in (16, 32):
         bits = bits - (bits >> (S - 1) << S)  # what does not fit is negative
@@ -58,31 +85,215 @@ def mask_to_bits(mask: Tensor) -> Tensor:
 
 
 def bits_to_mask(bits: Tensor, n_groups: int) -> Tensor:
-    """Inverse of mask_to_bits: integers (...) -> bool (..., S)."""
+    """Unpack integers (...) into bool (..., S): the inverse of mask_to_bits."""
     return (bits.long().unsqueeze(-1) >> torch.arange(n_groups, device=bits.device) & 1).bool()
 
 
 def tile_size(n_groups: int) -> int:
-    """Tokens per stored row offset: as many as keep the rows before a token of its tile below 256,
-    at most 64."""
+    """Return the tokens per stored row offset: at most 64, and so few that the rows before a token
+    of its tile are fewer than 256."""
     return min(64, 256 // n_groups)
 
 
+# -------------------- segments in a flat tensor
+
+
 def long_cumsum(x: Tensor, block: int = 1024) -> Tensor:
-    """x.cumsum(-1) of integers (..., N), block by block: a GPU sums few long rows slowly."""
-    # (..., N / block, block)
+    """Sum integers x (..., N) up along N, block by block: a GPU sums few long rows slowly."""
     blocks = F.pad(x, (0, -x.size(-1) % block)).unflatten(-1, (-1, block)).cumsum(-1)
     before = blocks[..., -1].cumsum(-1) - blocks[..., -1]
     return (blocks + before.unsqueeze(-1)).flatten(-2)[..., : x.size(-1)]
 
 
-def storage_bytes(tensors) -> int:
-    """Bytes of the storages behind the tensors, each storage once. Empty tensors are left out: read
-    from a file they have the address of another one, which they would hide."""
-    return sum(
-        {
-            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-            for t in tensors
-            if t.numel()
-        }.values()
-    )
+def starts(count: Tensor) -> Tensor:
+    """Return the first slot of every segment when segments of count (B, h) slots lie one after the
+    other: (B, h) int64."""
+    flat = count.flatten()
+    return (flat.cumsum(0) - flat).view(count.shape)
+
+
+def slots(base: Tensor, count: Tensor) -> Tensor:
+    """List the slots base, ..., base + count - 1 of every segment, one segment after the other.
+
+    base, count: (B, h) int64. Returns (count.sum(),) int64."""
+    total = int(count.sum())
+    shift = (base - starts(count)).flatten()
+    shift = shift.repeat_interleave(count.flatten(), output_size=total)
+    return torch.arange(total, device=base.device) + shift
+
+
+# -------------------- what attention may read
+
+
+class PackedView(NamedTuple):
+    """The packed tokens of one layer.
+
+    Segment (sequence, head) holds n tokens: keys and rows from token_base and row_base on; masks,
+    and what counts rows where tokens keep different numbers (k = 0), from mask_base and tile_base
+    on."""
+
+    keys: Tensor  # (slots, D)
+    rows: Tensor  # (row slots, d)
+    bits: Tensor  # (mask slots,) of mask_dtype
+    before: Tensor | None  # (mask slots,) uint8, rows of its tile before each token
+    tile_rows: Tensor | None  # (tiles,) int32, the segment's rows before each tile
+    n: Tensor  # (B, Hm) int64 tokens
+    token_base: Tensor  # (B, Hkv) int64
+    row_base: Tensor  # (B, Hkv) int64
+    mask_base: Tensor  # (B, Hm) int64
+    tile_base: Tensor  # (B, Hm) int64
+    n_groups: int
+    k: int  # groups every token keeps; 0: before and tile_rows tell
+    longest: int  # no segment holds more tokens
+    held: int  # tokens of all segments: what work is divided by
+    exact: bool = False  # whether `held` is no less than that
+    ints: Any = None  # integers.format.Ints where keys and rows are bytes
+
+    @property
+    def levelled(self) -> bool:
+        """Whether every group has a number of bits of its own (then bits are those of 2 S
+        groups)."""
+        return self.ints is not None and self.ints.levelled
+
+    @property
+    def tile(self) -> int:
+        """Tokens per entry of tile_rows."""
+        return tile_size(self.n_groups * (4 if self.levelled else 1))
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Return the masks left-aligned: mask (B, Hm, N, S) bool (levels: uint8), and valid
+        (B, Hm, N) bool, the slots that hold a token."""
+        N = int(self.n.max()) if self.n.numel() else 0
+        valid = torch.arange(N, device=self.n.device) < self.n.unsqueeze(-1)
+        b, h, t = valid.nonzero(as_tuple=True)
+        word = self.bits[self.mask_base[b, h] + t]
+        if self.levelled:
+            held = self.ints.levels(word, self.n_groups)
+        else:
+            held = bits_to_mask(word, self.n_groups)
+        mask = torch.zeros(*valid.shape, self.n_groups, dtype=held.dtype, device=held.device)
+        mask[b, h, t] = held
+        return mask, valid
+
+    def first_rows(self, valid: Tensor) -> Tensor:
+        """Return the row where each token's rows begin: (B, Hkv, N) int64, for valid as in
+        masks."""
+        offset = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
+        b, h, t = valid.nonzero(as_tuple=True)
+        if self.k:
+            offset[b, h, t] = t * self.k
+        else:
+            tile = self.tile_rows[self.tile_base[b, h] + t // self.tile]
+            offset[b, h, t] = tile.long() + self.before[self.mask_base[b, h] + t].long()
+        return self.row_base[..., None] + offset
+
+    def unpack(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return everything dense and left-aligned; slots without a token are zeros.
+
+        k     (B, Hkv, N, D)
+        z     (B, Hkv, N, D), zeros where a group was dropped
+        mask, valid as in masks
+        dtype: of what integers become; None: of what they were made of."""
+        mask, valid = self.masks()
+        if self.ints is not None:
+            return *self.ints.unpack(self, mask, valid, dtype), mask, valid
+        B, Hkv = self.token_base.shape
+        N = valid.size(-1)
+        k = self.keys.new_zeros(B, Hkv, N, self.keys.size(-1))
+        z = self.rows.new_zeros(B, Hkv, N, self.n_groups, self.rows.size(-1))
+        rank = mask.long().cumsum(-1) - mask.long()  # kept groups of the token before this one
+        row = self.first_rows(valid).unsqueeze(-1) + rank  # (B, Hkv, N, S)
+        kept = mask.expand(-1, Hkv, -1, -1)
+        z[kept] = self.rows[row[kept]]
+        b, h, t = valid.expand(-1, Hkv, -1).nonzero(as_tuple=True)
+        k[b, h, t] = self.keys[self.token_base[b, h] + t]
+        return k, z.flatten(-2), mask, valid
+
+    @staticmethod
+    def of_whole(k: Tensor, v: Tensor, n: Tensor) -> PackedView:
+        """View whole values as packed ones: one group, always kept.
+
+        k, v (B, Hkv, N, D), of which the first n (B, Hm) tokens of a segment count."""
+        B, Hkv, N, D = k.shape
+        base = torch.arange(B * Hkv, device=k.device).view(B, Hkv) * N
+        mask_base = torch.arange(n.numel(), device=k.device).view(n.shape) * N
+        bits = torch.ones(n.numel() * N, dtype=torch.uint8, device=k.device)
+        keys = k.reshape(-1, D)
+        rows = v.reshape(-1, D)
+        bases = (base, base, mask_base, mask_base)
+        return PackedView(keys, rows, bits, None, None, n, *bases, 1, 1, N, B * Hkv * N)
+
+
+class WindowView(NamedTuple):
+    """Tokens with whole values, in a ring: sequence b holds count[b] of them in slots first[b],
+    first[b] + 1, ... modulo W, oldest first."""
+
+    k: Tensor  # (B, Hkv, W, D)
+    v: Tensor  # (B, Hkv, W, D)
+    first: Tensor | None  # (B,) int64; None: slot 0 for all
+    count: Tensor  # (B,) int64
+
+    def slots(self, width: int) -> Tensor:
+        """Return the slots of the oldest `width` tokens, oldest first: (B, width) int64."""
+        number = torch.arange(width, device=self.k.device).expand(self.k.size(0), -1)
+        if self.first is None:
+            return number
+        return (self.first[:, None] + number) % max(self.k.size(2), 1)
+
+    def aligned(self, width: int) -> tuple[Tensor, Tensor]:
+        """Return k, v (B, Hkv, width, D) with the oldest token first; slots past count are any."""
+        if self.first is None:
+            return self.k[:, :, :width], self.v[:, :, :width]
+        slot = self.slots(width)[:, None, :, None]
+        return self.k.take_along_dim(slot, 2), self.v.take_along_dim(slot, 2)
+
+
+# -------------------- plain attention: the specification of kernels.packed_attention
+
+
+def packed_attention_ref(
+    q: Tensor, packed: PackedView | None, window: WindowView | None
+) -> tuple[Tensor, Tensor]:
+    """Compute packed_attention by unpacking everything."""
+    B, H, T, D = q.shape
+    keys = []
+    values = []
+    seen = []  # (B, Hkv, T, tokens) what each query may read
+    if packed:
+        k, z, _, valid = packed.unpack(q.dtype)
+        keys.append(k)
+        values.append(z)
+        seen.append(valid[:, :, None].expand(-1, k.size(1), T, -1))
+    if window:
+        # queries are the newest T tokens: query i reads the window up to its own token
+        last = window.count[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
+        width = int(window.count.max()) if window.count.numel() else 0
+        number = torch.arange(width, device=q.device)
+        own = (number <= last[..., None]) & (number < window.count[:, None, None])  # (B, T, width)
+        k, v = window.aligned(width)
+        keys.append(k)
+        values.append(v)
+        seen.append(own[:, None].expand(-1, k.size(1), -1, -1))
+    k = torch.cat(keys, 2)  # (B, Hkv, L, D)
+    v = torch.cat(values, 2)
+    seen = torch.cat(seen, -1).unsqueeze(2)  # (B, Hkv, 1, T, L)
+    q = (q * D**-0.5).view(B, k.size(1), -1, T, D)
+    logits = at_least_float32(q @ k.unsqueeze(2).mT).masked_fill(~seen, float("-inf"))
+    lse = logits.logsumexp(-1)  # (B, Hkv, n, T)
+    finite = lse.clamp_min(torch.finfo(lse.dtype).min)  # -inf where there is nothing to read
+    p = (logits - finite.unsqueeze(-1)).exp().to(v.dtype)
+    return (p @ v.unsqueeze(2)).view(B, H, T, D), lse.view(B, H, T)
+
+
+def merge_softmax(*parts: tuple[Tensor, Tensor]) -> Tensor:
+    """Join what several attentions read apart into one softmax.
+
+    parts: (out (B, H, T, D), lse (B, H, T)) each. Returns (B, H, T, D); 0 where none read a
+    thing."""
+    if len(parts) == 1:
+        return parts[0][0]
+    lse = torch.stack([part_lse for _, part_lse in parts])
+    weight = (lse - lse.amax(0).clamp_min(torch.finfo(lse.dtype).min)).exp()
+    weight = weight / weight.sum(0).clamp_min(torch.finfo(lse.dtype).tiny)
+    mixed = sum(out * w.unsqueeze(-1) for (out, _), w in zip(parts, weight, strict=True))
+    return mixed.to(parts[0][0].dtype)

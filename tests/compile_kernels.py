@@ -1,5 +1,10 @@
 """Compiles the kernels for an H100 (sm_90), which needs no GPU, and prints one JSON line: what each
-takes. Run by test_compiled.py, since in Triton's interpreter nothing is compiled."""
+takes. Run by test_compiled.py, since in Triton's interpreter nothing is compiled.
+
+    python tests/compile_kernels.py CASES.json [FOLDER]    # FOLDER: PTX, a file per kernel
+
+A case is [name, S, K, key_bits, value_bits, D, dtype]: K 0 where rows are counted, bits 16 for whole
+numbers."""
 
 import json
 import os
@@ -12,12 +17,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from views import packed_view, window_view
 
 import kernels
-from benchmarks.cases import Case
-from storage import append as appending
-from storage import packing
-from storage.integers import rounding
+from storage import append, packing, pieces
+from storage.integers import append as int_append
+from storage.integers import attention, rounding, words
+from storage.integers.format import IntFormat
+from storage.layout import mask_dtype, top_k_mask
 
 TYPES = {
     torch.bfloat16: "bf16",
@@ -30,8 +37,18 @@ TYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
+N = 256  # packed tokens of every segment
+BLOCK = 64  # tokens whose keys share steps
+WINDOW = 16
 found = []
 case = ""
+
+
+def type_of(value) -> str:
+    """Name the type of an argument as Triton's signatures do."""
+    if torch.is_tensor(value):
+        return f"*{TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 class Compiled:
@@ -46,24 +63,18 @@ class Compiled:
     def launch(self, *args, num_warps: int = 4, **named):
         values = dict(zip(self.fn.arg_names, args, strict=False)) | named
         if "ASM" in values:
-            values["ASM"] = values["q"].dtype != torch.float32
+            values["ASM"] = values["q_ptr"].dtype != torch.float32
         signature = {}
         known = {}
         aligned = {}
         for i, p in enumerate(self.fn.params):
-            v = values[p.name]
-            if p.is_constexpr or v is None or (isinstance(v, int) and v == 1):
+            value = values[p.name]
+            if p.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[p.name] = "constexpr"
-                known[(i,)] = v
+                known[(i,)] = value
                 continue
-            signature[p.name] = (
-                f"*{TYPES[v.dtype]}"
-                if torch.is_tensor(v)
-                else "fp32"
-                if isinstance(v, float)
-                else "i32"
-            )
-            if torch.is_tensor(v) or (isinstance(v, int) and v % 16 == 0):
+            signature[p.name] = type_of(value)
+            if torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):
                 aligned[(i,)] = [["tt.divisibility", 16]]
         done = triton.compile(
             ASTSource(self.fn, signature, known, aligned),
@@ -71,61 +82,82 @@ class Compiled:
             dict(num_warps=num_warps),
         )
         ptx = done.asm["ptx"]
+        name = self.fn.__name__
+        if len(sys.argv) > 2:
+            Path(sys.argv[2], f"{case} {name}.ptx".replace(":", "_")).write_text(ptx)
         found.append(
             {
                 "case": case,
-                "kernel": self.fn.__name__,
+                "kernel": name,
                 "bytes": len(done.asm["cubin"]),
+                "lines": ptx.count(";\n"),
                 "between_lanes": ptx.count("shfl.sync"),
                 "subnormal_fma": ptx.count("fma.rn.bf16x2 x"),
             }
         )
 
 
-for module in (kernels, appending, packing, rounding):
+def views(S, K, key_bits, value_bits, D, dtype: torch.dtype, lengths=((N, N), (N, N))):
+    """Two sequences of two KV heads, `lengths` packed tokens and a full window each."""
+    k, z = torch.randn(2, 2, 2, N, D).to(dtype)
+    mask = top_k_mask(torch.rand(2, 2, N, S), K or S // 2)
+    fmt = None
+    if key_bits < 16:
+        fmt = IntFormat(key_bits, value_bits, BLOCK, torch.ones(2, D))
+    if value_bits == 0:
+        mask = torch.randint(0, 4, (2, 2, N, S), dtype=torch.uint8)
+    packed = packed_view(k, z, mask, torch.tensor(lengths), K, fmt)
+    W = WINDOW + BLOCK - 1 if K and fmt else WINDOW
+    window = window_view(*torch.randn(2, 2, 2, W, D).to(dtype), [0, 0], [WINDOW, WINDOW])
+    return packed, window
+
+
+def attend(S, K, key_bits, value_bits, D, dtype: torch.dtype, T: int = 1, **more) -> None:
+    """Compile attention over such views."""
+    packed, window = views(S, K, key_bits, value_bits, D, dtype, **more)
+    q = torch.randn(2, 6, T, D).to(dtype)
+    kernels.packed_attention(q, packed, window, impl="triton", chunk=64)
+
+
+def append_tokens(bits: int, **how: torch.Tensor) -> None:
+    """Compile the append to a packed cache of these bits."""
+    packed, window = views(4, 2, bits, bits, 64, torch.bfloat16)
+    k, v = torch.randn(2, 2, 2, 1, 64).bfloat16()
+    window_bits = torch.zeros(2, 2, window.k.size(2), dtype=mask_dtype(4))
+    block = BLOCK if bits < 16 else 1
+    counts = (window.first, window.count)
+    append.append_packed(packed, window, window_bits, *counts, k, v, WINDOW, block, **how)
+
+
+def others() -> None:
+    """Compile everything but attention, and attention over several queries and ragged segments."""
+    for bits in (4, 16):
+        append_tokens(bits)
+        append_tokens(bits, skip=torch.zeros(2, dtype=torch.int64))
+    route = torch.ones(2, 2, 4, dtype=torch.bool)
+    append_tokens(16, route=route, enc=torch.randn(2, 64, 64).bfloat16())
+    for bits in (4, 16):
+        attend(4, 0, bits, bits, 64, torch.bfloat16, T=3, lengths=((N, 5), (3, 4)))
+    k, v = torch.randn(2, 2, 2, 272, 64).bfloat16()
+    window = window_view(k, v, None, [5, 5])
+    kernels.append_window(window, k[:, :, :1], v[:, :, :1], impl="triton")
+    cost = torch.ones(2, 300, dtype=torch.int64)
+    packing.take_within(torch.randn(2, 300), torch.tensor([5, 6]), cost, impl="triton")
+    keep = torch.ones(2, 2, 272, 4, dtype=torch.bool)
+    packing.pack_values(k, v, keep[..., 0], keep, impl="triton")
+    moments = rounding.QueryMoments(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
+    step = torch.ones(40, 64).half()
+    rounding.gptq_round(moments, torch.randn(40, 64), step, 0 * step, 4, impl="triton")
+
+
+for module in (kernels, append, packing, pieces, int_append, attention, words, rounding):
     for name, fn in [*vars(module).items()]:
         if name.endswith("_kernel"):
             setattr(module, name, Compiled(fn))
 torch.manual_seed(0)
-for case, fixed, D, dtype in json.loads(sys.argv[1]):
-    q, k, v = (
-        torch.randn(2, h, t, D).to(getattr(torch, dtype)) for h, t in ((6, 1), (2, 272), (2, 272))
-    )
-    cache = Case(case, D).fill(k, v, fixed)[0]
-    kernels.packed_attention(q, cache.packed(), cache.whole(), impl="triton", chunk=64)
+for name, *how, dtype in json.loads(sys.argv[1]):
+    case = name
+    attend(*how, getattr(torch, dtype))
 case = "others"
-for text in ("4:0.5:1:4", "4:0.5"):
-    k, v = torch.randn(2, 2, 2, 272, 64).bfloat16()
-    cache = Case(text, 64).fill(k, v, True)[0]
-    appending.append_packed(
-        cache.packed(),
-        cache.whole(),
-        cache.tail_bits,
-        cache.n_packed,
-        cache.n_tail,
-        k[:, :, :1],
-        v[:, :, :1],
-        16,
-        cache.packed().ints.fmt.block if cache.packed().ints else 1,
-    )
-appending.append_tail(cache.whole(), k[:, :, :1], v[:, :, :1], impl="triton")
-packing.take_within(
-    torch.randn(2, 300), torch.tensor([5, 6]), torch.ones(2, 300, dtype=torch.int64), impl="triton"
-)
-packing.pack_values(
-    k,
-    v,
-    torch.ones(2, 2, 272, dtype=torch.bool),
-    torch.ones(2, 2, 272, 4, dtype=torch.bool),
-    impl="triton",
-)
-readers = rounding.Readers(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
-rounding.codes_for(
-    readers,
-    torch.randn(40, 64),
-    torch.ones(40, 64).half(),
-    torch.zeros(40, 64).half(),
-    4,
-    impl="triton",
-)
+others()
 print(json.dumps(found))

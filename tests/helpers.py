@@ -97,7 +97,8 @@ def grouped_model(
     model = tiny_model(seed, dtype, cfg)
     kv_router.attach(model, KVConfig(**{**PAPER_LIKE, **kv}), [tokens(2, 70, seed=seed + 1)], seed)
     for path in kv_router.paths(model).values():
-        randomise(path.reconstructor, 0.2)
+        if path.reconstructor is not None:
+            randomise(path.reconstructor, 0.2)
         if path.cfg.learn_basis:
             perturb_basis(path)
     return kv_router.fold(model) if fold else model

@@ -10,9 +10,10 @@ import torch
 from helpers import TINY, tiny_model, tokens
 
 import mixsga
-from baselines import align
+from baselines import align, shared_heads
 from config import KVConfig, MixConfig
-from model import DensePath, lm_loss
+from model import DensePath, lm_loss, record_layers
+from storage.experts import averaged
 
 EIGHT = replace(TINY, n_head=16, n_kv_head=8)
 
@@ -24,7 +25,9 @@ def batches(n: int = 2, T: int = 64):
 
 
 def attached(kv: str = "mixsga", tail: int = 3, **mix):
-    return mixsga.attach(tiny_model(cfg=EIGHT), KVConfig(kv=kv, kv_tail=tail), MixConfig(**mix))
+    return shared_heads.attach(
+        tiny_model(cfg=EIGHT), KVConfig(kv=kv, kv_tail=tail), MixConfig(**mix)
+    )
 
 
 @pytest.mark.parametrize("sizes", ["1,2,4", "2", "1,8"])
@@ -37,7 +40,7 @@ def test_aligning_changes_no_logit(sizes):
     before = model.layers[0].self_attn.v_proj.weight.clone()
     ratios = ":".join("1" * (sizes.count(",") + 1))
     align.fit(
-        mixsga.attach(
+        shared_heads.attach(
             model,
             KVConfig(kv="mixsga"),
             MixConfig(group_sizes=sizes, expert_ratios=ratios, calibrate_experts=False),
@@ -54,21 +57,20 @@ def error_of_averaging(attn, model, size: int) -> float:
     """Mean squared difference of keys and of values to their groups' means, each by its own
     square."""
     seen = []
-    inner = attn.kv_path
+    dense = DensePath(attn.n_kv_head, attn.head_dim)
 
-    class Tap(torch.nn.Module):
-        def forward(self, x, q, k, v, cache=None, pad=None):
-            seen.extend((k, v))
-            return q
+    def see(i, x, q, k, v):
+        seen.extend((k, v))
 
-    attn.kv_path = Tap()
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        align.in_place_of_paths([attn], [dense]),
+        record_layers([attn], see),
+    ):
         model(tokens(4, 60, seed=5))
-    attn.kv_path = inner
     return sum(
         (
-            (t - mixsga.averaged(t, size).repeat_interleave(size, 1)).square().mean()
-            / t.square().mean()
+            (t - averaged(t, size).repeat_interleave(size, 1)).square().mean() / t.square().mean()
         ).item()
         for t in seen
     )
@@ -99,7 +101,9 @@ def test_heads_that_are_turned_copies_are_found_and_brought_together():
                             (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
                         )
     before = error_of_averaging(attn, model, 2)
-    align.fit(mixsga.attach(model, KVConfig(kv="gqa"), MixConfig(kv_share=0.5)), batches(T=100))
+    align.fit(
+        shared_heads.attach(model, KVConfig(kv="gqa"), MixConfig(kv_share=0.5)), batches(T=100)
+    )
     assert before > 0.5 and error_of_averaging(attn, model, 2) < 1e-9
 
 
@@ -151,27 +155,23 @@ def test_the_cost_is_gradient_times_change():
     """What is collected of a token is the square of the loss's first-order change when far reads of
     it are averaged: central differences of the summed loss along that change, token by token."""
     model = attached(tail=2)
-    path = mixsga.experts(model)[0]
     attn = model.layers[0].self_attn
     model.layers[1].self_attn.kv_path = DensePath(EIGHT.n_kv_head, EIGHT.head_dim)
     ((x, y),) = batches(1, 24)
     n = 24 - 3 - 2
-    got = (
-        align._observe(model, [(attn, path)], [align._Cost(path)], [(x, y)], gradients=True)[0]
-        .cost[0]
-        .view(3, n)
-    )
+    (seen,) = align.observe_costs(model, [attn], [(x, y)])
+    got = seen.cost[0].view(3, n)
 
     def loss(b: int, at: int, step: float):
         class Moved(torch.nn.Module):
-            def forward(self, h, q, k, v, cache=None, pad=None):
+            def forward(self, h, q, k, v, pad=None):
                 far = []
                 for t in (k, v):
                     far.append(t.clone())
                     far[-1][b, :, at] += (
-                        step * (mixsga.averaged(t, 4).repeat_interleave(4, 1) - t)[b, :, at]
+                        step * (averaged(t, 4).repeat_interleave(4, 1) - t)[b, :, at]
                     )
-                return mixsga.attend_near(q, *far, (k, v), 2)
+                return mixsga.attend_window(q, *far, (k, v), 2)
 
         attn.kv_path = Moved()
         with torch.no_grad():

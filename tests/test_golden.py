@@ -25,8 +25,9 @@ import kv_router
 import lora
 import mixsga
 import selector
+from baselines import shared_heads
 from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
-from model import generate, prefill
+from generate import generate, prefill
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -88,7 +89,7 @@ def sharing(name: str, dtype: torch.dtype) -> torch.nn.Module:
     """tiny_model of eight KV heads that share as SHARED says, random routers."""
     kv, mix = SHARED[name]
     model = tiny_model(dtype=dtype, cfg=replace(TINY, n_head=8, n_kv_head=8))
-    mixsga.attach(model, KVConfig(**kv), MixConfig(**mix))
+    shared_heads.attach(model, KVConfig(**kv), MixConfig(**mix))
     torch.manual_seed(7)
     for path in mixsga.experts(model):
         if path.router is not None:
@@ -132,7 +133,7 @@ def decoded(model: torch.nn.Module, prompts: list[list[int]]) -> dict:
     after = tokens(len(prompts), NEW, seed=5)
     with torch.no_grad():
         logits, kept = prefill(model, idx, n + NEW, pad if pad.any() else None)
-        seen = torch.stack([logits, *(model(t, kept)[:, -1] for t in after.split(1, 1))])
+        seen = torch.stack([logits, *(model.decode(t, kept)[:, -1] for t in after.split(1, 1))])
     return {
         "ids": ids,
         "nbytes": cache.nbytes(),

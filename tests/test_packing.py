@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from storage import packing
 from storage.kernel_base import triton, use_triton
-from storage.layout import mask_dtype, tile_size
-from storage.packed import SelectedCache
+from storage.layout import PackedView, cdiv, expand_mask, mask_dtype, starts, tile_size
 from storage.packing import (
+    PackedValues,
     pack_values,
     pack_values_ref,
     select_joint,
@@ -237,11 +237,8 @@ def contexts(draw):
     )
 
 
-NAMES = ("keys", "rows", "bits", "before", "tile_rows", "n_packed", "n_rows")
-
-
 def assert_same(got, want):
-    for name, a, b in zip(NAMES, got, want, strict=True):
+    for name, a, b in zip(PackedValues._fields, got, want, strict=True):
         assert a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu()), name
 
 
@@ -305,18 +302,32 @@ def test_pack_values_kernel_equals_reference(case):
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("Hm", [1, 2])
-def test_pack_values_is_what_the_cache_stores(impl, Hm):
-    """SelectedCache.pack of the same context holds the same tensors, also from views whose last
-    dimension has a stride."""
+def test_a_view_of_what_pack_values_packs_unpacks_to_what_was_kept(impl, Hm):
+    """Also from views whose last dimension has a stride: keys and values of the tokens that survive,
+    zeros where a group was dropped."""
     g = torch.Generator().manual_seed(2)
-    k, z = torch.randn(2, 3, 2, 150, 24, 2, generator=g)[..., 1]
-    keep = torch.rand(3, Hm, 150, generator=g) < 0.6
-    mask = (torch.rand(3, Hm, 150, 8, generator=g) < 0.5) & keep.unsqueeze(-1)
-    cache = SelectedCache(3, 200, 2, 24, 8, Hm, torch.zeros(()))
-    cache.pack(k, z, keep, mask, torch.ones(3, 150, dtype=torch.bool))
-    assert_same(
-        pack_values(*to_device(k, z, keep, mask), impl=impl), [getattr(cache, n) for n in NAMES]
+    k, z = torch.randn(2, 3, 2, 150, 24, 2, generator=g)[..., 1].to(DEVICE)
+    keep = (torch.rand(3, Hm, 150, generator=g) < 0.6).to(DEVICE)
+    mask = (torch.rand(3, Hm, 150, 8, generator=g) < 0.5).to(DEVICE) & keep.unsqueeze(-1)
+    parts = pack_values(k, z, keep, mask, impl=impl)
+    n = parts.n_packed
+    bases = (
+        starts(n.expand(-1, 2)),
+        starts(parts.n_rows.expand(-1, 2)),
+        starts(n),
+        starts(cdiv(n, tile_size(8))),
     )
+    view = PackedView(*parts[:5], n, *bases, 8, 0, 150, int(n.sum()))
+    got_k, got_z, got_mask, valid = view.unpack()
+    z = z * expand_mask(mask, 24)
+    for b in range(3):
+        for h in range(2):
+            m = h % Hm
+            inside = keep[b, m]
+            assert int(valid[b, m].sum()) == int(inside.sum()) == int(n[b, m])
+            assert torch.equal(got_k[b, h][valid[b, m]], k[b, h][inside])
+            assert torch.equal(got_z[b, h][valid[b, m]], z[b, h][inside])
+            assert torch.equal(got_mask[b, m][valid[b, m]], mask[b, m][inside])
 
 
 @pytest.mark.parametrize("S, D", [(8, 24), (1, 72), (32, 96)])

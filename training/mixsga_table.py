@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 import mixsga
+from baselines import shared_heads
 from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, check, comma_list
 from data import Corpus, prepare, sequential
 from loaders import checkpoint
@@ -246,17 +247,17 @@ def measured(model: Transformer, row: Row, shared: Experiment) -> dict:
         loss = mean_loss(model, shared.x[:n], shared.y[:n], cfg.batch_size, cfg.dtype)
         return math.exp(loss)
 
-    with mixsga.routing(model, "score"):
+    with shared_heads.routing(model, "score"):
         value = perplexity()
         cache = filled_cache(model, some, cfg.dtype)
-        kept = mixsga.kept_shares(model, cache) if mixsga.shares(model) else 1.0
-    with mixsga.routing(model, "choice"):
+        kept = shared_heads.kept_shares(model, cache) if shared_heads.shares(model) else 1.0
+    with shared_heads.routing(model, "choice"):
         teacher_forced = perplexity()
         cache = filled_cache(model, some, cfg.dtype)
     same = [p.agreement.item() for p in mixsga.experts(model) if p.agreement is not None]
     h2o = {}
     for share in (*row.h2o, 1.0) if row.h2o else ():
-        with mixsga.routing(model, "score", share):
+        with shared_heads.routing(model, "score", share):
             h2o[f"{share:g}"] = perplexity(H2O_SEQUENCES)
     return {
         "value": value,

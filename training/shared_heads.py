@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-import mixsga
-from baselines import align
+from baselines import align, shared_heads
 from config import SHARED, KVConfig, MixConfig, check
 from data import TokenFile, batch
 from loaders.runs import Run
@@ -81,5 +80,5 @@ def share_heads(
         for i in range(BATCHES):
             x, y = batch(text, "calibrate", seed, i, BATCH_SIZE, window)
             seen.append((x.to(device), y.to(device)))
-        align.fit(mixsga.attach(model, kv, mix), seen)
+        align.fit(shared_heads.attach(model, kv, mix), seen)
     model.requires_grad_(True)

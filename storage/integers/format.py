@@ -1,23 +1,28 @@
-"""Fewer bits per number: how keys and value rows are stored as integers. Plain functions, the
-specification of what kernels.py reads.
+"""How keys and value rows are stored as integers: plain functions, the specification of what the
+kernels read.
 
-* Keys, per channel: `block` tokens of a segment share a step and a middle for each of the D
+The same number of bits for all numbers is KIVI (arXiv 2402.02750):
+
+* Keys, by channel: `block` tokens of a segment share a step and a middle for each of the D
   dimensions.
-* Values, per token and head: one step and one middle over all that is kept of it. Uniform bits for
-  both is KIVI (arXiv 2402.02750).
-* Values, routed: every group of a token has a level of 0 (dropped), 2, 4 or 8 bits. Coordinates are
-  first divided by `gain`, their calibrated root mean square (transform coding), so one step per
-  token and head serves all its groups: STEPS[level] times it, around zero.
+* Values, by token: one token of one head has one step and one middle for all that is kept of it.
 
-A uniform number is (code - 2^(b-1)) * step + middle, code of b bits. Codes lie in planes: of n
-numbers in a row, byte j holds numbers j, j + n b/8, j + 2 n b/8, ..., lowest bits first, so that
-unpacking is a shift and neighbours stay neighbours; 3 bits are a plane of 2 and a plane of 1. Of a
-level, unit i (2 bits of d numbers) holds bits 2 i and 2 i + 1 of every code, so that what a level
-does not have reads as zeros. Steps and middles are float16 whatever is computed in, and codes are
-taken with the rounded ones.
+A number is then (code - 2^(b-1)) * step + middle, where the code has b bits.
 
-Letters: B sequences, Hkv KV heads, D head dimension, S groups, d = D/S, n tokens of all segments, U
-units of 2 bits and d numbers."""
+Routed precision gives every group of a token a *level*: 0 (dropped), 1, 2 or 3, which is 0, 2, 4
+or 8 bits a number. Values are first divided by `gain`, the calibrated root mean square of their
+channel (transform coding), so that one step per token and head serves all its groups: a group's own
+step is LEVEL_STEPS[level] times that, around zero.
+
+How codes become bytes: of n codes of b bits in a row, byte j holds codes j, j + m, j + 2 m, ...,
+with m = n b / 8 bytes, lowest bits first. So unpacking is a shift, and neighbours stay neighbours.
+3 bits are stored as the lower 2 of all codes, then the third of all. Of a level, a row holds one
+*bit plane*: 2 bits of each of the d codes of a group. Plane i has bits 2 i and 2 i + 1, so a plane
+that the level does not have reads as zeros.
+
+Steps and middles are float16 whatever type is computed in, and codes are taken with the rounded
+ones. n is the number of tokens of all segments here; other letters as in storage/layout.py.
+"""
 
 from __future__ import annotations
 
@@ -27,252 +32,306 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BITS = (16, 8, 4, 3, 2)  # 16: whole, in the type computed in
-LEVELS = (0, 2, 4, 8)  # bits of a level
-UNITS = (0, 1, 2, 4)  # 2-bit units of a level
-# of numbers of unit variance: the best uniform quantiser of a Gaussian (Max, 1960), in the 8 bits
-# that
-STEPS = (0.0, 1.0, 0.3359375, 0.050048828125)
-# a bfloat16 has (0.9957, 0.3352); 8 bits reach further
-REMAINS = (1.0, 0.1188, 0.01154, 0.0002)  # squared error that it leaves
-# steps tried for every token, times its root mean square
-TRIED = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0)
+from storage.layout import PackedView, bits_to_mask
+
+BITS = (16, 8, 4, 3, 2)  # 16: not integers, but the type computed in
 SMALLEST = 2.0**-24  # the least float16 above 0
+
+# By level, 0 to 3.
+LEVEL_BITS = (0, 2, 4, 8)
+LEVEL_PLANES = (0, 1, 2, 4)
+# Steps for numbers of variance 1: of the best uniform quantiser of a Gaussian (Max, 1960), 0.9957
+# and 0.3352, rounded to the 8 bits that a bfloat16 has. 8 bits get a larger step, to reach further.
+LEVEL_STEPS = (0.0, 1.0, 0.3359375, 0.050048828125)
+LEVEL_ERRORS = (1.0, 0.1188, 0.01154, 0.0002)  # the squared error they leave of a variance of 1
+# Steps tried for every token, in units of its root mean square.
+TRIED = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.6, 2.0)
 
 
 class IntFormat(NamedTuple):
-    """How a cache stores integers."""
+    """Say how a cache stores integers."""
 
     key_bits: int
-    value_bits: int  # 0: every group has its level
+    value_bits: int  # 0: every group has a level
     block: int  # tokens of a segment whose keys share steps
-    # (Hkv, D) float32: what a value is multiplied by when it is read; levels only
+    # (Hkv, D) float32: what a value is multiplied by when it is read; None without levels
     gain: Tensor | None = None
 
 
 class Ints(NamedTuple):
-    """What turns the integers of a packed part (stored.Packed) back into numbers."""
+    """What turns the integers of a PackedView back into numbers."""
 
     fmt: IntFormat
     key_scale: Tensor  # (blocks, 2, D) float16: step and middle
-    block_base: Tensor  # (B, Hkv) int64 first block of each segment
-    # (token slots, 2) float16: step and middle; (token slots, 1) of levels: step
-    value_scale: Tensor
-    dtype: torch.dtype  # what they stand for
+    block_base: Tensor  # (B, Hkv) int64: first block of each segment
+    value_scale: Tensor  # (token slots, 2) float16: step and middle; with levels (., 1): step
+    dtype: torch.dtype  # what they were made of
+
+    @property
+    def levelled(self) -> bool:
+        """Whether every group has a level of its own."""
+        return self.fmt.value_bits == 0
+
+    def levels(self, word: Tensor, n_groups: int) -> Tensor:
+        """Read the levels in masks of 2 S bits, word (...): (..., S) uint8."""
+        return join_levels(bits_to_mask(word, 2 * n_groups))
+
+    def unpack(
+        self, view: PackedView, mask: Tensor, valid: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of `view`, dense and left-aligned: see PackedView.unpack.
+
+        mask   (B, Hm, N, S) bool, or levels, uint8
+        valid  (B, Hm, N) bool, slots that hold a token
+        dtype: of what is returned; None: of what the integers were made of
+        Returns k, z (B, Hkv, N, D); zeros where a group was dropped or there is no token."""
+        dtype = dtype or self.dtype
+        B, Hkv = view.token_base.shape
+        S = view.n_groups
+        D = self.key_scale.size(-1)
+        k = torch.zeros(B, Hkv, valid.size(-1), D, dtype=dtype, device=mask.device)
+        z = torch.zeros_like(k)
+        b, h, t = valid.expand(-1, Hkv, -1).nonzero(as_tuple=True)  # n tokens
+        slot = view.token_base[b, h] + t
+        block = self.block_base[b, h] + t // self.fmt.block
+        k[b, h, t] = dequantise_keys(
+            view.keys[slot], self.key_scale, block, self.fmt.key_bits, dtype
+        )
+        kept = mask.expand(-1, Hkv, -1, -1)[b, h, t]  # (n, S)
+        first = view.first_rows(valid)[b, h, t]  # (n,)
+        scale = self.value_scale[slot]
+        if self.levelled:
+            gain = self.fmt.gain[h]
+            z[b, h, t] = dequantise_levels(view.rows, kept, first, scale, gain, dtype)
+            return k, z
+        row = first.unsqueeze(-1) + kept.long().cumsum(-1) - kept.long()  # (n, S)
+        scale = scale.unsqueeze(1).expand(-1, S, -1)
+        groups = torch.zeros(len(t), S, D // S, dtype=dtype, device=mask.device)
+        groups[kept] = dequantise_values(
+            view.rows[row[kept]], scale[kept], self.fmt.value_bits, dtype
+        )
+        z[b, h, t] = groups.flatten(-2)
+        return k, z
 
 
-# ----------------------------------------------------------------------------- bits
+# -------------------- codes and bytes
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes (..., n) below 2^bits -> bytes (..., n bits / 8), in planes. n bits must be a
-    multiple of 8, of 3 bits n itself."""
+    """Pack codes (..., n) uint8 below 2^bits into bytes (..., n bits / 8).
+
+    n bits must be a multiple of 8; of 3 bits n itself."""
     if bits == 3:
         return torch.cat((pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)), -1)
-    planes = codes.unflatten(-1, (8 // bits, -1))  # (..., planes, bytes)
-    out = planes[..., 0, :].clone()
+    parts = codes.unflatten(-1, (8 // bits, -1))  # (..., codes of a byte, bytes)
+    out = parts[..., 0, :].clone()
     for i in range(1, 8 // bits):
-        out |= planes[..., i, :] << (bits * i)
+        out |= parts[..., i, :] << (bits * i)
     return out
 
 
 def unpack_bits(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of pack_bits: bytes (..., m) uint8 -> codes (..., 8 m / bits) uint8."""
+    """Unpack bytes (..., m) uint8 into codes (..., 8 m / bits) uint8: the inverse of pack_bits."""
     if bits == 3:
-        two, one = packed.split((packed.size(-1) // 3 * 2, packed.size(-1) // 3), -1)
+        third = packed.size(-1) // 3
+        two, one = packed.split((2 * third, third), -1)
         return unpack_bits(two, 2) | unpack_bits(one, 1) << 2
-    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed.device).unsqueeze(-1)
-    return (packed.unsqueeze(-2) >> shifts & (1 << bits) - 1).flatten(-2)
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(-2) >> shifts.unsqueeze(-1) & (1 << bits) - 1).flatten(-2)
 
 
 def row_bytes(n: int, bits: int) -> int:
-    """Bytes of n packed numbers."""
+    """Return the bytes of n packed numbers."""
     return n * bits // 8
 
 
 def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """(step, middle) float16 for numbers between low and high (...): (..., 2)."""
-    # by a tensor: a GPU multiplies by a number's inverse
+    """Return step and middle for numbers between low and high (...): (..., 2) float16."""
+    # Division by a tensor: a GPU would multiply by the inverse of a Python number.
     step = ((high - low) / torch.full_like(low, 2**bits - 1)).clamp(SMALLEST, 65504)
-    # a product with a power of 2 is exact, so that fused and separate adds agree
+    # A product with a power of 2 is exact, so fused and separate additions agree.
     middle = low + 2 ** (bits - 1) * step
     return torch.stack((step, middle.clamp(-65504, 65504)), -1).half()
 
 
 def to_codes(x: Tensor, step: Tensor, middle: Tensor, bits: int) -> Tensor:
-    """Nearest codes, uint8 like x; step and middle broadcast to it."""
-    return (
-        ((x.float() - middle.float()) / step.float() + (2 ** (bits - 1) + 0.5))
-        .floor()
-        .clamp(0, 2**bits - 1)
-        .to(torch.uint8)
-    )
+    """Round x to the nearest codes, uint8 like x; step and middle broadcast to it."""
+    place = (x.float() - middle.float()) / step.float() + (2 ** (bits - 1) + 0.5)
+    return place.floor().clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def from_codes(
     codes: Tensor, step: Tensor, middle: Tensor, bits: int, dtype: torch.dtype
 ) -> Tensor:
-    """Inverse of to_codes, computed in at least float32."""
+    """Return the numbers that codes stand for, computed in at least float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return ((codes.to(wide) - 2 ** (bits - 1)) * step.to(wide) + middle.to(wide)).to(dtype)
 
 
-# ----------------------------------------------------------------------------- keys
+# -------------------- keys
 
 
 def key_scale(x: Tensor, block: Tensor, n_blocks: int, bits: int) -> Tensor:
-    """(n_blocks, 2, D) float16: step and middle of each channel of x (n, D) float32 in each block,
-    whose codes reach from its least to its greatest number."""
+    """Return step and middle of each channel in each block: (n_blocks, 2, D) float16.
+
+    x      (n, D) float32; a block's codes reach from its least to its greatest number
+    block  (n,) int64, the block of each key"""
     at = block.unsqueeze(-1).expand_as(x)
-    low, high = (
-        torch.zeros(n_blocks, x.size(-1), device=x.device).scatter_reduce(
-            0, at, x, how, include_self=False
-        )
-        for how in ("amin", "amax")
-    )
+    none = torch.zeros(n_blocks, x.size(-1), device=x.device)
+    low = none.scatter_reduce(0, at, x, "amin", include_self=False)
+    high = none.scatter_reduce(0, at, x, "amax", include_self=False)
     return scale_for(low, high, bits).transpose(-1, -2).contiguous()
 
 
 def quantise_keys(
-    k: Tensor, block: Tensor, n_blocks: int, bits: int, codes: Callable[..., Tensor] = to_codes
+    k: Tensor, block: Tensor, n_blocks: int, bits: int, round_to: Callable[..., Tensor] = to_codes
 ) -> tuple[Tensor, Tensor]:
-    """Keys k (n, D) of blocks block (n,) int64 -> bytes (n, D bits / 8), scales (n_blocks, 2, D)
-    float16. codes: what rounds, to the nearest code (KIVI) or, called alike, as rounding.codes_for
-    does."""
+    """Turn keys into integers.
+
+    k      (n, D)
+    block  (n,) int64, the block of each key
+    round_to: to_codes (the nearest code) or what is called like it: rounding.gptq_round
+    Returns bytes (n, D bits / 8) uint8 and scales (n_blocks, 2, D) float16."""
     x = k.float()
     scale = key_scale(x, block, n_blocks, bits)
-    return pack_bits(codes(x, scale[block, 0], scale[block, 1], bits), bits), scale
+    return pack_bits(round_to(x, scale[block, 0], scale[block, 1], bits), bits), scale
 
 
 def dequantise_keys(
     packed: Tensor, scale: Tensor, block: Tensor, bits: int, dtype: torch.dtype
 ) -> Tensor:
-    """Bytes (n, D bits / 8) of blocks block (n,) -> keys (n, D)."""
+    """Turn bytes (n, D bits / 8) of blocks block (n,) into keys (n, D)."""
     return from_codes(unpack_bits(packed, bits), scale[block, 0], scale[block, 1], bits, dtype)
 
 
-# ----------------------------------------------------------------------------- values, uniform
+# -------------------- values, all of the same number of bits
 
 
 def quantise_values(z: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Values z (..., D) with the groups of mask (..., S) bool kept -> bytes (..., S, d bits / 8)
-    and scales (..., 2) float16, over what is kept; bytes of dropped groups mean nothing. d must
-    fill bytes."""
+    """Turn values into integers.
+
+    z     (..., D); d = D/S numbers must fill bytes
+    mask  (..., S) bool, the groups kept: step and middle are for them alone
+    Returns bytes (..., S, d bits / 8) uint8, which mean nothing where a group is dropped, and
+    scales (..., 2) float16."""
     x = z.float().unflatten(-1, (mask.size(-1), -1))  # (..., S, d)
     kept = mask.unsqueeze(-1)
     low = x.masked_fill(~kept, float("inf")).amin((-1, -2))
     high = x.masked_fill(~kept, float("-inf")).amax((-1, -2))
     some = mask.any(-1)
-    scale = scale_for(low.where(some, 0.0), high.where(some, 0.0), bits)  # (..., 2)
-    return pack_bits(to_codes(x, *scale[..., None, None, :].unbind(-1), bits), bits), scale
+    scale = scale_for(low.where(some, 0.0), high.where(some, 0.0), bits)
+    step, middle = scale[..., None, None, :].unbind(-1)
+    return pack_bits(to_codes(x, step, middle, bits), bits), scale
 
 
 def dequantise_values(rows: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """Bytes (..., d bits / 8) and scales (..., 2), one per row -> (..., d)."""
-    return from_codes(unpack_bits(rows, bits), *scale.unsqueeze(-2).unbind(-1), bits, dtype)
+    """Turn bytes (..., d bits / 8) and scales (..., 2), one per row, into numbers (..., d)."""
+    step, middle = scale.unsqueeze(-2).unbind(-1)
+    return from_codes(unpack_bits(rows, bits), step, middle, bits, dtype)
 
 
-# ----------------------------------------------------------------------------- values, routed
+# -------------------- values, every group at its level
 
 
-def centre(level: int) -> float:
-    """The code, as a fraction, that means 0: between two codes of 2 bits, else a code."""
-    return 1.5 if LEVELS[level] == 2 else 2.0 ** (LEVELS[level] - 1)
+def zero_code(level: int) -> float:
+    """Return the code that means 0: between two codes of 2 bits, else a code."""
+    return 1.5 if LEVEL_BITS[level] == 2 else 2.0 ** (LEVEL_BITS[level] - 1)
 
 
-def of_levels(levels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(step, centre, largest code) of levels (..., S), each (..., S, 1); a dropped group's code is
-    0 and means 0."""
-    table = torch.tensor(
-        [[1.0, *STEPS[1:]], [0.0, *map(centre, (1, 2, 3))], [2**b - 1 for b in LEVELS]],
-        dtype=dtype,
-        device=levels.device,
-    )
+def level_table(levels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Look up step, zero code and largest code of levels (..., S): each (..., S, 1).
+
+    The code of a dropped group is 0 and means 0."""
+    step = [1.0, *LEVEL_STEPS[1:]]
+    zero = [0.0, *map(zero_code, (1, 2, 3))]
+    largest = [2**bits - 1 for bits in LEVEL_BITS]
+    table = torch.tensor([step, zero, largest], dtype=dtype, device=levels.device)
     return tuple(table[:, levels.long()].unsqueeze(-1))
 
 
 def level_steps(e: Tensor, levels: Tensor, weight: Tensor) -> Tensor:
-    """The best of TRIED steps for each token: e (..., D) in units of gain, levels (..., S) 0 to 3,
-    weight (..., D) or broadcast, of squared errors -> (..., 1) float16."""
-    x = e.float().unflatten(-1, (levels.size(-1), -1))
-    (unit, middle, top) = of_levels(levels, torch.float32)  # (..., S, d), (..., S, 1)
+    """Find the step of TRIED that leaves each token the least error: (..., 1) float16.
+
+    e       (..., D) values in units of gain
+    levels  (..., S) 0 to 3
+    weight  (..., D) or broadcast: of squared errors"""
+    S = levels.size(-1)
+    x = e.float().unflatten(-1, (S, -1))  # (..., S, d)
+    unit, zero, largest = level_table(levels, torch.float32)  # (..., S, 1)
     kept = (levels > 0).unsqueeze(-1)
-    rms = (
-        (x.square() * kept).sum((-1, -2), keepdim=True)
-        / (kept.sum((-1, -2), keepdim=True) * x.size(-1)).clamp_min(1)
-    ).sqrt()
-    w = weight.float().unflatten(-1, (levels.size(-1), -1)) * (kept * unit.square())
+    total = (x.square() * kept).sum((-1, -2), keepdim=True)
+    count = (kept.sum((-1, -2), keepdim=True) * x.size(-1)).clamp_min(1)
+    rms = (total / count).sqrt()  # (..., 1, 1)
+    weight = weight.float().unflatten(-1, (S, -1)) * (kept * unit.square())
     x = x / unit
-    least = torch.zeros_like(top)
-    best = torch.full_like(rms, float("inf"))
-    out = rms.clamp(SMALLEST, 65504).half()
+    least = torch.zeros_like(largest)
+    least_error = torch.full_like(rms, float("inf"))
+    best = rms.clamp(SMALLEST, 65504).half()
     for factor in TRIED:
         step = (rms * factor).clamp(SMALLEST, 65504).half()
-        code = torch.addcdiv(middle, x, step.float())
-        off = code.round().clamp_(least, top).sub_(code).square_().mul_(w)
-        err = off.sum((-1, -2), keepdim=True) * step.float().square()
-        out = torch.where(err < best, step, out)
-        best = err.minimum(best)
-    return out.squeeze(-1)
+        place = torch.addcdiv(zero, x, step.float())
+        off = place.round().clamp_(least, largest).sub_(place).square_().mul_(weight)
+        error = off.sum((-1, -2), keepdim=True) * step.float().square()
+        best = torch.where(error < least_error, step, best)
+        least_error = error.minimum(least_error)
+    return best.squeeze(-1)
 
 
-def units(levels: Tensor) -> Tensor:
-    """2-bit units of levels 0 to 3, int64."""
+def bit_planes(levels: Tensor) -> Tensor:
+    """Count the bit planes of levels 0 to 3: 0, 1, 2 or 4, int64."""
     levels = levels.long()
     return levels + (levels == 3)
 
 
 def split_levels(levels: Tensor) -> Tensor:
-    """Levels (..., S) -> bool (..., 2 S), the low bits, then the high ones: what is stored as a
-    mask of 2 S groups."""
+    """Split levels (..., S) into bool (..., 2 S), their low bits, then their high ones: what is
+    stored as a mask of 2 S groups."""
     return torch.cat((levels & 1, levels >> 1), -1).bool()
 
 
 def join_levels(mask: Tensor) -> Tensor:
-    """Inverse of split_levels: (..., 2 S) -> (..., S) uint8."""
+    """Join bool (..., 2 S) into levels (..., S) uint8: the inverse of split_levels."""
     low, high = mask.to(torch.uint8).chunk(2, -1)
     return low | high << 1
 
 
 def quantise_levels(
-    z: Tensor, levels: Tensor, offset: Tensor, n_units: int, gain: Tensor
+    z: Tensor, levels: Tensor, offset: Tensor, n_planes: int, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Tokens z (n, D) at levels (n, S) 0 to 3 whose units begin at offset (n,) -> bytes (n_units, d
-    / 4) and steps (n, 1) float16. gain (n, D)."""
+    """Turn values into integers, every group at its level.
+
+    z       (n, D)
+    levels  (n, S) 0 to 3
+    offset  (n,) int64, the bit planes before each token
+    gain    (n, D) float32
+    Returns bit planes (n_planes, d / 4) uint8 and steps (n, 1) float16."""
     S = levels.size(-1)
     e = z.float() / gain
     step = level_steps(e, levels, gain.square())
-    own = units(levels)
-    (unit, middle, top) = of_levels(levels, torch.float32)
-    # (n, S, d)
-    codes = (
-        (e.unflatten(-1, (S, -1)) / (step.float().unsqueeze(-1) * unit) + middle)
-        .round()
-        .clamp_min(0)
-        .minimum(top)
-        .to(torch.uint8)
-    )
-    rows = torch.zeros(n_units, row_bytes(codes.size(-1), 2), dtype=torch.uint8, device=z.device)
-    at = offset.unsqueeze(-1) + own.cumsum(-1) - own  # (n, S) first unit of each group
-    for u in range(max(UNITS)):
-        has = own > u
-        rows[at[has] + u] = pack_bits(codes[has] >> 2 * u & 3, 2)
+    unit, zero, largest = level_table(levels, torch.float32)
+    place = e.unflatten(-1, (S, -1)) / (step.float().unsqueeze(-1) * unit) + zero
+    codes = place.round().clamp_min(0).minimum(largest).to(torch.uint8)  # (n, S, d)
+    own = bit_planes(levels)
+    first = offset.unsqueeze(-1) + own.cumsum(-1) - own  # (n, S) first plane of each group
+    width = row_bytes(codes.size(-1), 2)
+    rows = torch.zeros(n_planes, width, dtype=torch.uint8, device=z.device)
+    for i in range(max(LEVEL_PLANES)):
+        has = own > i
+        rows[first[has] + i] = pack_bits(codes[has] >> 2 * i & 3, 2)
     return rows, step
 
 
 def dequantise_levels(
     rows: Tensor, levels: Tensor, offset: Tensor, step: Tensor, gain: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Inverse of quantise_levels: (n, D), zeros where dropped."""
+    """Turn bit planes into values (n, D), zeros where dropped: the inverse of quantise_levels."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    own = units(levels)
-    (unit, middle, _) = of_levels(levels, wide)
-    at = offset.unsqueeze(-1) + own.cumsum(-1) - own
+    own = bit_planes(levels)
+    first = offset.unsqueeze(-1) + own.cumsum(-1) - own
     codes = rows.new_zeros(*levels.shape, gain.size(-1) // levels.size(-1))
-    for u in range(max(UNITS)):
-        has = own > u
-        codes[has] |= unpack_bits(rows[at[has] + u], 2) << 2 * u
-    return (
-        ((codes.to(wide) - middle) * (step.to(wide).unsqueeze(-1) * unit)).flatten(-2)
-        * gain.to(wide)
-    ).to(dtype)
+    for i in range(max(LEVEL_PLANES)):
+        has = own > i
+        codes[has] |= unpack_bits(rows[first[has] + i], 2) << 2 * i
+    unit, zero, _ = level_table(levels, wide)
+    e = (codes.to(wide) - zero) * (step.to(wide).unsqueeze(-1) * unit)
+    return (e.flatten(-2) * gain.to(wide)).to(dtype)

@@ -1,0 +1,253 @@
+"""Generation: prompts into a cache, then one token after the other.
+
+    ids, cache = generate(model, [[1, 2, 3], [4, 5]], max_new_tokens=20)
+    cache.nbytes()
+
+`prefill` reads a batch of prompts, a few rows at a time or long ones in pieces. `DecodeGraph`
+captures the decode step in a CUDA graph where all paths allow it; what runs inside is
+Transformer.decode_step, the same code that runs eagerly.
+
+Letters: B sequences, T columns of a left-padded batch of prompts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from model import Block, Transformer, evaluating
+from storage.cache import KVCache
+from storage.layout import at_least_float32
+
+
+def sampling_probs(
+    logits: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Probabilities (B, V) after temperature (> 0), then top-k (0: all), then the smallest set
+    whose mass reaches top_p."""
+    # a smaller temperature would overflow to NaN
+    probs = (at_least_float32(logits) / max(temperature, 1e-30)).softmax(-1)
+    order = probs.argsort(dim=-1, descending=True, stable=True)  # ties: the lower id first
+    p = probs.gather(-1, order)
+    keep = torch.ones_like(p, dtype=torch.bool)
+    if top_k:
+        keep[:, top_k:] = False
+        p = p * keep
+        p = p / p.sum(-1, keepdim=True)
+    if top_p < 1:
+        keep &= p.cumsum(-1) - p < top_p  # the token that crosses top_p is the last one kept
+    p = p * keep
+    return torch.zeros_like(probs).scatter(-1, order, p / p.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def prefill(
+    model: Transformer, idx: Tensor, max_len: int, pad: Tensor | None = None, at_once: int = 0
+) -> tuple[Tensor, KVCache]:
+    """Read prompts idx (B, T), the first pad (B,) columns of each row padding: logits (B, V) after
+    them, and the cache that holds them, with room for max_len tokens.
+
+    at_once: tokens processed at a time, 0 for all: fewer rows at a time, and a prompt that is
+    longer in pieces. A piece reads itself whole, and what came before as it is stored. Pieces are
+    cut from the prompt's own first token on, so that padding changes nothing. A path that looks at
+    a whole prompt (kv=select, mixSGA) gets whole rows."""
+    B, T = idx.shape
+    chunk = at_once or idx.numel()
+    if not all(block.self_attn.kv_path.reads_pieces for block in model.layers):
+        chunk = max(chunk, T)
+    logits = []
+    caches = []
+    for rows in torch.arange(B).split(max(1, chunk // T)):
+        part = idx[int(rows[0]) : int(rows[-1]) + 1]
+        n_pad = None if pad is None else pad[int(rows[0]) : int(rows[-1]) + 1]
+        if len(rows) == 1 and n_pad is not None:
+            part = part[:, int(n_pad) :]
+            n_pad = None
+        cache = model.new_cache(len(rows), max_len)
+        # several rows fit one piece, by the split above
+        for piece in part.split(chunk, 1):
+            last = model.prefill(piece, cache, n_pad)[:, -1]
+        logits.append(last)
+        caches.append(cache)
+    return torch.cat(logits), KVCache.cat(caches)
+
+
+class DecodeGraph:
+    """Decode without the host: the whole step is one CUDA graph, replayed for every token.
+
+    pick(logits (B, V), step (1,)) -> ids (B, 1) chooses the next tokens. The first two steps run as
+    they are, to warm up. compiled: what lies between two attentions goes through torch.compile
+    first. Room for n tokens is reserved."""
+
+    WARM = 2
+    # products with one row become reductions, fused with what is around
+    TUNED = {"coordinate_descent_tuning": True, "combo_kernels": True}
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        idx: Tensor,
+        pick: Callable[[Tensor, Tensor], Tensor],
+        n: int,
+        compiled: bool = False,
+    ):
+        self.model = model
+        self.cache = cache
+        self.idx = idx.clone()
+        self.pick = pick
+        self.done = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.step = torch.ones(1, dtype=torch.int64, device=idx.device)
+        self.before = Block.before
+        self.after = Block.after
+        if compiled:
+            self.before = torch.compile(Block.before, dynamic=False, options=self.TUNED)
+            self.after = torch.compile(Block.after, dynamic=False, options=self.TUNED)
+        cache.check_usable()
+        cache.reserve(n)
+
+    @staticmethod
+    def possible(model: Transformer) -> bool:
+        """Say whether every layer can be captured, on the device where the model is."""
+        weight = model.norm.weight
+        if not weight.is_cuda or weight.dtype == torch.float64:
+            return False
+        return all(block.self_attn.kv_path.graph_safe() for block in model.layers)
+
+    def _once(self) -> None:
+        logits = self.model.decode_step(self.idx, self.cache, self.before, self.after)
+        self.idx.copy_(self.pick(logits[:, -1], self.step))
+        self.step += 1
+
+    def next(self) -> Tensor:
+        """Return the next token of every sequence, (B, 1), in a buffer that the following call
+        overwrites."""
+        if self.done < self.WARM:
+            self._warm_up()
+        elif self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._once()
+            self.graph.replay()
+        else:
+            self.graph.replay()
+            for (
+                layer
+            ) in self.cache.layers:  # a replay runs no Python: what append notes on the host
+                layer.room -= 1
+        self.done += 1
+        self.cache.length += 1
+        return self.idx
+
+    def _warm_up(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._once()
+        torch.cuda.current_stream().wait_stream(side)
+
+
+def check_request(
+    model: Transformer, prompts: list[list[int]], max_new_tokens: int, **flags
+) -> None:
+    """Raise ValueError for an empty prompt, an id outside the vocabulary, a setting out of range,
+    or prompt + new tokens past the model's context."""
+    if not prompts or min(map(len, prompts)) == 0:
+        raise ValueError("an empty prompt: at least one token is needed; give some text")
+    low = min(map(min, prompts))
+    high = max(map(max, prompts))
+    if low < 0 or high >= model.cfg.vocab_size:
+        raise ValueError(
+            f"token ids {low}..{high} in a prompt: the vocabulary has 0..{model.cfg.vocab_size - 1}; "
+            "use the model's own tokenizer"
+        )
+    fine = flags["temperature"] >= 0 and flags["top_k"] >= 0 and 0 < flags["top_p"] <= 1
+    if max_new_tokens < 1 or not fine or flags["prefill_tokens"] < 0:
+        came = ", ".join(f"{name}={value}" for name, value in flags.items())
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}, {came}: need at least 1, at least 0, at least 0, "
+            "within (0, 1], and at least 0; correct the flag"
+        )
+    T = max(map(len, prompts))
+    if T + max_new_tokens > model.cfg.block_size:
+        raise ValueError(
+            f"a prompt of {T} tokens and {max_new_tokens} new ones: the context is "
+            f"{model.cfg.block_size}; shorten either"
+        )
+
+
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+    prefill_tokens: int = 0,
+    compiled: bool = False,
+) -> tuple[list[list[int]], KVCache]:
+    """Continue every prompt: the new tokens of each row (without the stop token), and the cache
+    used.
+
+    prompts: B non-empty lists of ids, of any lengths (padded on the left); temperature 0 is greedy;
+    row b draws from its own stream seeded by (seed, b), so neither the batch around it nor its
+    padding changes it. prefill_tokens: how many tokens of the prompts are processed at a time, 0
+    for all (see prefill). On a GPU the steps are CUDA graphs where the storage has kernels (see
+    DecodeGraph), with `compiled` torch.compile around attention. ValueError: see check_request."""
+    check_request(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        prefill_tokens=prefill_tokens,
+    )
+    device = model.embed_tokens.weight.device
+    B = len(prompts)
+    T = max(map(len, prompts))
+    pad = torch.tensor([T - len(p) for p in prompts], device=device)
+    idx = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
+    draws = []
+    for b in range(B):
+        stream = torch.Generator().manual_seed(seed * 1_000_003 + b)
+        draws.append(torch.rand(max_new_tokens, generator=stream))
+    draws = torch.stack(draws).to(device)
+
+    def pick(logits: Tensor, step: Tensor) -> Tensor:  # (B, V), (1,) -> (B, 1)
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        cdf = sampling_probs(logits, temperature, top_k, top_p).double().cumsum(-1)  # (B, V)
+        draw = draws.index_select(1, step).double() * cdf[:, -1:]
+        return torch.searchsorted(cdf, draw, right=True).clamp_max(cdf.size(-1) - 1)
+
+    with evaluating(model):
+        padded = pad if pad.any() else None
+        logits, cache = prefill(model, idx, T + max_new_tokens - 1, padded, prefill_tokens)
+        next_ids = pick(logits, torch.zeros(1, dtype=torch.int64, device=device))
+        out = [next_ids]
+        done = next_ids[:, 0] == stop if stop is not None else None
+        graph = None
+        if DecodeGraph.possible(model) and max_new_tokens - 1 > DecodeGraph.WARM:
+            graph = DecodeGraph(model, cache, next_ids, pick, max_new_tokens - 1, compiled)
+        for step in range(1, max_new_tokens):
+            if done is not None and done.all():
+                break
+            if graph is not None:
+                next_ids = graph.next().clone()
+            else:
+                logits = model.decode(next_ids, cache)[:, -1]
+                next_ids = pick(logits, torch.tensor([step], device=device))
+            out.append(next_ids)
+            if done is not None:
+                done |= next_ids[:, 0] == stop
+    rows = torch.cat(out, 1).tolist()
+    if stop is not None:
+        rows = [row[: row.index(stop)] if stop in row else row for row in rows]
+    return rows, cache

@@ -1,0 +1,500 @@
+"""What a layer keeps of its tokens: the protocols that every cache and every KV path obeys, the
+dense cache, and the cache of a whole model.
+
+Attention needs the keys and values of all earlier tokens. A cache is the place where they lie; a
+*path* (an nn.Module, `Attention.kv_path`) is the code that decides what goes in and how it is read.
+A path has three verbs, and who calls says which one runs:
+
+    forward   no cache: training, and evaluation of every position as decoding would read it
+    prefill   a prompt or a piece of it, of any length, goes into a cache
+    decode    one new token of every sequence; the same code eager and captured in a CUDA graph
+
+A cache counts for itself and stores no padding: `append` takes T new tokens per sequence, of which
+the first n_pad are padding, and what lies in it depends on each sequence alone. It knows how it was
+packed; settings that change later change new caches only.
+
+    cache = model.new_cache(batch=2, max_len=100)     # a KVCache: one layer cache per layer
+    model.prefill(idx, cache)
+    model.decode(next_ids, cache)
+    cache.nbytes(), cache.lengths, cache.select_sequences([1]), KVCache.cat([cache, cache])
+
+Every tensor of a cache is declared with its *owner*: what one slot of it belongs to. Picking
+sequences, joining, saving and counting bytes are then written once, in `LayerCacheBase`. Letters:
+storage/layout.py."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import check
+from kernels import append_window
+from storage.layout import PackedView, WindowView, slots
+
+# -------------------- protocols
+
+
+class NewTokens(NamedTuple):
+    """What a path hands to a cache: T new tokens of every sequence."""
+
+    k: Tensor  # (B, Hkv, T, D) after RoPE
+    v: Tensor  # (B, Hkv, T, D)
+    n_pad: Tensor | None  # (B,) leading columns of these T that are padding; None: none
+    route: Tensor | None = None  # group mask (B, Hm, T, S) bool, or expert index (B, T)
+
+
+class CacheView(NamedTuple):
+    """All that attention may read of one layer."""
+
+    packed: tuple[PackedView, ...]  # several for experts
+    window: WindowView | None  # newest tokens, whole
+    sinks: WindowView | None  # first tokens, whole
+
+
+class LayerCache(Protocol):
+    """What one layer keeps of a batch of sequences."""
+
+    lengths: Tensor  # (B,) int64 tokens of each sequence, on the device
+    fresh: bool  # nothing has been appended yet
+    room: int  # tokens that fit before it has to grow
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room: after it, n_tokens appends neither allocate nor wait for the device."""
+
+    def append(self, new: NewTokens) -> None:
+        """Take T new tokens of every sequence."""
+
+    def view(self) -> CacheView:
+        """Return all that attention may read."""
+
+    def truncate(self, n_tokens: int | Tensor) -> None:
+        """Forget all but the first n_tokens (one number, or (B,)) of every sequence."""
+
+    def select_sequences(self, rows: Sequence[int]) -> LayerCache:
+        """Return a cache of these sequences only, in this order; it shares nothing."""
+
+    @classmethod
+    def cat(cls, caches: Sequence[LayerCache]) -> LayerCache:
+        """Join caches of any capacities; ValueError where they were packed in different ways."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every tensor held; saving, loading and nbytes use this alone."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what state_dict gave; ValueError for what is not its own."""
+
+
+class KVPath(Protocol):
+    """How one layer stores and reads keys and values: an nn.Module, held as Attention.kv_path.
+
+    x (B, T, n_embd): the attention's input; q (B, H, T, D), k, v (B, Hkv, T, D), q and k after
+    RoPE. Each verb returns the attention output (B, H, T, D)."""
+
+    losses: dict[str, Tensor]  # of the last training forward, by name
+
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> LayerCache:
+        """Return an empty cache, of the dtype and on the device of `like`."""
+
+    def forward(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None
+    ) -> Tensor:
+        """Without a cache: training and decode-mode evaluation. pad (B,): left padding."""
+
+    def prefill(self, x, q, k, v, cache: LayerCache, n_pad: Tensor | None = None) -> Tensor:
+        """Read and store a prompt or a piece of it, of any length, one token included."""
+
+    def decode(self, x, q, k, v, cache: LayerCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store and read one token of each sequence."""
+
+    def graph_safe(self) -> bool:
+        """Say whether decode can be captured: it neither allocates nor waits for the device."""
+
+
+# -------------------- what all caches do alike
+
+
+def storage_bytes(tensors) -> int:
+    """Count the bytes of the storages behind the tensors, each storage once.
+
+    Empty tensors are left out: read from a file they have the address of another one."""
+    storages = [t.untyped_storage() for t in tensors if t.numel()]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+class LayerCacheBase:
+    """What every layer cache does with the tensors that it declares in `owners`.
+
+    An owner is "sequence" (first dimension: one entry per sequence), or, for tensors that are flat
+    over segments, "token", "row", "mask", "tile" or "block"; a "base" says where segments start and
+    follows from the rest. Tensors in GROWS are padded along dimension 2 when caches are joined,
+    tensors in RING are overwritten in place when tokens leave them."""
+
+    GROWS: tuple[str, ...] = ()
+    RING: tuple[str, ...] = ()
+    owners: dict[str, str]
+    fresh = True
+    room = 0
+    prompt: PromptState | None = None  # what the layers of one KVCache share while a prompt is read
+
+    # a subclass says how the flat tensors are cut into segments, and what must agree to be joined
+
+    def segments(self, owner: str) -> tuple[Tensor, Tensor]:
+        """Return where the segments of a flat tensor start, and their slots: (B, h) int64 twice."""
+        raise KeyError(owner)
+
+    def set_bases(self) -> None:
+        """Work out anew every tensor whose owner is "base"."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return how it stores, by name: what two caches must share to be joined or loaded."""
+        return {"kind": type(self).__name__}
+
+    # the rest follows
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return self.lengths.size(0)
+
+    def take_room(self, n_tokens: int) -> None:
+        """Note that n_tokens more are appended, after making room where there is none."""
+        if n_tokens > self.room:
+            self.reserve(n_tokens)
+        self.room -= n_tokens
+        self.fresh = False
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.owners}
+
+    def nbytes(self) -> int:
+        """Count the bytes of every tensor held, offsets and unused capacity included."""
+        return storage_bytes(self.state_dict().values())
+
+    def select_sequences(self, rows: Sequence[int]) -> LayerCacheBase:
+        out = copy.copy(self)
+        pick = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
+        for name, owner in self.owners.items():
+            t = getattr(self, name)
+            if owner == "sequence":
+                setattr(out, name, t[pick])
+            elif owner != "base":
+                base, count = self.segments(owner)
+                setattr(out, name, t[slots(base[pick], count[pick])] if t.numel() else t.clone())
+        out.set_bases()
+        return out
+
+    @classmethod
+    def cat(cls, caches: Sequence[LayerCacheBase]) -> LayerCacheBase:
+        for cache in caches[1:]:
+            refuse_difference(caches[0].settings(), cache.settings(), "caches to be joined")
+        parts = cls.alike(caches)
+        out = copy.copy(parts[0])
+        for name, owner in out.owners.items():
+            if owner == "base":
+                continue
+            tensors = [getattr(c, name) for c in parts]
+            if name in cls.GROWS:
+                most = max(t.size(2) for t in tensors)
+                tensors = [F.pad(t, (0, 0, 0, most - t.size(2))) for t in tensors]
+            setattr(out, name, torch.cat(tensors))
+        out.set_bases()
+        out.room = 0  # the next append looks
+        out.fresh = all(c.fresh for c in caches)
+        return out
+
+    @classmethod
+    def alike(cls, caches: Sequence[LayerCacheBase]) -> list[LayerCacheBase]:
+        """Return copies whose flat tensors can be laid one after the other."""
+        return [copy.copy(c) for c in caches]
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        own = self.state_dict()
+        names = sorted(set(own) ^ set(state))
+        check(
+            not names, f"{', '.join(names)}", "another kind of cache", "load it where it was saved"
+        )
+        for name, t in state.items():
+            fits = t.dtype == own[name].dtype and t.ndim == own[name].ndim
+            if self.owners[name] == "sequence":
+                width = own[name].shape[1:]
+                trailing = [i for i in range(len(width)) if not (name in self.GROWS and i == 1)]
+                fits = fits and all(t.shape[1:][i] == width[i] for i in trailing)
+            else:
+                fits = fits and t.shape[1:] == own[name].shape[1:]
+            check(
+                fits,
+                f"{name} {tuple(t.shape)} {t.dtype}",
+                f"like {tuple(own[name].shape)} {own[name].dtype}",
+                "load it into the model it was saved with",
+            )
+        for name, t in state.items():
+            setattr(self, name, t)
+        self.check_counts()
+        self.set_bases()
+        self.room = 0
+        self.fresh = False
+
+    def check_counts(self) -> None:
+        """Raise ValueError where counts and sizes of what was loaded do not fit together."""
+        sizes = {
+            len(getattr(self, name)) for name, owner in self.owners.items() if owner == "sequence"
+        }
+        check(len(sizes) == 1, f"sequences: {sorted(sizes)}", "one number of them", "save it again")
+        for name, owner in self.owners.items():
+            if owner in ("sequence", "base"):
+                continue
+            base, count = self.segments(owner)
+            t = getattr(self, name)
+            fits = len(t) == int(count.sum()) or not len(t)
+            check(fits, f"{name} of {len(t)} slots", f"{int(count.sum())}", "save it again")
+
+    def snapshot(self) -> LayerCacheBase:
+        """Return what puts this cache back as it is now (`restore`), whatever is appended
+        meanwhile."""
+        out = copy.copy(self)
+        for name, owner in self.owners.items():
+            if name in self.RING or (owner == "sequence" and getattr(self, name).ndim == 1):
+                setattr(out, name, getattr(self, name).clone())
+        return out
+
+    def restore(self, saved: LayerCacheBase) -> None:
+        """Put it back as it was when `saved` was taken."""
+        self.__dict__.update(saved.__dict__)
+
+
+def refuse_difference(wanted: dict, found: dict, what: str) -> None:
+    """Raise ValueError that names the first setting in which two caches differ."""
+    for name in [*wanted, *(n for n in found if n not in wanted)]:
+        check(
+            wanted.get(name) == found.get(name),
+            f"{what}: {name} is {found.get(name)!r}",
+            f"{wanted.get(name)!r} is needed",
+            "use caches of one model and one way of storing",
+        )
+
+
+def valid_columns(T: int, n_pad: Tensor) -> Tensor:
+    """Mark the columns that are no padding: (B, T) bool for n_pad (B,)."""
+    return torch.arange(T, device=n_pad.device) >= n_pad[:, None]
+
+
+def write_ring(ring: Tensor, new: Tensor, at: Tensor, n_pad: Tensor | None) -> None:
+    """Write new tokens (B, h, T, x) into ring (B, h, W, x), the first that is no padding into slot
+    at (B,), the others after it, modulo W."""
+    B, _, T, _ = new.shape
+    column = torch.arange(T, device=new.device)
+    if n_pad is None:
+        slot = (at[:, None] + column) % max(ring.size(2), 1)
+        rows = torch.arange(B, device=new.device)[:, None]
+        ring[rows, :, slot] = new.transpose(1, 2).to(ring.dtype)
+        return
+    b, i = valid_columns(T, n_pad).nonzero(as_tuple=True)
+    slot = (at[b] + i - n_pad[b]) % max(ring.size(2), 1)
+    ring[b, :, slot] = new[b, :, i].to(ring.dtype)
+
+
+# -------------------- dense
+
+
+class DenseCache(LayerCacheBase):
+    """One layer's keys and values, whole, each sequence from slot 0 on.
+
+    k, v     (B, Hkv, max_len, D)
+    lengths  (B,) int64"""
+
+    GROWS = ("k", "v")
+
+    def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, like: Tensor):
+        self.owners = {"k": "sequence", "v": "sequence", "lengths": "sequence"}
+        self.k = like.new_zeros(batch, n_kv_head, max_len, head_dim)
+        self.v = torch.zeros_like(self.k)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.room = max_len
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "shape": tuple(self.k.shape[1::2]),
+            "dtype": str(self.k.dtype),
+        }
+
+    def reserve(self, n_tokens: int) -> None:
+        """Raise ValueError where n_tokens more do not fit: a dense cache does not grow."""
+        longest = int(self.lengths.max()) if self.batch else 0
+        if longest + n_tokens > self.k.size(2):
+            raise ValueError(
+                f"KV cache of {self.k.size(2)} tokens cannot take {longest + n_tokens}: "
+                "ask new_cache for a larger max_len"
+            )
+        self.room = self.k.size(2) - longest
+
+    @torch.no_grad()
+    def append(self, new: NewTokens) -> None:
+        T = new.k.size(2)
+        fresh = self.fresh
+        self.take_room(T)
+        if T == 1 and new.n_pad is None:
+            append_window(self.view().window, new.k.to(self.k.dtype), new.v.to(self.v.dtype))
+            return
+        if fresh and new.n_pad is None:
+            self.k[:, :, :T] = new.k
+            self.v[:, :, :T] = new.v
+        else:
+            write_ring(self.k, new.k, self.lengths, new.n_pad)
+            write_ring(self.v, new.v, self.lengths, new.n_pad)
+        self.lengths += T if new.n_pad is None else T - new.n_pad
+
+    def view(self) -> CacheView:
+        return CacheView((), WindowView(self.k, self.v, None, self.lengths), None)
+
+    def truncate(self, n_tokens: int | Tensor) -> None:
+        check_truncation(n_tokens)
+        self.lengths = self.lengths.clamp_max(torch.as_tensor(n_tokens, device=self.k.device))
+        self.room = 0
+
+    def check_counts(self) -> None:
+        super().check_counts()
+        check_range(self.lengths, self.k.size(2), "lengths")
+
+
+def check_truncation(n_tokens: int | Tensor) -> None:
+    """Raise ValueError for a negative number of tokens to keep."""
+    least = int(torch.as_tensor(n_tokens).min())
+    check(least >= 0, f"truncating to {least} tokens", "0 or more", "give the number to keep")
+
+
+def check_range(count: Tensor, most: int, name: str) -> None:
+    """Raise ValueError where a count that was loaded is outside 0..most."""
+    if count.numel():
+        low = int(count.min())
+        high = int(count.max())
+        check(low >= 0 and high <= most, f"{name} {low}..{high}", f"0..{most}", "save it again")
+
+
+# -------------------- of a whole model
+
+
+class PromptState:
+    """What the layers of one KVCache share while a prompt is read. It belongs to that cache, so
+    prompts of two caches, on two threads or interleaved, never meet.
+
+    layers     the layer caches, in order
+    seen       what each selecting layer saw of the prompt (selector.py)
+    selection  what is kept of it, where one choice serves all layers"""
+
+    def __init__(self, layers: list):
+        self.layers = layers
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the prompt."""
+        self.seen: list = []
+        self.selection: Any = None
+
+
+class KVCache:
+    """What a batch has stored so far: one cache per layer.
+
+    length: tokens of the longest sequence, padding counted while a prompt is left-padded; the host
+    knows it without asking the device. lengths (B,): tokens of each sequence, on the device."""
+
+    def __init__(self, layers: list, model=None):
+        self.layers = layers
+        self.length = 0
+        self.broken = False
+        self._model = weakref.ref(model) if model is not None else None
+        self._link()
+
+    def _link(self) -> None:
+        state = PromptState(self.layers)
+        for layer in self.layers:
+            layer.prompt = state
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.layers[0].lengths
+
+    def nbytes(self) -> int:
+        """Count the bytes of all tensors held, offsets and unused capacity included; what layers
+        share is counted once."""
+        return storage_bytes([t for layer in self.layers for t in layer.state_dict().values()])
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for n_tokens more in every layer."""
+        for layer in self.layers:
+            layer.reserve(n_tokens)
+
+    def check_usable(self) -> None:
+        """Raise ValueError after a step that failed half-way: its layers no longer agree."""
+        check(
+            not self.broken,
+            "a cache in which a step failed half-way",
+            "one that is whole is needed",
+            "make a new cache and process the prompt again",
+        )
+
+    def snapshot(self) -> tuple[int, list]:
+        """Return what puts this cache back as it is now."""
+        return self.length, [layer.snapshot() for layer in self.layers]
+
+    def restore(self, saved: tuple[int, list]) -> None:
+        """Put it back as it was when `saved` was taken."""
+        self.length = saved[0]
+        for layer, before in zip(self.layers, saved[1], strict=True):
+            layer.restore(before)
+        self._link()
+
+    def truncate(self, n_tokens: int | Tensor) -> None:
+        """Forget all but the first n_tokens (one number, or (B,)) of every sequence."""
+        for layer in self.layers:
+            layer.truncate(n_tokens)
+        self.length = min(self.length, int(torch.as_tensor(n_tokens).max()))
+
+    def select_sequences(self, rows: Sequence[int]) -> KVCache:
+        """Return a cache of these sequences only, in this order; it shares nothing."""
+        return self._like([layer.select_sequences(rows) for layer in self.layers], self.length)
+
+    @staticmethod
+    def cat(caches: Sequence[KVCache]) -> KVCache:
+        """Join the sequences of caches of one model, of any lengths and capacities, in order."""
+        if len(caches) == 1:
+            return caches[0]
+        for cache in caches:
+            cache.check_usable()
+        layers = [type(same[0]).cat(same) for same in zip(*(c.layers for c in caches), strict=True)]
+        return caches[0]._like(layers, max(c.length for c in caches))
+
+    def _like(self, layers: list, length: int) -> KVCache:
+        out = copy.copy(self)
+        out.layers = layers
+        out.length = length
+        out._link()
+        return out
+
+    def save(self, path, model=None) -> None:
+        """Write everything held to one safetensors file, with a fingerprint of the model and of how
+        it stores. ValueError where the model is gone: then give it."""
+        from storage.saved import save_cache
+
+        model = model or (self._model() if self._model else None)
+        check(
+            model is not None,
+            "a cache whose model is gone",
+            "its fingerprint is saved, too",
+            "give save(path, model)",
+        )
+        save_cache(self, path, model)
+
+    @staticmethod
+    def load(path, model) -> KVCache:
+        """Read a saved cache for `model`, to its device. ValueError where the file is damaged, or
+        was saved with other weights or another way of storing."""
+        from storage.saved import load_cache
+
+        return load_cache(path, model)

@@ -1,0 +1,168 @@
+"""How caches store integers: what PackedCache and RaggedCache ask of a codec, for uniform bits and
+for levels. format.py says what the numbers mean; FloatCodec in storage/packed.py is the same for
+whole numbers.
+
+The first tokens of a sequence stay whole (n_sinks): attention rests on them, and their values are
+unlike all others.
+
+Letters: storage/layout.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import KVConfig, check
+from kernels import can_append
+from storage.integers.format import (
+    IntFormat,
+    Ints,
+    bit_planes,
+    quantise_keys,
+    quantise_levels,
+    quantise_values,
+    row_bytes,
+    split_levels,
+    to_codes,
+)
+from storage.integers.rounding import QueryMoments, gptq_round
+from storage.layout import cdiv, mask_to_bits, starts, tile_size
+from storage.packed import FloatCodec, kept_rows
+from storage.packing import tile_index
+
+
+def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec:
+    """Return the codec that cfg asks for. gain (Hkv, D) float32: calibrated root mean squares,
+    which levels are relative to."""
+    if not cfg.ints:
+        return FloatCodec()
+    return IntCodec(IntFormat(cfg.key_bits, cfg.value_bits, cfg.key_block, gain), cfg.kv_sinks)
+
+
+class IntCodec:
+    """Integers of fmt.key_bits for keys, and of fmt.value_bits or with levels for values.
+
+    keys         (token slots, D key_bits / 8) uint8 rows         (row slots, d value_bits / 8)
+    uint8; with levels a row is one bit plane, d / 4 bytes key_scale    (blocks, 2, D) float16, for
+    fmt.block tokens of a segment value_scale  (token slots, 2) float16; with levels (token slots,
+    1)"""
+
+    owners = {"keys": "token", "rows": "row", "key_scale": "block", "value_scale": "token"}
+
+    def __init__(self, fmt: IntFormat, n_sinks: int):
+        self.fmt = fmt
+        self.n_sinks = n_sinks
+        self.block = fmt.block
+
+    @property
+    def levelled(self) -> bool:
+        """Whether every group has a level of its own."""
+        return self.fmt.value_bits == 0
+
+    def settings(self) -> dict[str, Any]:
+        return {"bits": f"{self.fmt.key_bits}:{self.fmt.value_bits}", "key_block": self.block}
+
+    def mask_groups(self, n_groups: int) -> int:
+        """Return the bits of a token's mask: one for a group, two where it has a level."""
+        return 2 * n_groups if self.levelled else n_groups
+
+    def tile_groups(self, n_groups: int) -> int:
+        """Return the most rows of a token, which a tile's length follows from."""
+        return 4 * n_groups if self.levelled else n_groups
+
+    def empty(self, n_tokens: int, k: int, S: int, D: int, like: Tensor) -> dict[str, Tensor]:
+        """See FloatCodec.empty."""
+        bytes_ = partial(torch.zeros, dtype=torch.uint8, device=like.device)
+        half = partial(torch.zeros, dtype=torch.float16, device=like.device)
+        return {
+            "keys": bytes_(n_tokens, row_bytes(D, self.fmt.key_bits)),
+            "rows": bytes_(n_tokens * k, row_bytes(D // S, self.fmt.value_bits or 2)),
+            "key_scale": half(n_tokens // self.block, 2, D),
+            "value_scale": half(n_tokens, 1 if self.levelled else 2),
+        }
+
+    # ---- for PackedCache
+
+    def pack(self, k: Tensor, z: Tensor, mask: Tensor, n_kept: int) -> dict[str, Tensor]:
+        """See FloatCodec.pack; T is a number of whole blocks."""
+        B, Hkv, T, D = k.shape
+        block = torch.arange(B * Hkv * T, device=k.device) // self.block
+        n_blocks = len(block) // self.block
+        keys, key_scale = quantise_keys(k.reshape(-1, D), block, n_blocks, self.fmt.key_bits)
+        mask_of_head = mask.expand(-1, Hkv, -1, -1)
+        rows, value_scale = quantise_values(z, mask_of_head, self.fmt.value_bits)
+        return {
+            "keys": keys.view(B, Hkv, T, -1),
+            "rows": kept_rows(rows, mask, n_kept),
+            "key_scale": key_scale.view(B, Hkv, -1, 2, D),
+            "value_scale": value_scale,
+        }
+
+    def ints(self, cache) -> Ints:
+        """Return what turns a cache's integers back into numbers."""
+        block_base = getattr(cache, "block_base", None)
+        if block_base is None:  # segments of one capacity, a number of whole blocks
+            block_base = cache.token_base.div(self.block, rounding_mode="floor")
+        dtype = cache.window_k.dtype
+        return Ints(self.fmt, cache.key_scale, block_base, cache.value_scale, dtype)
+
+    def one_by_one(self, cache) -> bool:
+        """See FloatCodec.one_by_one: the newest token would be part of the block that is formed
+        where there is no window, and no kernel forms planes of 3 bits."""
+        bits = (self.fmt.key_bits, self.fmt.value_bits)
+        return can_append(cache.D) and cache.window > 0 and 3 not in bits
+
+    def check_cut(self, n_packed: Tensor) -> None:
+        """See FloatCodec.check_cut: the keys of a block share steps."""
+        check(
+            not bool((n_packed % self.block).any()),
+            f"cutting after {n_packed.tolist()} quantised tokens",
+            f"they are kept in blocks of {self.block}",
+            "keep whole blocks after the first tokens",
+        )
+
+    # ---- for RaggedCache
+
+    def pack_ragged(
+        self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, query_moment: Tensor | None
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """See FloatCodec.pack_ragged; mask (B, Hm, C, S) holds the groups kept, or their
+        levels 0 to 3, uint8."""
+        Hkv = k.size(1)
+        here = keep.expand(-1, Hkv, -1)  # (B, Hkv, C)
+        keys, key_scale = self._keys(k[here], here.sum(-1), query_moment)
+        mine = mask.expand(-1, Hkv, -1, -1)[here]  # (n, S)
+        values = z[here]  # (n, D)
+        if self.levelled:
+            planes = bit_planes(mine).sum(-1)
+            first = planes.cumsum(0) - planes
+            gain = self.fmt.gain[:, None].expand(-1, z.size(2), -1).expand(len(z), -1, -1, -1)[here]
+            rows, scale = quantise_levels(values, mine, first, int(planes.sum()), gain)
+            count = bit_planes(mask).sum(-1)
+            word = split_levels(mask)
+        else:
+            all_rows, scale = quantise_values(values, mine, self.fmt.value_bits)
+            rows = all_rows[mine]
+            count = mask.sum(-1)
+            word = mask
+        n_packed = keep.sum(-1)
+        before = (count.cumsum(-1) - count)[keep]
+        tile = tile_size(self.tile_groups(mask.size(-1)))
+        index = tile_index(before, n_packed, tile)
+        held = {"keys": keys, "rows": rows, "key_scale": key_scale, "value_scale": scale}
+        return held, (mask_to_bits(word[keep]), *index, n_packed, count.sum(-1))
+
+    def _keys(self, k: Tensor, n: Tensor, query_moment: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Quantise keys k (tokens, D) of segments with n (B, Hkv) each, in blocks of their own."""
+        blocks = cdiv(n, self.block)
+        segment_start = starts(n).flatten().repeat_interleave(n.flatten())
+        number = torch.arange(int(n.sum()), device=n.device) - segment_start
+        block = starts(blocks).flatten().repeat_interleave(n.flatten()) + number // self.block
+        rounding = to_codes  # to the nearest
+        if query_moment is not None:
+            rounding = partial(gptq_round, QueryMoments(query_moment.flatten(0, 1), n.flatten()))
+        return quantise_keys(k, block, int(blocks.sum()), self.fmt.key_bits, rounding)

@@ -1,0 +1,323 @@
+"""The cache of query-aware selection: a context packed once, of which whole tokens are dropped,
+too, and a window of everything after it.
+
+Segments (sequence, head) have different lengths here, each exactly as long as what it keeps, and
+every token may keep another number of groups. So rows are found by stored offsets
+(storage/layout.py).
+
+    cache = RaggedCache(batch, max_len, n_kv_head, head_dim, n_groups, mask_heads, like=x)
+    cache.pack(k, z, keep, mask, valid)           # once, the context cache.append(NewTokens(k, v,
+    n_pad=None))     # then the query region and what is generated, whole
+
+Letters: storage/layout.py; C columns of a context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import check
+from kernels import append_window
+from storage.cache import (
+    CacheView,
+    LayerCacheBase,
+    NewTokens,
+    check_range,
+    check_truncation,
+    write_ring,
+)
+from storage.layout import PackedView, WindowView, cdiv, mask_dtype, starts, tile_size
+from storage.packed import FloatCodec
+
+SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows", "n_context")  # by layers of one mask
+BASES = ("token_base", "row_base", "mask_base", "tile_base")
+
+
+class RaggedCache(LayerCacheBase):
+    """One layer's selected context and its window.
+
+    keys, rows   (tokens, D), (rows, d): of what is kept, token by token bits         (n_masks,), a
+    mask for each surviving token; one may have no rows before       (n_masks,) uint8, tile_rows
+    (tiles,) int32: the rows before a token, in its tile and
+                 before its tile
+    n_packed, n_rows (B, Hm) int64: survivors and rows of each segment n_context    (B,) int64:
+    tokens of the context, dropped ones included, that are not in the window token_base, row_base
+    (B, Hkv), mask_base, tile_base (B, Hm): where segments start window_k, window_v (B, Hkv, W, D),
+    of which each sequence fills the first n_window (B,) and whatever more its codec holds.
+
+    Where tokens stood is not kept, so the context cannot be truncated."""
+
+    GROWS = ("window_k", "window_v")
+
+    def __init__(
+        self,
+        batch: int,
+        max_len: int,
+        n_kv_head: int,
+        head_dim: int,
+        n_groups: int,
+        mask_heads: int,
+        like: Tensor,
+        codec: Any = None,
+    ):
+        check(
+            mask_heads in (1, n_kv_head),
+            f"mask_heads={mask_heads}",
+            f"1 or the {n_kv_head} KV heads",
+            "give one of them",
+        )
+        self.Hkv = n_kv_head
+        self.D = head_dim
+        self.S = n_groups
+        self.mask_heads = mask_heads
+        self.max_len = max_len
+        self.codec = codec or FloatCodec()
+        self.keep_all = False  # whether the context was stored as values, not in the basis
+        self.owners = {
+            **self.codec.owners,
+            **{"bits": "mask", "before": "mask", "tile_rows": "tile"},
+            **dict.fromkeys(("n_packed", "n_rows", "n_context"), "sequence"),
+            **dict.fromkeys(BASES, "base"),
+            **dict.fromkeys(("window_k", "window_v", "n_window"), "sequence"),
+        }
+        if "key_scale" in self.owners:
+            self.owners["block_base"] = "base"
+        for name, t in self.codec.empty(0, 1, n_groups, head_dim, like[:0]).items():
+            setattr(self, name, t)
+        device = like.device
+        bits = mask_dtype(self.codec.mask_groups(n_groups))
+        self.bits = torch.zeros(0, dtype=bits, device=device)
+        self.before = torch.zeros(0, dtype=torch.uint8, device=device)
+        self.tile_rows = torch.zeros(0, dtype=torch.int32, device=device)
+        self.n_packed = torch.zeros(batch, mask_heads, dtype=torch.int64, device=device)
+        self.n_rows = torch.zeros_like(self.n_packed)
+        self.n_context = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.n_window = torch.zeros_like(self.n_context)
+        self.window_k = like.new_zeros(batch, n_kv_head, 0, head_dim)
+        self.window_v = torch.zeros_like(self.window_k)
+        self.set_bases()
+
+    # ---- what the base asks for
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, dropped ones included: (B,) int64."""
+        return self.n_context + self.n_window
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of whole numbers."""
+        return self.window_k.dtype
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "shape": (self.Hkv, self.D),
+            "dtype": str(self.dtype),
+            "n_groups": self.S,
+            "mask_heads": self.mask_heads,
+            "keep_all": self.keep_all,
+            "n_sinks": self.codec.n_sinks,
+            **self.codec.settings(),
+        }
+
+    @property
+    def tile(self) -> int:
+        """Tokens per entry of tile_rows."""
+        return tile_size(self.codec.tile_groups(self.S))
+
+    def segments(self, owner: str) -> tuple[Tensor, Tensor]:
+        tokens = self.n_packed.expand(-1, self.Hkv)
+        if owner == "token":
+            return self.token_base, tokens
+        if owner == "row":
+            return self.row_base, self.n_rows.expand(-1, self.Hkv)
+        if owner == "mask":
+            return self.mask_base, self.n_packed
+        if owner == "tile":
+            return self.tile_base, cdiv(self.n_packed, self.tile)
+        return self.block_base, cdiv(tokens, self.codec.block)
+
+    def set_bases(self) -> None:
+        """Let segments follow each other without gaps."""
+        tokens = self.n_packed.expand(-1, self.Hkv)
+        self.token_base = starts(tokens)
+        self.row_base = starts(self.n_rows.expand(-1, self.Hkv))
+        self.mask_base = starts(self.n_packed)
+        self.tile_base = starts(cdiv(self.n_packed, self.tile))
+        if "block_base" in self.owners:
+            self.block_base = starts(cdiv(tokens, self.codec.block))
+        self.longest = int(self.n_packed.max()) if self.n_packed.numel() else 0
+
+    def check_counts(self) -> None:
+        check_range(self.n_packed, len(self.bits), "n_packed")
+        check_range(self.n_rows, max(1, len(self.rows)), "n_rows")
+        check_range(self.n_context, 2**31, "n_context")
+        check_range(self.n_window, self.window_k.size(2), "n_window")
+        self.set_bases()
+        super().check_counts()
+
+    # ---- the context
+
+    @torch.no_grad()
+    def pack(
+        self,
+        k: Tensor,
+        z: Tensor,
+        keep: Tensor,
+        mask: Tensor,
+        valid: Tensor,
+        bits_from: RaggedCache | None = None,
+        query_moment: Tensor | None = None,
+    ) -> None:
+        """Store a context of C columns, once, before anything else.
+
+        k, z    (B, Hkv, C, D): keys, and values in the coordinates that are cut into groups keep
+        (B, Hm, C) bool: tokens that survive, each with its key mask    (B, Hm, C, S) bool, or
+        levels, uint8: groups of theirs valid   (B, C) bool: False for padding, which is on the left
+        and never stored bits_from: a cache packed with the same keep, mask and valid, whose masks,
+        offsets and counts serve this one too. query_moment (B, Hkv, D, D): second moment of the
+        queries to come, for which integer keys are rounded (None: to the nearest)."""
+        assert self.fresh, "a context is packed once, before anything else"
+        assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding must be on the left"
+        keep = keep & valid[:, None]  # (B, Hm, C)
+        mask = mask * keep.unsqueeze(-1)  # (B, Hm, C, S)
+        held, index = self.codec.pack_ragged(
+            k.to(self.dtype), z.to(self.dtype), keep, mask, query_moment
+        )
+        for name, t in held.items():
+            setattr(self, name, t)
+        self.bits, self.before, self.tile_rows, self.n_packed, self.n_rows = index
+        self.n_context = valid.sum(-1)
+        if bits_from is None:
+            self.set_bases()
+        else:
+            self._share(bits_from)
+        self.max_len -= valid.size(1)
+        self.fresh = False
+
+    def _share(self, other: RaggedCache) -> None:
+        """Hold the masks and offsets of another layer instead of equal ones of its own."""
+        same = torch.equal(other.n_packed, self.n_packed) and torch.equal(other.n_rows, self.n_rows)
+        assert same, "bits_from was packed with another keep or mask"
+        names = [*SHARED, *BASES, *(["block_base"] if "block_base" in self.owners else [])]
+        for name in names:
+            setattr(self, name, getattr(other, name))
+        self.longest = other.longest
+
+    def groups_kept(self) -> int:
+        """Count the value groups kept of all tokens, at whatever level; shared masks once."""
+        if not self.codec.levelled:
+            return int(self.n_rows.sum())
+        return int((self.view().packed[0].masks()[0] > 0).sum())
+
+    def move_to_window(self, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
+        """Store first tokens of the context, k, v (B, Hkv, n, D), in the window, before all else;
+        n_pad (B,) of them are padding. The context must have been packed without them."""
+        self.max_len += k.size(2)
+        self.append(NewTokens(k, v, n_pad))
+        self.n_context = self.n_context - (k.size(2) - n_pad)
+
+    # ---- the window
+
+    def reserve(self, n_tokens: int) -> None:
+        longest = int(self.n_window.max()) if self.batch else 0
+        cap = self.window_k.size(2)
+        if longest + n_tokens > cap:
+            more = cap + cap // 4 if cap else self.max_len
+            cap = max(longest + n_tokens, more)
+            for name in self.GROWS:
+                old = getattr(self, name)
+                setattr(self, name, F.pad(old, (0, 0, 0, cap - old.size(2))))
+        self.room = cap - longest
+
+    @torch.no_grad()
+    def append(self, new: NewTokens) -> None:
+        T = new.k.size(2)
+        self.take_room(T)
+        if T == 1 and new.n_pad is None:
+            append_window(self.view().window, new.k.to(self.dtype), new.v.to(self.dtype))
+            return
+        write_ring(self.window_k, new.k, self.n_window, new.n_pad)
+        write_ring(self.window_v, new.v, self.n_window, new.n_pad)
+        self.n_window += T if new.n_pad is None else T - new.n_pad
+
+    def view(self) -> CacheView:
+        packed = PackedView(
+            keys=self.keys,
+            rows=self.rows,
+            bits=self.bits,
+            before=self.before,
+            tile_rows=self.tile_rows,
+            n=self.n_packed,
+            token_base=self.token_base,
+            row_base=self.row_base,
+            mask_base=self.mask_base,
+            tile_base=self.tile_base,
+            n_groups=self.S,
+            k=0,
+            longest=self.longest,
+            held=len(self.keys),
+            exact=True,
+            ints=self.codec.ints(self),
+        )
+        window = WindowView(self.window_k, self.window_v, None, self.n_window)
+        return CacheView((packed,), window, None)
+
+    def truncate(self, n_tokens: int | Tensor) -> None:
+        """Forget all but the first n_tokens. ValueError inside the context, which is kept as it
+        is."""
+        check_truncation(n_tokens)
+        n = torch.as_tensor(n_tokens, device=self.n_window.device).expand_as(self.n_window)
+        rest = n - self.n_context  # of the window, where first tokens of the context may lie, too
+        fine = (rest >= self.codec.n_sinks) | (rest >= self.n_window)
+        check(
+            bool(fine.all()) and bool((rest >= 0).all()),
+            f"truncating to {n.tolist()} tokens",
+            f"a selected context of {self.n_context.tolist()} tokens is kept as it is",
+            "keep the whole context, or process a shorter prompt",
+        )
+        self.n_window = self.n_window.minimum(rest)
+        self.room = 0
+
+
+def pack_layers(
+    caches: Sequence[RaggedCache], k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, valid: Tensor
+) -> None:
+    """Pack L layers of whole numbers at once: k, z (L, B, Hkv, C, D), keep (L, B, Hm, C), mask
+    (L, B, Hm, C, S), valid (B, C).
+
+    Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
+    once."""
+    L = len(caches)
+    B = len(valid)
+    one = caches[0]
+    shape = (L * B, one.max_len, one.Hkv, one.D, one.S, one.mask_heads, one.window_k)
+    big = RaggedCache(*shape)
+    flat = (t.flatten(0, 1) for t in (k, z, keep, mask))
+    big.pack(*flat, valid.repeat(L, 1))
+    names = ("n_packed", "n_rows", "n_context", *BASES)
+    parts = {name: getattr(big, name).unflatten(0, (L, B)) for name in names}
+    owner_base = {"keys": "token_base", "rows": "row_base", "bits": "mask_base"}
+    owner_base |= {"before": "mask_base", "tile_rows": "tile_base"}
+    bounds = {}
+    for base in BASES:
+        first = parts[base][:, :1, :1]  # (L, 1, 1) where a layer begins
+        bounds[base] = first.flatten().tolist()
+        parts[base] = parts[base] - first
+    for name, base in owner_base.items():
+        t = getattr(big, name)
+        parts[name] = [t[a:b] for a, b in pairwise([*bounds[base], len(t)])]
+    for i, cache in enumerate(caches):
+        assert cache.fresh, "a context is packed once, before anything else"
+        for name, per_layer in parts.items():
+            setattr(cache, name, per_layer[i])
+        cache.longest = big.longest
+        cache.max_len = big.max_len
+        cache.fresh = False

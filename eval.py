@@ -77,7 +77,7 @@ class Shown(NamedTuple):
     selection kept of a prompt, and by which rule."""
 
     masks: Tensor | None = None
-    choice: selector.Choice | None = None
+    choice: selector.Selection | None = None
     rule: str = ""
 
 

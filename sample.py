@@ -19,10 +19,10 @@ CONFIGS = {"sample": SampleConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
 
+from generate import generate
 from loaders.device import autocast, check_weights, pick_device
 from loaders.runs import load_run
 from loaders.tokenizer import encoded
-from model import generate
 
 
 def main() -> None:

@@ -211,7 +211,6 @@ def attach_storage(
     select: SelectConfig,
     batches: list[Tensor] | None = None,
     seed: int = 0,
-    fit: bool = False,
 ) -> Transformer:
     """Give a model the KV paths of `kv`, in place: value groups, selecting ones, or none. Returns
     the model."""
@@ -222,7 +221,7 @@ def attach_storage(
         "give --out_dir of a run of train.py --stage=continue",
     )
     if kv.kv == "select":
-        return selector.attach(model, kv, select, batches, seed, fit)
+        return selector.attach(model, kv, select, batches, seed)
     return kv_router.attach(model, kv, batches, seed)
 
 

@@ -7,7 +7,7 @@ from statistics import mean
 
 from torch import Tensor
 
-from selector import Choice
+from selector import Selection
 
 
 def pyplot():
@@ -128,7 +128,7 @@ def draw_masks(ax, masks: Tensor) -> None:
 # -- groups.png
 
 
-def groups_figure(folder: Path, choice: Choice, title: str) -> None:
+def groups_figure(folder: Path, choice: Selection, title: str) -> None:
     """Draw groups.png, the paper's figure 1: how many groups tokens keep, and how many against
     their rank by relevance."""
     plt = pyplot()

@@ -21,9 +21,11 @@ from baselines import shared_heads
 from config import AdapterConfig, KVConfig, SelectConfig
 from loaders.device import autocast
 from lora import count_trainable
-from model import KVCache, Transformer, evaluating
+from model import Transformer, evaluating
 from settings.fields import to_dict
-from storage.packed import PackedCache, SelectedCache
+from storage.cache import KVCache
+from storage.packed import PackedCache
+from storage.ragged import RaggedCache
 from tasks.common import Task
 
 
@@ -89,9 +91,9 @@ def measure_row(
 def filled_cache(model: Transformer, x: Tensor, dtype: str = "float32") -> KVCache:
     """A cache of exactly that length that x (B, T) int64 was prefilled into."""
     x = x.to(model.norm.weight.device)
-    with evaluating(model), autocast(x.device, dtype), selector.diagnosed(model, x, x.size(1)):
+    with evaluating(model), autocast(x.device, dtype), selector.with_oracle(model, x, x.size(1)):
         cache = model.new_cache(*x.shape)
-        model(x, cache, last_only=True)
+        model.prefill(x, cache)
     return cache
 
 
@@ -107,7 +109,7 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
     layers = []
     for block, stored in zip(model.layers, cache.layers, strict=True):
         path = block.self_attn.kv_path
-        if isinstance(stored, SelectedCache):
+        if isinstance(stored, RaggedCache):
             context = (cache.length - path.cfg.kv_tail) * stored.n_packed.numel()
             kept = int(stored.n_packed.sum())
             rows = stored.groups_kept() / stored.S
@@ -116,10 +118,10 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
             layers.append((kept + rows) / context / 2)
         elif isinstance(stored, PackedCache):
             T = cache.length
-            packed = int(path.compressed(torch.tensor(T)))
+            packed = int(stored.n_packed[0])
             tokens.append(1.0)
-            values.append(path.k / path.S)
-            layers.append((1 + (path.k / path.S * packed + T - packed) / T) / 2)
+            values.append(stored.k / stored.S)
+            layers.append((1 + (stored.k / stored.S * packed + T - packed) / T) / 2)
     if not layers:
         return dict.fromkeys(("value_keep", "token_keep", "kv_kept_layers", "kv_kept_model"), 1.0)
     n_dense = model.cfg.n_layer - len(layers)
@@ -286,7 +288,7 @@ def kept_groups(model: Transformer, x: Tensor, dtype: str = "float32") -> Tensor
     return masks
 
 
-def chosen(model: Transformer, x: Tensor, dtype: str = "float32") -> selector.Choice:
+def chosen(model: Transformer, x: Tensor, dtype: str = "float32") -> selector.Selection:
     """What the selector keeps of a prompt x (1, T), all compressed layers."""
     model.selector.record = True
     filled_cache(model, x, dtype)

@@ -265,6 +265,7 @@ class LayerCacheBase:
 
     def restore(self, saved: LayerCacheBase) -> None:
         """Put it back as it was when `saved` was taken."""
+        self.__dict__.clear()
         self.__dict__.update(saved.__dict__)
 
 

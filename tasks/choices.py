@@ -32,8 +32,9 @@ class MultipleChoice(Prompts):
         device = model.norm.weight.device
         pad = torch.tensor([T - len(p) for p in prompts], device=device)
         idx = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)  # (B, T)
-        cache = model.new_cache(len(prompts), T, pad if pad.any() else None)
-        logits = ThroughCache(model)(idx, cache)[:, -1]  # (B, vocab)
+        cache = model.new_cache(len(prompts), T)
+        n_pad = pad if pad.any() else None
+        logits = ThroughCache(model).prefill(idx, cache, n_pad)[:, -1]  # (B, vocab)
         scores = []
         for row, (right, letters) in zip(logits, answers, strict=True):
             of_letters = row[torch.tensor(letters, device=device)]

@@ -9,9 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from generate import generate
 from loaders.device import autocast
-from model import KVCache, Transformer, evaluating, generate
-from selector import diagnosed
+from model import Transformer, evaluating
+from selector import with_oracle
+from storage.cache import KVCache
 
 
 class Task(Protocol):
@@ -52,14 +54,19 @@ class ThroughCache:
     def __getattr__(self, name: str):
         return getattr(self.model, name)
 
-    def __call__(self, idx: Tensor, cache: KVCache, last_only: bool = True) -> Tensor:
-        """Return logits (B, 1, vocab) of the newest token; idx (B, T) int64."""
-        if idx.size(1) > self.last:
-            context = idx[:, : -self.last]
-            with diagnosed(self.model, context, context.size(1), cache.pad):
-                self.model(context, cache, last_only=True)
-            idx = idx[:, -self.last :]
-        return self.model(idx, cache, last_only=True)
+    def prefill(self, idx: Tensor, cache: KVCache, n_pad: Tensor | None = None) -> Tensor:
+        """Return logits (B, 1, vocab) of the newest token; idx (B, T) int64, of which the first
+        n_pad (B,) columns are padding."""
+        C = idx.size(1) - self.last
+        if C > 0:
+            context = idx[:, :C]
+            with with_oracle(self.model, context, C, n_pad):
+                self.model.prefill(context, cache, n_pad)
+            idx = idx[:, C:]
+            n_pad = None if n_pad is None else (n_pad - C).clamp_min(0)
+        if self.last == 1 and C > 0:
+            return self.model.decode(idx, cache)
+        return self.model.prefill(idx, cache, n_pad)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loaders.device import autocast
 from model import Transformer, evaluating, lm_loss
-from selector import diagnosed
+from selector import with_oracle
 
 # Sequences of a continuation whose predictions are kept: 25 MB each with 49,152 tokens.
 KL_SEQUENCES = 16
@@ -121,9 +121,9 @@ class Continuation:
     def predict(self, model: Transformer, x: Tensor) -> Tensor:
         """Return the logits (B, last - 1, vocab) of the last tokens but the first, x (B, T)."""
         cache = model.new_cache(*x.shape)
-        with diagnosed(model, x, x.size(1) - self.last):
-            model(x[:, : -self.last], cache, last_only=True)
-        return model(x[:, -self.last :], cache)[:, :-1]
+        with with_oracle(model, x, x.size(1) - self.last):
+            model.prefill(x[:, : -self.last], cache)
+        return model.prefill(x[:, -self.last :], cache, last_only=False)[:, :-1]
 
 
 def divergence(was: Tensor, logits: Tensor) -> float:

@@ -21,19 +21,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from selection.training import predictor_loss
 from torch import Tensor
 from tqdm import tqdm
 
 import kv_router
 import lora
-import mixsga
 from config import AdapterConfig, KVConfig, check
 from data import Corpus, batch, sequential
+from generate import generate
 from loaders import checkpoint
 from loaders.device import autocast
 from loaders.runs import added_state, load_added_state
 from loaders.weights import load_model_state, model_state
-from model import Transformer, generate, lm_loss
+from model import Transformer, lm_loss
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from storage.layout import at_least_float32
@@ -189,7 +190,7 @@ class Stage:
         """What is minimised over x, y (B, T), a mean over sequences: by objective lm, distill or
         select."""
         if self.objective == "select":
-            return self.model.selector.loss(self.model, x)
+            return predictor_loss(self.model, x)
         if self.objective == "distill":
             return distillation_loss(self, forward, x)
         return lm_loss(forward(x), y)
@@ -208,12 +209,11 @@ def distillation_loss(stage: Stage, forward, x: Tensor) -> Tensor:
 
 def with_side_losses(stage: Stage, loss: Tensor) -> Tensor:
     """The loss, and what routers of the last forward are trained by besides it."""
-    return (
-        loss
-        + stage.adapter.balance_weight * lora.balance_loss(stage.model)
-        + stage.kv.aux_weight * kv_router.aux_loss(stage.model)
-        + mixsga.consistency_loss(stage.model)
-    )
+    loss = loss + stage.adapter.balance_weight * lora.balance_loss(stage.model)
+    weights = {"aux": stage.kv.aux_weight, "consistency": 1.0}  # the latter is weighed already
+    for name, side in stage.model.kv_losses().items():
+        loss = loss + weights[name] * side
+    return loss
 
 
 def micro_batches(x: Tensor, y: Tensor, n: int):
@@ -275,7 +275,7 @@ def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
     if n and stage.objective == "select":
         with torch.no_grad(), autocast(w.device, cfg.dtype):
             for part in x[mine].split(stage.batch_size):
-                loss = stage.model.selector.loss(stage.model, part.to(w.device))
+                loss = predictor_loss(stage.model, part.to(w.device))
                 total += loss.double() * len(part)
     elif n:
         total += mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n

@@ -13,6 +13,7 @@ import torch
 
 from config import KVConfig, SelectConfig, check, comma_list
 from loaders.runs import Run, attach_storage
+from selection.training import fit_statistics
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from training.base import (
@@ -47,12 +48,13 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
         corpus.train, cfg.seed, batches=6, batch_size=4, window=window, device=w.device
     )
     model.requires_grad_(False)
-    attach_storage(model, kv, select, batches, cfg.seed, fit=True)
+    attach_storage(model, kv, select, batches, cfg.seed)
     began = ""
     if cfg.kv_from:
         began = start_from(model, kv, cfg.kv_from, base.base_sha256)
         # What was measured in the calibrated bases is measured anew in these.
-        model.selector.calibrate(model, batches, fit=True)
+        model.selector.calibrate(model, batches)
+    fit_statistics(model, batches)
     share_parameters(model, w)
     folder = run_dir / f"select-s{cfg.seed}"
     return Stage(

@@ -122,6 +122,7 @@ class DecodeGraph:
         self.idx.copy_(self.pick(logits[:, -1], self.step))
         self.step += 1
 
+    @torch.no_grad()
     def next(self) -> Tensor:
         """Return the next token of every sequence, (B, 1), in a buffer that the following call
         overwrites."""
@@ -134,9 +135,8 @@ class DecodeGraph:
             self.graph.replay()
         else:
             self.graph.replay()
-            for (
-                layer
-            ) in self.cache.layers:  # a replay runs no Python: what append notes on the host
+            # a replay runs no Python: this is what append notes on the host
+            for layer in self.cache.layers:
                 layer.room -= 1
         self.done += 1
         self.cache.length += 1

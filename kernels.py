@@ -422,11 +422,11 @@ def packed_attention(
     """Let the newest T tokens' queries read packed tokens, all older than they, and a window that
     ends with those T. One of packed and window may be None.
 
-    q      (B, H, T, D); float64 and D > 256 go to the reference
+    q      (B, H, T, D); float64, D > 256 and what wants a gradient go to the reference
     chunk: tokens of a piece, 0: as many as let all programs run at a time
     Returns out (B, H, T, D) like q, and lse (B, H, T) float32 (float64 of float64): the log of the
     sum of exp(q . k / sqrt(D)). Where there is nothing to read out is 0 and lse -inf."""
-    if not use_triton(impl, q) or q.size(-1) > 256:
+    if not use_triton(impl, q) or q.size(-1) > 256 or wants_gradient(q, packed, window):
         return packed_attention_ref(q, packed, window)
     Hkv = (packed.token_base if packed else window.k).size(1)
     packed = packed or _no_tokens(q, Hkv)
@@ -441,6 +441,16 @@ def packed_attention(
 
         variant = int_variant(q, packed, rows)
     return attend_in_pieces(dense_rows(q), packed, window, variant, chunk)
+
+
+def wants_gradient(q: Tensor, packed: PackedView | None, window: WindowView | None) -> bool:
+    """Say whether a gradient will be asked of attention's result: the kernel has none."""
+    inputs = [q]
+    if packed is not None:
+        inputs += [packed.keys, packed.rows]
+    if window is not None:
+        inputs += [window.k, window.v]
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
 def _no_tokens(q: Tensor, Hkv: int) -> PackedView:
@@ -458,11 +468,14 @@ def attend_view(q: Tensor, view: Any) -> tuple[Tensor, Tensor]:
     view  storage.cache.CacheView: packed parts, window and sinks, of which each may be missing
     Returns out (B, H, T, D) and lse (B, H, T), as packed_attention."""
     B, H, T, D = q.shape
-    packed = [part for part in view.packed if part.keys.size(0)]
-    parts = []
-    if packed or view.window is not None:
-        parts.append(packed_attention(q, packed[0] if packed else None, view.window))
-    parts += [packed_attention(q, part, None) for part in packed[1:]]
+    reads = [(part, None) for part in view.packed if part.keys.size(0)]
+    if view.window is not None:
+        # one call reads the window and a packed part, where that has as many heads
+        Hkv = view.window.k.size(1)
+        together = bool(reads) and reads[0][0].token_base.size(1) == Hkv
+        first = reads.pop(0)[0] if together else None
+        reads.insert(0, (first, view.window))
+    parts = [packed_attention(q, packed, window) for packed, window in reads]
     if view.sinks is not None:
         # All queries see all sinks, so they are so many more heads of one query.
         out, lse = packed_attention(q.reshape(B, H * T, 1, D), None, view.sinks)

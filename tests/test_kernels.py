@@ -486,6 +486,61 @@ def test_attend_view_leaves_out_parts_without_capacity(monkeypatch):
         assert (lse == float("-inf")).all()
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("heads", [(2, 1), (1, 2), (1, 4), (4, 1)])
+def test_attend_view_reads_parts_of_other_head_counts(heads, impl, monkeypatch):
+    """Experts' parts may have fewer heads than the window, the first of them too: every query head
+    reads the head of each part that stands for it, in one softmax, in loops."""
+    right = packed_attention
+    monkeypatch.setattr(kernels, "packed_attention", lambda q, p, w: right(q, p, w, impl=impl))
+    window = simple((0,) * 4, Hkv=4, n=2, T=3)
+    parts = []
+    for seed, h in enumerate(heads):
+        lengths = (40, 9, 21, 33)[:h]
+        parts.append(simple(lengths, Hkv=h, n=8 // h, T=3, seed=seed))
+    view = View(tuple(part.packed for part in parts), finite(window.window), None)
+    out, lse = attend_view(window.q.to(DEVICE), view)
+    for h in range(8):
+        for t in range(3):
+            read = [window.tokens(0, h // 2, t)]
+            for part in parts:
+                kv = h // (8 // part.Hkv)
+                inside = part.here[0, kv]
+                read.append((part.k[0, kv][inside], part.z[0, kv][inside]))
+            want, want_lse, _ = softmax_by_hand(window.q[0, h, t].double(), read)
+            assert (out[0, h, t].cpu() - want).abs().max() < 2e-6
+            assert abs(lse[0, h, t].cpu() - want_lse) < 1e-5
+
+
+@pytest.mark.parametrize("wanted", ["q", "keys", "rows", "k", "v"])
+def test_attention_gives_gradients_where_they_are_wanted(wanted):
+    """The kernel has no gradient: asked for one of any input, the reference runs, whatever impl
+    says, and gives it. Without gradients the kernel runs, on the same tensors."""
+    case = simple(T=3)
+    packed = case.packed._replace(keys=case.packed.keys.nan_to_num())
+    packed = packed._replace(rows=packed.rows.nan_to_num())
+    window = finite(case.window)
+    tensors = {
+        "q": case.q.to(DEVICE),
+        "keys": packed.keys,
+        "rows": packed.rows,
+        "k": window.k,
+        "v": window.v,
+    }
+    x = tensors[wanted].requires_grad_(True)
+
+    def attention(impl: str) -> torch.Tensor:
+        return packed_attention(tensors["q"], packed, window, impl=impl)[0]
+
+    (got,) = torch.autograd.grad(attention("triton").square().sum(), x)
+    (want,) = torch.autograd.grad(attention("torch").square().sum(), x)
+    assert want.any()
+    assert torch.equal(got, want)
+    with torch.no_grad():
+        assert not torch.equal(attention("triton"), attention("torch"))
+        assert (attention("triton") - attention("torch")).abs().max() < 1e-5
+
+
 # -------------------- appending
 
 

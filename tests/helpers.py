@@ -3,7 +3,6 @@ use."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -134,7 +133,7 @@ def coordinates(path: kv_router.ValueGroupPath, v: torch.Tensor) -> torch.Tensor
 def routed_value(
     path: kv_router.ValueGroupPath, v: torch.Tensor, kept: list[list[int]]
 ) -> torch.Tensor:
-    """One token's value v (Hkv, D) as it is read when head h kept the groups kept[h]: loops, every
+    """One token's value v (Hkv, D) as it is read when head h kept the groups kept[h]: loops, the
     reconstructor spelled out."""
     Hkv, D = v.shape
     d = D // path.S
@@ -144,35 +143,20 @@ def routed_value(
     for h in range(Hkv):
         for g in kept[h]:
             seen[h, dims[g]] = v[h, dims[g]]
-    out = seen.clone()
     rec = path.reconstructor
-    if path.cfg.reconstructor == "mlp":
-        bits = torch.tensor(
-            [[float(g in kept[h]) for g in range(S)] for h in range(path.mask_heads)], dtype=v.dtype
-        )
-        hidden = rec.up.weight @ torch.cat((seen.flatten(), bits.flatten())) + rec.up.bias
-        hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
-        rebuilt = (rec.down.weight @ hidden + rec.down.bias).view(Hkv, D)
+    if rec is None:  # zeros stand for dropped groups
+        return seen
+    bits = torch.tensor(
+        [[float(g in kept[h]) for g in range(S)] for h in range(path.mask_heads)], dtype=v.dtype
+    )
+    hidden = rec.up.weight @ torch.cat((seen.flatten(), bits.flatten())) + rec.up.bias
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    rebuilt = (rec.down.weight @ hidden + rec.down.bias).view(Hkv, D)
     for h in range(Hkv):
-        lost = [g for g in range(S) if g not in kept[h]]
-        if not lost:
-            continue
-        if path.cfg.reconstructor == "mlp":
-            for g in lost:
-                out[h, dims[g]] = rebuilt[h, dims[g]]
-        elif path.cfg.reconstructor == "linear":
-            pattern = [
-                sorted(c) for c in itertools.combinations(range(S), path.cfg.topk_groups)
-            ].index(sorted(kept[h]))
-            a = torch.cat([dims[g] for g in lost])
-            b = torch.cat([dims[g] for g in sorted(kept[h])])
-            out[h, a] = rec.weight[h, pattern] @ v[h, b]
-        elif path.cfg.reconstructor == "pairwise":
-            for g in lost:
-                for other in kept[h]:
-                    index = g * (S - 1) + (other if other < g else other - 1)
-                    out[h, dims[g]] += rec.weight[h, index] @ v[h, dims[other]]
-    return out
+        for g in range(S):
+            if g not in kept[h]:
+                seen[h, dims[g]] = rebuilt[h, dims[g]]
+    return seen
 
 
 def brute_force_path(

@@ -50,7 +50,9 @@ def prefill(
     them, and the cache that holds them, with room for max_len tokens.
 
     at_once: tokens processed at a time, 0 for all: fewer rows at a time, and a prompt that is
-    longer in pieces. A piece reads itself whole, and what came before as it is stored. Pieces are
+        longer in pieces
+
+    A piece reads itself whole, and what came before as it is stored. Pieces are
     cut from the prompt's own first token on, so that padding changes nothing. A path that looks at
     a whole prompt (kv=select, mixSGA) gets whole rows."""
     B, T = idx.shape
@@ -195,11 +197,15 @@ def generate(
     """Continue every prompt: the new tokens of each row (without the stop token), and the cache
     used.
 
-    prompts: B non-empty lists of ids, of any lengths (padded on the left); temperature 0 is greedy;
-    row b draws from its own stream seeded by (seed, b), so neither the batch around it nor its
-    padding changes it. prefill_tokens: how many tokens of the prompts are processed at a time, 0
-    for all (see prefill). On a GPU the steps are CUDA graphs where the storage has kernels (see
-    DecodeGraph), with `compiled` torch.compile around attention. ValueError: see check_request."""
+    prompts: B non-empty lists of ids, of any lengths; they are padded on the left
+    temperature: 0 is greedy
+    seed: row b draws from its own stream seeded by (seed, b), so neither the batch around it nor
+        its padding changes it
+    prefill_tokens: how many tokens of the prompts are processed at a time, 0 for all (see prefill)
+    compiled: torch.compile around attention
+
+    On a GPU the steps are CUDA graphs where the storage has kernels (see DecodeGraph). ValueError:
+    see check_request."""
     check_request(
         model,
         prompts,

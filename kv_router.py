@@ -6,20 +6,23 @@ a value into S groups of D/S neighbours, let a router pick the K that matter, st
 zeros (or what a reconstructor makes of the kept ones) in place of the others. Keys stay whole. With
 router logits a(x), equations 4 to 7 are
 
-    m = top-K mask of a(x)                         (4, 5) v_read = m * v + (1 - m) * R(m * v)
-    (6, 7)      kept of keys and values: (1 + K/S) / 2
+    m = top-K mask of a(x)                                       (4, 5)
+    v_read = m * v + (1 - m) * R(m * v)                          (6, 7)
+    L = L_LM + aux_weight * L_aux                                (14)
+    L_aux = MSE(R's whole value, v)                              (15)
 
-and the loss is L_LM + aux_weight * L_aux with L_aux = MSE(R's whole value, v) (14, 15).
+Of keys and values it keeps (1 + K/S) / 2.
 
 Which K groups lose least depends on the coordinates that are cut. Any invertible map of V folds
 exactly into W_v, its bias and W_o (values carry no RoPE), so groups may be cut in a basis that
 sorts energy: native | random | pca | output (pca of what W_o reads, weighted by how much it reads).
 
-    model = Transformer(ModelConfig()) attach(model, KVConfig(n_groups=4, topk_groups=2),
-    batches=[idx])    # calibrates basis and router fold(model)
-    # the basis goes into W_v and W_o cache = model.new_cache(batch=1, max_len=64)
-    model.prefill(idx, cache)                                           # stores K groups of every
-    token
+    model = Transformer(ModelConfig())
+    cfg = KVConfig(n_groups=4, topk_groups=2)
+    attach(model, cfg, batches=[idx])                # calibrates basis and router
+    fold(model)                                      # the basis goes into W_v and W_o
+    cache = model.new_cache(batch=1, max_len=64)
+    model.prefill(idx, cache)                        # stores K groups of every token
 
 Two executions give the same logits: *masked* (full-size tensors, differentiable; `forward`) and
 *packed* (only what is kept exists; `prefill`, `decode`). Without a cache every earlier token is
@@ -75,15 +78,19 @@ QUERY_BLOCK = {"cpu": 64, "cuda": 512}
 
 @torch.no_grad()
 def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Forward and backward maps (Hkv, D, D) float64 with z = v @ fwd and v = z @ bwd, fwd @ bwd =
-    1.
+    """Return the maps fwd, bwd (Hkv, D, D) float64 of a basis: z = v @ fwd, v = z @ bwd.
 
-    kind: native | random | pca | output; cov (Hkv, D, D): second moment of V per KV head, not
-    centred (attention sinks lie far from the mean, and most of the weight is on them); w_o (n_embd,
-    H*D): the output projection. `output` diagonalises G^1/2 cov G^1/2, G the sum of W_o^T W_o over
-    the query heads that read the KV head, its eigenvalues floored at 1e-6 of the largest, so that
-    squared error in z is squared error in what W_o writes; one scale per layer keeps z as large as
-    v."""
+    kind: native | random | pca | output
+    cov  (Hkv, D, D), second moment of V per KV head, not centred: attention sinks lie far from the
+         mean, and most of the weight is on them
+    w_o  (n_embd, H*D), the output projection
+
+    `pca` diagonalises cov. `output` diagonalises
+
+        G^1/2 cov G^1/2,    G = sum of W_o^T W_o over the query heads that read the KV head,
+
+    so that squared error in z is squared error in what W_o writes. Eigenvalues of G are floored at
+    1e-6 of the largest; one scale per layer keeps z as large as v."""
     Hkv, D = cov.shape[:2]
     cov, eye = cov.double(), torch.eye(D, dtype=torch.float64, device=cov.device)
     if kind == "native":
@@ -129,14 +136,16 @@ def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
     Hkv, D = fwd.shape[:2]
     n = attn.n_head // Hkv
 
-    def output_side(t: Tensor) -> Tensor:  # (Hkv*D, ...) -> the same, rows in the new basis
+    def output_side(t: Tensor) -> Tensor:
+        """Write the rows of t (Hkv*D, ...) in the new basis."""
         return (
             torch.einsum("hde,hd...->he...", fwd.double(), t.double().view(Hkv, D, *t.shape[1:]))
             .reshape(t.shape)
             .to(t.dtype)
         )
 
-    def input_side(t: Tensor) -> Tensor:  # (..., H*D) -> the same, columns reading the new basis
+    def input_side(t: Tensor) -> Tensor:
+        """Let the columns of t (..., H*D) read the new basis."""
         return (
             torch.einsum("hde,xhne->xhnd", bwd.double(), t.double().view(-1, Hkv, n, D))
             .reshape(t.shape)
@@ -442,8 +451,8 @@ class ValueGroupPath(nn.Module):
         if self.cfg.ints and (
             not self.cfg.kv_tail or 3 in (self.cfg.key_bits, self.cfg.value_bits)
         ):
-            # the newest token would be part of the block that is formed; no kernel forms planes of
-            # 3
+            # without a window the newest token would be part of the block that is formed;
+            # and no kernel forms planes of 3 bits
             return False
         maps_fold = self.keep_all or self.folded
         return can_append(self.D) and maps_fold and self.reconstructor is None
@@ -541,11 +550,13 @@ def attach(
     seed: int = 0,
     make: Callable | None = None,
 ) -> nn.Module:
-    """Give the chosen layers value-group paths, in place; make(model_cfg, cfg) -> path: another
-    kind of them. Returns the model.
+    """Give the chosen layers value-group paths, in place. Returns the model.
 
     batches: token ids (B, T) on the model's device that calibrate bases and routers; None leaves
-    the native basis and untrained parts, for load_state to overwrite. Until `fold` the paths apply
+        the native basis and untrained parts, for load_state to overwrite
+    make: make(model_cfg, cfg) returns another kind of path
+
+    Until `fold` the paths apply
     their basis themselves, so that adapters on v and o learn in the native one (in the new one they
     learn worse: docs/log.md). Raises ValueError when S does not divide D."""
     if cfg.kv == "dense":

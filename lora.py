@@ -4,8 +4,10 @@
 All three add to a frozen projection W a sum of low-rank branches n = 1..N, each of rank R, with
 gates r_n per token:
 
-    y = W x + sum_n r_n(x) * (alpha / R) * B_n A_n x          A stored as (N*R, d_in), B as (d_out,
-    N*R), B = 0 at the start
+    y = W x + sum_n r_n(x) * (alpha / R) * B_n A_n x             (1)
+
+    A  (N*R, d_in)
+    B  (d_out, N*R), zero at the start
 
 LoRA has one branch and no gate. Routed subspace LoRA has S branches inside *one* projection and a
 linear router of its own per projection. MoE-LoRA has E branches and one router per block, shared by

@@ -57,8 +57,8 @@ def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
     rope_low_freq times in rope_original tokens is divided by the factor, one that turns more than
     rope_high_freq times stays, and in between the two are blended."""
     D = cfg.head_dim
-    # (D/2,)
-    freq = cfg.rope_theta ** (-torch.arange(0, D, 2, dtype=torch.float64, device=device) / D)
+    pair = torch.arange(0, D, 2, dtype=torch.float64, device=device)
+    freq = cfg.rope_theta ** (-pair / D)  # (D/2,)
     turns = cfg.rope_original * freq / (2 * math.pi)
     stay = ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
     freq = freq * (stay + (1 - stay) / cfg.rope_factor)
@@ -67,8 +67,10 @@ def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by the angles of cos, sin (T, D/2) or (B,
-    1, T, D/2); same dtype.
+    """Rotate the pairs (i, i + D/2) of x, same dtype.
+
+    x         (B, heads, T, D)
+    cos, sin  (T, D/2) or (B, 1, T, D/2), of the angles
 
     The partner of every dimension is D/2 away in either direction: one roll, one fused multiply-add
     over whole rows."""
@@ -79,21 +81,24 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_mask(T: int, L: int, pad: Tensor | None, device) -> Tensor:
-    """True where query i (position L - T + i) may read key j: j <= L - T + i and, per row, j >=
-    pad. (B or 1, 1, T, L) bool."""
+    """Return (B or 1, 1, T, L) bool: True where query i, at position L - T + i, may read key j.
+
+    That is pad <= j <= L - T + i; pad (B,): left padding of each row or None."""
     j = torch.arange(L, device=device)
-    # (1, 1, T, L)
-    mask = (j[None, :] <= torch.arange(L - T, L, device=device)[:, None])[None, None]
+    i = torch.arange(L - T, L, device=device)[:, None]
+    mask = (j <= i)[None, None]  # (1, 1, T, L)
     if pad is not None:
-        # a padding query reads itself: no empty softmax
-        own = j[None, :] == torch.arange(L - T, L, device=device)[:, None]
+        own = j == i  # a padding query reads itself: no empty softmax
         mask = mask & (j >= pad[:, None, None, None]) | own  # (B, 1, T, L)
     return mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
-    """Causal attention of the newest T tokens over all L. q (B, H, T, D); k, v (B, Hkv, L, D); pad
-    (B,) left padding or None."""
+    """Return causal attention of the newest T tokens over all L, (B, H, T, D).
+
+    q     (B, H, T, D)
+    k, v  (B, Hkv, L, D)
+    pad   (B,), left padding, or None"""
     T = q.size(2)
     L = k.size(2)
     gqa = q.size(1) != k.size(1)
@@ -150,11 +155,10 @@ class Attention(nn.Module):
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), rotated."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        # (B, Hkv, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        # (B, Hkv, T, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        D = self.head_dim
+        q = self.q_proj(x).view(B, T, self.n_head, D).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def output(self, y: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ a routed prefill, the mean over all compressed ones in an exact one; `observed` 
 own queries and keys, which exist before any routed value is read.
 
 Letters: storage/layout.py; L compressed layers, C context columns, Lm mask layers (1 if shared,
-else L)."""
+else L).
+"""
 
 from __future__ import annotations
 

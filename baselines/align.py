@@ -209,11 +209,14 @@ def align_heads(attn: Attention, vv: Tensor, kk: Tensor, sizes: tuple[int, ...])
 
 
 class FarReads(nn.Module):
-    """A path that keeps everything whole, and tells what of the newest tokens' reads apart:
-    gradients of `far`, keys and values (B, Hkv, T, D), are those of all other reads.
+    """A path that keeps everything whole, and tells reads of the newest tokens from all others.
 
-    x, cost: of every batch so far and every token in turn, the layer's input (N, n_embd) and the
-    logarithm of the squared first-order cost of averaging it, less its sequence's mean (N,)"""
+    far: keys and values, (B, Hkv, T, D) each, whose gradients are those of all other reads
+
+    Of every batch so far and every token in turn:
+    x     (N, n_embd), the layer's input
+    cost  (N,), the logarithm of the squared first-order cost of averaging the token, less the mean
+          of its sequence"""
 
     def __init__(self, path: GroupedHeads):
         super().__init__()

@@ -16,11 +16,14 @@ from storage.layout import at_least_float32
 def value_statistics(
     values: Iterable[tuple[Tensor, ...]], metrics: Tensor, n_sinks: int
 ) -> tuple[Tensor, Tensor]:
-    """Return output gain (L, Hkv), the norm that o_proj writes for a unit of z, and the root mean
-    square (L, Hkv, D) of every coordinate of tokens after the first n_sinks.
+    """Measure what values write.
 
-    values: of each pass the z (B, Hkv, T, D) of every layer; metrics (L, Hkv, D, D): z^T M z is the
-    squared norm that is written."""
+    values: of each pass the z (B, Hkv, T, D) of every layer
+    metrics  (L, Hkv, D, D), z^T M z is the squared norm that o_proj writes for z
+
+    Returns two tensors, of tokens after the first n_sinks:
+    output_gain  (L, Hkv), the norm that o_proj writes for a unit of z
+    rms          (L, Hkv, D), root mean square of every coordinate"""
     energy = 0.0
     written = 0.0
     squares = 0.0

@@ -32,9 +32,7 @@ from torch import Tensor
 from config import SelectConfig, check, count_kept
 from model import apply_rope
 
-# tokens, the context's last ones, that `future` draws its queries from, the prompt's last ones for
-# `moment`
-SPAN = 1024
+SPAN = 1024  # last tokens whose queries are drawn: of the context by `future`, of all by `moment`
 READ = 128  # tokens after the prompt whose queries `moment` stands for
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
 PAGE = 16  # tokens in a page (quest)
@@ -47,22 +45,19 @@ TINY = 1e-9  # below this a share of attention counts as none
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the compressed layers saw of a prompt; per layer lists: x (B, T, E), q (B, H, T, D), k
-    (B, Hkv, T, D), z (B, Hkv, C, D).
+    """What the compressed layers saw of a prompt: lists with a tensor per layer.
 
-    The last W = T - n_context columns are the query region. pad (B,): left padding or None. rope:
-    the model's tables. oracle (L, B, Hkv, C): attention from a diagnostic pass, where there was
-    one. first: which compressed layer the lists begin with."""
+    The last W = T - n_context columns are the query region."""
 
-    x: Sequence[Tensor]
-    q: Sequence[Tensor]
-    k: Sequence[Tensor]
-    z: Sequence[Tensor]
+    x: Sequence[Tensor]  # (B, T, E)
+    q: Sequence[Tensor]  # (B, H, T, D)
+    k: Sequence[Tensor]  # (B, Hkv, T, D)
+    z: Sequence[Tensor]  # (B, Hkv, C, D)
     n_context: int
-    pad: Tensor | None
-    rope: tuple[Tensor, Tensor]
-    oracle: Tensor | None = None
-    first: int = 0
+    pad: Tensor | None  # (B,) left padding
+    rope: tuple[Tensor, Tensor]  # the model's tables
+    oracle: Tensor | None = None  # (L, B, Hkv, C), attention from a diagnostic pass
+    first: int = 0  # which compressed layer the lists begin with
     _norms: dict[int, Tensor] = field(default_factory=dict)
 
     @property
@@ -149,11 +144,13 @@ class Prompt:
     def attention(
         self, q: Tensor, visible: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """Mean attention of queries q (L, B, H, Q, D) on each context token, over the query heads
-        of a KV head and over queries.
+        """Return the mean attention on each context token, (L, B, Hkv, C): over the query heads of
+        a KV head and over queries.
 
-        visible (Q, V) bool: what a query may read of the prompt's last V columns (None: all;
-        earlier columns always); weight (B, Q): of each query in the mean. (L, B, Hkv, C)."""
+        q        (L, B, H, Q, D)
+        visible  (Q, V) bool, what a query may read of the prompt's last V columns; earlier columns
+                 always; None: all
+        weight   (B, Q), of each query in the mean"""
         L, B, H, Q, D = q.shape
         n = H // self.keys.size(2)
         out = []
@@ -165,11 +162,8 @@ class Prompt:
         weight = weight.repeat(1, n)[:, None, None] / n  # (B, 1, 1, n Q)
         step = max(1, CHUNK // (B * H * Q * self.T))
         for i in range(0, L, step):
-            # (l, B, Hkv, n Q, T)
-            p = (
-                (q[i : i + step] * D**-0.5).unflatten(2, (-1, n)).flatten(3, 4)
-                @ self.keys[i : i + step].mT
-            ).float()
+            scaled = (q[i : i + step] * D**-0.5).unflatten(2, (-1, n)).flatten(3, 4)
+            p = (scaled @ self.keys[i : i + step].mT).float()  # (l, B, Hkv, n Q, T)
             if visible is not None:
                 p[..., self.T - visible.size(1) :].masked_fill_(~visible.repeat(n, 1), NEVER)
             if self.pad is not None:
@@ -206,10 +200,11 @@ class Prompt:
         ]
 
     def moment(self, layer: int) -> Tensor:
-        """Second moment of a layer's queries to come: mean of q q^T over the prompt's last SPAN
+        """Return the second moment of a layer's queries to come, (B, Hkv, D, D) float64.
+
+        It is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
         queries, as if they came among the READ tokens after it, or as many as fit the model's
-        context (RoPE turns them further), and over the query heads of a KV head: (B, Hkv, D, D)
-        float64."""
+        context (RoPE turns them further)."""
         turn, weight = self._to_come
         q = apply_rope(self.q[layer][:, :, -SPAN:].float(), *turn).double()  # (B, H, Q, D)
         return ((q * weight).mT @ q).unflatten(1, (self.k[layer].size(1), -1)).mean(2)
@@ -217,8 +212,7 @@ class Prompt:
     def past(self, cfg: SelectConfig) -> Tensor:
         """Attention on the context of cfg.past queries of its last tokens, moved ahead: (L, B, Hkv,
         C)."""
-        # (B, 1): each row spreads them over its own tokens
-        length = self.valid.sum(-1, keepdim=True)
+        length = self.valid.sum(-1, keepdim=True)  # (B, 1): each row spreads over its own tokens
         every = length.clamp_max(SPAN).div(cfg.past, rounding_mode="floor").clamp_min(1)
         # (B, Q)
         columns = (
@@ -315,8 +309,8 @@ def quest(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     shares; a page's tokens score alike."""
     C = prompt.n_context
     k = prompt.keys[..., : prompt.n_context, :].float()
-    # (B, C): a page starts with a row's first token
-    page = ((prompt.column[:C] - prompt.start).clamp_min(0) // PAGE).expand(k.size(1), -1)
+    token = (prompt.column[:C] - prompt.start).clamp_min(0)  # a page starts with a row's first one
+    page = (token // PAGE).expand(k.size(1), -1)  # (B, C)
     at = page[None, :, None, :, None].expand_as(k)
     hole = ~prompt.valid[:, None, :, None]
     shape = (*k.shape[:3], -(-C // PAGE), k.size(-1))
@@ -327,11 +321,8 @@ def quest(prompt: Prompt, cfg: SelectConfig) -> Tensor:
         3, at, k.masked_fill(hole, float("-inf")), "amax"
     )
     empty = low.isinf().any(-1)  # (L, B, Hkv, pages)
-    # (L, B, Hkv, n W, D)
-    q = (
-        prompt.queries(prompt.column[C:]).float().unflatten(2, (k.size(2), -1)).flatten(3, 4)
-        * k.size(-1) ** -0.5
-    )
+    q = prompt.queries(prompt.column[C:]).float().unflatten(2, (k.size(2), -1))
+    q = q.flatten(3, 4) * k.size(-1) ** -0.5  # (L, B, Hkv, n W, D)
     bound = (
         q.clamp_min(0) @ high.masked_fill(empty[..., None], 0).mT
         + q.clamp_max(0) @ low.masked_fill(empty[..., None], 0).mT
@@ -352,12 +343,14 @@ AS_PUBLISHED = ("quest", "h2o", "streaming", "snapkv", "expected_attention")
 
 
 class HiddenPredictor(nn.Module):
-    """The paper's: two-layer GELU MLP E -> 256 -> outputs on the hidden state of a token, one per
+    """The paper's: two-layer GELU MLP E -> 256 -> n_out on the hidden state of a token, one per
     layer that chooses for itself.
 
-    n_out = Hm * S scores s_jg (eq 13) for `predictor`, Hm shares of attention for
-    `expected_attention`; Hm mask heads. Trained by MSE to targets normalised per output to zero
-    mean and unit variance (over the calibration text), and mapped back when used."""
+    `predictor`           n_out = Hm * S scores s_jg (13), Hm mask heads
+    `expected_attention`  n_out = Hm shares of attention
+
+    Trained by MSE to targets normalised per output to zero mean and unit variance (over the
+    calibration text), and mapped back when used."""
 
     def __init__(self, n_layer: int, n_embd: int, mask_heads: int, n_out: int, hidden: int = 256):
         super().__init__()
@@ -377,12 +370,8 @@ class HiddenPredictor(nn.Module):
         up, up_bias, down, down_bias = (
             p[at] for p in (self.up, self.up_bias, self.down, self.down_bias)
         )
-        # (L, B C, E)
-        x = (
-            torch.stack([x[:, : prompt.n_context] for x in prompt.x[: up.size(0)]])
-            .flatten(1, 2)
-            .to(up.dtype)
-        )
+        x = torch.stack([x[:, : prompt.n_context] for x in prompt.x[: up.size(0)]])
+        x = x.flatten(1, 2).to(up.dtype)  # (L, B C, E)
         return F.gelu(x @ up + up_bias) @ down + down_bias
 
     def flat(self, target: Tensor) -> Tensor:
@@ -431,8 +420,9 @@ class HiddenPredictor(nn.Module):
 
 
 class QueryPredictor(nn.Module):
-    """Ours: log-scores of context tokens per layer and KV head, alpha = softmax(log-scores) *
-    (attention the query region gave the context).
+    """Ours: log-scores of context tokens per layer and KV head,
+
+        alpha = softmax(log-scores) * (attention the query region gave the context).
 
     A two-layer GELU network over the features below, beside a linear map of them that starts at
     observed attention; plus a network on the token's hidden state; plus key . u, u a map of the
@@ -469,9 +459,14 @@ class QueryPredictor(nn.Module):
         self.register_buffer("std", torch.ones(*n, self.FEATURES))
 
     def features(self, prompt: Prompt, cfg: SelectConfig) -> Tensor:
-        """(L, Hkv, B, C, FEATURES): logs of observed attention, as it is and max-pooled over 5 and
-        15, of past queries' attention, as it is and pooled, of the value's norm; the key's norm,
-        the log distance to the prompt's end, whether it is one of the first 4."""
+        """Return the features of context tokens, (L, Hkv, B, C, FEATURES):
+
+        0, 1, 2  log of observed attention, as it is and max-pooled over 5 and 15
+        3, 4     log of past queries' attention, as it is and max-pooled over 5
+        5        log of the value's norm
+        6        the key's norm
+        7        log of the distance to the context's end
+        8        whether it is one of the first 4 tokens"""
         C = prompt.n_context
         seen = prompt.observed
         past = prompt.past(cfg)
@@ -512,10 +507,8 @@ class QueryPredictor(nn.Module):
             ]
         ).transpose(2, 3)
         region = torch.stack([x[:, C:].mean(1) for x in prompt.x]).to(dtype)  # (L, B, E)
-        # (L, B, Hkv, D)
-        u = (F.gelu(region @ self.query_up[at]) @ self.query_down[at]).unflatten(
-            -1, (prompt.keys.size(2), -1)
-        )
+        u = F.gelu(region @ self.query_up[at]) @ self.query_down[at]
+        u = u.unflatten(-1, (prompt.keys.size(2), -1))  # (L, B, Hkv, D)
         k = prompt.keys[..., :C, :].to(dtype)
         return (s + (k @ u.unsqueeze(-1)).squeeze(-1) * k.size(-1) ** -0.5).masked_fill(
             ~prompt.valid[:, None], float("-inf")

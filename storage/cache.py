@@ -19,8 +19,10 @@ packed; settings that change later change new caches only.
     cache.nbytes(), cache.lengths, cache.select_sequences([1]), KVCache.cat([cache, cache])
 
 Every tensor of a cache is declared with its *owner*: what one slot of it belongs to. Picking
-sequences, joining, saving and counting bytes are then written once, in `LayerCacheBase`. Letters:
-storage/layout.py."""
+sequences, joining, saving and counting bytes are then written once, in `LayerCacheBase`.
+
+Letters: storage/layout.py.
+"""
 
 from __future__ import annotations
 
@@ -93,8 +95,10 @@ class LayerCache(Protocol):
 class KVPath(Protocol):
     """How one layer stores and reads keys and values: an nn.Module, held as Attention.kv_path.
 
-    x (B, T, n_embd): the attention's input; q (B, H, T, D), k, v (B, Hkv, T, D), q and k after
-    RoPE. Each verb returns the attention output (B, H, T, D)."""
+    x     (B, T, n_embd), the attention's input
+    q     (B, H, T, D), after RoPE
+    k, v  (B, Hkv, T, D), k after RoPE
+    Each verb returns the attention output (B, H, T, D)."""
 
     losses: dict[str, Tensor]  # of the last training forward, by name
 
@@ -130,10 +134,14 @@ def storage_bytes(tensors) -> int:
 class LayerCacheBase:
     """What every layer cache does with the tensors that it declares in `owners`.
 
-    An owner is "sequence" (first dimension: one entry per sequence), or, for tensors that are flat
-    over segments, "token", "row", "mask", "tile" or "block"; a "base" says where segments start and
-    follows from the rest. Tensors in GROWS are padded along dimension 2 when caches are joined,
-    tensors in RING are overwritten in place when tokens leave them."""
+    An owner is one of
+
+    "sequence"                               the first dimension has one entry per sequence
+    "token", "row", "mask", "tile", "block"  one entry per slot of these, flat over segments
+    "base"                                   where segments start: it follows from the rest
+
+    Tensors in GROWS are padded along dimension 2 when caches are joined, tensors in RING are
+    overwritten in place when tokens leave them."""
 
     GROWS: tuple[str, ...] = ()
     RING: tuple[str, ...] = ()
@@ -402,8 +410,9 @@ class PromptState:
 class KVCache:
     """What a batch has stored so far: one cache per layer.
 
-    length: tokens of the longest sequence, padding counted while a prompt is left-padded; the host
-    knows it without asking the device. lengths (B,): tokens of each sequence, on the device."""
+    length   int, tokens of the longest sequence, padding counted while a prompt is left-padded;
+             the host knows it without asking the device
+    lengths  (B,) int64, tokens of each sequence, on the device"""
 
     def __init__(self, layers: list, model=None):
         self.layers = layers

@@ -6,8 +6,8 @@ experts, each of which is a PackedCache with fewer heads. In what order tokens c
 window alone: attention does not ask.
 
     cache = ExpertCache(parts, batch, window, n_kv_head, head_dim, n_scores, like=x)
-    cache.append(NewTokens(k, v, n_pad=None, route=index))    # index (B, T): the expert of every
-    token out, lse = attend_view(q, cache.view())                   # kernels.py
+    cache.append(NewTokens(k, v, n_pad=None, route=index))    # index (B, T): experts of the tokens
+    out, lse = attend_view(q, cache.view())                   # kernels.py
 
 Letters: storage/layout.py; E experts.
 """

@@ -19,7 +19,8 @@ is as long as that allows). docs/format.md draws this.
 Letters, here and everywhere: B sequences, T new tokens, H heads, Hkv KV heads, n = H/Hkv query
 heads of one KV head, Hm mask heads (1 or Hkv: heads may share a mask), D head dimension, S groups,
 K kept per token, d = D/S, W slots of a window, N tokens of the longest segment. A segment is what
-one sequence holds for one head. """
+one sequence holds for one head.
+"""
 
 from __future__ import annotations
 

@@ -136,15 +136,26 @@ class PackedCache(LayerCacheBase):
     A sequence that has seen n tokens has packed max(0, (n - window) // block * block) of them,
     oldest first. Packed tensors are flat by (sequence, head), with the same capacity for each:
 
-    keys         (token slots, D), token_base (B, Hkv) where a segment starts rows         (row
-    slots, D/S), K of every token, row_base (B, Hkv) bits         (mask slots,), one mask per token,
-    mask_base (B, Hm) n_packed     (B,) int64 packed tokens window_k, window_v (B, Hkv, W, D),
-    window_bits (B, Hm, W): a ring, W = window + block - 1; packed
-                 token number t would lie in slot t modulo W; n_window (B,) int64 tokens are in it
-    sink_k, sink_v (B, Hkv, n_sinks, D), n_sink (B,): first tokens, whole for good, where the codec
-                 wants some; the counts above do not include them
+    keys        (token slots, D)
+    rows        (row slots, D/S), K of every token
+    bits        (mask slots,) of mask_dtype(S), one mask per token
+    token_base  (B, Hkv) int64, where a segment's keys start
+    row_base    (B, Hkv) int64, where its rows start
+    mask_base   (B, Hm) int64, where its masks start
+    n_packed    (B,) int64, packed tokens
 
-    Capacity grows by a quarter when it is passed."""
+    The window is a ring of W slots; window_k, window_v and n_window are those of WindowCache:
+
+    window_bits  (B, Hm, W), the masks that its tokens will be packed with
+
+    Where the codec wants some, first tokens stay whole for good. n_packed and n_window leave them
+    out:
+
+    sink_k, sink_v  (B, Hkv, n_sinks, D)
+    n_sink          (B,) int64
+
+    Keys and rows are those of FloatCodec here; IntCodec holds them as bytes, and scales beside
+    them. Capacity grows by a quarter when it is passed."""
 
     RING = ("window_k", "window_v", "window_bits", "sink_k", "sink_v")
 

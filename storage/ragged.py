@@ -6,8 +6,8 @@ every token may keep another number of groups. So rows are found by stored offse
 (storage/layout.py).
 
     cache = RaggedCache(batch, max_len, n_kv_head, head_dim, n_groups, mask_heads, like=x)
-    cache.pack(k, z, keep, mask, valid)           # once, the context cache.append(NewTokens(k, v,
-    n_pad=None))     # then the query region and what is generated, whole
+    cache.pack(k, z, keep, mask, valid)           # once, the context
+    cache.append(NewTokens(k, v, n_pad=None))     # then the query region and what is generated
 
 Letters: storage/layout.py; C columns of a context.
 """
@@ -42,16 +42,24 @@ BASES = ("token_base", "row_base", "mask_base", "tile_base")
 class RaggedCache(LayerCacheBase):
     """One layer's selected context and its window.
 
-    keys, rows   (tokens, D), (rows, d): of what is kept, token by token bits         (n_masks,), a
-    mask for each surviving token; one may have no rows before       (n_masks,) uint8, tile_rows
-    (tiles,) int32: the rows before a token, in its tile and
-                 before its tile
-    n_packed, n_rows (B, Hm) int64: survivors and rows of each segment n_context    (B,) int64:
-    tokens of the context, dropped ones included, that are not in the window token_base, row_base
-    (B, Hkv), mask_base, tile_base (B, Hm): where segments start window_k, window_v (B, Hkv, W, D),
-    of which each sequence fills the first n_window (B,) and whatever more its codec holds.
+    keys        (tokens, D), of the tokens that survive
+    rows        (rows, d), their kept groups, token by token
+    bits        (n_masks,) of mask_dtype, one mask per survivor; a survivor may have no rows
+    before      (n_masks,) uint8, the rows of its tile before each survivor
+    tile_rows   (tiles,) int32, the rows of its segment before each tile
+    n_packed    (B, Hm) int64, survivors of each segment
+    n_rows      (B, Hm) int64, rows of each segment
+    n_context   (B,) int64, tokens of the context that are not in the window, dropped ones included
+    token_base  (B, Hkv) int64, where a segment's keys start
+    row_base    (B, Hkv) int64, where its rows start
+    mask_base   (B, Hm) int64, where its masks start
+    tile_base   (B, Hm) int64, where its tiles start
+    window_k    (B, Hkv, W, D), of which each sequence fills the first n_window slots
+    window_v    (B, Hkv, W, D), whole values
+    n_window    (B,) int64
 
-    Where tokens stood is not kept, so the context cannot be truncated."""
+    Keys and rows are those of FloatCodec here; IntCodec holds them as bytes, and scales beside
+    them. Where tokens stood is not kept, so the context cannot be truncated."""
 
     GROWS = ("window_k", "window_v")
 
@@ -178,12 +186,15 @@ class RaggedCache(LayerCacheBase):
     ) -> None:
         """Store a context of C columns, once, before anything else.
 
-        k, z    (B, Hkv, C, D): keys, and values in the coordinates that are cut into groups keep
-        (B, Hm, C) bool: tokens that survive, each with its key mask    (B, Hm, C, S) bool, or
-        levels, uint8: groups of theirs valid   (B, C) bool: False for padding, which is on the left
-        and never stored bits_from: a cache packed with the same keep, mask and valid, whose masks,
-        offsets and counts serve this one too. query_moment (B, Hkv, D, D): second moment of the
-        queries to come, for which integer keys are rounded (None: to the nearest)."""
+        k      (B, Hkv, C, D), keys
+        z      (B, Hkv, C, D), values in the coordinates that are cut into groups
+        keep   (B, Hm, C) bool, the tokens that survive, each with its key
+        mask   (B, Hm, C, S) bool, groups of theirs; or uint8, their levels
+        valid  (B, C) bool, False for padding, which is on the left and never stored
+        bits_from: a cache packed with the same keep, mask and valid, whose masks, offsets and
+            counts serve this one too
+        query_moment  (B, Hkv, D, D), second moment of the queries to come, for which integer keys
+            are rounded; None: to the nearest"""
         assert self.fresh, "a context is packed once, before anything else"
         assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding must be on the left"
         keep = keep & valid[:, None]  # (B, Hm, C)
@@ -290,8 +301,12 @@ class RaggedCache(LayerCacheBase):
 def pack_layers(
     caches: Sequence[RaggedCache], k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, valid: Tensor
 ) -> None:
-    """Pack L layers of whole numbers at once: k, z (L, B, Hkv, C, D), keep (L, B, Hm, C), mask
-    (L, B, Hm, C, S), valid (B, C).
+    """Pack L layers of whole numbers at once.
+
+    k, z   (L, B, Hkv, C, D)
+    keep   (L, B, Hm, C) bool
+    mask   (L, B, Hm, C, S) bool
+    valid  (B, C) bool
 
     Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
     once."""

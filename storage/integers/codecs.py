@@ -46,10 +46,15 @@ def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec
 class IntCodec:
     """Integers of fmt.key_bits for keys, and of fmt.value_bits or with levels for values.
 
-    keys         (token slots, D key_bits / 8) uint8 rows         (row slots, d value_bits / 8)
-    uint8; with levels a row is one bit plane, d / 4 bytes key_scale    (blocks, 2, D) float16, for
-    fmt.block tokens of a segment value_scale  (token slots, 2) float16; with levels (token slots,
-    1)"""
+    keys         (token slots, D key_bits / 8) uint8
+    rows         (row slots, d value_bits / 8) uint8
+    key_scale    (blocks, 2, D) float16, step and middle of each channel of fmt.block tokens
+    value_scale  (token slots, 2) float16, step and middle of each token
+
+    With levels a row is one bit plane, and a value has no middle:
+
+    rows         (row slots, d / 4) uint8
+    value_scale  (token slots, 1) float16"""
 
     owners = {"keys": "token", "rows": "row", "key_scale": "block", "value_scale": "token"}
 

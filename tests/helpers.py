@@ -103,6 +103,27 @@ def grouped_model(
     return kv_router.fold(model) if fold else model
 
 
+def read_in_pieces(model, x, cache, sizes, pad=None, decode: bool = True) -> torch.Tensor:
+    """Logits (B, T, vocab) of tokens x (B, T), of which the first pad (B,) are padding, put into a
+    cache in pieces of these sizes. decode: pieces of one token of every sequence are decoded, not
+    prefilled."""
+    out = []
+    at = 0
+    with torch.no_grad():
+        for n in sizes:
+            piece = x[:, at : at + n]
+            n_pad = None if pad is None else (pad - at).clamp(0, n)
+            if n_pad is not None and not n_pad.any():
+                n_pad = None
+            if decode and n == 1 and n_pad is None:
+                out.append(model.decode(piece, cache))
+            else:
+                out.append(model.prefill(piece, cache, n_pad, last_only=False))
+            at += n
+    assert at == x.size(1)
+    return torch.cat(out, 1)
+
+
 def perturb_basis(path: kv_router.ValueGroupPath, std: float = 0.2) -> None:
     """Move enc and dec of a path with learn_basis, each for itself: dec @ enc is far from 1
     then."""

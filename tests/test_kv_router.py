@@ -8,14 +8,28 @@ import math
 
 import pytest
 import torch
-from helpers import PAPER_LIKE, TINY, brute_force_path, grouped_model, randomise, tiny_model, tokens
+from helpers import (
+    PAPER_LIKE,
+    TINY,
+    brute_force_path,
+    coordinates,
+    grouped_model,
+    randomise,
+    read_in_pieces,
+    routed_value,
+    tiny_model,
+    tokens,
+)
 
 import kv_router
 import lora
 from config import AdapterConfig, KVConfig
+from generate import generate
 from loaders import checkpoint
-from model import DenseCache, KVCache, generate
 from report.rows import filled_cache, kept_shares
+from storage.cache import DenseCache, KVCache, NewTokens
+from storage.layout import expand_mask, top_k_mask
+from storage.packed import packed_count
 from tasks import text as tasks
 
 SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least once, in few models
@@ -225,7 +239,7 @@ def test_norm_router_keeps_the_largest_energies():
             TINY, KVConfig(value_router="norm", mask_scope=scope, kv_tail=0)
         ).double()
         x, _, _, v = qkv(path)
-        mask = kv_router.top_k_mask(path.scores(x, v), 2)
+        mask = top_k_mask(path.scores(x, v), 2)
         for b, t in itertools.product(range(2), range(9)):
             e = torch.tensor(
                 [
@@ -245,7 +259,7 @@ def test_static_router_keeps_the_first_groups_of_every_token():
         TINY, KVConfig(value_router="static", n_groups=8, topk_groups=3)
     ).double()
     x, _, _, v = qkv(path)
-    mask = kv_router.top_k_mask(path.scores(x, v), 3)
+    mask = top_k_mask(path.scores(x, v), 3)
     assert mask.shape == (2, 3, 9, 8) and mask[..., :3].all() and not mask[..., 3:].any()
 
 
@@ -270,46 +284,13 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     logits = torch.randn(
         3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True
     )
-    mask = kv_router.top_k_mask(logits.detach(), 2)
+    mask = top_k_mask(logits.detach(), 2)
     weight = torch.arange(4.0, dtype=torch.float64)
-    m = kv_router._straight_through(logits, mask)
+    m = kv_router.straight_through(logits, mask)
     assert torch.allclose(m.detach(), mask.double(), atol=1e-15)
     (got,) = torch.autograd.grad((m * weight).sum(), logits)
     (want,) = torch.autograd.grad((logits.softmax(-1) * weight).sum(), logits)
     assert torch.allclose(got, want) and want.abs().max() > 0.01
-
-
-# -- reconstructors
-
-
-@pytest.mark.parametrize(
-    "kind, S, K",
-    [
-        ("mlp", 8, 3),
-        ("mlp", 4, 2),
-        ("zero", 4, 2),
-    ],
-)
-def test_reconstructor_after_attention_equals_rebuilding_every_value(kind, S, K):
-    """sum_m R_m (sum_j p_j v_j) = sum_j p_j R_m(j) v_j: reading packed values equals attention over
-    rebuilt ones, and so do the gradients."""
-    cfg = KVConfig(
-        n_groups=S, topk_groups=K, reconstructor=kind, mask_scope="head", value_router="norm"
-    )
-    rec = randomise(kv_router.ValueGroupPath(TINY, cfg).double().reconstructor)
-    g = torch.Generator().manual_seed(2)
-    v = torch.randn(2, 3, 11, 16, generator=g, dtype=torch.float64, requires_grad=True)
-    p = torch.rand(2, 3, 5, 11, generator=g, dtype=torch.float64, requires_grad=True)
-    mask = kv_router.top_k_mask(torch.randn(2, 3, 11, S, generator=g), K)
-    kept = v * kv_router.spread(mask, 16)
-    read = rec.read(p, kept, mask)
-    whole = p @ kv_router.fill(kept, rec.rebuild(kept, mask), mask)
-    assert (read - whole).abs().max() < 1e-12
-    inputs = [v, p, *rec.parameters()]
-    weight = torch.randn(read.shape, generator=g, dtype=torch.float64)
-    one = torch.autograd.grad((read * weight).sum(), inputs, retain_graph=True)
-    for a, b in zip(one, torch.autograd.grad((whole * weight).sum(), inputs), strict=True):
-        assert (a - b).abs().max() < 1e-10
 
 
 # -- the path, masked
@@ -323,7 +304,7 @@ def test_masked_path_equals_the_loops(setting, pad):
     path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**setting)).double(), 0.3).eval()
     pad = None if pad is None else torch.tensor(pad)
     x, q, k, v = qkv(path)
-    got = path(x, q, k, v, None, pad)
+    got = path(x, q, k, v, pad)
     want = brute_force_path(path, x, q, k, v, pad)
     real = ~want.isnan()
     assert real.sum() > 100 and (got - want)[real].abs().max() < 1e-10
@@ -376,16 +357,14 @@ def test_keep_all_equals_dense_whatever_the_maps(prefill):
     for model in (free, folded):
         cache = model.new_cache(2, 57)
         whole = dense.new_cache(2, 57)
-        got = torch.cat(
-            [model(x[:, a:b], cache) for a, b in ((0, 30), *((t, t + 1) for t in range(30, 57)))], 1
-        )
+        got = read_in_pieces(model, x, cache, [30] + [1] * 27)
         assert (got - want).abs().max() < 1e-8
-        dense(x, whole)
+        dense.prefill(x, whole)
         k, v, mask = cache.layers[0].unpack()
         assert mask.all() and int(cache.layers[0].n_packed[0]) == 54
-        assert (k - whole.layers[0].k).abs().max() < 1e-12 and (
-            model is folded or (v - whole.layers[0].v).abs().max() < 1e-12
-        )
+        window = whole.layers[0].view().window
+        assert (k - window.k).abs().max() < 1e-12
+        assert model is folded or (v - window.v).abs().max() < 1e-12
 
 
 @each_learned
@@ -397,7 +376,7 @@ def test_learned_maps_have_the_loops_gradients(setting, pad):
     pad = None if pad is None else torch.tensor(pad)
     x, q, k, v = qkv(path)
     inputs = [t.requires_grad_(True) for t in (q, k, v)] + [path.enc, path.dec]
-    got = path(x, q, k, v, None, pad)
+    got = path(x, q, k, v, pad)
     want = brute_force_path(path, x, q, k, v, pad)
     weight = torch.randn(
         want.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64
@@ -437,7 +416,7 @@ def test_learned_maps_are_only_the_language_models():
     reached = []
     for loss in (
         lambda: model(tokens(2, 21)).square().mean(),
-        lambda: (model(tokens(2, 21)), kv_router.aux_loss(model))[1],
+        lambda: (model(tokens(2, 21)), model.kv_losses()["aux"])[1],
     ):
         model.zero_grad()
         loss().backward()
@@ -474,23 +453,20 @@ def test_no_output_depends_on_a_later_token(setting):
 
 @each_setting
 @pytest.mark.parametrize(
-    "chunks", [(67,), (1,) * 67, (30, 1, 1, 5, 29, 1)], ids=["one", "token by token", "mixed"]
+    ("chunks", "decode"),
+    [((67,), False), ((1,) * 67, True), ((1,) * 67, False), ((30, 1, 1, 5, 29, 1), True)],
+    ids=["one", "token by token", "prefilled token by token", "mixed"],
 )
-def test_packed_equals_masked(setting, chunks):
-    """Logits from the packed cache, in any chunks, padded rows too, equal the uncached forward's
-    (past a 64-token tile)."""
+def test_packed_equals_masked(setting, chunks, decode):
+    """Logits from the packed cache, in any pieces, by either verb, padded rows too, equal the
+    uncached forward's (past a 64-token tile)."""
     model = grouped_model(**setting)
     x = tokens(3, 67)
     for pad in (None, torch.tensor([0, 5, 66])):
         want = model(x, pad=pad)
-        cache = model.new_cache(3, 67, pad)
-        got = []
-        at = 0
-        for n in chunks:
-            with torch.no_grad():
-                got.append(model(x[:, at : at + n], cache))
-            at += n
-        difference = torch.cat(got, 1) - want
+        cache = model.new_cache(3, 67)
+        difference = read_in_pieces(model, x, cache, chunks, pad, decode) - want
+        assert cache.length == 67
         for b in range(3):
             assert difference[b, 0 if pad is None else pad[b] :].abs().max() < 1e-8
 
@@ -505,13 +481,50 @@ def test_exact_prefill_then_decoding_equals_the_loops(setting):
     x, q, k, v = qkv(path, T=13)
     pad = torch.tensor([0, 3])
     cache = path.new_cache(2, 13, v)
-    got = []
-    for a, b in [(0, 8)] + [(t, t + 1) for t in range(8, 13)]:
-        got.append(path(x[:, a:b], q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], cache, pad))
+    got = [path.prefill(x[:, :8], q[:, :, :8], k[:, :, :8], v[:, :, :8], cache, pad)]
+    for t in range(8, 13):
+        new = slice(t, t + 1)
+        got.append(path.decode(x[:, new], q[:, :, new], k[:, :, new], v[:, :, new], cache))
     got = torch.cat(got, 2)
     want = brute_force_path(path, x, q, k, v, pad, exact_until=8)
     real = ~want.isnan()
     assert real.sum() > 100 and (got - want)[real].abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize(
+    "setting",
+    [dict(reconstructor="mlp"), dict(), dict(learn_basis=True), dict(topk_groups=4)],
+    ids=["mlp", "zero", "maps", "whole"],
+)
+def test_decode_reads_values_rebuilt_one_by_one(setting, fold):
+    """A step over a cache packed with random masks is dense attention over values that loops
+    rebuild, token by token, behind them the window's whole ones, float64, padding too."""
+    model = grouped_model(fold=fold, mask_scope="head", prefill="exact", kv_tail=3, **setting)
+    path = next(iter(kv_router.paths(model).values()))
+    T = 29
+    x, q, k, v = qkv(path, T=T)
+    cache = path.new_cache(2, 40, k)
+    mask = top_k_mask(torch.randn(2, 3, T, 4, generator=torch.Generator().manual_seed(1)), path.k)
+    n_pad = torch.tensor([0, 4])
+    old = slice(0, T - 1)
+    with torch.no_grad():
+        cache.append(NewTokens(k[:, :, old], v[:, :, old], n_pad, mask[:, :, old]))
+        got = path.decode(x[:, -1:], q[:, :, -1:], k[:, :, -1:], v[:, :, -1:], cache)
+        z = coordinates(path, v)
+        for b, pad in enumerate(n_pad.tolist()):
+            values = v[b].clone()
+            for t in range(T - 3):
+                kept = [mask[b, h, t].nonzero().flatten().tolist() for h in range(3)]
+                values[:, t] = routed_value(path, z[b, :, t], kept)
+                if not path.folded and path.k < path.S:
+                    values[:, t] = torch.stack([values[h, t] @ path.dec[h] for h in range(3)])
+            want = torch.nn.functional.scaled_dot_product_attention(
+                q[b : b + 1, :, -1:], k[b : b + 1, :, pad:], values[None, :, pad:], enable_gqa=True
+            )
+            assert (got[b] - want[0]).abs().max() < 1e-10
+    assert packed_count(torch.tensor(T), 3, 1) == T - 3
+    assert cache.n_packed.tolist() == [T - 3, T - 3 - 4]
 
 
 def test_exact_prefill_gives_the_dense_models_logits():
@@ -519,7 +532,8 @@ def test_exact_prefill_gives_the_dense_models_logits():
     later is compressed."""
     model = grouped_model(value_basis="native", prefill="exact")
     x = tokens(2, 45)
-    assert (model(x, model.new_cache(2, 45)) - tiny_model()(x)).abs().max() < 1e-9
+    got = model.prefill(x, model.new_cache(2, 45), last_only=False)
+    assert (got - tiny_model()(x)).abs().max() < 1e-9
 
 
 def test_decode_mode_perplexity_equals_token_by_token_packed_decoding():
@@ -530,7 +544,7 @@ def test_decode_mode_perplexity_equals_token_by_token_packed_decoding():
     cache = model.new_cache(3, 49)
     total = 0.0
     for t in range(49):
-        logits = model(x[:, t : t + 1], cache)[:, 0]
+        logits = model.decode(x[:, t : t + 1], cache)[:, 0]
         total += float(torch.nn.functional.cross_entropy(logits, x[:, t + 1]).detach())
     assert abs(tasks.mean_loss(model, x[:, :-1], x[:, 1:], 2) - total / 49) < 1e-9
     dense = tasks.mean_loss(tiny_model(), x[:, :-1], x[:, 1:], 2)
@@ -577,7 +591,7 @@ def test_lm_loss_and_aux_loss_reach_only_their_own_parameters():
         on_adapters = torch.autograd.grad(loss, adapters, allow_unused=True)
         assert all(g is not None and g.abs().max() > 0 for g in on_adapters)
         model(tokens(2, 21))
-        aux = torch.autograd.grad(kv_router.aux_loss(model), routers + adapters, allow_unused=True)
+        aux = torch.autograd.grad(model.kv_losses()["aux"], routers + adapters, allow_unused=True)
         assert all(g is not None and g.abs().max() > 0 for g in aux[: len(routers)])
         assert all(g is None or g.abs().max() == 0 for g in aux[len(routers) :])
 
@@ -591,14 +605,14 @@ def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
     ).train()
     x, q, k, v = qkv(path, B=4)
     path(x, q, k, v)
-    whole = float(path.aux_loss.detach())
+    whole = float(path.losses["aux"].detach())
     parts = []
     for b in range(4):
         path(x[b : b + 1], q[b : b + 1], k[b : b + 1], v[b : b + 1])
-        parts.append(float(path.aux_loss.detach()))
-    mask = kv_router.top_k_mask(path.scores(x, v), 2)
-    kept = v * kv_router.spread(mask, 16)
-    routed = kv_router.fill(kept, path.reconstructor.rebuild(kept, mask), mask)
+        parts.append(float(path.losses["aux"].detach()))
+    mask = top_k_mask(path.scores(x, v), 2)
+    kept = v * expand_mask(mask, 16)
+    routed = torch.where(expand_mask(mask, 16), kept, path.reconstructor(kept, mask))
     assert (
         abs(whole - float((routed - v).square().mean().detach())) < 1e-12
         and abs(whole - sum(parts) / 4) < 1e-12
@@ -666,15 +680,14 @@ def test_cache_file_round_trip_continues_identically(tmp_path):
     refused in one line."""
     pad = torch.tensor([0, 4])
     for model in (grouped_model(kv_tail=3), tiny_model()):
-        cache = model.new_cache(2, 40, pad)
-        model(tokens(2, 30), cache)
+        cache = model.new_cache(2, 40)
+        model.prefill(tokens(2, 30), cache, pad)
         cache.save(tmp_path / "cache.safetensors")
         loaded = KVCache.load(tmp_path / "cache.safetensors", model)
         assert loaded.nbytes() == cache.nbytes()
         for t in range(3):
-            assert torch.equal(
-                model(tokens(2, 1, seed=t), cache), model(tokens(2, 1, seed=t), loaded)
-            )
+            step = tokens(2, 1, seed=t)
+            assert torch.equal(model.decode(step, cache), model.decode(step, loaded))
         for other in (
             tiny_model() if kv_router.paths(model) else grouped_model(),
             grouped_model(n_groups=2, topk_groups=1),

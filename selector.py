@@ -444,7 +444,7 @@ class SelectPath(ValueGroupPath):
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> RaggedCache:
         codec = codec_of(self.selector.stored, self.selector.rms[self.index])
         shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
-        return RaggedCache(*shape, like, codec)
+        return RaggedCache(*shape, like, codec, self.own_maps())
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         if self.selector.replayed is None:
@@ -461,7 +461,6 @@ class SelectPath(ValueGroupPath):
             cache.append(NewTokens(k, v, n_pad))
             return attend(q, k, v, n_pad)
         cache.keep_all = self.keep_all
-        cache.basis = self.maps()
         z = cache.basis.encode(v[:, :, :C])
         seen = SeenLayer(self, x, q, k, v, z, cache)
         if self.cfg.prefill == "exact":

@@ -33,7 +33,7 @@ from storage.cache import (
     write_ring,
 )
 from storage.layout import PackedView, WindowView, cdiv, mask_dtype, starts, tile_size
-from storage.packed import FloatCodec
+from storage.packed import FloatCodec, ValueBasis
 
 SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows", "n_context")  # by layers of one mask
 BASES = ("token_base", "row_base", "mask_base", "tile_base")
@@ -73,6 +73,7 @@ class RaggedCache(LayerCacheBase):
         mask_heads: int,
         like: Tensor,
         codec: Any = None,
+        maps: ValueBasis = ValueBasis(),
     ):
         check(
             mask_heads in (1, n_kv_head),
@@ -86,6 +87,7 @@ class RaggedCache(LayerCacheBase):
         self.mask_heads = mask_heads
         self.max_len = max_len
         self.codec = codec or FloatCodec()
+        self.maps = maps
         self.keep_all = False  # whether the context was stored as values, not in the basis
         self.owners = {
             **self.codec.owners,
@@ -117,6 +119,11 @@ class RaggedCache(LayerCacheBase):
     def lengths(self) -> Tensor:
         """Tokens of each sequence, dropped ones included: (B,) int64."""
         return self.n_context + self.n_window
+
+    @property
+    def basis(self) -> ValueBasis:
+        """The maps of what is stored of the context."""
+        return ValueBasis() if self.keep_all else self.maps
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,6 +161,7 @@ class RaggedCache(LayerCacheBase):
 
     def set_bases(self) -> None:
         """Let segments follow each other without gaps."""
+        super().set_bases()
         tokens = self.n_packed.expand(-1, self.Hkv)
         self.token_base = starts(tokens)
         self.row_base = starts(self.n_rows.expand(-1, self.Hkv))
@@ -251,7 +259,10 @@ class RaggedCache(LayerCacheBase):
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
         T = new.k.size(2)
-        self.take_room(T)
+        if self.room < T:
+            self.reserve(T)
+        self.room -= T
+        self.fresh = False
         if T == 1 and new.n_pad is None:
             append_window(self.view().window, new.k.to(self.dtype), new.v.to(self.dtype))
             return

@@ -84,6 +84,8 @@ def load_cache(path: str | os.PathLike, model) -> KVCache:
                 n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)
             }
             layer.load_state_dict(mine)
+            if "keep_all" in saved:
+                layer.keep_all = saved["keep_all"] == str(True)
         check(
             about["model"] == own["model"],
             "other weights",

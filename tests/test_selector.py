@@ -18,8 +18,13 @@ from test_select_joint import oracle as joint
 import kv_router
 import selector
 from config import ALLOCATIONS, SCOPES, SIGNALS, KVConfig, SelectConfig
-from model import DensePath, KVCache, generate
+from generate import generate
+from model import DensePath
+from selection.calibration import layer_sensitivity
 from selection.relevance import AS_PUBLISHED, PLAIN, Prompt
+from selection.training import fit_statistics, predictor_loss, targets, training_example
+from storage.cache import KVCache
+from storage.ragged import BASES, SHARED
 
 PREDICTORS = "predictor,expected_attention,predictor_query"
 TOKEN_LEVEL = ("quest", "h2o", "streaming", "snapkv", "expected_attention")
@@ -70,9 +75,9 @@ def selecting(
             **kv,
         }
     )
-    selector.attach(
-        m, kv, cfg or config(), [tokens(2, 70, seed=1), tokens(1, 66, seed=2)], fit=True
-    )
+    batches = [tokens(2, 70, seed=1), tokens(1, 66, seed=2)]
+    selector.attach(m, kv, cfg or config(), batches)
+    fit_statistics(m, batches)
     torch.manual_seed(8)
     for p in m.selector.predictors.values():
         randomise(p, 0.3)
@@ -86,6 +91,14 @@ def made(scope: str = "head", prefill: str = "exact", fold: bool = True):
     return selecting(scope, prefill, fold)
 
 
+def prefilled(m, x=X, pad=PAD, more: int = N) -> KVCache:
+    """A cache that read the prompt x, with room for `more` tokens."""
+    cache = m.new_cache(len(x), x.size(1) + more)
+    with torch.no_grad():
+        m.prefill(x, cache, torch.tensor(pad) if pad and any(pad) else None)
+    return cache
+
+
 def run(m, cfg: SelectConfig, x=X, y=Y, pad=PAD):
     """Logits of the prompt x and of y after it, the choice (None where there was no context) and
     the cache."""
@@ -93,9 +106,10 @@ def run(m, cfg: SelectConfig, x=X, y=Y, pad=PAD):
     pad = torch.tensor(pad) if pad and any(pad) else None
     m.selector.record = True
     m.selector.chosen = None
-    with torch.no_grad(), selector.diagnosed(m, torch.cat((x, y), 1), x.size(1), pad):
-        cache = m.new_cache(len(x), x.size(1) + y.size(1) + 3, pad)
-        return m(x, cache), m(y, cache), m.selector.chosen, cache
+    with torch.no_grad(), selector.with_oracle(m, torch.cat((x, y), 1), x.size(1), pad):
+        cache = m.new_cache(len(x), x.size(1) + y.size(1) + 3)
+        prompt = m.prefill(x, cache, pad, last_only=False)
+        return prompt, m.prefill(y, cache, last_only=False), m.selector.chosen, cache
 
 
 def real(logits: torch.Tensor, pad=PAD) -> torch.Tensor:
@@ -132,7 +146,7 @@ def test_packed_equals_masked(scope, prefill):
     m = made(scope, prefill)
     for cfg in settings(scope, prefill):
         a, b, choice, _ = run(m, cfg)
-        with torch.no_grad(), selector.replaying(m, choice, T - W):
+        with torch.no_grad(), selector.masked_replay(m, choice, T - W):
             full = m(torch.cat((X, Y), 1), pad=torch.tensor(PAD))
         torch.testing.assert_close(real(a), real(full[:, :T]), rtol=0, atol=1e-9, msg=str(cfg))
         torch.testing.assert_close(b, full[:, T:], rtol=0, atol=1e-9, msg=str(cfg))
@@ -236,8 +250,8 @@ def brute_force(p: Prompt, s: selector.Selector) -> tuple[torch.Tensor, torch.Te
         ]
         for i in range(p.L)
     ]
-    feel = s.feeling.tolist()
-    gain = s.gain.tolist()
+    feel = s.layer_sensitivity.tolist()
+    gain = s.output_gain.tolist()
 
     # numbers (Lm or L, B, Hm or Hkv, C or C, S), and whether they are per mask already
     def signal(name):
@@ -387,7 +401,7 @@ def test_equal_scores_go_by_layer_head_token_and_group(scope, allocation):
     """With norms of three values almost every decision is a tie: tokens and pairs go to the lower
     layer and head, then the earlier token, then the lower group, whatever the budget."""
     s = selecting(scope, fold=False).selector
-    for weight in (s.gain, s.feeling):
+    for weight in (s.output_gain, s.layer_sensitivity):
         weight.fill_(1)
     for seed, budget in enumerate(
         [
@@ -493,7 +507,7 @@ def test_kv_heads_permute_with_their_masks():
                 attn.o_proj.weight.unflatten(1, (3, -1))[:, turn].flatten(1, 2)
             )
     other = selecting(model=m)
-    torch.testing.assert_close(other.selector.gain, made().selector.gain[:, turn])
+    torch.testing.assert_close(other.selector.output_gain, made().selector.output_gain[:, turn])
     for cfg in settings("head", "exact"):
         if cfg.relevance in ("oracle", "observed", "future", "uniform") and cfg.tokens_by not in (
             "expected_attention",
@@ -554,20 +568,22 @@ def test_only_query_aware_signals_see_the_query_region(relevance, sees, prefill)
 
 @ALL
 def test_token_by_token_equals_one_call(scope, prefill):
-    """After the prompt, tokens one at a time, two at a time or at once: the same logits."""
+    """After the prompt, tokens one at a time, decoded or as pieces, two at a time or at once: the
+    same logits."""
     m = made(scope, prefill)
     for cfg in (
         config(token_keep=0.5, allocation="layer"),
         config(relevance="predictor_query", kv_keep=0.3, allocation="head"),
     ):
         whole = run(m, cfg)[1]
-        for step in (1, 2):
+        for step, verb in ((1, "decode"), (1, "prefill"), (2, "prefill")):
+            cache = prefilled(m)
+            more = {} if verb == "decode" else {"last_only": False}
             with torch.no_grad():
-                cache = m.new_cache(3, T + N, torch.tensor(PAD))
-                m(X, cache)
-                parts = [m(Y[:, i : i + step], cache) for i in range(0, N, step)]
+                parts = [getattr(m, verb)(part, cache, **more) for part in Y.split(step, 1)]
             torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-9)
             assert cache.length == T + N
+            assert cache.lengths.tolist() == [T + N - pad for pad in PAD]
 
 
 @pytest.mark.parametrize("prefill", ["exact", "routed"])
@@ -579,15 +595,57 @@ def test_a_prompt_within_the_query_region_stays_whole(first, pad, prefill):
     logits are the dense model's, also where a row's padding reaches into the second call."""
     m = made("head", prefill)
     x = X[:, :20]
+    pad = torch.tensor(pad)
     m.selector.set(config(kv_keep=0.3))
     m.selector.record = True
     m.selector.chosen = None
+    parts = []
     with torch.no_grad():
-        cache = m.new_cache(3, 20, torch.tensor(pad))
-        got = torch.cat((m(x[:, :first], cache), m(x[:, first:15], cache), m(x[:, 15:], cache)), 1)
-        want = tiny_model()(x, pad=torch.tensor(pad))
+        cache = m.new_cache(3, 20)
+        for start, end in ((0, first), (first, 15), (15, 20)):
+            rest = (pad - start).clamp(0, end - start)
+            parts.append(m.prefill(x[:, start:end], cache, rest, last_only=False))
+        want = tiny_model()(x, pad=pad)
+    got = torch.cat(parts, 1)
+    pad = pad.tolist()
     torch.testing.assert_close(real(got, pad), real(want, pad), rtol=0, atol=1e-9)
     assert m.selector.chosen is None
+
+
+def test_a_cache_chooses_for_its_own_prompt():
+    """Two prompts whose layers take turns, and one after a pass that failed half-way, are kept as
+    each alone: no state of a prompt lies where two caches meet."""
+    cfg = config(relevance="future", kv_keep=0.3)
+    for prefill in ("exact", "routed"):
+        m = made("shared", prefill)
+        want = [run(m, cfg, x, Y[:1], None)[1] for x in (X[:1], X[1:2])]
+        caches = [m.new_cache(1, T + N) for _ in want]
+        with torch.no_grad():
+            x = [m.embed_tokens(ids) for ids in (X[:1], X[1:2])]
+            for i, block in enumerate(m.layers):
+                for c, cache in enumerate(caches):
+                    tables = m.rope_cos[:T], m.rope_sin[:T]
+                    x[c] = block(x[c], *tables, "prefill", cache.layers[i])
+            for cache in caches:
+                cache.length = T
+            for cache, logits in zip(caches, want, strict=True):
+                got = m.prefill(Y[:1], cache, last_only=False)
+                torch.testing.assert_close(got, logits, rtol=0, atol=1e-9)
+
+            cache = m.new_cache(1, T + N)
+            hook = m.layers[1].register_forward_pre_hook(stop)
+            with pytest.raises(InterruptedError):
+                m.prefill(X[1:2], cache)
+            hook.remove()
+            m.prefill(X[:1], cache)
+            assert torch.equal(
+                m.prefill(Y[:1], cache, last_only=False), run(m, cfg, X[:1], Y[:1], None)[1]
+            )
+
+
+def stop(module, args):
+    """A hook that ends a pass."""
+    raise InterruptedError
 
 
 def test_generate_continues_prompts_of_any_length():
@@ -599,38 +657,50 @@ def test_generate_continues_prompts_of_any_length():
     rows, _ = generate(m, prompts, 6)
     for prompt, row in zip(prompts, rows, strict=True):
         cache = m.new_cache(1, len(prompt) + 6)
-        idx = torch.tensor([prompt])
-        for token in row:
-            with torch.no_grad():
-                idx = m(idx, cache)[:, -1:].argmax(-1)
-            assert int(idx) == token
+        with torch.no_grad():
+            idx = m.prefill(torch.tensor([prompt]), cache).argmax(-1)
+            for token in row:
+                assert int(idx) == token
+                idx = m.decode(idx, cache).argmax(-1)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_saved_and_sliced_caches_give_equal_logits(scope, tmp_path):
-    """A cache written to a file and read again, and rows taken out of one in any order, continue as
-    the original does."""
+def test_saved_joined_and_picked_caches_give_equal_logits(scope, tmp_path):
+    """A cache written to a file and read again, rows taken out of one in any order, and caches of
+    prompts that were read apart, joined, continue as the original does."""
     m = made(scope)
     cfg = config(token_keep=0.5, value_keep=0.4)
     b = run(m, cfg)[1]
-
-    def prompted():
-        with torch.no_grad():
-            cache = m.new_cache(3, T + N, torch.tensor(PAD))
-            m(X, cache)
-        return cache
-
     for rows in ([2, 0], [1], [0, 1, 2]):
-        cache = prompted()
-        part = KVCache([layer.slice(rows) for layer in cache.layers], cache.pad[rows])
-        part.length = cache.length
+        part = prefilled(m).select_sequences(rows)
         with torch.no_grad():
-            torch.testing.assert_close(m(Y[rows], part), b[rows], rtol=0, atol=1e-9)
-    cache = prompted()
+            got = m.prefill(Y[rows], part, last_only=False)
+        torch.testing.assert_close(got, b[rows], rtol=0, atol=1e-9)
+    apart = [prefilled(m, X[i : i + 1, pad:], None, more=i) for i, pad in enumerate(PAD)]
+    with torch.no_grad():
+        got = m.prefill(Y, KVCache.cat(apart), last_only=False)
+    torch.testing.assert_close(got, b, rtol=0, atol=1e-9)
+    cache = prefilled(m)
     cache.save(tmp_path / "cache.safetensors")
     again = KVCache.load(tmp_path / "cache.safetensors", m)
     with torch.no_grad():
-        assert torch.equal(m(Y, again), m(Y, cache))
+        assert torch.equal(m.prefill(Y, again), m.prefill(Y, cache))
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "not folded"])
+def test_a_loaded_cache_is_read_as_it_was_packed(fold, tmp_path):
+    """Whether values lie in the basis or as they are is told by the file, not by what the selector
+    would do by now; a loaded cache joins the one that was saved."""
+    m = made("head", "exact", fold)
+    for before, after in ((1.0, 0.5), (0.5, 1.0)):
+        want = run(m, config(kv_keep=before))[1]
+        cache = prefilled(m)
+        cache.save(tmp_path / "cache")
+        m.selector.set(config(kv_keep=after))
+        again = KVCache.load(tmp_path / "cache", m)
+        with torch.no_grad():
+            got = m.prefill(Y.repeat(2, 1), KVCache.cat([again, cache]), last_only=False)
+        torch.testing.assert_close(got, want.repeat(2, 1, 1), rtol=0, atol=1e-12)
 
 
 def test_fewer_bytes_are_held_and_shared_masks_once():
@@ -638,20 +708,16 @@ def test_fewer_bytes_are_held_and_shared_masks_once():
     layers are one set of tensors: the cache is smaller than with masks per layer by exactly those
     of every other layer."""
     cfg = config(relevance="uniform", token_keep=0.5, value_keep=0.5, allocation="layer")
-    (*_, shared, one), (*_, each) = (
-        run(made(scope), cfg, X[:1], Y[:1], None) for scope in ("shared", "layer")
-    )
-    masks = sum(t.nbytes for n, t in one.layers[1].tensors().items() if n in one.layers[1].LAYOUT)
+    *_, shared, one = run(made("shared"), cfg, X[:1], Y[:1], None)
+    *_, each = run(made("layer"), cfg, X[:1], Y[:1], None)
+    held = one.layers[1].state_dict()
+    masks = sum(held[name].nbytes for name in (*SHARED, *BASES))
     assert each.nbytes() - one.nbytes() == masks > 0
-    assert (
-        one.layers[0].bits.data_ptr() == one.layers[1].bits.data_ptr()
-        and each.layers[0].bits.data_ptr() != each.layers[1].bits.data_ptr()
-    )
+    assert one.layers[0].bits.data_ptr() == one.layers[1].bits.data_ptr()
+    assert each.layers[0].bits.data_ptr() != each.layers[1].bits.data_ptr()
     for cache in one.layers:
-        assert (
-            len(cache.keys) == int(shared.keep.sum()) * 3 == 26 * 3
-            and len(cache.rows) == int(shared.mask.sum()) * 3 == 52 * 3
-        )
+        assert len(cache.keys) == int(shared.keep.sum()) * 3 == 26 * 3
+        assert len(cache.rows) == int(shared.mask.sum()) * 3 == 52 * 3
     assert one.nbytes() < each.nbytes() < made().dense_bytes(T + N, one)
 
 
@@ -721,9 +787,9 @@ def test_an_untrained_predictor_is_refused():
 class Recorder(DensePath):
     """Whole values, and what attention was given."""
 
-    def forward(self, x, q, k, v, cache=None, pad=None):
+    def forward(self, x, q, k, v, pad=None):
         self.seen = x, q, k, v
-        return super().forward(x, q, k, v, cache, pad)
+        return super().forward(x, q, k, v, pad)
 
 
 def recorded(idx: torch.Tensor, pad=None):
@@ -744,7 +810,7 @@ def test_oracle_relevance_is_the_attention_of_what_follows(after, monkeypatch):
     m = made()
     idx = torch.cat((X, Y), 1)[:, : T + after]
     m.selector.set(config(relevance="oracle"))
-    with selector.diagnosed(m, idx, T, torch.tensor(PAD)):
+    with selector.with_oracle(m, idx, T, torch.tensor(PAD)):
         got = m.selector.oracle.double()
     assert m.selector.oracle is None
     seen = recorded(idx, torch.tensor(PAD))[0]
@@ -756,7 +822,7 @@ def test_oracle_relevance_is_the_attention_of_what_follows(after, monkeypatch):
             want[i, b, h // 2, PAD[b] :] += p[: T - W - PAD[b]] / 2 / len(readers)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
     m.selector.set(config())
-    with selector.diagnosed(m, idx, T, torch.tensor(PAD)):
+    with selector.with_oracle(m, idx, T, torch.tensor(PAD)):
         assert m.selector.oracle is None
     if after:
         routed = made("head", "routed")
@@ -802,7 +868,7 @@ def test_gain_is_what_a_unit_of_value_writes(basis, cfg):
                         ((w[:, 16 * head : 16 * head + 16] @ (z @ dec[h])) ** 2).sum().detach()
                     )
     torch.testing.assert_close(
-        m.selector.gain.double(), (effect / energy).sqrt(), rtol=1e-5, atol=1e-6
+        m.selector.output_gain.double(), (effect / energy).sqrt(), rtol=1e-5, atol=1e-6
     )
 
 
@@ -815,7 +881,7 @@ def test_feeling_is_the_gradient_by_finite_differences():
     eps = 1e-5
     m.layers[0].requires_grad_(False)
     wanted = [p.requires_grad for p in m.parameters()]
-    got = selector.sensitivity(m, [block.self_attn for block in m.layers], [idx])
+    got = layer_sensitivity(m, [block.self_attn for block in m.layers], [idx])
     assert [p.requires_grad for p in m.parameters()] == wanted and all(
         p.grad is None for p in m.parameters()
     )
@@ -860,7 +926,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(scope, kind):
         losses = []
         for _ in range(6):
             optimizer.zero_grad()
-            losses.append(m.selector.loss(m, idx))
+            losses.append(predictor_loss(m, idx))
             losses[-1].backward()
             optimizer.step()
         assert losses[-1] < 0.95 * losses[0] and all(
@@ -868,13 +934,13 @@ def test_training_lowers_the_loss_and_leaves_the_base(scope, kind):
         ), losses
         assert all(w.grad is None for n, w in m.named_parameters() if not n.startswith("selector."))
     m = selecting(scope, cfg=config(predictor_loss=kind), fold=False)
-    prompt, alpha = m.selector.sample(m, idx)
-    want = m.selector.targets(prompt, alpha)
+    prompt, alpha = training_example(m, idx)
+    want = targets(m.selector, prompt, alpha)
     parts = (
         p.loss(prompt, want[n], m.selector.cfg if n == "predictor_query" else kind)
         for n, p in m.selector.predictors.items()
     )
-    torch.testing.assert_close(m.selector.loss(m, idx), sum(parts))
+    torch.testing.assert_close(predictor_loss(m, idx), sum(parts))
     energy = torch.stack(prompt.z).unflatten(-1, (4, 4)).square().sum(-1)
     alike, over = (
         (alpha, energy)
@@ -886,4 +952,4 @@ def test_training_lowers_the_loss_and_leaves_the_base(scope, kind):
         want["expected_attention"], alike.unsqueeze(-1)
     )
     assert prompt.n_context == 70 - 20 - W and prompt.T == 50 and alpha.shape == (2, 3, 3, 41)
-    assert "some context must be left" in error_line(m.selector.loss, m, idx[:, :29])
+    assert "some context must be left" in error_line(predictor_loss, m, idx[:, :29])

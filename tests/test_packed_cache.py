@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from config import KVConfig
 from storage import layout
-from storage.packed import PackedCache
+from storage.cache import NewTokens
+from storage.packed import PackedCache, ValueBasis
 
 
 def filled(
@@ -30,28 +31,20 @@ def filled(
     chunks=None,
     pad=None,
     seed=0,
-    encode=None,
+    basis=ValueBasis(),
 ):
-    """A cache that took T random tokens in chunks, and what it took: k, v (B, Hkv, T, D), mask."""
+    """A cache that took T random tokens in chunks, pad (B,) of them padding, and what it took: k, v
+    (B, Hkv, T, D), mask."""
     cfg = KVConfig(n_groups=S, topk_groups=K, mask_scope=scope, kv_tail=tail, kv_tail_block=block)
     g = torch.Generator().manual_seed(seed)
     k, v = torch.randn(2, B, Hkv, T, D, generator=g)
     mask = layout.top_k_mask(torch.randn(B, Hkv if scope == "head" else 1, T, S, generator=g), K)
-    cache = PackedCache(B, T if cap is None else cap, Hkv, D, cfg, K, k)
+    cache = PackedCache(B, T if cap is None else cap, Hkv, D, cfg, K, k, basis)
     at = 0
     for n in chunks or [T]:
-        n_pad = (
-            torch.zeros(B, dtype=torch.int64)
-            if pad is None
-            else (torch.tensor(pad) - at).clamp(0, n)
-        )
-        cache.append(
-            k[:, :, at : at + n],
-            v[:, :, at : at + n],
-            mask[:, :, at : at + n],
-            n_pad,
-            *([encode] if encode else []),
-        )
+        n_pad = None if pad is None else (torch.tensor(pad) - at).clamp(0, n)
+        new = slice(at, at + n)
+        cache.append(NewTokens(k[:, :, new], v[:, :, new], n_pad, mask[:, :, new]))
         at += n
     return cache, k, v, mask
 
@@ -96,8 +89,8 @@ def test_rows_lie_token_major_group_minor_at_the_stated_number():
 @settings(max_examples=60, deadline=None)
 def test_unpack_returns_what_was_appended(T, S, data):
     """Keys, kept values (zeros elsewhere) and masks come back for any length, chunks, padding,
-    tail, scope and starting capacity. A value is encoded once, when it is compressed, and not while
-    it is in the tail."""
+    window, scope and starting capacity. A value is encoded once, when it is packed, and not while
+    it is in the window."""
     K = data.draw(st.integers(1, S))
     scope = data.draw(st.sampled_from(["head", "layer"]))
     cuts = sorted(data.draw(st.sets(st.integers(1, T), max_size=4)) | {0, T})
@@ -106,22 +99,32 @@ def test_unpack_returns_what_was_appended(T, S, data):
     tail = data.draw(st.integers(0, 9))
     block = data.draw(st.integers(1, 7))
     cap = data.draw(st.sampled_from([0, 1, T // 2, T]))
-    encode = data.draw(st.sampled_from([None, lambda v: 3 * v.flip(-1) + 1]))
+    enc = data.draw(st.sampled_from([None, 3 * torch.eye(16).flip(-1).expand(3, -1, -1)]))
     cache, k, v, mask = filled(
-        T, S, K, scope=scope, tail=tail, block=block, cap=cap, chunks=chunks, pad=pad, encode=encode
+        T,
+        S,
+        K,
+        scope=scope,
+        tail=tail,
+        block=block,
+        cap=cap,
+        chunks=chunks,
+        pad=pad,
+        basis=ValueBasis(enc),
     )
     got_k, got_v, got_mask = cache.unpack()
+    z = v if enc is None else 3 * v.flip(-1)
+    kept = z * layout.expand_mask(mask, 16)
     for b in range(2):
         n = T - pad[b]
-        compressed = max(0, (n - tail) // block * block)
-        assert int(cache.n_packed[b]) == compressed and int(cache.n_tail[b]) == n - compressed
-        want_v = (encode(v[b]) if encode else v[b]) * mask[b].repeat_interleave(16 // S, -1)
-        want_v = torch.cat(
-            (want_v[:, pad[b] : pad[b] + compressed], v[b, :, pad[b] + compressed :]), 1
-        )
-        assert torch.equal(got_k[b, :, :n], k[b, :, pad[b] :]) and torch.equal(
-            got_v[b, :, :n], want_v
-        )
+        n_packed = max(0, (n - tail) // block * block)
+        assert int(cache.n_packed[b]) == n_packed
+        assert int(cache.n_window[b]) == n - n_packed
+        assert int(cache.lengths[b]) == n
+        whole = pad[b] + n_packed
+        want_v = torch.cat((kept[b, :, pad[b] : whole], v[b, :, whole:]), 1)
+        assert torch.equal(got_k[b, :, :n], k[b, :, pad[b] :])
+        assert torch.equal(got_v[b, :, :n], want_v)
         assert torch.equal(got_mask[b, :, :n], mask[b, :, pad[b] :])
 
 
@@ -152,23 +155,25 @@ def test_nan_in_unwritten_slots_never_reaches_a_result():
     k, v = torch.randn(2, 2, 3, 20, 16, generator=g)
     mask = layout.top_k_mask(torch.randn(2, 1, 20, 4, generator=g), 2)
     cache = PackedCache(2, 64, 3, 16, cfg, 2, k)
-    for t in (cache.keys, cache.rows, cache.tail_k, cache.tail_v):
+    for t in (cache.keys, cache.rows, cache.window_k, cache.window_v):
         t.fill_(float("nan"))
-    cache.append(k, v, mask, torch.tensor([0, 7]))
+    cache.append(NewTokens(k, v, torch.tensor([0, 7]), mask))
     assert all(t.isfinite().all() for t in cache.unpack()[:2])
 
 
-def test_slice_keeps_the_sequences_asked_for():
-    """slice([2, 0]) holds those sequences in that order and decodes them as before."""
+def test_select_sequences_keeps_those_asked_for():
+    """select_sequences([2, 0]) holds those sequences in that order, decodes them as before, and
+    shares nothing: what is appended to it leaves the whole cache as it was."""
     model = grouped_model(kv_tail=3, mask_scope="head", value_router="norm")
     x = tokens(3, 40)
-    cache = model.new_cache(3, 44)
-    model(x, cache)
-    part = [layer.slice([2, 0]) for layer in cache.layers]
-    whole = model(x[:, :1], cache)
-    cache.layers = part
-    cache.length = 40
-    assert (model(x[[2, 0], :1], cache) - whole[[2, 0]]).abs().max() < 1e-10
+    with torch.no_grad():
+        cache = model.new_cache(3, 44)
+        model.prefill(x, cache)
+        part = cache.select_sequences([2, 0])
+        got = model.decode(x[[2, 0], :1], part)
+        whole = model.decode(x[:, :1], cache)
+    assert part.lengths.tolist() == [41, 41]
+    assert (got - whole[[2, 0]]).abs().max() < 1e-10
 
 
 def test_truncate_forgets_the_newest_tokens():
@@ -179,7 +184,8 @@ def test_truncate_forgets_the_newest_tokens():
         (_, *second) = filled(100, 4, 2, seed=1)
         cache.truncate(n)
         assert cache.unpack()[0].size(2) == n
-        cache.append(*(t[:, :, n:] for t in second), torch.zeros(2, dtype=torch.int64))
+        k, v, mask = (t[:, :, n:] for t in second)
+        cache.append(NewTokens(k, v, None, mask))
         k, v, mask = (
             torch.cat((a[:, :, :n], b[:, :, n:]), 2) for a, b in zip(first, second, strict=True)
         )

@@ -59,9 +59,8 @@ class Gate(nn.Module):
     def route(self, logits: Tensor) -> Tensor:
         """Gates (B, T, n) of the scores (B, T, n), in their dtype; records the load-balance loss
         while training."""
-        # (n, B, T): branches outermost, so that softmax and sums
-        kept = top_k_mask(logits.detach(), self.k).movedim(-1, 0)
-        # run along tokens; n alone is too short a row
+        # branches outermost, so that softmax and sums run along tokens; n alone is too short a row
+        kept = top_k_mask(logits.detach(), self.k).movedim(-1, 0)  # (n, B, T)
         probs = at_least_float32(logits).movedim(-1, 0).contiguous().softmax(0)
         if self.training and torch.is_grad_enabled():
             share = kept.to(probs.dtype).mean(-1) / self.k  # (n, B), sums to 1 over n

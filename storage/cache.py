@@ -461,9 +461,15 @@ class KVCache:
         self._link()
 
     def truncate(self, n_tokens: int | Tensor) -> None:
-        """Forget all but the first n_tokens (one number, or (B,)) of every sequence."""
-        for layer in self.layers:
-            layer.truncate(n_tokens)
+        """Forget all but the first n_tokens (one number, or (B,)) of every sequence. Where a layer
+        refuses, nothing is forgotten."""
+        before = self.snapshot()
+        try:
+            for layer in self.layers:
+                layer.truncate(n_tokens)
+        except BaseException:
+            self.restore(before)
+            raise
         self.length = min(self.length, int(torch.as_tensor(n_tokens).max()))
 
     def select_sequences(self, rows: Sequence[int]) -> KVCache:

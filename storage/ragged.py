@@ -298,7 +298,7 @@ class RaggedCache(LayerCacheBase):
         check_truncation(n_tokens)
         n = torch.as_tensor(n_tokens, device=self.n_window.device).expand_as(self.n_window)
         rest = n - self.n_context  # of the window, where first tokens of the context may lie, too
-        fine = (rest >= self.codec.n_sinks) | (rest >= self.n_window)
+        fine = (rest >= self.codec.n_sinks) | (rest >= self.n_window) | (self.n_context == 0)
         check(
             bool(fine.all()) and bool((rest >= 0).all()),
             f"truncating to {n.tolist()} tokens",

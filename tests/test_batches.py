@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import TINY, grouped_model, tiny_model, tokens
 
-import mixsga
+from baselines import shared_heads
 from config import KVConfig, MixConfig
-from model import prefill
+from generate import prefill
+from storage.packed import PackedCache
 
 
 def steps(model, idx, pad, at_once, n):
@@ -19,7 +20,7 @@ def steps(model, idx, pad, at_once, n):
     follow = tokens(len(idx), n, seed=8)
     with torch.no_grad():
         for i in range(n):
-            out.append(model(follow[:, i : i + 1], cache)[:, -1])
+            out.append(model.decode(follow[:, i : i + 1], cache)[:, -1])
     return torch.stack(out, 1)
 
 
@@ -38,7 +39,7 @@ def test_joined_experts_of_unequal_capacity_decode_as_one_batch(tail):
     logits equal those of a batch that was never cut."""
     model = tiny_model()
     mix = MixConfig(group_sizes="1,3", expert_ratios="1:1")
-    mixsga.attach(model, KVConfig(kv="mixsga", kv_tail=tail), mix).eval()
+    shared_heads.attach(model, KVConfig(kv="mixsga", kv_tail=tail), mix).eval()
     for a in range(20, 90, 10):
         for more in (1, 2, 3, 5, 8, 12):
             idx, pad = padded((a, a + more))
@@ -49,10 +50,8 @@ def test_joined_experts_of_unequal_capacity_decode_as_one_batch(tail):
 
 def test_joining_caches_of_unequal_capacity_was_seen_to_fail(monkeypatch):
     """The comparison above sees capacities that are not made equal."""
-    grow = mixsga.PackedCache._grow
-    monkeypatch.setattr(
-        mixsga.PackedCache, "_grow", lambda self, need, exact=False: grow(self, need)
-    )
+    grow = PackedCache._grow
+    monkeypatch.setattr(PackedCache, "_grow", lambda self, need, exact=False: grow(self, need))
     with pytest.raises((AssertionError, RuntimeError)):
         test_joined_experts_of_unequal_capacity_decode_as_one_batch(2)
 

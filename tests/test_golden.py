@@ -1,11 +1,12 @@
 """Every storage computes what the code before the refactoring did, recorded in golden.json.
 
 For each setting, on the CPU: greedy tokens of a padded batch and of a prompt alone, the bytes of
-the cache after them, logits of the prompt, of three steps and of nine later ones (tails overflow,
+the cache after them, logits of the prompt, of three steps and of nine later ones (windows overflow,
 blocks of integers are formed), and of an uncached forward. Tokens and bytes are equal, logits
-within rounding. (Bytes were recorded anew when caches began to hold every sequence's length, and no
-longer the positions of selected tokens.) `weights`, a sum of squares, tells whether the model itself was drawn otherwise:
-where it differs, nothing else that is told of the setting means anything.
+within rounding. Bytes alone were recorded anew, when caches began to hold every sequence's length
+and no longer the positions of selected tokens. `weights`, a sum of squares, tells whether the model
+itself was drawn otherwise: where it differs, nothing else that is told of the setting means
+anything.
 
     PYTHONPATH=. python tests/test_golden.py            # what differs from golden.json
     PYTHONPATH=. python tests/test_golden.py --write    # record anew; "train" stays as it is

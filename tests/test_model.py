@@ -8,21 +8,14 @@ import math
 
 import pytest
 import torch
+from helpers import read_in_pieces
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from config import ModelConfig
-from model import (
-    DenseCache,
-    RMSNorm,
-    Transformer,
-    apply_rope,
-    attend,
-    generate,
-    lm_loss,
-    rope_table,
-    sampling_probs,
-)
+from generate import generate, sampling_probs
+from model import RMSNorm, Transformer, apply_rope, attend, lm_loss, rope_table
+from storage.cache import DenseCache, NewTokens
 
 VOCAB = 23
 CONTEXT = 31
@@ -270,16 +263,18 @@ def test_forward_rows_do_not_influence_each_other():
     ids=lambda c: "-".join(map(str, c[:4])),
 )
 @pytest.mark.parametrize("pad", [None, (0, 3, 8)], ids=["unpadded", "padded"])
-def test_cached_decoding_equals_uncached(n_kv_head, chunks, pad):
-    """Logits through the cache equal one forward over everything, however the tokens are cut, for
-    padded rows too."""
+@pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
+def test_cached_decoding_equals_uncached(n_kv_head, chunks, pad, decode):
+    """Logits through the cache equal one forward over everything, however the tokens are cut and
+    whichever verb reads single ones, for padded rows too."""
     model = build(n_kv_head=n_kv_head)
     x = ids(3, 13)
     pad = None if pad is None else torch.tensor(pad)
     want = model(x, pad=pad)
-    cache = model.new_cache(3, 13, pad)
-    got = torch.cat([model(c, cache) for c in x.split(chunks, 1)], 1)
+    cache = model.new_cache(3, 13)
+    got = read_in_pieces(model, x, cache, chunks, pad, decode)
     assert cache.length == 13
+    assert cache.lengths.tolist() == [13 - p for p in ([0, 0, 0] if pad is None else pad.tolist())]
     for b in range(3):
         start = 0 if pad is None else int(pad[b])
         assert_close(got[b, start:], want[b, start:])
@@ -294,19 +289,32 @@ def test_forward_last_only_is_the_last_column():
     assert_close(out, model(x)[:, -1:])
 
 
+def test_prefill_last_only_is_the_last_column():
+    """prefill gives the last column's logits, or all columns' where they are asked for."""
+    model = build()
+    x = ids(3, 5)
+    last = model.prefill(x, model.new_cache(3, 5))
+    whole = model.prefill(x, model.new_cache(3, 5), last_only=False)
+    assert last.shape == (3, 1, VOCAB)
+    assert whole.shape == (3, 5, VOCAB)
+    assert_close(last, whole[:, -1:])
+
+
 def test_dense_cache_overflow_is_refused_and_changes_nothing():
     """A full buffer raises a one-line ValueError; length and contents stay."""
     cache = DenseCache(2, 5, 3, 4, torch.empty(0, dtype=torch.float64))
     k = normal(2, 3, 4, 4)
     v = normal(2, 3, 4, 4, seed=3)
-    cache.append(k, v)
+    cache.append(NewTokens(k, v, None))
     with pytest.raises(ValueError, match=r"5 tokens cannot take 6.*max_len") as e:
-        cache.append(k[:, :, :2], v[:, :, :2])
-    assert one_line(e) and cache.length == 4
-    all_k, all_v = cache.append(k[:, :, :1], v[:, :, :1])
-    assert torch.equal(all_k, torch.cat((k, k[:, :, :1]), 2)) and torch.equal(
-        all_v, torch.cat((v, v[:, :, :1]), 2)
-    )
+        cache.append(NewTokens(k[:, :, :2], v[:, :, :2], None))
+    assert one_line(e)
+    assert cache.lengths.tolist() == [4, 4]
+    cache.append(NewTokens(k[:, :, :1], v[:, :, :1], None))
+    window = cache.view().window
+    assert window.count.tolist() == [5, 5]
+    assert torch.equal(window.k, torch.cat((k, k[:, :, :1]), 2))
+    assert torch.equal(window.v, torch.cat((v, v[:, :, :1]), 2))
 
 
 @pytest.mark.parametrize(
@@ -315,8 +323,8 @@ def test_dense_cache_overflow_is_refused_and_changes_nothing():
     ids=["model", "float32", "bfloat16"],
 )
 def test_cache_nbytes_equals_the_storage_held(dtype, size):
-    """nbytes is the bytes of the distinct storages the cache holds: layers x (K, V) x B x Hkv x
-    max_len x D x element size."""
+    """nbytes is the bytes of the distinct storages the cache holds: in every layer (K, V) x B x Hkv
+    x max_len x D x element size, and the lengths, 8 bytes a sequence."""
     cache = build().new_cache(3, 7, dtype=dtype)
     storages = {
         s.data_ptr(): s.nbytes()
@@ -325,7 +333,7 @@ def test_cache_nbytes_equals_the_storage_held(dtype, size):
         if isinstance(t, torch.Tensor)
         for s in [t.untyped_storage()]
     }
-    assert cache.nbytes() == sum(storages.values()) == 3 * 2 * 3 * 2 * 7 * 6 * size
+    assert cache.nbytes() == sum(storages.values()) == 3 * (2 * 3 * 2 * 7 * 6 * size + 3 * 8)
 
 
 def test_forward_past_the_context_is_refused():
@@ -337,10 +345,15 @@ def test_forward_past_the_context_is_refused():
         model(ids(1, CONTEXT + 1))
     assert one_line(e)
     cache = model.new_cache(1, CONTEXT + 9)
-    model(ids(1, CONTEXT - 1), cache)
+    model.prefill(ids(1, CONTEXT - 1), cache)
     with pytest.raises(ValueError, match=f"context is {CONTEXT}"):
-        model(ids(1, 2), cache)
-    assert cache.length == cache.layers[0].length == CONTEXT - 1
+        model.prefill(ids(1, 2), cache)
+    assert cache.length == int(cache.layers[0].lengths) == CONTEXT - 1
+    model.decode(ids(1, 1), cache)
+    with pytest.raises(ValueError, match=f"context is {CONTEXT}") as e:
+        model.decode(ids(1, 1), cache)
+    assert one_line(e)
+    assert cache.length == int(cache.layers[0].lengths) == CONTEXT
 
 
 # ---- parameters and loss
@@ -431,7 +444,7 @@ def test_generate_greedy_equals_argmax_loop_without_cache(n_kv_head):
     # not a constant model
     assert len({tuple(r) for r in rows}) == 3 and len({t for r in rows for t in r}) > 4
     assert cache.length == 7 + 11 - 1  # the last token was never fed back
-    assert cache.nbytes() == 3 * 2 * 3 * n_kv_head * 17 * 6 * 8
+    assert cache.nbytes() == 3 * (2 * 3 * n_kv_head * 17 * 6 * 8 + 3 * 8)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3], ids=["greedy", "sampled"])

@@ -12,15 +12,16 @@ from helpers import error_line, tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_select_stage import base, measure, selected  # noqa: F401 (fixtures)
-from test_selector import config, run, selecting
+from test_selector import config, prefilled, run, selecting
 
 import eval as evaluation
-from config import KVConfig, SelectConfig
-from model import KVCache, generate
+from config import SelectConfig
+from generate import generate
 from report.figures import envelope
 from storage import packing
-from storage.integers.cache import IntSelectedCache
-from storage.integers.format import REMAINS
+from storage.cache import KVCache
+from storage.integers.codecs import IntCodec
+from storage.integers.format import LEVEL_ERRORS
 from storage.kernel_base import triton
 from storage.layout import tile_size
 
@@ -146,7 +147,7 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
     worth = (alpha.unsqueeze(-1) ** cfg.hedge * norm).square()
     # the planner's below 20 % of the bytes
     key, cost = half_bytes(bits or 4, bits, 64 if bits else 32, scope)
-    gain = [1.0] if bits else [REMAINS[i] - REMAINS[i + 1] for i in range(3)]
+    gain = [1.0] if bits else [LEVEL_ERRORS[i] - LEVEL_ERRORS[i + 1] for i in range(3)]
     n = C - 3  # tokens of the context
     per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (4 + W)) - 4 * 16 - 80)
     shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]
@@ -192,13 +193,10 @@ def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation, bits):
         m.selector.set(config(kv_bytes=share, allocation=allocation))
         with torch.no_grad():
             cache = m.new_cache(2, T)
-            m(X, cache, last_only=True)
+            m.prefill(X, cache)
         held = cache.nbytes()
-        assert (
-            held <= share * dense
-            and held > last
-            and all(isinstance(c, IntSelectedCache) for c in cache.layers)
-        )
+        assert last < held <= share * dense
+        assert all(isinstance(c.codec, IntCodec) for c in cache.layers)
         assert share == 1 or held > (0.85 if allocation == "global" else 0.75) * share * dense, (
             held / dense
         )
@@ -206,40 +204,36 @@ def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation, bits):
 
 
 def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
-    """Survivors in order at their levels; the tail begins with the first tokens and the query
+    """Survivors in order at their levels; the window begins with the first tokens and the query
     region, also of a row shorter than that."""
     m = selecting()
     pad = (0, T - W - 2)
     _, _, choice, cache = run(m, config(kv_bytes=0.6), X, Y, pad)
     _, _, k, z = m.selector.watch(m, X, torch.tensor(pad))
     C = T - W
+    assert cache.lengths.tolist() == [T + Y.size(1) - n for n in pad]
     for i, c in enumerate(cache.layers):
-        _, _, level, valid = c.unpack()
-        tail_k, tail_v, real = c.tail()
-        assert c.columns == T + Y.size(1)
-        assert (
-            tail_k.size(2) == SINKS + W + Y.size(1)
-            and real[:, SINKS:].all()
-            and real[:, :SINKS].sum(-1).tolist() == [4, 2]
-        )
+        _, _, level, valid = c.view().packed[0].unpack()
+        window = c.view().window
+        assert c.lengths.tolist() == cache.lengths.tolist()
+        assert window.first is None
+        assert window.count.tolist() == [n + W + Y.size(1) for n in (SINKS, 2)]
         for b in range(2):
             first = list(range(pad[b], min(pad[b] + SINKS, C)))
+            whole = first + list(range(C, T))
             for h in range(3):
-                assert torch.equal(tail_k[b, h, SINKS - len(first) : SINKS], k[i][b, h, first])
-                assert torch.equal(
-                    tail_v[b, h, SINKS - len(first) : SINKS + W],
-                    torch.cat((z[i][b, h, first], z[i][b, h, C:])),
-                )
+                assert torch.equal(window.k[b, h, : len(whole)], k[i][b, h, whole])
+                assert torch.equal(window.v[b, h, : len(whole)], z[i][b, h, whole])
                 mine = choice.keep[i, b, h].nonzero().flatten()
-                assert valid[b, h].sum() == len(mine) and torch.equal(
-                    level[b, h][valid[b, h]], choice.mask[i, b, h, mine]
-                )
+                assert valid[b, h].sum() == len(mine)
+                assert torch.equal(level[b, h][valid[b, h]], choice.mask[i, b, h, mine])
                 assert not len(mine) or int(mine[0]) >= pad[b] + SINKS
     assert choice.keep[:, 0].any() and not choice.keep[:, 1].any()
-    for n in (C - SINKS, C - 1):  # inside the context, though the first tokens lie in the tail
-        assert f"truncating to {n}" in error_line(cache.layers[0].truncate, n)
-    cache.layers[0].truncate(C + 2)
-    assert cache.layers[0].tail_len == SINKS + 2
+    layer = cache.layers[0]
+    for n in (C - SINKS, C - 1):  # inside the context, though the first tokens lie in the window
+        assert "selected context" in error_line(layer.truncate, torch.tensor([n, 99]))
+    layer.truncate(torch.tensor([C + 2, 5]))
+    assert layer.lengths.tolist() == [C + 2, 5] and layer.n_window.tolist() == [SINKS + 2, 5]
 
 
 def test_more_bytes_are_closer_to_dense():
@@ -263,12 +257,11 @@ def test_uniform_bits_on_top_of_a_choice():
     whole = run(m, config(kv_keep=0.5, sinks=SINKS), X, Y, None)
     errors = []
     for bits in (8, 4, 2):
-        m.selector.kv = KVConfig(**{**m.selector.kv.__dict__, "key_bits": bits, "value_bits": bits})
+        m.selector.kv = replace(m.selector.kv, key_bits=bits, value_bits=bits)
         got = run(m, config(kv_keep=0.5, sinks=SINKS), X, Y, None)
         assert torch.equal(got[2].keep, whole[2].keep) and got[3].nbytes() < whole[3].nbytes()
         assert int(got[3].layers[0].n_packed.sum()) == int(got[2].keep[0, :, :, SINKS:].sum())
         errors.append((got[1] - whole[1]).abs().mean().item())
-    m.selector.kv = KVConfig(**{**m.selector.kv.__dict__, "key_bits": 16, "value_bits": 16})
     assert 0 < 3 * errors[0] < errors[1] < errors[2]
 
 
@@ -287,32 +280,33 @@ def test_masks_that_layers_share_go_with_integers():
 
 
 def test_rows_are_alone_and_caches_are_saved(tmp_path):
-    """A padded row gives what it gives alone; a saved cache goes on as it was; generated tokens do
-    not depend on the batch."""
+    """A padded row gives what it gives alone; caches that are saved, joined and picked from go on
+    as they were; generated tokens do not depend on the batch."""
     m = selecting()
     cfg = config(kv_bytes=0.5, allocation="global")
-    both = run(m, cfg, X, Y, (0, 40))
-    one = run(m, cfg, X[1:, 40:], Y[1:], None)
-    torch.testing.assert_close(both[1][1], one[1][0])
+    both = run(m, cfg, X, Y, (0, 40))[1]
+    one = run(m, cfg, X[1:, 40:], Y[1:], None)[1]
+    torch.testing.assert_close(both[1], one[0])
+    apart = [prefilled(m, x, None, 6) for x in (X[1:, 40:], X[:1], X[:1, :5])]
+    joined = KVCache.cat(apart).select_sequences([1, 0])
+    cache = prefilled(m, X, None, 6)
+    cache.save(tmp_path / "c")
+    again = KVCache.load(tmp_path / "c", m)
     with torch.no_grad():
-        cache = m.new_cache(2, T + 6)
-        m(X, cache)
-        cache.save(tmp_path / "c")
-        again = KVCache.load(tmp_path / "c", m)
-        assert torch.equal(m(Y, again), m(Y, cache))
+        torch.testing.assert_close(m.prefill(Y, joined, last_only=False), both)
+        assert torch.equal(m.prefill(Y, again), m.prefill(Y, cache))
     with safe_open(tmp_path / "c", "pt") as f:
         held = {k: f.get_tensor(k) for k in f.keys()}
         meta = f.metadata()
     save_file(held, tmp_path / "c", {k: v for k, v in meta.items() if k != "format"})
-    assert "earlier version" in error_line(KVCache.load, tmp_path / "c", m)
+    assert "format None" in error_line(KVCache.load, tmp_path / "c", m)
     save_file(held, tmp_path / "c", meta)
-    m.selector.kv = replace(
-        m.selector.kv,
-        key_block=64 if m.selector.stored.key_block != 64 else 32,
-        key_bits=8,
-        value_bits=0,
-    )
-    assert "other bits or blocks" in error_line(KVCache.load, tmp_path / "c", m)
+    ours = m.selector.stored
+    block = 64 if ours.key_block != 64 else 32
+    m.selector.kv = replace(m.selector.kv, key_block=block, key_bits=8, value_bits=0)
+    assert "key_block" in error_line(KVCache.load, tmp_path / "c", m)
+    m.selector.kv = replace(m.selector.kv, key_block=ours.key_block, key_bits=4)
+    assert "bits is" in error_line(KVCache.load, tmp_path / "c", m)
     m.selector.kv = replace(m.selector.kv, key_block=64, key_bits=16, value_bits=16)
     prompts = [X[0].tolist(), X[1, 50:].tolist(), X[1, :5].tolist()]
     rows = generate(m, prompts, 9)[0]

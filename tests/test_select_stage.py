@@ -35,8 +35,10 @@ from model import Transformer
 from report.figures import groups_figure
 from report.tables import reuse_note
 from runs import arguments, assert_equal, before_step, call, copies, losses, pretrain, tensors
+from selection.training import fit_statistics, predictor_loss
 from settings.fields import to_dict
 from settings.train import DataConfig
+from storage.layout import cdiv
 from tasks import prompts as tasks
 from tasks.text import Continuation
 from training import loop as trainer
@@ -169,8 +171,8 @@ def through_cache(model, x, n: int, cfg: SelectConfig | None = None, kv_tail: in
     s.record = True
     with torch.no_grad(), kv_router.storing(model, kv_tail=kv_tail):
         cache = model.new_cache(*x.shape)
-        model(x[:, :n], cache, last_only=True)
-        logits = model(x[:, n:], cache)
+        model.prefill(x[:, :n], cache)
+        logits = model.prefill(x[:, n:], cache, last_only=False)
     s.record = False
     return logits, s.chosen, cache
 
@@ -225,9 +227,8 @@ def test_what_a_run_writes(selected, base, text):
     (val,) = (r["val_loss"] for r in log if "val_loss" in r)
     x, _ = data.sequential(s.corpus.val, 6, 32)
     with torch.no_grad():
-        assert val == pytest.approx(
-            sum(s.model.selector.loss(s.model, row[None]).item() for row in x) / 6, rel=1e-5
-        )
+        total = sum(predictor_loss(s.model, row[None]).item() for row in x)
+    assert val == pytest.approx(total / 6, rel=1e-5)
 
 
 def test_training_lowers_the_loss_and_leaves_the_base(selected, base):
@@ -448,16 +449,15 @@ def test_selection_in_a_distilled_basis(tmp_path, text, base, run_stage, trainer
     measured = copies(s.model.selector.state_dict())
     pristine = selector.attach(load_run(base).model, s.kv, s.model.selector.cfg)
     kv_router.load_state(pristine, ended)
-    pristine.selector.calibrate(
-        pristine,
-        [data.batch(s.corpus.train, "calibrate", 0, i, 4, 32)[0] for i in range(6)],
-        fit=True,
-    )
-    again = pristine.selector.state_dict()
-    assert_equal(
-        {k: t for k, t in measured.items() if k.endswith(("gain", "feeling", "mean", "std"))},
-        {k: t for k, t in again.items() if k.endswith(("gain", "feeling", "mean", "std"))},
-    )
+    batches = [data.batch(s.corpus.train, "calibrate", 0, i, 4, 32)[0] for i in range(6)]
+    pristine.selector.calibrate(pristine, batches)
+    fit_statistics(pristine, batches)
+    found = []
+    for state in (measured, pristine.selector.state_dict()):
+        names = {k for k in state if not k.startswith("predictors.") or k.endswith(("mean", "std"))}
+        found.append({k: state[k] for k in names})
+    assert_equal(*found)
+    assert {"output_gain", "layer_sensitivity", "rms"} < set(found[0])
     assert_equal(run.model.selector.state_dict(), measured)
     with torch.no_grad():
         want = dense(x)[:, 58:]
@@ -604,10 +604,10 @@ def test_rows_of_a_joint_grid(base, measure, text):
         == dense["dense_value"]
     )
     for r in rows[1:]:
-        assert (
-            r["dense_value"] == dense["value"]
-            and r["dense_bytes"] == dense["cache_bytes"] == 2 * 4 * 4 * 52 * 2 * 16 * 2
-        )
+        assert r["dense_value"] == dense["value"]
+        assert r["dense_bytes"] == 2 * 4 * 4 * 52 * 2 * 16 * 2
+        counts = 2 * 4 * 8  # the length of each sequence, in every layer
+        assert dense["cache_bytes"] == r["dense_bytes"] + counts
         if r["method"] == "dense":  # everything kept
             assert (
                 r["value"] == pytest.approx(dense["value"], abs=1e-6)
@@ -732,21 +732,18 @@ def test_a_row_equals_its_oracle(selected, measure, text):
         with (
             torch.no_grad(),
             kv_router.storing(model, kv_tail=6),
-            selector.replaying(model, choice, C),
+            selector.masked_replay(model, choice, C),
         ):
             probs = model(x).softmax(-1)
         terms = [-math.log(probs[b, t, x[b, t + 1]]) for b in range(5) for t in range(52, 60)]
         assert r["value"] == pytest.approx(sum(terms) / len(terms), abs=2e-5)
         with torch.no_grad(), kv_router.storing(model, kv_tail=6):
             cache = model.new_cache(4, 52)
-            model(x[:4, :52], cache)
-        assert r["cache_bytes"] == sum(
-            {
-                t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for layer in cache.layers
-                for t in layer.tensors().values()
-            }.values()
-        )
+            model.prefill(x[:4, :52], cache)
+        storages = [
+            t.untyped_storage() for layer in cache.layers for t in layer.state_dict().values()
+        ]
+        assert r["cache_bytes"] == sum({t.data_ptr(): t.nbytes() for t in storages}.values())
         assert (
             r["trainable_parameters"] == run.config["trainable_parameters"]
             and r["dense_value"] == rows[0]["value"]
@@ -875,7 +872,7 @@ def test_groups_figure_shows_the_choice(n_context, tmp_path, monkeypatch):
     made = []
     subplots = plt.subplots
     monkeypatch.setattr(plt, "subplots", lambda *a, **k: made.append(subplots(*a, **k)) or made[-1])
-    groups_figure(tmp_path, selector.Choice(keep, mask, score), "by hand")
+    groups_figure(tmp_path, selector.Selection(keep, mask, score), "by hand")
     fig, (left, right) = made[0]
     counts = [
         int(mask[i, 0, h, t].sum()) for i in range(2) for h in range(3) for t in range(n_context)
@@ -985,24 +982,23 @@ def test_reuse_compresses_for_the_first_question(selected, monkeypatch):
     task = tasks.needle(run.tokenizer, 453, 9, 2, 16, 3, reuse=True)
     calls = []
     chosen = []
-    forward = Transformer.forward
+    prefill = Transformer.prefill
     choose = run.model.selector.choose
-    monkeypatch.setattr(
-        Transformer,
-        "forward",
-        lambda m, idx, *a, **k: (calls.append(idx.clone()), forward(m, idx, *a, **k))[1],
-    )
-    monkeypatch.setattr(
-        run.model.selector,
-        "choose",
-        lambda p: (chosen.append((p.T, p.n_context, p.pad)), choose(p))[1],
-    )
+
+    def recorded_prefill(m, idx, *args, **kwargs):
+        calls.append(idx.clone())
+        return prefill(m, idx, *args, **kwargs)
+
+    def recorded_choice(prompt):
+        chosen.append((prompt.T, prompt.n_context, prompt.pad))
+        return choose(prompt)
+
+    monkeypatch.setattr(Transformer, "prefill", recorded_prefill)
+    monkeypatch.setattr(run.model.selector, "choose", recorded_choice)
     with kv_router.storing(run.model, kv_tail=16):
         task.value(run.model, 2, "float32")
-    calls = [c for c in calls if c.size(1) > 1]
-    assert len(set(task.seconds)) > 1 and len(calls) == 2 * len(chosen) == 2 * sum(
-        -(-task.seconds.count(m) // 2) for m in set(task.seconds)
-    )
+    batches = sum(cdiv(task.seconds.count(m), 2) for m in set(task.seconds))
+    assert len(set(task.seconds)) > 1 and len(calls) == 2 * len(chosen) == 2 * batches
     asked = []
     for first, second, (T, n_context, pad) in zip(calls[::2], calls[1::2], chosen, strict=True):
         assert (T, n_context) == (first.size(1), first.size(1) - 16)
@@ -1149,9 +1145,9 @@ def test_the_device_chooses_as_the_cpu(relevance, dtype):
     made = []
     kv = KVConfig(kv="select", kv_tail=9)
     cfg = SelectConfig(relevance=relevance, kv_keep=0.4, readers=20, past=16)
-    model = selector.attach(
-        tiny_model(dtype=torch.float32), kv, cfg, [tokens(2, 70, seed=1)], fit=True
-    )
+    batches = [tokens(2, 70, seed=1)]
+    model = selector.attach(tiny_model(dtype=torch.float32), kv, cfg, batches)
+    fit_statistics(model, batches)
     torch.manual_seed(2)
     for p in model.selector.predictors.values():
         randomise(p, 0.1)
@@ -1164,7 +1160,7 @@ def test_the_device_chooses_as_the_cpu(relevance, dtype):
     same = (a.mask == b.mask.cpu()).float().mean().item()
     assert same >= 0.99, same
     if dtype == "float32":
-        with torch.no_grad(), selector.replaying(model, b, 101):
+        with torch.no_grad(), selector.masked_replay(model, b, 101):
             want = model(x)[:, 110:]
         assert (logits - want).abs().max() < 1e-3 * want.abs().max()
     assert TINY.n_layer == 2 and logits.isfinite().all()

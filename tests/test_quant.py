@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import TINY, error_line, grouped_model, tiny_model, tokens
-from storage.integers.cache import IntPackedCache, IntSelectedCache
+from helpers import TINY, error_line, grouped_model, read_in_pieces, tiny_model, tokens
 from views import normal, uniform_by_hand
 
 import kv_router
 import mixsga
 from baselines import shared_heads
 from config import KVConfig, MixConfig
-from model import KVCache, generate
+from generate import generate
+from storage import packed as packed_cache
+from storage.cache import KVCache, NewTokens
 from storage.integers import format as quant
+from storage.integers.codecs import IntCodec, codec_of
 from storage.kernel_base import triton
+from storage.layout import group_energy, top_k_mask
+from storage.packed import PackedCache
+from storage.ragged import RaggedCache
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -26,7 +31,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def context(
     kb: int, vb: int, Hm: int, *, B=2, Hkv=3, C=75, D=32, S=4, block=32, dtype=torch.float32, seed=0
 ):
-    """A random context in an IntSelectedCache with five whole columns after it, and what went
+    """A random context in a RaggedCache of integers with five whole tokens after it, and what went
     in."""
     g = torch.Generator().manual_seed(seed)
     k = normal(B, Hkv, C, D, seed=seed)
@@ -35,12 +40,11 @@ def context(
     levels = torch.randint(0, 4, (B, Hm, C, S), generator=g, dtype=torch.uint8)
     valid = torch.arange(C) >= torch.tensor([0, 7, 3][:B])[:, None]
     fmt = quant.IntFormat(kb, vb, block, torch.rand(Hkv, D, generator=g).to(DEVICE) + 0.5)
-    cache = IntSelectedCache(B, C + 5, Hkv, D, S, Hm, k[:0].to(DEVICE, dtype), fmt)
+    codec = IntCodec(fmt, 0)
+    cache = RaggedCache(B, C + 5, Hkv, D, S, Hm, k[:0].to(DEVICE, dtype), codec)
     cache.pack(*(t.to(DEVICE) for t in (k, z, keep, levels > 0 if vb else levels, valid)))
-    cache.append(
-        *normal(2, B, Hkv, 5, D, seed=seed + 2).to(DEVICE, dtype),
-        torch.zeros(B, dtype=torch.int64, device=DEVICE),
-    )
+    new_k, new_v = normal(2, B, Hkv, 5, D, seed=seed + 2).to(DEVICE, dtype)
+    cache.append(NewTokens(new_k, new_v, None))
     return cache, k, z, keep & valid[:, None], levels
 
 
@@ -51,7 +55,9 @@ def test_a_context_comes_back_as_by_hand(kb, vb, Hm):
     """Ragged survivors, padding, masks shared or not: keys of every full or partial block, values
     of every token, nothing else; and no more bytes than these take."""
     cache, k, z, keep, levels = context(kb, vb, Hm)
-    got_k, got_z, got_mask, got_valid = (t.cpu() for t in cache.packed().unpack(torch.float64))
+    got_k, got_z, got_mask, got_valid = (
+        t.cpu() for t in cache.view().packed[0].unpack(torch.float64)
+    )
     B, Hkv, C, D = k.shape
     S = levels.size(-1)
     tokens_held = 0
@@ -88,7 +94,7 @@ def test_a_context_comes_back_as_by_hand(kb, vb, Hm):
                     assert torch.equal(got_mask[b, m, i], levels[b, m, t])
                     units += int(quant.bit_planes(levels[b, m, t]).sum())
                     s = cache.value_scale[tokens_held - len(mine) + i, 0].item()
-                    gain = cache.fmt.gain[h].cpu()
+                    gain = cache.codec.fmt.gain[h].cpu()
                     for x, level in enumerate(levels[b, m, t].tolist()):
                         bits = quant.LEVEL_BITS[level]
                         unit = quant.LEVEL_STEPS[level] * s
@@ -109,37 +115,44 @@ def test_a_context_comes_back_as_by_hand(kb, vb, Hm):
         cache.key_scale.numel() == blocks * 2 * D
         and cache.value_scale.numel() == tokens_held * (2 if vb else 1)
     )
-    assert cache.nbytes() == sum(t.numel() * t.element_size() for t in cache.tensors().values())
+    assert cache.nbytes() == sum(t.numel() * t.element_size() for t in cache.state_dict().values())
 
 
-def test_a_cache_of_integers_is_sliced_joined_saved_and_not_cut_inside(tmp_path):
-    """Slices and joins give the same numbers, a file too; truncating keeps the context or says why
-    not."""
+def test_a_cache_of_integers_is_selected_joined_saved_and_not_cut_inside(tmp_path):
+    """Selections and joins give the same numbers, a file too; truncating keeps the context or says
+    why not."""
+
+    def unpacked(cache: RaggedCache) -> tuple[torch.Tensor, ...]:
+        return cache.view().packed[0].unpack()
+
     for vb in (4, 0):
         cache = context(4, vb, 3)[0]
-        one = cache.slice([1])
-        two = cache.slice([0, 1])
-        back = IntSelectedCache.join([cache.slice([0]), one])
-        for a, b in ((cache.unpack(), two.unpack()), (cache.unpack(), back.unpack())):
-            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        one = cache.select_sequences([1])
+        two = cache.select_sequences([0, 1])
+        back = RaggedCache.cat([cache.select_sequences([0]), one])
+        for other in (two, back):
+            same = zip(unpacked(cache), unpacked(other), strict=True)
+            assert all(torch.equal(x, y) for x, y in same)
         n = int(one.n_packed.max())
-        assert (
-            torch.equal(one.unpack()[1][0], cache.unpack()[1][1, :, :n])
-            and one.nbytes() < cache.nbytes()
-        )
-        assert "truncating to 74" in error_line(cache.truncate, 74)
+        assert torch.equal(unpacked(one)[1][0], unpacked(cache)[1][1, :, :n])
+        assert one.nbytes() < cache.nbytes()
+        assert cache.lengths.tolist() == [80, 73]
+        assert "truncating to [74, 74]" in error_line(cache.truncate, 74)
+        assert cache.lengths.tolist() == [80, 73]
         cache.truncate(77)
-        assert cache.tail_len == 2 and cache.columns == 77
+        assert cache.lengths.tolist() == [77, 73]
+        assert cache.n_window.tolist() == [2, 5]
     model = grouped_model(
         dtype=torch.float32, prefill="exact", key_bits=4, value_bits=4, key_block=16, topk_groups=2
     )
     idx = tokens(2, 90)
     with torch.no_grad():
         cache = model.new_cache(2, 90)
-        model(idx[:, :80], cache)
+        model.prefill(idx[:, :80], cache)
         cache.save(tmp_path / "c.safetensors")
         again = KVCache.load(tmp_path / "c.safetensors", model)
-        assert torch.equal(model(idx[:, 80:], cache), model(idx[:, 80:], again))
+        for step in idx[:, 80:].split(1, 1):
+            assert torch.equal(model.decode(step, cache), model.decode(step, again))
 
 
 # ----------------------------------------------------------------------------- decoding
@@ -211,23 +224,19 @@ def test_decode_mode_is_what_tokens_one_by_one_read(kv):
         cache = path.new_cache(1, 45, k)
         steps = []
         for t in range(45):
-            steps.append(
-                path(
-                    *(a[:, t : t + 1] if a.ndim == 3 else a[:, :, t : t + 1] for a in (x, q, k, v)),
-                    cache,
-                )
-            )
+            at = slice(t, t + 1)
+            new = (q[:, :, at], k[:, :, at], v[:, :, at])
+            steps.append(path.decode(x[:, at], *new, cache))
     torch.testing.assert_close(got, torch.cat(steps, 2), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got, path_by_hand(path, q, k, v), rtol=1e-5, atol=1e-5)
-    assert (
-        int(cache.n_packed) == (45 - cfg.kv_sinks - cfg.kv_tail) // 16 * 16
-        and int(cache.n_sink) == cfg.kv_sinks
-    )
+    assert int(cache.n_packed) == (45 - cfg.kv_sinks - cfg.kv_tail) // 16 * 16
+    sinks = cache.view().sinks
+    assert (0 if sinks is None else int(sinks.count)) == cfg.kv_sinks
 
 
-def test_planes_of_three_bits_are_not_formed_by_steps():
-    """Steps need a kernel for the block that forms, and 3 bits have none: generate takes the other
-    way then."""
+def test_planes_of_three_bits_are_not_formed_in_graphs():
+    """A graph needs a kernel for the block that forms, and 3 bits have none: generate takes the
+    other way then."""
     how = dict(
         n_groups=2,
         topk_groups=1,
@@ -237,14 +246,14 @@ def test_planes_of_three_bits_are_not_formed_by_steps():
         kv_tail=2,
         key_block=16,
     )
-    steps = [
+    safe = [
         {
-            p.can_step()
+            p.graph_safe()
             for p in kv_router.paths(grouped_model(key_bits=kb, value_bits=vb, **how)).values()
         }
         for kb, vb in ((3, 3), (4, 3), (3, 4), (4, 2))
     ]
-    assert steps == [{False}] * 3 + [{triton is not None}]
+    assert safe == [{False}] * 3 + [{triton is not None}]
 
 
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
@@ -259,9 +268,9 @@ def test_planes_of_three_bits_are_not_formed_by_steps():
         (4, 3, 8, 2, "layer", 64),
     ],
 )
-def test_append_token_forms_the_blocks_that_append_forms(S, K, kb, vb, scope, D):
+def test_tokens_by_kernel_form_the_blocks_that_append_forms(S, K, kb, vb, scope, D, monkeypatch):
     """Token by token by kernel from ragged lengths, past two blocks: the same codes, steps, masks,
-    counts and tail, bit for bit."""
+    counts, window and first tokens, bit for bit."""
     B = 2
     Hkv = 3
     T = 30
@@ -277,33 +286,39 @@ def test_append_token_forms_the_blocks_that_append_forms(S, K, kb, vb, scope, D)
         kv_sinks=3,
     )
     k, v = normal(2, B, Hkv, T + more, D).to(DEVICE)
-    caches = [IntPackedCache(B, T + more, Hkv, D, cfg, K, k) for _ in range(2)]
+    mask = top_k_mask(group_energy(v, S, Hkv if scope == "head" else 1), K)
+    calls = []
+    right = packed_cache.append_packed
 
-    def mask(a: int, b: int) -> torch.Tensor:
-        return kv_router.top_k_mask(
-            kv_router.group_energy(v[:, :, a:b], S, Hkv if scope == "head" else 1), K
-        )
+    def counted(*args, **kw) -> None:
+        calls.append(args)
+        right(*args, **kw)
 
-    for c in caches:
-        c.columns += T
-        c.append(k[:, :, :T], v[:, :, :T], mask(0, T), torch.tensor([0, 5], device=DEVICE))
-    by_append, by_token = caches
-    by_token.reserve(more)
-    for t in range(T, T + more):
-        by_append.columns += 1
-        by_append.append(
-            k[:, :, t : t + 1],
-            v[:, :, t : t + 1],
-            mask(t, t + 1),
-            torch.zeros(B, dtype=torch.int64, device=DEVICE),
-        )
-        by_token.append_token(k[:, :, t : t + 1], v[:, :, t : t + 1], None, None)
-        assert torch.equal(by_append.n_packed, by_token.n_packed) and torch.equal(
-            by_append.n_tail, by_token.n_tail
-        )
-    assert by_token.n_packed.tolist() == [48, 48]
-    for name, a in by_append.tensors().items():
-        assert torch.equal(a, getattr(by_token, name)), name
+    monkeypatch.setattr(packed_cache, "append_packed", counted)
+
+    def filled(kernel: bool) -> tuple[PackedCache, list]:
+        """A cache of T tokens at once and `more` one by one, and its counts after each."""
+        monkeypatch.setattr(packed_cache, "use_triton", lambda impl, x: kernel)
+        cache = PackedCache(B, T + more, Hkv, D, cfg, K, k, codec=codec_of(cfg))
+        n_pad = torch.tensor([0, 5], device=DEVICE)
+        cache.append(NewTokens(k[:, :, :T], v[:, :, :T], n_pad, mask[:, :, :T]))
+        counts = []
+        for t in range(T, T + more):
+            at = slice(t, t + 1)
+            route = None if kernel else mask[:, :, at]  # the kernel finds it by itself
+            cache.append(NewTokens(k[:, :, at], v[:, :, at], None, route))
+            counts.append((cache.n_packed.tolist(), cache.n_window.tolist()))
+        return cache, counts
+
+    by_append, want = filled(False)
+    assert not calls
+    by_kernel, got = filled(True)
+    assert len(calls) == more
+    assert got == want
+    assert by_kernel.n_packed.tolist() == [48, 48]
+    held = by_kernel.state_dict()
+    for name, a in by_append.state_dict().items():
+        assert torch.equal(a, held[name]), name
 
 
 def test_rows_of_a_batch_are_alone_and_prompts_may_come_in_pieces():
@@ -328,9 +343,20 @@ def test_rows_of_a_batch_are_alone_and_prompts_may_come_in_pieces():
     assert pieces == together[1:]
 
 
+def test_padded_rows_without_a_cache_are_what_they_are_alone():
+    """Integers read in decode mode: a row behind padding gets what it gets alone."""
+    four = dict(key_bits=4, value_bits=4, key_block=16, kv_tail=2, topk_groups=2)
+    model = grouped_model(prefill="exact", mask_scope="head", value_router="norm", **four)
+    x = tokens(2, 60)
+    with torch.no_grad():
+        got = model(x, pad=torch.tensor([0, 13]))
+        assert (got[0] - model(x[:1])[0]).abs().max() < 1e-9
+        assert (got[1, 13:] - model(x[1:, 13:])[0]).abs().max() < 1e-9
+
+
 def test_integers_are_refused_where_they_cannot_be():
-    """One line each: rows that do not fill bytes, one kind of integer only, reconstructors, padding
-    without a cache, cuts inside a block."""
+    """One line each: rows that do not fill bytes, one kind of integer only, reconstructors, cuts
+    inside a block."""
     four = dict(key_bits=4, value_bits=4)
     for bad, said in (
         (dict(key_bits=4), "value_bits=16"),
@@ -354,12 +380,12 @@ def test_integers_are_refused_where_they_cannot_be():
         value_router="norm",
     ).eval()
     with torch.no_grad():
-        assert "padding" in error_line(model, tokens(2, 20), pad=torch.tensor([0, 3]))
         cache = model.new_cache(1, 80)
-        model(tokens(1, 80), cache)
+        model.prefill(tokens(1, 80), cache)
     assert "blocks of 16" in error_line(cache.layers[0].truncate, 30)
     cache.layers[0].truncate(4 + 32)
-    assert cache.layers[0].n_packed.tolist() == [32] and cache.layers[0].n_tail.tolist() == [0]
+    assert cache.layers[0].n_packed.tolist() == [32]
+    assert cache.layers[0].n_window.tolist() == [0]
 
 
 def test_integers_are_close_to_dense_and_closer_with_more_bits():
@@ -378,8 +404,8 @@ def test_integers_are_close_to_dense_and_closer_with_more_bits():
 
 
 def test_experts_hold_integers(tmp_path):
-    """mixSGA's experts over integers: nearer with more bits, fewer bytes, the same after a slice, a
-    join and a file; refused where it would not count."""
+    """mixSGA's experts over integers: nearer with more bits, fewer bytes, the same after a selection,
+    a join and a file; refused where it would not count."""
     cfg = TINY.__class__(**{**TINY.__dict__, "n_head": 4, "n_kv_head": 4})
     idx = tokens(2, 140)
     model = (
@@ -393,8 +419,7 @@ def test_experts_hold_integers(tmp_path):
     def decoded() -> tuple[torch.Tensor, KVCache]:
         with torch.no_grad():
             cache = model.new_cache(2, 150)
-            model(idx[:, :120], cache)
-            return torch.cat([model(idx[:, t : t + 1], cache) for t in range(120, 140)], 1), cache
+            return read_in_pieces(model, idx, cache, [120] + [1] * 20)[:, 120:], cache
 
     want, whole = decoded()
     errors = []
@@ -407,14 +432,11 @@ def test_experts_hold_integers(tmp_path):
                 shared_heads.kept_shares(model, whole), rel=0.01
             )
             for part in cache.layers[0].parts:
-                assert not (part.n_packed % 16).any() and (part.n_tail < 16).all()
+                assert not (part.n_packed % 16).any() and (part.n_window < 16).all()
             cache.save(tmp_path / "c")
             again = KVCache.load(tmp_path / "c", model)
-            one = KVCache.join(
-                [KVCache([layer.slice([b]) for layer in cache.layers]) for b in range(2)]
-            )
-            one.length = cache.length
-            following = [model(idx[:, :1], c) for c in (cache, again, one)]
+            one = KVCache.cat([cache.select_sequences([b]) for b in range(2)])
+            following = [model.decode(idx[:, :1], c) for c in (cache, again, one)]
             assert torch.equal(following[0], following[1])
             torch.testing.assert_close(following[0], following[2])
             assert "integers without a cache" in error_line(model, idx)

@@ -308,9 +308,41 @@ def test_rows_are_alone_and_caches_are_saved(tmp_path):
     m.selector.kv = replace(m.selector.kv, key_block=ours.key_block, key_bits=4)
     assert "bits is" in error_line(KVCache.load, tmp_path / "c", m)
     m.selector.kv = replace(m.selector.kv, key_block=64, key_bits=16, value_bits=16)
-    prompts = [X[0].tolist(), X[1, 50:].tolist(), X[1, :5].tolist()]
+    prompts = [X[0].tolist(), X[1, 50:].tolist(), X[1, :5].tolist(), X[0, :1].tolist()]
     rows = generate(m, prompts, 9)[0]
     assert [generate(m, [p], 9)[0][0] for p in prompts] == rows
+
+
+def test_rows_of_any_length_are_as_alone():
+    """Prompts of one token, within the query region, within region and first tokens, and longer
+    ones, together and each alone: the same logits after them, in integers of every kind."""
+    m = selecting()
+    ends = (T, 1, W, W + 1, W + SINKS, W + SINKS + 1, 60)
+    idx = torch.stack([torch.cat((X[0, : T - n] * 0, X[1, :n])) for n in ends])
+    y = Y[:1].expand(len(ends), -1)
+    pad = tuple(T - n for n in ends)
+    for bits, budget in ((0, dict(kv_bytes=0.5)), (4, dict(kv_keep=0.5)), (8, dict(kv_bytes=0.5))):
+        kv = replace(m.selector.kv, key_bits=bits or 16, value_bits=bits or 16)
+        m.selector.kv = kv
+        got = run(m, config(**budget), idx, y, pad)[1]
+        for i, n in enumerate(ends):
+            alone = run(m, config(**budget), X[1:, :n], Y[:1], None)[1]
+            torch.testing.assert_close(got[i], alone[0], rtol=0, atol=1e-9)
+
+
+def test_what_is_measured_later_leaves_a_cache_alone():
+    """Root mean squares that levels are relative to belong to the cache: measured anew on other
+    text they are those of new caches only."""
+    m = selecting()
+    cfg = config(kv_bytes=0.4)
+    want = run(m, cfg, X, Y, None)[1]
+    cache = prefilled(m, X, None, 6)
+    before = m.selector.rms.clone()
+    m.selector.calibrate(m, [tokens(1, 66, seed=11)])
+    with torch.no_grad():
+        assert torch.equal(m.prefill(Y, cache, last_only=False), want)
+    assert not torch.equal(m.selector.rms, before)
+    assert not torch.equal(run(m, cfg, X, Y, None)[1], want)
 
 
 def test_what_cannot_be_is_said_in_a_line():

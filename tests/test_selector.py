@@ -649,10 +649,10 @@ def stop(module, args):
 
 
 def test_generate_continues_prompts_of_any_length():
-    """Greedy tokens of a ragged batch, one prompt within the query region, are those of each prompt
-    alone fed by hand."""
+    """Greedy tokens of a ragged batch, two prompts within the query region, one of them a single
+    token, are those of each prompt alone fed by hand."""
     m = made()
-    prompts = [X[0].tolist(), X[1, :37].tolist(), X[2, :4].tolist()]
+    prompts = [X[0].tolist(), X[1, :37].tolist(), X[2, :4].tolist(), X[2, :1].tolist()]
     m.selector.set(config(relevance="future", kv_keep=0.3))
     rows, _ = generate(m, prompts, 6)
     for prompt, row in zip(prompts, rows, strict=True):
@@ -685,6 +685,19 @@ def test_saved_joined_and_picked_caches_give_equal_logits(scope, tmp_path):
     again = KVCache.load(tmp_path / "cache.safetensors", m)
     with torch.no_grad():
         assert torch.equal(m.prefill(Y, again), m.prefill(Y, cache))
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "not folded"])
+def test_settings_that_change_later_leave_a_cache_alone(fold):
+    """A prompt that was packed goes on as it was packed, whatever the selector would do by now."""
+    m = made("head", "exact", fold)
+    settings = [config(kv_keep=0.5), config(kv_keep=1.0), config(kv_bytes=0.5)]
+    for before, after in itertools.permutations(settings, 2):
+        want = run(m, before)[1]
+        cache = prefilled(m)
+        m.selector.set(after)
+        with torch.no_grad():
+            assert torch.equal(m.prefill(Y, cache, last_only=False), want)
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "not folded"])
@@ -911,6 +924,42 @@ def test_feeling_is_the_gradient_by_finite_differences():
     want = torch.tensor([math.sqrt(s / (sum(mean_square) / 2)) for s in mean_square])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(got, torch.ones(2), atol=0.01)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_statistics_are_those_of_the_first_two_batches(scope):
+    """Means and standard deviations of targets, for each output of each deciding layer, and of the
+    query predictor's features, over all tokens of two batches; a third does not count, and nothing
+    else changes. Without predictors there is nothing to do."""
+    m = selecting(scope, fold=False)
+    s = m.selector
+    before = {name: t.clone() for name, t in s.state_dict().items()}
+    batches = [tokens(2, 70, seed=5), tokens(1, 47, seed=6), tokens(4, 70, seed=7)]
+    fit_statistics(m, batches)
+    wanted = {name: [] for name in s.predictors}
+    for idx in batches[:2]:
+        prompt, alpha = training_example(m, idx)
+        for name, t in targets(s, prompt, alpha).items():
+            if name != "predictor_query":  # (Lm, B, Hm, C, n) -> (Lm, tokens, Hm n)
+                wanted[name].append(t.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2))
+        features = s.predictors["predictor_query"].features(prompt, s.cfg)
+        wanted["predictor_query"].append(features.flatten(2, 3))  # (L, Hkv, tokens, 9)
+    for name, parts in wanted.items():
+        all_of_them = torch.cat(parts, -2).double()
+        more = 1e-3 if name == "predictor_query" else 0
+        mean = all_of_them.mean(-2, keepdim=True)
+        off = (all_of_them - mean).square().sum(-2, keepdim=True)
+        std = (off / (all_of_them.size(-2) - 1)).sqrt() + more
+        p = s.predictors[name]
+        torch.testing.assert_close(p.mean.double().view_as(mean), mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(p.std.double().view_as(std), std, rtol=1e-4, atol=1e-6)
+    changed = {n for n, t in s.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {f"predictors.{n}.{t}" for n in s.predictors for t in ("mean", "std")}
+    plain = selecting(scope, cfg=config(predictors=""), fold=False)
+    before = {name: t.clone() for name, t in plain.selector.state_dict().items()}
+    fit_statistics(plain, batches)
+    for name, t in plain.selector.state_dict().items():
+        assert torch.equal(t, before[name])
 
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])

@@ -457,10 +457,10 @@ class SelectPath(ValueGroupPath):
         C = q.size(2) - self.cfg.kv_tail
         if not cache.fresh:  # what follows a prompt stays whole, and reads the prompt as stored
             return self.decode(x, q, k, v, cache, n_pad)
+        cache.keep_all = self.keep_all
         if C <= 0:  # there is no context
             cache.append(NewTokens(k, v, n_pad))
             return attend(q, k, v, n_pad)
-        cache.keep_all = self.keep_all
         z = cache.basis.encode(v[:, :, :C])
         seen = SeenLayer(self, x, q, k, v, z, cache)
         if self.cfg.prefill == "exact":

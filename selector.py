@@ -450,8 +450,10 @@ class SelectPath(ValueGroupPath):
         if self.selector.replayed is None:
             return attend(q, k, v, pad)
         selection, C = self.selector.replayed
-        z = self.maps().encode(v[:, :, :C])
-        return self._masked(q, k, v, z, *selection.layer(self.index), pad)
+        maps = self.maps()
+        keep, mask = selection.layer(self.index)
+        routed = maps.decode(maps.encode(v[:, :, :C]) * expand_mask(mask, self.D))
+        return self._masked(q, k, v, routed, keep, pad)
 
     def prefill(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         C = q.size(2) - self.cfg.kv_tail
@@ -491,7 +493,9 @@ class SelectPath(ValueGroupPath):
         self.store(seen, state.selection, n_pad, first if shared else None)
         if first is None:
             state.seen.append(seen.cache)
-        y = self._masked(seen.q, seen.k, seen.v, seen.z, *state.selection.layer(0), n_pad)
+        keep, mask = state.selection.layer(0)
+        routed = seen.cache.basis.decode(seen.z * expand_mask(mask, self.D))
+        y = self._masked(seen.q, seen.k, seen.v, routed, keep, n_pad)
         if self.index == s.L - 1:
             state.reset()  # the prompt is done
         return y
@@ -534,17 +538,16 @@ class SelectPath(ValueGroupPath):
         region_pad = None if n_pad is None else (pad - C).clamp_min(0)
         cache.append(NewTokens(seen.k[:, :, C:], seen.v[:, :, C:], region_pad))
 
-    def _masked(self, q, k, v, z: Tensor, keep: Tensor, mask: Tensor, pad) -> Tensor:
-        """Attend, full-size and differentiable, to routed values of the context, z (B, Hkv, C, D)
-        encoded, and whole ones after it; in an exact prefill context and query region read whole
-        values.
+    def _masked(self, q, k, v, routed: Tensor, keep: Tensor, pad: Tensor | None) -> Tensor:
+        """Attend, full-size and differentiable, to values of the context as they are read, routed
+        (B, Hkv, C, D), and whole ones after it; in an exact prefill context and query region read
+        whole values.
 
-        keep (B, Hm, C), mask (B, Hm, C, S)."""
+        keep (B, Hm, C) bool, the tokens of the context that are there."""
         B, H, T, _ = q.shape
-        C = z.size(2)
+        C = routed.size(2)
         # the first column that reads routed values
         first = min(C + self.cfg.kv_tail, T) if self.cfg.prefill == "exact" else 0
-        routed = self.maps().decode(z * expand_mask(mask, self.D))
         read = torch.cat((routed, v[:, :, C:]), 2)
         there = torch.cat((keep, keep.new_ones(B, keep.size(1), T - C)), -1)
         there = there.expand(-1, self.Hkv, -1).repeat_interleave(H // self.Hkv, 1)

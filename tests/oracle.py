@@ -18,11 +18,14 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
+from baselines.shared_heads import ReaderLayer, SourceLayer
 from kv_router import ValueGroupPath
+from mixsga import GroupedHeads
 from model import DensePath, Transformer
 from selector import SelectPath
 
@@ -299,6 +302,251 @@ class GroupSettings:
         return self.decode(out)
 
 
+class Selected(Store):
+    """A context of which some is kept, packed once, and everything after it whole. `kept` of a
+    prompt: keep (Hkv, C) bool and mask (Hkv, C, S), bool or levels; None where it has no context.
+    In integers the first tokens of the context are whole, too."""
+
+    def __init__(self, s: SelectSettings):
+        super().__init__()
+        self.s = s
+        self.context: list[tuple] = []
+        self.n_context = 0  # tokens of it, dropped ones included, that are not whole
+
+    def read(self, row: Row) -> list[tuple]:
+        return self.context + super().read(row)
+
+    def prefill(self, row: Row, qs: list, tokens: list[tuple], first: bool, kept) -> list:
+        if not first or kept is None:
+            return super().prefill(row, qs, tokens, first, kept)
+        keep, mask = kept
+        C = keep.shape[1]
+        whole = [(k, v, None) for k, v, _ in tokens]
+        out = []
+        for i, q in enumerate(qs):
+            read = whole[: i + 1]
+            if self.s.routed_prefill:
+                for t in range(min(i + 1, C)):
+                    there = keep[:, t] if t < i else None  # a token reads itself
+                    read[t] = (tokens[t][0], self.s.value(tokens[t][1], mask[:, t]), there)
+            out.append(attend(q, read))
+        sinks = min(self.s.sinks, C)
+        self.context = self.s.stored(tokens[sinks:C], keep[:, sinks:], mask[:, sinks:])
+        self.n_context = C - sinks
+        self.tokens = tokens[:sinks] + tokens[C:]
+        return out
+
+    def can_truncate(self, n: int) -> bool:
+        there = self.n_context + len(self.tokens)
+        return n >= min(there, self.n_context + self.s.sinks) or not self.n_context
+
+    def truncate(self, n: int) -> None:
+        super().truncate(max(0, n - self.n_context))
+
+
+class SelectSettings:
+    """How a selected context is stored."""
+
+    def __init__(self, cfg, enc, dec, gain: np.ndarray):
+        self.enc = enc
+        self.dec = dec
+        self.gain = gain  # (Hkv, D) float32
+        self.S = cfg.n_groups
+        self.ints = (cfg.key_bits, cfg.value_bits) if cfg.key_bits < 16 else None
+        self.key_block = cfg.key_block
+        self.sinks = cfg.kv_sinks if self.ints else 0
+        self.routed_prefill = cfg.prefill == "routed"
+
+    def value(self, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """What is read of one token's value (Hkv, D), of which mask (Hkv, S) is kept."""
+        z = v if self.enc is None else np.einsum("hd,hde->he", v, self.enc)
+        out = np.zeros_like(z)
+        for h in range(len(z)):
+            groups = [g for g in range(self.S) if mask[h, g]]
+            if not self.ints:
+                dims = np.arange(len(z[h])).reshape(self.S, -1)[groups].ravel()
+                out[h, dims] = z[h, dims]
+            elif self.ints[1]:
+                out[h] = rounded_value(z[h], groups, self.S, self.ints[1])
+            else:
+                out[h] = levelled_value(z[h], mask[h], self.gain[h])
+        return out if self.dec is None else np.einsum("hd,hde->he", out, self.dec)
+
+    def stored(self, tokens: list[tuple], keep: np.ndarray, mask: np.ndarray) -> list[tuple]:
+        """What is read of a context: the keys that a head keeps share steps block by block."""
+        keys = [k.copy() for k, _, _ in tokens]
+        for h in range(len(keep)):
+            mine = [t for t in range(len(tokens)) if keep[h, t]]
+            while self.ints and mine:
+                block = mine[: self.key_block]
+                mine = mine[self.key_block :]
+                all_of_it = np.stack([keys[t][h] for t in block])
+                for t, key in zip(block, rounded_keys(all_of_it, self.ints[0]), strict=True):
+                    keys[t][h] = key
+        out = []
+        for t, (_, v, _) in enumerate(tokens):
+            out.append((keys[t], self.value(v, mask[:, t]), keep[:, t]))
+        return out
+
+
+class Experts(Store):
+    """Heads that experts average: the newest tokens are whole, of the others what their expert
+    stores. `tokens` are those of the window."""
+
+    def __init__(self, m: MixSettings):
+        super().__init__()
+        self.m = m
+        self.index: list[int] = []  # expert of each token of the window
+        self.parts = [Groups(g) for g in m.groups]
+        self.seen = np.zeros(len(m.sizes))
+        self.n = 0
+
+    def copy(self) -> Experts:
+        out = super().copy()
+        out.index = list(self.index)
+        out.parts = [part.copy() for part in self.parts]
+        return out
+
+    def scores(self, x: np.ndarray) -> np.ndarray:
+        """Scores (E,) of the next token, relative to their mean so far, which begins with 32
+        zeros."""
+        m = self.m
+        if m.router is not None:
+            weight, bias, offset = m.router
+            raw = weight @ x + bias
+            self.seen = self.seen + raw
+            out = raw - self.seen / (self.n + 33) + offset
+        elif m.noise is not None:
+            out = m.noise[self.n]
+        else:
+            out = np.zeros(1)
+        self.n += 1
+        return np.where([not ratio for ratio in m.ratios], -np.inf, out)
+
+    def chosen(self, scores: list[np.ndarray]) -> list[int]:
+        """Every token's expert: each expert takes its share of the rest, its best."""
+        index = [len(self.m.sizes) - 1] * len(scores)
+        rest = list(range(len(scores)))
+        for e, ratio in enumerate(self.m.ratios[:-1]):
+            rest.sort(key=lambda t: (-scores[t][e], t))
+            share = math.ceil(ratio * len(scores))
+            for t in rest[:share]:
+                index[t] = e
+            rest = sorted(rest[share:])
+        return index
+
+    def averaged(self, e: int, token: tuple) -> tuple:
+        """A token with the heads that expert e stores."""
+        size = self.m.sizes[e]
+        k, v = (t.reshape(-1, size, t.shape[-1]).mean(1) for t in token[:2])
+        return k, v, token[2]
+
+    def spread(self, e: int, read: tuple) -> tuple:
+        """What is read of an expert's token, on all heads."""
+        size = self.m.sizes[e]
+        return np.repeat(read[0], size, 0), np.repeat(read[1], size, 0), None
+
+    def read(self, row: Row) -> list[tuple]:
+        out = super().read(row)
+        for e, part in enumerate(self.parts):
+            out += [self.spread(e, token) for token in part.read(row)]
+        return out
+
+    def join(self, tokens: list[tuple], index: list[int]) -> None:
+        """Put tokens into the window; what leaves it joins its expert."""
+        self.tokens = self.tokens + tokens
+        self.index = self.index + index
+        while len(self.tokens) > self.m.window:
+            e = self.index[0]
+            self.parts[e].take([self.averaged(e, self.tokens[0])])
+            self.tokens = self.tokens[1:]
+            self.index = self.index[1:]
+
+    def step(self, row: Row, q: np.ndarray, token: tuple) -> np.ndarray:
+        self.join([token], [int(np.argmax(self.scores(token[2])))])
+        return attend(q, self.read(row))
+
+    def prefill(self, row: Row, qs: list, tokens: list[tuple], first: bool, kept) -> list:
+        if not first:
+            return super().prefill(row, qs, tokens, first, kept)
+        index = self.chosen([self.scores(x) for _, _, x in tokens])
+        whole = [(k, v, None) for k, v, _ in tokens]
+        routed = []
+        for e, token in zip(index, tokens, strict=True):
+            k, v, x = self.averaged(e, token)
+            g = self.m.as_numbers[e]
+            routed.append(self.spread(e, (k, g.value(v, x))))
+        out = []
+        for i, q in enumerate(qs):
+            a = max(0, i + 1 - self.m.window)
+            out.append(attend(q, routed[:a] + whole[a : i + 1]))
+        self.join(tokens, index)
+        return out
+
+    def can_truncate(self, n: int) -> bool:
+        if n >= self.n or n == 0:
+            return True
+        left = self.n - len(self.tokens)
+        if len(self.parts) > 1:
+            return self.m.router is None and n >= left
+        return self.parts[0].can_truncate(n)
+
+    def truncate(self, n: int) -> None:
+        left = self.n - len(self.tokens)
+        if n < left:  # all of it, or there is one expert
+            for part in self.parts:
+                part.truncate(n)
+        if n == 0:
+            self.seen = np.zeros(len(self.m.sizes))
+        self.tokens = self.tokens[: max(0, n - left)]
+        self.index = self.index[: max(0, n - left)]
+        self.n = min(self.n, n)
+
+
+class MixSettings:
+    """Experts of a layer: their sizes and shares, who takes a token, how each stores."""
+
+    def __init__(self, path: GroupedHeads):
+        self.sizes = path.sizes
+        self.ratios = path.ratios
+        self.window = path.window
+        self.router = None
+        self.noise = None
+        if path.router is not None:
+            tensors = (path.router.weight, path.router.bias, path.offset)
+            self.router = tuple(array(t) for t in tensors)
+        elif len(path.sizes) > 1:
+            self.noise = array(path.noise)
+        heads = [path.Hkv // size for size in path.sizes]
+        stored_as = path.stored_as
+        self.groups = [GroupSettings(stored_as, h, path.D, path.k) for h in heads]
+        # a prompt reads what experts would store, without integers
+        as_numbers = replace(stored_as, key_bits=16, value_bits=16)
+        self.as_numbers = [GroupSettings(as_numbers, h, path.D, path.k) for h in heads]
+
+
+class Reader(Store):
+    """A layer that reads the keys and values of another, but its own of the newest tokens."""
+
+    def __init__(self, below: int, window: int):
+        super().__init__()
+        self.below = below
+        self.window = window
+        self.left = 0  # tokens that have left the window
+
+    def take(self, tokens: list[tuple]) -> None:
+        super().take(tokens)
+        self.left = max(self.left, len(self.tokens) - self.window)
+
+    def read(self, row: Row) -> list[tuple]:
+        far = [(k, v, None) for k, v, _ in row.layers[self.below].tokens[: self.left]]
+        return far + super().read(row)[self.left :]
+
+    def truncate(self, n: int) -> None:
+        super().truncate(n)
+        self.left = min(self.left, n)
+
+
 class Oracle:
     """A model's weights in numpy, and for each of its layers an empty Store.
 
@@ -316,10 +564,16 @@ class Oracle:
     def store(self, path: nn.Module, folded: bool) -> Store:
         """An empty Store of the kind that this path keeps."""
         if isinstance(path, SelectPath):
-            raise NotImplementedError
+            enc, dec = maps(path, folded)
+            gain = path.selector.rms[path.index].float().numpy()
+            return Selected(SelectSettings(path.selector.stored, enc, dec, gain))
         if isinstance(path, ValueGroupPath):
             return Groups(group_settings(path, folded))
-        assert isinstance(path, DensePath)
+        if isinstance(path, GroupedHeads):
+            return Experts(MixSettings(path))
+        if isinstance(path, ReaderLayer):
+            return Reader(path.below, path.window)
+        assert isinstance(path, DensePath | SourceLayer)
         return Store()
 
     def block(self, i: int, x: np.ndarray, position: int) -> tuple:
@@ -351,13 +605,18 @@ class Oracle:
         return self.head @ rms_norm(x, self.norm, self.cfg.norm_eps)
 
 
+def maps(path: ValueGroupPath, folded: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The maps of a value into the coordinates that are stored, and back."""
+    enc, dec = (array(t) for t in path.basis())
+    if not path.keep_all:
+        return enc, dec
+    # values are taken as they come: in the basis only where W_v holds it
+    return (np.linalg.inv(dec), dec) if folded else (None, None)
+
+
 def group_settings(path: ValueGroupPath, folded: bool) -> GroupSettings:
     """Read the parameters of a path that is not folded yet."""
-    enc, dec = (array(t) for t in path.basis())
-    if path.k == path.S:
-        # values are taken as they come: in the basis only where W_v holds it
-        enc = np.linalg.inv(dec) if folded else None
-        dec = dec if folded else None
+    enc, dec = maps(path, folded)
     router = None
     if path.router is not None:
         router = (array(path.router.weight), array(path.router.bias))

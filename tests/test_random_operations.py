@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,9 +20,15 @@ from helpers import perturb_basis, randomise, tokens
 from oracle import Oracle, Row
 
 import kv_router
-from config import KVConfig, ModelConfig
+import mixsga
+import selector
+from baselines import shared_heads
+from config import KVConfig, MixConfig, ModelConfig, SelectConfig
 from model import Transformer
-from storage.cache import KVCache
+from storage.cache import KVCache, PromptState
+from storage.integers.codecs import IntCodec
+from storage.integers.format import Ints
+from storage.packed import FloatCodec, ValueBasis
 
 VOCAB = 23
 CONTEXT = 220
@@ -92,7 +101,144 @@ def value_groups(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
     return grouped(rng, seed, cfg, rng.choice([D for D in (8, 16) if D % S == 0]))
 
 
-KINDS = {"dense": (dense, 4), "value groups": (value_groups, 24)}
+def integers(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
+    D = rng.choice([16, 32])
+    S = rng.choice([2, 4])
+    value_bits = rng.choice([bits for bits in (2, 3, 4, 8) if fills_bytes(D // S, bits)])
+    cfg = dict(
+        n_groups=S,
+        topk_groups=rng.randint(1, S),
+        value_basis=rng.choice(["native", "output"]),
+        learn_basis=rng.random() < 0.2,
+        value_router=rng.choice(["norm", "norm", "static", "linear"]),
+        mask_scope=rng.choice(["head", "layer"]),
+        kv_tail=rng.choice([0, 1, 4]),
+        key_bits=rng.choice([2, 3, 4, 8]),
+        value_bits=value_bits,
+        key_block=rng.choice([16, 16, 32]),
+        kv_sinks=rng.choice([0, 1, 4]),
+    )
+    return grouped(rng, seed, cfg, D)
+
+
+def fills_bytes(n: int, bits: int) -> bool:
+    """Whether a row of n numbers can be stored."""
+    return n * bits % 8 == 0 and (bits != 3 or n % 8 == 0)
+
+
+def selection(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
+    """Every way to spend a budget; keys are rounded to the nearest."""
+    model = random_model(rng, seed, 16, (1, 2, 3))
+    S = rng.choice([2, 4])
+    kv = dict(
+        n_groups=S,
+        value_basis=rng.choice(["native", "output"]),
+        mask_scope=rng.choice(["shared", "layer", "head"]),
+        prefill=rng.choice(["exact", "routed"]),
+        kv_tail=rng.choice([1, 3, 5]),
+    )
+    share = rng.choice([0.2, 0.5, 0.9])
+    budget = rng.choice(
+        [
+            dict(kv_keep=share),
+            dict(token_keep=share, value_keep=rng.choice([0.4, 0.7, 1.0])),
+            dict(token_keep=share, value_keep=0.5, fixed_k=True),
+            dict(kv_bytes=share),
+            dict(kv_bytes=share),
+            dict(kv_keep=1.0),
+        ]
+    )
+    allocation = rng.choice(["head", "layer", "global"])
+    if rng.random() < 0.4 or "kv_bytes" in budget:
+        kv |= dict(prefill="exact", kv_sinks=rng.choice([0, 2, 4]))
+        if kv["mask_scope"] == "shared" and "kv_bytes" in budget:
+            kv["mask_scope"] = "head"
+        if rng.random() < 0.7:  # else --kv_bytes picks the bits
+            bits = [4, 8, 0] if "kv_bytes" in budget else [4, 8]
+            kv |= dict(key_bits=rng.choice([3, 4, 8]), value_bits=rng.choice(bits), key_block=16)
+    if kv["prefill"] == "routed" and kv["mask_scope"] != "shared" and allocation == "global":
+        allocation = "layer"
+    cfg = SelectConfig(
+        **budget,
+        relevance=rng.choice(["observed", "future", "uniform"]),
+        allocation=allocation,
+        sinks=rng.choice([0, 2]),
+        key_rounding="nearest",
+    )
+    kv = KVConfig(kv="select", **kv, kv_layers=some_layers(rng, model.cfg.n_layer))
+    selector.attach(model, kv, cfg, [tokens(2, 40, seed=seed, vocab=VOCAB)], seed)
+    model.selector.record = True
+    fold = rng.random() < 0.5
+    oracle = Oracle(model, fold)
+    return kv_router.fold(model) if fold else model, oracle
+
+
+def experts(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
+    model = random_model(rng, seed, 16, (2, 4))
+    every = [1, 2] if model.cfg.n_kv_head == 2 else [1, 2, 4]
+    sizes = sorted(rng.sample(every, rng.randint(2, len(every))))
+    ratios = [str(rng.randint(0, 3)) for _ in sizes[1:]] + [str(rng.randint(1, 3))]
+    S = rng.choice([2, 4])
+    mix = MixConfig(
+        group_sizes=",".join(map(str, sizes)),
+        expert_ratios=":".join(ratios),
+        expert_router=rng.choice(["learned", "learned", "random"]),
+        expert_groups=rng.choice([0, 0, rng.randint(1, S)]),
+    )
+    kv = KVConfig(kv="mixsga", kv_tail=rng.choice([0, 1, 4]), n_groups=S)
+    shared_heads.attach(model, kv, mix)
+    for path in mixsga.experts(model):
+        if path.router is not None:
+            randomise(path.router, 0.5)
+            randomise(path, 0.5)
+    return shared(rng, model, ints=True)
+
+
+def gqa(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
+    model = random_model(rng, seed, 16, (2, 4))
+    share = rng.choice([0.5, 0.75, 1.0])
+    kv = KVConfig(kv="gqa", kv_tail=rng.choice([0, 1, 4]))
+    shared_heads.attach(model, kv, MixConfig(kv_share=share))
+    return shared(rng, model, ints=True)
+
+
+def cla(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
+    model = random_model(rng, seed, rng.choice([8, 16]), (1, 2, 3))
+    kv = KVConfig(kv="cla", kv_tail=rng.choice([0, 1, 4]))
+    shared_heads.attach(model, kv, MixConfig(kv_share=rng.choice([0.4, 0.5, 0.7])))
+    return shared(rng, model, ints=False)
+
+
+def shared(rng: random.Random, model: Transformer, ints: bool) -> tuple[Transformer, Oracle]:
+    """A model whose paths share, as it will store: some in integers."""
+    model.double().eval()
+    if ints and rng.random() < 0.4:
+        bits = dict(key_bits=rng.choice([2, 4, 8]), value_bits=rng.choice([2, 4, 8]))
+        model.stored_in = ExitStack()  # for as long as the model lives
+        model.stored_in.enter_context(mixsga.stored_in(model, **bits, key_block=16))
+    return model, Oracle(model)
+
+
+class Kind(NamedTuple):
+    """A way to store."""
+
+    make: Callable  # (rng, seed) -> model, oracle
+    sessions: int
+    first: tuple[int, ...] = (1, 1, 2, 3, 4, 6, 9, 13)  # lengths of a first prompt
+    pieces: tuple[int, ...] = (1, 1, 2, 3, 4, 6, 9, 13)  # lengths of what follows
+    whole_prompts: bool = False  # whether a prompt is one prefill
+
+
+LONG = (1, 5, 12, 19, 26)
+KINDS = {
+    "dense": Kind(dense, 4),
+    "value groups": Kind(value_groups, 22),
+    "integers": Kind(integers, 12, LONG, LONG),
+    "selection": Kind(selection, 16, (1, 3, 12, 22, 31, 40), (1, 2, 4), whole_prompts=True),
+    "mixsga": Kind(experts, 12, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
+    "gqa": Kind(gqa, 6, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
+    "cla": Kind(cla, 6, (1, 2, 9, 23), (1, 2, 5), whole_prompts=True),
+}
 
 
 class Failed(Exception):
@@ -115,8 +261,9 @@ class Session:
     MOST_ROWS = 5
 
     def __init__(self, kind: str, seed: int, folder):
+        self.kind = KINDS[kind]
         self.rng = random.Random(f"{kind} {seed}")
-        self.model, self.oracle = KINDS[kind][0](self.rng, seed)
+        self.model, self.oracle = self.kind.make(self.rng, seed)
         self.path = folder / "cache.safetensors"
         self.done: list[str] = []
         self.counted = Counter()
@@ -153,33 +300,70 @@ class Session:
 
     # ---- operations
 
-    def prompt(self, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Columns for these rows, and their padding: some row may get nothing."""
+    def prompt(self, rows: list[Row], first: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Columns for these rows, and their padding: some row may get nothing, but for a prompt
+        that is one prefill."""
         B = len(rows)
-        T = self.rng.choice([1, 1, 2, 3, 4, 6, 9, 13])
+        T = self.rng.choice(self.kind.first if first else self.kind.pieces)
+        most = T - 1 if first and self.kind.whole_prompts else T
         n_pad = None
         if B > 1 and self.rng.random() < 0.7:
-            n_pad = [self.rng.randint(0, T) for _ in range(B)]
+            n_pad = [self.rng.randint(0, most) for _ in range(B)]
             n_pad[self.rng.randrange(B)] = 0
         elif self.rng.random() < 0.3:
             n_pad = [self.rng.randint(0, T - 1)] * B
         return self.ids(B, T), None if n_pad is None else torch.tensor(n_pad)
 
     def read(self, cache: KVCache, rows: list[Row]) -> None:
-        """Prefill, and compare the logits of every column."""
-        idx, n_pad = self.prompt(rows)
+        """Prefill, now and then after one that failed, and compare the logits of every column."""
+        first = cache.layers[0].fresh
+        idx, n_pad = self.prompt(rows, first)
+        T = idx.size(1)
         pads = [0] * len(rows) if n_pad is None else n_pad.tolist()
-        self.note(f"prefill(T={idx.size(1)}, n_pad={pads if n_pad is not None else None})")
+        if self.rng.random() < 0.15:
+            self.read_and_fail(cache, idx, n_pad)
+        self.note(f"prefill(T={T}, n_pad={pads if n_pad is not None else None})")
         last_only = self.rng.random() < 0.3
         with torch.no_grad():
             got = self.model.prefill(idx, cache, n_pad, last_only=last_only)
         for b, row in enumerate(rows):
-            if pads[b] == idx.size(1):
+            if pads[b] == T:
                 continue
-            want = row.prefill(idx[b, pads[b] :].tolist())
-            self.check_logits(
-                got[b, -1 if last_only else pads[b] :], want[-1:] if last_only else want
+            kept = self.kept(b, pads[b], T) if first else None
+            want = row.prefill(idx[b, pads[b] :].tolist(), first, kept)
+            if last_only:
+                self.check_logits(got[b, -1:], want[-1:])
+            else:
+                self.check_logits(got[b, pads[b] :], want)
+
+    def kept(self, b: int, pad: int, T: int) -> list | None:
+        """What the selector has just chosen of row b, for every layer."""
+        s = selector.selector_of(self.model)
+        if s is None or s.kv.kv_tail >= T:
+            return None
+        out: list = [None] * self.model.cfg.n_layer
+        for i, layer in enumerate(s.kv.layers(self.model.cfg.n_layer)):
+            keep, mask = (
+                t[b].expand(self.model.cfg.n_kv_head, *t.shape[2:]) for t in s.chosen.layer(i)
             )
+            mask = mask * keep.unsqueeze(-1)
+            out[layer] = (keep[:, pad:].numpy(), mask[:, pad:].numpy())
+        return out
+
+    def read_and_fail(self, cache: KVCache, idx: torch.Tensor, n_pad: torch.Tensor | None) -> None:
+        """A prefill that fails in some layer, and leaves everything as it was."""
+        i = self.rng.randrange(len(self.model.layers))
+        self.note(f"prefill(T={idx.size(1)}) that fails in layer {i}")
+
+        def fail(module, args):
+            raise Failed
+
+        hook = self.model.layers[i].mlp.register_forward_pre_hook(fail)
+        try:
+            with pytest.raises(Failed), torch.no_grad():
+                self.model.prefill(idx, cache, n_pad)
+        finally:
+            hook.remove()
 
     def prefill(self) -> None:
         self.read(self.cache, self.rows)
@@ -204,7 +388,7 @@ class Session:
         if len(self.rows) >= self.MOST_ROWS:
             return self.select()
         other, rows = self.new(self.rng.choice([1, 1, 2]))
-        for _ in range(self.rng.choice([0, 1, 1, 2])):
+        for _ in range(self.rng.choice([1, 1, 2] if self.kind.whole_prompts else [0, 1, 1, 2])):
             self.read(other, rows)
         first = self.rng.random() < 0.5
         self.note(f"cat, the other {'first' if first else 'last'}")
@@ -243,20 +427,7 @@ class Session:
         self.cache = KVCache.load(self.path, self.model)
 
     def fail(self) -> None:
-        """A prefill that fails in some layer leaves everything as it was."""
-        i = self.rng.randrange(len(self.model.layers))
-        idx, n_pad = self.prompt(self.rows)
-        self.note(f"prefill that fails in layer {i}")
-
-        def fail(module, args):
-            raise Failed
-
-        hook = self.model.layers[i].mlp.register_forward_pre_hook(fail)
-        try:
-            with pytest.raises(Failed), torch.no_grad():
-                self.model.prefill(idx, self.cache, n_pad)
-        finally:
-            hook.remove()
+        self.read_and_fail(self.cache, *self.prompt(self.rows, self.cache.layers[0].fresh))
 
     def reserve(self) -> None:
         n = self.rng.randint(1, 20)
@@ -286,6 +457,9 @@ class Session:
         self.read(self.cache, self.rows)
 
 
+NOT_HELD = (ValueBasis, FloatCodec, IntCodec, Ints, PromptState)  # what is the model's, or views
+
+
 def bytes_held(cache: KVCache) -> int:
     """Bytes of all tensors that a cache's layers hold, wherever they are held; not what they share
     with the model: the maps of a basis, what a codec divides by."""
@@ -296,6 +470,8 @@ def bytes_held(cache: KVCache) -> int:
         if id(thing) in seen:
             return
         seen.add(id(thing))
+        if isinstance(thing, NOT_HELD):
+            return
         if torch.is_tensor(thing):
             if thing.numel():
                 storage = thing.untyped_storage()
@@ -304,9 +480,8 @@ def bytes_held(cache: KVCache) -> int:
             for part in thing:
                 look(part)
         elif isinstance(thing, dict):
-            for name, part in thing.items():
-                if name not in ("basis", "codec", "ints", "prompt"):
-                    look(part)
+            for part in thing.values():
+                look(part)
         elif hasattr(thing, "__dict__"):
             look(vars(thing))
 
@@ -320,7 +495,7 @@ def test_any_operations_agree_with_the_oracle(kind, tmp_path):
     """Random sessions of every way to store: after each operation every row's logits are those of
     the equations, token by token."""
     counted = Counter()
-    for seed in range(KINDS[kind][1]):
+    for seed in range(KINDS[kind].sessions):
         session = None
         try:
             session = Session(kind, seed, tmp_path)

@@ -119,11 +119,13 @@ def attend(S, K, key_bits, value_bits, D, dtype: torch.dtype, T: int = 1, **more
     kernels.packed_attention(q, packed, window, impl="triton", chunk=64)
 
 
-def append_tokens(bits: int, **how: torch.Tensor) -> None:
-    """Compile the append to a packed cache of these bits."""
+def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:
+    """Compile the append to a packed cache of these bits, whose heads may share a mask."""
     packed, window = views(4, 2, bits, bits, 64, torch.bfloat16)
     k, v = torch.randn(2, 2, 2, 1, 64).bfloat16()
-    window_bits = torch.zeros(2, 2, window.k.size(2), dtype=mask_dtype(4))
+    Hm = 1 if shared else 2
+    packed = packed._replace(mask_base=packed.mask_base[:, :Hm])
+    window_bits = torch.zeros(2, Hm, window.k.size(2), dtype=mask_dtype(4))
     block = BLOCK if bits < 16 else 1
     counts = (window.first, window.count)
     append.append_packed(packed, window, window_bits, *counts, k, v, WINDOW, block, **how)
@@ -133,6 +135,7 @@ def others() -> None:
     """Compile everything but attention, and attention over several queries and ragged segments."""
     for bits in (4, 16):
         append_tokens(bits)
+        append_tokens(bits, shared=True)
         append_tokens(bits, skip=torch.zeros(2, dtype=torch.int64))
     route = torch.ones(2, 2, 4, dtype=torch.bool)
     append_tokens(16, route=route, enc=torch.randn(2, 64, 64).bfloat16())

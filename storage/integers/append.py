@@ -80,17 +80,17 @@ def _quantise_block_kernel(
         channel = p * KEY_BYTES + c
         x = tl.load(window_k_ptr + slot[:, None] * D + channel[None, :]).to(tl.float32)
         step, middle = _scale(tl.min(x, 0), tl.max(x, 0), KEY)
-        to = key_scale_ptr + token // BLOCK * 2 * D + channel
-        tl.store(to, step)
-        tl.store(to + D, middle)
+        scales = key_scale_ptr + token // BLOCK * 2 * D + channel
+        tl.store(scales, step)
+        tl.store(scales + D, middle)
         byte |= _codes(x, step[None, :], middle[None, :], KEY) << (KEY * p)
     tl.store(keys_ptr + (token + i)[:, None] * KEY_BYTES + c[None, :], byte.to(tl.uint8))
 
     mask_seg = b if SHARED else seg
     word = tl.load(window_bits_ptr + mask_seg * W + (n_packed + i) % W).to(tl.int64)
     if SHARED == 0 or h == 0:
-        to = bits_ptr + tl.load(mask_base_ptr + mask_seg) + n_packed + i
-        tl.store(to, word.to(bits_ptr.dtype.element_ty))
+        masks = bits_ptr + tl.load(mask_base_ptr + mask_seg) + n_packed + i
+        tl.store(masks, word.to(bits_ptr.dtype.element_ty))
 
     # Values: a step and a middle per token, for what it keeps. Byte c is of group c // ROW_BYTES.
     c = tl.arange(0, VALUE_BYTES)

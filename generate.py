@@ -163,8 +163,8 @@ def check_request(
     high = max(map(max, prompts))
     if low < 0 or high >= model.cfg.vocab_size:
         raise ValueError(
-            f"token ids {low}..{high} in a prompt: the vocabulary has 0..{model.cfg.vocab_size - 1}; "
-            "use the model's own tokenizer"
+            f"token ids {low}..{high} in a prompt: "
+            f"the vocabulary has 0..{model.cfg.vocab_size - 1}; use the model's own tokenizer"
         )
     fine = flags["temperature"] >= 0 and flags["top_k"] >= 0 and 0 < flags["top_p"] <= 1
     if max_new_tokens < 1 or not fine or flags["prefill_tokens"] < 0:

@@ -35,8 +35,9 @@ from kernels import attend_view
 from mixsga import GroupedHeads, SharingPath, experts, window_mask
 from model import attention_mask
 from storage.cache import DenseCache, KVCache, NewTokens
-from storage.experts import ExpertCache, WindowCache
+from storage.experts import ExpertCache
 from storage.layout import WindowView, at_least_float32, cdiv
+from storage.packed import WindowCache
 
 # -------------------- shares of heads and of layers
 
@@ -130,7 +131,7 @@ class ReaderLayer(SharingPath):
         cache.append(NewTokens(k, v, n_pad))
         source = cache.prompt.layers[self.below]
         T = q.size(2)
-        far = [source.k[:, :, :T], source.v[:, :, :T]]
+        far = [source.window_k[:, :, :T], source.window_v[:, :, :T]]
         if n_pad is not None:  # the cache has no padding, the columns of q have
             slot = (torch.arange(T, device=q.device) - n_pad[:, None]).clamp_min(0)
             far = [t.take_along_dim(slot[:, None, :, None], 2) for t in far]
@@ -139,7 +140,8 @@ class ReaderLayer(SharingPath):
     def decode(self, x, q, k, v, cache: WindowCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad))
         source = cache.prompt.layers[self.below]
-        far = WindowView(source.k, source.v, None, cache.n_left)  # what has left the own window
+        # what has left the own window
+        far = WindowView(source.window_k, source.window_v, None, cache.n_packed)
         return attend_view(q, cache.view()._replace(sinks=far))[0]
 
 

@@ -146,8 +146,9 @@ class LayerCacheBase:
     GROWS: tuple[str, ...] = ()
     RING: tuple[str, ...] = ()
     owners: dict[str, str]
-    fresh = True
-    room = 0
+    batch: int  # sequences held
+    fresh = True  # nothing has been appended yet
+    room = 0  # tokens that fit before it has to grow
     prompt: PromptState | None = None  # what the layers of one KVCache share while a prompt is read
 
     # a subclass says how the flat tensors are cut into segments, and what must agree to be joined
@@ -157,25 +158,16 @@ class LayerCacheBase:
         raise KeyError(owner)
 
     def set_bases(self) -> None:
-        """Work out anew every tensor whose owner is "base"."""
+        """Work out anew what follows from the other tensors: how many sequences there are, and, in
+        a subclass, every tensor whose owner is "base"."""
+        first = next(name for name, owner in self.owners.items() if owner == "sequence")
+        self.batch = len(getattr(self, first))
 
     def settings(self) -> dict[str, Any]:
         """Return how it stores, by name: what two caches must share to be joined or loaded."""
         return {"kind": type(self).__name__}
 
     # the rest follows
-
-    @property
-    def batch(self) -> int:
-        """Sequences held."""
-        return self.lengths.size(0)
-
-    def take_room(self, n_tokens: int) -> None:
-        """Note that n_tokens more are appended, after making room where there is none."""
-        if n_tokens > self.room:
-            self.reserve(n_tokens)
-        self.room -= n_tokens
-        self.fresh = False
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.owners}
@@ -257,7 +249,7 @@ class LayerCacheBase:
         for name, owner in self.owners.items():
             if owner in ("sequence", "base"):
                 continue
-            base, count = self.segments(owner)
+            count = self.segments(owner)[1]
             t = getattr(self, name)
             fits = len(t) == int(count.sum()) or not len(t)
             check(fits, f"{name} of {len(t)} slots", f"{int(count.sum())}", "save it again")
@@ -312,64 +304,80 @@ def write_ring(ring: Tensor, new: Tensor, at: Tensor, n_pad: Tensor | None) -> N
 
 
 class DenseCache(LayerCacheBase):
-    """One layer's keys and values, whole, each sequence from slot 0 on.
+    """One layer's keys and values, whole, each sequence from slot 0 on: a window that gives nothing
+    up.
 
-    k, v     (B, Hkv, max_len, D)
-    lengths  (B,) int64"""
+    window_k, window_v  (B, Hkv, W, D), W = max_len
+    n_window            (B,) int64 tokens of each sequence"""
 
-    GROWS = ("k", "v")
+    GROWS = ("window_k", "window_v")
 
     def __init__(self, batch: int, max_len: int, n_kv_head: int, head_dim: int, like: Tensor):
-        self.owners = {"k": "sequence", "v": "sequence", "lengths": "sequence"}
-        self.k = like.new_zeros(batch, n_kv_head, max_len, head_dim)
-        self.v = torch.zeros_like(self.k)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.owners = dict.fromkeys(("window_k", "window_v", "n_window"), "sequence")
+        self.dtype = like.dtype
+        self.window_k = like.new_zeros(batch, n_kv_head, max_len, head_dim)
+        self.window_v = torch.zeros_like(self.window_k)
+        self.n_window = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.batch = batch
         self.room = max_len
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, (B,) int64."""
+        return self.n_window
+
     def settings(self) -> dict[str, Any]:
-        return {
-            **super().settings(),
-            "shape": tuple(self.k.shape[1::2]),
-            "dtype": str(self.k.dtype),
-        }
+        shape = tuple(self.window_k.shape[1::2])
+        return {**super().settings(), "shape": shape, "dtype": str(self.dtype)}
 
     def reserve(self, n_tokens: int) -> None:
         """Raise ValueError where n_tokens more do not fit: a dense cache does not grow."""
-        longest = int(self.lengths.max()) if self.batch else 0
-        if longest + n_tokens > self.k.size(2):
+        longest = int(self.n_window.max()) if self.batch else 0
+        W = self.window_k.size(2)
+        if longest + n_tokens > W:
             raise ValueError(
-                f"KV cache of {self.k.size(2)} tokens cannot take {longest + n_tokens}: "
+                f"KV cache of {W} tokens cannot take {longest + n_tokens}: "
                 "ask new_cache for a larger max_len"
             )
-        self.room = self.k.size(2) - longest
+        self.room = W - longest
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
         T = new.k.size(2)
-        fresh = self.fresh
-        self.take_room(T)
-        if T == 1 and new.n_pad is None:
-            append_window(self.view().window, new.k.to(self.k.dtype), new.v.to(self.v.dtype))
-            return
-        if fresh and new.n_pad is None:
-            self.k[:, :, :T] = new.k
-            self.v[:, :, :T] = new.v
+        if self.room < T:
+            self.reserve(T)
+        self.room -= T
+        if T == 1 and new.n_pad is None and new.k.is_cuda:
+            window = WindowView(self.window_k, self.window_v, None, self.n_window)
+            append_window(window, new.k.to(self.dtype), new.v.to(self.dtype))
         else:
-            write_ring(self.k, new.k, self.lengths, new.n_pad)
-            write_ring(self.v, new.v, self.lengths, new.n_pad)
-        self.lengths += T if new.n_pad is None else T - new.n_pad
+            self._write(new)
+        self.fresh = False
+
+    def _write(self, new: NewTokens) -> None:
+        """Put T tokens after those that each sequence has."""
+        T = new.k.size(2)
+        if self.fresh and new.n_pad is None:  # one slice, where all begin at slot 0
+            self.window_k[:, :, :T] = new.k
+            self.window_v[:, :, :T] = new.v
+        else:
+            write_ring(self.window_k, new.k, self.n_window, new.n_pad)
+            write_ring(self.window_v, new.v, self.n_window, new.n_pad)
+        self.n_window += T if new.n_pad is None else T - new.n_pad
 
     def view(self) -> CacheView:
-        return CacheView((), WindowView(self.k, self.v, None, self.lengths), None)
+        window = WindowView(self.window_k, self.window_v, None, self.n_window)
+        return CacheView((), window, None)
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         check_truncation(n_tokens)
-        self.lengths = self.lengths.clamp_max(torch.as_tensor(n_tokens, device=self.k.device))
+        n = torch.as_tensor(n_tokens, device=self.n_window.device)
+        self.n_window = self.n_window.minimum(n)
         self.room = 0
 
     def check_counts(self) -> None:
         super().check_counts()
-        check_range(self.lengths, self.k.size(2), "lengths")
+        check_range(self.n_window, self.window_k.size(2), "n_window")
 
 
 def check_truncation(n_tokens: int | Tensor) -> None:

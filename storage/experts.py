@@ -24,13 +24,11 @@ from torch import Tensor
 from config import check
 from storage.cache import (
     CacheView,
-    LayerCacheBase,
     NewTokens,
-    check_range,
     check_truncation,
 )
-from storage.layout import PackedView, WindowView, at_least_float32
-from storage.packed import PackedCache
+from storage.layout import PackedView, at_least_float32
+from storage.packed import PackedCache, WindowCache
 
 
 def averaged(t: Tensor, size: int) -> Tensor:
@@ -38,100 +36,12 @@ def averaged(t: Tensor, size: int) -> Tensor:
     return t if size == 1 else t.unflatten(1, (-1, size)).mean(2)
 
 
-class WindowCache(LayerCacheBase):
-    """The newest W tokens of every sequence, whole, in a ring: token t lies in slot t modulo W.
-
-    window_k, window_v (B, Hkv, W, D)
-    n_left             (B,) int64 tokens that have left the window
-    n_window           (B,) int64 tokens in it"""
-
-    RING = ("window_k", "window_v")
-
-    def __init__(self, batch: int, window: int, n_kv_head: int, head_dim: int, like: Tensor):
-        names = (*self.RING, "n_left", "n_window")
-        self.owners = dict.fromkeys(names, "sequence")
-        self.fresh = True
-        self.window_k = like.new_zeros(batch, n_kv_head, window, head_dim)
-        self.window_v = torch.zeros_like(self.window_k)
-        self.n_left = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        self.n_window = torch.zeros_like(self.n_left)
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each sequence, (B,) int64."""
-        return self.n_left + self.n_window
-
-    def settings(self) -> dict[str, Any]:
-        _, Hkv, W, D = self.window_k.shape
-        dtype = str(self.window_k.dtype)
-        return {**super().settings(), "shape": (Hkv, D), "dtype": dtype, "kv_tail": W}
-
-    def reserve(self, n_tokens: int) -> None:
-        """Do nothing: a ring does not grow."""
-
-    @torch.no_grad()
-    def push(
-        self, tokens: dict[str, Tensor], n_pad: Tensor | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Put T new tokens, (B, h, T, x) for every ring by name, into the window.
-
-        Returns those that leave for them, oldest first: by name (B, h, n, x), and how many of the n
-        each sequence has, (B,)."""
-        self.fresh = False
-        W = self.window_k.size(2)
-        T = next(iter(tokens.values())).size(2)
-        if n_pad is None:
-            n_pad = torch.zeros_like(self.n_window)
-        count = self.n_window + T - n_pad  # (B,) tokens in the window and new
-        leaves = (count - W).clamp_min(0)
-        number = torch.arange(int(count.max()) if self.batch else 0, device=count.device)
-        # where token `number` of these lies in [ring | new]
-        old = (self.n_left[:, None] + number) % max(W, 1)
-        added = W + n_pad[:, None] + number - self.n_window[:, None]
-        source = torch.where(number < self.n_window[:, None], old, added).clamp_max(W + T - 1)
-        stays = (number >= leaves[:, None]) & (number < count[:, None])
-        b, i = stays.nonzero(as_tuple=True)
-        slot = (self.n_left[b] + i) % max(W, 1)
-        width = int(leaves.max()) if self.batch else 0
-        gone = {}
-        for name, new in tokens.items():
-            ring = getattr(self, name)
-            both = torch.cat((ring, new.to(ring.dtype)), 2)
-            both = both.take_along_dim(source[:, None, :, None], 2)
-            ring[b, :, slot] = both[b, :, i]
-            gone[name] = both[:, :, :width]
-        self.n_left = self.n_left + leaves
-        self.n_window = count - leaves
-        return gone, leaves
-
-    def append(self, new: NewTokens) -> None:
-        self.push({"window_k": new.k, "window_v": new.v}, new.n_pad)
-
-    def view(self) -> CacheView:
-        if not self.window_k.size(2):
-            return CacheView((), None, None)
-        window = WindowView(self.window_k, self.window_v, self.n_left, self.n_window)
-        return CacheView((), window, None)
-
-    def truncate(self, n_tokens: int | Tensor) -> None:
-        """Forget all but the first n_tokens. What has left the window does not come back to it."""
-        check_truncation(n_tokens)
-        n = torch.as_tensor(n_tokens, device=self.n_left.device).minimum(self.lengths)
-        self.n_left = self.n_left.minimum(n)
-        self.n_window = n - self.n_left
-
-    def check_counts(self) -> None:
-        super().check_counts()
-        check_range(self.n_window, self.window_k.size(2), "n_window")
-        check_range(self.n_left, torch.iinfo(torch.int64).max, "n_left")
-
-
 class ExpertCache(WindowCache):
     """One layer's cache: the newest tokens whole, each with its expert to be, and a PackedCache per
     expert, with as many heads as it keeps.
 
     parts         the experts' caches; their tensors are saved as "0.keys", "1.keys" and so on
-    window_index  (B, 1, W, 1) uint8, the expert that each token of the window will join
+    window_index  (B, 1, W) uint8, the expert that each token of the window will join
     seen          (B, E) sums of the router's scores so far; E = 0 where none are learned"""
 
     RING = (*WindowCache.RING, "window_index")
@@ -149,7 +59,8 @@ class ExpertCache(WindowCache):
         super().__init__(batch, window, n_kv_head, head_dim, like)
         self.parts = parts
         self.owners["seen"] = "sequence"
-        self.window_index = self.window_k.new_zeros(batch, 1, window, 1, dtype=torch.uint8)
+        self.owners["window_index"] = "sequence"
+        self.window_index = self.window_k.new_zeros(batch, 1, window, dtype=torch.uint8)
         self.seen = at_least_float32(like).new_zeros(batch, n_scores)
 
     # ---- writing
@@ -157,13 +68,14 @@ class ExpertCache(WindowCache):
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
         """Take T tokens whose experts are new.route (B, T). What leaves the window joins them."""
-        index = new.route[:, None, :, None].byte()
+        index = new.route[:, None].byte()
         tokens = {"window_k": new.k, "window_v": new.v, "window_index": index}
         gone, count = self.push(tokens, new.n_pad)
-        index = gone["window_index"][:, 0, :, 0]  # (B, n)
+        index = gone["window_index"][:, 0]  # (B, n)
         here = torch.arange(index.size(1), device=index.device) < count[:, None]
         for e, part in enumerate(self.parts):
             self._join(part, gone["window_k"], gone["window_v"], here & (index == e))
+        self.fresh = False
 
     def _join(self, part: PackedCache, k: Tensor, v: Tensor, mine: Tensor) -> None:
         """Let an expert store those of the tokens k, v (B, Hkv, n, D) that mine (B, n) marks."""
@@ -190,7 +102,7 @@ class ExpertCache(WindowCache):
         ValueError where a part of what several experts took would be kept, or a part of summed
         scores: neither says which tokens it is made of."""
         check_truncation(n_tokens)
-        left = self.n_left
+        left = self.n_packed
         n = torch.as_tensor(n_tokens, device=left.device).minimum(self.lengths)
         possible = (n == self.lengths) | (n == 0)
         if not self.seen.size(1):
@@ -258,7 +170,7 @@ class ExpertCache(WindowCache):
         check(not sizes, f"experts of {sizes} sequences", f"{self.batch}", "save it again")
         if self.parts:
             stored = torch.stack([part.lengths for part in self.parts]).sum(0)
-            fits = bool((stored == self.n_left).all())
+            fits = bool((stored == self.n_packed).all())
             check(fits, "tokens of the experts", "as many as left the window", "save it again")
 
     def select_sequences(self, rows: Sequence[int]) -> ExpertCache:

@@ -80,11 +80,10 @@ class FloatCodec:
         """Return zeros for n_tokens slots of tokens, with k rows each."""
         return {"keys": like.new_zeros(n_tokens, D), "rows": like.new_zeros(n_tokens * k, D // S)}
 
-    def pack(self, k: Tensor, z: Tensor, mask: Tensor, n_kept: int) -> dict[str, Tensor]:
-        """Return what is written for tokens k, z (B, Hkv, T, D) with n_kept groups of mask
-        (B, Hm, T, S) each: by name (B, Hkv, entries, ...)."""
-        rows = kept_rows(z.unflatten(-1, (mask.size(-1), -1)), mask, n_kept)
-        return {"keys": k, "rows": rows}
+    def pack(self, k: Tensor, z: Tensor, bits: Tensor, S: int, n_kept: int) -> dict[str, Tensor]:
+        """Return what is written for tokens k, z (B, Hkv, T, D) with n_kept of S groups each, by
+        masks bits (B, Hm, T): by name (B, Hkv, entries, ...)."""
+        return {"keys": k, "rows": kept_rows(z.unflatten(-1, (S, -1)), bits, n_kept)}
 
     def ints(self, cache: PackedCache) -> None:
         """Return what turns integers back into numbers: nothing to turn back here."""
@@ -114,12 +113,13 @@ class FloatCodec:
         return {"keys": keys, "rows": rows}, tuple(index)
 
 
-def kept_rows(rows: Tensor, mask: Tensor, n_kept: int) -> Tensor:
-    """Gather the n_kept groups that mask (B, Hm, T, S) keeps of rows (B, Hkv, T, S, x), in
+def kept_rows(rows: Tensor, bits: Tensor, n_kept: int) -> Tensor:
+    """Gather the n_kept groups that masks bits (B, Hm, T) keep of rows (B, Hkv, T, S, x), in
     ascending order: (B, Hkv, T, n_kept, x)."""
-    kept = mask.byte().argsort(dim=-1, descending=True, stable=True)[..., :n_kept]
-    kept = kept.expand(-1, rows.size(1), -1, -1).unsqueeze(-1)
-    return rows.gather(3, kept.expand(-1, -1, -1, -1, rows.size(-1)))
+    group = torch.arange(rows.size(3), device=bits.device)
+    kept = (bits.unsqueeze(-1) >> group & 1).argsort(dim=-1, descending=True, stable=True)
+    kept = kept[..., :n_kept, None].expand(-1, rows.size(1), -1, -1, rows.size(-1))
+    return rows.gather(3, kept)
 
 
 def packed_count(seen: Tensor, window: int, block: int) -> Tensor:
@@ -129,7 +129,123 @@ def packed_count(seen: Tensor, window: int, block: int) -> Tensor:
     return left.clamp_min(0)
 
 
-class PackedCache(LayerCacheBase):
+class WindowCache(LayerCacheBase):
+    """The newest tokens of every sequence, whole, in a ring of W slots: token t lies in slot t
+    modulo W. With W = window + block - 1 it keeps the newest `window` at least, and gives up
+    `block` at a time.
+
+    window_k, window_v  (B, Hkv, W, D)
+    n_packed            (B,) int64 tokens that have left the window
+    n_window            (B,) int64 tokens in it"""
+
+    RING = ("window_k", "window_v")
+
+    def __init__(
+        self, batch: int, window: int, n_kv_head: int, head_dim: int, like: Tensor, block: int = 1
+    ):
+        self.window = window
+        self.block = block
+        self.dtype = like.dtype
+        self.batch = batch
+        self.owners = dict.fromkeys((*WindowCache.RING, "n_packed", "n_window"), "sequence")
+        self.window_k = like.new_zeros(batch, n_kv_head, window + block - 1, head_dim)
+        self.window_v = torch.zeros_like(self.window_k)
+        self.n_packed = torch.zeros(batch, dtype=torch.int64, device=like.device)
+        self.n_window = torch.zeros_like(self.n_packed)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, (B,) int64."""
+        return self.n_packed + self.n_window
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            **super().settings(),
+            "shape": tuple(self.window_k.shape[1::2]),
+            "dtype": str(self.dtype),
+            "kv_tail": self.window,
+            "block": self.block,
+        }
+
+    def reserve(self, n_tokens: int) -> None:
+        """Do nothing: a ring does not grow."""
+
+    @torch.no_grad()
+    def append(self, new: NewTokens) -> None:
+        self.push({"window_k": new.k, "window_v": new.v}, new.n_pad)
+        self.fresh = False
+
+    def push(
+        self, tokens: dict[str, Tensor], n_pad: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Put T new tokens, by ring (B, h, T, ...), into the window.
+
+        Returns those that leave for them, oldest first, by ring (B, h, n, ...), and how many of the
+        n each sequence has, (B,)."""
+        source, count = self._in_order(next(iter(tokens.values())).size(2), n_pad)
+        seen = self.n_packed + count
+        leaves = packed_count(seen, self.window, self.block).maximum(self.n_packed) - self.n_packed
+        number = torch.arange(source.size(1), device=source.device)
+        stays = (number >= leaves[:, None]) & (number < count[:, None])
+        b, i = stays.nonzero(as_tuple=True)
+        slot = (self.n_packed[b] + i) % max(self.window_k.size(2), 1)
+        width = int(leaves.max()) if self.batch else 0
+        gone = {}
+        for name, new in tokens.items():
+            ring = getattr(self, name)
+            both = self._take(ring, new, source)
+            ring[b, :, slot] = both[b, :, i]
+            gone[name] = both[:, :, :width]
+        self.n_packed.copy_(self.n_packed + leaves)
+        self.n_window.copy_(count - leaves)
+        return gone, leaves
+
+    def _in_order(self, T: int, n_pad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return where the tokens of [ring | T new] lie, oldest first and padding left out,
+        (B, width), and how many each sequence has, (B,)."""
+        W = self.window_k.size(2)
+        n_pad = torch.zeros_like(self.n_window) if n_pad is None else n_pad
+        count = self.n_window + T - n_pad
+        number = torch.arange(int(count.max()) if self.batch else 0, device=count.device)
+        old = (self.n_packed[:, None] + number) % max(W, 1)
+        new = W + n_pad[:, None] + number - self.n_window[:, None]
+        source = torch.where(number < self.n_window[:, None], old, new)
+        return source.clamp_max(W + T - 1), count
+
+    def _take(self, ring: Tensor, new: Tensor, source: Tensor) -> Tensor:
+        """Take the tokens source (B, width) of [ring | new], new (B, h, T, ...): (B, h, width,
+        ...)."""
+        both = torch.cat((ring, new.to(ring.dtype)), 2)
+        row = torch.arange(self.batch, device=ring.device)[:, None]
+        return both[row, :, source].transpose(1, 2)
+
+    def view(self) -> CacheView:
+        if not self.window_k.size(2):
+            return CacheView((), None, None)
+        window = WindowView(self.window_k, self.window_v, self.n_packed, self.n_window)
+        return CacheView((), window, None)
+
+    def beside(self, k: Tensor, v: Tensor, n_pad: Tensor | None) -> WindowView:
+        """View the window and T new tokens after it that are not appended yet."""
+        source, count = self._in_order(k.size(2), n_pad)
+        k = self._take(self.window_k, k, source)
+        v = self._take(self.window_v, v, source)
+        return WindowView(k.contiguous(), v.contiguous(), None, count)
+
+    def truncate(self, n_tokens: int | Tensor) -> None:
+        """Forget all but the first n_tokens. What has left the window does not come back to it."""
+        check_truncation(n_tokens)
+        n = torch.as_tensor(n_tokens, device=self.n_packed.device).minimum(self.lengths)
+        self.n_packed = self.n_packed.minimum(n)
+        self.n_window = n - self.n_packed
+
+    def check_counts(self) -> None:
+        super().check_counts()
+        check_range(self.n_window, self.window_k.size(2), "n_window")
+        check_range(self.n_packed, torch.iinfo(torch.int64).max, "n_packed")
+
+
+class PackedCache(WindowCache):
     """One layer's cache of K value groups per token: whole keys, the kept rows, one mask per token,
     and a window of the newest tokens with whole values.
 
@@ -157,7 +273,7 @@ class PackedCache(LayerCacheBase):
     Keys and rows are those of FloatCodec here; IntCodec holds them as bytes, and scales beside
     them. Capacity grows by a quarter when it is passed."""
 
-    RING = ("window_k", "window_v", "window_bits", "sink_k", "sink_v")
+    RING = (*WindowCache.RING, "window_bits", "sink_k", "sink_v")
 
     def __init__(
         self,
@@ -171,26 +287,20 @@ class PackedCache(LayerCacheBase):
         basis: ValueBasis = ValueBasis(),
         codec: Any = None,
     ):
+        super().__init__(batch, cfg.kv_tail, n_kv_head, head_dim, like, cfg.tail_leaves)
         self.Hkv = n_kv_head
         self.D = head_dim
         self.S = cfg.n_groups
         self.k = k
         self.mask_heads = n_kv_head if cfg.mask_scope == "head" else 1
-        self.window = cfg.kv_tail
-        self.block = cfg.tail_leaves
         self.basis = basis
         self.codec = codec or FloatCodec()
         names = ("token_base", "row_base", "mask_base")
-        self.owners = {**self.codec.owners, "bits": "mask", **dict.fromkeys(names, "base")}
-        names = ("n_packed", "n_window", "window_k", "window_v", "window_bits")
-        self.owners |= dict.fromkeys(names, "sequence")
-        self.n_packed = torch.zeros(batch, dtype=torch.int64, device=like.device)
-        self.n_window = torch.zeros_like(self.n_packed)
-        W = self.window + self.block - 1
-        self.window_k = like.new_zeros(batch, n_kv_head, W, head_dim)
-        self.window_v = torch.zeros_like(self.window_k)
+        self.owners |= {**self.codec.owners, "bits": "mask", **dict.fromkeys(names, "base")}
+        W = self.window_k.size(2)
         bits = torch.zeros(batch, self.mask_heads, W, dtype=mask_dtype(self.S), device=like.device)
         self.window_bits = bits
+        self.owners["window_bits"] = "sequence"
         self.sinks_open = self.codec.n_sinks > 0  # whether some sequence may still fill its sinks
         if self.sinks_open:
             self.owners |= dict.fromkeys(("sink_k", "sink_v", "n_sink"), "sequence")
@@ -199,13 +309,10 @@ class PackedCache(LayerCacheBase):
             self.n_sink = torch.zeros_like(self.n_packed)
         self._allocate(max(0, max_len - self.window))
         self.room = self.cap + self.window
+        # whether single tokens are appended by a kernel, on the device alone
+        self.by_kernel = use_triton("auto", like) and self.codec.one_by_one(self)
 
     # ---- what the base asks for
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of whole numbers."""
-        return self.window_k.dtype
 
     @property
     def lengths(self) -> Tensor:
@@ -216,21 +323,12 @@ class PackedCache(LayerCacheBase):
     def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
-            "shape": (self.Hkv, self.D),
-            "dtype": str(self.window_k.dtype),
             "n_groups": self.S,
             "topk_groups": self.k,
             "mask_heads": self.mask_heads,
-            "kv_tail": self.window,
-            "block": self.block,
             "n_sinks": self.codec.n_sinks,
             **self.codec.settings(),
         }
-
-    @property
-    def cap(self) -> int:
-        """Token slots of a segment."""
-        return len(self.bits) // max(1, self.batch * self.mask_heads)
 
     def segments(self, owner: str) -> tuple[Tensor, Tensor]:
         if owner == "mask":
@@ -241,11 +339,14 @@ class PackedCache(LayerCacheBase):
         return segment * slots_of[owner], torch.full_like(segment, slots_of[owner])
 
     def set_bases(self) -> None:
+        super().set_bases()
+        self.cap = len(self.bits) // max(1, self.batch * self.mask_heads)  # tokens of a segment
         segment = torch.arange(self.batch * self.Hkv, device=self.n_packed.device)
         self.token_base = segment.view(self.batch, self.Hkv) * self.cap
         self.row_base = self.token_base * self.k
         mask = torch.arange(self.batch * self.mask_heads, device=self.n_packed.device)
         self.mask_base = mask.view(self.batch, self.mask_heads) * self.cap
+        self.ints = self.codec.ints(self)
 
     @classmethod
     def alike(cls, caches: Sequence[PackedCache]) -> list[PackedCache]:
@@ -257,9 +358,9 @@ class PackedCache(LayerCacheBase):
         return parts
 
     def check_counts(self) -> None:
+        self.set_bases()
         super().check_counts()
         check_range(self.n_packed, self.cap, "n_packed")
-        check_range(self.n_window, self.window_k.size(2), "n_window")
         if self.codec.n_sinks:
             check_range(self.n_sink, self.codec.n_sinks, "n_sink")
             self.sinks_open = True  # reserve looks
@@ -317,7 +418,7 @@ class PackedCache(LayerCacheBase):
             k=self.k,
             longest=self.cap,
             held=self.batch * self.Hkv * self.cap,
-            ints=self.codec.ints(self),
+            ints=self.ints,
         )
         window = WindowView(self.window_k, self.window_v, self.n_packed, self.n_window)
         sinks = None
@@ -345,25 +446,22 @@ class PackedCache(LayerCacheBase):
         mask[b, :, to] = bits_to_mask(self.window_bits[b, :, slot], self.S)
         return k, z, mask
 
-    def beside(self, k: Tensor, v: Tensor, n_pad: Tensor | None) -> WindowView:
-        """View the window and T new tokens after it that are not appended yet."""
-        source, count = self._joined(k.size(2), n_pad)
-        k = self._left_align(k, self.window_k, source)
-        v = self._left_align(v, self.window_v, source)
-        return WindowView(k, v, None, count)
-
     # ---- writing
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
-        self.take_room(new.k.size(2))
-        new = new._replace(k=new.k.to(self.window_k.dtype), v=new.v.to(self.window_v.dtype))
+        T = new.k.size(2)
+        if self.room < T:
+            self.reserve(T)
+        self.room -= T
+        new = new._replace(k=new.k.to(self.dtype), v=new.v.to(self.dtype))
         if self.sinks_open:
             new = new._replace(n_pad=self._fill_sinks(new))
-        if new.k.size(2) == 1 and use_triton("auto", new.k) and self.codec.one_by_one(self):
+        if T == 1 and self.by_kernel:
             self._append_one(new)
         else:
             self._append_many(new)
+        self.fresh = False
 
     def _append_one(self, new: NewTokens) -> None:
         """Append one token of each sequence on the device alone (a Triton kernel)."""
@@ -385,42 +483,24 @@ class PackedCache(LayerCacheBase):
 
     def _append_many(self, new: NewTokens) -> None:
         """Append T tokens: those that leave the window are packed, the others stay in it."""
-        route = new.route
-        if route is None:
+        mask = new.route
+        if mask is None:
             energy = group_energy(self.basis.encode(new.v), self.S, self.mask_heads)
-            route = top_k_mask(energy, self.k)
-        source, count = self._joined(new.k.size(2), new.n_pad)  # what is not packed yet
-        new_bits = mask_to_bits(route).unsqueeze(-1)
-        bits = self._left_align(new_bits, self.window_bits.unsqueeze(-1), source).squeeze(-1)
-        k = self._left_align(new.k, self.window_k, source)
-        v = self._left_align(new.v, self.window_v, source)
-        total = packed_count(self.n_packed + count, self.window, self.block)
-        leaves = total.maximum(self.n_packed) - self.n_packed  # (B,) tokens that are packed now
-        number = torch.arange(source.size(1), device=k.device)
-        stays = (number < count[:, None]) & (number >= leaves[:, None])
-        b, i = stays.nonzero(as_tuple=True)
-        slot = (self.n_packed[b] + i) % max(self.window_k.size(2), 1)
-        self._pack(k, v, bits, leaves)
-        self.n_window.copy_(count - leaves)
-        self.window_k[b, :, slot] = k[b, :, i]
-        self.window_v[b, :, slot] = v[b, :, i]
-        self.window_bits[b, :, slot] = bits[b, :, i]
+            mask = top_k_mask(energy, self.k)
+        tokens = {"window_k": new.k, "window_v": new.v, "window_bits": mask_to_bits(mask)}
+        gone, leaves = self.push(tokens, new.n_pad)
+        if gone["window_k"].size(2):
+            self._pack(gone["window_k"], gone["window_v"], gone["window_bits"], leaves)
 
     def _pack(self, k: Tensor, v: Tensor, bits: Tensor, leaves: Tensor) -> None:
-        """Pack the first leaves (B,) tokens of the left-aligned k, v (B, Hkv, N, D), bits (B, Hm,
-        N)."""
-        if not self.batch:
-            return
-        after = self.n_packed + leaves
-        facts = (leaves.min(), leaves.max(), self.n_packed.min(), self.n_packed.max(), after.max())
-        least, width, first, last, need = torch.stack(facts).tolist()
-        if width == 0:
-            return
+        """Write the tokens that have just left the window: the first leaves (B,) of k, v (B, Hkv,
+        N, D) and bits (B, Hm, N)."""
+        begin = self.n_packed - leaves
+        facts = torch.stack((leaves.min(), begin.min(), begin.max(), self.n_packed.max()))
+        least, first, last, need = facts.tolist()
         self._grow(need)
-        bits = bits[:, :, :width]
-        mask = bits_to_mask(bits, self.S)
-        z = self.basis.encode(v[:, :, :width])
-        packed = self.codec.pack(k[:, :, :width], z, mask, self.k)
+        width = k.size(2)
+        packed = self.codec.pack(k, self.basis.encode(v), bits, self.S, self.k)
         for name, new in {**packed, "bits": bits}.items():  # (B, heads, width / each, ...)
             heads = new.size(1)
             each = width // new.size(2)  # tokens to an entry
@@ -431,8 +511,7 @@ class PackedCache(LayerCacheBase):
             entry = torch.arange(new.size(2), device=k.device)
             written = (entry < leaves[:, None, None] // each).expand(-1, heads, -1)
             b, h, i = written.nonzero(as_tuple=True)
-            cells[b, h, self.n_packed[b] // each + i] = new[b, h, i]
-        self.n_packed.copy_(after)
+            cells[b, h, begin[b] // each + i] = new[b, h, i]
 
     def _fill_sinks(self, new: NewTokens) -> Tensor:
         """Store first tokens of sequences that have room for them; return n_pad with those counted
@@ -449,23 +528,6 @@ class PackedCache(LayerCacheBase):
         self.sink_v.copy_(torch.where(goes, new.v.take_along_dim(column, 2), self.sink_v))
         self.n_sink += take
         return n_pad + take
-
-    def _joined(self, T: int, n_pad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return where the tokens of [window | T new] lie when padding and unused slots are left
-        out, (B, width), and their number, (B,)."""
-        W = self.window_k.size(2)
-        n_pad = torch.zeros_like(self.n_window) if n_pad is None else n_pad
-        count = self.n_window + T - n_pad
-        number = torch.arange(int(count.max()) if self.batch else 0, device=count.device)
-        new = W + n_pad[:, None] + number - self.n_window[:, None]
-        source = torch.where(number < self.n_window[:, None], number, new)
-        return source.clamp_max(W + T - 1), count
-
-    def _left_align(self, new: Tensor, ring: Tensor, source: Tensor) -> Tensor:
-        """Take the tokens source (B, width) of [ring | new], new (B, h, T, x): (B, h, width, x)."""
-        slot = WindowView(ring, ring, self.n_packed, self.n_window).slots(ring.size(2))
-        both = torch.cat((ring.take_along_dim(slot[:, None, :, None], 2), new), 2)
-        return both.take_along_dim(source[:, None, :, None], 2)
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens. What was packed stays packed; integers are kept in

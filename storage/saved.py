@@ -1,8 +1,8 @@
-"""Caches in files: one safetensors file with every tensor held, a fingerprint of the model, how each
-layer stores, and a checksum.
+"""Caches in files: one safetensors file with every tensor held, a fingerprint of the model, how
+each layer stores, and a checksum.
 
-A cache makes sense only to the model that filled it. So a file says which weights those were, and is
-refused by name where they, or the way of storing, differ; a damaged one is refused, too.
+A cache makes sense only to the model that filled it. So a file says which weights those were, and
+is refused by name where they, or the way of storing, differ; a damaged one is refused, too.
 """
 
 from __future__ import annotations

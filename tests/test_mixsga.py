@@ -16,7 +16,7 @@ from baselines import shared_heads
 from config import KVConfig, MixConfig, ModelConfig
 from generate import generate
 from model import Transformer, apply_rope, lm_loss
-from storage.cache import KVCache, NewTokens
+from storage.cache import DenseCache, KVCache, NewTokens
 from storage.experts import ExpertCache
 from storage.packed import PackedCache
 
@@ -340,7 +340,7 @@ def test_a_prompt_is_chosen_and_what_follows_is_scored():
         model.prefill(x, cache)
         for layer in cache.layers:
             counts = [
-                (layer.window_index == e).sum((1, 2, 3)) + part.n_packed
+                (layer.window_index == e).sum((1, 2)) + part.n_packed
                 for e, part in enumerate(layer.parts)
             ]
             assert [c.tolist() for c in counts] == [[7, 7], [3, 3], [11, 11]]
@@ -397,7 +397,7 @@ def test_a_cla_layer_holds_its_newest_tokens_alone(tail):
     cache = model.new_cache(1, 10)
     model.prefill(tokens(1, 10), cache)
     dense = tiny_model(cfg=EIGHT).new_cache(1, 10)
-    counters = 8 * 2  # lengths, or n_left and n_window
+    counters = 8 * 2  # lengths, or n_packed and n_window
     assert cache.nbytes() - counters - 8 == (dense.nbytes() - counters) * (10 + tail) / 20
     assert shared_heads.kept_shares(model, cache) == (10 + tail) / 20
 
@@ -547,7 +547,7 @@ def test_a_cut_window_fills_up_again():
     for cache in (whole, cut):
         cache.append(NewTokens(k[:, :, :20], v[:, :, :20], None, index[:, :20]))
     cut.truncate(torch.tensor([17, 19]))
-    assert cut.n_left.tolist() == [14, 14] and cut.n_window.tolist() == [3, 5]
+    assert cut.n_packed.tolist() == [14, 14] and cut.n_window.tolist() == [3, 5]
     whole.append(NewTokens(k[:, :, 20:], v[:, :, 20:], None, index[:, 20:]))
     n_pad = torch.tensor([0, 2])
     cut.append(NewTokens(k[:, :, 17:], v[:, :, 17:], n_pad, index[:, 17:]))
@@ -565,7 +565,7 @@ def test_a_cut_window_fills_up_again():
         lambda s: s.pop("1.keys"),
         lambda s: s.update({"3.keys": s["1.keys"]}),
         lambda s: s.update(window_k=s["window_k"].float()),
-        lambda s: s.update(n_left=s["n_left"] + 1),
+        lambda s: s.update(n_packed=s["n_packed"] + 1),
         lambda s: s.update(n_window=s["n_window"] + 9),
         lambda s: s.update({"0.n_packed": s["0.n_packed"] + 1000}),
         lambda s: s.update({"0.keys": s["0.keys"][:, :8]}),

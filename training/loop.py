@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from selection.training import predictor_loss
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from loaders.device import autocast
 from loaders.runs import added_state, load_added_state
 from loaders.weights import load_model_state, model_state
 from model import Transformer, lm_loss
+from selection.training import predictor_loss
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from storage.layout import at_least_float32

@@ -30,7 +30,7 @@ from storage.integers.format import (
     to_codes,
 )
 from storage.integers.rounding import QueryMoments, gptq_round
-from storage.layout import cdiv, mask_to_bits, starts, tile_size
+from storage.layout import bits_to_mask, cdiv, mask_to_bits, starts, tile_size
 from storage.packed import FloatCodec, kept_rows
 from storage.packing import tile_index
 
@@ -92,17 +92,17 @@ class IntCodec:
 
     # ---- for PackedCache
 
-    def pack(self, k: Tensor, z: Tensor, mask: Tensor, n_kept: int) -> dict[str, Tensor]:
+    def pack(self, k: Tensor, z: Tensor, bits: Tensor, S: int, n_kept: int) -> dict[str, Tensor]:
         """See FloatCodec.pack; T is a number of whole blocks."""
         B, Hkv, T, D = k.shape
         block = torch.arange(B * Hkv * T, device=k.device) // self.block
         n_blocks = len(block) // self.block
         keys, key_scale = quantise_keys(k.reshape(-1, D), block, n_blocks, self.fmt.key_bits)
-        mask_of_head = mask.expand(-1, Hkv, -1, -1)
-        rows, value_scale = quantise_values(z, mask_of_head, self.fmt.value_bits)
+        mask = bits_to_mask(bits, S).expand(-1, Hkv, -1, -1)
+        rows, value_scale = quantise_values(z, mask, self.fmt.value_bits)
         return {
             "keys": keys.view(B, Hkv, T, -1),
-            "rows": kept_rows(rows, mask, n_kept),
+            "rows": kept_rows(rows, bits, n_kept),
             "key_scale": key_scale.view(B, Hkv, -1, 2, D),
             "value_scale": value_scale,
         }

@@ -535,6 +535,8 @@ class SelectPath(ValueGroupPath):
                 cache.move_to_window(
                     seen.k.take_along_dim(at, 2), seen.v.take_along_dim(at, 2), few
                 )
+            if first is not None:
+                cache.n_context = first.n_context  # an equal one, held once
         region_pad = None if n_pad is None else (pad - C).clamp_min(0)
         cache.append(NewTokens(seen.k[:, :, C:], seen.v[:, :, C:], region_pad))
 

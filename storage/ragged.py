@@ -35,7 +35,7 @@ from storage.cache import (
 from storage.layout import PackedView, WindowView, cdiv, mask_dtype, starts, tile_size
 from storage.packed import FloatCodec, ValueBasis
 
-SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows", "n_context")  # by layers of one mask
+SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows")  # by layers of one mask
 BASES = ("token_base", "row_base", "mask_base", "tile_base")
 
 

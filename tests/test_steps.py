@@ -6,8 +6,6 @@ uncaptured."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from helpers import STORED_GROUPS, grouped_model, randomise, tiny_model, tokens
@@ -74,15 +72,17 @@ def made(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return model.to(DEVICE)
 
 
-class Interpreter:
-    """What lets a CPU model decode by kernels, uncaptured: Triton's interpreter, while it is on."""
+class ByKernel:
+    """Lets models decode by kernels: on a CPU in Triton's interpreter, uncaptured. `with` it: by the
+    references."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self.on = True
         patch.setattr(kernels, "use_triton", self.use_triton)
         patch.setattr(packed_cache, "use_triton", self.use_triton)
-        patch.setattr(DecodeGraph, "possible", staticmethod(self.possible))
-        patch.setattr(DecodeGraph, "next", self.next)
+        if not CUDA:
+            patch.setattr(DecodeGraph, "possible", staticmethod(self.possible))
+            patch.setattr(DecodeGraph, "next", self.next)
 
     def use_triton(self, impl: str, x: torch.Tensor) -> bool:
         return self.on and impl != "torch" and x.dtype == torch.float32
@@ -107,9 +107,9 @@ class Interpreter:
 
 @pytest.fixture
 def plainly(monkeypatch):
-    """Caches are made for kernels, and read by them. `with plainly:` those made and read inside
-    take the references, as a CPU does; on a GPU it changes nothing."""
-    return nullcontext() if CUDA else Interpreter(monkeypatch)
+    """Caches are made for kernels, and read by them; `with plainly:` those made and read inside
+    take the references."""
+    return ByKernel(monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import check
-from kernels import append_window
 from storage.cache import (
     CacheView,
-    LayerCacheBase,
+    DenseCache,
     NewTokens,
     check_range,
     check_truncation,
-    write_ring,
 )
 from storage.layout import PackedView, WindowView, cdiv, mask_dtype, starts, tile_size
 from storage.packed import FloatCodec, ValueBasis
@@ -39,7 +37,7 @@ SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows")  # by layers of o
 BASES = ("token_base", "row_base", "mask_base", "tile_base")
 
 
-class RaggedCache(LayerCacheBase):
+class RaggedCache(DenseCache):
     """One layer's selected context and its window.
 
     keys        (tokens, D), of the tokens that survive
@@ -61,8 +59,6 @@ class RaggedCache(LayerCacheBase):
     Keys and rows are those of FloatCodec here; IntCodec holds them as bytes, and scales beside
     them. Where tokens stood is not kept, so the context cannot be truncated."""
 
-    GROWS = ("window_k", "window_v")
-
     def __init__(
         self,
         batch: int,
@@ -81,20 +77,21 @@ class RaggedCache(LayerCacheBase):
             f"1 or the {n_kv_head} KV heads",
             "give one of them",
         )
+        super().__init__(batch, 0, n_kv_head, head_dim, like)
         self.Hkv = n_kv_head
         self.D = head_dim
         self.S = n_groups
         self.mask_heads = mask_heads
         self.max_len = max_len
         self.codec = codec or FloatCodec()
+        self.tile = tile_size(self.codec.tile_groups(n_groups))  # tokens per entry of tile_rows
         self.maps = maps
         self.keep_all = False  # whether the context was stored as values, not in the basis
-        self.owners = {
+        self.owners |= {
             **self.codec.owners,
             **{"bits": "mask", "before": "mask", "tile_rows": "tile"},
             **dict.fromkeys(("n_packed", "n_rows", "n_context"), "sequence"),
             **dict.fromkeys(BASES, "base"),
-            **dict.fromkeys(("window_k", "window_v", "n_window"), "sequence"),
         }
         if "key_scale" in self.owners:
             self.owners["block_base"] = "base"
@@ -108,9 +105,6 @@ class RaggedCache(LayerCacheBase):
         self.n_packed = torch.zeros(batch, mask_heads, dtype=torch.int64, device=device)
         self.n_rows = torch.zeros_like(self.n_packed)
         self.n_context = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.n_window = torch.zeros_like(self.n_context)
-        self.window_k = like.new_zeros(batch, n_kv_head, 0, head_dim)
-        self.window_v = torch.zeros_like(self.window_k)
         self.set_bases()
 
     # ---- what the base asks for
@@ -125,27 +119,15 @@ class RaggedCache(LayerCacheBase):
         """The maps of what is stored of the context."""
         return ValueBasis() if self.keep_all else self.maps
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of whole numbers."""
-        return self.window_k.dtype
-
     def settings(self) -> dict[str, Any]:
         return {
             **super().settings(),
-            "shape": (self.Hkv, self.D),
-            "dtype": str(self.dtype),
             "n_groups": self.S,
             "mask_heads": self.mask_heads,
             "keep_all": self.keep_all,
             "n_sinks": self.codec.n_sinks,
             **self.codec.settings(),
         }
-
-    @property
-    def tile(self) -> int:
-        """Tokens per entry of tile_rows."""
-        return tile_size(self.codec.tile_groups(self.S))
 
     def segments(self, owner: str) -> tuple[Tensor, Tensor]:
         tokens = self.n_packed.expand(-1, self.Hkv)
@@ -162,20 +144,28 @@ class RaggedCache(LayerCacheBase):
     def set_bases(self) -> None:
         """Let segments follow each other without gaps."""
         super().set_bases()
-        tokens = self.n_packed.expand(-1, self.Hkv)
-        self.token_base = starts(tokens)
-        self.row_base = starts(self.n_rows.expand(-1, self.Hkv))
-        self.mask_base = starts(self.n_packed)
-        self.tile_base = starts(cdiv(self.n_packed, self.tile))
-        if "block_base" in self.owners:
-            self.block_base = starts(cdiv(tokens, self.codec.block))
+        for name, base in self._bases(self.n_packed, self.n_rows).items():
+            setattr(self, name, base)
         self.longest = int(self.n_packed.max()) if self.n_packed.numel() else 0
+        self.ints = self.codec.ints(self)
+
+    def _bases(self, n_packed: Tensor, n_rows: Tensor) -> dict[str, Tensor]:
+        """Return where segments of so many tokens and rows, (B, Hm) each, start."""
+        tokens = n_packed.expand(-1, self.Hkv)
+        bases = {
+            "token_base": starts(tokens),
+            "row_base": starts(n_rows.expand(-1, self.Hkv)),
+            "mask_base": starts(n_packed),
+            "tile_base": starts(cdiv(n_packed, self.tile)),
+        }
+        if "block_base" in self.owners:
+            bases["block_base"] = starts(cdiv(tokens, self.codec.block))
+        return bases
 
     def check_counts(self) -> None:
         check_range(self.n_packed, len(self.bits), "n_packed")
         check_range(self.n_rows, max(1, len(self.rows)), "n_rows")
         check_range(self.n_context, 2**31, "n_context")
-        check_range(self.n_window, self.window_k.size(2), "n_window")
         self.set_bases()
         super().check_counts()
 
@@ -205,21 +195,32 @@ class RaggedCache(LayerCacheBase):
             are rounded; None: to the nearest"""
         assert self.fresh, "a context is packed once, before anything else"
         assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding must be on the left"
-        keep = keep & valid[:, None]  # (B, Hm, C)
-        mask = mask * keep.unsqueeze(-1)  # (B, Hm, C, S)
-        held, index = self.codec.pack_ragged(
-            k.to(self.dtype), z.to(self.dtype), keep, mask, query_moment
-        )
-        for name, t in held.items():
+        for name, t in self._packed(k, z, keep, mask, valid, query_moment).items():
             setattr(self, name, t)
-        self.bits, self.before, self.tile_rows, self.n_packed, self.n_rows = index
-        self.n_context = valid.sum(-1)
         if bits_from is None:
             self.set_bases()
         else:
             self._share(bits_from)
         self.max_len -= valid.size(1)
         self.fresh = False
+
+    def _packed(
+        self,
+        k: Tensor,
+        z: Tensor,
+        keep: Tensor,
+        mask: Tensor,
+        valid: Tensor,
+        query_moment: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Return, by name, the tensors that hold what pack is given."""
+        keep = keep & valid[:, None]  # (B, Hm, C)
+        mask = mask * keep.unsqueeze(-1)  # (B, Hm, C, S)
+        k = k.to(self.dtype)
+        z = z.to(self.dtype)
+        held, index = self.codec.pack_ragged(k, z, keep, mask, query_moment)
+        names = ("bits", "before", "tile_rows", "n_packed", "n_rows")
+        return {**held, **dict(zip(names, index, strict=True)), "n_context": valid.sum(-1)}
 
     def _share(self, other: RaggedCache) -> None:
         """Hold the masks and offsets of another layer instead of equal ones of its own."""
@@ -229,6 +230,7 @@ class RaggedCache(LayerCacheBase):
         for name in names:
             setattr(self, name, getattr(other, name))
         self.longest = other.longest
+        self.ints = self.codec.ints(self)
 
     def groups_kept(self) -> int:
         """Count the value groups kept of all tokens, at whatever level; shared masks once."""
@@ -256,20 +258,6 @@ class RaggedCache(LayerCacheBase):
                 setattr(self, name, F.pad(old, (0, 0, 0, cap - old.size(2))))
         self.room = cap - longest
 
-    @torch.no_grad()
-    def append(self, new: NewTokens) -> None:
-        T = new.k.size(2)
-        if self.room < T:
-            self.reserve(T)
-        self.room -= T
-        self.fresh = False
-        if T == 1 and new.n_pad is None:
-            append_window(self.view().window, new.k.to(self.dtype), new.v.to(self.dtype))
-            return
-        write_ring(self.window_k, new.k, self.n_window, new.n_pad)
-        write_ring(self.window_v, new.v, self.n_window, new.n_pad)
-        self.n_window += T if new.n_pad is None else T - new.n_pad
-
     def view(self) -> CacheView:
         packed = PackedView(
             keys=self.keys,
@@ -287,7 +275,7 @@ class RaggedCache(LayerCacheBase):
             longest=self.longest,
             held=len(self.keys),
             exact=True,
-            ints=self.codec.ints(self),
+            ints=self.ints,
         )
         window = WindowView(self.window_k, self.window_v, None, self.n_window)
         return CacheView((packed,), window, None)
@@ -324,12 +312,12 @@ def pack_layers(
     L = len(caches)
     B = len(valid)
     one = caches[0]
-    shape = (L * B, one.max_len, one.Hkv, one.D, one.S, one.mask_heads, one.window_k)
-    big = RaggedCache(*shape)
     flat = (t.flatten(0, 1) for t in (k, z, keep, mask))
-    big.pack(*flat, valid.repeat(L, 1))
+    big = one._packed(*flat, valid.repeat(L, 1))
+    big |= one._bases(big["n_packed"], big["n_rows"])
+    longest = int(big["n_packed"].max())
     names = ("n_packed", "n_rows", "n_context", *BASES)
-    parts = {name: getattr(big, name).unflatten(0, (L, B)) for name in names}
+    parts = {name: big[name].unflatten(0, (L, B)) for name in names}
     owner_base = {"keys": "token_base", "rows": "row_base", "bits": "mask_base"}
     owner_base |= {"before": "mask_base", "tile_rows": "tile_base"}
     bounds = {}
@@ -338,12 +326,12 @@ def pack_layers(
         bounds[base] = first.flatten().tolist()
         parts[base] = parts[base] - first
     for name, base in owner_base.items():
-        t = getattr(big, name)
+        t = big[name]
         parts[name] = [t[a:b] for a, b in pairwise([*bounds[base], len(t)])]
     for i, cache in enumerate(caches):
         assert cache.fresh, "a context is packed once, before anything else"
         for name, per_layer in parts.items():
             setattr(cache, name, per_layer[i])
-        cache.longest = big.longest
-        cache.max_len = big.max_len
+        cache.longest = longest
+        cache.max_len -= valid.size(1)
         cache.fresh = False

@@ -409,7 +409,7 @@ class ValueGroupPath(nn.Module):
             fits = self.cfg.kv_sinks + self.cfg.kv_tail + packed + self.cfg.tail_leaves - 1
             b = min(T, fits)
             new = NewTokens(k[:, :, a:b], v[:, :, a:b], None)
-            cache.append(new._replace(route=self._route(x[:, a:b], new, cache)))
+            cache.append(new._replace(route=self._route(x[:, a:b], new.v, cache)))
             if a:
                 out.append(self._read(q[:, :, a:b], cache.view(), cache))
             else:  # until the first block leaves everything is whole
@@ -424,13 +424,15 @@ class ValueGroupPath(nn.Module):
         shape = (batch, max_len, self.Hkv, self.D)
         return PackedCache(*shape, self.cfg, self.k, like, self.maps(), codec)
 
-    def _route(self, x: Tensor, new: NewTokens, cache: PackedCache) -> Tensor:
-        """Return the mask (B, Hm, T, S) with which the cache will pack new tokens."""
-        return top_k_mask(self.scores(x, cache.basis.encode(new.v)), cache.k)
+    def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:
+        """Return the mask (B, Hm, T, S) with which the cache will pack new tokens; None where those
+        are the groups of largest norm, which it finds by itself."""
+        if self.cfg.value_router == "norm":
+            return None
+        return top_k_mask(self.scores(x, v), cache.k)
 
     def prefill(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
-        new = NewTokens(k, v, n_pad)
-        new = new._replace(route=self._route(x, new, cache))
+        new = NewTokens(k, v, n_pad, self._route(x, v, cache))
         if self.cfg.prefill == "routed":
             y = self._read_routed(q, new, cache)
         elif cache.fresh:
@@ -441,10 +443,9 @@ class ValueGroupPath(nn.Module):
         return y
 
     def decode(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
-        new = NewTokens(k, v, n_pad)
-        if self.cfg.value_router != "norm":  # the groups of largest norm the cache finds by itself
-            new = new._replace(route=self._route(x, new, cache))
-        cache.append(new)
+        cache.append(NewTokens(k, v, n_pad, self._route(x, v, cache)))
+        if cache.basis.dec is None and self.reconstructor is None:
+            return attend_view(q, cache.view())[0]  # rows are read as they are
         return self._read(q, cache.view(), cache)
 
     def graph_safe(self) -> bool:
@@ -505,8 +506,12 @@ class ValueGroupPath(nn.Module):
         # packed rows are coordinates already, the window's values are not
         packed = (number < cache.n_packed[:, None])[:, None, :, None]
         old_z = torch.where(packed, old_v, cache.basis.encode(old_v))
-        z = torch.cat((old_z, cache.basis.encode(new.v)), 2)
-        mask = torch.cat((old_mask, new.route), 2)
+        new_z = cache.basis.encode(new.v)
+        z = torch.cat((old_z, new_z), 2)
+        route = new.route
+        if route is None:
+            route = top_k_mask(group_energy(new_z, self.S, self.mask_heads), cache.k)
+        mask = torch.cat((old_mask, route), 2)
         kept = expand_mask(mask, self.D)
         routed = torch.where(kept, z, self._rebuild(z * kept, mask))
         v = torch.cat((old_v, new.v), 2)

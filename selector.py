@@ -566,10 +566,9 @@ class SelectPath(ValueGroupPath):
 
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad))
-        view = cache.view()
-        if not len(cache.keys):  # no context
-            return attend_view(q, view._replace(packed=()))[0]
-        return self._read(q, view, cache)
+        if cache.basis.dec is None or not len(cache.keys):  # rows are read as they are, or none
+            return attend_view(q, cache.view())[0]
+        return self._read(q, cache.view(), cache)
 
     def graph_safe(self) -> bool:
         return can_append(self.D) and (self.keep_all or self.folded)

@@ -60,11 +60,11 @@ class Prompt:
     first: int = 0  # which compressed layer the lists begin with
     _norms: dict[int, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def L(self) -> int:
         return len(self.k)
 
-    @property
+    @cached_property
     def T(self) -> int:
         return self.k[0].size(2)
 
@@ -79,17 +79,17 @@ class Prompt:
             return torch.ones(self.k[0].size(0), self.T, dtype=torch.bool, device=self.k[0].device)
         return self.column >= self.pad[:, None]
 
-    @property
+    @cached_property
     def valid(self) -> Tensor:
         """Context columns that are no padding: (B, C) bool."""
         return self.real[:, : self.n_context]
 
-    @property
+    @cached_property
     def layers(self) -> slice:
         """Which of all compressed layers these are."""
         return slice(self.first, self.first + self.L)
 
-    @property
+    @cached_property
     def start(self) -> Tensor:
         """Column of each row's first token: (B or 1, 1) int64."""
         return self.column[:1, None] if self.pad is None else self.pad[:, None]

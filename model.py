@@ -277,6 +277,17 @@ class Transformer(nn.Module):
                 "shorten the text or raise --block_size"
             )
 
+    def _check_room(self, cache: KVCache, T: int, n_pad: Tensor | None = None) -> int:
+        """Return what to add to cache.length for T columns more. ValueError where they do not fit;
+        the device is asked only where the host's bound is not enough to say."""
+        new = T if n_pad is None else T - int(n_pad.min())
+        if cache.length + new <= self.cfg.block_size:
+            return new
+        lengths = cache.lengths + T
+        longest = int((lengths if n_pad is None else lengths - n_pad).max())
+        self._check_context(longest)
+        return longest - cache.length
+
     def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin (B, 1, T, D/2) of positions (B, T)."""
         return self.rope_cos[position][:, None], self.rope_sin[position][:, None]
@@ -311,8 +322,7 @@ class Transformer(nn.Module):
         fails half-way the cache is as it was before, so that it may be tried again."""
         cache.check_usable()
         T = idx.size(1)
-        new = T if n_pad is None else T - int(n_pad.min())
-        self._check_context(cache.length + new)
+        new = self._check_room(cache, T, n_pad)
         column = torch.arange(T, device=idx.device)
         if n_pad is not None:
             column = column - n_pad[:, None]
@@ -332,13 +342,13 @@ class Transformer(nn.Module):
         """Read one new token of every sequence, idx (B, 1), into the cache: logits (B, 1,
         vocab)."""
         cache.check_usable()
-        self._check_context(cache.length + 1)
+        new = self._check_room(cache, 1)
         try:
             logits = self.decode_step(idx, cache)
         except BaseException:
             cache.broken = True  # some layers have the token, others do not
             raise
-        cache.length += 1
+        cache.length += new
         return logits
 
     def decode_step(

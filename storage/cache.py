@@ -344,9 +344,12 @@ class DenseCache(LayerCacheBase):
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
         T = new.k.size(2)
-        if self.room < T:
-            self.reserve(T)
-        self.room -= T
+        more = T  # by which the longest sequence may grow
+        if self.room < T and new.n_pad is not None:
+            more = int((self.n_window + T - new.n_pad).max() - self.n_window.max())
+        if self.room < more:
+            self.reserve(more)
+        self.room -= more
         if T == 1 and new.n_pad is None and new.k.is_cuda:
             window = WindowView(self.window_k, self.window_v, None, self.n_window)
             append_window(window, new.k.to(self.dtype), new.v.to(self.dtype))

@@ -298,7 +298,7 @@ def test_tokens_by_kernel_form_the_blocks_that_append_forms(S, K, kb, vb, scope,
 
     def filled(kernel: bool) -> tuple[PackedCache, list]:
         """A cache of T tokens at once and `more` one by one, and its counts after each."""
-        monkeypatch.setattr(packed_cache, "use_triton", lambda impl, x: kernel)
+        monkeypatch.setattr(packed_cache, "use_triton", lambda *about: kernel)
         cache = PackedCache(B, T + more, Hkv, D, cfg, K, k, codec=codec_of(cfg))
         n_pad = torch.tensor([0, 5], device=DEVICE)
         cache.append(NewTokens(k[:, :, :T], v[:, :, :T], n_pad, mask[:, :, :T]))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 
 from settings.fields import check, check_choice, check_fields, comma_list, count_kept, opt
 
@@ -252,7 +253,7 @@ class KVConfig:
             "give --kv=select --kv_bytes=0.15",
         )
 
-    @property
+    @cached_property
     def ints(self) -> bool:
         """Whether keys and values are stored as integers."""
         return self.key_bits < 16
@@ -536,7 +537,7 @@ class SelectConfig:
         named = (self.relevance, self.tokens_by)
         return comma_list(self.predictors) or [p for p in PREDICTORS if p in named]
 
-    @property
+    @cached_property
     def tokens_by(self) -> str:
         """The signal that tokens are kept by."""
         return self.token_relevance or self.relevance
@@ -545,7 +546,7 @@ class SelectConfig:
         """Return these settings, but everything is kept."""
         return replace(self, kv_bytes=0.0, kv_keep=1.0, fixed_k=False, token_relevance="")
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether everything is kept."""
         return not self.kv_bytes and (self.kv_keep or self.token_keep * self.value_keep) == 1

@@ -99,7 +99,7 @@ def append_window(window: WindowView, k: Tensor, v: Tensor, impl: str = "auto") 
     (first + count) % W, and raise count by one in place, all on the device."""
     B, Hkv, _, D = k.shape
     W = window.k.size(2)
-    if not use_triton(impl, k):
+    if not use_triton(impl, k.device, k.dtype):
         slot = window.count if window.first is None else window.first + window.count
         b = torch.arange(B, device=k.device)
         window.k[b, :, slot % W] = k[:, :, 0]
@@ -426,7 +426,11 @@ def packed_attention(
     chunk: tokens of a piece, 0: as many as let all programs run at a time
     Returns out (B, H, T, D) like q, and lse (B, H, T) float32 (float64 of float64): the log of the
     sum of exp(q . k / sqrt(D)). Where there is nothing to read out is 0 and lse -inf."""
-    if not use_triton(impl, q) or q.size(-1) > 256 or wants_gradient(q, packed, window):
+    if (
+        not use_triton(impl, q.device, q.dtype)
+        or q.size(-1) > 256
+        or wants_gradient(q, packed, window)
+    ):
         return packed_attention_ref(q, packed, window)
     Hkv = (packed.token_base if packed else window.k).size(1)
     packed = packed or _no_tokens(q, Hkv)

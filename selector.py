@@ -34,7 +34,7 @@ else L).
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -51,7 +51,14 @@ from kv_router import ValueGroupPath
 from model import Transformer, attend, attention_mask, evaluating, record_layers
 from selection.budgets import half_bytes_for, level_worth, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
-from selection.relevance import AS_PUBLISHED, PLAIN, HiddenPredictor, Prompt, QueryPredictor
+from selection.relevance import (
+    AS_PUBLISHED,
+    NOBODY_ASKS,
+    PLAIN,
+    HiddenPredictor,
+    Prompt,
+    QueryPredictor,
+)
 from storage.cache import NewTokens, PromptState
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask, top_k_mask
@@ -177,9 +184,10 @@ class Selector(nn.Module):
     def norms(self, prompt: Prompt, hedge: float | None = None) -> Tensor:
         """Return norms of the context's value groups, with `hedge` times their layers' weights:
         (Lm, B, Hm, C, S)."""
-        norm = prompt.norms(self.S)  # (L, B, Hkv, C, S)
-        if hedge is not None:
-            norm = norm * self.layer_weights(prompt, hedge)
+        if hedge is None:
+            norm = prompt.norms  # (L, B, Hkv, C, S)
+        else:
+            norm = self.layer_weights(prompt, hedge) * prompt.norms
         if self.kv.mask_scope == "head":
             return norm
         return self.per_mask(norm.square()).sqrt()
@@ -221,7 +229,7 @@ class Selector(nn.Module):
     @torch.no_grad()
     def choose(self, prompt: Prompt) -> Selection:
         """Choose what is kept of a prompt's context, by cfg."""
-        with torch.autocast(prompt.column.device.type, enabled=False):
+        with torch.autocast(prompt.k[0].device.type, enabled=False):
             selection = self._choose(prompt)
         if self.record:  # a routed prefill chooses layer by layer
             before = self.chosen if prompt.first else None
@@ -266,7 +274,7 @@ class Selector(nn.Module):
         """Spend one budget on tokens and groups: a token pays for its key as for S groups."""
         share = self.cfg.kv_keep
         masks = self._sharing(prompt)
-        budget = prompt.counts(lambda n: count_kept(share, 2 * self.S * n * masks, 1))
+        budget = row_budgets(prompt, lambda n: count_kept(share, 2 * self.S * n * masks, 1))
         mask = within_budget(pair, budget, self.cfg.allocation, select_joint)
         return Selection(mask.any(-1), mask, token)
 
@@ -284,13 +292,13 @@ class Selector(nn.Module):
         def best_pairs(score: Tensor, m: Tensor) -> Tensor:
             return select_top_m(score.flatten(-2), m).view(score.shape)
 
-        budget = prompt.counts(n_tokens)
+        budget = row_budgets(prompt, n_tokens)
         keep = within_budget(token, budget, cfg.allocation, select_top_m)
         if cfg.fixed_k:
             mask = top_k_mask(pair, count_kept(cfg.value_keep, self.S)) & keep.unsqueeze(-1)
             return Selection(keep, mask, token)
         pair = pair.masked_fill(~keep.unsqueeze(-1), float("-inf"))
-        mask = within_budget(pair, prompt.counts(n_pairs), cfg.allocation, best_pairs)
+        mask = within_budget(pair, row_budgets(prompt, n_pairs), cfg.allocation, best_pairs)
         return Selection(keep, mask, token)
 
     def _choose_bytes(self, prompt: Prompt, alpha: Tensor) -> Selection:
@@ -307,8 +315,9 @@ class Selector(nn.Module):
         worth = worth.masked_fill(~there.unsqueeze(-1), float("-inf"))
         region = prompt.T - prompt.n_context
         masks = self._sharing(prompt)
-        budget = prompt.counts(
-            lambda n: half_bytes_for(self.cfg.kv_bytes, n, region, kv.kv_sinks, D, heads) * masks
+        budget = row_budgets(
+            prompt,
+            lambda n: half_bytes_for(self.cfg.kv_bytes, n, region, kv.kv_sinks, D, heads) * masks,
         )
         cost = price.step.repeat(self.S)
 
@@ -328,14 +337,15 @@ class Selector(nn.Module):
         state.seen = []
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
+        ints = self.stored.ints
         _, x, q, k, _, z, caches = columns
-        prompt = Prompt(x, q, k, z, C, n_pad, self.rope, self.oracle)
+        prompt = Prompt(x, q, k, z, C, n_pad, self.rope, self.oracle, 0, self.S)
         selection = self.choose(prompt)
-        if self.kv.mask_scope != "shared" and not self.stored.ints:
+        if self.kv.mask_scope != "shared" and not ints:
             # all layers at once: thirty times fewer kernels
             keys = prompt.keys[..., :C, :]
             pack_layers(caches, keys, prompt.values, selection.keep, selection.mask, prompt.valid)
-        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
+        rounded = ints and self.cfg.key_rounding == "queries"
         first = None
         for i, layer in enumerate(seen):
             moment = prompt.moment(i) if rounded else None
@@ -366,20 +376,17 @@ class Selector(nn.Module):
     ) -> tuple[Prompt, Tensor]:
         """Return the prompt idx[:, :n_prompt], and the attention on its context of the tokens after
         it (of its query region where there are none), (L, B, Hkv, C)."""
-        check(
-            n_context < n_prompt,
-            "a query region of 0 tokens",
-            "relevance needs somebody who asks",
-            "give --query or --kv_tail of 1 or more",
-        )
+        if n_context >= n_prompt:
+            raise ValueError(NOBODY_ASKS)
         x, q, k, z = self.watch(model, idx, pad)
         context = tuple(t[:, :, :n_context] for t in z)
-        all_of_it = Prompt(x, q, k, context, n_context, pad, self.rope)
+        about = dict(pad=pad, rope=self.rope, n_groups=self.S)
+        all_of_it = Prompt(x, q, k, context, n_context, **about)
         asking = n_prompt if n_prompt < all_of_it.T else n_context
         alpha = all_of_it.causal(all_of_it.column[asking:])
         x = tuple(t[:, :n_prompt] for t in x)
         q, k = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
-        return Prompt(x, q, k, context, n_context, pad, self.rope), alpha
+        return Prompt(x, q, k, context, n_context, **about), alpha
 
     @torch.no_grad()
     def calibrate(self, model: Transformer, batches: list[Tensor]) -> None:
@@ -396,6 +403,15 @@ class Selector(nn.Module):
         self.rms = rms.to(self.rms)
         short = [idx[:2, :512] for idx in batches[:2]]
         self.layer_sensitivity = layer_sensitivity(model, layers, short).to(self.layer_sensitivity)
+
+
+def row_budgets(prompt: Prompt, f: Callable[[int], int]) -> Tensor:
+    """Return f(number of context tokens) of every row, 0 for a row without context: (B,) int64."""
+    if prompt.pad is None:  # known without asking the device
+        n_tokens = [prompt.n_context] * len(prompt.k[0])
+    else:
+        n_tokens = prompt.valid.sum(1).tolist()
+    return torch.tensor([f(n) if n else 0 for n in n_tokens], device=prompt.k[0].device)
 
 
 def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
@@ -444,7 +460,9 @@ class SelectPath(ValueGroupPath):
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> RaggedCache:
         codec = codec_of(self.selector.stored, self.selector.rms[self.index])
         shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
-        return RaggedCache(*shape, like, codec, self.own_maps())
+        cache = RaggedCache(*shape, like, codec, self.own_maps())
+        cache.keep_all = self.keep_all
+        return cache
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         if self.selector.replayed is None:
@@ -459,16 +477,17 @@ class SelectPath(ValueGroupPath):
         C = q.size(2) - self.cfg.kv_tail
         if not cache.fresh:  # what follows a prompt stays whole, and reads the prompt as stored
             return self.decode(x, q, k, v, cache, n_pad)
-        cache.keep_all = self.keep_all
         if C <= 0:  # there is no context
             cache.append(NewTokens(k, v, n_pad))
             return attend(q, k, v, n_pad)
-        z = cache.basis.encode(v[:, :, :C])
+        z = v[:, :, :C]
+        if not cache.keep_all:
+            z = cache.maps.encode(z)
         seen = SeenLayer(self, x, q, k, v, z, cache)
         if self.cfg.prefill == "exact":
             state = cache.prompt
             if self.index == 0:
-                state.reset()
+                state.seen = []
             state.seen.append(seen)
             if len(state.seen) == self.selector.L:
                 self.selector.finish(state, n_pad)
@@ -487,7 +506,7 @@ class SelectPath(ValueGroupPath):
         if state.selection is None or not shared:
             alpha = None if s.oracle is None else s.oracle[self.index : self.index + 1]
             lists = ([seen.x], [seen.q], [seen.k], [seen.z])
-            prompt = Prompt(*lists, C, n_pad, s.rope, alpha, self.index)
+            prompt = Prompt(*lists, C, n_pad, s.rope, alpha, self.index, s.S)
             state.selection = s.choose(prompt)
         first = state.seen[0] if state.seen else None  # the first layer's cache
         self.store(seen, state.selection, n_pad, first if shared else None)

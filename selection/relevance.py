@@ -21,7 +21,7 @@ padding columns mean nothing, and selector.py never keeps them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -40,6 +40,10 @@ WINDOW = 64  # queries that snapkv observes
 CHUNK = 1 << 28  # attention weights formed at a time
 # a logit that gets no weight; finite, so that a padding query, which may read nothing, gives no NaN
 NEVER = -1e30
+NOBODY_ASKS = (
+    "a query region of 0 tokens: relevance needs somebody who asks; "
+    "give --query or --kv_tail of 1 or more"
+)
 TINY = 1e-9  # below this a share of attention counts as none
 
 
@@ -58,7 +62,7 @@ class Prompt:
     rope: tuple[Tensor, Tensor]  # the model's tables
     oracle: Tensor | None = None  # (L, B, Hkv, C), attention from a diagnostic pass
     first: int = 0  # which compressed layer the lists begin with
-    _norms: dict[int, Tensor] = field(default_factory=dict)
+    n_groups: int = 1  # groups that a value is cut into
 
     @cached_property
     def L(self) -> int:
@@ -94,15 +98,6 @@ class Prompt:
         """Column of each row's first token: (B or 1, 1) int64."""
         return self.column[:1, None] if self.pad is None else self.pad[:, None]
 
-    def counts(self, f: Callable[[int], int]) -> Tensor:
-        """f(number of context tokens) of every row, 0 for a row without context: (B,) int64."""
-        n = (
-            self.valid.sum(1).tolist()
-            if self.pad is not None
-            else [self.n_context] * len(self.k[0])
-        )
-        return torch.tensor([f(i) if i else 0 for i in n], device=self.column.device)
-
     @cached_property
     def keys(self) -> Tensor:
         """(L, B, Hkv, T, D)."""
@@ -113,21 +108,16 @@ class Prompt:
         """(L, B, Hkv, C, D), encoded."""
         return torch.stack(tuple(self.z))
 
-    def norms(self, n_groups: int) -> Tensor:
+    @cached_property
+    def norms(self) -> Tensor:
         """Norms of the values' groups: (L, B, Hkv, C, S)."""
-        if self._norms.get(n_groups) is None:
-            self._norms[n_groups] = norms(self.values.unflatten(-1, (n_groups, -1)))
-        return self._norms[n_groups]
+        return norms(self.values.unflatten(-1, (self.n_groups, -1)))
 
     @cached_property
     def observed(self) -> Tensor:
         """Mean attention of the query region on the context: (L, B, Hkv, C)."""
-        check(
-            self.n_context < self.T,
-            "a query region of 0 tokens",
-            "relevance needs somebody who asks",
-            "give --query or --kv_tail of 1 or more",
-        )
+        if self.n_context == self.T:
+            raise ValueError(NOBODY_ASKS)
         return self.causal(self.column[self.n_context :])
 
     def causal(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -299,7 +289,9 @@ def h2o(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     for rows in prompt.column.split(512):
         part = prompt.causal(rows, prompt.real[:, rows].float())
         total = total + part * prompt.real[:, rows].sum(-1)[:, None, None]
-    recent = prompt.counts(lambda n: count_kept(cfg.token_keep, n, 1) // 2)
+    n_tokens = prompt.valid.sum(-1).tolist()
+    recent = [count_kept(cfg.token_keep, n, 1) // 2 if n else 0 for n in n_tokens]
+    recent = torch.tensor(recent, device=prompt.column.device)  # (B,)
     new = (prompt.n_context - prompt.column[: prompt.n_context]) <= recent[:, None]  # (B, C)
     return total + new[:, None] * (prompt.T + streaming(prompt, cfg)[0])
 

@@ -11,6 +11,8 @@ address for the next sequence, head or token; capitals are known when compiling.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,13 +26,14 @@ jit = triton.jit if triton else lambda f: f
 TRITON = tuple(map(int, triton.__version__.split(".")[:2])) if triton else (0, 0)
 
 
-def use_triton(impl: str, x: Tensor) -> bool:
-    """Say whether a function that works on x runs its kernel; float64 never does."""
+@cache  # asked at every launch
+def use_triton(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a function that works on such tensors runs its kernel; float64 never does."""
     assert impl in ("auto", "triton", "torch"), f"impl={impl}: auto, triton or torch"
     assert triton or impl != "triton", f"impl={impl}, and triton is not installed"
-    if triton is None or x.dtype == torch.float64:
+    if triton is None or dtype == torch.float64:
         return False
-    return impl == "triton" or (impl == "auto" and x.is_cuda)
+    return impl == "triton" or (impl == "auto" and device.type == "cuda")
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -310,7 +310,7 @@ class PackedCache(WindowCache):
         self._allocate(max(0, max_len - self.window))
         self.room = self.cap + self.window
         # whether single tokens are appended by a kernel, on the device alone
-        self.by_kernel = use_triton("auto", like) and self.codec.one_by_one(self)
+        self.by_kernel = use_triton("auto", like.device, like.dtype) and self.codec.one_by_one(self)
 
     # ---- what the base asks for
 

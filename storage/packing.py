@@ -153,7 +153,7 @@ def take_within(score: Tensor, m: Tensor, cost: Tensor | None = None, impl: str 
     The kernel sorts nothing: 8 passes find each row's threshold, 4 bits a pass; the better entries
     are taken, and of those at it the first. Integer sums: the same result every time. No host sync;
     score is read 10 times."""
-    if not use_triton(impl, score):
+    if not use_triton(impl, score.device, score.dtype):
         return take_within_ref(score, m, cost)
     out = torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
     if not score.numel():
@@ -261,6 +261,7 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedV
     """Compute pack_values by boolean indexing."""
     Hkv = k.size(1)
     S = mask.size(-1)
+    bits = mask_to_bits(mask[keep])
     count = mask.sum(-1)  # (B, Hm, C) rows of each token
     n_packed = keep.sum(-1)
     before, tile_rows = tile_index((count.cumsum(-1) - count)[keep], n_packed, tile_size(S))
@@ -268,7 +269,7 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedV
     return PackedValues(
         k[keep.expand(-1, Hkv, -1)],
         z.reshape(-1, k.size(-1) // S)[flat],
-        mask_to_bits(mask[keep]),
+        bits,
         before,
         tile_rows,
         n_packed,
@@ -356,7 +357,7 @@ def pack_values(
     mask  (B, Hm, C, S) bool, their groups; False where a token is not kept
 
     The kernel reads each kept key and value once; one host sync, for the sizes."""
-    if not use_triton(impl, k):
+    if not use_triton(impl, k.device, k.dtype):
         return pack_values_ref(k, z, keep, mask)
     B, Hkv, C, D = k.shape
     S = mask.size(-1)

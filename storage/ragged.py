@@ -32,6 +32,7 @@ from storage.cache import (
 )
 from storage.layout import PackedView, WindowView, cdiv, mask_dtype, starts, tile_size
 from storage.packed import FloatCodec, ValueBasis
+from storage.packing import pack_values
 
 SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows")  # by layers of one mask
 BASES = ("token_base", "row_base", "mask_base", "tile_base")
@@ -202,6 +203,8 @@ class RaggedCache(DenseCache):
         else:
             self._share(bits_from)
         self.max_len -= valid.size(1)
+        if not self.codec.n_sinks:  # else move_to_window says how many more
+            self.reserve(self.max_len)
         self.fresh = False
 
     def _packed(
@@ -312,9 +315,20 @@ def pack_layers(
     L = len(caches)
     B = len(valid)
     one = caches[0]
-    flat = (t.flatten(0, 1) for t in (k, z, keep, mask))
-    big = one._packed(*flat, valid.repeat(L, 1))
-    big |= one._bases(big["n_packed"], big["n_rows"])
+    keep = (keep & valid[:, None]).flatten(0, 1)
+    mask = mask.flatten(0, 1) & keep.unsqueeze(-1)
+    k = k.flatten(0, 1).to(one.dtype)
+    z = z.flatten(0, 1).to(one.dtype)
+    packed = pack_values(k, z, keep, mask)
+    tokens = packed.n_packed.expand(-1, one.Hkv)
+    big = {
+        **packed._asdict(),
+        "n_context": valid.sum(-1).repeat(L),
+        "token_base": starts(tokens),
+        "row_base": starts(packed.n_rows.expand(-1, one.Hkv)),
+        "mask_base": starts(packed.n_packed),
+        "tile_base": starts(cdiv(packed.n_packed, one.tile)),
+    }
     longest = int(big["n_packed"].max())
     names = ("n_packed", "n_rows", "n_context", *BASES)
     parts = {name: big[name].unflatten(0, (L, B)) for name in names}
@@ -334,4 +348,5 @@ def pack_layers(
             setattr(cache, name, per_layer[i])
         cache.longest = longest
         cache.max_len -= valid.size(1)
+        cache.reserve(cache.max_len)
         cache.fresh = False

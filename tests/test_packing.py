@@ -356,9 +356,9 @@ def test_impl_chooses_the_reference_on_the_cpu_and_for_float64():
     """auto takes the kernel on a GPU only, float64 never; an unknown impl is refused."""
     x = torch.zeros(2)
     assert (
-        not use_triton("auto", x)
-        and not use_triton("triton", x.double())
-        and use_triton("triton", x)
+        not use_triton("auto", x.device, x.dtype)
+        and not use_triton("triton", x.device, torch.float64)
+        and use_triton("triton", x.device, x.dtype)
     )
     with pytest.raises(AssertionError, match="impl=cuda"):
-        use_triton("cuda", x)
+        use_triton("cuda", x.device, x.dtype)

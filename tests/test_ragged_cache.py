@@ -244,16 +244,19 @@ def test_context_and_window_hold_what_was_given(B, Hkv, half, S, data):
     k, v = torch.randn(2, B, Hkv, sum(pieces), D, generator=torch.Generator().manual_seed(1))
     mine = [[] for _ in range(B)]
     at = 0
-    free = cap = 0
+    free = cap = room  # the window is made with the context
     for n in pieces:
         n_pad = data.draw(st.none() | st.lists(st.integers(0, n), min_size=B, max_size=B))
         append(cache, k[:, :, at : at + n], v[:, :, at : at + n], n_pad)
-        if n > free:  # it looks how much there is
-            longest = max(map(len, mine))
-            if longest + n > cap:
-                cap = max(longest + n, cap + cap // 4 if cap else room)
+        longest = max(map(len, mine))
+        more = n
+        if n > free and n_pad:  # it looks how much is needed
+            more = max(len(mine[b]) + n - n_pad[b] for b in range(B)) - longest
+        if more > free:
+            if longest + more > cap:
+                cap = max(longest + more, cap + cap // 4 if cap else room)
             free = cap - longest
-        free -= n
+        free -= more
         for b in range(B):
             mine[b] += range(at + (n_pad[b] if n_pad else 0), at + n)
         at += n
@@ -347,9 +350,10 @@ def test_nbytes_is_the_sum_of_the_sizes_by_hand(scope):
     index = (1 + 1) * sum(survivors) + 4 * sum(cdiv(n, TILE) for n in survivors)
     # n_packed, n_rows; token and row bases; mask and tile bases; n_context and n_window
     counts = 8 * (2 * B * Hm + 2 * B * Hkv + 2 * B * Hm + 2 * B)
-    assert cache.nbytes() == flat + index + counts
+    window = 2 * 4 * B * Hkv * (max_len - C) * D
+    assert cache.nbytes() == flat + index + counts + window
     append(cache, k[:, :, :T], z[:, :, :T])
-    assert cache.nbytes() == flat + index + counts + 2 * 4 * B * Hkv * (max_len - C) * D
+    assert cache.nbytes() == flat + index + counts + window
     found = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in vars(cache).values()
@@ -434,12 +438,12 @@ def test_pack_refuses_what_it_cannot_store():
 
 def test_a_window_without_a_context_holds_everything_but_padding():
     """Without pack the window holds every token: first allocation max_len, padding of several
-    pieces is not there, and of the longest sequence alone capacity is needed."""
+    pieces is not there and takes no room, and of the longest sequence alone capacity is needed."""
     cache = RaggedCache(3, 20, 2, 16, 4, 1, torch.zeros(0))
     pad = torch.tensor([2, 3, 9])
     k, v = torch.randn(2, 3, 2, 28, 16, generator=torch.Generator().manual_seed(0))
     at = 0
-    for n, cap in ((1, 20), (6, 20), (7, 20), (8, 20), (6, 26)):
+    for n, cap in ((1, 0), (6, 20), (7, 20), (8, 20), (6, 26)):
         append(cache, k[:, :, at : at + n], v[:, :, at : at + n], (pad - at).clamp(0, n).tolist())
         at += n
         for b, (got_k, got_v) in enumerate(windows(cache)):

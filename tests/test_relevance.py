@@ -14,6 +14,7 @@ from config import SelectConfig
 from model import apply_rope, rope_table
 from selection import relevance
 from selection.relevance import PLAIN, HiddenPredictor, Prompt, QueryPredictor
+from selector import row_budgets
 
 L = 2
 H = TINY.n_head
@@ -476,16 +477,16 @@ def test_kv_heads_permute_with_their_scores(name):
 
 
 def test_prompts_count_their_own_tokens():
-    """valid leaves out padding, and counts applies its function to every row's context, 0 for a row
+    """valid leaves out padding, and row_budgets applies its function to every row's context, 0 for a row
     without any."""
     p, _ = prompt_of(PAD)
     assert p.valid.sum(1).tolist() == [80, 59, 0] and p.real.sum(1).tolist() == [91, 70, 6]
     assert (
-        p.counts(lambda n: n // 7).tolist() == [11, 8, 0]
-        and prompt_of()[0].counts(lambda n: n + 1).tolist() == [81] * 3
+        row_budgets(p, lambda n: n // 7).tolist() == [11, 8, 0]
+        and row_budgets(prompt_of()[0], lambda n: n + 1).tolist() == [81] * 3
     )
     asked = []
-    p.counts(lambda n: asked.append(n) or n)
+    row_budgets(p, lambda n: asked.append(n) or n)
     assert 0 not in asked
 
 

@@ -392,6 +392,7 @@ def tied_prompt(scope: str, C: int = 23, seed: int = 0) -> Prompt:
         C,
         torch.tensor([0, 4, 29]),
         (torch.ones(1), torch.zeros(1)),
+        n_groups=4,
     )
 
 
@@ -724,7 +725,7 @@ def test_fewer_bytes_are_held_and_shared_masks_once():
     *_, shared, one = run(made("shared"), cfg, X[:1], Y[:1], None)
     *_, each = run(made("layer"), cfg, X[:1], Y[:1], None)
     held = one.layers[1].state_dict()
-    masks = sum(held[name].nbytes for name in (*SHARED, *BASES))
+    masks = sum(held[name].nbytes for name in (*SHARED, *BASES, "n_context"))
     assert each.nbytes() - one.nbytes() == masks > 0
     assert one.layers[0].bits.data_ptr() == one.layers[1].bits.data_ptr()
     assert each.layers[0].bits.data_ptr() != each.layers[1].bits.data_ptr()

@@ -150,7 +150,7 @@ def gptq_round(
     Returns (n, D) uint8. A key's codes depend on its segment's moment and on nothing else. Kernel
     and reference round sums differently: where a number lies within 1e-5 of the border between two
     codes they may differ, and what follows in that key with them."""
-    if not use_triton(impl, x):
+    if not use_triton(impl, x.device, x.dtype):
         return gptq_round_ref(moments, x, step, middle, bits)
     order, share = error_feedback(moments.moment)
     G, D = order.shape

@@ -145,9 +145,10 @@ def test_divergence_is_from_what_whole_values_predict(monkeypatch):
             got.append(task.kl)
         for row in x[:3]:
             cache = model.new_cache(1, 67)
-            model(row[None, :-last], cache)
+            model.prefill(row[None, :-last], cache)
             p = dense(row[None])[0, -last:-1].softmax(-1)
-            q = model(row[None, -last:], cache)[0, :-1].softmax(-1)
+            q = model.prefill(row[None, -last:], cache, last_only=False)
+            q = q[0, :-1].softmax(-1)
             want += [
                 sum(a * math.log(a / b) for a, b in zip(s.tolist(), t.tolist(), strict=True))
                 for s, t in zip(p, q, strict=True)

@@ -16,10 +16,10 @@ import sample
 import train
 from config import KVConfig, MixConfig
 from data import prepare, sequential
+from generate import generate
 from loaders import checkpoint
 from loaders.export import export
 from loaders.runs import find_checkpoint, load_run
-from model import generate
 from runs import arguments, assert_equal, before_step, call, losses, pretrain, tensors
 from settings.train import DataConfig
 from tasks.text import mean_loss

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import lora
 from config import AdapterConfig, ModelConfig
-from model import Transformer, generate
+from generate import generate
+from model import Transformer
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kv_router
 from config import KVConfig, ModelConfig
 from settings.fields import check, count_kept
-from storage.integers.cache import IntPackedCache, IntSelectedCache
-from storage.integers.format import IntFormat
-from storage.layout import top_k_mask
-from storage.packed import PackedCache, SelectedCache
+from storage.cache import NewTokens
+from storage.integers.codecs import codec_of
+from storage.layout import group_energy, top_k_mask
+from storage.packed import PackedCache
 from storage.packing import select_top_m
+from storage.ragged import RaggedCache
 
 WINDOW = 16  # newest tokens, stored whole, after the context
 BLOCK = 64  # tokens whose keys share steps
@@ -93,11 +93,11 @@ class Case:
             words.append(f"K{self.key_bits} V{self.value_bits or 'routed'}")
         return " ".join(words)
 
-    def fill(self, k: Tensor, v: Tensor, fixed: bool) -> tuple[PackedCache | SelectedCache, Tensor]:
+    def fill(self, k: Tensor, v: Tensor, fixed: bool) -> tuple[PackedCache | RaggedCache, Tensor]:
         """Return a cache of k, v (B, Hkv, C + WINDOW, D), the last WINDOW tokens whole, and the
         mask (B, Hkv, C, S) of what it kept of the others: bool, or the precision level."""
         C = k.size(2) - WINDOW
-        energy = kv_router.group_energy(v[:, :, :C], self.S, v.size(1))  # (B, Hkv, C, S)
+        energy = group_energy(v[:, :, :C], self.S, v.size(1))  # (B, Hkv, C, S)
         if fixed:
             mask = torch.cat([top_k_mask(e, self.K) for e in energy.split(1)])
             return self.fill_fixed(k, v, mask), mask
@@ -106,22 +106,19 @@ class Case:
 
     def fill_fixed(self, k: Tensor, v: Tensor, mask: Tensor) -> PackedCache:
         """A cache whose tokens keep the K groups of mask (B, Hkv, C, S) bool."""
-        (B, Hkv, N, D) = k.shape
+        B, Hkv, N, D = k.shape
         cfg = self.kv_config(self.K, kv_tail=WINDOW, key_block=BLOCK, kv_sinks=0)
-        kind = IntPackedCache if cfg.ints else PackedCache
-        cache = kind(B, N, Hkv, D, cfg, self.K, k)
+        cache = PackedCache(B, N, Hkv, D, cfg, self.K, k, codec=codec_of(cfg))
         groups = F.pad(mask, (0, 0, 0, WINDOW), value=True)
-        pad = torch.zeros(B, dtype=torch.int64, device=k.device)
         for start in range(0, N, APPENDED):
             part = slice(start, min(start + APPENDED, N))
-            cache.columns += part.stop - start
-            cache.append(k[:, :, part], v[:, :, part], groups[:, :, part], pad)
+            cache.append(NewTokens(k[:, :, part], v[:, :, part], None, groups[:, :, part]))
         return cache
 
     def choose(self, energy: Tensor) -> tuple[Tensor, Tensor]:
         """Choose by energy (B, Hkv, C, S), which is overwritten: (tokens kept (B, Hkv, C) bool,
         their groups (B, Hkv, C, S), bool or the precision level)."""
-        (B, Hkv, C, S) = energy.shape
+        B, Hkv, C, S = energy.shape
         n_tokens = count_kept(self.token_keep, C)
         n_pairs = count_kept(self.value_keep, S * n_tokens)
         if n_tokens < C:
@@ -143,20 +140,16 @@ class Case:
             levels = levels + best(n_pairs * level // LEVELS).to(torch.uint8)
         return keep, levels
 
-    def fill_counted(self, k: Tensor, v: Tensor, keep: Tensor, mask: Tensor) -> SelectedCache:
+    def fill_counted(self, k: Tensor, v: Tensor, keep: Tensor, mask: Tensor) -> RaggedCache:
         """A cache of the tokens in keep (B, Hkv, C) and of their groups in mask (B, Hkv, C, S)."""
-        (B, Hkv, N, D) = k.shape
+        B, Hkv, N, D = k.shape
         C = N - WINDOW
-        if self.key_bits == 16:
-            cache = SelectedCache(B, N, Hkv, D, self.S, Hkv, k)
-        else:
-            gain = k.new_ones(Hkv, D).float()
-            fmt = IntFormat(self.key_bits, self.value_bits, BLOCK, gain)
-            cache = IntSelectedCache(B, N, Hkv, D, self.S, Hkv, k, fmt)
+        cfg = self.kv_config(self.S, kv="select", key_block=BLOCK, kv_sinks=0)
+        codec = codec_of(cfg, k.new_ones(Hkv, D).float())
+        cache = RaggedCache(B, N, Hkv, D, self.S, Hkv, k, codec)
         valid = torch.ones(B, C, dtype=torch.bool, device=k.device)
         cache.pack(k[:, :, :C], v[:, :, :C], keep, mask, valid)
-        pad = torch.zeros(B, dtype=torch.int64, device=k.device)
-        cache.append(k[:, :, C:], v[:, :, C:], pad)
+        cache.append(NewTokens(k[:, :, C:], v[:, :, C:], None))
         return cache
 
 

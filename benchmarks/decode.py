@@ -25,8 +25,7 @@ from config import ModelConfig
 from kernels import packed_attention
 from loaders.device import device_name, in_bfloat16, pick_device
 from measure_config import BenchConfig
-from reconstruct import spread
-from storage.views import Packed, Tail, packed_attention_ref
+from storage.layout import PackedView, WindowView, expand_mask, packed_attention_ref
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -103,7 +102,7 @@ def draw_sets(
     n_head: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, n: int
 ) -> list[QKV]:
     """Draw n sets of a query and of keys and values of `shape` (B, Hkv, N, D)."""
-    (B, _, _, D) = shape
+    B, _, _, D = shape
     torch.manual_seed(0)
     shapes = ((B, n_head, 1, D), shape, shape)
     return [tuple(torch.randn(s, device=device).to(dtype) for s in shapes) for _ in range(n)]
@@ -118,11 +117,10 @@ def copy_gb_per_s(device: torch.device) -> float:
     return 4 * n / in_turns(calls, COPY_ROUNDS, device)["copy"] / 1e6
 
 
-def whole_window(k: Tensor, v: Tensor) -> Tail:
+def whole_window(k: Tensor, v: Tensor) -> WindowView:
     """View k, v (B, Hkv, N, D) as a window of N tokens, none of them packed."""
-    (B, _, N, _) = k.shape
-    first, count = torch.tensor([[0], [N]], device=k.device).expand(-1, B).contiguous()
-    return Tail(k, v, first, count)
+    B, _, N, _ = k.shape
+    return WindowView(k, v, None, torch.full((B,), N, device=k.device))
 
 
 # -------------------- what is timed
@@ -132,7 +130,7 @@ def dense_peers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable]:
     """Return attention over k, v (B, Hkv, N, D): our kernel over whole values, and PyTorch's fused
     one with each backend that takes them, the query heads of a group as they are, or as queries of
     one KV head."""
-    (B, Hkv, _, D) = k.shape
+    B, Hkv, _, D = k.shape
     n = q.size(1) // Hkv
     window = whole_window(k, v)
 
@@ -174,14 +172,12 @@ def add_case(entries: Entries, case: Case, fixed: bool, data: list[QKV], dense_b
     packed = []
     for i, (q, k, v) in enumerate(data):
         cache, mask = case.fill(k, v, fixed)
-        view = (cache.packed(), cache.whole())
+        view = (cache.view().packed[0], cache.view().window)
         if i == 0:
             check_kernel(q, *view, name)
             if case.token_keep == 1:
                 entries.add(f"masked {name}", [masked_attention(q, k, v, mask)], dense_bytes)
-            reference = [
-                lambda q=q, cache=cache: packed_attention_ref(q, cache.packed(), cache.whole())
-            ]
+            reference = [lambda q=q, view=view: packed_attention_ref(q, *view)]
             entries.add(f"reference {name}", reference, cache.nbytes())
             held = cache.nbytes()
         packed.append(lambda q=q, view=view: packed_attention(q, *view))
@@ -190,7 +186,7 @@ def add_case(entries: Entries, case: Case, fixed: bool, data: list[QKV], dense_b
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Callable:
     """Return attention over full-size values times their mask (B, Hkv, C, S)."""
-    wide = spread(F.pad(mask > 0, (0, 0, 0, WINDOW), value=True), v.size(-1))
+    wide = expand_mask(F.pad(mask > 0, (0, 0, 0, WINDOW), value=True), v.size(-1))
     gqa = k.size(1) < q.size(1)
     return lambda: F.scaled_dot_product_attention(q, k, v * wide, enable_gqa=gqa)
 
@@ -198,7 +194,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Callable:
 # -------------------- the comparison with float64
 
 
-def check_kernel(q: Tensor, packed: Packed | None, window: Tail, name: str) -> None:
+def check_kernel(q: Tensor, packed: PackedView | None, window: WindowView, name: str) -> None:
     """Compare packed_attention with float64, sequence by sequence; AssertionError if its error is
     more than twice that of the plain version in the same dtype, plus one unit in the last place."""
     got = packed_attention(q, packed, window)[0]
@@ -207,7 +203,7 @@ def check_kernel(q: Tensor, packed: Packed | None, window: Tail, name: str) -> N
         exact = packed._replace(keys=packed.keys.double(), rows=packed.rows.double())
     for b in range(q.size(0)):
         one = slice(b, b + 1)
-        near = Tail(*(t[one] for t in window))
+        near = WindowView(*(None if t is None else t[one] for t in window))
         near_exact = near._replace(k=near.k.double(), v=near.v.double())
         want = packed_attention_ref(q[one].double(), sequence_of(exact, b), near_exact)[0]
         plain = packed_attention_ref(q[one], sequence_of(packed, b), near)[0]
@@ -220,7 +216,7 @@ def check_kernel(q: Tensor, packed: Packed | None, window: Tail, name: str) -> N
         )
 
 
-def sequence_of(packed: Packed | None, b: int) -> Packed | None:
+def sequence_of(packed: PackedView | None, b: int) -> PackedView | None:
     """View the b-th sequence of a packed part."""
     if packed is None:
         return None

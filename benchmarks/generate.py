@@ -13,10 +13,11 @@ from torch import Tensor
 import kv_router
 from benchmarks.common import dtype_name, shape_name
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from generate import DecodeGraph, prefill
 from loaders.device import device_name, in_bfloat16, pick_device, place
 from loaders.runs import attach_storage, load_run
 from measure_config import BenchConfig
-from model import Steps, Transformer, evaluating, prefill
+from model import Transformer, evaluating
 from settings.fields import check
 
 CALIBRATION_SHAPE = (2, 256)  # random ids that a model without a run is calibrated on, at most
@@ -39,7 +40,7 @@ def bench_generate(
         "run it on a GPU",
     )
     check(
-        cfg.new_tokens > 2 * Steps.WARM + cfg.steps,
+        cfg.new_tokens > 2 * DecodeGraph.WARM + cfg.steps,
         f"new_tokens={cfg.new_tokens} with steps={cfg.steps}",
         "too few to time",
         "give more",
@@ -56,7 +57,7 @@ def bench_generate(
             "packed": started(cfg, packed, idx, "packed"),
             "dense": started(cfg, dense, idx, "dense"),
         }
-        time_graphs(runs, cfg.new_tokens - Steps.WARM - 1 - SPARE)
+        time_graphs(runs, cfg.new_tokens - DecodeGraph.WARM - 1 - SPARE)
         for run in runs.values():
             time_eager(run, cfg.batch_size)
     about = {
@@ -118,7 +119,7 @@ class Decoding:
     """A model after its prompt, ready to decode, and what has been measured of it."""
 
     model: Transformer
-    steps: Steps
+    graph: DecodeGraph
     measured: dict  # as rows have it: bytes, prefill_s, capture_s, later eager_tokens_per_s
     seconds: list[float] = field(default_factory=list)  # of a token, in each turn
 
@@ -133,13 +134,13 @@ def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Dec
     torch.cuda.synchronize()
     prefill_s = time.perf_counter() - start
     check(
-        Steps.possible(model),
+        DecodeGraph.possible(model),
         f"{name} storage",
         "it has no kernels to step with",
         "choose another reconstructor",
     )
     first = logits.argmax(-1, keepdim=True)
-    steps = Steps(
+    graph = DecodeGraph(
         model,
         cache,
         first,
@@ -149,8 +150,8 @@ def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Dec
     )
     held = cache.nbytes()
     start = time.perf_counter()
-    for _ in range(Steps.WARM + 1):
-        steps.next()
+    for _ in range(DecodeGraph.WARM + 1):
+        graph.next()
     torch.cuda.synchronize()
     capture_s = time.perf_counter() - start
     measured = {
@@ -158,7 +159,7 @@ def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Dec
         "prefill_s": round(prefill_s, 3),
         "capture_s": round(capture_s, 3),
     }
-    return Decoding(model, steps, measured)
+    return Decoding(model, graph, measured)
 
 
 def time_graphs(runs: dict[str, Decoding], n: int) -> None:
@@ -169,17 +170,17 @@ def time_graphs(runs: dict[str, Decoding], n: int) -> None:
         for run in runs.values():
             start = time.perf_counter()
             for _ in range(count):
-                run.steps.next()
+                run.graph.next()
             torch.cuda.synchronize()
             run.seconds.append((time.perf_counter() - start) / count)
 
 
 def time_eager(run: Decoding, batch_size: int) -> None:
     """Decode a few tokens without graphs: launches and all."""
-    token = run.steps.idx
+    token = run.graph.idx
 
     def step(token: Tensor) -> Tensor:
-        logits = run.model(token, run.steps.cache, last_only=True)
+        logits = run.model.decode(token, run.graph.cache)
         return logits[:, -1].argmax(-1, keepdim=True)
 
     for _ in range(EAGER_WARM):

@@ -13,8 +13,9 @@ from benchmarks.common import dtype_name
 from config import ModelConfig
 from loaders.device import device_name, in_bfloat16, pick_device
 from measure_config import BenchConfig
-from model import DenseCache
-from storage.packed import PackedCache, SelectedCache
+from storage.cache import DenseCache, NewTokens
+from storage.packed import PackedCache
+from storage.ragged import RaggedCache
 
 
 def bench_memory(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
@@ -63,15 +64,15 @@ def bench_memory(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
 
 def dense_cache(k: Tensor, v: Tensor) -> DenseCache:
     """Store k, v (B, Hkv, N, D) whole."""
-    (B, Hkv, N, D) = k.shape
+    B, Hkv, N, D = k.shape
     cache = DenseCache(B, N, Hkv, D, k)
-    cache.append(k, v)
+    cache.append(NewTokens(k, v, None))
     return cache
 
 
-def ideal_bytes(cache: PackedCache | SelectedCache) -> int:
+def ideal_bytes(cache: PackedCache | RaggedCache) -> int:
     """Return the bytes of the keys and kept values alone, the window included."""
-    tensors = (cache.keys, cache.rows, cache.tail_k, cache.tail_v)
+    tensors = (cache.keys, cache.rows, cache.window_k, cache.window_v)
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -18,7 +18,7 @@ from benchmarks.generate import bench_generate
 from benchmarks.memory import bench_memory
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
 from measure_config import BenchConfig
-from storage.views import Tail
+from storage.layout import WindowView
 
 ROOT = Path(__file__).parent.parent
 SHAPE = dict(n_head=6, n_kv_head=3, head_dim=32, block_size=301)
@@ -125,7 +125,7 @@ def test_case_keeps_what_it_says(fixed):
     k, v = torch.randn(2, 2, 3, 70 + WINDOW, 32, generator=torch.Generator().manual_seed(0))
     case = Case("4:0.5" if fixed else "4:0.5:0.3", 32)
     cache, mask = case.fill(k, v, fixed)
-    got_k, z, held, valid = cache.packed().unpack()
+    got_k, z, held, valid = cache.view().packed[0].unpack()
     energy = v[:, :, :70].unflatten(-1, (4, 8)).square().sum(-1)  # (B, Hkv, C, S)
     if fixed:
         worst_kept = energy.masked_fill(~mask, float("inf")).amin(-1)
@@ -143,25 +143,23 @@ def test_case_keeps_what_it_says(fixed):
         for (b, h), tokens in zip([(b, h) for b in range(2) for h in range(3)], best, strict=True):
             assert torch.equal(got_k[b, h, :21], k[b, h, sorted(tokens)])
     assert int(held.sum()) == int(mask.sum()) and float(z.abs().sum()) > 0
-    tail = cache.whole()
-    order = torch.stack([tail.order()[b].argsort() for b in range(2)])[
-        :, None, :WINDOW, None
-    ].expand(-1, 3, -1, 32)
-    assert torch.equal(tail.v.gather(2, order), v[:, :, 70:])
+    window = cache.view().window
+    assert window.count.tolist() == [WINDOW] * 2
+    assert torch.equal(window.aligned(WINDOW)[1], v[:, :, 70:])
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
     """Results that are off by more than rounding end the run before anything is timed."""
     k, v = torch.randn(2, 2, 3, 40, 32, generator=torch.Generator().manual_seed(0))
     q = torch.randn(2, 6, 1, 32)
-    tail = Tail(k, v, torch.zeros(2, dtype=torch.int64), torch.full((2,), 40))
-    check_kernel(q, None, tail, "right")
+    window = WindowView(k, v, None, torch.full((2,), 40))
+    check_kernel(q, None, window, "right")
     right = decode.packed_attention
     monkeypatch.setattr(
         decode, "packed_attention", lambda *a, **kw: (right(*a, **kw)[0] * (1 + 1e-4), None)
     )
     with pytest.raises(AssertionError, match="its time would mean nothing"):
-        check_kernel(q, None, tail, "wrong")
+        check_kernel(q, None, window, "wrong")
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from training import loop as trainer
 from training.adapters import matched_rank
 from training.base import pretrain_stage
 
+COUNTS = 8 * 4 * 2  # bytes of a dense cache's lengths: four sequences, two layers
 CONTEXT = 128  # long enough for what is stored once per sequence not to count
 ALL = [
     "--pretrain_steps=12",
@@ -171,7 +172,7 @@ def test_losses_train_what_they_should(reconstructor, through, stage_of):
     lm = reached(stage, lm_loss(stage.model(x), y))
     assert lm == (adapters | kv if through else adapters)
     stage.model(x)
-    assert reached(stage, kv_router.aux_loss(stage.model)) == kv
+    assert reached(stage, stage.model.kv_losses()["aux"]) == kv
     stage.model(x)
     balance = reached(stage, lora.balance_loss(stage.model))
     allowed = adapters | kv if through else adapters  # through: by way of what earlier layers wrote
@@ -355,7 +356,7 @@ def test_pipeline_needs_no_network_and_leaves_rows(whole):
             )
         else:
             assert (
-                r["cache_bytes"] == dense == r["dense_bytes"]
+                r["cache_bytes"] - COUNTS == dense == r["dense_bytes"]
                 and r["value"] == r["dense_value"]
                 and r["kv_kept_model"] == 1.0
             )
@@ -459,7 +460,8 @@ def test_eval_training_free_on_a_base(copy_of, capsys):
         "none",
     )
     assert (
-        dense["n"] == 9 * 31 and dense["cache_bytes"] == dense["dense_bytes"] > half["cache_bytes"]
+        dense["n"] == 9 * 31
+        and dense["cache_bytes"] - COUNTS == dense["dense_bytes"] > half["cache_bytes"]
     )
     assert (
         full["value"] == pytest.approx(dense["value"], rel=1e-5)
@@ -489,7 +491,7 @@ def test_sample_prints_text_and_bytes(copy_of, capsys):
             ).groups()
         )
         assert dense == 2 * 4 * 2 * tokens * 2 * 16 * 2
-        assert 0.7 * dense < held < 0.9 * dense if less else held == dense
+        assert 0.7 * dense < held < 0.9 * dense if less else held == dense + COUNTS // 2
 
 
 def test_sample_is_repeatable(copy_of, capsys):

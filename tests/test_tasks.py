@@ -359,20 +359,24 @@ class Reader(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(1)
         self.layers = []
 
-    def new_cache(self, batch: int, max_len: int, pad: torch.Tensor | None = None):
+    def new_cache(self, batch: int, max_len: int):
         self.calls.append([])
-        return SimpleNamespace(ids=torch.empty(batch, 0, dtype=torch.int64), pad=pad, plan=None)
+        return SimpleNamespace(ids=[[] for _ in range(batch)], plan=None)
 
-    def forward(self, idx, cache, last_only=False):
+    def prefill(self, idx, cache, n_pad=None):
+        """Take a prompt but its last token: not what the answer may come from."""
         self.calls[-1].append(idx.size(1))
-        cache.ids = torch.cat((cache.ids, idx), 1)
-        pad = [0] * len(idx) if cache.pad is None else cache.pad.tolist()
+        pad = [0] * len(idx) if n_pad is None else n_pad.tolist()
+        for ids, row, p in zip(cache.ids, idx, pad, strict=True):
+            ids += row[p:].tolist()
+        return torch.full((len(idx), 1, 257), torch.nan)
+
+    def decode(self, idx, cache):
+        self.calls[-1].append(idx.size(1))
         if cache.plan is None:
-            if idx.size(1) > 1:  # a prompt but its last token: not what the answer may come from
-                return torch.full((len(idx), 1, 257), torch.nan)
             texts = [
-                ByteTokenizer().decode(row[p:].tolist())
-                for row, p in zip(cache.ids, pad, strict=True)
+                ByteTokenizer().decode(ids + row.tolist())
+                for ids, row in zip(cache.ids, idx, strict=True)
             ]
             assert not any("\0" in t for t in texts)  # padding is said to be padding
             cache.plan = [[c or 256 for c in self.answer(t).encode()] for t in texts]
@@ -497,9 +501,8 @@ def test_answers_are_read_from_the_compressed_cache(query, tmp_path):
             p = task.prompts[i]
             (_, letters) = task.answers[i]
             with torch.no_grad():
-                got = ThroughCache(model)(torch.tensor([p]), model.new_cache(1, len(p)))[
-                    0, -1, letters
-                ]
+                cache = model.new_cache(1, len(p))
+                got = ThroughCache(model).prefill(torch.tensor([p]), cache)[0, -1, letters]
             assert (
                 torch.allclose(got, seen[i][0], atol=1e-8, rtol=0)
                 and (got - seen[i][1]).abs().max() > 1e-3

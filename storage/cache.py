@@ -167,6 +167,11 @@ class LayerCacheBase:
         """Return how it stores, by name: what two caches must share to be joined or loaded."""
         return {"kind": type(self).__name__}
 
+    def constants(self) -> dict[str, Tensor]:
+        """Return tensors of the model that are needed to read what is stored, by name: two caches
+        that are joined, and a file and the model that loads it, have the same."""
+        return {}
+
     # the rest follows
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -193,6 +198,7 @@ class LayerCacheBase:
     def cat(cls, caches: Sequence[LayerCacheBase]) -> LayerCacheBase:
         for cache in caches[1:]:
             refuse_difference(caches[0].settings(), cache.settings(), "caches to be joined")
+            refuse_constants(caches[0].constants(), cache.constants())
         parts = cls.alike(caches)
         out = copy.copy(parts[0])
         for name, owner in out.owners.items():
@@ -277,6 +283,20 @@ def refuse_difference(wanted: dict, found: dict, what: str) -> None:
             f"{what}: {name} is {found.get(name)!r}",
             f"{wanted.get(name)!r} is needed",
             "use caches of one model and one way of storing",
+        )
+
+
+def refuse_constants(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise ValueError that names the first tensor in which two caches' models differ."""
+    for name in sorted({*wanted, *found}):
+        a = wanted.get(name)
+        b = found.get(name)
+        same = a is b or (a is not None and b is not None and torch.equal(a, b))
+        check(
+            same,
+            f"caches to be joined: other {name}",
+            "what was packed with one is not read with another",
+            "use caches that were filled after the change",
         )
 
 

@@ -137,7 +137,8 @@ class ExpertCache(WindowCache):
     # ---- what the base does, with the parts
 
     def settings(self) -> dict[str, Any]:
-        out = {**super().settings(), "scores": self.seen.size(1)}
+        numbers = {"experts": len(self.parts), "scores": self.seen.size(1)}
+        out = {**super().settings(), **numbers}
         for e, part in enumerate(self.parts):
             out |= {f"expert {e}: {name}": value for name, value in part.settings().items()}
         return out

@@ -53,6 +53,11 @@ class ValueBasis(NamedTuple):
     enc: Tensor | None = None  # (Hkv, D, D), z = v @ enc
     dec: Tensor | None = None  # (Hkv, D, D), v = z @ dec
 
+    def constants(self) -> dict[str, Tensor]:
+        """Return the maps that there are, by name."""
+        maps = {"maps into the basis": self.enc, "maps out of the basis": self.dec}
+        return {name: t for name, t in maps.items() if t is not None}
+
     def encode(self, v: Tensor) -> Tensor:
         """Map values (B, Hkv, T, D) to coordinates."""
         return v if self.enc is None else v @ self.enc.to(v.dtype)
@@ -75,6 +80,10 @@ class FloatCodec:
 
     def settings(self) -> dict[str, Any]:
         return {"bits": "16"}
+
+    def constants(self) -> dict[str, Tensor]:
+        """Return tensors of the model that are needed to read what is stored, by name."""
+        return {}
 
     def empty(self, n_tokens: int, k: int, S: int, D: int, like: Tensor) -> dict[str, Tensor]:
         """Return zeros for n_tokens slots of tokens, with k rows each."""
@@ -322,13 +331,17 @@ class PackedCache(WindowCache):
 
     def settings(self) -> dict[str, Any]:
         return {
+            "kind": type(self).__name__,
+            **self.codec.settings(),
             **super().settings(),
             "n_groups": self.S,
             "topk_groups": self.k,
             "mask_heads": self.mask_heads,
             "n_sinks": self.codec.n_sinks,
-            **self.codec.settings(),
         }
+
+    def constants(self) -> dict[str, Tensor]:
+        return {**self.basis.constants(), **self.codec.constants()}
 
     def segments(self, owner: str) -> tuple[Tensor, Tensor]:
         if owner == "mask":

@@ -122,13 +122,17 @@ class RaggedCache(DenseCache):
 
     def settings(self) -> dict[str, Any]:
         return {
+            "kind": type(self).__name__,
+            **self.codec.settings(),
             **super().settings(),
             "n_groups": self.S,
             "mask_heads": self.mask_heads,
             "keep_all": self.keep_all,
             "n_sinks": self.codec.n_sinks,
-            **self.codec.settings(),
         }
+
+    def constants(self) -> dict[str, Tensor]:
+        return {**self.basis.constants(), **self.codec.constants()}
 
     def segments(self, owner: str) -> tuple[Tensor, Tensor]:
         tokens = self.n_packed.expand(-1, self.Hkv)

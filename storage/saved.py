@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any
+from dataclasses import asdict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from torch import Tensor
 from config import check
 from storage.cache import KVCache, refuse_difference
 
-FORMAT = "4"
+FORMAT = "5"
 SAMPLE = 65536  # numbers of a tensor that the fingerprint looks at, evenly spread
 
 
@@ -37,7 +37,7 @@ def numbers_hash(tensors: dict[str, Tensor], sample: int = 0) -> str:
 
 
 def fingerprint(model) -> str:
-    """Identify a model by its weights, bases and router included."""
+    """Identify a model's weights, bases and routers included."""
     tensors = dict(model.named_parameters())
     for name, t in model.named_buffers():
         if not name.startswith("rope_"):
@@ -45,10 +45,16 @@ def fingerprint(model) -> str:
     return numbers_hash(tensors, SAMPLE)
 
 
-def described(cache: KVCache, model) -> dict[str, Any]:
-    """Return what a file says of a cache beside its tensors."""
-    layers = [{k: str(v) for k, v in layer.settings().items()} for layer in cache.layers]
-    return {"layers": layers, "model": fingerprint(model), "length": cache.length}
+def layer_settings(layer) -> dict[str, str]:
+    """Return how a layer's cache stores, and what of the model is needed to read it, by name."""
+    settings = {name: str(value) for name, value in layer.settings().items()}
+    return settings | {name: numbers_hash({name: t})[:12] for name, t in layer.constants().items()}
+
+
+def model_settings(model) -> dict[str, str]:
+    """Return what of a model's shape keys and values depend on, and its weights."""
+    shape = {name: str(value) for name, value in asdict(model.cfg).items() if name != "block_size"}
+    return shape | {"weights": fingerprint(model)}
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike, model) -> None:
@@ -59,7 +65,12 @@ def save_cache(cache: KVCache, path: str | os.PathLike, model) -> None:
         for name, t in layer.state_dict().items():
             # layers may share storage, which the format refuses
             tensors[f"{i}.{name}"] = t.detach().clone(memory_format=torch.contiguous_format)
-    about = json.dumps(described(cache, model), sort_keys=True)
+    about = {
+        "layers": [layer_settings(layer) for layer in cache.layers],
+        "model": model_settings(model),
+        "fresh": cache.layers[0].fresh,
+    }
+    about = json.dumps(about)
     digest = hashlib.sha256((numbers_hash(tensors) + about).encode()).hexdigest()
     save_file(tensors, path, {"format": FORMAT, "about": about, "sha256": digest})
 
@@ -68,32 +79,24 @@ def load_cache(path: str | os.PathLike, model) -> KVCache:
     """Read a cache that save_cache wrote for this model, to its device."""
     try:
         about, tensors = _read(path, str(model.norm.weight.device))
-        batch = len(
-            tensors[next(n for n in tensors if n.endswith(("n_window", "lengths", "seen")))]
-        )
-        cache = model.new_cache(batch, 1)
-        own = described(cache, model)
+        held = [t for name, t in tensors.items() if name.endswith("n_window") and t.ndim]
+        check(bool(held), "no sequences", "the tensors of a cache", "save it again")
+        cache = model.new_cache(len(held[0]), 1)
         n = len(about["layers"])
-        check(n == len(own["layers"]), f"{n} layers", f"{len(own['layers'])}", "use its own model")
+        check(n == len(cache.layers), f"{n} layers", f"{len(cache.layers)}", "use its own model")
         for i, (layer, saved) in enumerate(zip(cache.layers, about["layers"], strict=True)):
-            free = ("keep_all",)  # known once a context is packed
-            wanted = {k: v for k, v in own["layers"][i].items() if k not in free}
-            found = {k: v for k, v in saved.items() if k not in free}
-            refuse_difference(wanted, found, f"layer {i}")
-            mine = {
-                n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)
-            }
-            layer.load_state_dict(mine)
-            if "keep_all" in saved:
+            if "keep_all" in saved and hasattr(layer, "keep_all"):  # known once a context is packed
                 layer.keep_all = saved["keep_all"] == str(True)
-        check(
-            about["model"] == own["model"],
-            "other weights",
-            "the model that filled it",
-            "load that one, or process the prompt again",
-        )
-        cache.length = int(about["length"])
-    except (SafetensorError, KeyError, ValueError, OSError, StopIteration) as e:
+            refuse_difference(layer_settings(layer), saved, f"layer {i}")
+            parts = [(name.split(".", 1), t) for name, t in tensors.items()]
+            layer.load_state_dict({name[1]: t for name, t in parts if name[0] == str(i)})
+            layer.fresh = bool(about["fresh"])
+        refuse_difference(model_settings(model), about["model"], "the model")
+        lengths = torch.stack([layer.lengths for layer in cache.layers])
+        alike = bool((lengths == lengths[0]).all())
+        check(alike, "layers of unequal lengths", "the same tokens in all", "save it again")
+        cache.length = int(lengths.max()) if lengths.numel() else 0
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as e:
         raise ValueError(
             f"{path} is not a cache of this model ({e}); give a file that KVCache.save wrote for it"
         ) from None

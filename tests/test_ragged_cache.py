@@ -9,6 +9,7 @@ from helpers import error_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config import ModelConfig
 from storage.cache import DenseCache, KVCache, NewTokens, storage_bytes
 from storage.layout import cdiv, tile_size
 from storage.packed import ValueBasis
@@ -574,6 +575,7 @@ class FakeModel(torch.nn.Module):
 
     def __init__(self, n_layers: int, D: int = 16, dtype=torch.float32, Hm: int = 3):
         super().__init__()
+        self.cfg = ModelConfig()
         self.norm = torch.nn.LayerNorm(5)
         self.shape = (n_layers, D, Hm)
         self.like = torch.zeros(0, dtype=dtype)
@@ -600,16 +602,22 @@ def test_cache_file_round_trip_holds_the_same(dtype, tmp_path):
     ctx = context(33, 4, dtype=dtype)
     kinds += [c.select_sequences([0, 1]) for c in (kinds[2], packed(*ctx, bits_from=kinds[2]))]
     kinds[1].keep_all = True
-    model = FakeModel(len(kinds), dtype=dtype)
-    cache = KVCache(kinds, model)
-    cache.length = 40
-    cache.save(tmp_path / "cache.safetensors")
-    loaded = KVCache.load(tmp_path / "cache.safetensors", model)
-    sizes = [sum(c.nbytes() for c in layers) for layers in (kinds, loaded.layers)]
+    path = tmp_path / "cache.safetensors"
+    for layers in (kinds[:2], kinds[2:4] + kinds[5:], kinds[4:5]):  # of equal lengths
+        check_round_trip(layers, dtype, path)
+
+
+def check_round_trip(layers: list[RaggedCache], dtype: torch.dtype, path) -> None:
+    """What the test above claims, of one cache with these layers."""
+    model = FakeModel(len(layers), dtype=dtype)
+    cache = KVCache(layers, model)
+    cache.save(path)
+    loaded = KVCache.load(path, model)
+    sizes = [sum(c.nbytes() for c in part) for part in (layers, loaded.layers)]
     assert loaded.nbytes() == cache.nbytes() == sizes[0] == sizes[1]
-    assert loaded.length == 40
-    k, v = following(ctx[0], 9)
-    for a, b in zip(loaded.layers, kinds, strict=True):
+    assert loaded.length == int(cache.lengths.max())
+    k, v = following(context(33, 4, dtype=dtype)[0], 9)
+    for a, b in zip(loaded.layers, layers, strict=True):
         assert a.settings() == b.settings() and a.longest == b.longest
         for name, t in b.state_dict().items():
             got = getattr(a, name)
@@ -622,17 +630,17 @@ def test_cache_file_round_trip_holds_the_same(dtype, tmp_path):
             c.truncate(c.lengths - 3)
         assert same_state(a, b)
     others = (
-        FakeModel(len(kinds), D=32, dtype=dtype),
-        FakeModel(len(kinds), dtype=dtype, Hm=1),
-        FakeModel(2, dtype=dtype),
-        FakeModel(len(kinds), dtype=torch.float64),
-        FakeModel(len(kinds), dtype=dtype),
+        FakeModel(len(layers), D=32, dtype=dtype),
+        FakeModel(len(layers), dtype=dtype, Hm=1),
+        FakeModel(len(layers) + 1, dtype=dtype),
+        FakeModel(len(layers), dtype=torch.float64),
+        FakeModel(len(layers), dtype=dtype),
     )
     with torch.no_grad():
         others[-1].norm.weight += 1
     for other in others:
         with pytest.raises(ValueError, match="not a cache of this model"):
-            KVCache.load(tmp_path / "cache.safetensors", other)
+            KVCache.load(path, other)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.6, 1.0])

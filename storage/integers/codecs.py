@@ -71,6 +71,10 @@ class IntCodec:
     def settings(self) -> dict[str, Any]:
         return {"bits": f"{self.fmt.key_bits}:{self.fmt.value_bits}", "key_block": self.block}
 
+    def constants(self) -> dict[str, Tensor]:
+        """See FloatCodec.constants."""
+        return {"gain of levels": self.fmt.gain} if self.levelled else {}
+
     def mask_groups(self, n_groups: int) -> int:
         """Return the bits of a token's mask: one for a group, two where it has a level."""
         return 2 * n_groups if self.levelled else n_groups

@@ -61,7 +61,7 @@ from model import attend, attention_mask
 from storage.cache import NewTokens, valid_columns
 from storage.experts import ExpertCache, averaged
 from storage.integers.codecs import codec_of
-from storage.layout import cdiv, expand_mask, group_energy, merge_softmax, top_k_mask
+from storage.layout import cdiv, expand_mask, group_energy, top_k_mask
 from storage.packed import PackedCache
 
 PRIOR = 32  # tokens of mean 0 that a running mean of scores begins with
@@ -329,12 +329,7 @@ class GroupedHeads(SharingPath):
     def decode(self, x, q, k, v, cache: ExpertCache, n_pad: Tensor | None = None) -> Tensor:
         index = self.logits(x, n_pad, cache).argmax(-1)
         cache.append(NewTokens(k, v, n_pad, index))
-        view = cache.view()
-        old = attend_view(q, view._replace(window=None))
-        if view.window is None:
-            return old[0]
-        # experts have fewer heads than the window: they are read apart
-        return merge_softmax(old, attend_view(q, view._replace(packed=())))
+        return attend_view(q, cache.view())[0]
 
 
 # -------------------- on a model

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from threading import get_ident
 
 import torch
 import torch.nn as nn
@@ -80,14 +81,15 @@ class SourceLayer(SharingPath):
         super().__init__(window=0)
         self.shape = (m.n_kv_head, m.head_dim)
         self.n_readers = 0
-        self.seen: tuple[Tensor, Tensor] | None = None  # of the uncached forward under way
+        # keys and values of the uncached forward that each thread has under way
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> DenseCache:
         return DenseCache(batch, max_len, *self.shape, like)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         if self.n_readers:
-            self.seen = (k, v)
+            self.seen[get_ident()] = (k, v)
         return self.read(q, k, v, (k, v), self.window, pad)
 
     def prefill(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
@@ -120,9 +122,9 @@ class ReaderLayer(SharingPath):
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         source = self.source[0]
-        far = source.seen
+        far = source.seen[get_ident()]
         if self.number == source.n_readers:
-            source.seen = None
+            del source.seen[get_ident()]
         return self.read(q, *far, (k, v), self.window, pad)
 
     def prefill(self, x, q, k, v, cache: WindowCache, n_pad: Tensor | None = None) -> Tensor:

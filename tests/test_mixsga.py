@@ -622,7 +622,7 @@ def test_a_layer_of_cla_keeps_no_state_of_a_prompt():
         got = [model.prefill(x[i, :, :12], caches[i], last_only=False) for i in range(2)]
         model(tokens(3, 7, seed=4))
         for path in shared_heads.sharing(model):
-            assert getattr(path, "seen", None) is None
+            assert not getattr(path, "seen", None)
         for i in range(2):
             piece = model.prefill(x[i, :, 12:], caches[i], last_only=False)
             assert torch.equal(torch.cat((got[i], piece), 1), want[i])

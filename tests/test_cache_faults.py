@@ -4,6 +4,7 @@ of another model that load; caches left half-changed. Each test runs over every 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from dataclasses import replace
@@ -25,6 +26,7 @@ from generate import DecodeGraph, generate, prefill
 from model import Transformer
 from storage.cache import KVCache
 from storage.ragged import RaggedCache
+from storage.saved import numbers_hash
 
 
 def selecting(seed: int = 0, fold: bool = True, sel: dict | None = None, **kv) -> Transformer:
@@ -451,6 +453,37 @@ def test_two_threads_on_one_model_do_not_meet(name, model):
     assert not failed
 
 
+def test_another_thread_between_two_layers_is_not_met(name, model):
+    """The same without chance: while logits of a sequence are computed without a cache, another
+    thread computes those of another one between every two layers."""
+    if name == "mixsga, integers":  # refused without a cache
+        return
+    first = tokens(1, 31, seed=1)
+    second = tokens(1, 23, seed=2)
+    with torch.no_grad():
+        want = model(first), model(second)
+    for i in range(len(model.layers)):
+        got = []
+
+        def work(got=got):
+            with torch.no_grad():
+                got.append(model(second))
+
+        def between(module, args, got=got, work=work):
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=work)
+                thread.start()
+                thread.join()
+
+        hook = model.layers[i].mlp.register_forward_pre_hook(between)
+        try:
+            with torch.no_grad():
+                agree(model(first), want[0])
+        finally:
+            hook.remove()
+        agree(got[0], want[1])
+
+
 class Failed(Exception):
     """What is thrown."""
 
@@ -755,10 +788,6 @@ def test_what_is_no_cache_is_refused(tmp_path):
 
 def forge(path, to, change) -> None:
     """Write a cache's file anew with `change(about, tensors)` made, and a checksum that fits."""
-    import hashlib
-
-    from storage.saved import numbers_hash
-
     with safe_open(path, "pt") as f:
         meta = f.metadata()
         tensors = {name: f.get_tensor(name).clone() for name in f.keys()}

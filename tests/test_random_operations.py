@@ -36,14 +36,16 @@ TOLERANCE = 1e-8  # of the largest logit; float64, but tables of positions are f
 STEPS = 30  # operations of one session
 
 
-def random_model(rng: random.Random, seed: int, D: int, heads: tuple[int, ...]) -> Transformer:
+def random_model(
+    rng: random.Random, seed: int, D: int, heads: tuple[int, ...], least_layers: int = 1
+) -> Transformer:
     """A small model with large random weights, in float64. No narrower than a head: else some
     coordinates of values would be nothing but rounding, and which group of them is kept, too."""
     n_kv_head = rng.choice(heads)
     cfg = ModelConfig(
         vocab_size=VOCAB,
         block_size=CONTEXT,
-        n_layer=rng.choice([1, 2, 3]),
+        n_layer=rng.choice([n for n in (1, 2, 3) if n >= least_layers]),
         n_embd=24 if D > 8 else rng.choice([12, 24]),
         n_head=n_kv_head * rng.choice([1, 2, 3]),
         n_kv_head=n_kv_head,
@@ -150,7 +152,7 @@ def selection(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
         ]
     )
     allocation = rng.choice(["head", "layer", "global"])
-    if rng.random() < 0.4 or "kv_bytes" in budget:
+    if rng.random() < 0.5 or "kv_bytes" in budget:
         kv |= dict(prefill="exact", kv_sinks=rng.choice([0, 2, 4]))
         if kv["mask_scope"] == "shared" and "kv_bytes" in budget:
             kv["mask_scope"] = "head"
@@ -204,9 +206,9 @@ def gqa(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
 
 
 def cla(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
-    model = random_model(rng, seed, rng.choice([8, 16]), (1, 2, 3))
+    model = random_model(rng, seed, rng.choice([8, 16]), (1, 2, 3), least_layers=2)
     kv = KVConfig(kv="cla", kv_tail=rng.choice([0, 1, 4]))
-    shared_heads.attach(model, kv, MixConfig(kv_share=rng.choice([0.4, 0.5, 0.7])))
+    shared_heads.attach(model, kv, MixConfig(kv_share=rng.choice([0.3, 0.4, 0.5])))
     return shared(rng, model, ints=False)
 
 
@@ -233,12 +235,12 @@ class Kind(NamedTuple):
 LONG = (1, 5, 12, 19, 26)
 KINDS = {
     "dense": Kind(dense, 4),
-    "value groups": Kind(value_groups, 22),
-    "integers": Kind(integers, 12, LONG, LONG),
-    "selection": Kind(selection, 16, (1, 3, 12, 22, 31, 40), (1, 2, 4), whole_prompts=True),
-    "mixsga": Kind(experts, 12, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
-    "gqa": Kind(gqa, 6, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
-    "cla": Kind(cla, 6, (1, 2, 9, 23), (1, 2, 5), whole_prompts=True),
+    "value groups": Kind(value_groups, 36),
+    "integers": Kind(integers, 20, LONG, LONG),
+    "selection": Kind(selection, 40, (1, 3, 12, 22, 31, 40), (1, 2, 4), whole_prompts=True),
+    "mixsga": Kind(experts, 18, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
+    "gqa": Kind(gqa, 8, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
+    "cla": Kind(cla, 8, (1, 2, 9, 23), (1, 2, 5), whole_prompts=True),
 }
 
 

@@ -158,12 +158,12 @@ def test_joined_caches_of_unequal_capacity_decode_as_each_alone(model):
         caches.append(cache)
     joined = KVCache.cat(caches)
     assert joined.lengths.tolist() == [n + m for n, m in zip(lengths, steps_before, strict=True)]
-    got = decoded(model, joined, 25)
+    got = decoded(model, joined, 14)
     for b, cache in enumerate(caches):
-        agree(got[b : b + 1], decoded(model, cache, 25, [b]))
+        agree(got[b : b + 1], decoded(model, cache, 14, [b]))
 
 
-@pytest.mark.parametrize("lengths", [(0, 40), (1, 3, 40), (3, 0, 2)])
+@pytest.mark.parametrize("lengths", [(1, 0, 30), (3, 0)])
 def test_integers_joined_before_their_first_tokens_are_full(lengths):
     """Rows of which some, or all, may still fill the tokens that stay whole: joined, in any order,
     they decode as alone, over blocks that form."""
@@ -174,9 +174,9 @@ def test_integers_joined_before_their_first_tokens_are_full(lengths):
     for order in (range(len(lengths)), reversed(range(len(lengths)))):
         order = list(order)
         joined = KVCache.cat([caches[b].select_sequences([0]) for b in order])
-        got = decoded(model, joined, 40, order)
+        got = decoded(model, joined, 26, order)
         for i, b in enumerate(order):
-            agree(got[i : i + 1], decoded(model, caches[b].select_sequences([0]), 40, [b]))
+            agree(got[i : i + 1], decoded(model, caches[b].select_sequences([0]), 26, [b]))
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -213,12 +213,12 @@ def test_one_token_alone_is_what_it_is_in_a_padded_batch(name, model):
                 agree(together[b : b + 1, -n:], model(idx[b : b + 1, -n:]))
         cache = model.new_cache(len(lengths), 60)
         logits = model.prefill(idx, cache, pad)
-    steps = decoded(model, cache, 24)
+    steps = decoded(model, cache, 10)
     for b, n in enumerate(lengths):
         alone = model.new_cache(1, 60)
         with torch.no_grad():
             agree(logits[b : b + 1], model.prefill(idx[b : b + 1, -n:], alone))
-        agree(steps[b : b + 1], decoded(model, alone, 24, [b]))
+        agree(steps[b : b + 1], decoded(model, alone, 10, [b]))
 
 
 def test_a_last_piece_of_one_token_is_a_piece(model):
@@ -226,9 +226,9 @@ def test_a_last_piece_of_one_token_is_a_piece(model):
     those of pieces read one by one; where a prompt is read as a whole, those of the whole."""
     lengths = (13, 5, 1)
     idx, pad = padded(lengths)
-    for at_once in (12, 6, 4, 1):
+    for at_once in (12, 4):
         logits, cache = prefill(model, idx, 60, pad, at_once)
-        steps = decoded(model, cache, 20)
+        steps = decoded(model, cache, 5)
         for b, n in enumerate(lengths):
             alone = model.new_cache(1, 60)
             prompt = idx[b : b + 1, -n:]
@@ -238,7 +238,7 @@ def test_a_last_piece_of_one_token_is_a_piece(model):
                 for piece in prompt.split(size, 1):
                     want = model.prefill(piece, alone)[:, -1]
             agree(logits[b : b + 1], want)
-            agree(steps[b : b + 1], decoded(model, alone, 20, [b]))
+            agree(steps[b : b + 1], decoded(model, alone, 5, [b]))
 
 
 def test_a_piece_of_one_token_is_read_by_the_equations():
@@ -260,14 +260,14 @@ def test_a_piece_of_one_token_is_read_by_the_equations():
 def test_generated_tokens_do_not_depend_on_how_prompts_are_cut(model):
     """generate with prefill_tokens: greedy tokens of a row are those it gets alone."""
     prompts = [tokens(n, seed=n).tolist() for n in (11, 1, 4, 20)]
-    for at_once in (0, 1, 10, 19, 40):
-        together, _ = generate(model, prompts, 6, prefill_tokens=at_once)
+    for at_once in (1, 10, 19):
+        together, _ = generate(model, prompts, 3, prefill_tokens=at_once)
         # alone, a prompt is cut where it is cut in the batch
         if takes_pieces(model):
             size = at_once if 0 < at_once < 20 else 0
         else:
             size = 0
-        alone = [generate(model, [p], 6, prefill_tokens=size)[0][0] for p in prompts]
+        alone = [generate(model, [p], 3, prefill_tokens=size)[0][0] for p in prompts]
         assert together == alone, at_once
 
 
@@ -508,7 +508,7 @@ def test_a_prefill_that_failed_half_way_is_tried_again(model):
     cache = model.new_cache(3, 90)
     with torch.no_grad():
         want = [model.prefill(idx, cache, pad), model.prefill(more, cache, more_pad)]
-    want = [*want, decoded(model, cache, 20)]
+    want = [*want, decoded(model, cache, 5)]
     for place in places(model):
         cache = model.new_cache(3, 90)
         got = []
@@ -521,7 +521,7 @@ def test_a_prefill_that_failed_half_way_is_tried_again(model):
             assert (cache.lengths.tolist(), cache.length) == before
             with torch.no_grad():
                 got.append(model.prefill(part, cache, n_pad))
-        got.append(decoded(model, cache, 20))
+        got.append(decoded(model, cache, 5))
         for a, b in zip(got, want, strict=True):
             agree(a, b)
 
@@ -601,7 +601,7 @@ def test_a_refused_cut_changes_no_layer(name, model):
             wanted = [min(n, length) for length in before]
         for layer in cache.layers:
             assert layer.lengths.tolist() == wanted
-        assert torch.isfinite(decoded(model, cache, 3)).all()
+        assert torch.isfinite(decoded(model, cache, 2)).all()
     possible = name.startswith(("dense", "value", "no tail", "tail", "not", "rout", "reb", "cla"))
     assert not refused if possible else refused < 27
 
@@ -634,13 +634,13 @@ def saved(model: Transformer, path, n: int = 40) -> torch.Tensor:
     with torch.no_grad():
         model.prefill(tokens(2, n, seed=1), cache)
     cache.save(path)
-    return decoded(model, cache, 20)
+    return decoded(model, cache, 8)
 
 
 def test_a_loaded_cache_goes_on_as_the_saved_one(model, tmp_path):
     """Of any max_len, filled or empty: what is loaded decodes, grows and takes prompts."""
     path = tmp_path / "c.safetensors"
-    agree(decoded(model, KVCache.load(saved_at(model, path), model), 20), saved(model, path))
+    agree(decoded(model, KVCache.load(saved_at(model, path), model), 8), saved(model, path))
     idx = tokens(2, 30, seed=4)
     for max_len in (60, 90):
         empty = model.new_cache(2, max_len)
@@ -649,7 +649,7 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(model, tmp_path):
         assert loaded.lengths.tolist() == [0, 0]
         with torch.no_grad():
             agree(model.prefill(idx, loaded), model.prefill(idx, empty))
-        agree(decoded(model, loaded, 20), decoded(model, empty, 20))
+        agree(decoded(model, loaded, 5), decoded(model, empty, 5))
 
 
 def saved_at(model: Transformer, path):
@@ -740,7 +740,7 @@ def test_a_file_of_another_model_is_refused_by_name(difference, tmp_path):
     want = saved(model, path)
     line = error_line(KVCache.load, path, loader())
     assert word in line and str(path) in line, line
-    agree(decoded(model, KVCache.load(path, saver()), 20), want)
+    agree(decoded(model, KVCache.load(path, saver()), 8), want)
 
 
 @pytest.mark.parametrize("kind", ["value groups", "integers", "levels", "mixsga", "cla"])
@@ -769,7 +769,7 @@ def test_a_damaged_file_is_refused(kind, tmp_path):
             refused += 1
         else:  # blanks that fill the header
             assert i < header
-            agree(decoded(model, loaded, 20), want)
+            agree(decoded(model, loaded, 8), want)
     assert refused > len(at) - 4
 
 

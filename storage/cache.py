@@ -145,6 +145,9 @@ class LayerCacheBase:
 
     GROWS: tuple[str, ...] = ()
     RING: tuple[str, ...] = ()
+    ONE_PROMPT = (
+        False  # whether its first prompt is looked at as a whole, so that later ones differ
+    )
     owners: dict[str, str]
     batch: int  # sequences held
     fresh = True  # nothing has been appended yet
@@ -196,6 +199,13 @@ class LayerCacheBase:
 
     @classmethod
     def cat(cls, caches: Sequence[LayerCacheBase]) -> LayerCacheBase:
+        ready = len({c.fresh for c in caches}) == 1 or not cls.ONE_PROMPT
+        check(
+            ready,
+            "an empty cache to be joined with a filled one",
+            "a first prompt is looked at as a whole",
+            "process the prompts first",
+        )
         for cache in caches[1:]:
             refuse_difference(caches[0].settings(), cache.settings(), "caches to be joined")
             refuse_constants(caches[0].constants(), cache.constants())

@@ -45,6 +45,7 @@ class ExpertCache(WindowCache):
     seen          (B, E) sums of the router's scores so far; E = 0 where none are learned"""
 
     RING = (*WindowCache.RING, "window_index")
+    ONE_PROMPT = True
 
     def __init__(
         self,

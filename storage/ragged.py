@@ -60,6 +60,8 @@ class RaggedCache(DenseCache):
     Keys and rows are those of FloatCodec here; IntCodec holds them as bytes, and scales beside
     them. Where tokens stood is not kept, so the context cannot be truncated."""
 
+    ONE_PROMPT = True
+
     def __init__(
         self,
         batch: int,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from config import check
 from storage.cache import KVCache, refuse_difference
+from storage.layout import cdiv
 
 FORMAT = "5"
 SAMPLE = 65536  # numbers of a tensor that the fingerprint looks at, evenly spread
@@ -31,18 +32,33 @@ def numbers_hash(tensors: dict[str, Tensor], sample: int = 0) -> str:
         t = tensors[name].detach().flatten()
         out.update(f"{name} {tuple(tensors[name].shape)} {t.dtype}\n".encode())
         if sample and t.numel() > sample:
-            t = t[:: -(-t.numel() // sample)]
+            t = t[:: cdiv(t.numel(), sample)]
         out.update(t.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return out.hexdigest()
 
 
 def fingerprint(model) -> str:
-    """Identify a model's weights, bases and routers included."""
+    """Identify a model's weights, bases, routers and adapters with their scale included.
+
+    Of every tensor it has SAMPLE numbers, evenly spread, and the sum of all bits, which is the same
+    in any order and on any device."""
     tensors = dict(model.named_parameters())
     for name, t in model.named_buffers():
         if not name.startswith("rope_"):
             tensors[name] = t
-    return numbers_hash(tensors, SAMPLE)
+    sums = {f"{name} bits": bit_sum(t) for name, t in tensors.items()}
+    scales = {
+        f"{name} scaling": torch.tensor(module.scaling, dtype=torch.float64)
+        for name, module in model.named_modules()
+        if hasattr(module, "scaling")
+    }
+    return numbers_hash({**tensors, **sums, **scales}, SAMPLE)
+
+
+def bit_sum(t: Tensor) -> Tensor:
+    """Add up the numbers of t as integers of the same bits, modulo 2^64: int64."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.detach().contiguous().view(integers[t.element_size()]).sum(dtype=torch.int64)
 
 
 def layer_settings(layer) -> dict[str, str]:

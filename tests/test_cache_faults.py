@@ -18,15 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import kv_router
+import lora
 import mixsga
 import selector
 from baselines import shared_heads
-from config import KVConfig, MixConfig, SelectConfig
+from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
 from storage.cache import KVCache
 from storage.ragged import RaggedCache
-from storage.saved import numbers_hash
+from storage.saved import fingerprint, numbers_hash
 
 
 def selecting(seed: int = 0, fold: bool = True, sel: dict | None = None, **kv) -> Transformer:
@@ -856,3 +857,33 @@ def test_verbs_outside_no_grad_give_the_same(name, model):
         got.append(model(idx, pad=pad)[:, -3:])
     for a, b in zip(got, want, strict=True):
         agree(a, b)
+
+
+@pytest.mark.parametrize("name", ["selection", "mixsga"])
+def test_an_empty_cache_is_not_joined_where_a_first_prompt_counts(name):
+    """What is chosen from a first prompt as a whole would not be chosen after the join: refused by
+    name, either way round."""
+    model = PATHS[name]()
+    filled = model.new_cache(1, 40)
+    with torch.no_grad():
+        model.prefill(tokens(1, 30), filled)
+    for caches in ([model.new_cache(1, 40), filled], [filled, model.new_cache(1, 40)]):
+        assert "an empty cache to be joined" in error_line(KVCache.cat, caches)
+
+
+def test_a_fingerprint_sees_any_number_and_an_adapters_scale():
+    """One weight of a large tensor, however far from those that are looked at, and the scale that
+    an adapter's update is multiplied by."""
+    model = tiny_model()
+    model.embed_tokens = torch.nn.Embedding(40_003, 40)
+    seen = {fingerprint(model)}
+    with torch.no_grad():
+        model.embed_tokens.weight[20_001, 7] += 1e-3
+    seen.add(fingerprint(model))
+    lora.attach(model, AdapterConfig(adapter="lora", r=2))
+    seen.add(fingerprint(model))
+    for module in model.modules():
+        if hasattr(module, "scaling"):
+            module.scaling *= 2
+    seen.add(fingerprint(model))
+    assert len(seen) == 4

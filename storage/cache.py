@@ -199,6 +199,9 @@ class LayerCacheBase:
 
     @classmethod
     def cat(cls, caches: Sequence[LayerCacheBase]) -> LayerCacheBase:
+        for cache in caches[1:]:
+            refuse_difference(caches[0].settings(), cache.settings(), "caches to be joined")
+            refuse_constants(caches[0].constants(), cache.constants())
         ready = len({c.fresh for c in caches}) == 1 or not cls.ONE_PROMPT
         check(
             ready,
@@ -206,9 +209,6 @@ class LayerCacheBase:
             "a first prompt is looked at as a whole",
             "process the prompts first",
         )
-        for cache in caches[1:]:
-            refuse_difference(caches[0].settings(), cache.settings(), "caches to be joined")
-            refuse_constants(caches[0].constants(), cache.constants())
         parts = cls.alike(caches)
         out = copy.copy(parts[0])
         for name, owner in out.owners.items():

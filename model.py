@@ -262,6 +262,12 @@ class Transformer(nn.Module):
         number = cache.layers[0].dtype.itemsize
         return 2 * number * n_tokens * self.cfg.n_kv_head * self.cfg.head_dim * self.cfg.n_layer
 
+    def share_of_dense(self, n_tokens: int, cache: KVCache) -> float:
+        """Return the bytes of `cache` over those of n_tokens kept whole, both with 16 bits for
+        whole numbers."""
+        dense = 2 * 2 * n_tokens * self.cfg.n_kv_head * self.cfg.head_dim * self.cfg.n_layer
+        return cache.nbytes_in_16_bits() / dense
+
     def kv_losses(self) -> dict[str, Tensor]:
         """Return the paths' losses of the last training forward, the mean over layers by name."""
         found: dict[str, list[Tensor]] = {}

@@ -50,11 +50,11 @@ def main() -> None:
     for r in rows:
         print(cfg.prompt + run.tokenizer.decode(r))
         print("-" * 20)
-    dense = run.model.dense_bytes(cache.length * len(rows), cache)
+    share = run.model.share_of_dense(cache.length * len(rows), cache)
     print(
         f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} "
         f"bytes for {cache.length} tokens a row, "
-        f"{cache.nbytes() / dense:.1%} of a dense one's {dense:,}",
+        f"{share:.1%} of a dense one's where both have 16 bits for whole numbers",
         file=sys.stderr,
     )
 

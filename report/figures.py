@@ -7,6 +7,7 @@ from statistics import mean
 
 from torch import Tensor
 
+from report.tables import share_of_dense
 from selector import Selection
 
 
@@ -198,7 +199,7 @@ def bytes_figure(folder: Path, rows: list[dict]) -> None:
     rows = [r for r in rows if r["task"] == rows[0]["task"]]
     series: dict[str, list[tuple[float, float]]] = {}
     for r in rows:
-        held = 100 * r["cache_bytes"] / r["dense_bytes"]
+        held = 100 * share_of_dense(r)
         series.setdefault(series_of(r), []).append((held, r["value"] - r["dense_value"]))
     points = [p for mine in series.values() for p in mine]
     plt = pyplot()

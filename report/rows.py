@@ -70,6 +70,7 @@ def measure_row(
         **shares,
         "cache_bytes": cache.nbytes(),
         "dense_bytes": model.dense_bytes(task.stored.numel(), cache),
+        "of_dense": model.share_of_dense(task.stored.numel(), cache),
         "metric": task.metric,
         "value": value,
         "dense_value": value if dense_value is None else dense_value,

@@ -476,6 +476,15 @@ class KVCache:
         share is counted once."""
         return storage_bytes([t for layer in self.layers for t in layer.state_dict().values()])
 
+    def nbytes_in_16_bits(self) -> int:
+        """Count the same bytes as if whole numbers were computed in 16 bits, whatever dtype they
+        have here."""
+        dtype = self.layers[0].dtype
+        tensors = [t for layer in self.layers for t in layer.state_dict().values()]
+        whole = storage_bytes([t for t in tensors if t.dtype == dtype])
+        rest = storage_bytes([t for t in tensors if t.dtype != dtype])
+        return whole * 2 // dtype.itemsize + rest
+
     def reserve(self, n_tokens: int) -> None:
         """Make room for n_tokens more in every layer."""
         for layer in self.layers:

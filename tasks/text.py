@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import mean
 
+import torch
 from torch import Tensor
 
 from loaders.device import autocast
@@ -65,8 +66,8 @@ class Continuation:
     """Mean loss in nats of the text that follows a compressed context, through the packed cache.
 
     A context of T - query - last tokens is processed exactly and then compressed, `query` tokens
-    stay whole, and `last` tokens read both: it is their loss (the first of them is predicted by
-    nobody). The paths' window must be `query`.
+    stay whole, and `last` tokens read both, one by one, each stored as a generated token is: it is
+    their loss (the first of them is predicted by nobody). The paths' window must be `query`.
 
     A loss varies with the token that happened to come, a divergence from the reference's
     predictions does not: it tells settings apart whose losses differ by less than chance.
@@ -119,11 +120,14 @@ class Continuation:
         return total / len(self.x)
 
     def predict(self, model: Transformer, x: Tensor) -> Tensor:
-        """Return the logits (B, last - 1, vocab) of the last tokens but the first, x (B, T)."""
+        """Return the logits (B, last - 1, vocab) of the last tokens but the first, x (B, T), read
+        one by one as generation does."""
+        T = x.size(1)
         cache = model.new_cache(*x.shape)
-        with with_oracle(model, x, x.size(1) - self.last):
+        with with_oracle(model, x, T - self.last):
             model.prefill(x[:, : -self.last], cache)
-        return model.prefill(x[:, -self.last :], cache, last_only=False)[:, :-1]
+        steps = [model.decode(x[:, t : t + 1], cache) for t in range(T - self.last, T - 1)]
+        return torch.cat(steps, 1)
 
 
 def divergence(was: Tensor, logits: Tensor) -> float:

@@ -56,13 +56,13 @@ SHAPES = [(5, 9), (0, 7), (16, 2)]  # (query, last)
 
 
 class ContextOracle(torch.nn.Module):
-    """One layer's attention in full float64 matrices: tokens from `late` on read the routed values
-    of those before `context`."""
+    """One layer's attention in full float64 matrices: tokens from `late` on read routed values of
+    all tokens but the newest `window`, their own included."""
 
-    def __init__(self, path: kv_router.ValueGroupPath, context: int, late: int):
+    def __init__(self, path: kv_router.ValueGroupPath, window: int, late: int):
         super().__init__()
         self.path = path
-        self.context = context
+        self.window = window
         self.late = late
 
     def forward(self, x, q, k, v, cache=None, pad=None):
@@ -72,7 +72,7 @@ class ContextOracle(torch.nn.Module):
         z = coordinates(p, v)
         read = v.clone()
         for b in range(v.size(0)):
-            for t in range(self.context):
+            for t in range(T - self.window):
                 scores = p.scores(x[b : b + 1, t : t + 1], z[b : b + 1, :, t : t + 1])[0, :, 0]
                 kept = [
                     sorted(range(p.S), key=lambda g, s=s: (-float(s[g]), g))[: p.k] for s in scores
@@ -84,16 +84,16 @@ class ContextOracle(torch.nn.Module):
         k, v, read = (t.repeat_interleave(n, 1) for t in (k, v, read))
         scores = q @ k.mT / math.sqrt(p.D)
         weights = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf).softmax(-1)
-        return torch.cat(((weights @ v)[:, :, : self.late], (weights @ read)[:, :, self.late :]), 2)
+        place = torch.arange(T)
+        routed = (place[:, None] >= self.late) & (place < place[:, None] + 1 - self.window)
+        return (weights * ~routed) @ v + (weights * routed) @ read
 
 
 def oracle(model, x: torch.Tensor, query: int, last: int) -> float:
     """Mean loss of the continuation's tokens but the first, one logarithm at a time."""
     late = x.size(1) - last
     for name, path in kv_router.paths(model).items():
-        model.get_submodule(name.rsplit(".", 1)[0]).kv_path = ContextOracle(
-            path, late - query, late
-        )
+        model.get_submodule(name.rsplit(".", 1)[0]).kv_path = ContextOracle(path, query, late)
     with torch.no_grad():
         probs = model(x).softmax(-1)
     terms = [
@@ -109,8 +109,8 @@ def oracle(model, x: torch.Tensor, query: int, last: int) -> float:
 @pytest.mark.parametrize("query, last", SHAPES)
 def test_continuation_equals_the_oracle(name, query, last):
     """Through the packed cache: the context is read whole while it is processed, is compressed for
-    what follows the query and for nothing before, the query stays whole, and the loss is that of
-    the last tokens; the same for any batch size."""
+    what follows the query and for nothing before, as many newest tokens as the query has stay
+    whole, and the loss is that of the last tokens; the same for any batch size."""
     model = grouped_model(prefill="exact", **SETTINGS[name])
     x = tokens(5, 67, seed=3)
     task = tasks.Continuation(x, query, last)
@@ -121,6 +121,24 @@ def test_continuation_equals_the_oracle(name, query, last):
     # it is not the dense model's
     assert abs(want - tasks.Continuation(x, query, last).value(tiny_model(), 5, "float32")) > 1e-3
     assert task.n == 5 * (last - 1)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_the_share_of_dense_is_that_of_16_bits(bits):
+    """Computed in float64, float32 or bfloat16 a cache has the same share of a dense one, that of
+    the bytes which the bfloat16 cache holds: integers are not compared with wider numbers."""
+    shares = []
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        setting = dict(value_router="norm", prefill="exact", kv_tail=3)
+        ints = dict(key_bits=4, value_bits=4, key_block=16) if bits == 4 else {}
+        model = grouped_model(dtype=dtype, **setting, **ints)
+        cache = model.new_cache(2, 60)
+        with torch.no_grad():
+            model.prefill(tokens(2, 60), cache)
+        shares.append(model.share_of_dense(2 * 60, cache))
+    dense = 2 * 2 * (2 * 60) * TINY.n_kv_head * TINY.head_dim * TINY.n_layer
+    assert shares == [cache.nbytes() / dense] * 3
+    assert shares[0] < 0.9
 
 
 def test_divergence_is_from_what_whole_values_predict(monkeypatch):
@@ -148,8 +166,8 @@ def test_divergence_is_from_what_whole_values_predict(monkeypatch):
             cache = model.new_cache(1, 67)
             model.prefill(row[None, :-last], cache)
             p = dense(row[None])[0, -last:-1].softmax(-1)
-            q = model.prefill(row[None, -last:], cache, last_only=False)
-            q = q[0, :-1].softmax(-1)
+            steps = row[None, -last:-1].split(1, 1)
+            q = torch.stack([model.decode(t, cache)[0, -1] for t in steps]).softmax(-1)
             want += [
                 sum(a * math.log(a / b) for a, b in zip(s.tolist(), t.tolist(), strict=True))
                 for s, t in zip(p, q, strict=True)

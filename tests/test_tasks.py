@@ -487,7 +487,7 @@ def test_answers_are_read_from_the_compressed_cache(query, tmp_path):
     for i, (p, (_, letters)) in enumerate(zip(task.prompts, task.answers, strict=True)):
         for name, path in kv_router.paths(grouped_model(**setting)).items():
             oracle.get_submodule(name.rsplit(".", 1)[0]).kv_path = ContextOracle(
-                path, len(p) - query, len(p) - 1
+                path, query, len(p) - 1
             )
         with torch.no_grad():
             seen[i] = (

@@ -32,7 +32,7 @@ from loaders.tokenizer import get_tokenizer
 from model import Transformer
 from report.figures import report_figure
 from report.rows import RowAbout, kept_groups, measure_row, sweep
-from report.tables import result_table
+from report.tables import result_table, share_of_dense
 from settings.train import TrainConfig
 from tasks.text import Perplexity
 from training.base import (
@@ -402,7 +402,7 @@ def finding(results: list[dict]) -> str:
     def value(name: str) -> float:
         return mean(r["value"] for r in results if r["name"] == name)
 
-    kept = next(r["cache_bytes"] / r["dense_bytes"] for r in results if r["name"] == "sub-token")
+    kept = next(share_of_dense(r) for r in results if r["name"] == "sub-token")
     against = " and ".join(
         f"{value('sub-token') / value(name) - 1:+.2%} against {name}"
         for name in ("LoRA", "MoE-LoRA")

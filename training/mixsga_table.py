@@ -41,7 +41,7 @@ from loaders.tokenizer import get_tokenizer
 from measure_config import EvalConfig
 from model import Transformer
 from report.rows import filled_cache
-from report.tables import Column, lay_out, with_spread
+from report.tables import Column, lay_out, share_of_dense, with_spread
 from settings.fields import to_dict
 from settings.train import DataConfig, TrainConfig
 from tasks.text import mean_loss
@@ -266,6 +266,7 @@ def measured(model: Transformer, row: Row, shared: Experiment) -> dict:
         "agreement": mean(same) if same else 1.0,
         "cache_bytes": cache.nbytes(),
         "dense_bytes": model.dense_bytes(some.numel(), cache),
+        "of_dense": model.share_of_dense(some.numel(), cache),
         "h2o": h2o,
     }
 
@@ -453,7 +454,7 @@ def cells_of(name: str, rows: list[dict]) -> list[str]:
         name,
         f"{average('kv_kept_model'):.1%}",
         f"{average('cache_bytes'):,.0f}",
-        f"{average('cache_bytes') / rows[0]['dense_bytes']:.1%}",
+        f"{mean(map(share_of_dense, rows)):.1%}",
         with_spread([r["value"] for r in rows]),
         f"{average('teacher_forced'):.4f}",
         f"{average('agreement'):.1%}",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from config import ModelConfig
+from storage.layout import cdiv
 
 PLAIN_ROUNDS = 3  # rounds of entries that wait for the host
 LEAST_CALLS = 8  # calls that are timed together, so that a graph's own launch does not count
@@ -32,7 +33,7 @@ def in_turns(
             if name in plain and i >= PLAIN_ROUNDS:
                 continue
             n = len(calls[name])
-            repeats = 1 if name in plain else (LEAST_CALLS + n - 1) // n
+            repeats = 1 if name in plain else cdiv(LEAST_CALLS, n)
             ms = milliseconds(run, repeats, device)
             times[name].append(ms / n / repeats)
     return {name: median(ms) for name, ms in times.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from config import ModelConfig
 from kernels import packed_attention
 from loaders.device import device_name, in_bfloat16, pick_device
 from measure_config import BenchConfig
-from storage.layout import PackedView, WindowView, expand_mask, packed_attention_ref
+from storage.layout import PackedView, WindowView, cdiv, expand_mask, packed_attention_ref
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -94,7 +95,7 @@ def n_sets(dense_bytes: int, device: torch.device) -> int:
     to_fill_cache = 1
     if device.type == "cuda":
         wanted = 4 * torch.cuda.get_device_properties(device).L2_cache_size
-        to_fill_cache = max(1, (wanted + dense_bytes - 1) // dense_bytes)
+        to_fill_cache = max(1, cdiv(wanted, dense_bytes))
     return min(MOST_SETS, 4 * to_fill_cache)
 
 
@@ -172,15 +173,15 @@ def add_case(entries: Entries, case: Case, fixed: bool, data: list[QKV], dense_b
     packed = []
     for i, (q, k, v) in enumerate(data):
         cache, mask = case.fill(k, v, fixed)
-        view = (cache.view().packed[0], cache.view().window)
+        view = cache.view()
+        read = (q, view.packed[0], view.window)
         if i == 0:
-            check_kernel(q, *view, name)
+            held = cache.nbytes()
+            check_kernel(*read, name)
             if case.token_keep == 1:
                 entries.add(f"masked {name}", [masked_attention(q, k, v, mask)], dense_bytes)
-            reference = [lambda q=q, view=view: packed_attention_ref(q, *view)]
-            entries.add(f"reference {name}", reference, cache.nbytes())
-            held = cache.nbytes()
-        packed.append(lambda q=q, view=view: packed_attention(q, *view))
+            entries.add(f"reference {name}", [partial(packed_attention_ref, *read)], held)
+        packed.append(partial(packed_attention, *read))
     entries.add(f"packed {name}", packed, held)
 
 

@@ -127,10 +127,10 @@ class Decoding:
 def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Decoding:
     """Process the prompts idx (B, T) and capture the decode step, both timed."""
     n_tokens = idx.size(1) + cfg.new_tokens
-    prefill(model, idx[:1], n_tokens, None, cfg.prefill_tokens)  # warm
+    prefill(model, idx[:1], n_tokens, at_once=cfg.prefill_tokens)  # warm
     torch.cuda.synchronize()
     start = time.perf_counter()
-    logits, cache = prefill(model, idx, n_tokens, None, cfg.prefill_tokens)
+    logits, cache = prefill(model, idx, n_tokens, at_once=cfg.prefill_tokens)
     torch.cuda.synchronize()
     prefill_s = time.perf_counter() - start
     check(
@@ -139,15 +139,7 @@ def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Dec
         "it has no kernels to step with",
         "choose another reconstructor",
     )
-    first = logits.argmax(-1, keepdim=True)
-    graph = DecodeGraph(
-        model,
-        cache,
-        first,
-        lambda logits, _: logits.argmax(-1, keepdim=True),
-        cfg.new_tokens,
-        cfg.compile,
-    )
+    graph = DecodeGraph(model, cache, likeliest(logits), likeliest, cfg.new_tokens, cfg.compile)
     held = cache.nbytes()
     start = time.perf_counter()
     for _ in range(DecodeGraph.WARM + 1):
@@ -160,6 +152,11 @@ def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Dec
         "capture_s": round(capture_s, 3),
     }
     return Decoding(model, graph, measured)
+
+
+def likeliest(logits: Tensor, step: Tensor | None = None) -> Tensor:
+    """Pick the next tokens (B, 1) from logits (B, V), the same way at every step."""
+    return logits.argmax(-1, keepdim=True)
 
 
 def time_graphs(runs: dict[str, Decoding], n: int) -> None:
@@ -181,7 +178,7 @@ def time_eager(run: Decoding, batch_size: int) -> None:
 
     def step(token: Tensor) -> Tensor:
         logits = run.model.decode(token, run.graph.cache)
-        return logits[:, -1].argmax(-1, keepdim=True)
+        return likeliest(logits[:, -1])
 
     for _ in range(EAGER_WARM):
         token = step(token)

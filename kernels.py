@@ -51,7 +51,13 @@ from storage.kernel_base import (
     triton,
     use_triton,
 )
-from storage.layout import PackedView, WindowView, merge_softmax, packed_attention_ref
+from storage.layout import (
+    PackedView,
+    WindowView,
+    at_least_float32,
+    merge_softmax,
+    packed_attention_ref,
+)
 from storage.pieces import Variant, attend_in_pieces, find_piece, segment_pieces, store_rows
 
 __all__ = ["append_packed", "append_window", "attend_view", "can_append", "packed_attention"]
@@ -485,8 +491,8 @@ def attend_view(q: Tensor, view: Any) -> tuple[Tensor, Tensor]:
         out, lse = packed_attention(q.reshape(B, H * T, 1, D), None, view.sinks)
         parts.append((out.view(B, H, T, D), lse.view(B, H, T)))
     if not parts:
-        nothing = torch.zeros_like(q[..., 0], dtype=torch.float32)
-        return torch.zeros_like(q), nothing.fill_(float("-inf"))
+        nothing = torch.full_like(at_least_float32(q[..., 0]), float("-inf"))
+        return torch.zeros_like(q), nothing
     if len(parts) == 1:
         return parts[0]
     return merge_softmax(*parts), reduce(torch.logaddexp, [lse for _, lse in parts])

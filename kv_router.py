@@ -9,7 +9,7 @@ router logits a(x), equations 4 to 7 are
     m = top-K mask of a(x)                                       (4, 5)
     v_read = m * v + (1 - m) * R(m * v)                          (6, 7)
     L = L_LM + aux_weight * L_aux                                (14)
-    L_aux = MSE(R's whole value, v)                              (15)
+    L_aux = MSE(v_read, v)                                       (15)
 
 Of keys and values it keeps (1 + K/S) / 2.
 
@@ -24,9 +24,10 @@ sorts energy: native | random | pca | output (pca of what W_o reads, weighted by
     cache = model.new_cache(batch=1, max_len=64)
     model.prefill(idx, cache)                        # stores K groups of every token
 
-Two executions give the same logits: *masked* (full-size tensors, differentiable; `forward`) and
-*packed* (only what is kept exists; `prefill`, `decode`). Without a cache every earlier token is
-read as routed: decode mode, what token-by-token decoding gives.
+Two executions: *masked* (full-size tensors, differentiable; `forward`) and *packed* (only what is
+kept exists; `prefill`, `decode`). Without a cache every earlier token is read as routed: decode
+mode, what token-by-token decoding gives. With prefill="routed" both give the same logits; by
+default (exact) a prompt reads itself whole and is packed after that.
 
 Beyond the paper:
 * router `norm`: keep the groups of largest norm, no parameters (`static`, the first K for every
@@ -123,8 +124,10 @@ def read_metric(attn: nn.Module) -> Tensor:
     path = attn.kv_path
     w = attn.o_proj.weight.double().view(-1, path.Hkv, attn.n_head // path.Hkv, path.D)
     metric = torch.einsum("ehnd,ehnf->hdf", w, w)
+    if path.folded:
+        return metric
     dec = path.basis()[1].to(w.device)
-    return metric if path.folded else dec @ metric @ dec.mT
+    return dec @ metric @ dec.mT
 
 
 @torch.no_grad()
@@ -247,8 +250,15 @@ class ValueGroupPath(nn.Module):
         self.register_buffer("dec", dec.to(like), persistent=False)
 
     def basis(self) -> tuple[Tensor, Tensor]:
-        """Return the maps (Hkv, D, D) float64 into and out of the value basis."""
+        """Return the maps (Hkv, D, D) float64 into and out of the value basis. ValueError where
+        trained maps are folded: the projections hold them then."""
         if self.cfg.learn_basis:
+            check(
+                not self.folded,
+                "the basis of a folded path",
+                "trained maps lie in the projections then",
+                "ask before fold, or load the base anew",
+            )
             return self.enc.detach().double(), self.dec.detach().double()
         return self._exact
 
@@ -354,8 +364,9 @@ class ValueGroupPath(nn.Module):
         B, H, T, D = q.shape
         n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
         visible = attention_mask(T, T, pad, q.device)
-        in_window = self._window_mask(T, n_pad, torch.zeros_like(n_pad))
-        reach = self.cfg.kv_tail + self.cfg.tail_leaves - 1  # tokens that a window may hold
+        window = (self.cfg.kv_tail, self.cfg.tail_leaves)
+        in_window = window_mask(T, n_pad, torch.zeros_like(n_pad), *window)
+        reach = sum(window) - 1  # tokens that a window may hold
         lost = v - routed
         out = []
         step = QUERY_BLOCK[q.device.type]
@@ -367,13 +378,6 @@ class ValueGroupPath(nn.Module):
             y = p @ routed[:, :, :b] + (p[..., near:] * whole) @ lost[:, :, near:b]
             out.append(y.view(B, H, b - a, D))
         return torch.cat(out, 2)
-
-    def _window_mask(self, T: int, n_pad: Tensor, n_old: Tensor) -> Tensor:
-        """Mark where query i of T new tokens reads new token j whole, because it is in the window
-        then: (B, 1, T, T) bool. n_old (B,): tokens before these T."""
-        number = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]  # (B, T)
-        packed = packed_count(number + 1, self.cfg.kv_tail, self.cfg.tail_leaves)
-        return (number[:, None, :] >= packed[:, :, None])[:, None]
 
     def _weights(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         """Return attention weights (B, Hkv, n*T, L), the query heads of a KV head in turn.
@@ -429,7 +433,7 @@ class ValueGroupPath(nn.Module):
         are the groups of largest norm, which it finds by itself."""
         if self.cfg.value_router == "norm":
             return None
-        return top_k_mask(self.scores(x, v), cache.k)
+        return top_k_mask(self.scores(x, v), cache.k)  # of v these scores take the shape alone
 
     def prefill(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
         new = NewTokens(k, v, n_pad, self._route(x, v, cache))
@@ -501,7 +505,8 @@ class ValueGroupPath(nn.Module):
         seen = n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
         boundary = packed_count(seen, cache.window, cache.block).maximum(cache.n_packed[:, None])
         whole = number >= boundary[:, None, :, None]  # (B, 1, T, N)
-        whole = torch.cat((whole, self._window_mask(T, n_pad, n_old)), -1)
+        own_window = window_mask(T, n_pad, n_old, cache.window, cache.block)
+        whole = torch.cat((whole, own_window), -1)
         whole = whole.repeat(1, 1, H // self.Hkv, 1)
         # packed rows are coordinates already, the window's values are not
         packed = (number < cache.n_packed[:, None])[:, None, :, None]
@@ -516,6 +521,14 @@ class ValueGroupPath(nn.Module):
         routed = torch.where(kept, z, self._rebuild(z * kept, mask))
         v = torch.cat((old_v, new.v), 2)
         return (cache.basis.decode((p * ~whole) @ routed) + (p * whole) @ v).view(q.shape)
+
+
+def window_mask(T: int, n_pad: Tensor, n_old: Tensor, window: int, block: int) -> Tensor:
+    """Mark where query i of T new tokens reads new token j whole, because it is in the window then:
+    (B, 1, T, T) bool. n_old (B,): tokens before these T; window, block: see packed_count."""
+    number = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]  # (B, T)
+    packed = packed_count(number + 1, window, block)
+    return (number[:, None, :] >= packed[:, :, None])[:, None]
 
 
 def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
@@ -618,8 +631,9 @@ def detach(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def storing(model: nn.Module, **changes):
-    """Let every value-group path store by a KVConfig changed so (kv_tail, kv_tail_block, prefill)
-    inside the `with`. Caches that exist keep their settings."""
+    """Let every value-group path store by a KVConfig changed so inside the `with`. Caches that
+    exist keep what they were made with (window, block, bits, groups); prefill, which says how the
+    next prompt or piece is read, acts on all."""
     before = {path: path.cfg for path in paths(model).values()}
     for path, cfg in before.items():
         path.cfg = replace(cfg, **changes)
@@ -636,15 +650,15 @@ def paths(model: nn.Module) -> dict[str, ValueGroupPath]:
 
 
 def set_kept(model: nn.Module, k: int) -> None:
-    """Let every value-group path keep k groups per token in caches made from now on. Raises
-    ValueError out of 1..S."""
+    """Let every value-group path keep k groups per token in caches made from now on, and in
+    forward. Raises ValueError out of 1..S."""
     for path in paths(model).values():
         check(1 <= k <= path.S, f"K={k}", f"1..{path.S}", "choose a K in that range")
         path.k = k
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of value routers and reconstructors, set trainable."""
+    """Parameters of value routers, reconstructors and learned bases, set trainable."""
     out = [p for path in paths(model).values() for p in path.parameters()]
     for p in out:
         p.requires_grad_(True)

@@ -10,11 +10,11 @@ gates r_n per token:
     B  (d_out, N*R), zero at the start
 
 LoRA has one branch and no gate. Routed subspace LoRA has S branches inside *one* projection and a
-linear router of its own per projection. MoE-LoRA has E branches and one router per block, shared by
-that block's projections. A router keeps its top-K scores, softmax-normalised over the kept ones;
-the rest are exactly zero. Load balance is the Switch form (share of tokens routed x mean
-probability, times N), taken per sequence and averaged, so that it does not depend on how a batch is
-split. The paper leaves open whether it is summed over projections: here it is their mean.
+linear router of its own per projection. MoE-LoRA has E branches and one router per attention and
+one per MLP, shared by their projections. A router keeps its top-K scores, softmax-normalised over
+the kept ones; the rest are exactly zero. Load balance is the Switch form (share of tokens routed x
+mean probability, times N), taken per sequence and averaged, so that it does not depend on how a
+batch is split. The paper leaves open whether it is summed over projections: here it is their mean.
 
 Adapted layers are nn.Linear with more parameters, so base names in a state dict do not change.
 `attach` swaps them in by type.
@@ -72,8 +72,8 @@ class Gate(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """nn.Linear with `n` low-rank branches of rank r; n = 1 and no gate is plain LoRA. weight and
-    bias are frozen."""
+    """nn.Linear with `n` low-rank branches of rank r; n = 1 and no gate is plain LoRA. attach
+    freezes weight and bias."""
 
     def __init__(
         self,
@@ -98,7 +98,8 @@ class LoRALinear(nn.Linear):
             self.gate = gate
 
     def down(self, x: Tensor) -> Tensor:
-        """The gated low-rank activations of x (B, T, d_in), dropout applied: (B, T, n*r)."""
+        """The low-rank activations of x (B, T, d_in) after dropout, gated where there is a gate:
+        (B, T, n*r)."""
         return F.linear(x, self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,8 +124,8 @@ class RoutedLoRALinear(LoRALinear):
 
 
 class MoELoRALinear(LoRALinear):
-    """One projection of MoE-LoRA; the gates come from the block's shared router, which has seen the
-    block's input."""
+    """One projection of MoE-LoRA; the gates come from the router that it shares with the others of
+    its attention or MLP, which has seen their input."""
 
     def __init__(self, *args, router: BlockRouter, **kwargs):
         super().__init__(*args, **kwargs)
@@ -136,7 +137,7 @@ class MoELoRALinear(LoRALinear):
 
 
 class BlockRouter(Gate):
-    """A Gate run once on the block's input, ahead of the projections that share it."""
+    """A Gate run once on the input of the projections that share it, ahead of the first."""
 
     current: Tensor
 

@@ -5,8 +5,8 @@ or untied head. Parameter names are Hugging Face Llama's, so a Llama, Qwen2 or M
 fits once its "model." prefix is taken off.
 
 The one seam is `Attention.kv_path`. Attention projects its input to q, k and v, rotates q and k,
-and hands them to the path, which stores keys and values in its own way and returns the attention
-output. `DensePath` below keeps everything; every other file of this project that saves memory is
+and hands them, with the input itself, to the path, which stores keys and values in its own way and
+returns the attention output. `DensePath` below keeps everything; every method that saves memory is
 another path. What a path must do is written down in storage/cache.py (KVPath), and so is what a
 cache must do.
 
@@ -83,7 +83,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(T: int, L: int, pad: Tensor | None, device) -> Tensor:
     """Return (B or 1, 1, T, L) bool: True where query i, at position L - T + i, may read key j.
 
-    That is pad <= j <= L - T + i; pad (B,): left padding of each row or None."""
+    That is pad <= j <= L - T + i, and a padding query reads itself; pad (B,): left padding of each
+    row or None."""
     j = torch.arange(L, device=device)
     i = torch.arange(L - T, L, device=device)[:, None]
     mask = (j <= i)[None, None]  # (1, 1, T, L)
@@ -284,8 +285,8 @@ class Transformer(nn.Module):
             )
 
     def _check_room(self, cache: KVCache, T: int, n_pad: Tensor | None = None) -> int:
-        """Return what to add to cache.length for T columns more. ValueError where they do not fit;
-        the device is asked only where the host's bound is not enough to say."""
+        """Return what to add to cache.length for T columns more. ValueError where they do not fit.
+        Without padding the device is asked only where the host's bound is not enough to say."""
         new = T if n_pad is None else T - int(n_pad.min())
         if cache.length + new <= self.cfg.block_size:
             return new

@@ -8,8 +8,8 @@ be read, its relevance alpha (selection/). A (token j, group g) pair of the cont
 
     s_jg = alpha_j^hedge * || v_j^(g) ||          (12, 13; the paper has hedge = 1)
 
-and the best pairs under a budget stay. Exact integers: floor(share * how many there are). Of equal
-scores the lower layer and head wins, then the earlier token, then the lower group.
+and the best pairs under a budget stay, exactly floor(share * how many there are), one at least. Of
+equal scores the lower layer and head wins, then the earlier token, then the lower group.
 
     attach(model, KVConfig(kv="select"), SelectConfig(kv_keep=0.25), batches=[idx])
     kv_router.fold(model)
@@ -21,8 +21,14 @@ Ways to spend a budget: tokens first (--token_keep, by any token-level method), 
 survivors (--value_keep); or both at once (--kv_keep), where a token pays for its key and for its
 groups; or in bytes (--kv_bytes), where every group gets a number of bits, too. A budget belongs to
 every head, to a layer, or to all layers and heads together (one threshold). Across layers scores
-are weighed by what a value writes to the residual stream (output_gain) and by how much the loss
-feels it there (layer_sensitivity), both measured once on calibration text.
+are multiplied by what a value writes to the residual stream (output_gain) and by how much the loss
+feels it there (layer_sensitivity^hedge), both measured once on calibration text; a joint budget
+takes their squares, for errors of many tokens add up so.
+
+What the layers saw of a prompt is a `Prompt` (selection/relevance.py): lists over layers of inputs
+x, queries q, keys k and context values z, and what follows from them: which columns are no padding
+(valid), the values' group norms, attention of any queries on the context. A signal such as `future`
+in `PLAIN` maps it to alpha (L, B, Hkv, C); predictors do so with trained weights.
 
 Open in the paper, our reading: the designated layer of a shared mask is the first compressed one in
 a routed prefill, the mean over all compressed ones in an exact one; `observed` uses each layer's
@@ -508,10 +514,8 @@ class SelectPath(ValueGroupPath):
             lists = ([seen.x], [seen.q], [seen.k], [seen.z])
             prompt = Prompt(*lists, C, n_pad, s.rope, alpha, self.index, s.S)
             state.selection = s.choose(prompt)
-        first = state.seen[0] if state.seen else None  # the first layer's cache
-        self.store(seen, state.selection, n_pad, first if shared else None)
-        if first is None:
-            state.seen.append(seen.cache)
+        self.store(seen, state.selection, n_pad, state.first if shared else None)
+        state.first = state.first or seen.cache
         keep, mask = state.selection.layer(0)
         routed = seen.cache.basis.decode(seen.z * expand_mask(mask, self.D))
         y = self._masked(seen.q, seen.k, seen.v, routed, keep, n_pad)

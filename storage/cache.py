@@ -6,6 +6,7 @@ Attention needs the keys and values of all earlier tokens. A cache is the place 
 A path has three verbs, and who calls says which one runs:
 
     forward   no cache: training, and evaluation of every position as decoding would read it
+              (a selecting path, which needs a prompt to choose from, reads values whole)
     prefill   a prompt or a piece of it, of any length, goes into a cache
     decode    one new token of every sequence; the same code eager and captured in a CUDA graph
 
@@ -63,8 +64,10 @@ class LayerCache(Protocol):
     """What one layer keeps of a batch of sequences."""
 
     lengths: Tensor  # (B,) int64 tokens of each sequence, on the device
+    dtype: torch.dtype  # of whole numbers
     fresh: bool  # nothing has been appended yet
-    room: int  # tokens that fit before it has to grow
+    room: int  # tokens that fit before reserve has to be called
+    prompt: PromptState  # what the layers of one KVCache share; KVCache sets it
 
     def reserve(self, n_tokens: int) -> None:
         """Make room: after it, n_tokens appends neither allocate nor wait for the device."""
@@ -77,6 +80,12 @@ class LayerCache(Protocol):
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens (one number, or (B,)) of every sequence."""
+
+    def snapshot(self) -> LayerCache:
+        """Return what puts it back as it is now, whatever is appended meanwhile."""
+
+    def restore(self, saved: LayerCache) -> None:
+        """Put it back as it was when `saved` was taken."""
 
     def select_sequences(self, rows: Sequence[int]) -> LayerCache:
         """Return a cache of these sequences only, in this order; it shares nothing."""
@@ -101,6 +110,7 @@ class KVPath(Protocol):
     Each verb returns the attention output (B, H, T, D)."""
 
     losses: dict[str, Tensor]  # of the last training forward, by name
+    reads_pieces: bool  # whether a prompt may come in pieces
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> LayerCache:
         """Return an empty cache, of the dtype and on the device of `like`."""
@@ -145,9 +155,8 @@ class LayerCacheBase:
 
     GROWS: tuple[str, ...] = ()
     RING: tuple[str, ...] = ()
-    ONE_PROMPT = (
-        False  # whether its first prompt is looked at as a whole, so that later ones differ
-    )
+    # whether its first prompt is looked at as a whole, so that what follows is read in another way
+    ONE_PROMPT = False
     owners: dict[str, str]
     batch: int  # sequences held
     fresh = True  # nothing has been appended yet
@@ -281,8 +290,9 @@ class LayerCacheBase:
 
     def restore(self, saved: LayerCacheBase) -> None:
         """Put it back as it was when `saved` was taken."""
+        again = saved.snapshot()  # `saved` may serve once more
         self.__dict__.clear()
-        self.__dict__.update(saved.__dict__)
+        self.__dict__.update(again.__dict__)
 
 
 def refuse_difference(wanted: dict, found: dict, what: str) -> None:
@@ -436,7 +446,8 @@ class PromptState:
 
     layers     the layer caches, in order
     seen       what each selecting layer saw of the prompt (selector.py)
-    selection  what is kept of it, where one choice serves all layers"""
+    selection  what is kept of it, where one choice serves all layers
+    first      the first layer's cache, whose masks others may share, while layers choose in turn"""
 
     def __init__(self, layers: list):
         self.layers = layers
@@ -446,13 +457,14 @@ class PromptState:
         """Forget the prompt."""
         self.seen: list = []
         self.selection: Any = None
+        self.first: LayerCache | None = None
 
 
 class KVCache:
     """What a batch has stored so far: one cache per layer.
 
-    length   int, tokens of the longest sequence, padding counted while a prompt is left-padded;
-             the host knows it without asking the device
+    length   int, no sequence has more tokens: a bound that the host knows without asking the
+             device
     lengths  (B,) int64, tokens of each sequence, on the device"""
 
     def __init__(self, layers: list, model=None):
@@ -528,11 +540,12 @@ class KVCache:
 
     @staticmethod
     def cat(caches: Sequence[KVCache]) -> KVCache:
-        """Join the sequences of caches of one model, of any lengths and capacities, in order."""
-        if len(caches) == 1:
-            return caches[0]
+        """Join the sequences of caches of one model, of any lengths and capacities, in order. One
+        cache alone is returned as it is."""
         for cache in caches:
             cache.check_usable()
+        if len(caches) == 1:
+            return caches[0]
         layers = [type(same[0]).cat(same) for same in zip(*(c.layers for c in caches), strict=True)]
         return caches[0]._like(layers, max(c.length for c in caches))
 

@@ -10,16 +10,16 @@ numbers. Rows lie one after the other without gaps, token by token and group by 
 
 offset(t), the rows of the tokens before t, is K t where every token keeps K groups. Elsewhere it is
 stored in two parts: once per tile of tokens (int32), and within its tile per token (uint8; a tile
-is as long as that allows). docs/format.md draws this.
+has 64 tokens, or so few that this suffices). docs/format.md draws this.
 
     bits = torch.tensor([0b1010, 0b0011])   # token 0 keeps groups 1 and 3, token 1 groups 0 and 1
     bits_to_mask(bits, 4)                   # [[F, T, F, T], [T, T, F, F]]
     # K = 2: group 1 of token 1 lies in row 2 * 1 + popcount(0b0011 & 0b0001) = 3
 
-Letters, here and everywhere: B sequences, T new tokens, H heads, Hkv KV heads, n = H/Hkv query
-heads of one KV head, Hm mask heads (1 or Hkv: heads may share a mask), D head dimension, S groups,
-K kept per token, d = D/S, W slots of a window, N tokens of the longest segment. A segment is what
-one sequence holds for one head.
+Letters, unless a file says otherwise: B sequences, T new tokens, H heads, Hkv KV heads, n = H/Hkv
+query heads of one KV head, Hm mask heads (1 or Hkv: heads may share a mask), D head dimension, S
+groups, K kept per token, d = D/S, W slots of a window, N tokens of the longest segment. A segment
+is what one sequence holds for one head.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def group_energy(z: Tensor, n_groups: int, mask_heads: int) -> Tensor:
 
 
 def mask_dtype(n_groups: int) -> torch.dtype:
-    """Return the integer type of one token's mask: uint8 for S <= 8, else int16, int32, int64."""
+    """Return the integer type of one token's mask of S bits: uint8 for S <= 8, int16, int32 and
+    int64 for 16, 32 and 64."""
     if n_groups <= 8:
         return torch.uint8
     return {16: torch.int16, 32: torch.int32, 64: torch.int64}[n_groups]
@@ -147,7 +148,7 @@ class PackedView(NamedTuple):
     k: int  # groups every token keeps; 0: before and tile_rows tell
     longest: int  # no segment holds more tokens
     held: int  # tokens of all segments: what work is divided by
-    exact: bool = False  # whether `held` is no less than that
+    exact: bool = False  # whether `held` counts tokens, and not the slots there are for them
     ints: Any = None  # integers.format.Ints where keys and rows are bytes
 
     @property
@@ -158,7 +159,7 @@ class PackedView(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Tokens per entry of tile_rows."""
+        """Tokens per entry of tile_rows: a group of the highest level has four rows."""
         return tile_size(self.n_groups * (4 if self.levelled else 1))
 
     def masks(self) -> tuple[Tensor, Tensor]:
@@ -255,7 +256,8 @@ class WindowView(NamedTuple):
 def packed_attention_ref(
     q: Tensor, packed: PackedView | None, window: WindowView | None
 ) -> tuple[Tensor, Tensor]:
-    """Compute packed_attention by unpacking everything."""
+    """Compute packed_attention (kernels.py) by unpacking everything: the newest T tokens' queries
+    read all packed tokens, and the window up to their own token. One of both may be None."""
     B, H, T, D = q.shape
     keys = []
     values = []

@@ -887,3 +887,42 @@ def test_a_fingerprint_sees_any_number_and_an_adapters_scale():
             module.scaling *= 2
     seen.add(fingerprint(model))
     assert len(seen) == 4
+
+
+def test_a_cache_keeps_its_window_where_a_prompt_reads_routed():
+    """A piece into a cache made with another window is read by the cache's own: the logits are
+    those of a model that has it for good."""
+    want = grouped_model(prefill="routed", kv_tail=4)
+    model = grouped_model(prefill="routed", kv_tail=4)
+    x = tokens(1, 40)
+    caches = [m.new_cache(1, 40) for m in (want, model)]
+    with torch.no_grad():
+        exact = want.prefill(x, caches[0], last_only=False)
+        with kv_router.storing(model, kv_tail=16):
+            got = model.prefill(x, caches[1], last_only=False)
+    assert (got - exact).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_snapshot_serves_more_than_once(name):
+    """What is appended after a restore does not reach the snapshot."""
+    model = PATHS[name]()
+    x = tokens(1, 33)
+    cache = model.new_cache(1, 40)
+    with torch.no_grad():
+        model.prefill(x[:, :30], cache)
+        before = cache.snapshot()
+        seen = []
+        for _ in range(3):
+            seen.append(torch.cat([model.decode(x[:, t : t + 1], cache) for t in (30, 31, 32)]))
+            cache.restore(before)
+            assert cache.length == 30 and cache.lengths.tolist() == [30]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_the_basis_of_folded_trained_maps_is_refused():
+    """They lie in the projections then: one line says so, and what o_proj reads is still known."""
+    model = grouped_model(**EXACT, learn_basis=True)
+    path = model.layers[0].self_attn.kv_path
+    assert "folded" in error_line(path.basis)
+    assert kv_router.read_metric(model.layers[0].self_attn).shape == (3, 16, 16)

@@ -23,8 +23,10 @@ def test_the_lines_for_a_model_of_ones_own_run(text, tmp_path, capsys, own_cache
     script.write_text(code)
     scope = runpy.run_path(str(script))
     held = scope["cache"].nbytes()
-    assert held > 0 and f"{held} bytes held" in capsys.readouterr().out
-    assert len(scope["rows"][0]) == 20
+    assert (
+        held > 0 and f"{held} bytes held, {scope['share']:.0%} of dense" in capsys.readouterr().out
+    )
+    assert len(scope["rows"][0]) == 100
 
 
 def test_the_page_is_short():

@@ -83,7 +83,8 @@ def adaptation(args, **changes) -> Adaptation:
 
 
 def adapt_stage(args, run_dir: Path, w: World, base: Run, what: Adaptation) -> Stage:
-    """Give a loaded base value groups and adapters, in place."""
+    """Give a loaded base value groups and adapters, in place: return the stage that
+    training/loop.py trains."""
     cfg: TrainConfig = args.train
     window = adapt_window(args, base)
     check(

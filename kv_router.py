@@ -246,8 +246,8 @@ class ValueGroupPath(nn.Module):
         # float64, beside the copies in the path's own dtype that training applies
         self._exact = (enc.double(), dec.double())
         like = self.enc if hasattr(self, "enc") else torch.empty(0)
-        self.register_buffer("enc", enc.to(like), persistent=False)
-        self.register_buffer("dec", dec.to(like), persistent=False)
+        self.register_buffer("enc", enc.to(like).contiguous(), persistent=False)
+        self.register_buffer("dec", dec.to(like).contiguous(), persistent=False)
 
     def basis(self) -> tuple[Tensor, Tensor]:
         """Return the maps (Hkv, D, D) float64 into and out of the value basis. ValueError where

@@ -209,6 +209,7 @@ def append_packed(
     Hm = packed.mask_base.size(1)
     route = None if route is None else route.contiguous()
     skip = None if skip is None else skip.contiguous()
+    enc = None if enc is None else enc.contiguous()  # read by address; eigenvectors lie in columns
     if packed.ints is not None:
         from storage.integers.append import quantise_block  # loaded where there are integers only
 

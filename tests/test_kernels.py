@@ -623,7 +623,7 @@ class Ring:
         self.window = WindowView(empty[0], empty[1], self.n_packed, self.n_window)
 
 
-@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize("encoded", [False, True, "columns"])
 @pytest.mark.parametrize(
     ("S", "K", "keep", "block", "shared", "routed"),
     [
@@ -649,6 +649,8 @@ def test_append_packed_packs_what_leaves_the_window(S, K, keep, block, shared, r
     T = 14
     k, v = torch.randn(2, B, Hkv, T, D, generator=g)
     enc = torch.randn(Hkv, D, D, generator=g) / 8 if encoded else None
+    if encoded == "columns":  # as eigenvectors come
+        enc = enc.mT.contiguous().mT
     z = v @ enc if encoded else v
     energy = z.unflatten(-1, (S, -1)).square().sum(-1)  # (B, Hkv, T, S)
     if shared:

@@ -41,6 +41,12 @@ from storage.layout import at_least_float32, top_k_mask
 from storage.state import copy_tensors
 
 
+def as_trained(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x in the dtype of a weight that is trained, which a bfloat16 base is narrower than;
+    autocast chooses for itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+
+
 class Gate(nn.Module):
     """Linear token-wise router: x (B, T, d_in) -> gates (B, T, n), top-k softmax-normalised, the
     others exactly 0 (eqs 1-2)."""
@@ -103,9 +109,9 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        u = self.down(F.dropout(x, self.p, self.training))
-        # scale the narrow side
-        return F.linear(x, self.weight, self.bias) + F.linear(u * self.scaling, self.lora_B)
+        y = F.linear(x, self.weight, self.bias)
+        u = self.down(F.dropout(as_trained(x, self.lora_A), self.p, self.training))
+        return y + F.linear(u * self.scaling, self.lora_B).to(y.dtype)  # the narrow side is scaled
 
     def weigh(self, u: Tensor, gates: Tensor) -> Tensor:
         """Branch activations u (B, T, n*r) times gates (B, T, n)."""
@@ -142,7 +148,7 @@ class BlockRouter(Gate):
     current: Tensor
 
     def before_block(self, block: nn.Module, args: tuple) -> None:
-        self.current = self(args[0])
+        self.current = self(as_trained(args[0], self.linear.weight))
 
 
 # runs before its siblings, on the block's input

@@ -359,7 +359,7 @@ class Selector(nn.Module):
             if self.kv.mask_scope == "shared":
                 first = first or layer.cache
 
-    def watch(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
+    def see_layers(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
         """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
         (B, T) that reads whole values."""
         layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
@@ -384,7 +384,7 @@ class Selector(nn.Module):
         it (of its query region where there are none), (L, B, Hkv, C)."""
         if n_context >= n_prompt:
             raise ValueError(NOBODY_ASKS)
-        x, q, k, z = self.watch(model, idx, pad)
+        x, q, k, z = self.see_layers(model, idx, pad)
         context = tuple(t[:, :, :n_context] for t in z)
         about = dict(pad=pad, rope=self.rope, n_groups=self.S)
         all_of_it = Prompt(x, q, k, context, n_context, **about)
@@ -403,7 +403,7 @@ class Selector(nn.Module):
         metrics = torch.stack([kv_router.read_metric(attn) for attn in layers])
         # a pass holds what every layer saw: two windows at a time
         few = (part for idx in batches for part in idx.split(2))
-        values = (self.watch(model, part)[3] for part in few)
+        values = (self.see_layers(model, part)[3] for part in few)
         gain, rms = value_statistics(values, metrics, self.kv.kv_sinks)
         self.output_gain = gain.to(self.output_gain)
         self.rms = rms.to(self.rms)

@@ -97,7 +97,7 @@ def timed_choice(model: Transformer, T: int) -> tuple[Callable, list[float]]:
     chosen: list[float] = []
 
     def choose(x, y):
-        hidden, q, k, z = s.watch(model, x)
+        hidden, q, k, z = s.see_layers(model, x)
         context = tuple(t[:, :, :n_context] for t in z)
         prompt = Prompt(hidden, q, k, context, n_context, None, s.rope, n_groups=s.S)
         z[-1].sum().item()  # waits for the device

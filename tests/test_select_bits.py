@@ -209,7 +209,7 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
     m = selecting()
     pad = (0, T - W - 2)
     _, _, choice, cache = run(m, config(kv_bytes=0.6), X, Y, pad)
-    _, _, k, z = m.selector.watch(m, X, torch.tensor(pad))
+    _, _, k, z = m.selector.see_layers(m, X, torch.tensor(pad))
     C = T - W
     assert cache.lengths.tolist() == [T + Y.size(1) - n for n in pad]
     for i, c in enumerate(cache.layers):

@@ -30,7 +30,7 @@ from loaders.tokenizer import get_tokenizer
 from model import Transformer, lm_loss
 from runs import TINY, arguments, call, copies, python, rows_without_time
 from training import loop as trainer
-from training.adapters import matched_rank
+from training.adapters import finding, matched_rank
 from training.base import pretrain_stage
 
 COUNTS = 8 * 4 * 2  # bytes of a dense cache's lengths: four sequences, two layers
@@ -525,3 +525,20 @@ def test_network_guard_works():
     assert (
         "the network was touched" in python("-c", script).err and socket.socket.connect is not None
     )
+
+
+def test_a_verdict_has_a_standard_error_and_needs_two_seeds():
+    """The mean over seeds of the ratio to each row that stores everything, and its standard error
+    by hand; one seed is called one seed."""
+    values = {"LoRA": (10.0, 20.0, 40.0), "MoE-LoRA": (8.0, 16.0, 32.0)}
+    values["sub-token"] = (9.0, 21.0, 36.0)
+    rows = [
+        dict(name=name, seed=seed, value=value, cache_bytes=3, dense_bytes=4, of_dense=0.75)
+        for name, mine in values.items()
+        for seed, value in enumerate(mine)
+    ]
+    said = finding(rows)
+    # -10, +5, -10 %: mean -5 %, deviation 8.66 %, over the root of three 5 %
+    assert "75.0% of the bytes" in said and "-5.00% +- 5.00% against LoRA" in said
+    assert "over 3 seeds" in said
+    assert finding([r for r in rows if r["seed"] == 0]).startswith("One seed says nothing")

@@ -361,7 +361,7 @@ class Reader(torch.nn.Module):
 
     def new_cache(self, batch: int, max_len: int):
         self.calls.append([])
-        return SimpleNamespace(ids=[[] for _ in range(batch)], plan=None)
+        return SimpleNamespace(ids=[[] for _ in range(batch)], plan=None, check_usable=lambda: None)
 
     def prefill(self, idx, cache, n_pad=None):
         """Take a prompt but its last token: not what the answer may come from."""

@@ -185,13 +185,18 @@ class MLPReconstructor(nn.Module):
         nn.init.zeros_(self.down.weight)  # starts as zero fill
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, kept: Tensor, mask: Tensor) -> Tensor:
-        """Rebuild values from kept (B, Hkv, T, D), zeros where dropped, and mask (B, Hm, T, S)."""
+    def forward(self, kept: Tensor, mask: Tensor, constant: bool = False) -> Tensor:
+        """Rebuild values from kept (B, Hkv, T, D), zeros where dropped, and mask (B, Hm, T, S).
+
+        constant: whether no gradient reaches the weights (that of `kept` passes)."""
         B, Hkv, T, D = kept.shape
         values = kept.transpose(1, 2).flatten(2)
         bits = mask.transpose(1, 2).flatten(2).to(kept.dtype)
-        out = self.down(F.gelu(self.up(torch.cat((values, bits), -1))))
-        return out.view(B, T, Hkv, D).transpose(1, 2)
+        weights = [self.up.weight, self.up.bias, self.down.weight, self.down.bias]
+        if constant:
+            weights = [w.detach() for w in weights]
+        hidden = F.gelu(F.linear(torch.cat((values, bits), -1), *weights[:2]))
+        return F.linear(hidden, *weights[2:]).view(B, T, Hkv, D).transpose(1, 2)
 
 
 # -------------------- the KV path
@@ -335,10 +340,7 @@ class ValueGroupPath(nn.Module):
             return z * kept
         if self.cfg.lm_to_router:
             return torch.where(kept, z, self._rebuild(z * kept, mask))
-        constants = {name: p.detach() for name, p in self.reconstructor.named_parameters()}
-        args = (z * kept, mask)
-        rebuilt = torch.func.functional_call(self.reconstructor, constants, args)
-        return torch.where(kept, z, rebuilt)
+        return torch.where(kept, z, self.reconstructor(z * kept, mask, constant=True))
 
     def _rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
         """Return what stands for dropped groups."""

@@ -926,3 +926,24 @@ def test_the_basis_of_folded_trained_maps_is_refused():
     path = model.layers[0].self_attn.kv_path
     assert "folded" in error_line(path.basis)
     assert kv_router.read_metric(model.layers[0].self_attn).shape == (3, 16, 16)
+
+
+def test_forwards_on_threads_leave_a_reconstructor_as_it_was():
+    """Many forwards without a cache at a time: every parameter still is the one that it was, and
+    still wants its gradient. (Weights that are constants to the loss were once put in its place.)"""
+    model = grouped_model(**EXACT, kv_tail=1, reconstructor="mlp")
+    before = {name: id(p) for name, p in model.named_parameters()}
+    idx = tokens(1, 12)
+
+    def work() -> None:
+        with torch.no_grad():
+            for _ in range(20):
+                model(idx)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert all(p.requires_grad for p in model.parameters())

@@ -610,11 +610,17 @@ def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor])
     return moments
 
 
+def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
+    """Return the weights of a ridge regression from its moments, X^T X (n, n) and X^T Y (n, ...).
+    The ridge is `strength` times the mean of the diagonal."""
+    ridge = strength * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    return torch.linalg.solve(xx + ridge, xy)
+
+
 def _fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
     """Fit a router by ridge regression of group energies, in units of their mean, on the layer's
     input: it starts near the norm rule."""
-    ridge = 1e-4 * xx.diagonal().mean() * torch.eye(xx.size(0), dtype=xx.dtype, device=xx.device)
-    w = torch.linalg.solve(xx + ridge, xe)  # (n_embd + 1, Hm*S)
+    w = ridge_solve(xx, xe, 1e-4)  # (n_embd + 1, Hm*S)
     w = w / (xe[-1] / xx[-1, -1]).mean().clamp_min(1e-30)
     router.weight.copy_(w[:-1].T)
     router.bias.copy_(w[-1])

@@ -266,7 +266,7 @@ class Transformer(nn.Module):
     def share_of_dense(self, n_tokens: int, cache: KVCache) -> float:
         """Return the bytes of `cache` over those of n_tokens kept whole, both with 16 bits for
         whole numbers."""
-        dense = 2 * 2 * n_tokens * self.cfg.n_kv_head * self.cfg.head_dim * self.cfg.n_layer
+        dense = self.dense_bytes(n_tokens, cache) * 2 // cache.layers[0].dtype.itemsize
         return cache.nbytes_in_16_bits() / dense
 
     def kv_losses(self) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from config import check
+from kv_router import ridge_solve
 from mixsga import GroupedHeads, attend_window
 from model import Attention, DensePath, evaluating, lm_loss, record_layers
 from storage.experts import averaged
@@ -280,8 +281,7 @@ def calibrate(path: GroupedHeads, x: Tensor, cost: Tensor) -> None:
     falls on each expert for its share of N. cost (N,) float64."""
     ones = torch.cat((x.double(), x.new_ones(len(x), 1, dtype=torch.float64)), 1)
     xx = ones.T @ ones
-    ridge = RIDGE * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    w = torch.linalg.solve(xx + ridge, ones.T @ cost)
+    w = ridge_solve(xx, ones.T @ cost, RIDGE)
     predicted = ones @ w
     mean = predicted.mean()
     std = predicted.std().clamp_min(1e-30)

@@ -486,13 +486,17 @@ class KVCache:
     def nbytes(self) -> int:
         """Count the bytes of all tensors held, offsets and unused capacity included; what layers
         share is counted once."""
-        return storage_bytes([t for layer in self.layers for t in layer.state_dict().values()])
+        return storage_bytes(self._tensors())
+
+    def _tensors(self) -> list[Tensor]:
+        """List the tensors of all layers."""
+        return [t for layer in self.layers for t in layer.state_dict().values()]
 
     def nbytes_in_16_bits(self) -> int:
         """Count the same bytes as if whole numbers were computed in 16 bits, whatever dtype they
         have here."""
         dtype = self.layers[0].dtype
-        tensors = [t for layer in self.layers for t in layer.state_dict().values()]
+        tensors = self._tensors()
         whole = storage_bytes([t for t in tensors if t.dtype == dtype])
         rest = storage_bytes([t for t in tensors if t.dtype != dtype])
         return whole * 2 // dtype.itemsize + rest

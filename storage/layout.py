@@ -114,6 +114,19 @@ def starts(count: Tensor) -> Tensor:
     return (flat.cumsum(0) - flat).view(count.shape)
 
 
+def segment_starts(
+    n_tokens: Tensor, n_rows: Tensor, n_kv_head: int, tile: int
+) -> dict[str, Tensor]:
+    """Return where segments of so many tokens and rows, (B, Hm) each, start when they follow each
+    other without gaps: by the names that PackedView has for it. tile: tokens per stored offset."""
+    return {
+        "token_base": starts(n_tokens.expand(-1, n_kv_head)),
+        "row_base": starts(n_rows.expand(-1, n_kv_head)),
+        "mask_base": starts(n_tokens),
+        "tile_base": starts(cdiv(n_tokens, tile)),
+    }
+
+
 def slots(base: Tensor, count: Tensor) -> Tensor:
     """List the slots base, ..., base + count - 1 of every segment, one segment after the other.
 

@@ -30,7 +30,15 @@ from storage.cache import (
     check_range,
     check_truncation,
 )
-from storage.layout import PackedView, WindowView, cdiv, mask_dtype, starts, tile_size
+from storage.layout import (
+    PackedView,
+    WindowView,
+    cdiv,
+    mask_dtype,
+    segment_starts,
+    starts,
+    tile_size,
+)
 from storage.packed import FloatCodec, ValueBasis
 from storage.packing import pack_values
 
@@ -151,23 +159,14 @@ class RaggedCache(DenseCache):
     def set_bases(self) -> None:
         """Let segments follow each other without gaps."""
         super().set_bases()
-        for name, base in self._bases(self.n_packed, self.n_rows).items():
+        bases = segment_starts(self.n_packed, self.n_rows, self.Hkv, self.tile)
+        for name, base in bases.items():
             setattr(self, name, base)
+        if "block_base" in self.owners:
+            blocks = cdiv(self.n_packed.expand(-1, self.Hkv), self.codec.block)
+            self.block_base = starts(blocks)
         self.longest = int(self.n_packed.max()) if self.n_packed.numel() else 0
         self.ints = self.codec.ints(self)
-
-    def _bases(self, n_packed: Tensor, n_rows: Tensor) -> dict[str, Tensor]:
-        """Return where segments of so many tokens and rows, (B, Hm) each, start."""
-        tokens = n_packed.expand(-1, self.Hkv)
-        bases = {
-            "token_base": starts(tokens),
-            "row_base": starts(n_rows.expand(-1, self.Hkv)),
-            "mask_base": starts(n_packed),
-            "tile_base": starts(cdiv(n_packed, self.tile)),
-        }
-        if "block_base" in self.owners:
-            bases["block_base"] = starts(cdiv(tokens, self.codec.block))
-        return bases
 
     def check_counts(self) -> None:
         check_range(self.n_packed, len(self.bits), "n_packed")
@@ -326,15 +325,8 @@ def pack_layers(
     k = k.flatten(0, 1).to(one.dtype)
     z = z.flatten(0, 1).to(one.dtype)
     packed = pack_values(k, z, keep, mask)
-    tokens = packed.n_packed.expand(-1, one.Hkv)
-    big = {
-        **packed._asdict(),
-        "n_context": valid.sum(-1).repeat(L),
-        "token_base": starts(tokens),
-        "row_base": starts(packed.n_rows.expand(-1, one.Hkv)),
-        "mask_base": starts(packed.n_packed),
-        "tile_base": starts(cdiv(packed.n_packed, one.tile)),
-    }
+    bases = segment_starts(packed.n_packed, packed.n_rows, one.Hkv, one.tile)
+    big = {**packed._asdict(), **bases, "n_context": valid.sum(-1).repeat(L)}
     longest = int(big["n_packed"].max())
     names = ("n_packed", "n_rows", "n_context", *BASES)
     parts = {name: big[name].unflatten(0, (L, B)) for name in names}

@@ -98,14 +98,17 @@ def load_cache(path: str | os.PathLike, model) -> KVCache:
         held = [t for name, t in tensors.items() if name.endswith("n_window") and t.ndim]
         check(bool(held), "no sequences", "the tensors of a cache", "save it again")
         cache = model.new_cache(len(held[0]), 1)
+        of_layer: dict[str, dict[str, Tensor]] = {}
+        for name, t in tensors.items():
+            number, _, own = name.partition(".")
+            of_layer.setdefault(number, {})[own] = t
         n = len(about["layers"])
         check(n == len(cache.layers), f"{n} layers", f"{len(cache.layers)}", "use its own model")
         for i, (layer, saved) in enumerate(zip(cache.layers, about["layers"], strict=True)):
             if "keep_all" in saved and hasattr(layer, "keep_all"):  # known once a context is packed
                 layer.keep_all = saved["keep_all"] == str(True)
             refuse_difference(layer_settings(layer), saved, f"layer {i}")
-            parts = [(name.split(".", 1), t) for name, t in tensors.items()]
-            layer.load_state_dict({name[1]: t for name, t in parts if name[0] == str(i)})
+            layer.load_state_dict(of_layer.get(str(i), {}))
             layer.fresh = bool(about["fresh"])
         refuse_difference(model_settings(model), about["model"], "the model")
         lengths = torch.stack([layer.lengths for layer in cache.layers])

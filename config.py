@@ -489,6 +489,13 @@ class SelectConfig:
     readers: int = opt(
         128, "training a predictor: last tokens of a window, whose attention is the target", least=1
     )
+    recall: float = opt(
+        0.5,
+        "training a predictor: share of windows whose second half repeats passages of the first, "
+        "in any order; their attention is the target there",
+        least=0,
+        most=1,
+    )
     predictor_loss: str = opt(
         "mse",
         "predictor and expected_attention: mse on scores normalised per group (the paper), or kl "

@@ -22,7 +22,15 @@ from generate import generate
 from model import DensePath
 from selection.calibration import layer_sensitivity
 from selection.relevance import AS_PUBLISHED, PLAIN, Prompt
-from selection.training import fit_statistics, predictor_loss, targets, training_example
+from selection.training import (
+    PASSAGE,
+    fit_statistics,
+    is_recall,
+    predictor_loss,
+    recall_window,
+    targets,
+    training_example,
+)
 from storage.cache import KVCache
 from storage.ragged import BASES, SHARED
 
@@ -49,6 +57,7 @@ def config(**cfg) -> SelectConfig:
                 relevance="observed",
                 predictors=PREDICTORS,
                 readers=20,
+                recall=0.0,
                 sinks=2,
                 hedge=0.4,
                 allocation="layer",
@@ -1003,3 +1012,59 @@ def test_training_lowers_the_loss_and_leaves_the_base(scope, kind):
     )
     assert prompt.n_context == 70 - 20 - W and prompt.T == 50 and alpha.shape == (2, 3, 3, 41)
     assert "some context must be left" in error_line(predictor_loss, m, idx[:, :29])
+
+
+@pytest.mark.parametrize("n_tokens, region", [(200, 16), (203, 5), (70, 9), (41, 0), (40, 19)])
+def test_recall_windows_repeat_every_passage_of_the_context(n_tokens, region):
+    """The first half stays; after it come all passages of its context, none of the query region's
+    tokens, in one order of all possible, again from the first where there is room, and the same on
+    every call."""
+    window = torch.randperm(n_tokens)
+    made = recall_window(window, region).tolist()
+    half = n_tokens // 2
+    assert made[:half] == window[:half].tolist()
+    context = made[: half - region]
+    passages = [context[i : i + PASSAGE] for i in range(0, len(context), PASSAGE)]
+    orders = ([t for p in order for t in p] * 40 for order in itertools.permutations(passages))
+    assert made[half:] in [order[: n_tokens - half] for order in orders]
+    assert made == recall_window(window, region).tolist()
+
+
+def test_recall_windows_refuse_a_half_that_is_all_query_region():
+    assert "give a larger --block_size, or --recall=0" in error_line(
+        recall_window, torch.arange(40), 20
+    )
+
+
+def test_recall_windows_are_a_share_by_their_own_tokens():
+    """About cfg.recall of many windows, always the same ones; all of them at 1, none at 0."""
+    windows = tokens(400, 12, seed=3)
+    chosen = [is_recall(w, 0.3) for w in windows]
+    assert 80 < sum(chosen) < 160
+    assert chosen == [is_recall(w, 0.3) for w in windows]
+    assert all(is_recall(w, 1.0) for w in windows) and not any(is_recall(w, 0.0) for w in windows)
+
+
+def test_predictor_loss_is_the_mean_over_windows_of_both_kinds():
+    """Each window counts alike, whichever kind it is of and however a batch is cut: the loss of a
+    batch is the mean of those of its windows, made one by one."""
+    m = selecting("head", cfg=config(recall=0.5), fold=False)
+    idx = tokens(6, 71, seed=4)
+    recall = [is_recall(w, 0.5) for w in idx]
+    assert 0 < sum(recall) < 6
+    want = []
+    for window, asked in zip(idx, recall, strict=True):
+        made = recall_window(window, W) if asked else window
+        prompt, alpha = training_example(m, made[None], 36 if asked else 20)
+        if asked:
+            assert prompt.T == 35 and prompt.n_context == 35 - W
+        wanted = targets(m.selector, prompt, alpha)
+        kinds = ((n, m.selector.cfg if n == "predictor_query" else "mse") for n in wanted)
+        want.append(
+            sum(m.selector.predictors[n].loss(prompt, wanted[n], kind) for n, kind in kinds)
+        )
+    torch.testing.assert_close(predictor_loss(m, idx), sum(want) / 6)
+    torch.testing.assert_close(
+        predictor_loss(m, idx),
+        (predictor_loss(m, idx[:2]) * 2 + predictor_loss(m, idx[2:]) * 4) / 6,
+    )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from typing import NamedTuple
 
 from settings.fields import check, check_choice, check_fields, comma_list, count_kept, opt
 
@@ -413,9 +414,27 @@ class MixConfig:
 
 # What says how relevant a token is for what follows.
 SIGNALS = ("oracle", "observed", "future", "predictor", "predictor_query", "uniform", "random")
-TOKEN_SIGNALS = (*SIGNALS, "expected_attention", "quest", "h2o", "streaming", "snapkv")
 PREDICTORS = ("predictor", "expected_attention", "predictor_query")  # the signals that are trained
 ALLOCATIONS = ("head", "layer", "global")
+
+
+class Published(NamedTuple):
+    """What a method that drops tokens was published with, where flags do not say otherwise."""
+
+    allocation: str  # what shares one budget
+    sinks: int  # first tokens that are kept before any other
+
+
+PUBLISHED = {
+    "h2o": Published("head", 0),
+    "streaming": Published("head", 4),
+    "snapkv": Published("head", 0),
+    "tova": Published("layer", 0),
+    "keydiff": Published("head", 0),
+    "expected_attention_closed": Published("head", 4),
+}
+# expected_attention is a trained network of this project, not the published closed form
+TOKEN_SIGNALS = (*SIGNALS, "expected_attention", "quest", *PUBLISHED)
 ROUNDINGS = ("queries", "nearest")
 
 
@@ -454,7 +473,8 @@ class SelectConfig:
     fixed_k: bool = opt(False, "every kept token keeps the same number of groups")
     allocation: str = opt(
         "global",
-        "what shares one budget: every head for itself, the heads of a layer, or everything",
+        "what shares one budget: every head for itself, the heads of a layer, or everything "
+        "(eval.py's rows of a published method, where this is not given: as it was published)",
         ALLOCATIONS,
     )
     hedge: float = opt(
@@ -465,7 +485,10 @@ class SelectConfig:
         most=1,
     )
     sinks: int = opt(
-        4, "first tokens that are kept before any other, as far as the budget goes", least=0
+        4,
+        "first tokens that are kept before any other, as far as the budget goes (eval.py's rows of "
+        "a published method, where this is not given: as it was published)",
+        least=0,
     )
     pool: int = opt(5, "observed: tokens over which attention is max-pooled (1: none)", least=1)
     past: int = opt(

@@ -28,7 +28,8 @@ takes their squares, for errors of many tokens add up so.
 What the layers saw of a prompt is a `Prompt` (selection/relevance.py): lists over layers of inputs
 x, queries q, keys k and context values z, and what follows from them: which columns are no padding
 (valid), the values' group norms, attention of any queries on the context. A signal such as `future`
-in `PLAIN` maps it to alpha (L, B, Hkv, C); predictors do so with trained weights.
+in `PLAIN`, or a rival's in baselines/tokens.py, maps it to alpha (L, B, Hkv, C); predictors do so
+with trained weights.
 
 Open in the paper, our reading: the designated layer of a shared mask is the first compressed one in
 a routed prefill, the mean over all compressed ones in an exact one; `observed` uses each layer's
@@ -51,20 +52,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kv_router
+from baselines.tokens import AS_PUBLISHED, ONE_FOR_A_LAYER, TOKEN_LEVEL
 from config import KVConfig, SelectConfig, check, count_kept
 from kernels import attend_view, can_append
 from kv_router import ValueGroupPath
 from model import Transformer, attend, attention_mask, evaluating, record_layers
 from selection.budgets import half_bytes_for, level_worth, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
-from selection.relevance import (
-    AS_PUBLISHED,
-    NOBODY_ASKS,
-    PLAIN,
-    HiddenPredictor,
-    Prompt,
-    QueryPredictor,
-)
+from selection.predictors import HiddenPredictor, QueryPredictor
+from selection.relevance import NOBODY_ASKS, PLAIN, Prompt
 from storage.cache import NewTokens, PromptState
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask, top_k_mask
@@ -72,6 +68,7 @@ from storage.packing import select_joint, select_top_m
 from storage.ragged import RaggedCache, pack_layers
 from storage.state import copy_tensors
 
+WITHOUT_TRAINING = {**PLAIN, **TOKEN_LEVEL}
 # names in files, which are users', and the names in the code
 FILE_NAMES = {"gain": "output_gain", "feeling": "layer_sensitivity"}
 
@@ -201,8 +198,8 @@ class Selector(nn.Module):
     def relevance(self, prompt: Prompt, name: str) -> Tensor:
         """Return a signal's alpha, (Lm or 1, B, Hm or 1, C); of `predictor` the weighed scores of
         pairs themselves, (Lm, B, Hm, C, S)."""
-        if name in PLAIN:
-            return self.per_mask(PLAIN[name](prompt, self.cfg))
+        if name in WITHOUT_TRAINING:
+            return self.per_mask(WITHOUT_TRAINING[name](prompt, self.cfg))
         predictor = self.predictors[name]
         if name == "predictor_query":
             return self.per_mask(predictor(prompt, self.cfg))
@@ -288,9 +285,11 @@ class Selector(nn.Module):
         """Spend token_keep on tokens, then value_keep on the survivors' groups."""
         cfg = self.cfg
         masks = self._sharing(prompt)
+        one_set = cfg.allocation == "layer" and cfg.tokens_by in ONE_FOR_A_LAYER
+        alike = masks if one_set else 1  # masks that keep the same tokens
 
         def n_tokens(n: int) -> int:
-            return count_kept(cfg.token_keep, n * masks, 1)
+            return alike * count_kept(cfg.token_keep, n * masks // alike, 1)
 
         def n_pairs(n: int) -> int:
             return count_kept(cfg.value_keep, self.S * n_tokens(n), 1)
@@ -298,8 +297,8 @@ class Selector(nn.Module):
         def best_pairs(score: Tensor, m: Tensor) -> Tensor:
             return select_top_m(score.flatten(-2), m).view(score.shape)
 
-        budget = row_budgets(prompt, n_tokens)
-        keep = within_budget(token, budget, cfg.allocation, select_top_m)
+        budget = row_budgets(prompt, n_tokens) // alike
+        keep = within_budget(token, budget, "head" if one_set else cfg.allocation, select_top_m)
         if cfg.fixed_k:
             mask = top_k_mask(pair, count_kept(cfg.value_keep, self.S)) & keep.unsqueeze(-1)
             return Selection(keep, mask, token)
@@ -424,7 +423,7 @@ def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
     """Raise ValueError where a setting names a predictor that is not among those it has."""
     for name in sorted({cfg.relevance, cfg.tokens_by}):
         check(
-            name in PLAIN or name in has,
+            name in WITHOUT_TRAINING or name in has,
             f"relevance={name}",
             "it has not been trained",
             f"train.py --stage=select --predictors={name}, and give that run",

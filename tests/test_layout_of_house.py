@@ -19,6 +19,7 @@ from sources import ROOT, sources
 RANK = {
     "settings": 0,
     "config": 1,
+    "corpora": 1,
     "cli": 2,
     "measure_config": 2,
     "storage": 2,
@@ -31,7 +32,8 @@ RANK = {
     "generate": 4,
     "lora": 5,
     "kv_router": 5,
-    "selection": 6,
+    "selection": 5,
+    "baselines.tokens": 6,
     "selector": 7,
     "selection.training": 8,
     "mixsga": 7,

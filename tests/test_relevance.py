@@ -13,8 +13,9 @@ from helpers import TINY, randomise
 from config import SelectConfig
 from model import apply_rope, rope_table
 from selection import relevance
-from selection.relevance import PLAIN, HiddenPredictor, Prompt, QueryPredictor
-from selector import row_budgets
+from selection.predictors import HiddenPredictor, QueryPredictor
+from selection.relevance import Prompt
+from selector import WITHOUT_TRAINING, row_budgets
 
 L = 2
 H = TINY.n_head
@@ -32,7 +33,7 @@ TRAINED = (
     "expected_attention-kl",
     "predictor_query",
 )
-DEPTH_FREE = [*sorted(PLAIN), *TRAINED]
+DEPTH_FREE = [*sorted(WITHOUT_TRAINING), *TRAINED]
 
 
 def turned(x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -280,102 +281,6 @@ def test_past_queries_come_from_the_last_span_only(monkeypatch):
     assert not torch.equal(dataclasses.replace(p, q=q).past(CFG), p.past(CFG))
 
 
-@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
-def test_snapkv_is_pooled_attention_of_the_last_window(pad):
-    """The prompt's last 64 queries, padding left out, each by what it may see, then a maximum over
-    7."""
-    p, _ = prompt_of(pad)
-    want = widest(attention(p, list(range(p.T - 64, p.T))), p, 7)
-    torch.testing.assert_close(on_real(relevance.snapkv(p, CFG), p), want, **CLOSE)
-    short, _ = prompt_of(C=17, W=5)
-    torch.testing.assert_close(
-        relevance.snapkv(short, CFG).double(),
-        widest(attention(short, list(range(22))), short, 7),
-        **CLOSE,
-    )
-
-
-@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
-def test_h2o_is_accumulated_attention_with_the_newest_half_first(pad):
-    """Below the newest floor(n token_keep / 2) tokens of a row the scores are the sums of attention
-    of every query of the prompt; those tokens score more than any other, the newer the more."""
-    p, _ = prompt_of(pad)
-    got = relevance.h2o(p, CFG).double()
-    want = attention(p, list(range(p.T)), total=True)
-    for b, first in enumerate(pad[:2]):
-        n = p.n_context - first
-        new = p.n_context - int(n * 0.3 / 2)
-        torch.testing.assert_close(got[:, b, :, :new], want[:, b, :, :new], rtol=1e-4, atol=1e-5)
-        assert (got[:, b, :, new:].amin(-1) > got[:, b, :, :new].amax(-1)).all()
-        assert (got[:, b, :, new + 1 :] > got[:, b, :, new:-1]).all()
-    assert not got[:, 2].any() or pad == (0, 0, 0)
-
-
-def test_h2o_adds_up_over_long_prompts():
-    """Past 512 queries, which come in several parts, the sums are those of one causal softmax over
-    everything."""
-    g = torch.Generator().manual_seed(0)
-    C = 601
-    W = 5
-    q, k = (torch.randn(1, h, C + W, 4, generator=g, dtype=torch.float64) for h in (2, 1))
-    p = Prompt([q[0, :1]], [q], [k], [k[:, :, :C]], C, None, rope_table(TINY))
-    logits = (q @ k.mT / 2).masked_fill(
-        torch.ones(C + W, C + W, dtype=torch.bool).triu(1), -math.inf
-    )
-    want = logits.softmax(-1).mean(1).sum(1)[0, :C]
-    got = relevance.h2o(p, dataclasses.replace(CFG, token_keep=1e-3))[0, 0, 0].double()
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-def test_streaming_prefers_the_newest_token():
-    """Within a row scores rise by one from token to token; padding scores 0."""
-    p, _ = prompt_of(PAD)
-    got = relevance.streaming(p, CFG).expand(1, 3, 1, -1)[0, :, 0]
-    for b, first in enumerate(PAD):
-        first = min(first, p.n_context)
-        assert (
-            not got[b, :first].any()
-            and (got[b, first:].diff() == 1).all()
-            and (got[b, first:] > 0).all()
-        )
-
-
-@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
-def test_quest_scores_pages_by_their_bounds(pad):
-    """Pages of 16 from a row's first token, the last one shorter: the largest q . k that keys
-    between a page's least and largest coordinates allow, as shares over pages, a mean over the
-    region's queries and heads; a page's tokens score alike."""
-    p, _ = prompt_of(pad)
-    # zeros, which padding holds, are no key's coordinate then
-    far = torch.tensor([6.0, -6]).repeat(D // 2)
-    p = dataclasses.replace(p, k=[k * 0.3 + far for k in p.k], q=[q * 0.3 for q in p.q])
-    n = H // HKV
-    got = relevance.quest(p, CFG).double()
-    for b, first in enumerate(pad):
-        pages = [range(a, min(a + 16, p.n_context)) for a in range(first, p.n_context, 16)]
-        for i in range(L) if pages else ():
-            for kv in range(HKV):
-                share = torch.zeros(len(pages), dtype=torch.float64)
-                for h in range(kv * n, kv * n + n):
-                    for r in range(p.n_context, p.T):
-                        q = p.q[i][b, h, r]
-                        # (C, D): a coordinate's largest in a page is its bound
-                        products = p.k[i][b, kv, : p.n_context] * q / math.sqrt(D)
-                        bound = torch.stack([products[list(page)].amax(0).sum() for page in pages])
-                        for page, limit in zip(pages, bound.tolist(), strict=True):
-                            assert products[list(page)].sum(-1).max() <= limit + 1e-9
-                        share += bound.softmax(0) / n / (p.T - p.n_context)
-                for page, s in zip(pages, share.tolist(), strict=True):
-                    torch.testing.assert_close(
-                        got[i, b, kv, list(page)],
-                        torch.full((len(page),), s, dtype=torch.float64),
-                        rtol=1e-4,
-                        atol=1e-6,
-                    )
-                    assert len(set(got[i, b, kv, list(page)].tolist())) == 1
-        assert not got[:, b, :, : min(first, p.n_context)].any()
-
-
 def test_uniform_oracle_and_random_are_what_they_say():
     """uniform: 1 for every token; oracle: what the diagnostic pass gave, and refused without one;
     random: in [0, 1), not the same for two layers or heads, the same for every row, counted from
@@ -419,28 +324,22 @@ def drawn_predictor(
 def score(name: str, p: Prompt, cfg: SelectConfig = CFG) -> torch.Tensor:
     """Scores of a signal by its name in DEPTH_FREE: (L or 1, B, Hkv or 1, C) or (L, B, Hkv, C, S or
     1)."""
-    if name in PLAIN:
-        return PLAIN[name](p, cfg)
+    if name in WITHOUT_TRAINING:
+        return WITHOUT_TRAINING[name](p, cfg)
     name, _, kind = name.partition("-")
     return drawn_predictor(name)(p, kind or cfg).detach()
 
 
 @pytest.mark.parametrize("name", DEPTH_FREE)
 def test_a_padded_row_scores_as_it_does_alone(name):
-    """Neither a row's padding nor the batch around it changes what its tokens score; for the two
-    signals that count columns, how they rank and what they score below the newest tokens. A row
-    without context makes no number infinite or undefined elsewhere."""
+    """Neither a row's padding nor the batch around it changes what its tokens score. A row without
+    context makes no number infinite or undefined elsewhere."""
     p, _ = prompt_of(PAD)
     whole = score(name, p)
     for b, first in enumerate(PAD[:2]):
         mine = whole.expand(whole.size(0), 3, *whole.shape[2:])[:, b, :, first:]
         alone = score(name, row_of(p, b))[:, 0]
         assert torch.isfinite(mine).all()
-        if name in ("h2o", "streaming"):
-            assert torch.equal(mine.argsort(-1), alone.argsort(-1))
-            mine = mine.where(mine < 2, 0)
-            alone = alone.where(alone < 2, 0) * (name == "h2o")
-            mine = mine * (name == "h2o")
         torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-6)
 
 
@@ -456,7 +355,7 @@ def test_a_layer_alone_scores_as_among_the_others(name):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", sorted(set(PLAIN) - {"random"}))
+@pytest.mark.parametrize("name", sorted(set(WITHOUT_TRAINING) - {"random"}))
 def test_kv_heads_permute_with_their_scores(name):
     """Permuting KV heads, their query heads with them, permutes a signal's heads and changes
     nothing else."""

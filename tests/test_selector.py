@@ -17,11 +17,12 @@ from test_select_joint import oracle as joint
 
 import kv_router
 import selector
+from baselines.tokens import AS_PUBLISHED
 from config import ALLOCATIONS, SCOPES, SIGNALS, KVConfig, SelectConfig
 from generate import generate
 from model import DensePath
 from selection.calibration import layer_sensitivity
-from selection.relevance import AS_PUBLISHED, PLAIN, Prompt
+from selection.relevance import Prompt
 from selection.training import (
     PASSAGE,
     fit_statistics,
@@ -35,7 +36,7 @@ from storage.cache import KVCache
 from storage.ragged import BASES, SHARED
 
 PREDICTORS = "predictor,expected_attention,predictor_query"
-TOKEN_LEVEL = ("quest", "h2o", "streaming", "snapkv", "expected_attention")
+TOKEN_LEVEL = ("quest", "h2o", "streaming", "snapkv", "expected_attention", "keydiff")
 BUDGETS = {
     "two_shares": dict(token_keep=0.5, value_keep=0.5),
     "joint": dict(kv_keep=0.3),
@@ -264,8 +265,8 @@ def brute_force(p: Prompt, s: selector.Selector) -> tuple[torch.Tensor, torch.Te
 
     # numbers (Lm or L, B, Hm or Hkv, C or C, S), and whether they are per mask already
     def signal(name):
-        if name in PLAIN:
-            return PLAIN[name](p, cfg).expand(p.L, -1, n_kv, -1).tolist(), False
+        if name in selector.WITHOUT_TRAINING:
+            return selector.WITHOUT_TRAINING[name](p, cfg).expand(p.L, -1, n_kv, -1).tolist(), False
         with torch.no_grad():
             if name == "predictor_query":
                 return s.predictors[name](p, cfg).tolist(), False

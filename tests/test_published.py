@@ -1,0 +1,184 @@
+"""The rivals as they were published (baselines/): what each scores, picks, stores and reads, against
+loops over tokens, heads and queries; and eval.py's rows of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers import TINY
+from test_relevance import CFG, CLOSE, HKV, PAD, D, H, L, attention, on_real, prompt_of, widest
+
+from baselines import tokens as room
+from model import rope_table
+from selection.relevance import Prompt
+
+# -------------------- signals that drop whole tokens
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
+def test_snapkv_is_pooled_attention_of_the_window_that_stays(pad):
+    """Before the prompt's last 32 tokens a score is the mean attention of those that are no padding,
+    a maximum over 7 tokens, those in the window not among them; the window's own tokens score more
+    than any other, the newer the more."""
+    for p in (prompt_of(pad)[0], prompt_of(C=25, W=5)[0], prompt_of(pad, C=50, W=40)[0]):
+        got = on_real(room.snapkv(p, CFG), p)
+        first = max(0, p.T - 32)
+        seen = attention(p, list(range(first, p.T)))
+        seen[..., first:] = 0
+        want = widest(seen, p, 7)
+        edge = min(first, p.n_context)
+        torch.testing.assert_close(got[..., :edge], want[..., :edge], **CLOSE)
+        for b, n_pad in enumerate(pad[:2]):
+            new = got[:, b, :, max(edge, n_pad) :]
+            assert (new.diff() > 0).all() and (new > 1).all()
+            assert edge in (0, p.n_context) or new.min() > got[:, b, :, :edge].max()
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
+def test_h2o_is_accumulated_attention_with_the_newest_half_first(pad):
+    """Below the newest floor(n token_keep / 2) tokens of a row the scores are the sums of attention
+    of every query of the prompt; those tokens score more than any other, the newer the more."""
+    p, _ = prompt_of(pad)
+    got = room.h2o(p, CFG).double()
+    want = attention(p, list(range(p.T)), total=True)
+    for b, first in enumerate(pad[:2]):
+        n = p.n_context - first
+        new = p.n_context - int(n * 0.3 / 2)
+        torch.testing.assert_close(got[:, b, :, :new], want[:, b, :, :new], rtol=1e-4, atol=1e-5)
+        assert (got[:, b, :, new:].amin(-1) > got[:, b, :, :new].amax(-1)).all()
+        assert (got[:, b, :, new + 1 :] > got[:, b, :, new:-1]).all()
+    assert not got[:, 2].any() or pad == (0, 0, 0)
+
+
+def test_h2o_adds_up_over_long_prompts():
+    """Past 512 queries, which come in several parts, the sums are those of one causal softmax over
+    everything."""
+    g = torch.Generator().manual_seed(0)
+    C = 601
+    W = 5
+    q, k = (torch.randn(1, h, C + W, 4, generator=g, dtype=torch.float64) for h in (2, 1))
+    p = Prompt([q[0, :1]], [q], [k], [k[:, :, :C]], C, None, rope_table(TINY))
+    logits = (q @ k.mT / 2).masked_fill(
+        torch.ones(C + W, C + W, dtype=torch.bool).triu(1), -math.inf
+    )
+    want = logits.softmax(-1).mean(1).sum(1)[0, :C]
+    got = room.h2o(p, dataclasses.replace(CFG, token_keep=1e-3))[0, 0, 0].double()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_streaming_prefers_the_newest_token():
+    """Within a row scores rise by one from token to token; padding scores 0."""
+    p, _ = prompt_of(PAD)
+    got = room.streaming(p, CFG).expand(1, 3, 1, -1)[0, :, 0]
+    for b, first in enumerate(PAD):
+        first = min(first, p.n_context)
+        assert (
+            not got[b, :first].any()
+            and (got[b, first:].diff() == 1).all()
+            and (got[b, first:] > 0).all()
+        )
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
+def test_quest_scores_pages_by_their_bounds(pad):
+    """Pages of 16 from a row's first token, the last one shorter: the largest q . k that keys
+    between a page's least and largest coordinates allow, as shares over pages, a mean over the
+    region's queries and heads; a page's tokens score alike."""
+    p, _ = prompt_of(pad)
+    # zeros, which padding holds, are no key's coordinate then
+    far = torch.tensor([6.0, -6]).repeat(D // 2)
+    p = dataclasses.replace(p, k=[k * 0.3 + far for k in p.k], q=[q * 0.3 for q in p.q])
+    n = H // HKV
+    got = room.quest(p, CFG).double()
+    for b, first in enumerate(pad):
+        pages = [range(a, min(a + 16, p.n_context)) for a in range(first, p.n_context, 16)]
+        for i in range(L) if pages else ():
+            for kv in range(HKV):
+                share = torch.zeros(len(pages), dtype=torch.float64)
+                for h in range(kv * n, kv * n + n):
+                    for r in range(p.n_context, p.T):
+                        q = p.q[i][b, h, r]
+                        # (C, D): a coordinate's largest in a page is its bound
+                        products = p.k[i][b, kv, : p.n_context] * q / math.sqrt(D)
+                        bound = torch.stack([products[list(page)].amax(0).sum() for page in pages])
+                        for page, limit in zip(pages, bound.tolist(), strict=True):
+                            assert products[list(page)].sum(-1).max() <= limit + 1e-9
+                        share += bound.softmax(0) / n / (p.T - p.n_context)
+                for page, s in zip(pages, share.tolist(), strict=True):
+                    torch.testing.assert_close(
+                        got[i, b, kv, list(page)],
+                        torch.full((len(page),), s, dtype=torch.float64),
+                        rtol=1e-4,
+                        atol=1e-6,
+                    )
+                    assert len(set(got[i, b, kv, list(page)].tolist())) == 1
+        assert not got[:, b, :, : min(first, p.n_context)].any()
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
+def test_tova_is_the_last_query_s_attention_over_all_heads(pad):
+    """One score for all heads of a layer: the attention of the prompt's last query, a mean over
+    query heads."""
+    p, _ = prompt_of(pad)
+    got = room.tova(p, CFG)
+    assert got.shape == (L, 3, 1, p.n_context)
+    want = attention(p, [p.T - 1]).mean(2, keepdim=True).expand(-1, -1, HKV, -1)
+    torch.testing.assert_close(on_real(got, p), want, **CLOSE)
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
+def test_keydiff_is_least_where_a_key_is_like_the_mean(pad):
+    """1 less the cosine of a key and the mean of all of the prompt's keys, each of norm 1."""
+    p, _ = prompt_of(pad)
+    got = on_real(room.keydiff(p, CFG), p)
+    for i in range(L):
+        for b, first in enumerate(pad):
+            for h in range(HKV):
+                keys = [p.k[i][b, h, t].double() for t in range(first, p.T)]
+                anchor = sum(k / k.norm() for k in keys) / len(keys)
+                for t in range(first, p.n_context):
+                    k = keys[t - first]
+                    want = 1 - float(k @ anchor / k.norm() / anchor.norm())
+                    assert math.isclose(got[i, b, h, t], want, rel_tol=1e-5, abs_tol=1e-6)
+
+
+def rotation(position: int) -> torch.Tensor:
+    """The matrix (D, D) float64 that RoPE applies at a position."""
+    out = torch.zeros(D, D, dtype=torch.float64)
+    for i in range(D // 2):
+        angle = position * TINY.rope_theta ** (-2 * i / D)
+        j = i + D // 2
+        out[i, i] = out[j, j] = math.cos(angle)
+        out[i, j] = -math.sin(angle)
+        out[j, i] = math.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("pad, sinks", [((0, 0, 0), 0), (PAD, 4)], ids=["full", "padded"])
+def test_closed_form_expected_attention_equals_loops(pad, sinks):
+    """Mean and covariance of the queries before RoPE, turned by the mean rotation of the positions
+    after the prompt that the context of 160 has; shares of exp(mean . k / sqrt(D) + k cov k / 2 D)
+    among the tokens after the sinks, a mean over query heads, times the value's norm."""
+    p, before = prompt_of(pad)
+    got = on_real(room.expected_attention_closed(p, dataclasses.replace(CFG, sinks=sinks)), p)
+    n = H // HKV
+    for b, first in enumerate(pad[:2]):
+        length = p.T - first
+        turn = sum(rotation(t) for t in range(length, 160)) / (160 - length)
+        for i in range(L):
+            for h in range(H):
+                queries = [before[i, b, h, t].double() for t in range(first + sinks, p.T)]
+                mean = sum(queries) / len(queries)
+                cov = sum(torch.outer(q - mean, q - mean) for q in queries) / len(queries)
+                mean = turn @ mean
+                cov = turn @ cov @ turn.T
+                keys = p.k[i][b, h // n, first + sinks : p.n_context].double()
+                weight = [math.exp(mean @ k / D**0.5 + k @ cov @ k / (2 * D)) for k in keys]
+                values = p.z[i][b, h // n, first + sinks : p.n_context].double()
+                for t, (w, v) in enumerate(zip(weight, values, strict=True), first + sinks):
+                    got[i, b, h // n, t] -= w / sum(weight) * v.norm() / n
+    assert got[:, :2].abs().max() < 1e-4
+    assert not got[:, 2].any() or pad == (0, 0, 0)

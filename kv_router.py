@@ -57,7 +57,7 @@ from torch import Tensor
 from config import KVConfig, ModelConfig, check
 from kernels import attend_view, can_append, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers
-from storage.cache import CacheView, NewTokens
+from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.integers.codecs import codec_of
 from storage.layout import (
     PackedView,
@@ -272,6 +272,7 @@ class ValueGroupPath(nn.Module):
         enc, dec = (t.to(attn.o_proj.weight.device) for t in self.basis())
         fold_basis(attn, torch.linalg.inv(dec) if self.cfg.learn_basis else enc, dec)
         self.folded = True
+        change_coordinates(self, "fold")
         if self.cfg.learn_basis:
             del self.enc, self.dec
             rest = (dec @ enc).to(attn.o_proj.weight.dtype)
@@ -428,7 +429,10 @@ class ValueGroupPath(nn.Module):
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
         codec = codec_of(self.cfg)
         shape = (batch, max_len, self.Hkv, self.D)
-        return PackedCache(*shape, self.cfg, self.k, like, self.maps(), codec)
+        maps = self.maps()
+        if self.cfg.learn_basis:  # training writes into them
+            maps = ValueBasis(*(None if t is None else t.detach().clone() for t in maps))
+        return PackedCache(*shape, self.cfg, self.k, like, maps, codec)
 
     def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:
         """Return the mask (B, Hm, T, S) with which the cache will pack new tokens; None where those
@@ -597,6 +601,7 @@ def attach(
             for path, seen in zip(paths, moments, strict=True):
                 _fit_router(path.router, seen.xx, seen.xe)
     for attn, path in zip(chosen, paths, strict=True):
+        change_coordinates(attn.kv_path, "attach")
         attn.kv_path = path.train(model.training)
     return model
 
@@ -633,6 +638,7 @@ def detach(model: nn.Module) -> nn.Module:
             not path.folded, f"{name}", "its basis is folded into the weights", "load the base anew"
         )
         attn = model.get_submodule(name.rsplit(".", 1)[0])
+        change_coordinates(path, "detach")
         attn.kv_path = DensePath(path.Hkv, path.D)
     return model
 
@@ -711,6 +717,7 @@ def load_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
             "load the file it was trained with",
         )
         path.set_basis(fwd, bwd)
+        change_coordinates(path, "load_state")
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ from torch import Tensor
 from config import KVConfig, MixConfig, ModelConfig, check
 from kernels import attend_view
 from model import attend, attention_mask
-from storage.cache import NewTokens, valid_columns
+from storage.cache import NewTokens, change_coordinates, valid_columns
 from storage.experts import ExpertCache, averaged
 from storage.integers.codecs import codec_of
 from storage.layout import cdiv, expand_mask, group_energy, top_k_mask
@@ -355,6 +355,7 @@ def attach(
     if paths is None:
         paths = [GroupedHeads(model.cfg, kv, mix, i) for i in range(model.cfg.n_layer)]
     for block, path in zip(model.layers, paths, strict=True):
+        change_coordinates(block.self_attn.kv_path, "attach")
         block.self_attn.kv_path = path.to(block.self_attn.o_proj.weight)
         path.train(block.training)
     return model

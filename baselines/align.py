@@ -32,6 +32,7 @@ from config import check
 from kv_router import ridge_solve
 from mixsga import GroupedHeads, attend_window
 from model import Attention, DensePath, evaluating, lm_loss, record_layers
+from storage.cache import change_coordinates
 from storage.experts import averaged
 
 SWEEPS = 10  # of Procrustes over the heads of a group
@@ -204,6 +205,7 @@ def align_heads(attn: Attention, vv: Tensor, kk: Tensor, sizes: tuple[int, ...])
     out = attn.o_proj.weight.double().view(-1, H, n, D).permute(1, 2, 0, 3)  # (Hkv, n, n_embd, D)
     out = out @ turn.unsqueeze(1)
     attn.o_proj.weight.copy_(out[order].permute(2, 0, 1, 3).flatten(1))
+    change_coordinates(attn.kv_path, "align_heads")
 
 
 # -------------------- routers
@@ -299,3 +301,4 @@ def calibrate(path: GroupedHeads, x: Tensor, cost: Tensor) -> None:
         path.router.weight[e] = GAIN * (E - 1 - e) * w[:-1]
         path.router.bias[e] = GAIN * (E - 1 - e) * w[-1]
         path.offset[e] = -GAIN * sum(borders[e:])
+    change_coordinates(path, "calibrate")  # caches hold sums of the old router's scores

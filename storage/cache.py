@@ -440,6 +440,27 @@ def check_range(count: Tensor, most: int, name: str) -> None:
 # -------------------- of a whole model
 
 
+class Coordinates:
+    """What the numbers that one KV path stores mean: shared by the path and all KVCaches made with
+    it.
+
+    changed: what gave them another meaning since then; "": nothing"""
+
+    changed = ""
+
+
+def coordinates_of(path) -> Coordinates:
+    """Return what numbers that `path` stores now mean."""
+    return path.__dict__.setdefault("coordinates", Coordinates())
+
+
+def change_coordinates(path, how: str) -> None:
+    """Let KVCaches made with `path` so far be refused: after `how` (fold, for example, which turns
+    W_v and W_o) their numbers would be read as something else."""
+    coordinates_of(path).changed = how
+    path.coordinates = Coordinates()
+
+
 class PromptState:
     """What the layers of one KVCache share while a prompt is read. It belongs to that cache, so
     prompts of two caches, on two threads or interleaved, never meet.
@@ -472,6 +493,8 @@ class KVCache:
         self.length = 0
         self.broken = False
         self._model = weakref.ref(model) if model is not None else None
+        blocks = [] if model is None else model.layers
+        self._coordinates = [coordinates_of(block.self_attn.kv_path) for block in blocks]
         self._link()
 
     def _link(self) -> None:
@@ -507,11 +530,19 @@ class KVCache:
             layer.reserve(n_tokens)
 
     def check_usable(self) -> None:
-        """Raise ValueError after a step that failed half-way: its layers no longer agree."""
+        """Raise ValueError after a step that failed half-way (its layers no longer agree), and
+        where the model reads numbers in other coordinates now."""
         check(
             not self.broken,
             "a cache in which a step failed half-way",
             "one that is whole is needed",
+            "make a new cache and process the prompt again",
+        )
+        changed = next((held.changed for held in self._coordinates if held.changed), "")
+        check(
+            not changed,
+            f"a cache from before {changed}",
+            "its keys and values would be read as something else",
             "make a new cache and process the prompt again",
         )
 

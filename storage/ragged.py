@@ -201,6 +201,7 @@ class RaggedCache(DenseCache):
             are rounded; None: to the nearest"""
         assert self.fresh, "a context is packed once, before anything else"
         assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding must be on the left"
+        self.check_codec(self.codec.levelled == (mask.dtype == torch.uint8))
         for name, t in self._packed(k, z, keep, mask, valid, query_moment).items():
             setattr(self, name, t)
         if bits_from is None:
@@ -211,6 +212,15 @@ class RaggedCache(DenseCache):
         if not self.codec.n_sinks:  # else move_to_window says how many more
             self.reserve(self.max_len)
         self.fresh = False
+
+    @staticmethod
+    def check_codec(fits: bool) -> None:
+        """Raise ValueError unless what was chosen can be stored by the codec."""
+        if not fits:
+            raise ValueError(
+                "a context chosen for another way of storing than that of the cache: "
+                "make the cache after the selector is set"
+            )
 
     def _packed(
         self,
@@ -341,6 +351,7 @@ def pack_layers(
         t = big[name]
         parts[name] = [t[a:b] for a, b in pairwise([*bounds[base], len(t)])]
     for i, cache in enumerate(caches):
+        cache.check_codec(isinstance(cache.codec, FloatCodec))
         assert cache.fresh, "a context is packed once, before anything else"
         for name, per_layer in parts.items():
             setattr(cache, name, per_layer[i])

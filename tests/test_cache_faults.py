@@ -4,6 +4,7 @@ of another model that load; caches left half-changed. Each test runs over every 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import threading
@@ -22,6 +23,7 @@ import lora
 import mixsga
 import selector
 from baselines import shared_heads
+from baselines.align import Moments, align_heads, calibrate
 from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
@@ -315,6 +317,11 @@ def calibrate_anew(model: Transformer) -> None:
     model.selector.calibrate(model, [tokens(3, 50, seed=77)])
 
 
+def load_other_levels(model: Transformer) -> None:
+    doubled = {name: 2 * t for name, t in selector.state(model).items()}
+    selector.load_state(model, doubled)
+
+
 VALUE_GROUPS = lambda **kv: lambda: grouped_model(**EXACT, kv_tail=2, **kv)
 CHANGES = {
     "basis": (VALUE_GROUPS(fold=False), set_other_basis),
@@ -328,6 +335,7 @@ CHANGES = {
         VALUE_GROUPS(reconstructor="mlp"),
         lambda model: kv_router.set_kept(model, 4),
     ),
+    "trained basis": (VALUE_GROUPS(fold=False, learn_basis=True), set_other_basis),
     "window": (VALUE_GROUPS(), set_storing),
     "selection's basis": (lambda: selecting(fold=False), set_other_basis),
     "selection of everything": (lambda: selecting(fold=False), choose_everything),
@@ -336,6 +344,7 @@ CHANGES = {
     "selection calibrated": (selecting, calibrate_anew),
     "selection's window": (selecting, set_storing),
     "levels calibrated": (levelled, calibrate_anew),
+    "levels loaded": (levelled, load_other_levels),
     "levels, then less": (levelled, choose_less),
     "experts' routing": (mixed, set_routing),
     "experts' bits": (mixed, set_ints),
@@ -391,6 +400,113 @@ def test_a_change_is_seen_where_it_should_be():
     set_other_basis(model)
     after = decoded(model, filled(model, tokens(40, seed=6)), 20)
     assert (after - before).abs().max() > 1e-3 * before.abs().max()
+
+
+# -------------------- caches from before the weights changed
+
+
+def attach_anew(model: Transformer) -> None:
+    kv_router.attach(model, KVConfig(**EXACT), [tokens(2, 70)])
+
+
+def share_heads(model: Transformer) -> None:
+    mix = MixConfig(group_sizes="1,3", expert_ratios="1:1")
+    shared_heads.attach(model, KVConfig(kv="mixsga"), mix)
+
+
+def load_own_state(model: Transformer) -> None:
+    state = kv_router.state(model)
+    kv_router.load_state(model, {name: t.detach().clone() for name, t in state.items()})
+
+
+def align(model: Transformer) -> None:
+    for attn in (block.self_attn for block in model.layers):
+        moments = Moments()
+        moments.add(*torch.randn(2, 1, attn.n_kv_head, 50, attn.head_dim, dtype=torch.float64))
+        align_heads(attn, moments.vv, moments.kk, (3,))
+
+
+def calibrate_routers(model: Transformer) -> None:
+    for path in mixsga.experts(model):
+        x = torch.randn(100, TINY.n_embd, dtype=torch.float64)
+        calibrate(path, x, torch.randn(100, dtype=torch.float64))
+
+
+MEANINGS = {  # by verb: a model, and what gives its caches' numbers another meaning
+    "fold": (VALUE_GROUPS(fold=False), kv_router.fold),
+    "fold, every group": (VALUE_GROUPS(fold=False, topk_groups=4), kv_router.fold),
+    "fold, trained maps": (VALUE_GROUPS(fold=False, learn_basis=True), kv_router.fold),
+    "fold, integers": (VALUE_GROUPS(fold=False, **INT4), kv_router.fold),
+    "fold, one layer": (VALUE_GROUPS(fold=False, kv_layers="1"), kv_router.fold),
+    "fold, selection": (lambda: selecting(fold=False), kv_router.fold),
+    "fold, everything": (lambda: selecting(fold=False, sel=dict(kv_keep=1.0)), kv_router.fold),
+    "detach": (VALUE_GROUPS(fold=False), kv_router.detach),
+    "detach, selection": (lambda: selecting(fold=False), selector.detach),
+    "attach": (tiny_model, attach_anew),
+    "attach, anew": (VALUE_GROUPS(fold=False), attach_anew),
+    "attach, shared heads": (tiny_model, share_heads),
+    "load_state": (VALUE_GROUPS(fold=False, reconstructor="mlp"), load_own_state),
+    "align_heads": (tiny_model, align),
+    "align_heads, experts": (mixed, align),
+    "calibrate": (mixed, calibrate_routers),
+}
+
+
+@pytest.mark.parametrize("change", MEANINGS)
+def test_a_cache_from_before_the_weights_changed_is_refused(change, tmp_path):
+    """After a change of what stored numbers mean no verb takes a cache that was made before it,
+    filled or empty, nor a sequence picked from one, nor is it joined or saved: one line names the
+    change. The cache stays as it is; one made after the change works."""
+    make, apply = MEANINGS[change]
+    model = make()
+    caches = [filled(model, tokens(20, seed=6)), model.new_cache(1, 90)]
+    caches.append(caches[0].select_sequences([0]))
+    before = [cache.lengths.clone() for cache in caches]
+    apply(model)
+    new = filled(model, tokens(20, seed=6))
+    assert torch.isfinite(decoded(model, new, 3)).all()
+    for cache in caches:
+        for verb in (
+            lambda cache=cache: model.decode(tokens(1, 1), cache),
+            lambda cache=cache: model.prefill(tokens(1, 5), cache),
+            lambda cache=cache: cache.save(tmp_path / "cache.safetensors"),
+            lambda cache=cache: KVCache.cat([new, cache]),
+        ):
+            assert f"from before {change.split(',')[0]}:" in error_line(verb)
+    for cache, n in zip(caches, before, strict=True):
+        assert torch.equal(cache.lengths, n)
+
+
+def test_merging_an_adapter_leaves_caches_as_they_were():
+    """Merged weights compute the same, so a cache from before is read on."""
+    model = VALUE_GROUPS()()
+    lora.attach(model, AdapterConfig(adapter="lora", r=4)).eval()
+    randomise(model.layers[0].self_attn.v_proj)
+    caches = [filled(model, tokens(40, seed=6)) for _ in range(2)]
+    want = decoded(model, caches[0], 10)
+    agree(decoded(lora.merge(model), caches[1], 10), want)
+
+
+def test_a_copy_of_a_model_folds_for_itself():
+    """Folding a copy refuses none of the caches of the model it was copied from."""
+    model = VALUE_GROUPS(fold=False)()
+    cache = filled(model, tokens(40, seed=6))
+    kv_router.fold(copy.deepcopy(model))
+    assert torch.isfinite(decoded(model, cache, 3)).all()
+
+
+@pytest.mark.parametrize("bits_first", [True, False])
+def test_a_context_chosen_for_another_way_of_storing_is_refused(bits_first):
+    """A cache is made, then the selector is set to store otherwise: the prompt is refused by one
+    line, whether levels meet a cache of whole numbers or the other way round."""
+    shares = [dict(kv_keep=0.0, kv_bytes=0.4), dict(kv_keep=0.5, kv_bytes=0.0)]
+    first, second = shares if bits_first else reversed(shares)
+    model = selecting(sel=first)
+    cache = model.new_cache(1, 90)
+    model.selector.set(replace(model.selector.cfg, **second))
+    line = error_line(model.prefill, tokens(1, 40), cache)
+    assert "another way of storing" in line
+    assert filled(model, tokens(40)).length == 40
 
 
 # -------------------- state of a prompt

@@ -578,6 +578,7 @@ class FakeModel(torch.nn.Module):
         super().__init__()
         self.cfg = ModelConfig()
         self.norm = torch.nn.LayerNorm(5)
+        self.layers = []
         self.shape = (n_layers, D, Hm)
         self.like = torch.zeros(0, dtype=dtype)
 

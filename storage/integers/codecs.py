@@ -37,9 +37,10 @@ from storage.packing import tile_index
 
 def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec:
     """Return the codec that cfg asks for. gain (Hkv, D) float32: calibrated root mean squares,
-    which levels are relative to."""
+    which levels are relative to. They are copied, for what loads a selector writes into them."""
     if not cfg.ints:
         return FloatCodec()
+    gain = None if gain is None else gain.clone()
     return IntCodec(IntFormat(cfg.key_bits, cfg.value_bits, cfg.key_block, gain), cfg.kv_sinks)
 
 

@@ -1,15 +1,18 @@
 """Text in, batches of token ids out.
 
-A corpus is a list of documents (str). Two need no network and are the same on every machine with
-the same Python: `pydocs` (the language reference inside CPython) and `pycode` (the standard
-library's source). `shakespeare`, `wikitext2`, `wikitext103` are downloaded once, against a pinned
-sha256; `text:PATH` is a file or a folder of text files.
+A corpus is a list of documents (str). Three are the same on every machine with the same Python:
+`pydocs` (the language reference inside CPython), `pycode` (the standard library's source) and
+`cheaders` (the headers of its C interface). Three are generated, the same everywhere: `dialogue`,
+`markup` and `records` (corpora/). None of those needs a network. `shakespeare`, `wikitext2`,
+`wikitext103` are downloaded once, against a pinned sha256; `text:PATH` is a file or a folder of
+text files.
 
 Documents are divided into train and val whole, by the hash of their content (WikiText keeps its
-official files), so no document is ever in both. Each part becomes one token file
-(loaders/token_files.py), every document followed by the end-of-document token. Its name carries a
-hash of all that defines its content, so a changed text, rule or tokenizer is never served stale
-tokens.
+official files), so no document is ever in both. Several corpora, separated by commas, are one
+mixture (mixed_documents), in which no corpus has more than MIXTURE_BYTES. Each split becomes one
+token file (loaders/token_files.py), every document followed by the end-of-document token. Its name
+carries a hash of all that defines its content, so a changed text, rule or tokenizer is never served
+stale tokens.
 
 A batch is a pure function of (seed, split, step): it needs no state to resume and means the same
 for any number of ranks.
@@ -36,11 +39,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import check
+from config import check, comma_list
+from corpora import dialogue, markup, records
 from loaders.fetch import download
 from loaders.token_files import TokenFile, open_tokens, write_tokens
 from loaders.tokenizer import encoded, one_line
-from settings.train import DataConfig, check_corpus
+from settings.train import DataConfig, check_corpora, check_corpus
 
 # name: (file, sha256, URLs tried in order)
 PINNED = {
@@ -76,6 +80,14 @@ WIKITEXT_FILES = {
 }
 WIKITEXT_FOLDERS = {"wikitext2": "wikitext-2", "wikitext103": "wikitext-103"}
 MIN_PIECE = 8192  # characters in a piece of a text that has no headings
+# The most that one corpus adds to a mixture, in bytes of UTF-8: as much as all of WikiText-2's
+# validation text.
+MIXTURE_BYTES = 1_125_000
+GENERATED_CORPORA = {
+    "dialogue": dialogue.documents,
+    "markup": markup.documents,
+    "records": records.documents,
+}
 # Part of every token file's name: raise it when the way text becomes documents or splits changes.
 RULES = 1
 # What of Python's folder is not the library itself: installed packages, tests, demos, bundled
@@ -93,6 +105,7 @@ NOT_LIBRARY = {
     "__pycache__",
 }
 GENERATED = ("_sysconfigdata", "sitecustomize", "usercustomize")
+HEADER_FOLDERS = ("", "cpython", "internal")
 
 
 # -- corpora: lists of documents
@@ -131,6 +144,22 @@ def _pycode() -> list[str]:
         "use --dataset=pydocs or text:PATH",
     )
     return [docs[k] for k in sorted(docs)]
+
+
+def _cheaders() -> list[str]:
+    """The headers of CPython's C interface, by path, without those of packages and the one that is
+    made for one platform."""
+    root = Path(sysconfig.get_paths()["include"])
+    found = [path for folder in HEADER_FOLDERS for path in (root / folder).glob("*.h")]
+    named = {path.relative_to(root).as_posix(): path for path in found}
+    named.pop("pyconfig.h", None)
+    check(
+        bool(named),
+        "dataset='cheaders'",
+        f"no headers of Python's C interface under {root}",
+        "install them (python3-dev in Debian), or use another corpus",
+    )
+    return [named[k].read_bytes().decode("utf-8") for k in sorted(named)]
 
 
 def _text(where: str) -> list[str]:
@@ -227,7 +256,7 @@ def split_documents(docs: list[str], val_fraction: float) -> tuple[list[str], li
     documents go to val until it has val_fraction (0 < . < 1) of the UTF-8 bytes; each part gets at
     least one, and copies of one document stay together. ValueError if there are fewer than two
     different documents."""
-    digests = [hashlib.sha256(d.encode("utf-8")).digest() for d in docs]
+    digests = [_digest(d) for d in docs]
     size: dict[bytes, int] = {}
     for d, h in zip(docs, digests, strict=True):
         size[h] = size.get(h, 0) + len(d.encode("utf-8"))
@@ -255,10 +284,18 @@ def whole_split(corpus: str, official: str) -> str:
 
 
 def same_text(a: str, b: str) -> bool:
-    """Whether two corpora share text: the same name or path, or both WikiText (the small one is
-    part of the large)."""
+    """Whether two corpora or mixtures share text: any part of one and any of the other that have
+    the same name or path, lie in one another, or are both WikiText (the small one is part of the
+    large)."""
+    pairs = itertools.product(comma_list(a), comma_list(b))
+    return any(_same_part(one, other) for one, other in pairs)
+
+
+def _same_part(a: str, b: str) -> bool:
+    """Whether two corpora share text."""
     if a.startswith("text:") and b.startswith("text:"):
-        return Path(a[5:]).expanduser().resolve() == Path(b[5:]).expanduser().resolve()
+        one, other = (Path(part[5:]).expanduser().resolve() for part in (a, b))
+        return one.is_relative_to(other) or other.is_relative_to(one)
     return a == b or {a, b} <= set(WIKITEXT_FOLDERS)
 
 
@@ -274,8 +311,10 @@ def cache_dir(cfg: DataConfig) -> Path:
 
 def documents(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
     """Documents of each split, {"train": [...], "val": [...], "all": [...]} (WikiText has "test"
-    too). Empty documents are dropped. May download. ValueError for an unknown, missing, empty or
-    one-document corpus."""
+    too), of a corpus or a mixture. Empty documents are dropped. May download. ValueError for an
+    unknown, missing, empty or one-document corpus."""
+    if len(comma_list(corpus)) > 1:
+        return mixed_documents(corpus, cfg)
     check_corpus(corpus)
     if corpus in WIKITEXT_FOLDERS:
         splits = _wikitext(corpus, cfg)
@@ -288,13 +327,68 @@ def documents(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
     return {split: [detokenize(d) for d in docs] for split, docs in splits.items()}
 
 
+def mixed_documents(names: str, cfg: DataConfig) -> dict[str, list[str]]:
+    """Documents of each split of a mixture, {"train": [...], "val": [...], "all": [...]}. names:
+    corpora, separated by commas.
+
+    Each corpus is split as it is alone, and adds whole documents of at most MIXTURE_BYTES bytes to
+    train and to all, and of val_fraction of those to val: in order of the sha256 of their content,
+    each that still fits. All is of WikiText its training files. What any of the corpora holds out
+    (all of val and test, not only what was taken) is left out of train, so that each may be
+    measured alone. A split is in order of the sha256 of content, copies of a document left out:
+    the order depends on neither the machine nor the order of the names. ValueError as for
+    documents, and for a corpus of which no document fits."""
+    check_corpora(names)
+    parts = {name: documents(name, cfg) for name in comma_list(names)}
+    held = set()
+    for splits in parts.values():
+        held.update(splits["val"], splits.get("test", []))
+    mixture = {}
+    for split in ("train", "val", "all"):
+        most = MIXTURE_BYTES * (cfg.val_fraction if split == "val" else 1)
+        taken = set()
+        for name, splits in parts.items():
+            docs = set(splits[whole_split(name, "train") if split == "all" else split])
+            if split == "train":
+                docs -= held
+            taken.update(_fitting(docs, most, f"{split} of {name}"))
+        mixture[split] = sorted(taken, key=_digest)
+    return mixture
+
+
+def _fitting(docs: set[str], most: float, what: str) -> list[str]:
+    """Of documents in order of their digests each that still fits into `most` bytes. ValueError
+    where none does; what: the documents' name."""
+    taken = []
+    for doc in sorted(docs, key=_digest):
+        size = len(doc.encode("utf-8"))
+        if size <= most:
+            taken.append(doc)
+            most -= size
+    check(
+        bool(taken),
+        f"{what} in a mixture",
+        f"no document of {most:,.0f} bytes or fewer that no other corpus holds out",
+        "give files of more and shorter documents, or a larger --val_fraction",
+    )
+    return taken
+
+
+def _digest(document: str) -> bytes:
+    """The sha256 of a document's UTF-8 bytes."""
+    return hashlib.sha256(document.encode("utf-8")).digest()
+
+
 def _documents(corpus: str, cfg: DataConfig) -> list[str]:
     """The documents of a corpus that has no splits of its own."""
     if corpus.startswith("text:"):
         return _text(corpus[5:])
     if corpus in PINNED:
         return _pinned(corpus, cfg)
-    return _pydocs() if corpus == "pydocs" else _pycode()
+    if corpus in GENERATED_CORPORA:
+        return GENERATED_CORPORA[corpus]()
+    shipped = {"pydocs": _pydocs, "pycode": _pycode, "cheaders": _cheaders}
+    return shipped[corpus]()
 
 
 # -- token files of a corpus
@@ -332,17 +426,19 @@ def _token_path(
         content,
     ]
     key = hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()[:16]
-    label = re.sub(r"[^A-Za-z0-9.-]", "_", f"{corpus.split(':')[0]}-{tokenizer.name}"[:60])
+    kind = "mixture" if len(comma_list(corpus)) > 1 else corpus.split(":")[0]
+    label = re.sub(r"[^A-Za-z0-9.-]", "_", f"{kind}-{tokenizer.name}"[:60])
     return cache_dir(cfg) / f"{label}-{split}-{key}.tok"
 
 
 def prepare_splits(
     corpus: str, cfg: DataConfig, tokenizer, splits: Sequence[str]
 ) -> list[TokenFile]:
-    """Token files of some splits of a corpus (one of settings.train.CORPORA or text:PATH), built on
-    first use under cache_dir(cfg), checked on every use. ValueError as for documents, write_tokens
-    and open_tokens: in particular a damaged file is named, not silently replaced."""
-    check_corpus(corpus)
+    """Token files of some splits of a corpus (one of settings.train.CORPORA or text:PATH) or of a
+    mixture, one a split, built on first use under cache_dir(cfg), checked on every use. ValueError
+    as for documents, write_tokens and open_tokens: in particular a damaged file is named, not
+    silently replaced."""
+    check_corpora(corpus)
     docs = None
     if corpus in PINNED:
         content = PINNED[corpus][1]  # defines the text: ready files need no download
@@ -351,7 +447,7 @@ def prepare_splits(
         docs = documents(corpus, cfg)
         content = _content_hash(docs)
         sample = docs["train"][0][:4096]
-    label = f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
+    label = ",".join(label_of(part) for part in comma_list(corpus))
     files = []
     for split in splits:
         path = _token_path(corpus, cfg, tokenizer, content, sample, split)
@@ -374,12 +470,17 @@ def prepare_splits(
     return files
 
 
+def label_of(corpus: str) -> str:
+    """A corpus's name without the folders that a text lies in."""
+    return f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
+
+
 def _content_hash(docs: dict[str, list[str]]) -> str:
     """sha256 over the sha256 of every document of every split."""
     whole = hashlib.sha256()
     for split in docs:
         for d in docs[split]:
-            whole.update(hashlib.sha256(d.encode("utf-8")).digest())
+            whole.update(_digest(d))
     return whole.hexdigest()
 
 

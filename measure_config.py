@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS
 from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt
-from settings.train import check_corpus
+from settings.train import check_corpora
 
 TASKS = (
     "perplexity",
@@ -90,8 +90,8 @@ class EvalConfig:
     split: str = opt("val", "part of it: val, train, test (WikiText) or all", SPLITS)
     calibrate: str = opt(
         "",
-        "corpus that bases are calibrated on, all of it or WikiText's training split (empty: the "
-        "training split of --dataset)",
+        "corpus that bases are calibrated on, or a list of them, mixed, all of it or WikiText's "
+        "training split (empty: the training split of --dataset)",
     )
     calibration: int = opt(32, "sequences that bases are calibrated on", least=1)
     sequences: int = opt(192, "sequences, or prompts, of each task", least=1)
@@ -176,7 +176,7 @@ class EvalConfig:
         )
         for name in ("dataset", "calibrate"):
             if getattr(self, name):
-                check_corpus(getattr(self, name), name)
+                check_corpora(getattr(self, name), name)
         self.check_tasks()
 
     def check_tasks(self) -> None:

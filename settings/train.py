@@ -5,9 +5,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from settings.fields import DTYPES, MAX_SEED, check, check_fields, opt
+from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt
 
-CORPORA = ("pydocs", "pycode", "shakespeare", "wikitext2", "wikitext103")
+CORPORA = (
+    "pydocs",
+    "pycode",
+    "cheaders",
+    "dialogue",
+    "markup",
+    "records",
+    "shakespeare",
+    "wikitext2",
+    "wikitext103",
+)
+# What predictors of relevance are trained on, where no flag names a corpus: no part of it needs a
+# network. cheaders and records are of other kinds, kept for measuring.
+SELECT_MIXTURE = "pydocs,pycode,dialogue,markup"
 TOKENIZERS = ("byte", "gpt2")
 STAGES = ("all", "pretrain", "adapt", "select", "continue")
 OBJECTIVES = ("lm", "distill")
@@ -22,6 +35,21 @@ def check_corpus(name: str, flag: str = "dataset") -> None:
         f"one of {', '.join(CORPORA)} or text:PATH",
         "choose one",
     )
+
+
+def check_corpora(names: str, flag: str = "dataset") -> None:
+    """Raise ValueError unless `names` is a comma-separated list of different corpora, one at
+    least, each of which passes check_corpus."""
+    parts = comma_list(names)
+    check(
+        bool(parts),
+        f"{flag}={names!r}",
+        "a list of corpora",
+        "give for example pydocs,text:PATH",
+    )
+    for name in parts:
+        check_corpus(name, flag)
+        check(parts.count(name) == 1, f"{flag}={names!r}", f"{name} is named twice", "name it once")
 
 
 @dataclass(frozen=True)
@@ -63,11 +91,12 @@ class TrainConfig:
     )
     dataset: str = opt(
         "",
-        "corpus of the stage; with stage=all the pretraining one (empty: pydocs, or pycode to "
-        "adapt); or text:PATH",
+        "corpus of the stage, or a list of corpora, mixed; with stage=all the pretraining one "
+        f"(empty: pydocs, pycode to adapt, {SELECT_MIXTURE} to select); or text:PATH",
     )
     adapt_dataset: str = opt(
-        "", "corpus for adaptation, where it differs from --dataset (empty: pycode)"
+        "",
+        "corpus for adaptation, or a list of them, where it differs from --dataset (empty: pycode)",
     )
     test_dataset: str = opt(
         "",
@@ -146,9 +175,11 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("dataset", "adapt_dataset", "test_dataset"):
+        for name in ("dataset", "adapt_dataset"):
             if getattr(self, name):
-                check_corpus(getattr(self, name), name)
+                check_corpora(getattr(self, name), name)
+        if self.test_dataset:
+            check_corpus(self.test_dataset, "test_dataset")
         check(
             self.stage in ("adapt", "select") or not self.kv_from,
             f"kv_from={self.kv_from!r} with stage={self.stage}",
@@ -169,13 +200,15 @@ class TrainConfig:
         )
 
     def corpus(self, stage: str) -> str:
-        """Return the corpus of `stage` ('pretrain' or 'adapt')."""
+        """Return the corpus of `stage` ('pretrain' or 'adapt', which selection's predictors go
+        by, too)."""
         if stage == "pretrain":
             return self.dataset or "pydocs"
         named = self.adapt_dataset
         if not named and self.stage in ("adapt", "select", "continue"):
             named = self.dataset
-        return named or "pycode"
+        usual = SELECT_MIXTURE if self.stage == "select" else "pycode"
+        return named or usual
 
 
 @dataclass(frozen=True)

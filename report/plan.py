@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import selector
-from config import SHARED, KVConfig, SelectConfig, check, comma_list, count_kept
+from config import PUBLISHED, SHARED, KVConfig, SelectConfig, check, comma_list, count_kept
 from loaders.runs import Run
 from measure_config import EvalConfig
 from settings.train import DataConfig
@@ -208,7 +208,7 @@ def ks_of(run: Run, asked: Asked, methods: list[str], kv: KVConfig) -> list[int]
 
 def ways_of(run: Run, asked: Asked, methods: list[str]) -> list[SelectConfig]:
     """The ways to choose: everything for a trained run's dense row, then those of the flags."""
-    ways = ways_to_choose(asked.eval, asked.select)
+    ways = [as_published(way, asked.given) for way in ways_to_choose(asked.eval, asked.select)]
     for way in ways:
         selector.check_trained(way, run.model.selector.predictors if is_trained(run) else ())
     if not is_trained(run):
@@ -253,6 +253,15 @@ def ways_apart(cfg: EvalConfig, base: SelectConfig) -> list[SelectConfig]:
         replace(base, token_relevance=by if keep < 1 else "", token_keep=keep, value_keep=rho)
         for by, keep, rho in itertools.product(signals, token_budgets, budgets)
     ]
+
+
+def as_published(way: SelectConfig, given: frozenset[str]) -> SelectConfig:
+    """The way with what the method that drops its tokens was published with, but for flags given:
+    what shares a budget, and how many first tokens are kept."""
+    own = PUBLISHED.get(way.token_relevance)
+    if own is None:
+        return way
+    return replace(way, **{k: v for k, v in own._asdict().items() if k not in given})
 
 
 def numbers(text: str) -> list[float]:

@@ -86,6 +86,7 @@ def measure_row(
         row["kl"] = task.kl
     if method == "select":
         row["select"] = to_dict(selector.selector_of(model).cfg)
+        row["allocation"] = row["select"]["allocation"]
     return row
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, tiny_model, tokens
 from test_relevance import CFG, CLOSE, HKV, PAD, D, H, L, attention, on_real, prompt_of, widest
 
+import selector
 from baselines import tokens as room
+from config import PUBLISHED, KVConfig, Published, SelectConfig
+from measure_config import EvalConfig
 from model import rope_table
+from report.plan import as_published, ways_to_choose
 from selection.relevance import Prompt
 
 # -------------------- signals that drop whole tokens
@@ -182,3 +187,46 @@ def test_closed_form_expected_attention_equals_loops(pad, sinks):
                     got[i, b, h // n, t] -= w / sum(weight) * v.norm() / n
     assert got[:, :2].abs().max() < 1e-4
     assert not got[:, 2].any() or pad == (0, 0, 0)
+
+
+# -------------------- what shares a budget
+
+
+def test_tova_keeps_one_set_of_tokens_for_the_heads_of_a_layer():
+    """Where a layer shares its budget, every head keeps the same floor(share * n) tokens, those the
+    last query reads most over all heads, and all their groups, also where the layer's budget is no
+    multiple of its heads."""
+    model = tiny_model()
+    cfg = SelectConfig(
+        token_relevance="tova", token_keep=0.4, value_keep=1.0, allocation="layer", sinks=0
+    )
+    selector.attach(model, KVConfig(kv="select", n_groups=4), cfg, [tokens(2, 40)])
+    p, _ = prompt_of(PAD, C=83, n_groups=4)
+    choice = model.selector.choose(p)
+    assert int(0.4 * (83 - PAD[1]) * HKV) % HKV  # a budget that is no multiple of the heads
+    want = torch.zeros_like(choice.keep)
+    seen = attention(p, [p.T - 1]).mean(2)
+    for b, first in enumerate(PAD[:2]):
+        n = int(0.4 * (83 - first))
+        for i in range(L):
+            order = sorted(range(first, 83), key=lambda t, s=seen[i, b]: -float(s[t]))
+            want[i, b, :, order[:n]] = True
+    assert torch.equal(choice.keep, want)
+    assert torch.equal(choice.mask, want.unsqueeze(-1).expand_as(choice.mask))
+
+
+def test_rows_of_published_methods_have_their_own_allocation():
+    """Without flags each method that drops tokens shares budgets and keeps first tokens as it was
+    published; --allocation and --sinks, each for itself, decide where they are given; the
+    project's own signals, and ways that drop no token, stay as they were."""
+    names = ["observed", *PUBLISHED]
+    cfg = EvalConfig(token_relevances=",".join(names), token_budgets="0.5,1", budgets="1")
+    ways = ways_to_choose(cfg, SelectConfig())
+    for given in ((), ("allocation",), ("sinks",)):
+        got = [as_published(way, frozenset(given)) for way in ways]
+        for before, way in zip(ways, got, strict=True):
+            own = PUBLISHED.get(way.token_relevance, Published("global", 4))
+            want = replace(before, **{k: v for k, v in own._asdict().items() if k not in given})
+            assert way == want
+    assert PUBLISHED["tova"] == ("layer", 0) and PUBLISHED["snapkv"] == ("head", 0)
+    assert {w.token_relevance for w in ways} == {*names, ""}

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from corpora import grammar
 from loaders import fetch, token_files, tokenizer
 from settings.train import DataConfig
 
@@ -718,6 +719,151 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     assert "--data_dir" in error_line(
         data.prepare, text_corpus(tmp_path / "t"), cfg, tokenizer.ByteTokenizer()
     )
+
+
+# -- mixtures and generated corpora
+
+
+def write_parts(folder) -> dict[str, list[str]]:
+    """Three folders of documents of many sizes, some of them in two folders, by text:PATH."""
+    parts = {}
+    for k, name in enumerate("abc"):
+        docs = [f"{name} {i} " + "x" * (37 * i * (k + 2) % 211) for i in range(31 - 7 * k)]
+        docs += [f"in two {i} " + "y" * (29 * i % 101) for i in range(3 * k, 3 * k + 9)]
+        (folder / name).mkdir()
+        for i, text in enumerate(docs):
+            (folder / name / f"{i:03d}.txt").write_text(text)
+        parts[f"text:{folder / name}"] = docs
+    return parts
+
+
+def union_rule(parts: dict[str, list[str]], most: int, fraction: float) -> dict[str, list[str]]:
+    """The documents of a mixture by loops over all of them: what is held out alone is never trained
+    on, each part adds what still fits, in the order of hashes."""
+
+    def digest(doc: str) -> str:
+        return hashlib.sha256(doc.encode()).hexdigest()
+
+    alone = {name: data.split_documents(docs, fraction) for name, docs in parts.items()}
+    mixture = {}
+    for split in ("train", "val", "all"):
+        chosen = []
+        for name, docs in parts.items():
+            left = most * fraction if split == "val" else most
+            for doc in sorted(docs, key=digest):
+                held = any(doc in val for _, val in alone.values())
+                in_split = {"train": not held, "val": doc in alone[name][1], "all": True}[split]
+                if in_split and len(doc) <= left:
+                    chosen.append(doc)
+                    left -= len(doc)
+        mixture[split] = sorted(set(chosen), key=digest)
+    return mixture
+
+
+def test_mixture_equals_the_union_rule(tmp_path, monkeypatch):
+    """Documents of each split by brute force, whatever the order of the names; no document is in
+    train and held out by any part, though some are in two folders; the limit leaves some out; the
+    token file has these documents, and its header no folder."""
+    parts = write_parts(tmp_path)
+    monkeypatch.setattr(data, "MIXTURE_BYTES", 1501)
+    cfg = DataConfig(val_fraction=0.3, data_dir=str(tmp_path / "cache"))
+    want = union_rule(parts, 1501, 0.3)
+    got = data.documents(",".join(parts), cfg)
+    assert got == want == data.documents(",".join(reversed(parts)), cfg)
+    held = [doc for docs in parts.values() for doc in data.split_documents(docs, 0.3)[1]]
+    trained = [doc for docs in parts.values() for doc in data.split_documents(docs, 0.3)[0]]
+    assert set(held) & set(trained) and not set(held) & set(got["train"])
+    assert set(got["all"]) < {doc for docs in parts.values() for doc in docs}
+    made = data.prepare(", ".join(parts), cfg, tokenizer.ByteTokenizer())
+    assert bytes(made.val.ids[made.val.ids < 256].astype("uint8")).decode() == "".join(want["val"])
+    assert int((made.train.ids == 256).sum()) == len(want["train"])
+    assert made.train.header["corpus"] == "text:a,text:b,text:c"
+    one = next(iter(parts))
+    assert data.documents(one, cfg)["all"] == parts[one]  # alone a corpus has no limit
+
+
+def test_mixture_of_which_a_part_cannot_add_anything_is_refused(tmp_path, monkeypatch):
+    """A part whose shortest document is longer than the limit is named with its split; a list that
+    names one twice, or an unknown one, is refused before anything is read."""
+    parts = ",".join(write_parts(tmp_path))
+    monkeypatch.setattr(data, "MIXTURE_BYTES", 3)
+    line = error_line(data.documents, parts, DataConfig())
+    assert f"train of text:{tmp_path}/a in a mixture" in line and "3 bytes" in line
+    for names, says in (("pydocs,pydocs", "named twice"), ("pydocs,imagenet", "'imagenet'")):
+        assert says in error_line(data.documents, names, DataConfig())
+
+
+def test_wikitext_in_a_mixture_trains_on_its_training_file(monkeypatch):
+    """Of WikiText all means its training files, and what its validation and test files hold is
+    trained on under no other name."""
+    docs = {"train": ["one", "two"], "val": ["three"], "test": ["four"]}
+    monkeypatch.setattr(
+        data, "_wikitext", lambda corpus, cfg: docs | {"all": ["one", "two", "three", "four"]}
+    )
+    monkeypatch.setattr(data, "_pydocs", lambda: ["two", "three", "four", "five", "six"])
+    mixture = data.documents("wikitext2,pydocs", DataConfig())
+    alone = data.split_documents(["two", "three", "four", "five", "six"], 0.1)
+    assert set(mixture["all"]) == {"one", "two", "three", "four", "five", "six"}
+    assert set(mixture["val"]) == {"three", *alone[1]}
+    assert set(mixture["train"]) == {"one", "two", *alone[0]} - {"three", "four", *alone[1]}
+    only = data.documents("wikitext2,markup", DataConfig())
+    assert {"one", "two"} < set(only["all"]) and not {"three", "four"} & set(only["all"])
+
+
+def test_same_text_looks_at_every_part(tmp_path):
+    """Two lists share text where any two parts do: the same name, a path spelled otherwise, a file
+    in the other's folder, both WikiText."""
+    a = f"text:{tmp_path / 'a'}"
+    assert data.same_text(f"pydocs,{a}", f"markup, text:{tmp_path}/b/../a")
+    assert data.same_text(f"{a}/one.txt,pycode", a) and data.same_text(a, f"pycode,{a}/one.txt")
+    assert data.same_text("wikitext2,pydocs", "markup,wikitext103")
+    assert not data.same_text(f"pydocs,{a}", f"markup,pycode,text:{tmp_path}/ab")
+
+
+GENERATED_HASHES = {  # sha256 over the documents, on every machine
+    "dialogue": "ece005ebb227731a7856fbb035a6ffc225a8daf6e6b859183546263a68c63637",
+    "markup": "ce6a543c3ddf01b0e3c0db70db33d2fe498de5423d4c67e31ac43965a69c84c9",
+    "records": "25b4ef2a181726a2786756ea75e7b3b346114867a68c9c65a846c859b1b16a5d",
+}
+
+
+@pytest.mark.parametrize("corpus", GENERATED_HASHES)
+def test_generated_corpus_is_the_same_everywhere(no_network, corpus):
+    """About a megabyte of different documents, drawn in no time, with a hash that is written down
+    here; no template's place is left unfilled but braces that are meant."""
+    start = time.perf_counter()
+    docs = data.documents(corpus, DataConfig())["all"]
+    assert time.perf_counter() - start < 3
+    whole = "".join(docs)
+    assert 1_000_000 <= len(whole.encode()) < 1_020_000 and len(set(docs)) == len(docs) > 400
+    assert hashlib.sha256(whole.encode()).hexdigest() == GENERATED_HASHES[corpus]
+    assert not grammar.PLACE.search(whole) or corpus == "markup"
+    assert not no_network
+
+
+def test_fill_replaces_places_by_alternatives_and_numbers():
+    """Alternatives are filled in turn, numbers keep their range and reach both ends, a string
+    stands for itself; several() draws different ones."""
+    draw = grammar.Draw("seed")
+    rules = {"a": ["{b}!", "{b}?"], "b": "x{3-5}"}
+    seen = {grammar.fill(draw, rules, "<{a}>") for _ in range(200)}
+    assert seen == {f"<x{n}{end}>" for n in (3, 4, 5) for end in "!?"}
+    assert sorted(draw.several("abcde", 5)) == list("abcde")
+    with pytest.raises(KeyError):
+        grammar.fill(draw, rules, "{c}")
+
+
+def test_cheaders_are_pythons_own(tmp_path, monkeypatch):
+    """Headers of the interface and its two folders, by path; those of packages and the platform's
+    own are left out; without any, one line says what to install."""
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "python3-dev" in error_line(data.documents, "cheaders", DataConfig())
+    names = ["z.h", "a.h", "pyconfig.h", "cpython/b.h", "internal/c.h", "package/d.h", "e.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"of {name}")
+    got = data.documents("cheaders", DataConfig())["all"]
+    assert got == ["of a.h", "of cpython/b.h", "of internal/c.h", "of z.h"]
 
 
 # -- batches

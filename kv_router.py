@@ -55,7 +55,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig, ModelConfig, check
-from kernels import attend_view, can_append, packed_attention
+from kernels import attend_view, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.integers.codecs import codec_of
@@ -459,14 +459,9 @@ class ValueGroupPath(nn.Module):
         return self._read(q, cache.view(), cache)
 
     def graph_safe(self) -> bool:
-        if self.cfg.ints and (
-            not self.cfg.kv_tail or 3 in (self.cfg.key_bits, self.cfg.value_bits)
-        ):
-            # without a window the newest token would be part of the block that is formed;
-            # and no kernel forms planes of 3 bits
-            return False
+        by_kernel = codec_of(self.cfg).one_by_one(self.D, self.cfg.kv_tail)
         maps_fold = self.keep_all or self.folded
-        return can_append(self.D) and maps_fold and self.reconstructor is None
+        return by_kernel and maps_fold and self.reconstructor is None
 
     def _read(self, q: Tensor, view: CacheView, cache: PackedCache) -> Tensor:
         """Attend to what a cache shows: packed values as they are read, whole ones as they are."""

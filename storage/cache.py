@@ -60,47 +60,6 @@ class CacheView(NamedTuple):
     sinks: WindowView | None  # first tokens, whole
 
 
-class LayerCache(Protocol):
-    """What one layer keeps of a batch of sequences."""
-
-    lengths: Tensor  # (B,) int64 tokens of each sequence, on the device
-    dtype: torch.dtype  # of whole numbers
-    fresh: bool  # nothing has been appended yet
-    room: int  # tokens that fit before reserve has to be called
-    prompt: PromptState  # what the layers of one KVCache share; KVCache sets it
-
-    def reserve(self, n_tokens: int) -> None:
-        """Make room: after it, n_tokens appends neither allocate nor wait for the device."""
-
-    def append(self, new: NewTokens) -> None:
-        """Take T new tokens of every sequence."""
-
-    def view(self) -> CacheView:
-        """Return all that attention may read."""
-
-    def truncate(self, n_tokens: int | Tensor) -> None:
-        """Forget all but the first n_tokens (one number, or (B,)) of every sequence."""
-
-    def snapshot(self) -> LayerCache:
-        """Return what puts it back as it is now, whatever is appended meanwhile."""
-
-    def restore(self, saved: LayerCache) -> None:
-        """Put it back as it was when `saved` was taken."""
-
-    def select_sequences(self, rows: Sequence[int]) -> LayerCache:
-        """Return a cache of these sequences only, in this order; it shares nothing."""
-
-    @classmethod
-    def cat(cls, caches: Sequence[LayerCache]) -> LayerCache:
-        """Join caches of any capacities; ValueError where they were packed in different ways."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return every tensor held; saving, loading and nbytes use this alone."""
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take what state_dict gave; ValueError for what is not its own."""
-
-
 class KVPath(Protocol):
     """How one layer stores and reads keys and values: an nn.Module, held as Attention.kv_path.
 
@@ -112,7 +71,7 @@ class KVPath(Protocol):
     losses: dict[str, Tensor]  # of the last training forward, by name
     reads_pieces: bool  # whether a prompt may come in pieces
 
-    def new_cache(self, batch: int, max_len: int, like: Tensor) -> LayerCache:
+    def new_cache(self, batch: int, max_len: int, like: Tensor) -> LayerCacheBase:
         """Return an empty cache, of the dtype and on the device of `like`."""
 
     def forward(
@@ -120,10 +79,10 @@ class KVPath(Protocol):
     ) -> Tensor:
         """Without a cache: training and decode-mode evaluation. pad (B,): left padding."""
 
-    def prefill(self, x, q, k, v, cache: LayerCache, n_pad: Tensor | None = None) -> Tensor:
+    def prefill(self, x, q, k, v, cache: LayerCacheBase, n_pad: Tensor | None = None) -> Tensor:
         """Read and store a prompt or a piece of it, of any length, one token included."""
 
-    def decode(self, x, q, k, v, cache: LayerCache, n_pad: Tensor | None = None) -> Tensor:
+    def decode(self, x, q, k, v, cache: LayerCacheBase, n_pad: Tensor | None = None) -> Tensor:
         """Store and read one token of each sequence."""
 
     def graph_safe(self) -> bool:
@@ -141,8 +100,9 @@ def storage_bytes(tensors) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-class LayerCacheBase:
-    """What every layer cache does with the tensors that it declares in `owners`.
+class LayerCacheBase(Protocol):
+    """What one layer keeps of a batch of sequences: what a subclass must do, and what every cache
+    does with the tensors that it declares in `owners`.
 
     An owner is one of
 
@@ -159,9 +119,25 @@ class LayerCacheBase:
     ONE_PROMPT = False
     owners: dict[str, str]
     batch: int  # sequences held
+    lengths: Tensor  # (B,) int64 tokens of each sequence, on the device
+    dtype: torch.dtype  # of whole numbers
     fresh = True  # nothing has been appended yet
-    room = 0  # tokens that fit before it has to grow
-    prompt: PromptState | None = None  # what the layers of one KVCache share while a prompt is read
+    room = 0  # tokens that fit before reserve has to be called
+    prompt: PromptState | None = None  # what the layers of one KVCache share; KVCache sets it
+
+    # what a subclass does
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room: after it, n_tokens appends neither allocate nor wait for the device."""
+
+    def append(self, new: NewTokens) -> None:
+        """Take T new tokens of every sequence."""
+
+    def view(self) -> CacheView:
+        """Return all that attention may read."""
+
+    def truncate(self, n_tokens: int | Tensor) -> None:
+        """Forget all but the first n_tokens (one number, or (B,)) of every sequence."""
 
     # a subclass says how the flat tensors are cut into segments, and what must agree to be joined
 
@@ -187,6 +163,7 @@ class LayerCacheBase:
     # the rest follows
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return every tensor held; saving, loading and nbytes use this alone."""
         return {name: getattr(self, name) for name in self.owners}
 
     def nbytes(self) -> int:
@@ -194,6 +171,7 @@ class LayerCacheBase:
         return storage_bytes(self.state_dict().values())
 
     def select_sequences(self, rows: Sequence[int]) -> LayerCacheBase:
+        """Return a cache of these sequences only, in this order; it shares nothing."""
         out = copy.copy(self)
         pick = torch.tensor(rows, dtype=torch.int64, device=self.lengths.device)
         for name, owner in self.owners.items():
@@ -208,6 +186,7 @@ class LayerCacheBase:
 
     @classmethod
     def cat(cls, caches: Sequence[LayerCacheBase]) -> LayerCacheBase:
+        """Join caches of any capacities; ValueError where they were packed in different ways."""
         for cache in caches[1:]:
             refuse_difference(caches[0].settings(), cache.settings(), "caches to be joined")
             refuse_constants(caches[0].constants(), cache.constants())
@@ -239,6 +218,7 @@ class LayerCacheBase:
         return [copy.copy(c) for c in caches]
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what state_dict gave; ValueError for what is not its own."""
         own = self.state_dict()
         names = sorted(set(own) ^ set(state))
         check(
@@ -478,7 +458,7 @@ class PromptState:
         """Forget the prompt."""
         self.seen: list = []
         self.selection: Any = None
-        self.first: LayerCache | None = None
+        self.first: LayerCacheBase | None = None
 
 
 class KVCache:

@@ -91,10 +91,10 @@ def bits_to_mask(bits: Tensor, n_groups: int) -> Tensor:
     return (bits.long().unsqueeze(-1) >> torch.arange(n_groups, device=bits.device) & 1).bool()
 
 
-def tile_size(n_groups: int) -> int:
+def tile_size(n_groups: int, levelled: bool = False) -> int:
     """Return the tokens per stored row offset: at most 64, and so few that the rows before a token
-    of its tile are fewer than 256."""
-    return min(64, 256 // n_groups)
+    of its tile are fewer than 256. levelled: a group of the highest level has four rows."""
+    return min(64, 256 // (4 * n_groups if levelled else n_groups))
 
 
 # -------------------- segments in a flat tensor
@@ -172,8 +172,8 @@ class PackedView(NamedTuple):
 
     @property
     def tile(self) -> int:
-        """Tokens per entry of tile_rows: a group of the highest level has four rows."""
-        return tile_size(self.n_groups * (4 if self.levelled else 1))
+        """Tokens per entry of tile_rows."""
+        return tile_size(self.n_groups, self.levelled)
 
     def masks(self) -> tuple[Tensor, Tensor]:
         """Return the masks left-aligned: mask (B, Hm, N, S) bool (levels: uint8), and valid

@@ -98,20 +98,12 @@ class FloatCodec:
         """Return what turns integers back into numbers: nothing to turn back here."""
         return None
 
-    def one_by_one(self, cache: PackedCache) -> bool:
+    def one_by_one(self, D: int, window: int) -> bool:
         """Say whether a kernel can append single tokens."""
-        return can_append(cache.D)
+        return can_append(D)
 
     def check_cut(self, n_packed: Tensor) -> None:
         """Raise ValueError where packed tokens cannot be cut after the first n_packed (B,)."""
-
-    def mask_groups(self, n_groups: int) -> int:
-        """Return the bits of a token's mask."""
-        return n_groups
-
-    def tile_groups(self, n_groups: int) -> int:
-        """Return the most rows of a token, which the length of a tile follows from."""
-        return n_groups
 
     def pack_ragged(
         self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, query_moment: Tensor | None
@@ -319,7 +311,8 @@ class PackedCache(WindowCache):
         self._allocate(max(0, max_len - self.window))
         self.room = self.cap + self.window
         # whether single tokens are appended by a kernel, on the device alone
-        self.by_kernel = use_triton("auto", like.device, like.dtype) and self.codec.one_by_one(self)
+        by_kernel = self.codec.one_by_one(head_dim, self.window)
+        self.by_kernel = by_kernel and use_triton("auto", like.device, like.dtype)
 
     # ---- what the base asks for
 

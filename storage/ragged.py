@@ -95,7 +95,7 @@ class RaggedCache(DenseCache):
         self.mask_heads = mask_heads
         self.max_len = max_len
         self.codec = codec or FloatCodec()
-        self.tile = tile_size(self.codec.tile_groups(n_groups))  # tokens per entry of tile_rows
+        self.tile = tile_size(n_groups, self.codec.levelled)  # tokens per entry of tile_rows
         self.maps = maps
         self.keep_all = False  # whether the context was stored as values, not in the basis
         self.owners |= {
@@ -109,7 +109,7 @@ class RaggedCache(DenseCache):
         for name, t in self.codec.empty(0, 1, n_groups, head_dim, like[:0]).items():
             setattr(self, name, t)
         device = like.device
-        bits = mask_dtype(self.codec.mask_groups(n_groups))
+        bits = mask_dtype(2 * n_groups if self.codec.levelled else n_groups)
         self.bits = torch.zeros(0, dtype=bits, device=device)
         self.before = torch.zeros(0, dtype=torch.uint8, device=device)
         self.tile_rows = torch.zeros(0, dtype=torch.int32, device=device)
@@ -202,8 +202,14 @@ class RaggedCache(DenseCache):
         assert self.fresh, "a context is packed once, before anything else"
         assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding must be on the left"
         self.check_codec(self.codec.levelled == (mask.dtype == torch.uint8))
-        for name, t in self._packed(k, z, keep, mask, valid, query_moment).items():
+        keep = keep & valid[:, None]
+        mask = mask * keep.unsqueeze(-1)
+        k = k.to(self.dtype)
+        z = z.to(self.dtype)
+        held, index = self.codec.pack_ragged(k, z, keep, mask, query_moment)
+        for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
             setattr(self, name, t)
+        self.n_context = valid.sum(-1)
         if bits_from is None:
             self.set_bases()
         else:
@@ -221,24 +227,6 @@ class RaggedCache(DenseCache):
                 "a context chosen for another way of storing than that of the cache: "
                 "make the cache after the selector is set"
             )
-
-    def _packed(
-        self,
-        k: Tensor,
-        z: Tensor,
-        keep: Tensor,
-        mask: Tensor,
-        valid: Tensor,
-        query_moment: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return, by name, the tensors that hold what pack is given."""
-        keep = keep & valid[:, None]  # (B, Hm, C)
-        mask = mask * keep.unsqueeze(-1)  # (B, Hm, C, S)
-        k = k.to(self.dtype)
-        z = z.to(self.dtype)
-        held, index = self.codec.pack_ragged(k, z, keep, mask, query_moment)
-        names = ("bits", "before", "tile_rows", "n_packed", "n_rows")
-        return {**held, **dict(zip(names, index, strict=True)), "n_context": valid.sum(-1)}
 
     def _share(self, other: RaggedCache) -> None:
         """Hold the masks and offsets of another layer instead of equal ones of its own."""

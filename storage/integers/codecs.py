@@ -76,14 +76,6 @@ class IntCodec:
         """See FloatCodec.constants."""
         return {"gain of levels": self.fmt.gain} if self.levelled else {}
 
-    def mask_groups(self, n_groups: int) -> int:
-        """Return the bits of a token's mask: one for a group, two where it has a level."""
-        return 2 * n_groups if self.levelled else n_groups
-
-    def tile_groups(self, n_groups: int) -> int:
-        """Return the most rows of a token, which a tile's length follows from."""
-        return 4 * n_groups if self.levelled else n_groups
-
     def empty(self, n_tokens: int, k: int, S: int, D: int, like: Tensor) -> dict[str, Tensor]:
         """See FloatCodec.empty."""
         bytes_ = partial(torch.zeros, dtype=torch.uint8, device=like.device)
@@ -120,11 +112,11 @@ class IntCodec:
         dtype = cache.window_k.dtype
         return Ints(self.fmt, cache.key_scale, block_base, cache.value_scale, dtype)
 
-    def one_by_one(self, cache) -> bool:
+    def one_by_one(self, D: int, window: int) -> bool:
         """See FloatCodec.one_by_one: the newest token would be part of the block that is formed
         where there is no window, and no kernel forms planes of 3 bits."""
         bits = (self.fmt.key_bits, self.fmt.value_bits)
-        return can_append(cache.D) and cache.window > 0 and 3 not in bits
+        return can_append(D) and window > 0 and 3 not in bits
 
     def check_cut(self, n_packed: Tensor) -> None:
         """See FloatCodec.check_cut: the keys of a block share steps."""
@@ -161,7 +153,7 @@ class IntCodec:
             word = mask
         n_packed = keep.sum(-1)
         before = (count.cumsum(-1) - count)[keep]
-        tile = tile_size(self.tile_groups(mask.size(-1)))
+        tile = tile_size(mask.size(-1), self.levelled)
         index = tile_index(before, n_packed, tile)
         held = {"keys": keys, "rows": rows, "key_scale": key_scale, "value_scale": scale}
         return held, (mask_to_bits(word[keep]), *index, n_packed, count.sum(-1))

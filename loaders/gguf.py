@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from config import check
+from loaders.gguf_tokenizer import gguf_definition
 from loaders.tokenizer import one_line
-from loaders.tokenizer_json import DIGITS, GPT2, LLAMA3, QWEN2, is_id
 from loaders.weights import ModelFiles
 
 OUR_NAMES = {
@@ -34,8 +34,6 @@ OUR_NAMES = {
 }
 OTHER_FILE = "use another file of this model"
 OTHER_MODEL = "use another model"
-AGAIN = "get the file again"
-THE_FOLDER = "load the model's Hugging Face folder instead"
 
 
 def open_gguf(path: Path) -> ModelFiles:
@@ -77,7 +75,7 @@ def open_gguf(path: Path) -> ModelFiles:
 
     shapes = {k: tuple(int(n) for n in reversed(t.shape)) for k, t in tensors.items()}
     shapes.pop("rope_freqs.weight", None)  # read into the config
-    return ModelFiles(path.stem, config, shapes, read, _definition(fields, path), [path])
+    return ModelFiles(path.stem, config, shapes, read, gguf_definition(fields, path), [path])
 
 
 def our_name(theirs: str) -> str:
@@ -213,168 +211,4 @@ def _llama3_scaling(divisors: np.ndarray, D: int, theta: float, where: str) -> d
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }
-
-
-# ----------------------------------------------------------------------------- the tokenizer
-
-# how text is cut before merging, by the names that llama.cpp gives it
-CUTS = {
-    "smollm": DIGITS,
-    "llama-bpe": LLAMA3,
-    "llama3": LLAMA3,
-    "qwen2": QWEN2,
-    "gpt-2": GPT2,
-    "gpt2": GPT2,
-}
-NORMAL = 1
-CONTROL = 3
-USER_DEFINED = 4
-UNUSED = 5
-BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": True,
-}
-
-
-def _definition(fields: dict, path: Path) -> dict | None:
-    """Read the file's tokenizer as a tokenizer.json; None where it has none."""
-    prefix = "tokenizer.ggml."
-    if f"{prefix}model" not in fields:
-        return None
-    tok = {k.removeprefix(prefix): v for k, v in fields.items() if k.startswith(prefix)}
-    pre = tok.get("pre", "default")
-    bos = tok.get("bos_token_id")
-    # llama.cpp's default
-    begins = tok.get("add_bos_token", pre in ("llama-bpe", "llama3") and bos is not None)
-    try:
-        return definition_from_gguf(
-            tok["tokens"],
-            tok["merges"],
-            tok["token_type"],
-            pre,
-            bos,
-            bool(begins),
-            tok["model"],
-        )
-    except KeyError as e:
-        raise ValueError(f"{path}: its tokenizer lacks {e}; {OTHER_FILE}") from None
-    except TypeError as e:
-        raise ValueError(
-            f"{path}: its tokenizer is damaged ({one_line(e)}); copy it again"
-        ) from None
-
-
-def definition_from_gguf(
-    tokens: list[str],
-    merges: list[str],
-    token_types: list[int],
-    pre: str,
-    bos: int | None,
-    add_bos: bool,
-    model: str = "gpt2",
-) -> dict:
-    """Write a GGUF file's tokenizer.ggml.* metadata as the tokenizer.json, parsed, that the model's
-    own folder has.
-
-    tokens: (V,) in the order of their ids; merges: 'a b' each; token_types: (V,), 1 normal, 3
-    control and 4 user-defined (added tokens), 5 unused (holes); pre: one of CUTS; bos, add_bos: the
-    id and whether a text begins with it; model: tokenizer.ggml.model. ValueError, one line, for
-    anything else."""
-    came = f"a GGUF tokenizer of model {model!r}"
-    if model == "llama":
-        came += " (SentencePiece)"
-    check(model == "gpt2", came, "only gpt2, byte-level BPE, is read", THE_FOLDER)
-    check(pre in CUTS, f"a GGUF pre-tokenizer {pre!r}", f"one of {', '.join(CUTS)}", THE_FOLDER)
-    vocab = _vocabulary(tokens, token_types)
-    check(
-        not add_bos or (is_id(bos) and bos < len(tokens)),
-        f"a GGUF tokenizer with bos={bos}",
-        f"add_bos needs an id 0..{len(tokens) - 1}",
-        AGAIN,
-    )
-    cut = CUTS[pre]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(vocab, token_types),
-        "normalizer": {"type": "NFC"} if cut == QWEN2 else None,
-        "pre_tokenizer": _pre_tokenizer(cut),
-        "post_processor": _begin_with(bos, tokens[bos]) if add_bos else None,
-        "decoder": {**BYTE_LEVEL},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": cut == LLAMA3,
-            "vocab": vocab,
-            "merges": list(merges),
-        },
-    }
-
-
-def _vocabulary(tokens: list[str], token_types: list[int]) -> dict[str, int]:
-    """Map each token that is used to its id."""
-    check(
-        len(tokens) == len(token_types),
-        f"{len(tokens)} GGUF tokens with {len(token_types)} types",
-        "one type for each",
-        AGAIN,
-    )
-    for i, kind in enumerate(token_types):
-        if kind not in (NORMAL, CONTROL, USER_DEFINED, UNUSED):
-            raise ValueError(
-                f"GGUF token {i} {tokens[i]!r} of type {kind}: types 1, 3, 4 and 5 are read; "
-                f"{THE_FOLDER}"
-            )
-    vocab = {t: i for i, t in enumerate(tokens) if token_types[i] != UNUSED}
-    n_used = sum(t != UNUSED for t in token_types)
-    check(len(vocab) == n_used, "GGUF tokens that occur twice", "each has one id", AGAIN)
-    return vocab
-
-
-def _added_tokens(vocab: dict[str, int], token_types: list[int]) -> list[dict]:
-    """List the tokens that are added to the vocabulary: control and user-defined ones."""
-    return [
-        {
-            "id": i,
-            "content": t,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": token_types[i] == CONTROL,
-        }
-        for t, i in vocab.items()
-        if token_types[i] != NORMAL
-    ]
-
-
-def _pre_tokenizer(cut: str) -> dict:
-    """Write a tokenizer.json's pre_tokenizer for one of CUTS."""
-    if cut == GPT2:
-        return {**BYTE_LEVEL}
-    if cut == DIGITS:
-        digits = {"type": "Digits", "individual_digits": True}
-        return {"type": "Sequence", "pretokenizers": [digits, {**BYTE_LEVEL}]}
-    split = {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": False}]}
-
-
-def _begin_with(bos: int, token: str) -> dict:
-    """Write the post_processor that puts one token before a text, and before each of a pair."""
-    text = [{"Sequence": {"id": x, "type_id": n}} for n, x in enumerate("AB")]
-    first = [{"SpecialToken": {"id": token, "type_id": n}} for n in (0, 1)]
-    return {
-        "type": "TemplateProcessing",
-        "single": [first[0], text[0]],
-        "pair": [first[0], text[0], first[1], text[1]],
-        "special_tokens": {token: {"id": token, "ids": [bos], "tokens": [token]}},
     }

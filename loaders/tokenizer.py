@@ -1,39 +1,25 @@
-"""Text to token ids and back: bytes, GPT-2, and what runs the tokenizers of pretrained models
-(tokenizer_json.py makes those).
+"""Text to token ids and back: bytes and GPT-2 (tokenizer_json.py has those of pretrained models).
 
 A tokenizer has name, vocab_size (largest id + 1), eot (the id that ends a document), bos (the id
 that begins one, or None), definition (the tokenizer.json it was made from, parsed, or None),
 encode(str) -> list[int] and decode(ids) -> str. Text that spells a special token is ordinary text,
-so eot never comes out of encode.
+so eot never comes out of encode, unless encode(text, special=True) asks for special tokens. A model
+may have more ids than its tokenizer: decode shows those as nothing.
 
     print(get_tokenizer("byte").encode("Hello"))
 """
 
 from __future__ import annotations
 
-import json
-import re
-import unicodedata
-
 import numpy as np
 import torch
 
 from config import check
 
-LONG_RUN = 500_000  # blanks in a row; at a million the matcher of tiktoken panics
-
 
 def one_line(e: object) -> str:
     """Write str(e) on one line, for messages that quote somebody else's error."""
     return " ".join(str(e).split()) or type(e).__name__
-
-
-def damaged(name: str, came: str, allowed: str) -> ValueError:
-    """Make the error for a tokenizer.json that cannot be one."""
-    return ValueError(
-        f"tokenizer {name}: {came}: {allowed}; give the tokenizer.json of a Hugging Face model "
-        "folder, unchanged"
-    )
 
 
 def check_ids(ids, vocab_size: int) -> None:
@@ -67,7 +53,21 @@ def encoded(tokenizer, text: str) -> list[int]:
     return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
 
 
-def _valid(text: str) -> str:
+def known_ids(ids, vocab_size: int, eot: int) -> list[int]:
+    """Return the ids, any iterable of integers, that have a text: below vocab_size and not eot.
+    ValueError for a negative one."""
+    ids = [int(i) for i in ids]
+    lowest = min(ids, default=0)
+    check(
+        lowest >= 0,
+        f"token id {lowest}",
+        "ids are integers from 0",
+        "decode what a tokenizer or a model gave",
+    )
+    return [i for i in ids if i < vocab_size and i != eot]
+
+
+def valid_text(text: str) -> str:
     """Put U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -81,16 +81,15 @@ class ByteTokenizer:
     bos = None
     definition = None
 
-    def encode(self, text: str) -> list[int]:
-        """Return the text's bytes; never eot. A lone surrogate becomes U+FFFD."""
-        return list(_valid(text).encode("utf-8"))
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Return the text's bytes; never eot, which has no spelling. A lone surrogate becomes
+        U+FFFD."""
+        return list(valid_text(text).encode("utf-8"))
 
     def decode(self, ids) -> str:
-        """Return the ids' text; eot gives nothing, invalid UTF-8 gives U+FFFD. ValueError for an id
-        outside 0..256."""
-        ids = [int(i) for i in ids]
-        check_ids(ids, self.vocab_size)
-        return bytes(i for i in ids if i != self.eot).decode("utf-8", "replace")
+        """Return the ids' text; eot and ids above give nothing, invalid UTF-8 gives U+FFFD.
+        ValueError for a negative id."""
+        return bytes(known_ids(ids, self.vocab_size, self.eot)).decode("utf-8", "replace")
 
 
 class TiktokenTokenizer:
@@ -120,125 +119,57 @@ class TiktokenTokenizer:
             "give the id of a special token",
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, special: bool = False) -> list[int]:
         """Return the text's ids; the spelling of a special token is ordinary text, so eot never
-        comes out."""
+        comes out, unless special is True."""
+        if special:
+            return self.encoding.encode(text, allowed_special="all")
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids) -> str:
-        """Return the ids' text; eot gives nothing, invalid UTF-8 gives U+FFFD. ValueError for an id
-        that is not in the vocabulary."""
-        ids = [int(i) for i in ids]
-        check_ids(ids, self.vocab_size)
+        """Return the ids' text; eot and ids without a token give nothing, invalid UTF-8 gives
+        U+FFFD. ValueError for a negative id."""
+        ids = known_ids(ids, self.vocab_size, self.eot)
+        return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
+
+    def _bytes(self, i: int) -> bytes:
+        """Return a token's bytes, none in a hole of the numbering."""
         try:
-            return self.encoding.decode([i for i in ids if i != self.eot], errors="replace")
-        except KeyError as e:  # a hole in the numbering
-            raise ValueError(
-                f"token id {one_line(e)}: {self.name} has no such token; use the tokenizer of "
-                "these ids"
-            ) from None
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return b""
 
 
-class BytePairTokenizer(TiktokenTokenizer):
-    """Runs the byte-level BPE of a tokenizer.json in tiktoken.
+class TextStream:
+    """Shows text as its tokens come. Tokens are never decoded apart: one may hold half a character,
+    or lose its blank as the first. The whole is decoded each time, and what is new is shown.
 
-    encoding: a tiktoken.Encoding; nfc: text is brought to Unicode's NFC first; pattern: how text is
-    cut; absent: the bytes that have no token."""
+    ids: (n,) tokens that are not shown, a prompt's, which what comes continues."""
 
-    def __init__(
-        self,
-        encoding,
-        definition: dict,
-        eot: int,
-        bos: int | None,
-        nfc: bool,
-        pattern: str,
-        absent: bytes,
-    ):
-        super().__init__(encoding, eot=eot, bos=bos)
-        self.definition = definition
-        self.nfc = nfc
-        self.pattern = pattern
-        self.absent = absent
+    def __init__(self, tokenizer, ids=()):
+        self.tokenizer = tokenizer
+        self.ids = list(ids)
+        self.shown = len(tokenizer.decode(self.ids))
 
-    def encode(self, text: str) -> list[int]:
-        """Return the text's ids, those of its tokenizer.json; never a special one. Bytes without a
-        token are left out, as they are there."""
-        text = _valid(text)
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        raw = text.encode("utf-8")
-        overflows = len(text) > LONG_RUN and re.search(rf"\s{{{LONG_RUN}}}", text)
-        if not overflows and len(raw) == len(raw.translate(None, self.absent)):
-            return self.encoding.encode_ordinary(text)
-        return self._encode_piecewise(text)
+    def add(self, ids) -> str:
+        """Return what these ids add to the text, but not yet a character that is not whole."""
+        self.ids.extend(ids)
+        return self._new(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
 
-    def _encode_piecewise(self, text: str) -> list[int]:
-        """Cut the text here, drop the bytes without a token, and let tiktoken merge each piece."""
-        import regex  # a dependency of tiktoken; its Unicode may be newer, hence only here
+    def end(self) -> str:
+        """Return the rest of the text: U+FFFD for what did not become whole."""
+        return self._new(self.tokenizer.decode(self.ids))
 
-        ids = []
-        for piece in regex.findall(self.pattern, text):
-            raw = piece.encode("utf-8").translate(None, self.absent)
-            if raw:
-                ids += self.encoding._encode_single_piece(raw)
-        return ids
+    def _new(self, text: str) -> str:
+        start = self.shown
+        self.shown = max(start, len(text))
+        return text[start:]
 
 
-class LibraryTokenizer:
-    """Runs a tokenizer.json in the package `tokenizers`. kind: what it is, for the message where
-    the package is missing."""
-
-    def __init__(self, definition: dict, name: str, eot: int, bos: int | None, kind: str):
-        try:
-            from tokenizers import Tokenizer  # optional: nothing else here needs it
-        except ImportError:
-            raise ValueError(
-                f"tokenizer {name} is {kind}: only byte-level BPE is read without the package "
-                "tokenizers; pip install tokenizers"
-            ) from None
-        # without added tokens their spelling is text; without truncation nothing of a document is
-        # lost
-        plain = {
-            **definition,
-            "added_tokens": [],
-            "truncation": None,
-            "padding": None,
-            "post_processor": None,
-        }
-        try:
-            self._decoder = Tokenizer.from_str(json.dumps(definition))
-            self._encoder = Tokenizer.from_str(json.dumps(plain))
-        except Exception as e:  # the package raises no narrower class
-            raise damaged(
-                name,
-                f"the package tokenizers refuses it ({one_line(e)})",
-                "a whole tokenizer.json is needed",
-            ) from None
-        self.definition = definition
-        self.name = name
-        self.eot = eot
-        self.bos = bos
-        self.vocab_size = max(self._decoder.get_vocab(with_added_tokens=True).values()) + 1
-
-    def encode(self, text: str) -> list[int]:
-        """Return the text's ids; never eot, and no bos."""
-        ids = self._encoder.encode(_valid(text), add_special_tokens=False).ids
-        return [i for i in ids if i != self.eot]
-
-    def decode(self, ids) -> str:
-        """Return the ids' text; eot gives nothing. ValueError for an id that is not in the
-        vocabulary."""
-        ids = [int(i) for i in ids]
-        check_ids(ids, self.vocab_size)
-        hole = next((i for i in ids if self._decoder.id_to_token(i) is None), None)
-        check(
-            hole is None,
-            f"token id {hole}",
-            f"{self.name} has no such token",
-            "use the tokenizer of these ids",
-        )
-        return self._decoder.decode([i for i in ids if i != self.eot], skip_special_tokens=False)
+def decode_after(tokenizer, before, ids) -> str:
+    """Return the text that ids add to the text of the tokens before them."""
+    stream = TextStream(tokenizer, before)
+    return stream.add(ids) + stream.end()
 
 
 def get_tokenizer(name: str) -> ByteTokenizer | TiktokenTokenizer:

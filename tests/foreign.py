@@ -22,7 +22,7 @@ from loaders.device import place
 from loaders.export import export
 from loaders.huggingface import model_config
 from loaders.runs import Run, load_run
-from loaders.tokenizer_json import ALPHABET, from_definition
+from loaders.tokenizer_json import from_definition
 from loaders.weights import model_state
 from model import Transformer
 from settings.fields import to_dict
@@ -201,10 +201,18 @@ json.dump(said, open("said.json", "w"))
 """
 
 
+def byte_alphabet() -> dict[str, int]:
+    """Map GPT-2's characters to bytes: printable bytes stand for themselves, the others for U+0100
+    onwards."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in own]
+    return {chr(b): b for b in own} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
 def definition(bos: bool = False) -> dict:
     """A byte-level BPE tokenizer.json of 261 ids: the bytes, four merges, <|endoftext|>, which with
     `bos` begins a text too."""
-    letter = {b: c for c, b in ALPHABET.items()}
+    letter = {b: c for c, b in byte_alphabet().items()}
     parts = {
         "type": "ByteLevel",
         "add_prefix_space": False,

@@ -315,7 +315,11 @@ WRONG = {
     "zero rope_freqs": (dict(tensors={"rope_freqs.weight": np.zeros(8, np.float32)}), "rope_freqs"),
     "sentencepiece": (
         dict(tokenizer={"model": "llama", "tokens": ["a"], "merges": ["a"], "token_type": [1]}),
-        "'llama' (SentencePiece)",
+        "lacks 'scores'",
+    ),
+    "wordpiece": (
+        dict(tokenizer={"model": "bert", "tokens": ["a"], "token_type": [1]}),
+        "model 'bert'",
     ),
     "no tokens": (dict(tokenizer={"model": "gpt2"}), "lacks 'tokens'"),
     "no tokenizer": (dict(tokenizer={}), "no tokenizer.json in it"),

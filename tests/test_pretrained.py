@@ -42,8 +42,8 @@ from loaders.device import autocast
 from loaders.export import export
 from loaders.huggingface import model_config
 from loaders.runs import Run, added_state, base_reference, is_foreign, load_pretrained, load_run
-from loaders.tokenizer import ByteTokenizer, LibraryTokenizer
-from loaders.tokenizer_json import from_definition
+from loaders.tokenizer import ByteTokenizer
+from loaders.tokenizer_json import LibraryTokenizer, from_definition
 from loaders.weights import load_model_state, model_state
 from model import Transformer
 from runs import ROOT, python

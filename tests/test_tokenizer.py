@@ -1,5 +1,5 @@
-"""Claims of tokenizer.py and tokenizer_json.py: ids are those of the package `tokenizers` on the
-same definition, or the package does it. No network.
+"""Claims of tokenizer.py, tokenizer_json.py and gguf_tokenizer.py: ids are those of the package
+`tokenizers`, text stays text, and damaged files are one line. No network.
 
     PYTHONPATH=. python -m pytest tests/test_tokenizer.py
 """
@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign import needs_smol, smol
+from foreign import byte_alphabet, needs_smol, smol
 from helpers import error_line, tiny_encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loaders import gguf_tokenizer as G
 from loaders import tokenizer as T
-from loaders.gguf import CONTROL, NORMAL, definition_from_gguf
-from loaders.tokenizer_json import ALPHABET, DIGITS, GPT2, LLAMA3, QWEN2, from_definition
+from loaders.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, definition_from_gguf
+from loaders.tokenizer_json import from_definition
 
 # -- tokenizers
 
@@ -44,8 +45,8 @@ def test_byte_tokenizer_round_trip(text):
 
 
 def test_byte_tokenizer_odd_input():
-    """Invalid UTF-8 and lone surrogates become U+FFFD; arrays and tensors decode too; ids outside
-    are refused."""
+    """Invalid UTF-8 and lone surrogates become U+FFFD; arrays and tensors decode too; ids above are
+    nothing, negative ones refused."""
     tok = T.get_tokenizer("byte")
     assert (
         tok.decode([104, 255, 105]) == "h\ufffdi"
@@ -55,8 +56,8 @@ def test_byte_tokenizer_odd_input():
         tok.decode(np.array([104, 256], np.uint16)) == tok.decode(torch.tensor([104, 256])) == "h"
         and tok.decode([]) == ""
     )
-    for bad in (257, -1):
-        assert f"token id {bad}" in error_line(tok.decode, [3, bad])
+    assert tok.decode([104, 257, 99_999, 105]) == "hi"
+    assert "token id -1" in error_line(tok.decode, [3, -1])
     assert "choose one" in error_line(T.get_tokenizer, "bytes")
 
 
@@ -75,12 +76,13 @@ def test_tiktoken_wrapper_round_trip(words):
     ]
 
 
-def test_tiktoken_wrapper_refuses_bad_ids_and_ends():
-    """Ids outside the vocabulary or in a hole, and an end token that is missing or not special, are
-    one-line errors."""
+def test_tiktoken_wrapper_refuses_bad_ends_and_shows_unknown_ids_as_nothing():
+    """Ids past the vocabulary or in a hole are nothing; negative ids, and an end token that is
+    missing or not special, are one-line errors; special=True reads a special token."""
     tok = T.TiktokenTokenizer(tiny_encoding(), name="mine")
-    for bad in (262, -1, 260):
-        assert str(bad) in error_line(tok.decode, [7, bad])
+    assert tok.decode([104, 262, 260, 105]) == "hi"
+    assert "-1" in error_line(tok.decode, [7, -1])
+    assert tok.encode("hello<|endoftext|>", special=True) == [259, tok.eot]
     assert tok.decode([255]) == "\ufffd" and tok.name == "mine"
     assert "end token" in error_line(
         T.TiktokenTokenizer, tiny_encoding(special_tokens={"<s>": 260})
@@ -121,9 +123,35 @@ def test_check_ids_out_of_range_is_named(ids, bad):
     assert "integers" in error_line(T.check_ids, [0.5], 9)
 
 
-# -- tokenizer.json: definitions
+# -- streaming
 
-PRES = {"gpt2": GPT2, "llama-bpe": LLAMA3, "qwen2": QWEN2, "smollm": DIGITS}
+
+def test_text_stream_shows_what_the_whole_shows():
+    """Random tokens in random portions after a random prompt: what is shown, joined, is what the
+    whole text has after the prompt's; half a character is never shown."""
+    rng = random.Random(3)
+    tok = T.ByteTokenizer()
+    letters = "aé字🙂 \n"
+    for _ in range(200):
+        text = "".join(rng.choices(letters, k=rng.randint(0, 9)))
+        prompt = tok.encode("".join(rng.choices(letters, k=rng.randint(0, 3))))
+        ids = [*tok.encode(text), *rng.choices([300, 256, 0xE5, 0xFF], k=rng.randint(0, 2))]
+        stream = T.TextStream(tok, prompt)
+        at = 0
+        shown = []
+        while at < len(ids):
+            n = rng.randint(1, 3)
+            shown.append(stream.add(ids[at : at + n]))
+            at += n
+        assert "\ufffd" not in "".join(shown)
+        shown.append(stream.end())
+        assert "".join(shown) == tok.decode(ids) == T.decode_after(tok, prompt, ids)
+
+
+# -- tokenizer.json: made by the library
+
+KINDS = ("gpt2", "smollm", "llama-bpe", "qwen2", "sentencepiece")
+MORE = ("<tool_call>", "   ")  # added, not special
 # pieces that the patterns treat differently: contractions, numerals, marks, blanks of every kind,
 # controls, letters of many scripts
 PIECES = [
@@ -214,254 +242,218 @@ def strings(n: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def library():
-    return pytest.importorskip("tokenizers", reason="the oracle is the package tokenizers")
+    return pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
 
 
-def definition(library, pre: str, size: int = 700) -> dict:
-    """A tokenizer trained on the pieces, as the definition of a GGUF of that pre-tokenizer: 256
-    bytes, merges, an end and a begin token."""
-    frame = definition_from_gguf(["<|endoftext|>"], [], [CONTROL], pre, None, False)
-    tok = library.Tokenizer.from_str(json.dumps(frame))
+def in_bytes(library, kind: str):
+    """An untrained byte-level tokenizer of the library, as the models of that kind have it."""
+    pre = library.pre_tokenizers
+    tok = library.Tokenizer(library.models.BPE(ignore_merges=kind == "llama-bpe"))
+    level = pre.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt2", "smollm"))
+    steps = {
+        "gpt2": [],
+        "smollm": [pre.Digits(individual_digits=True)],
+        "llama-bpe": [pre.Split(library.Regex(G.LLAMA3), "isolated")],
+        "qwen2": [pre.Split(library.Regex(G.QWEN2), "isolated")],
+    }
+    tok.pre_tokenizer = pre.Sequence([*steps[kind], level])
+    tok.decoder = library.decoders.ByteLevel()
+    if kind == "qwen2":
+        tok.normalizer = library.normalizers.NFC()
+    return tok
+
+
+def in_characters(library):
+    """An untrained tokenizer of the library as Llama 2 has it, SentencePiece with bytes."""
+    replace = library.decoders.Replace
+    tok = library.Tokenizer(
+        library.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    tok.normalizer = library.normalizers.Sequence(
+        [library.normalizers.Prepend("▁"), library.normalizers.Replace(" ", "▁")]
+    )
+    tok.decoder = library.decoders.Sequence(
+        [
+            replace("▁", " "),
+            library.decoders.ByteFallback(),
+            library.decoders.Fuse(),
+            library.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tok
+
+
+def definition(library, kind: str) -> dict:
+    """A tokenizer.json that the library trained on the pieces, with an end and a begin token that
+    are special and MORE, which are not."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    alphabet = ["a", "b", "▁"]
+    if kind == "sentencepiece":
+        tok = in_characters(library)
+    else:
+        tok = in_bytes(library, kind)
+        special = ["<|endoftext|>", "<|begin|>"]
+        alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trainer = library.trainers.BpeTrainer(
-        vocab_size=size,
-        show_progress=False,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=800, show_progress=False, initial_alphabet=alphabet, special_tokens=special
     )
-    tok.train_from_iterator([Path(T.__file__).read_text(), *strings(400, 1)], trainer)
-    model = json.loads(tok.to_str())["model"]
-    tokens = [*sorted(model["vocab"], key=model["vocab"].get), "<|endoftext|>", "<|begin|>"]
-    tokens = [t for i, t in enumerate(tokens) if t not in tokens[:i]]
-    types = [CONTROL if t.startswith("<|") and t.endswith("|>") else NORMAL for t in tokens]
-    return definition_from_gguf(
-        tokens, [" ".join(m) for m in model["merges"]], types, pre, tokens.index("<|begin|>"), True
-    )
+    source = [line[:60] for line in Path(T.__file__).read_text().splitlines()]
+    tok.train_from_iterator([*source, *strings(400, 1)], trainer)
+    tok.add_tokens([library.AddedToken(t, normalized=False) for t in MORE])
+    spec = json.loads(tok.to_str())
+    # the bytes are tokens, not added ones
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].startswith("<0x")]
+    at = len(spec["model"]["vocab"])
+    for i, t in enumerate(spec["added_tokens"][-len(MORE) :]):
+        t["id"] = at + i
+    return spec
 
 
 @pytest.fixture(scope="module")
 def trained(library) -> dict[str, dict]:
-    return {pre: definition(library, pre) for pre in PRES}
+    return {kind: definition(library, kind) for kind in KINDS}
 
 
-def same(spec: dict, oracle, made, texts) -> None:
-    """Ids equal to the oracle's; decoding gives the text as the definition normalizes it."""
-    for text in texts:
+def by_hand(library, spec: dict):
+    """Encoders (plain, special) made another way: the text is cut here where it spells an added
+    token, and a tokenizer without added tokens encodes what lies between."""
+    bare = library.Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+
+    def encoder(added):
+        spelled = sorted((t["content"] for t in added), key=len, reverse=True)
+        cut = re.compile("(" + ("|".join(map(re.escape, spelled)) or "(?!)") + ")")
+        of = {t["content"]: [t["id"]] for t in added}
+        return lambda text: [
+            i
+            for part in cut.split(text)
+            for i in of.get(part) or bare.encode(part, add_special_tokens=False).ids
+        ]
+
+    added = spec["added_tokens"]
+    return encoder([t for t in added if not t["special"]]), encoder(added)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_equal_library(library, trained, kind):
+    """1,000 strings, and what hypothesis finds: added tokens are matched, special ones only when
+    asked; nothing special comes out of plain text, which comes back whole."""
+    spec = trained[kind]
+    made = from_definition(spec, kind)
+    plain, special = by_hand(library, spec)
+    whole = library.Tokenizer.from_str(json.dumps(spec))
+    spelled = [t["content"] for t in spec["added_tokens"]]
+    ends = {t["id"] for t in spec["added_tokens"] if t["special"]}
+    rng = random.Random(2)
+
+    def same(text):
         ids = made.encode(text)
-        assert ids == oracle.encode(text, add_special_tokens=False).ids, repr(text)
-        if not made.absent:
-            assert made.decode(ids) == (
-                unicodedata.normalize("NFC", text) if spec["normalizer"] else text
-            ), repr(text)
+        assert ids == plain(text), repr(text)
+        assert not ends & set(ids)
+        both = made.encode(text, special=True)
+        assert both == special(text) == whole.encode(text, add_special_tokens=False).ids, repr(text)
+        if kind != "sentencepiece":  # which reads two tokens' blanks as one
+            want = unicodedata.normalize("NFC", text) if kind == "qwen2" else text
+            assert made.decode(ids) == want
+
+    for text in strings(1000):
+        same(text)
+        same(text + rng.choice(spelled) + rng.choice(PIECES))
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.sampled_from([*PIECES, *spelled]) | TEXT, max_size=9).map("".join))
+    def more(text):
+        same(text)
+
+    more()
+    assert made.definition is spec and (made.encode(""), made.decode([])) == ([], "")
+    assert made.encode("a\ud800") == made.encode("a\ufffd")
 
 
 # Cn: versions of Unicode differ in what is assigned
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn")), max_size=40)
-# special tokens, which hypothesis finds in the sources: encode has them as plain text
-TEXT = TEXT.filter(lambda t: not re.search(r"<\|?\w+\|?>", t))
 
 
-@pytest.mark.parametrize("pre", PRES)
-def test_bpe_ids_equal_library(library, trained, pre):
-    """1,000 strings, and whatever hypothesis finds: ids equal, text comes back, nothing special
-    comes out."""
-    spec = trained[pre]
-    made = from_definition(spec, pre)
-    oracle = library.Tokenizer.from_str(json.dumps(spec))
-    assert type(made) is T.BytePairTokenizer and made.definition is spec and made.absent == b""
-    same(spec, oracle, made, strings(1000))
-
-    @settings(max_examples=200, deadline=None)
-    @given(st.one_of(TEXT, st.lists(st.sampled_from(PIECES), max_size=15).map("".join)))
-    def more(text):
-        same(spec, oracle, made, [text])
-
-    more()
-
-
-@pytest.mark.parametrize("pre", PRES)
-def test_bpe_cuts_every_character_like_library(library, trained, pre):
-    """Each character of the basic plane between a blank and a letter, after an apostrophe, and
-    before a digit, is cut alike."""
-    spec = trained[pre]
-    made = from_definition(spec, pre)
-    oracle = library.Tokenizer.from_str(json.dumps(spec))
-    for first in range(0, 0x10000, 256):
-        chars = [
-            chr(c)
-            for c in range(first, first + 256)
-            if unicodedata.category(chr(c)) not in ("Cs", "Cn")
-        ]
-        same(spec, oracle, made, [" ".join(f"{c}a '{c} {c}7{c}\n" for c in chars)])
-
-
-@pytest.mark.parametrize("pre", PRES)
-def test_pieces_equal_library(library, trained, pre):
-    """The pattern cuts every text where the library's pre-tokenizer cuts it, also where no token
-    would show the difference."""
-    regex = pytest.importorskip("regex", reason="tiktoken does not show its pieces")
-    made = from_definition(trained[pre], pre)
-    cutter = library.Tokenizer.from_str(json.dumps(trained[pre])).pre_tokenizer
-    rng = random.Random(7)
-    blanks = [" ", "\n", "\r", "\t", "\u00a0", "7", "4", "a", "!", "'s"]
-    for text in strings(1000) + [
-        "".join(rng.choices(blanks, k=rng.randint(1, 9))) for _ in range(1000)
-    ]:
-        assert regex.findall(made.pattern, text) == [
-            text[a:b] for _, (a, b) in cutter.pre_tokenize_str(text)
-        ], repr(text)
-
-
-@pytest.mark.parametrize("pre", PRES)
-def test_bpe_long_runs_equal_library(library, trained, pre):
-    """Runs of one kind of character, longer than the matcher can step back over, give the library's
-    ids."""
-    spec = trained[pre]
-    made = from_definition(spec, pre)
-    oracle = library.Tokenizer.from_str(json.dumps(spec))
-    same(
-        spec,
-        oracle,
-        made,
-        [
-            c * 3001 + end
-            for c in (" ", "\n", " \n", "a", "!", "7", "\t ")
-            for end in ("", "x", "7", "!", "\n")
-        ],
-    )
-    assert made.decode(made.encode(" " * 1_100_000 + "x")) == " " * 1_100_000 + "x"
+def test_long_runs_are_encoded(trained):
+    """A million blanks are no more than their tokens."""
+    made = from_definition(trained["smollm"], "x")
+    text = "\n" * 300_000 + " " * 1_100_000 + "x"
+    assert made.decode(made.encode(text)) == text
 
 
 @needs_smol
 def test_smollm2_ids_equal_library(library):
-    """The real vocabulary, from the GGUF file: 1,000 strings and hypothesis' own, also with
-    characters that it has no bytes for."""
+    """The real vocabulary, from the GGUF file: 1,000 strings, also with characters that it has no
+    bytes for."""
     made = smol().tokenizer
-    spec = made.definition
-    oracle = library.Tokenizer.from_str(json.dumps(made.definition))
-    assert type(made) is T.BytePairTokenizer and (made.vocab_size, made.eot, made.bos) == (
-        49152,
-        0,
-        None,
-    )
-    assert set(b"\x04\x06\x13\x14\x16\x1d") < set(made.absent) and len(made.absent) == 21
-    assert [made.decode([i]) for i in made.encode("in 1984,  7")] == [
-        "in",
-        " ",
-        "1",
-        "9",
-        "8",
-        "4",
-        ",",
-        "  ",
-        "7",
-    ]
-    same(spec, oracle, made, strings(1000))
+    plain, special = by_hand(library, made.definition)
+    assert (made.vocab_size, made.eot, made.bos) == (49152, 0, None)
+    assert made.name.endswith("-8e4cb16d")  # token files and runs hold the name
+    pieces = [made.decode([i]) for i in made.encode("in 1984,  7")]
+    assert pieces == ["in", " ", "1", "9", "8", "4", ",", "  ", "7"]
+    for text in strings(1000):
+        assert made.encode(text) == plain(text) and made.encode(text, special=True) == special(text)
     for text in strings(300, 2):
         if not set(text) & {"\x04", "\x1d"}:
             assert made.decode(made.encode(text)) == text
     # merged across what is left out
-    assert made.encode("!\x04?") == oracle.encode("!\x04?").ids == made.encode("!?")
-    assert (
-        made.encode("\x04") == [] and made.encode("\U00040000") == oracle.encode("\U00040000").ids
-    )
-
-    @settings(max_examples=200, deadline=None)
-    @given(TEXT)
-    def more(text):
-        same(spec, oracle, made, [text])
-
-    more()
+    assert made.encode("!\x04?") == made.encode("!?") and made.encode("\x04") == []
+    turn = "<|im_start|>user\nhi<|im_end|>"
+    assert made.encode(turn, special=True)[:1] == [1] and made.encode(turn)[:1] != [1]
+    assert made.decode(made.encode(turn)) == turn
 
 
-def test_special_tokens_are_text_and_never_come_out(library, trained):
-    """The spelling of an added token is encoded as text; its id decodes to its spelling, eot to
-    nothing; lone surrogates are U+FFFD."""
-    made = from_definition(trained["qwen2"], "q")
-    text = "a<|endoftext|>b<|begin|>"
-    ids = made.encode(text)
-    assert made.decode(ids) == text and max(ids) < made.eot < made.bos
-    assert made.decode([made.bos, *ids, made.eot]) == "<|begin|>" + text and made.encode(
-        "a\ud800"
-    ) == made.encode("a\ufffd")
+def test_end_token_is_text_whatever_the_file_calls_it(library, trained):
+    """An end token that is not marked special, or that the model's own vocabulary makes of text,
+    never comes out of a text."""
+    spec = copy.deepcopy(trained["gpt2"])
+    made = from_definition(spec, "x")
+    for t in spec["added_tokens"]:
+        t["special"] = False
+    unmarked = from_definition(spec, "x")
+    text = "a<|endoftext|>b"
+    assert unmarked.encode(text) == made.encode(text) and made.decode(made.encode(text)) == text
+    assert made.eot in unmarked.encode(text, special=True)
+    assert made.decode([made.eot + 1, *made.encode("a"), made.eot]) == "<|begin|>a"
 
 
-# -- tokenizer.json: which merges tiktoken does alike
+def test_ids_without_a_token_are_shown_as_nothing(library, trained):
+    """Ids past the vocabulary and in its holes give nothing; a negative one is a line."""
+    spec = copy.deepcopy(trained["gpt2"])
+    spec["model"]["vocab"]["zz"] = 5000
+    spec["added_tokens"] = spec["added_tokens"][:2]
+    made = from_definition(spec, "x")
+    ids = made.encode("hello")
+    assert made.vocab_size == 5001
+    assert made.decode([4000, *ids, 5001, 2**40, made.eot]) == "hello"
+    assert "token id -1" in error_line(made.decode, [-1])
 
 
-def abc(rng: random.Random) -> dict:
-    """A random BPE over the letters a, b, c: merges in any order and shape, ids mostly in order of
-    the merges."""
-    frame = definition_from_gguf(
-        ["a", "b", "c", "<|endoftext|>"], [], [1, 1, 1, 3], "gpt2", None, False
-    )
-    vocab = frame["model"]["vocab"]
-    merges = frame["model"]["merges"]
-    for _ in range(rng.randint(1, 7)):
-        pair = [rng.choice([t for t in vocab if t[0] != "<"]) for _ in "xy"]
-        if pair in merges or len("".join(pair)) > 6:
-            continue
-        merges.append(pair)
-        vocab.setdefault("".join(pair), len(vocab))
-    if rng.random() < 0.3:
-        # a token that no merge makes
-        vocab.setdefault("".join(rng.choices("abc", k=3)), len(vocab))
-    if rng.random() < 0.5:  # as converted from ranks: every cut of every token is a merge
-        merges[:] = [
-            [t[:i], t[i:]]
-            for t in vocab
-            if t[0] != "<"
-            for i in range(1, len(t))
-            if t[:i] in vocab and t[i:] in vocab
-        ]
-    frame["model"]["ignore_merges"] = rng.random() < 0.5
-    return frame
+def test_sentencepiece_pieces_join_as_the_whole(library, trained):
+    """A continuation keeps its blank, and a character made of bytes comes whole, when each token is
+    shown as it comes."""
+    made = from_definition(trained["sentencepiece"], "x")
+    for text in ("the naïve hello a", "hello 字🙂 the", " the  the", "\U0001f9ff the"):
+        ids = made.encode(text)
+        whole = made.decode(ids)
+        for n in range(len(ids) + 1):
+            stream = T.TextStream(made, ids[:n])
+            before = made.decode(ids[:n])
+            assert before + T.decode_after(made, ids[:n], ids[n:]) == whole or "\ufffd" in before
+            shown = [stream.add([i]) for i in ids[n:]]
+            assert "".join(shown) + stream.end() == whole[len(before) :]
+    assert made.decode(made.encode("a the")[1:]) != " the"  # decoded apart, the blank is lost
 
 
-def test_random_merges_equal_library(library):
-    """Random merge lists: those that tiktoken is trusted with give the library's ids on every text
-    of up to 7 letters; both ways occur."""
-    texts = ["".join(t) for n in (1, 2, 3, 5, 7) for t in itertools.product("abc", repeat=n)]
-    rng = random.Random(5)
-    kinds = []
-    for _ in range(90):
-        spec = abc(rng)
-        made = from_definition(spec, "abc")
-        oracle = library.Tokenizer.from_str(json.dumps(spec))
-        kinds.append((type(made), spec["model"]["ignore_merges"], len(spec["model"]["merges"]) > 2))
-        if type(made) is T.BytePairTokenizer:
-            assert [made.encode(t) for t in texts] == [
-                e.ids for e in oracle.encode_batch(texts, add_special_tokens=False)
-            ], spec["model"]
-    assert len(set(kinds)) == 8
-
-
-def test_merges_out_of_order_go_to_the_library(library, trained):
-    """Two ids exchanged, a merge left out, or a token that no merge makes: the library's ids,
-    through the library."""
-    swapped, short, alone = (copy.deepcopy(trained["gpt2"]) for _ in range(3))
-    vocab = swapped["model"]["vocab"]
-    first, last = (
-        a + b
-        for a, b in (
-            m.split(" ") for m in (swapped["model"]["merges"][0], swapped["model"]["merges"][-1])
-        )
-    )
-    vocab[first], vocab[last] = vocab[last], vocab[first]
-    del short["model"]["merges"][3]
-    alone["model"]["vocab"]["Ġthinkable"] = 5000
-    for spec in (swapped, short, alone):
-        made = from_definition(spec, "x")
-        oracle = library.Tokenizer.from_str(json.dumps(spec))
-        assert type(made) is T.LibraryTokenizer
-        assert all(
-            made.encode(t) == oracle.encode(t, add_special_tokens=False).ids for t in strings(200)
-        )
-    alone["model"]["ignore_merges"] = True  # Llama 3 takes such pieces whole, as tiktoken does
-    made = from_definition(alone, "x")
-    oracle = library.Tokenizer.from_str(json.dumps(alone))
-    assert type(made) is T.BytePairTokenizer and made.encode(" thinkable") == oracle.encode(
-        " thinkable", add_special_tokens=False
-    ).ids == [5000]
-    assert made.vocab_size == 5001 and "4000" in error_line(made.decode, [4000])
+def test_sentencepiece_definition_of_llama2(library):
+    """Llama 2's kind: bos and eot are read, text is whole in spite of a truncation, the spelling of
+    </s> is text."""
+    made = from_definition(sentencepiece(), "llama2")
+    assert (made.eot, made.bos, made.vocab_size) == (2, 1, 264) and made.name[:7] == "llama2-"
+    assert made.encode("hi hi") == [263, 263] and made.encode("hi  hi") == [263, 259, 263]
+    for text in ("hi hi hi hi hi hi hi", "字 hi 🙂", "a</s>b<s>", "x\n\ty"):
+        ids = made.encode(text)
+        assert made.decode([*ids, made.eot]) == text and not set(ids) & {0, 1, 2}
+    assert made.decode(made.encode("a\ud800b")) == "a\ufffdb" and made.encode("") == []
 
 
 # -- tokenizer.json: ends, beginnings, names
@@ -482,51 +474,41 @@ def test_name_follows_the_definition(trained):
     )
 
 
-def added(*contents: str) -> list[dict]:
-    return [{"id": 900 + i, "content": c, "special": True} for i, c in enumerate(contents)]
+def small(*added: str, post: dict | None = None) -> dict:
+    """A definition of 256 bytes and these added tokens, ids from 256."""
+    spec = definition_from_gguf(gguf_fields([*byte_alphabet(), *added]))
+    for i in range(len(added)):
+        del spec["model"]["vocab"][added[i]]
+    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    spec["added_tokens"] = [{"id": 256 + i, "content": t, **flags} for i, t in enumerate(added)]
+    return {**spec, "post_processor": post}
 
 
-def test_eot_and_bos_are_found(trained):
+def test_eot_and_bos_are_found(library):
     """eot is the first of the known ends, or the one given; bos what the post-processor puts first,
     also inside a sequence."""
-    spec = {**trained["gpt2"], "post_processor": None}
-    ends = {**spec, "added_tokens": added("<|im_end|>", "</s>", "<s>")}
-    ends["model"] = {
-        **spec["model"],
-        "vocab": {
-            t: i
-            for t, i in spec["model"]["vocab"].items()
-            if t not in ("<|endoftext|>", "<|begin|>")
-        },
-    }
-    assert from_definition(ends, "x").eot == 901 and from_definition(ends, "x", eot=900).eot == 900
-    assert from_definition(ends, "x").bos is None and from_definition(ends, "x", bos=902).bos == 902
+    tokens = ("<|im_end|>", "</s>", "<s>")
+    ends = small(*tokens)
+    assert from_definition(ends, "x").eot == 257 and from_definition(ends, "x", eot=256).eot == 256
+    assert from_definition(ends, "x").bos is None and from_definition(ends, "x", bos=258).bos == 258
+    first = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
     template = {
         "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
+        "single": [first, text],
         "pair": [],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [902], "tokens": ["<s>"]}},
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [258], "tokens": ["<s>"]}},
     }
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     sequence = {"type": "Sequence", "processors": [level, template]}
-    after = {**template, "single": template["single"][::-1]}
-    for post, bos in ((template, 902), (sequence, 902), (level, None), (after, None)):
-        assert from_definition({**ends, "post_processor": post}, "x").bos == bos
-    assert "eot=" in error_line(from_definition, {**ends, "added_tokens": added("<s>")}, "x")
+    after = {**template, "single": [text, first]}
+    bert = {"type": "BertProcessing", "cls": ["<s>", 258], "sep": ["</s>", 257]}
+    for post, bos in ((template, 258), (sequence, 258), (bert, 258), (level, None), (after, None)):
+        assert from_definition(small(*tokens, post=post), "x").bos == bos
+    assert "eot=" in error_line(from_definition, small("<s>"), "x")
     assert "added token" in error_line(from_definition, ends, "x", eot=5)
-    assert "token id 903" in error_line(from_definition, ends, "x", bos=903)
-    byte = T.get_tokenizer("byte")
-    assert (
-        byte.bos is None
-        and byte.definition is None
-        and T.TiktokenTokenizer(tiny_encoding()).definition is None
-    )
-
-
-# -- tokenizer.json: through the library
+    assert "begin token is 259" in error_line(from_definition, ends, "x", bos=259)
+    assert from_definition(small("<｜end▁of▁sentence｜>"), "deepseek").eot == 256
 
 
 def sentencepiece() -> dict:
@@ -599,27 +581,6 @@ def sentencepiece() -> dict:
     }
 
 
-def test_sentencepiece_runs_in_the_library(library):
-    """Llama-2's kind: bos and eot are read, text is whole in spite of a truncation, the spelling of
-    </s> is text, bad ids are refused."""
-    made = from_definition(sentencepiece(), "llama2")
-    assert (
-        type(made) is T.LibraryTokenizer
-        and (made.eot, made.bos, made.vocab_size) == (2, 1, 264)
-        and made.name.startswith("llama2-")
-    )
-    assert made.encode("hi hi") == [263, 263] and made.encode("hi  hi") == [263, 259, 263]
-    for text in ("hi hi hi hi hi hi hi", "字 hi 🙂", "a</s>b<s>", "x\n\ty"):
-        ids = made.encode(text)
-        assert made.decode([*ids, made.eot]) == text and not set(ids) & {0, 1, 2}
-    assert (
-        made.decode(made.encode("a\ud800b")) == "a\ufffdb"
-        and made.encode("") == []
-        and made.definition == sentencepiece()
-    )
-    assert "264" in error_line(made.decode, [264])
-
-
 @pytest.mark.parametrize("kind", ["WordPiece", "Unigram", "WordLevel"])
 def test_other_models_run_in_the_library(library, kind):
     """Models other than BPE go to the library; eot never comes out of text that spells it."""
@@ -647,122 +608,14 @@ def test_other_models_run_in_the_library(library, kind):
         "model": model,
     }
     made = from_definition(spec, "x")
-    assert (
-        type(made) is T.LibraryTokenizer
-        and made.encode("hi") == [4]
-        and made.eot == 0
-        and 0 not in made.encode("hi</s>")
-    )
+    assert made.encode("hi") == [4] and made.eot == 0 and 0 not in made.encode("hi</s>")
 
 
-def test_missing_library_is_one_line(monkeypatch, trained):
-    """Without the package the kind of tokenizer and the remedy are named; byte-level BPE does
-    without it."""
+def test_missing_library_is_one_line(monkeypatch):
+    """Without the package the tokenizer and the remedy are named."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     line = error_line(from_definition, sentencepiece(), "llama2")
-    assert "llama2" in line and "SentencePiece" in line and "pip install tokenizers" in line
-    odd = {
-        **trained["gpt2"],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]},
-    }
-    assert "Whitespace" in error_line(from_definition, odd, "x")
-    assert from_definition(trained["gpt2"], "x").encode("hello")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(pre_tokenizer=None),
-        dict(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
-        dict(
-            pre_tokenizer={
-                "type": "Sequence",
-                "pretokenizers": [
-                    {
-                        "type": "Split",
-                        "pattern": {"Regex": r"\s+|\S+"},
-                        "behavior": "Isolated",
-                        "invert": False,
-                    },
-                    {
-                        "type": "ByteLevel",
-                        "add_prefix_space": False,
-                        "trim_offsets": True,
-                        "use_regex": False,
-                    },
-                ],
-            }
-        ),
-        dict(
-            pre_tokenizer={
-                "type": "Sequence",
-                "pretokenizers": [
-                    {
-                        "type": "Split",
-                        "pattern": {"Regex": QWEN2},
-                        "behavior": "Removed",
-                        "invert": False,
-                    },
-                    {
-                        "type": "ByteLevel",
-                        "add_prefix_space": False,
-                        "trim_offsets": True,
-                        "use_regex": False,
-                    },
-                ],
-            }
-        ),
-        dict(
-            pre_tokenizer={
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Digits", "individual_digits": False},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-                ],
-            }
-        ),
-        dict(normalizer={"type": "NFKC"}),
-        dict(normalizer={"type": "Lowercase"}),
-        dict(decoder=None),
-    ],
-    ids=lambda c: json.dumps(c)[:60],
-)
-def test_unknown_forms_go_to_the_library(library, trained, change):
-    """A pre-tokenizer, normalizer or decoder that is not known is left to the library, whose ids
-    come out."""
-    spec = {**trained["gpt2"], **change}
-    made = from_definition(spec, "x")
-    oracle = library.Tokenizer.from_str(json.dumps(spec))
-    assert type(made) is T.LibraryTokenizer
-    assert all(
-        made.encode(t) == oracle.encode(t, add_special_tokens=False).ids for t in strings(200)
-    )
-
-
-def test_unknown_token_goes_to_the_library(library):
-    """Bytes without a token become the unknown token where there is one, as the library does it."""
-    spec = definition_from_gguf(
-        ["a", "b", "ab", "<|endoftext|>"], ["a b"], [1, 1, 1, 3], "gpt2", None, False
-    )
-    assert from_definition(spec, "x").encode("abc") == [2]
-    spec["model"]["unk_token"] = "b"
-    assert (
-        from_definition(spec, "x").encode("abc")
-        == library.Tokenizer.from_str(json.dumps(spec)).encode("abc").ids
-        == [2, 1]
-    )
-
-
-def test_older_and_newer_spellings_are_read(library, trained):
-    """Merges as pairs, GPT-2's own file without model.type and use_regex: the same tokenizer."""
-    spec = copy.deepcopy(trained["gpt2"])
-    want = from_definition(spec, "x")
-    spec["model"]["merges"] = [m.split(" ") for m in spec["model"]["merges"]]
-    del spec["model"]["type"], spec["pre_tokenizer"]["use_regex"]
-    made = from_definition(spec, "x")
-    assert type(made) is T.BytePairTokenizer and all(
-        made.encode(t) == want.encode(t) for t in strings(200)
-    )
+    assert "llama2" in line and "pip install tokenizers" in line
 
 
 def changed(spec: dict, path: str, value=...) -> dict:
@@ -796,7 +649,7 @@ def changed(spec: dict, path: str, value=...) -> dict:
         ("model/vocab/a", ...),
         ("model/merges", ...),
         ("model/merges", {}),
-        ("model/merges/0", "ab"),
+        ("model/merges/0", "abc"),
         ("model/merges/0", "a b c"),
         ("model/merges/0", 7),
         ("model/merges/0", ["a"]),
@@ -821,28 +674,25 @@ def changed(spec: dict, path: str, value=...) -> dict:
         ("post_processor/single", [7]),
         ("post_processor/single/0/SpecialToken", {}),
         ("post_processor/special_tokens", {}),
-        ("post_processor/special_tokens/<|begin|>/ids", []),
         ("post_processor/special_tokens/<|begin|>/ids", ["x"]),
         ("post_processor", {"type": "Sequence"}),
         ("model/type", "Nothing"),
         ("pre_tokenizer/type", "Nothing"),
         ("pre_tokenizer/pretokenizers", 7),
-        ("pre_tokenizer/pretokenizers", []),
         ("pre_tokenizer/pretokenizers/0", 7),
         ("pre_tokenizer/pretokenizers/0/pattern", 7),
         ("pre_tokenizer/pretokenizers/1", 7),
         ("pre_tokenizer/pretokenizers/0/pattern/Regex", [7]),
     ],
 )
-def test_damaged_definition_is_one_line(library, trained, path, value):
+def test_damaged_definition_is_one_line(library, path, value):
     """Missing keys and wrong types anywhere are one line that names the tokenizer; no other
     exception."""
-    if path == "pre_tokenizer/pretokenizers" and value == []:
-        pytest.importorskip("tokenizers")
-        # allowed: nothing is cut
-        assert from_definition(changed(trained["qwen2"], path, value), "mine").encode("a")
-        return
-    assert "mine" in error_line(from_definition, changed(trained["qwen2"], path, value), "mine")
+    fields = gguf_fields([*byte_alphabet(), "ab", "<|endoftext|>", "<|begin|>"], ["a b"])
+    fields |= {"pre": "qwen2", "bos_token_id": 258, "add_bos_token": True}
+    spec = definition_from_gguf(fields)
+    assert from_definition(spec, "mine").bos == 258
+    assert "mine" in error_line(from_definition, changed(spec, path, value), "mine")
 
 
 @pytest.mark.parametrize("spec", [None, [], "x", 7], ids=repr)
@@ -854,62 +704,169 @@ def test_definition_that_is_no_object_is_one_line(spec):
 # -- GGUF
 
 
-def test_gguf_definition_is_read_by_the_library(library, trained):
-    """Unused entries are holes, control and user-defined tokens are added ones, bos is put first
-    where the file says so."""
-    bytes_ = list(ALPHABET)
-    tokens = [*bytes_, "ab", "[PAD257]", "<|im_end|>", "<tool>"]
-    types = [1] * 257 + [5, 3, 4]
-    spec = definition_from_gguf(tokens, ["a b"], types, "qwen2", 258, True)
-    made = from_definition(spec, "x")
+def gguf_fields(tokens: list[str], merges=(), **changes) -> dict:
+    """The tokenizer.ggml.* fields of a GPT-2; what is spelled <...> is a control token."""
+    kinds = [CONTROL if t[0] == "<" and t[-1] == ">" else NORMAL for t in tokens]
+    fields = {"model": "gpt2", "pre": "gpt2", "tokens": tokens, "token_type": kinds}
+    return {**fields, "merges": list(merges), **changes}
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_gguf_is_the_tokenizer_it_was_made_from(library, trained, kind):
+    """The library's tokenizer, put into a GGUF's fields and read again, gives its ids and texts."""
+    spec = trained[kind]
+    original = from_definition(spec, "x")
     oracle = library.Tokenizer.from_str(json.dumps(spec))
-    assert (made.eot, made.bos, made.vocab_size) == (258, 258, 260) and "257" in error_line(
-        made.decode, [257]
-    )
-    assert (
-        oracle.encode("ab").ids == [258, 256]
-        and oracle.encode("<tool>").ids == [258, 259]
-        and made.encode("ab") == [256]
-    )
-    assert [t["special"] for t in spec["added_tokens"]] == [True, False] and made.decode(
-        made.encode("<tool>")
-    ) == "<tool>"
-    assert (
-        from_definition(definition_from_gguf(tokens, ["a b"], types, "qwen2", 258, False), "x").bos
-        is None
-    )
-    # as in the models' own files: Qwen2.5 normalizes, Llama 3 takes pieces that are tokens whole
-    for pre in PRES:
-        own = definition_from_gguf(tokens, [], types, pre, None, False)
-        assert (own["normalizer"] is not None) == (pre == "qwen2") and own["model"][
-            "ignore_merges"
-        ] == (pre == "llama-bpe")
-    for name, pre in (("gpt-2", "gpt2"), ("llama3", "llama-bpe")):
-        assert definition_from_gguf(tokens, [], types, name, None, False) == definition_from_gguf(
-            tokens, [], types, pre, None, False
-        )
+    vocab = oracle.get_vocab(with_added_tokens=True)
+    tokens = sorted(vocab, key=vocab.get)
+    fields = gguf_fields(tokens, map(" ".join, spec["model"]["merges"]), pre=kind)
+    for t in MORE:
+        fields["token_type"][vocab[t]] = USER_DEFINED
+    fields |= {"bos_token_id": vocab["<|begin|>"], "add_bos_token": True}
+    made = from_definition(definition_from_gguf(fields), "x")
+    assert (made.eot, made.bos) == (original.eot, vocab["<|begin|>"])
+    for text in [*strings(400), "a<tool_call>b<|begin|>", "1<|endoftext|>    2"]:
+        for special in (False, True):
+            assert made.encode(text, special) == original.encode(text, special), repr(text)
+        assert made.decode(made.encode(text)) == original.decode(original.encode(text))
+
+
+@pytest.mark.parametrize(
+    "pre, text, pieces",
+    [
+        (
+            "deepseek-llm",
+            "Hello World, it's 12!\n",
+            ["Hello", " World", ",", " it", "'", "s", " ", "1", "2", "!", "\n"],
+        ),
+        ("deepseek-llm", "x = 字体 é", ["x", " =", " ", "字体", " é"]),
+        ("deepseek-coder", "a_b  42\r\n字", ["a", "_", "b", "  ", "4", "2", "\r", "\n", "字"]),
+        (
+            "tekken",
+            "HelloWorld don't 42 a/\n",
+            ["Hello", "World", " don", "'t", " ", "4", "2", " a", "/\n"],
+        ),
+        ("deepseek-r1-qwen", "it's 42\n\n", ["it", "'s", " ", "4", "2", "\n\n"]),
+        ("llama3", "IT'S 12345", ["IT", "'S", " ", "123", "45"]),
+        ("gpt-2", "IT'S 12345", ["IT", "'", "S", " 12345"]),
+        ("starcoder", "a 12", ["a", " ", "1", "2"]),
+    ],
+)
+def test_gguf_families_cut_text_as_their_models_do(library, pre, text, pieces):
+    """Texts cut by hand after each family's rules: blanks, digits, case, signs, other scripts."""
+    spec = definition_from_gguf(gguf_fields([*byte_alphabet(), "<s>"], pre=pre))
+    cutter = library.Tokenizer.from_str(json.dumps(spec)).pre_tokenizer
+    assert [text[a:b] for _, (a, b) in cutter.pre_tokenize_str(text)] == pieces
+
+
+def test_deepseek_letters_are_cased_letters():
+    """The class that DeepSeek's own file lists: its 87 ranges ascend, hold no other characters than
+    cased letters, and are not changed by a tool that composes characters."""
+    ranges = re.findall("(.)(?:-(.))?", G.CASED)
+    ends = [ord(c) for a, b in ranges for c in (a, b or a)]
+    assert len(ranges) == 87 and ends == sorted(ends)
+    for a, b in zip(ends[::2], ends[1::2], strict=True):
+        assert {unicodedata.category(chr(c)) for c in range(a, b + 1)} <= {"Lu", "Ll", "Lt"}
+    for c in (0x1F7D, 0x1FBE, 0x1FDB, 0x2126, 0x212A):
+        assert chr(c) in G.CASED
+    assert [ord(c) for c in G.CJK if ord(c) > 127] == [
+        0x4E00,
+        0x9FA5,
+        0x800,
+        0x4E00,
+        0xAC00,
+        0xD7FF,
+    ]
+
+
+def joined_by_score(text: str, vocab: dict[str, int], score: dict[str, float]) -> list[int]:
+    """SentencePiece's BPE in loops: of all neighbours that join to a token the one of the highest
+    score is joined, the leftmost among equals; then what is no token becomes bytes."""
+    parts = list(text)
+    while True:
+        pairs = [a + b for a, b in itertools.pairwise(parts)]
+        found = [(-score[p], i) for i, p in enumerate(pairs) if p in score]
+        if not found:
+            break
+        _, i = min(found)
+        parts[i : i + 2] = [pairs[i]]
+    ids = []
+    for part in parts:
+        in_bytes = [vocab[f"<0x{b:02X}>"] for b in part.encode()]
+        ids += [vocab[part]] if part in vocab else in_bytes
+    return ids
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_gguf_sentencepiece_joins_by_score(library, trained, prefix):
+    """Ids equal those of loops over the scores, with and without a blank before the text; text
+    comes back, bos begins it, and added tokens are matched."""
+    vocab = trained["sentencepiece"]["model"]["vocab"]
+    tokens = [*vocab, "<｜tool｜>", "[PAD]"]
+    rng = random.Random(4)
+    kinds = [6 if t.startswith("<0x") else NORMAL for t in vocab]
+    kinds[:3] = [2, CONTROL, CONTROL]
+    joined = [t for t, kind in zip(vocab, kinds, strict=True) if kind == NORMAL and len(t) > 1]
+    score = {t: -rng.random() for t in joined}
+    fields = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [score.get(t, 0.0) for t in tokens],
+        "token_type": [*kinds, USER_DEFINED, UNUSED],
+        "bos_token_id": 1,
+        "add_space_prefix": prefix,
+    }
+    made = from_definition(definition_from_gguf(fields), "x")
+    assert (made.eot, made.bos, made.vocab_size) == (2, 1, len(tokens) - 1)
+    for text in strings(600):
+        marked = ("▁" if prefix and text else "") + text.replace(" ", "▁")
+        ids = made.encode(text)
+        assert ids == joined_by_score(marked, vocab, score), repr(text)
+        assert made.decode(ids) == text
+    assert made.encode("<｜tool｜>") == [len(vocab)] and made.encode("</s>")[0] != 2
+    assert definition_from_gguf({**fields, "add_bos_token": False})["post_processor"] is None
+
+
+def test_gguf_unused_entries_are_holes(library):
+    """Unused entries have no token; Qwen2.5 normalizes, Llama 3 takes pieces that are tokens whole;
+    another name of a family is the same."""
+    tokens = [*byte_alphabet(), "ab", "[PAD257]", "<|im_end|>"]
+    fields = gguf_fields(tokens, ["a b"], pre="qwen2", bos_token_id=258)
+    fields["token_type"][257] = UNUSED
+    spec = definition_from_gguf(fields)
+    made = from_definition(spec, "x")
+    assert (made.eot, made.bos, made.vocab_size) == (258, None, 259)
+    assert made.encode("ab") == [256] and made.decode([257, 256]) == "ab"
+    for pre in G.CUTS:
+        own = definition_from_gguf({**fields, "pre": pre})
+        assert (own["normalizer"] is not None) == (pre in ("qwen2", "deepseek-r1-qwen"))
+        assert own["model"]["ignore_merges"] == pre.startswith(("llama", "tekken"))
+        assert (own["post_processor"] is not None) == own["model"]["ignore_merges"]
+    again = definition_from_gguf({**fields, "pre": "llama3"})
+    assert again == definition_from_gguf({**fields, "pre": "llama-bpe"})
 
 
 @pytest.mark.parametrize(
     "change, says",
     [
-        (dict(model="llama"), "SentencePiece"),
         (dict(model="bert"), "'bert'"),
         (dict(pre="falcon"), "'falcon'"),
         (dict(pre=None), "None"),
-        (dict(token_types=[1, 1]), "2 types"),
-        (dict(token_types=[1, 6, 3]), "type 6"),
-        (dict(token_types=[2, 1, 3]), "'a'"),
+        (dict(token_type=[1, 1]), "2 types"),
+        (dict(token_type=[1, 7, 3]), "type 7"),
+        (dict(token_type=[0, 1, 3]), "'a'"),
         (dict(tokens=["a", "a", "</s>"]), "twice"),
-        (dict(bos=None), "bos=None"),
-        (dict(bos=3), "bos=3"),
+        (dict(bos_token_id=None), "bos=None"),
+        (dict(bos_token_id=3), "bos=3"),
+        (
+            dict(model="llama", tokens=["a" * 2000, "b", "</s>"], scores=[0, 0, 0]),
+            "2000 characters",
+        ),
     ],
-    ids=str,
+    ids=lambda x: str(x)[:40],
 )
 def test_gguf_unknown_is_refused_by_name(change, says):
     """What cannot be turned into a tokenizer.json is named, with the way out."""
-    given = dict(
-        tokens=["a", "b", "</s>"], merges=[], token_types=[1, 1, 3], pre="gpt2", bos=2, add_bos=True
-    )
-    line = error_line(definition_from_gguf, **(given | change))
+    given = gguf_fields(["a", "b", "</s>"], bos_token_id=2, add_bos_token=True)
+    line = error_line(definition_from_gguf, given | change)
     assert says in line and ("Hugging Face folder" in line or "file again" in line)

@@ -9,16 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import TINY, tiny_model, tokens
+from helpers import TINY, error_line, read_in_pieces, tiny_model, tokens
 from test_relevance import CFG, CLOSE, HKV, PAD, D, H, L, attention, on_real, prompt_of, widest
 
 import selector
+from baselines import quest
 from baselines import tokens as room
 from config import PUBLISHED, KVConfig, Published, SelectConfig
 from measure_config import EvalConfig
 from model import rope_table
 from report.plan import as_published, ways_to_choose
 from selection.relevance import Prompt
+from storage.cache import KVCache
 
 # -------------------- signals that drop whole tokens
 
@@ -230,3 +232,156 @@ def test_rows_of_published_methods_have_their_own_allocation():
             assert way == want
     assert PUBLISHED["tova"] == ("layer", 0) and PUBLISHED["snapkv"] == ("head", 0)
     assert {w.token_relevance for w in ways} == {*names, ""}
+
+
+# -------------------- Quest
+
+
+def quest_model(dtype=torch.float64, read_tokens: int = 40, whole_layers: int = 1, **kv):
+    """A tiny model of which the second layer reads by pages."""
+    cfg = KVConfig(**{**dict(n_groups=4, topk_groups=4, kv_tail=3), **kv})
+    return quest.attach(tiny_model(0, dtype), cfg, read_tokens, whole_layers, [tokens(2, 70)])
+
+
+def read_by_pages(path: quest.QuestPath, q, k, v, read, n_pad) -> torch.Tensor:
+    """What every token reads when it is decoded, (B, H, T, D), by loops. read(b, h, j, t): value of
+    token j for a query of token t."""
+    B, H, T, D = q.shape
+    n = H // k.size(1)
+    out = torch.zeros_like(q)
+    for b in range(B):
+        first = int(n_pad[b])
+        for t in range(first, T):
+            pages = [list(range(a, min(a + 16, t + 1))) for a in range(first, t + 1, 16)]
+            for g in range(k.size(1)):
+                heads = range(g * n, g * n + n)
+                worth = []
+                for page in pages[:-1]:
+                    keys = k[b, g, page]
+                    least, most = keys.amin(0), keys.amax(0)
+                    bounds = [
+                        sum(max(x * lo, x * hi) for x, lo, hi in zip(*limits, strict=True))
+                        for limits in ((q[b, h, t], least, most) for h in heads)
+                    ]
+                    worth.append(max(map(float, bounds)))
+                order = sorted(range(len(worth)), key=lambda i, w=worth: -w[i])
+                picked = [*order[: path.pages - 1], len(pages) - 1]
+                seen = [j for i in picked for j in pages[i]]
+                for h in heads:
+                    p = torch.stack([q[b, h, t] @ k[b, g, j] for j in seen]) / math.sqrt(D)
+                    values = torch.stack([read(b, g, j, t) for j in seen])
+                    out[b, h, t] = p.softmax(0) @ values
+    return out
+
+
+def seen_by(path: torch.nn.Module, T: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Random x (3, T, E), q, k, v of a path's shape, float64."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((TINY.n_embd,), (H, D), (HKV, D), (HKV, D))
+    drawn = [torch.randn(3, T, *s, generator=g, dtype=torch.float64) for s in shapes]
+    return drawn[0], *(t.transpose(1, 2) for t in drawn[1:])
+
+
+@pytest.mark.parametrize("kept", [4, 2], ids=["whole values", "value groups"])
+def test_quest_reads_the_pages_of_largest_bound(kept):
+    """Three pages of 16, of which one is the newest and the others those of largest bound for any
+    query head of a KV head; token by token from each row's first one, and nothing of padding.
+    With 2 of 4 value groups, groups are read of all but the newest 3 tokens."""
+    path = quest.paths(quest_model(topk_groups=kept, read_tokens=50, value_basis="native"))[0]
+    x, q, k, v = seen_by(path, 83)
+    n_pad = torch.tensor([0, 5, 31])
+
+    def read(b: int, g: int, j: int, t: int) -> torch.Tensor:
+        value = v[b, g, j]
+        if kept == 4 or t - j < 3:
+            return value
+        groups = value.view(4, -1)
+        best = groups.square().sum(-1).topk(2).indices
+        out = torch.zeros_like(groups)
+        out[best] = groups[best]
+        return out.flatten()
+
+    want = read_by_pages(path, q, k, v, read, n_pad)
+    with torch.no_grad():
+        got = path(x, q, k, v, n_pad)
+    for b, first in enumerate(n_pad.tolist()):
+        torch.testing.assert_close(got[b, :, first:], want[b, :, first:])
+
+
+@pytest.mark.parametrize("kept", [4, 2], ids=["whole values", "value groups"])
+@pytest.mark.parametrize("read_tokens", [1, 40])
+def test_quest_cached_equals_uncached(kept, read_tokens):
+    """Decoding token by token, rows of several lengths together, gives the logits of the uncached
+    forward; so it does after the cache was put back as it was, and its rows were parted."""
+    model = quest_model(topk_groups=kept, read_tokens=read_tokens)
+    x = tokens(3, 75)
+    lengths = [50, 47, 30]
+    with torch.no_grad():
+        want = model(x)
+        caches = []
+        for b, n in enumerate(lengths):
+            caches.append(model.new_cache(1, n if b else 75))
+            got = read_in_pieces(model, x[b : b + 1, :n], caches[b], [1] * n)
+            torch.testing.assert_close(got[0], want[b, :n])
+        cache = KVCache.cat([c for n, c in zip(lengths, caches, strict=True)])
+        before = cache.snapshot()
+        for t in range(12):
+            model.decode(tokens(3, 1, seed=t), cache)
+        cache.restore(before)
+        rows = [0, 1, 2]
+        for t in range(25):
+            if t == 7:
+                rows = [2, 0]
+                cache = cache.select_sequences(rows)
+            at = [lengths[b] + t for b in rows]
+            got = model.decode(x[rows, at][:, None], cache)[:, 0]
+            torch.testing.assert_close(got, want[rows, at])
+
+
+def test_quest_rolled_back_has_the_bounds_of_what_is_left():
+    """truncate forgets keys in the middle of a page, and their bounds with them."""
+    model = quest_model(read_tokens=20)
+    x = tokens(2, 60)
+    cache = model.new_cache(2, 60)
+    again = model.new_cache(2, 60)
+    with torch.no_grad():
+        model.prefill(x, cache)
+        cache.truncate(37)
+        model.prefill(x[:, :37], again)
+    for name in ("page_low", "page_high"):
+        a, b = (getattr(c.layers[1], name) for c in (cache, again))
+        torch.testing.assert_close(a, b)
+        assert a.isfinite().sum() == 2 * 3 * HKV * D
+
+
+def test_quest_that_reads_everything_is_dense():
+    """With a budget of all tokens logits are those of the dense model, cached and uncached."""
+    model = quest_model(read_tokens=80)
+    x = tokens(2, 77)
+    with torch.no_grad():
+        want = tiny_model()(x)
+        torch.testing.assert_close(model(x), want)
+        cache = model.new_cache(2, 77)
+        got = read_in_pieces(model, x, cache, [40, 1, 20, *[1] * 16])
+    torch.testing.assert_close(got, want)
+
+
+def test_quest_counts_what_it_holds_and_reads():
+    """Bytes are those of all keys and values, of the counts, and of two bounds a page in the layer
+    that picks; a step reads the newest page as far as it is filled, two whole ones, and everything
+    in the other layer."""
+    model = quest_model(torch.float32, read_tokens=50)
+    with torch.no_grad():
+        cache = model.new_cache(2, 70)
+        model.prefill(tokens(2, 70), cache)
+    numbers = 2 * 2 * 70 * HKV * D * 2 + 2 * 5 * HKV * D * 2
+    assert cache.nbytes() == 4 * numbers + 2 * 2 * 8
+    assert quest.reads(model, 70) == (70 + 6 + 32) / 140
+    assert quest.reads(model, 64) == (64 + 48) / 128
+    assert quest.reads(model, 5) == 1
+
+
+def test_quest_refuses_what_it_cannot_read():
+    """Integers, and no layer left to pick in, each with one line."""
+    assert "key_bits=4" in error_line(quest_model, key_bits=4, value_bits=4, topk_groups=2)
+    assert "at most 1" in error_line(quest_model, whole_layers=2)

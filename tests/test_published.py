@@ -7,13 +7,14 @@ import dataclasses
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, error_line, read_in_pieces, tiny_model, tokens
 from test_relevance import CFG, CLOSE, HKV, PAD, D, H, L, attention, on_real, prompt_of, widest
 
 import selector
-from baselines import quest
+from baselines import kivi, quest
 from baselines import tokens as room
 from config import PUBLISHED, KVConfig, Published, SelectConfig
 from measure_config import EvalConfig
@@ -385,3 +386,168 @@ def test_quest_refuses_what_it_cannot_read():
     """Integers, and no layer left to pick in, each with one line."""
     assert "key_bits=4" in error_line(quest_model, key_bits=4, value_bits=4, topk_groups=2)
     assert "at most 1" in error_line(quest_model, whole_layers=2)
+
+
+# -------------------- KIVI
+
+SMALL = dict(group=8, residual=16)
+
+
+def kivi_model(bits: int = 2, dtype=torch.float64, cfg=TINY, **fmt):
+    """A tiny model that stores KIVI's codes, in small groups."""
+    return kivi.attach(tiny_model(0, dtype, cfg), kivi.Format(bits, **{**SMALL, **fmt}))
+
+
+def rounded(numbers: list[float], bits: int) -> list[float]:
+    """Numbers that share a step, as they are read: step and least number in float16."""
+    low = min(numbers)
+    step = float(np.float16(max((max(numbers) - low) / (2**bits - 1), 2.0**-24)))
+    low = float(np.float16(low))
+    codes = [min(max(round((x - low) / step), 0), 2**bits - 1) for x in numbers]
+    return [code * step + low for code in codes]
+
+
+@pytest.mark.parametrize("bits", kivi.BITS)
+def test_kivi_reads_codes_and_a_whole_residual(bits):
+    """Token t of a row reads keys before the last multiple of 16 tokens by channel in groups of 8
+    tokens, values older than the newest 16 by token in groups of 8 channels, and the rest whole;
+    groups count from each row's first token."""
+    path = kivi_model(bits).layers[0].self_attn.kv_path
+    x, q, k, v = seen_by(path, 43)
+    n_pad = torch.tensor([0, 5, 30])
+    want = torch.zeros_like(q)
+    for b, first in enumerate(n_pad.tolist()):
+        old_k = k.clone()
+        old_v = v.clone()
+        for g in range(HKV):
+            for a in range(first, 43 - 7, 8):
+                for d in range(D):
+                    read = rounded(k[b, g, a : a + 8, d].tolist(), bits)
+                    old_k[b, g, a : a + 8, d] = torch.tensor(read)
+            for t in range(first, 43):
+                for d in (0, 8):
+                    old_v[b, g, t, d : d + 8] = torch.tensor(
+                        rounded(v[b, g, t, d : d + 8].tolist(), bits)
+                    )
+        for t in range(first, 43):
+            n = t - first
+            for h in range(H):
+                g = h // (H // HKV)
+                keys = [
+                    (old_k if j - first < n // 16 * 16 else k)[b, g, j] for j in range(first, t + 1)
+                ]
+                values = [(old_v if j < t - 16 else v)[b, g, j] for j in range(first, t + 1)]
+                p = (torch.stack(keys) @ q[b, h, t] / math.sqrt(D)).softmax(0)
+                want[b, h, t] = p @ torch.stack(values)
+    got = path(x, q, k, v, n_pad)
+    for b, first in enumerate(n_pad.tolist()):
+        torch.testing.assert_close(got[b, :, first:], want[b, :, first:])
+
+
+@pytest.mark.parametrize("bits", kivi.BITS)
+def test_kivi_cached_equals_uncached(bits):
+    """Token by token, rows of several lengths together, a cache gives the logits of the uncached
+    forward; so it does after it was put back as it was, and its rows were parted."""
+    model = kivi_model(bits)
+    x = tokens(3, 75)
+    lengths = [40, 32, 9]
+    with torch.no_grad():
+        want = model(x)
+        caches = []
+        for b, n in enumerate(lengths):
+            caches.append(model.new_cache(1, n if b else 75))
+            got = read_in_pieces(model, x[b : b + 1, :n], caches[b], [1] * n)
+            torch.testing.assert_close(got[0], want[b, :n])
+        cache = KVCache.cat(caches)
+        before = cache.snapshot()
+        for t in range(35):
+            model.decode(tokens(3, 1, seed=t), cache)
+        cache.restore(before)
+        rows = [0, 1, 2]
+        for t in range(35):
+            if t == 7:
+                rows = [2, 0]
+                cache = cache.select_sequences(rows)
+            at = [lengths[b] + t for b in rows]
+            got = model.decode(x[rows, at][:, None], cache)[:, 0]
+            torch.testing.assert_close(got, want[rows, at])
+
+
+def test_kivi_stores_a_prompt_the_same_however_it_is_cut():
+    """A padded batch of prompts, read whole or token by token, leaves the same codes, steps and
+    windows, and each row those it has alone; a file brings them back."""
+    path = kivi_model().layers[0].self_attn.kv_path
+    x, q, k, v = seen_by(path, 61)
+    n_pad = torch.tensor([0, 7, 50])
+    whole = path.new_cache(3, 61, k)
+    path.prefill(x, q, k, v, whole, n_pad)
+    pieces = path.new_cache(3, 1, k)
+    for t in range(61):
+        new = (u[:, :, t : t + 1] for u in (q, k, v))
+        path.prefill(x[:, t : t + 1], *new, pieces, (n_pad - t).clamp(0, 1))
+    loaded = path.new_cache(3, 1, k)
+    loaded.load_state_dict(whole.state_dict())
+    for b, first in enumerate(n_pad.tolist()):
+        alone = path.new_cache(1, 61 - first, k)
+        path.prefill(x[b : b + 1, first:], *(u[b : b + 1, :, first:] for u in (q, k, v)), alone)
+        want = alone.view().window
+        n = 61 - first
+        for cache in (whole, pieces, loaded, whole.select_sequences([0, 1, 2])):
+            got = cache.view().window
+            assert int(got.count[b]) == n
+            assert torch.equal(got.k[b, :, :n], want.k[0]) and torch.equal(
+                got.v[b, :, :n], want.v[0]
+            )
+
+
+def test_kivi_rolls_back_between_groups():
+    """truncate leaves what became codes in codes, refuses to cut a group of keys, and reading goes
+    on from there."""
+    path = kivi_model().layers[0].self_attn.kv_path
+    x, q, k, v = seen_by(path, 60)
+    cache = path.new_cache(3, 60, k)
+    path.prefill(x, q, k, v, cache)
+    before = cache.view().window
+    assert "share steps by 8" in error_line(cache.truncate, 45)
+    cache.truncate(40)
+    assert cache.lengths.tolist() == [40] * 3
+    path.prefill(x[:, :33], *(u[:, :, :33] for u in (q, k, v)), cache)
+    got = cache.view().window
+    assert torch.equal(got.k[:, :, :40], before.k[:, :, :40])
+    assert torch.equal(got.v[:, :, :40], before.v[:, :, :40])
+    keys = kivi.dequantise(*kivi.quantise(kivi.by_channel(k[:, :, :32], 8), 2), k.dtype)
+    assert torch.equal(got.k[:, :, 40:72], keys.mT.flatten(2, 3))
+    assert torch.equal(got.k[:, :, 72:], k[:, :, 32:33])
+
+
+def test_kivi_with_a_residual_of_everything_is_dense():
+    """While everything fits the residual, logits are those of the dense model."""
+    model = kivi_model(residual=80)
+    x = tokens(2, 77)
+    with torch.no_grad():
+        want = tiny_model()(x)
+        torch.testing.assert_close(model(x), want)
+        cache = model.new_cache(2, 77)
+        torch.testing.assert_close(read_in_pieces(model, x, cache, [40, 1, 20, *[1] * 16]), want)
+
+
+def test_kivi_counts_the_bytes_of_its_paper():
+    """At 2 bits in groups of 32 with 128 tokens whole, 256 tokens of 64 channels hold codes of 2
+    bits, 2 times 16 bits for every 32 numbers, and room for 128 whole tokens."""
+    cfg = replace(TINY, head_dim=64, block_size=300)
+    model = kivi_model(2, torch.float32, cfg, group=32, residual=128)
+    cache = model.new_cache(1, 256)
+    with torch.no_grad():
+        model.prefill(tokens(1, 256), cache)
+    numbers = 256 + 128  # tokens in codes: all keys, and the values before the residual
+    codes = 2 * HKV * numbers * 64 * 2 // 8
+    steps = 2 * HKV * numbers * 64 // 32 * 4
+    whole = 2 * HKV * 2 * 128 * 64 * 4
+    assert cache.nbytes() == codes + steps + whole + 2 * 3 * 8
+
+
+def test_kivi_refuses_what_does_not_fit():
+    """Bits, groups and residual that it does not have, each with one line."""
+    assert "4 or 2" in error_line(kivi_model, 3)
+    assert "head_dim=16" in error_line(kivi_model, group=32, residual=32)
+    assert "residual of 12" in error_line(kivi_model, residual=12)

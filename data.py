@@ -475,6 +475,14 @@ def label_of(corpus: str) -> str:
     return f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
 
 
+def content_hash(corpus: str, cfg: DataConfig) -> str:
+    """The sha256 that stands for the content of a corpus or mixture: of a download its file's, else
+    over the sha256 of every document of every split. ValueError as for documents."""
+    if corpus in PINNED:
+        return PINNED[corpus][1]  # ready token files need no download
+    return _content_hash(documents(corpus, cfg))
+
+
 def _content_hash(docs: dict[str, list[str]]) -> str:
     """sha256 over the sha256 of every document of every split."""
     whole = hashlib.sha256()

@@ -46,7 +46,7 @@ from torch import Tensor
 import kv_router
 import mixsga
 import selector
-from data import TokenFile, batch, prepare_splits, same_text, whole_split
+from data import batch, content_hash, label_of, prepare_splits, same_text, whole_split
 from loaders import checkpoint
 from loaders.device import check_weights, pick_device
 from loaders.runs import Run, attach_storage, is_foreign, load_run
@@ -61,9 +61,10 @@ from report.rows import (
     sweep_choices,
     whole_value,
 )
-from report.tables import result_table, reuse_note
+from report.tables import mean_over_texts, result_table, reuse_note
 from tasks.common import Task
 from tasks.make import READING, make_tasks
+from tasks.text import Text
 from training import mixsga_table
 from training.shared_heads import TAIL
 
@@ -85,15 +86,15 @@ class Shown(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What all settings share: the run, what is asked of it, the tasks, the text that is read (None
-    where the tasks make their own), and the tasks' dense values where they are known."""
+    """What all settings share: the run, what is asked of it, the tasks, the texts that are read
+    (none where the tasks make their own), and the tasks' dense values, where they are known."""
 
     run: Run
     asked: Asked
     methods: list[str]
     todo: list[Task]
-    text: TokenFile | None
-    known: dict[str, float]
+    texts: list[Text]
+    known: dict[tuple[str, str], float]
 
     def cells(self) -> Iterator[tuple[Task, dict]]:
         """Every task in all bits."""
@@ -105,18 +106,18 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     cfg = asked.eval
     window = window_of(run, cfg)
     methods, plan = plan_of(run, asked)
-    text = None
+    texts = []
     if {*comma_list(cfg.tasks)} & {*READING}:  # the other tasks make their own text
-        (text,) = prepare_splits(corpus_of(run, cfg), asked.data, run.tokenizer, [cfg.split])
-    todo = make_tasks(cfg, run.tokenizer, window, text)
+        texts = read_texts(run, asked)
+    todo = make_tasks(cfg, run.tokenizer, window, texts)
     if "select" in methods:
         check_contexts(todo, cfg.query)
     calibration = None
     if plan and not is_trained(run):
-        calibration = calibration_windows(run, asked, window, reads=text is not None)
+        calibration = calibration_windows(run, asked, window, texts)
     rows = whole_rows(run, asked, methods, todo)
-    known = {r["task"]: r["value"] for r in rows}
-    work = Work(run, asked, methods, todo, text, known)
+    known = {name_of(r["task"], r.get("text")): r["value"] for r in rows}
+    work = Work(run, asked, methods, todo, texts, known)
     shown = Shown()
     for setting in plan:
         if calibration is not None:
@@ -151,8 +152,32 @@ def window_of(run: Run, cfg: EvalConfig) -> int:
 
 
 def corpus_of(run: Run, cfg: EvalConfig) -> str:
-    """The corpus that is read: --dataset, else the one trained on."""
+    """The corpora that are read, a list: --dataset, else what was trained on."""
     return cfg.dataset or run.config.get("corpus", "pycode")
+
+
+def read_texts(run: Run, asked: Asked) -> list[Text]:
+    """The texts that are read, one for each corpus."""
+    texts = []
+    for corpus in comma_list(corpus_of(run, asked.eval)):
+        split = split_of(run, corpus, asked.eval.split)
+        (tokens,) = prepare_splits(corpus, asked.data, run.tokenizer, [split])
+        sha256 = content_hash(corpus, asked.data)
+        texts.append(Text(tokens, {"corpus": label_of(corpus), "split": split, "sha256": sha256}))
+    return texts
+
+
+def split_of(run: Run, corpus: str, split: str) -> str:
+    """The part of a corpus that --split means: its own; test is all of a corpus without files of
+    its own for that, unless the run was trained on it."""
+    if split != "test" or same_text(corpus, run.config.get("corpus", "")):
+        return split
+    return whole_split(corpus, "test")
+
+
+def name_of(task: str, text: dict | None) -> tuple[str, str]:
+    """What tells one task's values from another's: its name, and the sha256 of what it reads."""
+    return task, text["sha256"] if text else ""
 
 
 def check_contexts(todo: list[Task], query: int) -> None:
@@ -166,18 +191,19 @@ def check_contexts(todo: list[Task], query: int) -> None:
     )
 
 
-def calibration_windows(run: Run, asked: Asked, window: int, reads: bool) -> list[Tensor]:
-    """Batches that bases are calibrated on. ValueError where they are of the text that is read."""
+def calibration_windows(run: Run, asked: Asked, window: int, texts: list[Text]) -> list[Tensor]:
+    """Batches that bases are calibrated on. ValueError where they are of a text that is read."""
     cfg = asked.eval
     corpus = corpus_of(run, cfg)
+    held_out = all(text.about["split"] in ("val", "test") for text in texts)
     check(
-        not reads or bool(cfg.calibrate) or cfg.split in ("val", "test"),
+        held_out or bool(cfg.calibrate),
         f"split={cfg.split}",
         "bases would be calibrated on the text that is measured",
         "give --calibrate=CORPUS",
     )
     check(
-        not (reads and cfg.calibrate and same_text(cfg.calibrate, corpus)),
+        not (texts and cfg.calibrate and same_text(cfg.calibrate, corpus)),
         f"calibrate={cfg.calibrate!r}",
         "that is the text that is measured",
         "give another, or leave it out to calibrate on the training split",
@@ -213,10 +239,13 @@ def whole_rows(run: Run, asked: Asked, methods: list[str], todo: list[Task]) -> 
     for bits in bits_of(asked):
         bits.pop("kv_sinks", None)
         # what rows of integers after it are compared with
-        whole = {r["task"]: r["value"] for r in rows if r["key_bits"] == 16}
+        known = [r for r in rows if r["key_bits"] == 16]
+        whole = {name_of(r["task"], r.get("text")): r["value"] for r in known}
         about = about_row(run, cfg, replace(run.kv, **bits))
         with mixsga.stored_in(model, **bits):
-            rows += [measure_row(model, task, about, whole.get(task.name)) for task in todo]
+            for task in todo:
+                dense = whole.get(name_of(task.name, task.text))
+                rows.append(measure_row(model, task, about, dense))
     return rows
 
 
@@ -236,10 +265,11 @@ def storing(run: Run, kv: KVConfig):
 def dense_value(work: Work, task: Task, kv: KVConfig) -> float | None:
     """What a setting's rows are compared with. For integers it is measured where it is not known;
     others measure it themselves."""
-    if task.name not in work.known and kv.ints:
+    name = name_of(task.name, task.text)
+    if name not in work.known and kv.ints:
         cfg = work.asked.eval
-        work.known[task.name] = whole_value(work.run.model, task, cfg.batch_size, cfg.dtype)
-    return work.known.get(task.name)
+        work.known[name] = whole_value(work.run.model, task, cfg.batch_size, cfg.dtype)
+    return work.known.get(name)
 
 
 def measure_ks(work: Work, setting: Setting) -> tuple[list[dict], Shown | None]:
@@ -258,8 +288,9 @@ def measure_ks(work: Work, setting: Setting) -> tuple[list[dict], Shown | None]:
     if not setting.tried:
         return rows, None
     some = work.todo[0].stored[:1, :512]
-    if work.text is not None:
-        some = batch(work.text, "masks", cfg.seed, 0, 1, min(window_of(work.run, cfg), 512))[0]
+    if work.texts:
+        text = work.texts[0].tokens
+        some = batch(text, "masks", cfg.seed, 0, 1, min(window_of(work.run, cfg), 512))[0]
     return rows, Shown(kept_groups(model, some, cfg.dtype))
 
 
@@ -337,20 +368,21 @@ def results_of(name: str) -> list[dict]:
 def write_results(
     folder: Path, run: Run, rows: list[dict], beside: list[dict], shown: Shown, *, own: bool
 ) -> list[str]:
-    """Leave results.json and the pictures in the folder; returns their names. own: the run is one
-    of train.py's, whose curves are shown."""
+    """Leave results.json and the pictures in the folder, which show means over texts; returns their
+    names. own: the run is one of train.py's, whose curves are shown."""
     metrics = run.path.parent / "metrics.jsonl"
     curves = {}
     if own and metrics.is_file():
         curves[run.path.parent.name] = checkpoint.read_jsonl(metrics)
     names = ["results.json", "report.png"]
-    report_figure(folder, rows, curves, shown.masks)
+    means = mean_over_texts(rows)
+    report_figure(folder, means, curves, shown.masks)
     if shown.choice is not None:
         groups_figure(folder, shown.choice, shown.rule)
         names.append("groups.png")
     checkpoint.write_json(folder / "results.json", rows)
-    if any(r["metric"] == "loss" for r in rows + beside):
-        bytes_figure(folder, rows + beside)
+    if any(r["metric"] == "loss" for r in means + beside):
+        bytes_figure(folder, means + beside)
         names.append("bytes.png")
     return names
 
@@ -371,7 +403,7 @@ def measure_run(args) -> None:
         "give it as --init_from",
     )
     run = load_run(args.base.place(cfg.out_dir), device, **args.base.options(cfg.out_dir))
-    beside = [r for name in comma_list(cfg.beside) for r in results_of(name)]
+    beside = [r for name in comma_list(cfg.beside) for r in mean_over_texts(results_of(name))]
     rows, shown = evaluate(run, asked_of(run, args))
     folder = results_folder(cfg, run)
     names = write_results(folder, run, rows, beside, shown, own=bool(cfg.out_dir))

@@ -86,8 +86,16 @@ class EvalConfig:
         "first compressed layers, a list: each compresses the layers from there on (empty: "
         "--kv_layers)",
     )
-    dataset: str = opt("", "corpus that is read (empty: the one trained on, or pycode)")
-    split: str = opt("val", "part of it: val, train, test (WikiText) or all", SPLITS)
+    dataset: str = opt(
+        "",
+        "corpus that is read, or a list, measured one by one (empty: what it was trained on, or "
+        "pycode)",
+    )
+    split: str = opt(
+        "val",
+        "part of each: val, train, all or test (WikiText's; all of a text that was not trained on)",
+        SPLITS,
+    )
     calibrate: str = opt(
         "",
         "corpus that bases are calibrated on, or a list of them, mixed, all of it or WikiText's "

@@ -84,6 +84,8 @@ def measure_row(
     }
     if task.kl is not None:
         row["kl"] = task.kl
+    if task.text is not None:
+        row["text"] = task.text
     if method == "select":
         row["select"] = to_dict(selector.selector_of(model).cfg)
         row["allocation"] = row["select"]["allocation"]

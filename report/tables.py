@@ -3,9 +3,25 @@ print."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
+
+# Numbers of rows that have a mean over texts.
+MEANT = (
+    "value",
+    "dense_value",
+    "kl",
+    "kv_kept_layers",
+    "kv_kept_model",
+    "value_keep",
+    "token_keep",
+    "cache_bytes",
+    "dense_bytes",
+    "of_dense",
+)
 
 
 class Column(NamedTuple):
@@ -36,26 +52,31 @@ def with_spread(values: list[float]) -> str:
 
 
 def result_table(rows: list[dict]) -> str:
-    """The rows as text, one table per task: one line per method and setting, the value as mean +-
-    standard deviation over seeds, and what it is above the same model's with whole values, where
-    that is known."""
-    names = list(dict.fromkeys(r["task"] for r in rows))
-    if len(names) == 1:
-        return table_of_task(rows)
-    return "\n\n".join(
-        f"{name}\n{table_of_task([r for r in rows if r['task'] == name])}" for name in names
-    )
+    """The rows as text, one table per task: one line per method, setting and text, the value as
+    mean +- standard deviation over seeds, and what it is above the same model's with whole values,
+    where that is known; then, of several texts, the mean and the worst."""
+    by_task: dict[str, list[dict]] = {}
+    for r in rows:
+        by_task.setdefault(r["task"], []).append(r)
+    tables = []
+    for name, mine in by_task.items():
+        title = f"{name}\n" if len(by_task) > 1 else ""
+        tables.append(title + table_of_task(mine) + texts_table(mine))
+    return "\n\n".join(tables)
 
 
 def table_of_task(rows: list[dict]) -> str:
     """One task's rows as text. Columns that no row has a number for are left out."""
     lines: dict[tuple, list[dict]] = {}  # the same setting with several seeds is one line
     for r in rows:
-        lines.setdefault((label_of(r), r["value_keep"], r["token_keep"]), []).append(r)
+        setting = (label_of(r), text_hash(r), r["value_keep"], r["token_keep"])
+        lines.setdefault(setting, []).append(r)
+    names = {text_hash(r): r["text"]["corpus"] for r in rows if "text" in r}
     has_kl = any("kl" in r for r in rows)
     has_cost = any("tokens_per_s" in r for r in rows)
     columns = [
         Column("row", max(34, *(len(label) for label, *_ in lines))),
+        *text_columns(names),
         Column("trainable", 10),
         Column("KV kept", 8),
         Column("whole", 7),
@@ -70,8 +91,9 @@ def table_of_task(rows: list[dict]) -> str:
     if has_cost:
         columns += [Column("tokens/s", 9), Column("peak memory", 11)]
     cells = []
-    for (label, *_), same in lines.items():
-        cells.append([label, *storage_cells(same[0]), *value_cells(same)])
+    for (label, text, *_), same in lines.items():
+        read = [names[text]] if len(names) > 1 else []
+        cells.append([label, *read, *storage_cells(same[0]), *value_cells(same)])
         if has_kl:
             cells[-1].append(divergence(same))
         cells[-1].append(str(len(same)))
@@ -88,6 +110,81 @@ def label_of(r: dict) -> str:
         r.get("setting", ""),
     ]
     return " ".join(p for p in parts if p)
+
+
+def text_hash(r: dict) -> str:
+    """The sha256 of the text that a row is measured on; "" where it names none."""
+    return r["text"]["sha256"] if "text" in r else ""
+
+
+def text_columns(names: dict[str, str]) -> list[Column]:
+    """The column of the texts' names, where there are several. names: by their sha256."""
+    if len(names) < 2:
+        return []
+    return [Column("text", max(4, *(len(name) for name in names.values())))]
+
+
+def by_setting(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each task and setting on all its texts. What stands there again on the same text,
+    or on none, begins a list of its own."""
+    lists: dict[tuple, list[dict]] = {}
+    seen: Counter[tuple] = Counter()
+    for r in rows:
+        setting = (r["task"], label_of(r))
+        before = seen[(*setting, text_hash(r))]
+        seen[(*setting, text_hash(r))] += 1
+        lists.setdefault((*setting, before), []).append(r)
+    return list(lists.values())
+
+
+def mean_over_texts(rows: list[dict]) -> list[dict]:
+    """The rows, those of one setting on several texts as one row with the means of their
+    numbers."""
+    out = []
+    for same in by_setting(rows):
+        names = [name for name in MEANT if all(name in r for r in same)]
+        means = {name: mean(r[name] for r in same) for name in names}
+        out.append(same[0] | means if len(same) > 1 else same[0])
+    return out
+
+
+def loss_over_dense(r: dict) -> float:
+    """What a row's loss is above that with whole values, in nats."""
+    if r["metric"] == "perplexity":
+        return math.log(r["value"] / r["dense_value"])
+    return r["value"] - r["dense_value"]
+
+
+def texts_table(rows: list[dict]) -> str:
+    """One task's settings over several texts: the mean and the worst loss over dense and KL, with
+    the worst text's name; empty where there are fewer than two texts."""
+    several = [same for same in by_setting(rows) if len(same) > 1 and same[0]["method"] != "dense"]
+    if not several:
+        return ""
+    cells = [[label_of(same[0]), f"{mean(map(share_of_dense, same)):.2%}"] for same in several]
+    has_kl = any("kl" in r for same in several for r in same)
+    for line, same in zip(cells, several, strict=True):
+        worst = max(same, key=loss_over_dense)
+        line.append(f"{mean(map(loss_over_dense, same)):+.4f}")
+        line += [f"{loss_over_dense(worst):+.4f}", worst["text"]["corpus"]]
+        if has_kl:
+            line += kl_cells(same)
+    columns = [Column("of dense", 9), Column("over whole", 10), Column("worst", 8)]
+    text = Column("text", max(len(r["text"]["corpus"]) for same in several for r in same))
+    columns.append(text)
+    if has_kl:
+        columns += [Column("KL", 8), Column("worst", 8), text]
+    name = Column("row", max(34, *(len(line[0]) for line in cells)))
+    title = f"\nOver {len(several[0])} texts, the mean and the worst:\n"
+    return title + "\n".join(lay_out([name, *columns], cells))
+
+
+def kl_cells(same: list[dict]) -> list[str]:
+    """The mean KL of one setting over texts, the worst and its text's name, where all have one."""
+    if not all("kl" in r for r in same):
+        return ["", "", ""]
+    worst = max(same, key=lambda r: r["kl"])
+    return [divergence(same), f"{worst['kl']:.5f}", worst["text"]["corpus"]]
 
 
 def share_of_dense(r: dict) -> float:

@@ -24,6 +24,7 @@ class Task(Protocol):
     stored: ids (at most 4, T) int64 whose cache is measured
     query: tokens at the end of a prompt that are never compressed; None: the path's own window
     kl: mean divergence in nats of the last call's predictions from the reference's, or None
+    text: what rows say of a text that is read: its corpus, split and sha256; None: there is none
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task(Protocol):
     stored: Tensor
     query: int | None
     kl: float | None
+    text: dict | None
 
     def value(
         self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
@@ -81,6 +83,7 @@ class Prompts:
     query: int
     tokenizer: object
     kl = None
+    text = None
 
     @property
     def n(self) -> int:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from data import TokenFile, batch, sequential
+from collections.abc import Sequence
+
+from data import batch, sequential
 from measure_config import EvalConfig
 from settings.fields import check, comma_list
 from tasks.choices import multiple_choice
 from tasks.common import Task
 from tasks.prompts import needle, variable_tracking
-from tasks.text import Continuation, Perplexity
+from tasks.text import Continuation, Perplexity, Text
 
 READING = ("perplexity", "continuation")  # the tasks that need a corpus
 
 
-def make_tasks(cfg: EvalConfig, tokenizer, T: int, text: TokenFile | None) -> list[Task]:
-    """Make the tasks named by cfg.tasks, in that order, in contexts of T tokens; text: the corpus
-    of those in READING."""
+def make_tasks(cfg: EvalConfig, tokenizer, T: int, texts: Sequence[Text]) -> list[Task]:
+    """Make the tasks named by cfg.tasks, in that order, in contexts of T tokens, those in READING
+    once for each of the texts."""
     tasks: list[Task] = []
     common = (tokenizer, T, cfg.sequences, cfg.seed, cfg.query)
     for name in comma_list(cfg.tasks):
         if name == "perplexity":
-            tasks.append(Perplexity(*sequential(text, cfg.sequences, T)))
+            for text in texts:
+                x, y = sequential(text.tokens, cfg.sequences, T)
+                tasks.append(Perplexity(x, y, text.about))
         elif name == "continuation":
-            tasks.append(continuation(cfg, T, text))
+            tasks += [continuation(cfg, T, text) for text in texts]
         elif name in ("needle", "needle_reuse"):
             tasks.append(needle(*common, cfg.distractors, name == "needle_reuse"))
         elif name == "variable_tracking":
@@ -32,7 +36,7 @@ def make_tasks(cfg: EvalConfig, tokenizer, T: int, text: TokenFile | None) -> li
     return tasks
 
 
-def continuation(cfg: EvalConfig, T: int, text: TokenFile) -> Continuation:
+def continuation(cfg: EvalConfig, T: int, text: Text) -> Continuation:
     """Draw the windows of T tokens by the seed. ValueError where no context would be left."""
     check(
         cfg.query + cfg.continuation < T,
@@ -40,5 +44,5 @@ def continuation(cfg: EvalConfig, T: int, text: TokenFile) -> Continuation:
         "some context must be left",
         "give a larger --block_size",
     )
-    x, _ = batch(text, "continuation", cfg.seed, 0, cfg.sequences, T)
-    return Continuation(x, cfg.query, cfg.continuation)
+    x, _ = batch(text.tokens, "continuation", cfg.seed, 0, cfg.sequences, T)
+    return Continuation(x, cfg.query, cfg.continuation, text.about)

@@ -6,16 +6,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from statistics import mean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from data import TokenFile
 from loaders.device import autocast
 from model import Transformer, evaluating, lm_loss
 from selector import with_oracle
 
 # Sequences of a continuation whose predictions are kept: 25 MB each with 49,152 tokens.
 KL_SEQUENCES = 16
+
+
+class Text(NamedTuple):
+    """A text that is read: its tokens, and what rows say of it, its corpus (str), its split (str)
+    and the sha256 of its content (str)."""
+
+    tokens: TokenFile
+    about: dict
 
 
 def mean_loss(
@@ -37,10 +47,12 @@ def mean_loss(
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean next-token loss over x, y (n, T) int64, decode mode."""
+    """exp of the mean next-token loss over x, y (n, T) int64, decode mode; text: what rows say of
+    the text they come from."""
 
     x: Tensor
     y: Tensor
+    text: dict | None = None
     name = "perplexity"
     metric = "perplexity"
     query = None
@@ -73,12 +85,14 @@ class Continuation:
     predictions does not: it tells settings apart whose losses differ by less than chance.
 
     x: ids (n, T) int64
+    text: what rows say of the text they come from
     seen: log-probabilities of the reference for the first KL_SEQUENCES, and the last call's kl
     """
 
     x: Tensor
     query: int
     last: int
+    text: dict | None = None
     seen: dict = field(default_factory=dict, compare=False, repr=False)
     name = "continuation"
     metric = "loss"

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import data
 from corpora import grammar
 from loaders import fetch, token_files, tokenizer
-from settings.train import DataConfig
+from settings.train import SELECT_MIXTURE, STAGES, DataConfig, TrainConfig
 
 GOOD = random.Random(3).randbytes(70001)  # more than one block of the reader
 GOOD_SHA = hashlib.sha256(GOOD).hexdigest()
@@ -808,6 +808,17 @@ def test_wikitext_in_a_mixture_trains_on_its_training_file(monkeypatch):
     assert set(mixture["train"]) == {"one", "two", *alone[0]} - {"three", "four", *alone[1]}
     only = data.documents("wikitext2,markup", DataConfig())
     assert {"one", "two"} < set(only["all"]) and not {"three", "four"} & set(only["all"])
+
+
+def test_only_selection_trains_on_a_mixture_unless_told():
+    """The usual corpora of every stage: predictors are trained on a mixture of kinds, without those
+    kept for measuring; all other stages read what they always read."""
+    usual = {s: TrainConfig(stage=s).corpus("adapt") for s in STAGES}
+    others = dict.fromkeys(("all", "pretrain", "adapt", "continue"), "pycode")
+    assert usual == others | {"select": SELECT_MIXTURE}
+    assert TrainConfig().corpus("pretrain") == "pydocs"
+    assert TrainConfig(stage="select", dataset="pydocs,pycode").corpus("adapt") == "pydocs,pycode"
+    assert not {"cheaders", "records"} & set(SELECT_MIXTURE.split(","))
 
 
 def test_same_text_looks_at_every_part(tmp_path):

@@ -16,13 +16,13 @@ from helpers import TINY, coordinates, error_line, grouped_model, routed_value, 
 import eval as evaluation
 import kv_router
 from config import AdapterConfig, KVConfig
-from data import documents, prepare_splits
+from data import content_hash, documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
 from report.plan import Asked
 from report.rows import RowAbout, measure_row, sweep
-from report.tables import result_table
-from runs import call
+from report.tables import mean_over_texts, result_table
+from runs import call, pretrain
 from settings.train import DataConfig
 from tasks import text as tasks
 
@@ -343,6 +343,125 @@ def test_a_grid_equals_its_cells(base, text):
         r["value_keep"]
         for r in evaluate(base, text, methods="value_groups", groups="2,8", kv=dict(topk_groups=1))
     ] == [0.5, 0.25]
+
+
+def write_text(folder: Path, words: str, n: int = 9) -> str:
+    """A corpus of n documents: text:PATH."""
+    folder.mkdir()
+    for i in range(n):
+        (folder / f"{i}.txt").write_text(" ".join(words.split()[i % 3 :] * (30 + i)) + ".\n")
+    return f"text:{folder}"
+
+
+def test_several_texts_equal_one_call_each(base, text, tmp_path, monkeypatch):
+    """Two texts in one call give the very rows of two calls, whole values, integers and divergences
+    included, each with its text's name, split and hash; what is tried is attached once, not once a
+    text; the first text's windows do not stand in for the second's."""
+    other = write_text(tmp_path / "other", "KLM NOP a quick brown fox 17 34 jumps")
+    third = write_text(tmp_path / "third", "ab cd ef gh")
+    attached = []
+    attach = kv_router.attach
+    counted = lambda *args: (attached.append(args[1]), attach(*args))[1]
+    monkeypatch.setattr(kv_router, "attach", counted)
+    setting = dict(
+        tasks="perplexity,continuation",
+        methods="dense,value_groups",
+        groups="2,4",
+        kv_bits="16,4",
+        calibrate=third,
+    )
+    both = evaluate(base, f"{text},{other}", **setting)
+    assert len(attached) == 2
+    alone = [evaluate(base, name, **setting) for name in (text, other)]
+    assert [r["text"] for r in alone[1]] == [
+        {"corpus": "text:other", "split": "val", "sha256": content_hash(other, DataConfig())}
+    ] * len(alone[1])
+    hashes = [rows[0]["text"]["sha256"] for rows in alone]
+    for sha256, rows in zip(hashes, alone, strict=True):
+        assert [r for r in both if r["text"]["sha256"] == sha256] == rows
+        assert len(rows) == 2 + 2 * 2 * 2
+    assert len(both) == 2 * len(alone[0])
+    assert [r["text"]["corpus"] for r in both[2:4]] == [
+        "text:" + text.rsplit("/")[-1],
+        "text:other",
+    ]
+    assert {r["value_bits"] for r in both if "kl" in r} == {4, 16}
+
+
+def test_texts_of_a_call_are_read_by_their_own_splits(base, text, tmp_path):
+    """--split=test is all of a text without splits of its own, and then bases need a corpus of
+    their own; not of what the run was trained on, whose test split does not exist; a list is
+    calibrated on its training splits, mixed."""
+    other = write_text(tmp_path / "other", "KLM NOP a quick brown fox 17 34 jumps")
+    third = write_text(tmp_path / "third", "ab cd ef gh")
+    rows = evaluate(base, f"{other},{third}", split="test")
+    assert [r["text"]["split"] for r in rows] == ["all", "all"]
+    asked = dict(methods="value_groups", split="test")
+    assert "--calibrate=CORPUS" in error_line(evaluate, base, f"{other},{third}", **asked)
+    assert "it has train, val, all" in error_line(evaluate, base, f"{other},{text}", split="test")
+    assert len(evaluate(base, f"{other},{third}", methods="value_groups")) == 2
+    for measured, calibrated in ((f"{other},{third}", third), (other, f"{third},{other}")):
+        line = error_line(evaluate, base, measured, methods="value_groups", calibrate=calibrated)
+        assert "that is the text that is measured" in line
+
+
+def test_run_of_a_mixture_is_measured_on_each_part(tmp_path, text, monkeypatch, capsys):
+    """Without --dataset what a mixture was trained on is measured part by part, in parts that no
+    other part trained on, and no part of it stands for a test text."""
+    other = write_text(tmp_path / "other", "KLM NOP a quick brown fox 17 34 jumps")
+    stage = pretrain(tmp_path / "run", f"{text},{other}", "--pretrain_steps=2")
+    call(evaluation, f"--out_dir={stage}", "--sequences=4")
+    output = capsys.readouterr()
+    rows = json.loads(output.out.splitlines()[-1])
+    assert [r["text"]["corpus"] for r in rows] == ["text:" + text.rsplit("/")[-1], "text:other"]
+    assert "text:other" in output.err
+    for flag in (f"--dataset={other}", f"--calibrate={other}"):
+        flags = [f"--out_dir={stage}", flag, "--split=test", "--methods=value_groups"]
+        assert "it has train, val, all" in error_line(call, evaluation, *flags)
+
+
+def some_row(corpus: str, value: float, **changes) -> dict:
+    """A row of a continuation on one text, 2.0 with whole values."""
+    row = dict(
+        task="continuation",
+        method="value_groups",
+        relevance="",
+        setting="native S=4 K=2",
+        n_groups=4,
+        metric="loss",
+        value=value,
+        dense_value=2.0,
+        kl=value / 100,
+        trainable_parameters=0,
+        text={"corpus": corpus, "split": "val", "sha256": corpus * 2},
+    )
+    shares = ("kv_kept_layers", "kv_kept_model", "value_keep", "token_keep", "of_dense")
+    return row | dict.fromkeys(shares, 0.5) | dict(cache_bytes=50, dense_bytes=100) | changes
+
+
+def test_table_of_texts_names_the_mean_and_the_worst():
+    """Of three texts every row names its own, and each setting has one line with the mean and the
+    worst loss over dense and KL, each worst text named; perplexity is compared by its logarithm; of
+    one text there is neither; rows without a text, and a setting told twice, stay apart."""
+    rows = [some_row("a", 2.1), some_row("b", 2.4, kl=0.001), some_row("c", 2.25)]
+    lines = result_table(rows).splitlines()
+    assert [line.split()[4] for line in lines[1:4]] == ["a", "b", "c"]
+    assert lines[4] == "Over 3 texts, the mean and the worst:"
+    want = ["50.00%", "+0.2500", "+0.4000", "b", "0.01483", "0.02250", "c"]
+    assert lines[6].split()[4:] == want and len(lines) == 7
+    alone = result_table(rows[:1])
+    assert "text" not in alone and "worst" not in alone and len(alone.splitlines()) == 2
+    (merged,) = mean_over_texts(rows)
+    assert merged["value"] == pytest.approx(2.25) and merged["kl"] == pytest.approx(
+        0.01483, abs=1e-5
+    )
+    ratio = [some_row(name, v, metric="perplexity") for name, v in (("a", 2.0), ("b", 4.0))]
+    line = result_table(ratio).splitlines()[-1].split()
+    assert line[5:8] == [f"+{math.log(2) / 2:.4f}", f"+{math.log(2):.4f}", "b"]
+    dense = [some_row(name, 2.0, method="dense") for name in "ab"]
+    assert "worst" not in result_table(dense)
+    no_text = [{k: v for k, v in r.items() if k != "text"} for r in rows]
+    assert mean_over_texts(no_text) == no_text and len(mean_over_texts(rows + rows)) == 2
 
 
 def test_bases_are_calibrated_apart_from_what_is_measured(base, text, tmp_path, monkeypatch):

@@ -160,14 +160,9 @@ def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
         (attn.o_proj, ("weight", "lora_A", "gate.linear.weight"), input_side),
     )
     for module, names, change in sides:
-        for name, p in list(module.named_parameters()):
+        for name, p in module.named_parameters():
             if name in names:
-                *path, leaf = name.split(".")
-                setattr(
-                    module.get_submodule(".".join(path)),
-                    leaf,
-                    nn.Parameter(change(p.data), requires_grad=p.requires_grad),
-                )
+                p.data = change(p.data)
 
 
 # -------------------- what stands for a dropped group

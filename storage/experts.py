@@ -94,9 +94,6 @@ class ExpertCache(WindowCache):
         part.room = width  # what shorter sequences get fits below the longest
         part.append(NewTokens(k, v, width - count))
 
-    def reserve(self, n_tokens: int) -> None:
-        """Do nothing: which expert will take a token nobody knows, so parts grow as tokens come."""
-
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens.
 

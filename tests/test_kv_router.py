@@ -24,111 +24,39 @@ from helpers import (
 import kv_router
 import lora
 from config import AdapterConfig, KVConfig
-from generate import generate
-from loaders import checkpoint
 from report.rows import filled_cache, kept_shares
-from storage.cache import DenseCache, KVCache, NewTokens
+from storage.cache import DenseCache, NewTokens
 from storage.layout import expand_mask, top_k_mask
 from storage.packed import packed_count
 from tasks import text as tasks
 
+
+def setting(S, K, basis, reconstructor, router, scope, **more) -> dict:
+    """Settings of value groups, by name."""
+    return dict(
+        n_groups=S,
+        topk_groups=K,
+        value_basis=basis,
+        reconstructor=reconstructor,
+        value_router=router,
+        mask_scope=scope,
+        **more,
+    )
+
+
 SETTINGS = [  # every basis, reconstructor, router, scope, S and tail at least once, in few models
-    dict(
-        n_groups=4,
-        topk_groups=2,
-        value_basis="output",
-        reconstructor="zero",
-        value_router="linear",
-        mask_scope="layer",
-    ),
-    dict(
-        n_groups=4,
-        topk_groups=2,
-        value_basis="native",
-        reconstructor="mlp",
-        value_router="linear",
-        mask_scope="head",
-    ),
-    dict(
-        n_groups=8,
-        topk_groups=3,
-        value_basis="pca",
-        reconstructor="mlp",
-        value_router="norm",
-        mask_scope="head",
-    ),
-    dict(
-        n_groups=16,
-        topk_groups=5,
-        value_basis="random",
-        reconstructor="mlp",
-        value_router="linear",
-        mask_scope="layer",
-    ),
-    dict(
-        n_groups=16,
-        topk_groups=9,
-        value_basis="output",
-        reconstructor="zero",
-        value_router="norm",
-        mask_scope="head",
-    ),
-    dict(
-        n_groups=2,
-        topk_groups=1,
-        value_basis="output",
-        reconstructor="mlp",
-        value_router="norm",
-        mask_scope="layer",
-    ),
-    dict(
-        n_groups=4,
-        topk_groups=3,
-        value_basis="pca",
-        reconstructor="mlp",
-        value_router="norm",
-        mask_scope="layer",
-        kv_tail=3,
-    ),
-    dict(
-        n_groups=4,
-        topk_groups=1,
-        value_basis="native",
-        reconstructor="mlp",
-        value_router="linear",
-        mask_scope="head",
-        kv_tail=2,
-        kv_tail_block=5,
-    ),
-    dict(
-        n_groups=4,
-        topk_groups=2,
-        value_basis="output",
-        reconstructor="zero",
-        value_router="norm",
-        mask_scope="head",
-        kv_tail=3,
-        learn_basis=True,
-    ),
-    dict(
-        n_groups=8,
-        topk_groups=3,
-        value_basis="pca",
-        reconstructor="mlp",
-        value_router="linear",
-        mask_scope="layer",
-        learn_basis=True,
-    ),
-    dict(  # no tail, but tokens wait in it until their block is full
-        n_groups=4,
-        topk_groups=2,
-        value_basis="output",
-        reconstructor="zero",
-        value_router="norm",
-        mask_scope="head",
-        kv_tail=0,
-        kv_tail_block=4,
-    ),
+    setting(4, 2, "output", "zero", "linear", "layer"),
+    setting(4, 2, "native", "mlp", "linear", "head"),
+    setting(8, 3, "pca", "mlp", "norm", "head"),
+    setting(16, 5, "random", "mlp", "linear", "layer"),
+    setting(16, 9, "output", "zero", "norm", "head"),
+    setting(2, 1, "output", "mlp", "norm", "layer"),
+    setting(4, 3, "pca", "mlp", "norm", "layer", kv_tail=3),
+    setting(4, 1, "native", "mlp", "linear", "head", kv_tail=2, kv_tail_block=5),
+    setting(4, 2, "output", "zero", "norm", "head", kv_tail=3, learn_basis=True),
+    setting(8, 3, "pca", "mlp", "linear", "layer", learn_basis=True),
+    # no tail, but tokens wait in it until their block is full
+    setting(4, 2, "output", "zero", "norm", "head", kv_tail=0, kv_tail_block=4),
 ]
 
 
@@ -140,6 +68,12 @@ each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=name)
 each_learned = pytest.mark.parametrize(
     "setting", [s for s in SETTINGS if "learn_basis" in s], ids=name
 )
+
+
+def random_path(cfg: dict, **changes) -> kv_router.ValueGroupPath:
+    """A path with random weights, in evaluation mode."""
+    path = kv_router.ValueGroupPath(TINY, KVConfig(**{**cfg, **changes}))
+    return randomise(path.double(), 0.3).eval()
 
 
 def qkv(path, B=2, T=9, seed=0, n_embd=TINY.n_embd, H=TINY.n_head):
@@ -301,7 +235,7 @@ def test_straight_through_is_hard_forward_and_soft_backward():
 def test_masked_path_equals_the_loops(setting, pad):
     """The differentiable path gives, to 1e-10, what token-by-token loops over softmax and rebuilt
     values give."""
-    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**setting)).double(), 0.3).eval()
+    path = random_path(setting)
     pad = None if pad is None else torch.tensor(pad)
     x, q, k, v = qkv(path)
     got = path(x, q, k, v, pad)
@@ -314,10 +248,7 @@ def test_masked_path_equals_the_loops(setting, pad):
 def test_masked_path_gradients_pass_gradcheck(setting):
     """Autograd through the routed attention equals finite differences, for q, k and v (the mask is
     a constant)."""
-    path = randomise(
-        kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "value_router": "linear"})).double(),
-        0.3,
-    ).eval()
+    path = random_path(setting, value_router="linear")
     x, q, k, v = qkv(path, B=1, T=5)
     inputs = [t.requires_grad_(True) for t in (q, k, v)]
     assert torch.autograd.gradcheck(lambda *a: path(x, *a), inputs, fast_mode=True)
@@ -372,7 +303,7 @@ def test_keep_all_equals_dense_whatever_the_maps(prefill):
 def test_learned_maps_have_the_loops_gradients(setting, pad):
     """The gradients of both maps, and of q, k, v through them, are to 1e-9 those of the
     token-by-token loops, and none is zero."""
-    path = randomise(kv_router.ValueGroupPath(TINY, KVConfig(**setting)).double(), 0.3).eval()
+    path = random_path(setting)
     pad = None if pad is None else torch.tensor(pad)
     x, q, k, v = qkv(path)
     inputs = [t.requires_grad_(True) for t in (q, k, v)] + [path.enc, path.dec]
@@ -392,10 +323,7 @@ def test_learned_maps_have_the_loops_gradients(setting, pad):
 def test_learned_maps_pass_gradcheck(setting):
     """Autograd through the maps equals finite differences (the mask is a constant: the router here
     looks at the layer's input)."""
-    path = randomise(
-        kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "value_router": "linear"})).double(),
-        0.3,
-    ).eval()
+    path = random_path(setting, value_router="linear")
     x, q, k, v = qkv(path, B=1, T=5)
 
     def run(v, enc, dec):
@@ -475,9 +403,7 @@ def test_packed_equals_masked(setting, chunks, decode):
 def test_exact_prefill_then_decoding_equals_the_loops(setting):
     """With prefill=exact the prompt reads whole values, and every later token reads the prompt's
     packed ones."""
-    path = randomise(
-        kv_router.ValueGroupPath(TINY, KVConfig(**{**setting, "prefill": "exact"})).double(), 0.3
-    ).eval()
+    path = random_path(setting, prefill="exact")
     x, q, k, v = qkv(path, T=13)
     pad = torch.tensor([0, 3])
     cache = path.new_cache(2, 13, v)
@@ -551,20 +477,6 @@ def test_decode_mode_perplexity_equals_token_by_token_packed_decoding():
     assert abs(dense - total / 49) > 1e-3  # and it is not the uncompressed model's
 
 
-def test_batch_rows_do_not_influence_each_other():
-    """A row's logits and generated text are the same alone, among other rows, and behind
-    padding."""
-    model = grouped_model(value_basis="output", mask_scope="head", value_router="norm")
-    x = tokens(4, 31)
-    alone = model(x[2:3])
-    together = model(x)
-    assert (together[2:3] - alone).abs().max() < 1e-9
-    prompts = [x[0, :9].tolist(), x[1, :23].tolist(), x[2, :5].tolist()]
-    rows, _ = generate(model, prompts, 12)
-    for p, r in zip(prompts, rows, strict=True):
-        assert generate(model, [p], 12)[0][0] == r
-
-
 # -- losses
 
 
@@ -599,10 +511,7 @@ def test_lm_loss_and_aux_loss_reach_only_their_own_parameters():
 def test_aux_loss_is_the_mean_squared_error_of_the_rebuilt_value():
     """L_aux of a layer equals a hand-made MSE between whole and routed values, and is the same for
     any split of the batch."""
-    path = randomise(
-        kv_router.ValueGroupPath(TINY, KVConfig(**PAPER_LIKE, reconstructor="mlp")).double(),
-        0.3,
-    ).train()
+    path = random_path(PAPER_LIKE, reconstructor="mlp").train()
     x, q, k, v = qkv(path, B=4)
     path(x, q, k, v)
     whole = float(path.losses["aux"].detach())
@@ -673,27 +582,3 @@ def test_set_kept_changes_the_budget_and_refuses_what_is_no_budget():
     for k in (0, 5):
         with pytest.raises(ValueError, match="K="):
             kv_router.set_kept(model, k)
-
-
-def test_cache_file_round_trip_continues_identically(tmp_path):
-    """A saved and loaded cache decodes on as the original does, padding included; a foreign file is
-    refused in one line."""
-    pad = torch.tensor([0, 4])
-    for model in (grouped_model(kv_tail=3), tiny_model()):
-        cache = model.new_cache(2, 40)
-        model.prefill(tokens(2, 30), cache, pad)
-        cache.save(tmp_path / "cache.safetensors")
-        loaded = KVCache.load(tmp_path / "cache.safetensors", model)
-        assert loaded.nbytes() == cache.nbytes()
-        for t in range(3):
-            step = tokens(2, 1, seed=t)
-            assert torch.equal(model.decode(step, cache), model.decode(step, loaded))
-        for other in (
-            tiny_model() if kv_router.paths(model) else grouped_model(),
-            grouped_model(n_groups=2, topk_groups=1),
-        ):
-            with pytest.raises(ValueError, match="not a cache of this model"):
-                KVCache.load(tmp_path / "cache.safetensors", other)
-    checkpoint.write_json(tmp_path / "x", {})
-    with pytest.raises(ValueError, match="not a cache of this model"):
-        KVCache.load(tmp_path / "x", model)

@@ -9,16 +9,14 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import TINY, tiny_model, tokens
+from helpers import TINY, read_in_pieces, tiny_model, tokens
 
 import mixsga
 from baselines import shared_heads
 from config import KVConfig, MixConfig, ModelConfig
-from generate import generate
 from model import Transformer, apply_rope, lm_loss
-from storage.cache import DenseCache, KVCache, NewTokens
+from storage.cache import KVCache, NewTokens
 from storage.experts import ExpertCache
-from storage.packed import PackedCache
 
 EIGHT = replace(TINY, n_head=8, n_kv_head=8)
 
@@ -216,19 +214,6 @@ def test_masked_equals_a_loop(by, tail):
     assert (got - by_hand(model, x, seen, tail)).abs().max() < 1e-10
 
 
-def read_in_pieces(model, x, pieces, pad=None):
-    """Logits of x read through a cache, a prompt of the first piece and pieces after it: of one
-    token each by decode, longer ones by prefill. And the cache."""
-    cache = model.new_cache(len(x), x.size(1))
-    out = []
-    for i, part in enumerate(x.split(pieces, 1)):
-        if i and part.size(1) == 1:
-            out.append(model.decode(part, cache))
-        else:
-            out.append(model.prefill(part, cache, None if i else pad, last_only=False))
-    return torch.cat(out, 1), cache
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("pieces", [[26], [6] + [1] * 20, [9, 1, 1, 8, 7]])
 def test_packed_equals_masked(name, pieces):
@@ -239,7 +224,8 @@ def test_packed_equals_masked(name, pieces):
     pad = torch.tensor([0, 5])
     with torch.no_grad(), shared_heads.routing(model, "score"):
         want = model(x, pad=pad)
-        got, cache = read_in_pieces(model, x, pieces, pad)
+        cache = model.new_cache(2, 26)
+        got = read_in_pieces(model, x, cache, pieces, pad)
     assert cache.lengths.tolist() == [26, 21]
     for b in range(2):
         assert (got[b, pad[b] :] - want[b, pad[b] :]).abs().max() < 1e-10
@@ -299,7 +285,7 @@ def test_any_head_dimension_is_stored():
     model = made(cfg=replace(EIGHT, head_dim=6), tail=2)
     x = tokens(1, 15)
     with torch.no_grad(), shared_heads.routing(model, "score"):
-        got, _ = read_in_pieces(model, x, [9, 1, 1, 4])
+        got = read_in_pieces(model, x, model.new_cache(1, 15), [9, 1, 1, 4])
         assert (got - model(x)).abs().max() < 1e-10
 
 
@@ -402,38 +388,6 @@ def test_a_cla_layer_holds_its_newest_tokens_alone(tail):
     assert shared_heads.kept_shares(model, cache) == (10 + tail) / 20
 
 
-NAMES = ["3:1:6", "random", "groups", "cla", "tail", "gqa tail", "cla tail", "groups tail"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_caches_join_select_and_load(name):
-    """Joined caches decode like each of their sequences, also loaded from what was saved; selected
-    sequences go on as they would."""
-    model = made(**SETTINGS[name])
-    x = tokens(3, 18)
-    more = tokens(3, 4, seed=9)
-
-    def steps(cache, rows):
-        return torch.cat([model.decode(more[rows, t : t + 1], cache) for t in range(4)], 1)
-
-    with torch.no_grad(), shared_heads.routing(model, "score"):
-        parts = [model.new_cache(n, 30) for n in (1, 2)]
-        for cache, rows in zip(parts, x.split([1, 2]), strict=True):
-            model.prefill(rows, cache)
-        joined = KVCache.cat(parts)
-        loaded = model.new_cache(3, 30)
-        for layer, saved in zip(loaded.layers, joined.layers, strict=True):
-            layer.load_state_dict({key: t.clone() for key, t in saved.state_dict().items()})
-        loaded.length = joined.length
-        selected = joined.select_sequences([2, 0])
-        assert selected.nbytes() < joined.nbytes()
-        want = model(torch.cat((x, more), 1))[:, 18:]
-        assert (steps(joined, [0, 1, 2]) - want).abs().max() < 1e-10
-        assert (steps(loaded, [0, 1, 2]) - want).abs().max() < 1e-10
-        assert (steps(selected, [2, 0]) - want[[2, 0]]).abs().max() < 1e-10
-        assert [c.lengths.tolist() for c in (joined, *parts)] == [[22] * 3, [18], [18] * 2]
-
-
 @pytest.mark.parametrize("name", ["two", "tail", "cla tail"])
 def test_caches_of_any_lengths_join(name):
     """All pairs of prompts of 1 to 12 tokens, whose experts' capacities differ, joined: two steps
@@ -462,55 +416,6 @@ def test_caches_of_any_lengths_join(name):
                     assert (got - want).abs().max() < 1e-10, (a, b, t)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_one_token_prompt_alone_equals_in_a_batch(name):
-    """What a sequence gets depends on itself alone, however short: after the prompt and after four
-    steps."""
-    model = made(**SETTINGS[name])
-    rows = [tokens(n, seed=n) for n in (5, 61, 1, 40)]
-    after = tokens(4, 4, seed=77)
-    idx = torch.stack([torch.cat((torch.zeros(61 - len(r), dtype=torch.int64), r)) for r in rows])
-
-    def logits(idx, after, pad=None):
-        cache = model.new_cache(len(idx), 65)
-        out = [model.prefill(idx, cache, pad)]
-        out += [model.decode(t, cache) for t in after.split(1, 1)]
-        return torch.cat(out, 1)
-
-    with torch.no_grad():
-        batch = logits(idx, after, torch.tensor([61 - len(r) for r in rows]))
-        for b, row in enumerate(rows):
-            assert (logits(row[None], after[b : b + 1])[0] - batch[b]).abs().max() < 1e-10
-
-
-@pytest.mark.parametrize("name", ["3:1:6", "tail", "cla tail"])
-@pytest.mark.parametrize("at", [0, 1])
-def test_failed_prefill_may_be_tried_again(name, at):
-    """A prompt that fails in some layer leaves the cache as it was, prompts that came before
-    included: the second attempt gives what the first would have."""
-    model = made(**SETTINGS[name])
-    x = tokens(2, 14)
-    for first in (0, 9):
-        want, _ = read_in_pieces(model, x, [first, 14 - first] if first else [14])
-        cache = model.new_cache(2, 14)
-        if first:
-            model.prefill(x[:, :first], cache)
-        before = {key: t.clone() for key, t in cache.layers[at].state_dict().items()}
-        out = model.layers[at].self_attn.o_proj
-        handle = out.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model.prefill(x[:, first:], cache)
-        handle.remove()
-        assert cache.lengths.tolist() == [first, first]
-        for key, t in cache.layers[at].state_dict().items():
-            if isinstance(cache.layers[at], DenseCache) and key != "n_window":
-                continue
-            if key[:2] in ("wi", "n_", "se"):  # what unused slots of the rest hold is nobody's
-                assert torch.equal(t, before[key]), key
-        got = model.prefill(x[:, first:], cache, last_only=False)
-        assert (got - want[:, first:]).abs().max() < 1e-12
-
-
 def test_truncation_gives_back_the_window_or_says_why_not():
     """One expert: any cut. Random routers: what is in the window. Learned ones: nothing or all,
     since scores are summed up. What is left goes on as if the rest had never been."""
@@ -532,7 +437,8 @@ def test_truncation_gives_back_the_window_or_says_why_not():
                     assert (got - want).abs().max() < 1e-10
     for name, n in (("tail", 18), ("random", 18), ("two", 3)):
         model = made(**SETTINGS[name])
-        _, cache = read_in_pieces(model, x, [20])
+        cache = model.new_cache(2, 20)
+        model.prefill(x, cache)
         with pytest.raises(ValueError, match=f"truncating to {n} tokens"):
             cache.truncate(n)
         assert cache.lengths.tolist() == [20, 20]
@@ -577,7 +483,8 @@ def test_a_state_that_is_not_its_own_is_refused(change):
     """Names, types and counts are looked at, of the parts as well; a cache that refuses is as it
     was."""
     model = made(tail=4)
-    _, cache = read_in_pieces(model, tokens(2, 15), [15])
+    cache = model.new_cache(2, 15)
+    model.prefill(tokens(2, 15), cache)
     other = model.new_cache(2, 15).layers[0]
     before = other.state_dict()
     state = dict(cache.layers[0].state_dict())
@@ -599,33 +506,11 @@ def test_caches_of_other_experts_do_not_join():
             ExpertCache.cat([layers[0], other])
 
 
-def test_joining_changes_no_part():
-    """What is joined stays as it was, capacities too, and shares nothing with the result."""
-    model = made(tail=2)
-    caches = [read_in_pieces(model, tokens(1, n), [n])[1] for n in (25, 40)]
-    before = [{k: t.clone() for k, t in c.layers[0].state_dict().items()} for c in caches]
-    joined = KVCache.cat(caches)
-    for t in joined.layers[0].state_dict().values():
-        t.zero_()
-    for cache, old in zip(caches, before, strict=True):
-        assert all(torch.equal(t, old[k]) for k, t in cache.layers[0].state_dict().items())
-
-
-def test_a_layer_of_cla_keeps_no_state_of_a_prompt():
-    """Prompts of two caches in turn, and an uncached forward between, do not meet; without a cache
-    nothing is left on the module."""
+def test_a_layer_of_cla_keeps_nothing_of_an_uncached_forward():
+    """Its last reader clears what the source has put down for those above."""
     model = made(**SETTINGS["cla tail"])
-    x = tokens(2, 1, 20)
-    with torch.no_grad():
-        want = [read_in_pieces(model, x[i], [12, 8])[0] for i in range(2)]
-        caches = [model.new_cache(1, 20) for _ in range(2)]
-        got = [model.prefill(x[i, :, :12], caches[i], last_only=False) for i in range(2)]
-        model(tokens(3, 7, seed=4))
-        for path in shared_heads.sharing(model):
-            assert not getattr(path, "seen", None)
-        for i in range(2):
-            piece = model.prefill(x[i, :, 12:], caches[i], last_only=False)
-            assert torch.equal(torch.cat((got[i], piece), 1), want[i])
+    model(tokens(3, 7))
+    assert not any(getattr(path, "seen", None) for path in shared_heads.sharing(model))
 
 
 def test_the_opening_example_runs():
@@ -638,17 +523,6 @@ def test_the_opening_example_runs():
     names |= {"idx": idx, "targets": targets, "next_ids": idx[:, :1], "ModelConfig": ModelConfig}
     exec("\n".join(code), names)
     assert names["cache"].lengths.tolist() == [13] and names["loss"].isfinite()
-
-
-def test_generate_and_batches():
-    """generate gives each prompt of a batch what it gives it alone, also a few rows at a time, whose
-    caches are joined."""
-    model = made(tail=3)
-    prompts = [tokens(n, seed=n).tolist() for n in (12, 1, 30, 5)]
-    alone = [generate(model, [p], 6)[0][0] for p in prompts]
-    assert generate(model, prompts, 6)[0] == alone
-    assert generate(model, prompts, 6, prefill_tokens=1)[0] == alone
-    assert isinstance(model.new_cache(1, 5).layers[0].parts[0], PackedCache)
 
 
 # ----------------------------------------------------------------------------- training

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from helpers import grouped_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,21 +158,6 @@ def test_nan_in_unwritten_slots_never_reaches_a_result():
         t.fill_(float("nan"))
     cache.append(NewTokens(k, v, torch.tensor([0, 7]), mask))
     assert all(t.isfinite().all() for t in cache.unpack()[:2])
-
-
-def test_select_sequences_keeps_those_asked_for():
-    """select_sequences([2, 0]) holds those sequences in that order, decodes them as before, and
-    shares nothing: what is appended to it leaves the whole cache as it was."""
-    model = grouped_model(kv_tail=3, mask_scope="head", value_router="norm")
-    x = tokens(3, 40)
-    with torch.no_grad():
-        cache = model.new_cache(3, 44)
-        model.prefill(x, cache)
-        part = cache.select_sequences([2, 0])
-        got = model.decode(x[[2, 0], :1], part)
-        whole = model.decode(x[:, :1], cache)
-    assert part.lengths.tolist() == [41, 41]
-    assert (got - whole[[2, 0]]).abs().max() < 1e-10
 
 
 def test_truncate_forgets_the_newest_tokens():

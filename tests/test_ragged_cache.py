@@ -574,26 +574,23 @@ def test_maps_are_read_where_they_were_applied():
 class FakeModel(torch.nn.Module):
     """What KVCache.save and load ask of a model: weights, and an empty cache."""
 
-    def __init__(self, n_layers: int, D: int = 16, dtype=torch.float32, Hm: int = 3):
+    def __init__(self, n_layers: int, dtype=torch.float32):
         super().__init__()
         self.cfg = ModelConfig()
         self.norm = torch.nn.LayerNorm(5)
         self.layers = []
-        self.shape = (n_layers, D, Hm)
+        self.n_layers = n_layers
         self.like = torch.zeros(0, dtype=dtype)
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
-        n_layers, D, Hm = self.shape
-        layers = [RaggedCache(batch, max_len, 3, D, 4, Hm, self.like) for _ in range(n_layers)]
+        layers = [RaggedCache(batch, max_len, 3, 16, 4, 3, self.like) for _ in range(self.n_layers)]
         return KVCache(layers, self)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cache_file_round_trip_holds_the_same(dtype, tmp_path):
     """Saved and loaded caches are equal, tensor by tensor, and go on alike: with and without
-    dropped tokens, an empty one, one without a window, shared masks after picking, padding. A model
-    of another head size, number of mask heads, of layers, of another type or of other weights
-    refuses the file."""
+    dropped tokens, an empty one, one without a window, shared masks after picking, padding."""
     kinds = [
         filled(33, 4, pad=(0, 4), dtype=dtype),
         filled(33, 4, pad=(0, 4), keep=1.0, dtype=dtype),
@@ -631,18 +628,6 @@ def check_round_trip(layers: list[RaggedCache], dtype: torch.dtype, path) -> Non
         for c in (a, b):
             c.truncate(c.lengths - 3)
         assert same_state(a, b)
-    others = (
-        FakeModel(len(layers), D=32, dtype=dtype),
-        FakeModel(len(layers), dtype=dtype, Hm=1),
-        FakeModel(len(layers) + 1, dtype=dtype),
-        FakeModel(len(layers), dtype=torch.float64),
-        FakeModel(len(layers), dtype=dtype),
-    )
-    with torch.no_grad():
-        others[-1].norm.weight += 1
-    for other in others:
-        with pytest.raises(ValueError, match="not a cache of this model"):
-            KVCache.load(path, other)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.6, 1.0])
@@ -657,52 +642,9 @@ def test_nbytes_after_loading_is_what_it_was(keep, tmp_path):
     assert loaded.nbytes() == loaded.layers[0].nbytes() == cache.nbytes() == held
 
 
-def test_a_snapshot_puts_a_cache_back():
-    """Whatever is appended or packed meanwhile, restore gives back what was there, and it goes
-    on."""
-    ctx = context(33, 4, pad=(0, 4))
-    k, v = following(ctx[0], 70)
-    cache = packed(*ctx, max_len=40)
-    append(cache, k[:, :, :5], v[:, :, :5], (1, 0))
-    want = cache.select_sequences([0, 1])
-    for T in (1, 3, 70):
-        saved = cache.snapshot()
-        append(cache, k[:, :, -T:], v[:, :, -T:])
-        cache.restore(saved)
-        assert same_state(cache, want)
-    for c in (cache, want):
-        append(c, k[:, :, 7:9], v[:, :, 7:9])
-    assert same_state(cache, want)
-    empty = RaggedCache(2, 40, 3, 16, 4, 3, k)
-    saved = empty.snapshot()
-    empty.pack(*ctx)
-    empty.restore(saved)
-    empty.pack(*ctx)
-    assert same_state(empty, packed(*ctx))
-
-
-def test_counts_that_do_not_fit_are_refused():
-    """A state with a count out of range, a slot too few, another number of sequences, another type
-    or a tensor missing is refused by name."""
+def test_counts_out_of_range_are_refused():
+    """A state with a count below 0 or past what is stored is refused by name."""
     state = filled(33, 4, pad=(0, 4)).state_dict()
-    wrong = {
-        "n_packed": state["n_packed"] + 99,
-        "n_rows": state["n_rows"] - 999,
-        "n_context": state["n_context"] - 40,
-        "n_window": state["n_window"] + 64,
-        "keys": state["keys"][:-1],
-        "rows": state["rows"][1:],
-        "tile_rows": state["tile_rows"][:-1],
-        "bits": state["bits"].long(),
-        "window_k": state["window_k"].half(),
-    }
-    for name, t in wrong.items():
+    for name, more in dict(n_packed=99, n_rows=-999, n_context=-40, n_window=64).items():
         fresh = RaggedCache(2, 9, 3, 16, 4, 3, torch.zeros(0))
-        assert name in error_line(fresh.load_state_dict, {**state, name: t})
-    fresh = RaggedCache(2, 9, 3, 16, 4, 3, torch.zeros(0))
-    short = {**state, "n_context": state["n_context"][:1]}
-    assert "sequences" in error_line(fresh.load_state_dict, short)
-    del short["before"]
-    assert "before" in error_line(fresh.load_state_dict, short)
-    fresh.load_state_dict(state)
-    assert same_state(fresh, filled(33, 4, pad=(0, 4)))
+        assert name in error_line(fresh.load_state_dict, {**state, name: state[name] + more})

@@ -117,7 +117,7 @@ def read_header(path: Path, do: str) -> dict:
     )
     try:
         header = json.loads(head[len(MAGIC) :].decode("ascii"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: its header is damaged ({one_line(e)}); {do}") from None
     ok = (
         isinstance(header, dict)

@@ -87,7 +87,8 @@ def from_definition(
         "a tokenizer.json is an object",
         _FILE,
     )
-    canonical = json.dumps(spec, sort_keys=True, separators=(",", ":")).encode("ascii")
+    with _in_one_line(name, "it is nested too deep"):
+        canonical = json.dumps(spec, sort_keys=True, separators=(",", ":")).encode("ascii")
     return LibraryTokenizer(spec, f"{name}-{hashlib.sha256(canonical).hexdigest()[:8]}", eot, bos)
 
 
@@ -96,7 +97,7 @@ _FILE = "give the tokenizer.json of a Hugging Face model folder, unchanged"
 
 @contextlib.contextmanager
 def _in_one_line(name: str, what: str):
-    """Make a ValueError of whatever the package raises: it has no class of its own, and what stops
+    """Make a ValueError of whatever is raised: the package has no class of its own, and what stops
     its compiled part is no Exception."""
     try:
         yield
@@ -115,9 +116,17 @@ def _load(definition: dict, name: str):
             f"tokenizer {name}: the tokenizer of a pretrained model runs in the package "
             "tokenizers; pip install tokenizers"
         ) from None
-    text = json.dumps({**definition, "truncation": None, "padding": None})
+    model = definition.get("model")
+    check(
+        not isinstance(model, dict)
+        or model.get("type") == "WordPiece"
+        or not model.get("continuing_subword_prefix"),
+        f"tokenizer {name}: BPE with a continuing_subword_prefix",
+        "the package tokenizers ends the process where such a file is damaged",
+        "use another model",
+    )
     with _in_one_line(name, "the package tokenizers refuses it"):
-        return Tokenizer.from_str(text)
+        return Tokenizer.from_str(json.dumps({**definition, "truncation": None, "padding": None}))
 
 
 def _added_tokens(definition: dict, vocab: dict[str, int], name: str) -> dict[str, int]:
@@ -130,10 +139,10 @@ def _added_tokens(definition: dict, vocab: dict[str, int], name: str) -> dict[st
     )
     added = {t["content"]: t["id"] for t in definition.get("added_tokens") or []}
     for content, i in added.items():
-        if vocab[content] != i:
+        if vocab.get(content) != i:
             raise ValueError(
                 f"tokenizer {name}: its added token {content!r} has the ids {i} and "
-                f"{vocab[content]}; {_FILE}"
+                f"{vocab.get(content)}; {_FILE}"
             )
     return added
 

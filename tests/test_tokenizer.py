@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from loaders import gguf_tokenizer as G
 from loaders import tokenizer as T
 from loaders.gguf_tokenizer import CONTROL, NORMAL, UNUSED, USER_DEFINED, definition_from_gguf
+from loaders.token_files import HEADER_BYTES, MAGIC, open_tokens
 from loaders.tokenizer_json import from_definition
 
 # -- tokenizers
@@ -664,6 +665,7 @@ def changed(spec: dict, path: str, value=...) -> dict:
         ("added_tokens/0", {"id": 3}),
         ("added_tokens/0/id", 5),
         ("added_tokens/0/content", "a"),
+        ("added_tokens/0/content", ""),
         ("added_tokens", ...),
         ("normalizer", "NFC"),
         ("pre_tokenizer", []),
@@ -677,6 +679,8 @@ def changed(spec: dict, path: str, value=...) -> dict:
         ("post_processor/special_tokens/<|begin|>/ids", ["x"]),
         ("post_processor", {"type": "Sequence"}),
         ("model/type", "Nothing"),
+        ("model/continuing_subword_prefix", "x"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
         ("pre_tokenizer/type", "Nothing"),
         ("pre_tokenizer/pretokenizers", 7),
         ("pre_tokenizer/pretokenizers/0", 7),
@@ -693,6 +697,16 @@ def test_damaged_definition_is_one_line(library, path, value):
     spec = definition_from_gguf(fields)
     assert from_definition(spec, "mine").bos == 258
     assert "mine" in error_line(from_definition, changed(spec, path, value), "mine")
+
+
+def test_nested_definition_is_one_line(library):
+    """Nesting that is read but cannot be written again, or that the package refuses."""
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    for part in (json.loads("[" * 300 + "]" * 300), nested):
+        spec = {**small("</s>"), "normalizer": part}
+        assert "mine" in error_line(from_definition, spec, "mine")
 
 
 @pytest.mark.parametrize("spec", [None, [], "x", 7], ids=repr)
@@ -870,3 +884,13 @@ def test_gguf_unknown_is_refused_by_name(change, says):
     given = gguf_fields(["a", "b", "</s>"], bos_token_id=2, add_bos_token=True)
     line = error_line(definition_from_gguf, given | change)
     assert says in line and ("Hugging Face folder" in line or "file again" in line)
+
+
+# -- token files
+
+
+def test_nested_header_of_a_token_file_is_one_line(tmp_path):
+    """A header that is nothing but brackets is damaged."""
+    path = tmp_path / "x.bin"
+    path.write_bytes((MAGIC + b"[" * 4000).ljust(HEADER_BYTES) + b"\0")
+    assert "header is damaged" in error_line(open_tokens, path, T.ByteTokenizer())

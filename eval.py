@@ -52,6 +52,7 @@ from loaders.device import check_weights, pick_device
 from loaders.runs import Run, attach_storage, is_foreign, load_run
 from report.figures import bytes_figure, groups_figure, report_figure
 from report.plan import STORED_AS, Asked, Setting, bits_of, is_trained, plan_of
+from report.rivals import Rival, in_place, rivals_of
 from report.rows import (
     RowAbout,
     chosen,
@@ -106,6 +107,7 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     cfg = asked.eval
     window = window_of(run, cfg)
     methods, plan = plan_of(run, asked)
+    rivals = rivals_of(run, asked, methods)
     texts = []
     if {*comma_list(cfg.tasks)} & {*READING}:  # the other tasks make their own text
         texts = read_texts(run, asked)
@@ -113,7 +115,7 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     if "select" in methods:
         check_contexts(todo, cfg.query)
     calibration = None
-    if plan and not is_trained(run):
+    if (plan or any(rival.cuts_values for rival in rivals)) and not is_trained(run):
         calibration = calibration_windows(run, asked, window, texts)
     rows = whole_rows(run, asked, methods, todo)
     known = {name_of(r["task"], r.get("text")): r["value"] for r in rows}
@@ -128,6 +130,8 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
         got, seen = measure(work, setting)
         rows += got
         shown = seen or shown
+    for rival in rivals:
+        rows += measure_rival(work, rival, calibration)
     check(
         bool(rows),
         f"methods={cfg.methods} with fewer than 16 bits",
@@ -319,6 +323,22 @@ def measure_ways(work: Work, setting: Setting) -> tuple[list[dict], Shown | None
                 masks = (choice.mask > 0)[:, 0].float().mean(1).cpu()
                 shown = Shown(masks, choice, ways[-1].described())
     return rows, shown
+
+
+def measure_rival(work: Work, rival: Rival, calibration: list[Tensor] | None) -> list[dict]:
+    """Rows of a rival with a path of its own: every task, each with the base's value as its dense
+    one."""
+    cfg = work.asked.eval
+    model = work.run.model
+    rows = []
+    for task in work.todo:
+        name = name_of(task.name, task.text)
+        if name not in work.known:
+            selector.detach(model)
+            work.known[name] = task.value(model, cfg.batch_size, cfg.dtype, True)
+        with in_place(model, rival, task, cfg.quest_whole, calibration, cfg.seed) as kv:
+            rows.append(measure_row(model, task, about_row(work.run, cfg, kv), work.known[name]))
+    return rows
 
 
 # -- the program

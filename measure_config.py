@@ -20,7 +20,8 @@ TASKS = (
     "mixsga",
 )
 SPLITS = ("val", "train", "test", "all")
-METHODS = ("dense", "value_groups", "select")
+RIVALS = ("quest", "kivi")  # as published, each with a path of its own
+METHODS = ("dense", "value_groups", "select", *RIVALS)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class EvalConfig:
     token_budgets: str = opt(
         "",
         "select: shares of the tokens kept, a list, each with every value budget (empty: "
-        "--token_keep)",
+        "--token_keep); quest: shares of the tokens that a step reads",
     )
+    quest_whole: int = opt(2, "quest: first layers that read everything", least=0)
     kv_budgets: str = opt(
         "", "select: shares of keys and values kept under one budget, a list (empty: --kv_keep)"
     )
@@ -72,7 +74,7 @@ class EvalConfig:
     kv_bits: str = opt(
         "",
         "bits of keys and values, a list such as 8,4,4:2 (keys:values, 4:0 routed ones), each "
-        "with every budget (empty: --key_bits, --value_bits)",
+        "with every budget (empty: --key_bits, --value_bits; kivi: 4,2)",
     )
     beside: str = opt("", "folders of earlier results, a list, that bytes.png shows beside these")
     relevances: str = opt("", "select: signals, a list (empty: --relevance)", each_of=SIGNALS)

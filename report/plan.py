@@ -144,6 +144,8 @@ def methods_of(run: Run, asked: Asked) -> list[str]:
 def check_methods(run: Run, asked: Asked, methods: list[str]) -> None:
     """Raise ValueError where the methods do not fit the run, the tasks or the other flags."""
     selecting = select_flags(asked)
+    if "quest" in methods and selecting == ["token_budgets"]:
+        selecting = []  # shares that it reads
     check(
         not selecting or "select" in methods,
         f"{', '.join(selecting)}",

@@ -17,10 +17,11 @@ from torch import Tensor
 
 import kv_router
 import selector
-from baselines import shared_heads
+from baselines import kivi, quest, shared_heads
 from config import AdapterConfig, KVConfig, SelectConfig
 from loaders.device import autocast
 from lora import count_trainable
+from measure_config import RIVALS
 from model import Transformer, evaluating
 from settings.fields import to_dict
 from storage.cache import KVCache
@@ -56,7 +57,7 @@ def measure_row(
     method = method_of(model, kv)
     shares = kept_shares(model, cache)
     exact = prefills_exactly(method, kv, task)
-    grouped = method in ("value_groups", "select")
+    grouped = cuts_values(method, kv)
     bits = stored_bits(model, method, kv)
     row = {
         "task": task.name,
@@ -66,7 +67,7 @@ def measure_row(
         "n_groups": kv.n_groups if grouped else 1,
         "prefill": "exact" if exact else "routed",
         "relevance": relevance_of(model, method, kv),
-        "setting": setting_of(model, method, kv, shares, exact),
+        "setting": setting_of(model, method, kv, shares, exact, cache.length),
         **shares,
         "cache_bytes": cache.nbytes(),
         "dense_bytes": model.dense_bytes(task.stored.numel(), cache),
@@ -89,6 +90,9 @@ def measure_row(
     if method == "select":
         row["select"] = to_dict(selector.selector_of(model).cfg)
         row["allocation"] = row["select"]["allocation"]
+    if method == "quest":
+        row["allocation"] = "head"
+        row["reads"] = quest.reads(model, cache.length)
     return row
 
 
@@ -141,7 +145,12 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
 
 
 def method_of(model: Transformer, kv: KVConfig) -> str:
-    """How a model stores its keys and values: dense, value_groups, select, mixsga, gqa or cla."""
+    """How a model stores its keys and values: dense, value_groups, select, quest, kivi, mixsga, gqa
+    or cla."""
+    if quest.paths(model):
+        return "quest"
+    if kivi.format_of(model):
+        return "kivi"
     chooser = selector.selector_of(model)
     if chooser is not None:
         keeps_all = chooser.cfg.whole and not chooser.stored.ints
@@ -151,16 +160,21 @@ def method_of(model: Transformer, kv: KVConfig) -> str:
     return "value_groups" if kv_router.paths(model) else "dense"
 
 
+def cuts_values(method: str, kv: KVConfig) -> bool:
+    """Whether values are stored in groups, of a basis: quest may read of them, too."""
+    return method in ("value_groups", "select") or (method, kv.kv) == ("quest", "value_groups")
+
+
 def prefills_exactly(method: str, kv: KVConfig, task: Task) -> bool:
     """Whether the task's prompt is read whole while it is processed."""
-    if method not in ("value_groups", "select"):
+    if method not in ("value_groups", "select", *RIVALS):
         return True
     return kv.prefill == "exact" and task.query is not None
 
 
 def basis_of(method: str, kv: KVConfig) -> str:
     """The basis of the stored values, with a + where it was trained."""
-    if method not in ("value_groups", "select"):
+    if not cuts_values(method, kv):
         return "native"
     return f"{kv.value_basis}+" if kv.learn_basis else kv.value_basis
 
@@ -175,19 +189,28 @@ def relevance_of(model: Transformer, method: str, kv: KVConfig) -> str:
 def stored_bits(model: Transformer, method: str, kv: KVConfig) -> tuple[int, int]:
     """Bits of a stored number of keys and of values."""
     stored = model.selector.stored if method == "select" else kv
-    if method in ("value_groups", "select") or shared_heads.shares(model):
+    if method in ("value_groups", "select", "kivi") or shared_heads.shares(model):
         return stored.key_bits, stored.value_bits
     return 16, 16
 
 
 def setting_of(
-    model: Transformer, method: str, kv: KVConfig, shares: dict[str, float], exact: bool
+    model: Transformer,
+    method: str,
+    kv: KVConfig,
+    shares: dict[str, float],
+    exact: bool,
+    n_tokens: int,
 ) -> str:
     """A row's setting in a few words: basis and groups, bits, layers and prefill where they are not
-    the usual ones."""
-    grouped = method in ("value_groups", "select")
+    the usual ones; what shares a budget; of n_tokens held the share that is read."""
+    grouped = cuts_values(method, kv)
     words = []
-    if method == "value_groups":
+    if method == "quest":
+        words.append(f"head reads {quest.reads(model, n_tokens):.1%}")
+    elif method == "kivi":
+        words.append("groups of {0.group}, {0.residual} whole".format(kivi.format_of(model)))
+    if method != "select" and grouped:
         kept = round(shares["value_keep"] * kv.n_groups)
         words += [basis_of(method, kv), f"S={kv.n_groups}", f"K={kept}"]
     elif method == "select":

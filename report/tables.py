@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from measure_config import RIVALS
+
 # Numbers of rows that have a mean over texts.
 MEANT = (
     "value",
@@ -206,7 +208,7 @@ def storage_cells(r: dict) -> list[str]:
 def value_cells(same: list[dict]) -> list[str]:
     """The value of a row over its seeds, and what it is above that with whole values."""
     value = with_spread([r["value"] for r in same])
-    if same[0]["n_groups"] == 1:
+    if same[0]["n_groups"] == 1 and same[0]["method"] not in RIVALS:
         return [value, ""]
     return [value, f"{mean(r['value'] - r['dense_value'] for r in same):+.4f}"]
 

@@ -318,6 +318,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "distractors": [-1, 32],
     "chains": [0, 101],
     "hops": [0, 101],
+    "quest_whole": [-1],
     "shots": [-1, 101],
     "grad_clip": [-1],
     "eval_interval": [-1],

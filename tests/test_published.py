@@ -10,16 +10,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, error_line, read_in_pieces, tiny_model, tokens
+from helpers import TINY, error_line, randomise, read_in_pieces, tiny_model, tokens
 from test_relevance import CFG, CLOSE, HKV, PAD, D, H, L, attention, on_real, prompt_of, widest
 
+import eval as evaluation
 import selector
 from baselines import kivi, quest
 from baselines import tokens as room
 from config import PUBLISHED, KVConfig, Published, SelectConfig
+from loaders.runs import load_run
 from measure_config import EvalConfig
 from model import rope_table
-from report.plan import as_published, ways_to_choose
+from report.plan import Asked, as_published, ways_to_choose
+from report.rivals import rivals_of
+from report.tables import result_table
+from runs import pretrain
 from selection.relevance import Prompt
 from storage.cache import KVCache
 
@@ -551,3 +556,91 @@ def test_kivi_refuses_what_does_not_fit():
     assert "4 or 2" in error_line(kivi_model, 3)
     assert "head_dim=16" in error_line(kivi_model, group=32, residual=32)
     assert "residual of 12" in error_line(kivi_model, residual=12)
+
+
+# -------------------- rows of eval.py
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, text):
+    """A base of three layers with heads of 32 channels and a context of 192 tokens."""
+    folder = tmp_path_factory.mktemp("wide")
+    flags = ["--n_layer=3", "--head_dim=32", "--block_size=192", "--pretrain_steps=2"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return pretrain(folder / "run", text, "--pretrain_batch_size=2", *flags)
+
+
+def measured(base, text: str, given=(), kv: dict | None = None, **cfg) -> list[dict]:
+    """eval.py's rows of a base with weights that are large enough to tell settings apart, a context
+    of 152 tokens and 8 behind it."""
+    small = dict(dataset=text, sequences=3, calibration=2, device="cpu", query=5, continuation=8)
+    cfg = EvalConfig(**{**small, "block_size": 160, "tasks": "continuation", **cfg})
+    asked = Asked(eval=cfg, kv=KVConfig(**(kv or {})), given=frozenset(given))
+    run = load_run(base)
+    torch.manual_seed(0)
+    randomise(run.model, 0.2)
+    return evaluation.evaluate(run, asked)[0]
+
+
+def test_rows_of_rivals_say_what_they_hold_and_read(wide, text, own_cache):
+    """Quest holds all keys and values and two bounds for every 16 tokens of the layers that pick,
+    and reads what its budget says; with value groups it holds those. KIVI holds codes. Each is
+    compared with the base's own value, has its allocation and share in the table, and leaves the
+    model as it was."""
+    rows = measured(
+        wide, text, methods="dense,quest,kivi", token_budgets="0.5,0.22", budgets="1,0.5"
+    )
+    assert [r["method"] for r in rows] == ["dense", *["quest"] * 4, "kivi", "kivi"]
+    dense = rows[0]
+    alone = measured(wide, text, methods="kivi,quest", token_budgets="0.22", kv_bits="2")
+    for r in rows[1:]:
+        assert r["dense_value"] == dense["value"] == alone[0]["dense_value"]
+        assert r["kl"] > 0 and r["value"] != dense["value"]
+    for name in ("value", "kl", "cache_bytes", "setting"):
+        assert alone[0][name] == rows[3][name] and alone[1][name] == rows[6][name]
+    token = 2 * 2 * 32 * 2  # of one layer in 16 bits: keys and values of two heads
+    bounds = 10 * token  # two for each of 10 pages
+    count = 3 * 3 * 8
+    for r, pages in zip(rows[1:5], (4, 4, 2, 2), strict=True):
+        assert r["allocation"] == "head"
+        assert r["reads"] == (2 * 152 + 8 + 16 * (pages - 1)) / (3 * 152)
+        assert f"head reads {r['reads']:.1%}" in r["setting"]
+    whole = [r for r in rows[1:5] if r["value_keep"] == 1]
+    groups = [r for r in rows[1:5] if r["value_keep"] == 0.5]
+    assert len(whole) == len(groups) == 2
+    for r in whole:
+        assert r["of_dense"] == (3 * (3 * 152 * token) + 3 * bounds + count) / (9 * 152 * token)
+        assert r["n_groups"] == 1
+    for r in groups:
+        assert r["of_dense"] < 0.85 and r["n_groups"] == 4 and "output S=4 K=2" in r["setting"]
+    assert [(r["key_bits"], r["value_bits"]) for r in rows[5:]] == [(4, 4), (2, 2)]
+    assert "groups of 32, 128 whole K2 V2" in rows[6]["setting"]
+    table = result_table(rows)
+    assert all(r["setting"] in table for r in rows[1:])
+    assert f"{rows[6]['value'] - dense['value']:+.4f}" in table.splitlines()[-1]
+
+
+def test_perplexity_of_rivals_is_that_of_decoding(wide, text, own_cache):
+    """Perplexity rows read every token as decoding would: exp of the mean loss of the uncached
+    forward, with value groups of the newest tokens whole as the setting says."""
+    asked = dict(tasks="perplexity", methods="quest,kivi", token_budgets="0.1", kv_bits="4")
+    rows = measured(wide, text, budgets="0.5", kv=dict(kv_tail=2), **asked)
+    assert [r["method"] for r in rows] == ["quest", "kivi"]
+    assert all(r["value"] != r["dense_value"] and r["prefill"] == "routed" for r in rows)
+
+
+def test_flags_that_rivals_cannot_be_asked(wide, text, own_cache):
+    """Quest without a share to read, bits that KIVI has not, more layers than there are, and a run
+    that stores in its own way, each with one line."""
+    for flags, why in (
+        (dict(methods="quest"), "give --token_budgets"),
+        (dict(methods="kivi", kv_bits="4,8"), "kv_bits=8 with methods=kivi"),
+        (dict(methods="quest", token_budgets="0.5", quest_whole=3), "at most 2"),
+    ):
+        assert why in error_line(measured, wide, text, **flags)
+    line = error_line(measured, wide, text, {"token_budgets"}, methods="kivi", token_budgets="0.5")
+    assert "only kv=select chooses" in line
+    run = replace(load_run(wide), kv=KVConfig(kv="value_groups"))
+    asked = Asked(eval=EvalConfig(methods="kivi"))
+    assert "give its base" in error_line(rivals_of, run, asked, ["kivi"])

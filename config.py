@@ -513,9 +513,9 @@ class SelectConfig:
         128, "training a predictor: last tokens of a window, whose attention is the target", least=1
     )
     recall: float = opt(
-        0.5,
-        "training a predictor: share of windows whose second half repeats passages of the first, "
-        "in any order; their attention is the target there",
+        0.75,
+        "training a predictor: share of windows that repeat their own passages, shuffled, or whose "
+        "query region asks for one, instead of going on",
         least=0,
         most=1,
     )

@@ -3,16 +3,19 @@ what was worth keeping.
 
 A window is cut into a prompt and its readers. One uncached pass over all of it says how much
 attention the readers pay to the prompt's context: that is the target. The predictors see the
-prompt alone. There are two kinds of windows:
+prompt alone. There are three kinds of windows:
 
     continuation   the text goes on: its last cfg.readers tokens read what came before
     recall         the first half is the prompt, and the readers repeat its context, cut into
                    passages of PASSAGE tokens, in an order that nobody could guess
+    question       the query region is the beginning of some passage of the context, and the
+                   readers are the PASSAGE tokens that follow it there
 
 What goes on from a text looks at little of it; what is asked of it later may be anything. Who
 learns from repetition (KVzip, arXiv 2505.23416, repeats the whole context in order) keeps what
-cannot be guessed: names, numbers. cfg.recall is the share of recall windows; which they are, and
-the order of their passages, depends on a window's own tokens alone. Letters: selector.py."""
+cannot be guessed: names, numbers. Who learns from questions looks where the query region points.
+cfg.recall is the share of the last two kinds, two of recall for one of question; a window's kind
+and its passages depend on its own tokens alone. Letters: selector.py."""
 
 from __future__ import annotations
 
@@ -47,9 +50,12 @@ def training_example(
     return s.look(model, idx, n_context, n_prompt)
 
 
-def is_recall(window: Tensor, share: float) -> bool:
-    """Say whether a window (T,) is one of the `share` in [0, 1] whose readers repeat it."""
-    return random.Random(f"recall {window.tolist()}").random() < share
+def window_kind(window: Tensor, recall: float) -> str:
+    """Return the kind of a window (T,): `recall` in [0, 1] of them are no continuation."""
+    drawn = random.Random(f"kind {window.tolist()}").random()
+    if drawn >= recall:
+        return "continuation"
+    return "question" if drawn < recall / 3 else "recall"
 
 
 def recall_window(window: Tensor, region: int) -> Tensor:
@@ -70,6 +76,36 @@ def recall_window(window: Tensor, region: int) -> Tensor:
     return torch.cat((prompt, repeated.repeat(times)[:n_readers]))
 
 
+def question_window(window: Tensor, region: int) -> Tensor:
+    """Return a window (T,) whose last region + PASSAGE tokens are replaced by as many that lie
+    somewhere before them."""
+    n_asked = region + PASSAGE
+    last = len(window) - 2 * n_asked
+    check(
+        last >= 0,
+        f"{len(window)} tokens with kv_tail={region}",
+        f"a question needs {2 * n_asked}",
+        "give a larger --block_size, or --recall=0",
+    )
+    start = random.Random(f"question {window.tolist()}").randint(0, last)
+    return torch.cat((window[:-n_asked], window[start : start + n_asked]))
+
+
+def training_windows(idx: Tensor, recall: float, region: int, readers: int) -> list:
+    """Return the windows that are made of idx (B, T), as pairs of (windows of one kind (b, T),
+    their number of readers)."""
+    n_readers = {"continuation": readers, "recall": cdiv(idx.size(1), 2), "question": PASSAGE}
+    made: dict[str, list[Tensor]] = {kind: [] for kind in n_readers}
+    for window in idx:
+        kind = window_kind(window, recall)
+        if kind == "recall":
+            window = recall_window(window, region)
+        elif kind == "question":
+            window = question_window(window, region)
+        made[kind].append(window)
+    return [(torch.stack(windows), n_readers[kind]) for kind, windows in made.items() if windows]
+
+
 def targets(selector: Selector, prompt: Prompt, alpha: Tensor) -> dict[str, Tensor]:
     """Return what each predictor is trained towards: (Lm, B, Hm, C, S or 1), but for
     predictor_query alpha (L, B, Hkv, C) itself."""
@@ -83,34 +119,17 @@ def targets(selector: Selector, prompt: Prompt, alpha: Tensor) -> dict[str, Tens
 
 def predictor_loss(model: Transformer, idx: Tensor) -> Tensor:
     """Return the sum of the predictors' losses on windows idx (B, T), a mean over windows, of which
-    about cfg.recall are made recall windows."""
+    about cfg.recall are made to repeat themselves."""
     s = selector_of(model)
-    going_on = []
-    repeating = []
-    for window in idx:
-        if is_recall(window, s.cfg.recall):
-            repeating.append(recall_window(window, s.kv.kv_tail))
-        else:
-            going_on.append(window)
     total = 0.0
-    if going_on:
-        total = total + _loss_sum(model, torch.stack(going_on), s.cfg.readers)
-    if repeating:
-        total = total + _loss_sum(model, torch.stack(repeating), cdiv(idx.size(1), 2))
+    for windows, readers in training_windows(idx, s.cfg.recall, s.kv.kv_tail, s.cfg.readers):
+        prompt, alpha = training_example(model, windows, readers)
+        with torch.autocast(idx.device.type, enabled=False):
+            target = targets(s, prompt, alpha)
+            for name, predictor in s.predictors.items():
+                how = s.cfg if name == "predictor_query" else s.cfg.predictor_loss
+                total = total + predictor.loss(prompt, target[name], how) * len(windows)
     return total / len(idx)
-
-
-def _loss_sum(model: Transformer, idx: Tensor, readers: int) -> Tensor:
-    """Return the predictors' losses on windows idx (B, T) of one kind, summed over windows."""
-    s = selector_of(model)
-    prompt, alpha = training_example(model, idx, readers)
-    losses = []
-    with torch.autocast(idx.device.type, enabled=False):
-        target = targets(s, prompt, alpha)
-        for name, predictor in s.predictors.items():
-            how = s.cfg if name == "predictor_query" else s.cfg.predictor_loss
-            losses.append(predictor.loss(prompt, target[name], how))
-        return torch.stack(losses).sum() * len(idx)
 
 
 @torch.no_grad()

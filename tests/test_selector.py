@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
@@ -26,11 +27,13 @@ from selection.relevance import Prompt
 from selection.training import (
     PASSAGE,
     fit_statistics,
-    is_recall,
     predictor_loss,
+    question_window,
     recall_window,
     targets,
     training_example,
+    training_windows,
+    window_kind,
 )
 from storage.cache import KVCache
 from storage.ragged import BASES, SHARED
@@ -1037,35 +1040,59 @@ def test_recall_windows_refuse_a_half_that_is_all_query_region():
     )
 
 
-def test_recall_windows_are_a_share_by_their_own_tokens():
-    """About cfg.recall of many windows, always the same ones; all of them at 1, none at 0."""
-    windows = tokens(400, 12, seed=3)
-    chosen = [is_recall(w, 0.3) for w in windows]
-    assert 80 < sum(chosen) < 160
-    assert chosen == [is_recall(w, 0.3) for w in windows]
-    assert all(is_recall(w, 1.0) for w in windows) and not any(is_recall(w, 0.0) for w in windows)
+@pytest.mark.parametrize("n_tokens, region", [(200, 16), (203, 5), (82, 9), (64, 0)])
+def test_question_windows_end_with_a_part_of_what_stands_before(n_tokens, region):
+    """The last region + PASSAGE tokens are neighbours that all lie in what comes before them, which
+    stays as it was; the same ones on every call. A window too short for that is refused."""
+    window = torch.randperm(n_tokens)
+    made = question_window(window, region).tolist()
+    n_asked = region + PASSAGE
+    before = window[:-n_asked].tolist()
+    assert made[:-n_asked] == before
+    places = range(len(before) - n_asked + 1)
+    assert made[-n_asked:] in [before[i : i + n_asked] for i in places]
+    assert made == question_window(window, region).tolist()
+    short = window[: 2 * n_asked - 1]
+    assert "give a larger --block_size, or --recall=0" in error_line(question_window, short, region)
 
 
-def test_predictor_loss_is_the_mean_over_windows_of_both_kinds():
+def test_window_kinds_are_shares_by_their_own_tokens():
+    """Of many windows about cfg.recall are no continuation, a third of these are questions, and
+    always the same ones; none at 0, no continuation at 1."""
+    windows = tokens(600, 12, seed=3)
+    kinds = [window_kind(w, 0.6) for w in windows]
+    assert 190 < kinds.count("continuation") < 290
+    assert 80 < kinds.count("question") < 160
+    assert kinds == [window_kind(w, 0.6) for w in windows]
+    assert {window_kind(w, 0.0) for w in windows} == {"continuation"}
+    assert {window_kind(w, 1.0) for w in windows} == {"question", "recall"}
+
+
+def test_predictor_loss_is_the_mean_over_windows_of_all_kinds():
     """Each window counts alike, whichever kind it is of and however a batch is cut: the loss of a
-    batch is the mean of those of its windows, made one by one."""
-    m = selecting("head", cfg=config(recall=0.5), fold=False)
-    idx = tokens(6, 71, seed=4)
-    recall = [is_recall(w, 0.5) for w in idx]
-    assert 0 < sum(recall) < 6
+    batch is the mean of those of its windows, made one by one, in which the right tokens read."""
+    m = selecting("head", cfg=config(recall=0.75), fold=False)
+    idx = tokens(9, 91, seed=5)
+    seen = Counter()
     want = []
-    for window, asked in zip(idx, recall, strict=True):
-        made = recall_window(window, W) if asked else window
-        prompt, alpha = training_example(m, made[None], 36 if asked else 20)
-        if asked:
-            assert prompt.T == 35 and prompt.n_context == 35 - W
+    for window in idx:
+        kind = window_kind(window, 0.75)
+        seen[kind] += 1
+        if kind == "recall":
+            window = recall_window(window, W)
+        elif kind == "question":
+            window = question_window(window, W)
+        n_prompt = {"recall": 45, "question": 91 - PASSAGE, "continuation": 71}[kind]
+        prompt, alpha = training_example(m, window[None], 91 - n_prompt)
+        assert n_prompt == prompt.T and prompt.n_context == n_prompt - W
         wanted = targets(m.selector, prompt, alpha)
-        kinds = ((n, m.selector.cfg if n == "predictor_query" else "mse") for n in wanted)
-        want.append(
-            sum(m.selector.predictors[n].loss(prompt, wanted[n], kind) for n, kind in kinds)
-        )
-    torch.testing.assert_close(predictor_loss(m, idx), sum(want) / 6)
-    torch.testing.assert_close(
-        predictor_loss(m, idx),
-        (predictor_loss(m, idx[:2]) * 2 + predictor_loss(m, idx[2:]) * 4) / 6,
-    )
+        parts = []
+        for name, p in m.selector.predictors.items():
+            how = m.selector.cfg if name == "predictor_query" else "mse"
+            parts.append(p.loss(prompt, wanted[name], how))
+        want.append(sum(parts))
+    assert len(seen) == 3, seen
+    torch.testing.assert_close(predictor_loss(m, idx), sum(want) / 9)
+    halves = predictor_loss(m, idx[:2]) * 2 + predictor_loss(m, idx[2:]) * 7
+    torch.testing.assert_close(predictor_loss(m, idx), halves / 9)
+    assert sum(len(w) for w, _ in training_windows(idx, 0.75, W, 20)) == 9

@@ -15,6 +15,7 @@ TASKS = (
     "continuation",
     "needle",
     "needle_reuse",
+    "copy",
     "variable_tracking",
     "multiple_choice",
     "mixsga",
@@ -22,6 +23,8 @@ TASKS = (
 SPLITS = ("val", "train", "test", "all")
 RIVALS = ("quest", "kivi")  # as published, each with a path of its own
 METHODS = ("dense", "value_groups", "select", *RIVALS)
+QUESTIONS = ("seen", "unseen")
+ANSWERS = ("digit", "number", "name")
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,22 @@ class EvalConfig:
         least=0,
         most=31,
     )
+    question: str = opt(
+        "seen",
+        "needle, copy: whether the context is compressed with the question behind it (seen), or "
+        "before it is known (unseen)",
+        QUESTIONS,
+    )
+    needles: int = opt(
+        1,
+        "needle: named facts that are asked for, each in its own turn; with --distractors at most "
+        "32 (of digits 9) in a text",
+        least=1,
+        most=32,
+    )
+    answer: str = opt(
+        "digit", "needle: what is asked for: digit, number (of five digits) or name", ANSWERS
+    )
     chains: int = opt(1, "variable_tracking: chains of assignments in the text", least=1, most=100)
     hops: int = opt(
         4, "variable_tracking: assignments of a chain after its first", least=1, most=100
@@ -189,6 +208,10 @@ class EvalConfig:
                 check_corpora(getattr(self, name), name)
         self.check_tasks()
 
+    def asks_facts(self) -> bool:
+        """Whether the needle is more than one digit that is asked for behind the text."""
+        return (self.question, self.needles, self.answer) != ("seen", 1, "digit")
+
     def check_tasks(self) -> None:
         """Raise ValueError where a task lacks what it needs, or does not go with another."""
         tasks = comma_list(self.tasks)
@@ -197,6 +220,25 @@ class EvalConfig:
             "needle_reuse without distractors",
             "a second question needs an answer",
             "give --distractors=3",
+        )
+        check(
+            "needle" in tasks or (self.needles == 1 and self.answer == "digit"),
+            f"needles={self.needles}, answer={self.answer} with tasks={self.tasks}",
+            "they are the needle's",
+            "give --tasks=needle, or leave them out",
+        )
+        check(
+            self.question == "seen" or bool({"needle", "copy"} & {*tasks}),
+            f"question={self.question} with tasks={self.tasks}",
+            "it is asked by needle and copy",
+            "give one of them, or leave it out",
+        )
+        most = 9 if self.answer == "digit" else 32
+        check(
+            not self.asks_facts() or self.needles + self.distractors <= most,
+            f"needles={self.needles} and distractors={self.distractors} with answer={self.answer}",
+            f"at most {most} together have names and values of their own",
+            "give fewer, or --answer=number",
         )
         check(
             bool(self.questions) or "multiple_choice" not in tasks,

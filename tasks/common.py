@@ -73,7 +73,7 @@ class ThroughCache:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of token ids, of any lengths, with one answer each; the value is the mean score.
+    """Prompts of token ids, of any lengths, with an answer each; the value is the mean score.
 
     The paths' window must be `query`. A task is a subclass with
     scores(model, prompts, answers) -> list[float]: those of a batch, each in [0, 1]."""
@@ -100,7 +100,7 @@ class Prompts:
         device = model.norm.weight.device
         scores = []
         with evaluating(model), autocast(device, dtype):
-            for i in range(0, self.n, batch_size):
+            for i in range(0, len(self.prompts), batch_size):
                 batch = slice(i, i + batch_size)
                 scores += self.scores(model, self.prompts[batch], self.answers[batch])
         return mean(scores)

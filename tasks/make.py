@@ -10,9 +10,10 @@ from settings.fields import check, comma_list
 from tasks.choices import multiple_choice
 from tasks.common import Task
 from tasks.prompts import needle, variable_tracking
+from tasks.recall import copying, needles
 from tasks.text import Continuation, Perplexity, Text
 
-READING = ("perplexity", "continuation")  # the tasks that need a corpus
+READING = ("perplexity", "continuation", "copy")  # the tasks that need a corpus
 
 
 def make_tasks(cfg: EvalConfig, tokenizer, T: int, texts: Sequence[Text]) -> list[Task]:
@@ -27,6 +28,11 @@ def make_tasks(cfg: EvalConfig, tokenizer, T: int, texts: Sequence[Text]) -> lis
                 tasks.append(Perplexity(x, y, text.about))
         elif name == "continuation":
             tasks += [continuation(cfg, T, text) for text in texts]
+        elif name == "copy":
+            for text in texts:
+                tasks.append(copying(*common, text, cfg.question))
+        elif name == "needle" and cfg.asks_facts():
+            tasks.append(needles(*common, cfg.distractors, cfg.question, cfg.needles, cfg.answer))
         elif name in ("needle", "needle_reuse"):
             tasks.append(needle(*common, cfg.distractors, name == "needle_reuse"))
         elif name == "variable_tracking":

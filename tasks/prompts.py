@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loaders.device import autocast
-from loaders.tokenizer import encoded
+from loaders.tokenizer import encode_after, encoded
 from model import Transformer, evaluating
 from settings.fields import check
 from tasks.common import Generated, shortest_ends
@@ -178,7 +178,7 @@ def haystack(
             filler or room >= LEAST_FILLER * max(cost.values()),
             f"{budget} tokens for a prompt",
             f"{len(ids)} for facts and question, and {LEAST_FILLER} sentences of filler, must fit",
-            "give a larger --block_size, or fewer --distractors, --chains or --hops",
+            "give a larger --block_size, or fewer --needles, --distractors, --chains or --hops",
         )
         if room < 0:
             # Sentences may cost more together than alone.
@@ -222,7 +222,7 @@ def needle(
         numbers, facts, questions = draw_numbers(rng, distractors)
         second = []
         if reuse:
-            second = tokenizer.encode(f" {numbers[0]}.{questions[1]}")
+            second = encode_after(tokenizer, questions[0], f" {numbers[0]}.{questions[1]}")
         depths = sorted(rng.random() for _ in facts)
         budget = length - NEEDLE_ROOM - len(second)
         first = haystack(tokenizer, rng, "", facts, depths, questions[0], budget)

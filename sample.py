@@ -22,7 +22,7 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
 from generate import generate
 from loaders.device import autocast, check_weights, pick_device
 from loaders.runs import load_run
-from loaders.tokenizer import encoded
+from loaders.tokenizer import decode_after, encoded
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         )
     seconds = time.time() - start
     for r in rows:
-        print(cfg.prompt + run.tokenizer.decode(r))
+        print(cfg.prompt + decode_after(run.tokenizer, prompt, r))
         print("-" * 20)
     share = run.model.share_of_dense(cache.length * len(rows), cache)
     print(

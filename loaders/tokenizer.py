@@ -53,6 +53,16 @@ def encoded(tokenizer, text: str) -> list[int]:
     return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
 
 
+def encode_after(tokenizer, before: str, text: str) -> list[int]:
+    """Return the ids that text adds to those of before. A text encoded apart would begin, with
+    SentencePiece, with a blank that is not there.
+
+    Where a token goes across from one to the other, the ids of text alone."""
+    head = tokenizer.encode(before)
+    whole = tokenizer.encode(before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else tokenizer.encode(text)
+
+
 def known_ids(ids, vocab_size: int, eot: int) -> list[int]:
     """Return the ids, any iterable of integers, that have a text: below vocab_size and not eot.
     ValueError for a negative one."""

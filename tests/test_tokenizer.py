@@ -445,6 +445,18 @@ def test_sentencepiece_pieces_join_as_the_whole(library, trained):
     assert made.decode(made.encode("a the")[1:]) != " the"  # decoded apart, the blank is lost
 
 
+def test_encode_after_joins_as_the_whole(library, trained):
+    """The ids of two texts, the second encoded after the first, are those of the whole; encoded
+    apart SentencePiece adds a blank. Where a token goes across, the second alone is encoded."""
+    made = from_definition(trained["sentencepiece"], "x")
+    for before, text in (("the naïve", " 5. The"), ("", "a"), ("hello", ""), ("字", "🙂 a")):
+        ids = made.encode(before) + T.encode_after(made, before, text)
+        assert ids == made.encode(before + text) and made.decode(ids) == before + text
+    assert made.decode(made.encode("the") + made.encode(" 5")) == "the  5"
+    bpe = T.TiktokenTokenizer(tiny_encoding())
+    assert T.encode_after(bpe, "hel", "lo") == bpe.encode("lo")
+
+
 def test_sentencepiece_definition_of_llama2(library):
     """Llama 2's kind: bos and eot are read, text is whole in spite of a truncation, the spelling of
     </s> is text."""

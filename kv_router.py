@@ -68,7 +68,7 @@ from storage.layout import (
     top_k_mask,
 )
 from storage.packed import PackedCache, ValueBasis, packed_count
-from storage.state import copy_tensors
+from storage.state import check_fit
 
 # queries at a time where attention weights are formed in full
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}
@@ -363,7 +363,8 @@ class ValueGroupPath(nn.Module):
         n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
         visible = attention_mask(T, T, pad, q.device)
         window = (self.cfg.kv_tail, self.cfg.tail_leaves)
-        in_window = window_mask(T, n_pad, torch.zeros_like(n_pad), *window)
+        seen = torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
+        in_window = window_mask(seen, *window)
         reach = sum(window) - 1  # tokens that a window may hold
         lost = v - routed
         out = []
@@ -426,7 +427,7 @@ class ValueGroupPath(nn.Module):
         shape = (batch, max_len, self.Hkv, self.D)
         maps = self.maps()
         if self.cfg.learn_basis:  # training writes into them
-            maps = ValueBasis(*(None if t is None else t.detach().clone() for t in maps))
+            maps = maps.copied()
         return PackedCache(*shape, self.cfg, self.k, like, maps, codec)
 
     def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:
@@ -501,8 +502,7 @@ class ValueGroupPath(nn.Module):
         seen = n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
         boundary = packed_count(seen, cache.window, cache.block).maximum(cache.n_packed[:, None])
         whole = number >= boundary[:, None, :, None]  # (B, 1, T, N)
-        own_window = window_mask(T, n_pad, n_old, cache.window, cache.block)
-        whole = torch.cat((whole, own_window), -1)
+        whole = torch.cat((whole, window_mask(seen, cache.window, cache.block)), -1)
         whole = whole.repeat(1, 1, H // self.Hkv, 1)
         # packed rows are coordinates already, the window's values are not
         packed = (number < cache.n_packed[:, None])[:, None, :, None]
@@ -519,12 +519,11 @@ class ValueGroupPath(nn.Module):
         return (cache.basis.decode((p * ~whole) @ routed) + (p * whole) @ v).view(q.shape)
 
 
-def window_mask(T: int, n_pad: Tensor, n_old: Tensor, window: int, block: int) -> Tensor:
+def window_mask(seen: Tensor, window: int, block: int) -> Tensor:
     """Mark where query i of T new tokens reads new token j whole, because it is in the window then:
-    (B, 1, T, T) bool. n_old (B,): tokens before these T; window, block: see packed_count."""
-    number = n_old[:, None] + torch.arange(T, device=n_pad.device) - n_pad[:, None]  # (B, T)
-    packed = packed_count(number + 1, window, block)
-    return (number[:, None, :] >= packed[:, :, None])[:, None]
+    (B, 1, T, T) bool. seen (B, T): tokens up to each new one; window, block: see packed_count."""
+    packed = packed_count(seen, window, block)
+    return (seen[:, None, :] > packed[:, :, None])[:, None]
 
 
 def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
@@ -683,30 +682,14 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Put `saved` into paths fresh from attach(model, cfg, None). ValueError lists what does not
-    fit."""
-    trained, given = (
-        {k: t for k, t in d.items() if ".basis_" not in k} for d in (state(model), saved)
-    )
-    copy_tensors(trained, given, "value-group state")
-    extra = sorted(k for k in saved if ".basis_" in k and k.rsplit(".", 1)[0] not in paths(model))
-    check(
-        not extra,
-        "value-group state",
-        f"unexpected: {', '.join(extra)}",
-        "load it with the kv_layers it was trained with",
-    )
+    """Put `saved` into paths fresh from attach(model, cfg, None), all or nothing. ValueError lists
+    what does not fit."""
+    check_fit(state(model), saved, "value-group state (with the kv_layers it was trained with)")
     for name, path in paths(model).items():
-        fwd = saved.get(f"{name}.basis_fwd")
-        bwd = saved.get(f"{name}.basis_bwd")
-        fits = fwd is not None and bwd is not None and fwd.shape == bwd.shape == path.enc.shape
-        check(
-            fits,
-            f"value-group state without a fitting basis for {name}",
-            f"two tensors of shape {tuple(path.enc.shape)}",
-            "load the file it was trained with",
-        )
-        path.set_basis(fwd, bwd)
+        path.set_basis(saved[f"{name}.basis_fwd"], saved[f"{name}.basis_bwd"])
+        for leaf, p in path.named_parameters():
+            if leaf not in ("enc", "dec"):
+                p.copy_(saved[f"{name}.{leaf}"])
         change_coordinates(path, "load_state")
 
 

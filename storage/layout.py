@@ -94,7 +94,8 @@ def bits_to_mask(bits: Tensor, n_groups: int) -> Tensor:
 def tile_size(n_groups: int, levelled: bool = False) -> int:
     """Return the tokens per stored row offset: at most 64, and so few that the rows before a token
     of its tile are fewer than 256. levelled: a group of the highest level has four rows."""
-    return min(64, 256 // (4 * n_groups if levelled else n_groups))
+    rows = 4 * n_groups if levelled else n_groups  # of a token, at most
+    return min(64, 256 // rows)
 
 
 # -------------------- segments in a flat tensor

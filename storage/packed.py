@@ -58,6 +58,10 @@ class ValueBasis(NamedTuple):
         maps = {"maps into the basis": self.enc, "maps out of the basis": self.dec}
         return {name: t for name, t in maps.items() if t is not None}
 
+    def copied(self) -> ValueBasis:
+        """Return the same maps, apart from what trains them."""
+        return ValueBasis(*(None if t is None else t.detach().clone() for t in self))
+
     def encode(self, v: Tensor) -> Tensor:
         """Map values (B, Hkv, T, D) to coordinates."""
         return v if self.enc is None else v @ self.enc.to(v.dtype)

@@ -21,11 +21,10 @@ def listed(faults: dict[str, list[str]]) -> str:
     return "; ".join(f"{kind}: {few(names)}" for kind, names in faults.items() if names)
 
 
-@torch.no_grad()
-def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
-    """Copy `saved` into the tensors `own`, all or nothing: every name and shape must match and
-    every number be finite. Raises ValueError, one line, that lists the names at fault; `what` says
-    whose tensors these are."""
+def check_fit(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
+    """Raise ValueError, one line that lists the names at fault, unless `saved` has every tensor of
+    `own`, no other, all of the same shapes, and every number is finite. `what` says whose tensors
+    these are."""
     shared = [k for k in saved if k in own]
     faults = {
         "missing": [k for k in own if k not in saved],
@@ -44,5 +43,11 @@ def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) ->
         text,
         "use the checkpoint's own config, or another checkpoint",
     )
+
+
+@torch.no_grad()
+def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) -> None:
+    """Copy `saved` into the tensors `own`, all or nothing: see check_fit."""
+    check_fit(own, saved, what)
     for k, t in own.items():
         t.copy_(saved[k])

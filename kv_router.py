@@ -360,10 +360,11 @@ class ValueGroupPath(nn.Module):
         In blocks of queries: a block needs no later key, and window tokens only among its
         nearest."""
         B, H, T, D = q.shape
-        n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
         visible = attention_mask(T, T, pad, q.device)
         window = (self.cfg.kv_tail, self.cfg.tail_leaves)
-        seen = torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
+        seen = torch.arange(1, T + 1, device=q.device)[None]  # (1 or B, T)
+        if pad is not None:
+            seen = seen - pad[:, None]
         in_window = window_mask(seen, *window)
         reach = sum(window) - 1  # tokens that a window may hold
         lost = v - routed
@@ -478,9 +479,8 @@ class ValueGroupPath(nn.Module):
     def _read_piece(self, q: Tensor, new: NewTokens, cache: PackedCache) -> Tensor:
         """Let a piece of a prompt read itself whole, and what came before as it is stored."""
         view = cache.view()
-        longest = int(
-            cache.n_packed.max()
-        )  # fewer pieces, each of which holds a part of the result
+        # fewer pieces than for all slots: each holds a part of the result
+        longest = int(cache.n_packed.max())
         held = cache.batch * self.Hkv * longest
         packed = view.packed[0]._replace(longest=longest, held=held)
         window = cache.beside(new.k, new.v, new.n_pad)

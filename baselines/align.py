@@ -83,8 +83,8 @@ class Moments:
         self.vv = 0.0
         self.kk = 0.0
 
-    def add(self, k: Tensor, v: Tensor) -> None:
-        """Take keys and values (B, Hkv, T, D)."""
+    def add(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Take what a path gets: of it keys and values, (B, Hkv, T, D) each."""
         v = v.double().transpose(1, 2).flatten(0, 1)
         z = _planes(k.double()).transpose(1, 2).flatten(0, 1)
         self.vv = self.vv + torch.einsum("nhd,nge->hgde", v, v)
@@ -95,11 +95,8 @@ def observe_moments(model: nn.Module, attns: list[Attention], batches: list) -> 
     """Return the moments of every layer when everything is kept whole."""
     moments = [Moments() for _ in attns]
     dense = [DensePath(attn.n_kv_head, attn.head_dim) for attn in attns]
-
-    def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        moments[i].add(k, v)
-
-    with evaluating(model), in_place_of_paths(attns, dense), record_layers(attns, see):
+    recording = record_layers(attns, lambda i, *seen: moments[i].add(*seen))
+    with evaluating(model), in_place_of_paths(attns, dense), recording:
         for idx, _ in batches:
             model(idx, last_only=True)
     return moments
@@ -152,8 +149,8 @@ def turns(vv: Tensor, kk: Tensor, groups: list[list[int]]) -> tuple[Tensor, Tens
         """Turn head h to where the others are."""
         left, _, right = torch.linalg.svd(sum(vv[h, g] @ turn[g] for g in others))
         turn[h] = left @ right
-        z = sum(kk[h, g] * angle[g] for g in others)
-        angle[h] = torch.where(z.abs() > 0, z / z.abs().clamp_min(1e-30), 1)
+        unit = sum(kk[h, g] * angle[g] for g in others).sgn()
+        angle[h] = torch.where(unit == 0, 1, unit)
 
     for group in groups:
         if len(group) == 1:
@@ -290,15 +287,17 @@ def calibrate(path: GroupedHeads, x: Tensor, cost: Tensor) -> None:
     w = w / std
     w[-1] -= mean / std
     predicted = ((predicted - mean) / std).sort(descending=True).values
+    N = len(predicted)
     share = Fraction(0)
     borders = []  # what is predicted where the next expert begins
     for ratio in path.ratios[:-1]:
         share += ratio
-        borders.append(predicted[min(int(share * len(predicted)), len(predicted) - 1)])
+        borders.append(predicted[min(int(share * N), N - 1)])
     E = len(path.sizes)
     # of two neighbours the first is larger where the prediction is above the border between them
     for e in range(E):
-        path.router.weight[e] = GAIN * (E - 1 - e) * w[:-1]
-        path.router.bias[e] = GAIN * (E - 1 - e) * w[-1]
+        slope = GAIN * (E - 1 - e)
+        path.router.weight[e] = slope * w[:-1]
+        path.router.bias[e] = slope * w[-1]
         path.offset[e] = -GAIN * sum(borders[e:])
     change_coordinates(path, "calibrate")  # caches hold sums of the old router's scores

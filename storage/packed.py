@@ -342,21 +342,19 @@ class PackedCache(WindowCache):
         return {**self.basis.constants(), **self.codec.constants()}
 
     def segments(self, owner: str) -> tuple[Tensor, Tensor]:
-        if owner == "mask":
-            return self.mask_base, torch.full_like(self.mask_base, self.cap)
-        slots_of = {"token": self.cap, "row": self.cap * self.k, "block": self.cap // self.block}
-        segment = torch.arange(self.batch * self.Hkv, device=self.bits.device)
-        segment = segment.view(self.batch, self.Hkv)
-        return segment * slots_of[owner], torch.full_like(segment, slots_of[owner])
+        sizes = {"row": self.cap * self.k, "block": self.cap // self.block}
+        size = sizes.get(owner, self.cap)  # of a segment's tokens or masks: cap
+        heads = self.mask_heads if owner == "mask" else self.Hkv
+        number = torch.arange(self.batch * heads, device=self.n_packed.device)
+        number = number.view(self.batch, heads)
+        return number * size, torch.full_like(number, size)
 
     def set_bases(self) -> None:
         super().set_bases()
         self.cap = len(self.bits) // max(1, self.batch * self.mask_heads)  # tokens of a segment
-        segment = torch.arange(self.batch * self.Hkv, device=self.n_packed.device)
-        self.token_base = segment.view(self.batch, self.Hkv) * self.cap
-        self.row_base = self.token_base * self.k
-        mask = torch.arange(self.batch * self.mask_heads, device=self.n_packed.device)
-        self.mask_base = mask.view(self.batch, self.mask_heads) * self.cap
+        self.token_base, _ = self.segments("token")
+        self.row_base, _ = self.segments("row")
+        self.mask_base, _ = self.segments("mask")
         self.ints = self.codec.ints(self)
 
     @classmethod

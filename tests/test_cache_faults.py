@@ -422,7 +422,8 @@ def load_own_state(model: Transformer) -> None:
 def align(model: Transformer) -> None:
     for attn in (block.self_attn for block in model.layers):
         moments = Moments()
-        moments.add(*torch.randn(2, 1, attn.n_kv_head, 50, attn.head_dim, dtype=torch.float64))
+        k, v = torch.randn(2, 1, attn.n_kv_head, 50, attn.head_dim, dtype=torch.float64)
+        moments.add(None, None, k, v)
         align_heads(attn, moments.vv, moments.kk, (3,))
 
 

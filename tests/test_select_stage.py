@@ -204,6 +204,7 @@ def test_what_a_run_writes(selected, base, text):
         token_keep=0.6,
         value_keep=0.45,
         readers=READERS,
+        recall=0.0,
         sinks=2,
         past=9,
         ahead=5,
@@ -630,7 +631,7 @@ def test_rows_of_a_joint_grid(base, measure, text):
     assert rows[1]["cache_bytes"] > rows[2]["cache_bytes"] and rows[1]["value"] != rows[4]["value"]
     sizes = {p.name: p.stat().st_size for p in measure.folder.iterdir()}
     assert (
-        set(sizes) == {"results.json", "report.png", "groups.png", "bytes.png"}
+        set(sizes) == {"results.json", "made.json", "report.png", "groups.png", "bytes.png"}
         and min(sizes[n] for n in sizes if n.endswith("png")) > 5000
     )
     for name, i in (("observed", 1), ("random", 4)):

@@ -7,8 +7,9 @@ of a page can have a larger logit than
     sum over coordinates of max(q * least, q * largest)  =  q+ . largest + q- . least,
 
 so a decoding step reads the pages of largest bound, as many as a budget of tokens holds, and always
-the page that is being filled. The first layers read everything, as in the paper. A prompt reads
-itself whole. What it saves is reads, not bytes: the cache holds all keys and values, and bounds.
+the page that is being filled. The first layers read everything, as in the paper. The first prompt
+in a cache reads itself whole. What it saves is reads, not bytes: the cache holds all keys and
+values, and bounds.
 
     attach(model, KVConfig(topk_groups=4), read_tokens=256)             # 4 of 4 groups: Quest alone
     attach(model, KVConfig(n_groups=16, topk_groups=8), 256, batches=[idx])
@@ -35,7 +36,6 @@ from torch import Tensor
 
 import kv_router
 from config import KVConfig, ModelConfig, check
-from kernels import attend_view
 from kv_router import ValueGroupPath, window_mask
 from model import attend, attention_mask
 from storage.cache import DenseCache, LayerCacheBase, NewTokens
@@ -163,6 +163,8 @@ class QuestPath(ValueGroupPath):
 
     read_tokens: how many tokens a decoding step may read, in whole pages, one page at least"""
 
+    reads_pieces = False  # a prompt reads itself whole, what follows is read by pages
+
     def __init__(self, model_cfg: ModelConfig, cfg: KVConfig, read_tokens: int):
         super().__init__(model_cfg, cfg)
         plain = not cfg.ints and cfg.reconstructor == "zero" and cfg.prefill == "exact"
@@ -202,23 +204,27 @@ class QuestPath(ValueGroupPath):
         z = maps.encode(v)
         routed = maps.decode(z * expand_mask(top_k_mask(self.scores(x, z), self.k), self.D))
         window = (self.cfg.kv_tail, self.cfg.tail_leaves)
-        whole = window_mask(T, n_pad, torch.zeros_like(n_pad), *window)
+        whole = window_mask(number + 1, *window)
         whole = whole.repeat(1, 1, H // self.Hkv, 1)
         p = self._weights(q, k, visible)
         return ((p * ~whole) @ routed + (p * whole) @ v).view(q.shape)
 
     def prefill(self, x, q, k, v, cache, n_pad: Tensor | None = None) -> Tensor:
-        """A prompt, or a piece of it, reads everything that is stored."""
-        if not self.keep_all:
-            return super().prefill(x, q, k, v, cache, n_pad)
-        fresh = cache.fresh
-        cache.append(NewTokens(k, v, n_pad))
-        return attend(q, k, v, n_pad) if fresh else attend_view(q, cache.view())[0]
+        """A prompt reads itself whole; what comes after it is read token by token, as if it were
+        generated."""
+        if cache.fresh:
+            cache.append(NewTokens(k, v, n_pad, self._new_route(x, v, cache)))
+            return attend(q, k, v, n_pad)
+        out = []
+        for t in range(q.size(2)):
+            new = (u[:, :, t : t + 1] for u in (q, k, v))
+            pad = None if n_pad is None else (n_pad - t).clamp(0, 1)
+            out.append(self.decode(x[:, t : t + 1], *new, cache, pad))
+        return torch.cat(out, 2)
 
     def decode(self, x, q, k, v, cache, n_pad: Tensor | None = None) -> Tensor:
-        route = None if self.keep_all else self._route(x, v, cache)
-        cache.append(NewTokens(k, v, n_pad, route))
-        n = cache.lengths
+        cache.append(NewTokens(k, v, n_pad, self._new_route(x, v, cache)))
+        n = cache.lengths.clamp_min(1)  # padding before a first token reads something
         bound = page_bounds(q, cache.page_low, cache.page_high, (n - 1)[:, None] // PAGE)
         order = torch.sort(bound[:, :, 0], dim=-1, descending=True, stable=True).indices
         pages = order[..., : self.pages]  # (B, Hkv, m)
@@ -235,6 +241,10 @@ class QuestPath(ValueGroupPath):
             attn_mask=mask,
             enable_gqa=self.Hkv != q.size(1),
         )
+
+    def _new_route(self, x: Tensor, v: Tensor, cache) -> Tensor | None:
+        """Return the groups of new tokens, (B, Hm, T, S), where the cache does not find them."""
+        return None if self.keep_all else self._route(x, v, cache)
 
     def stored(self, cache: QuestCache | QuestGroupCache) -> tuple[Tensor, Tensor]:
         """Return what is stored as it is read, k and v (B, Hkv, N, D), each sequence from slot 0

@@ -36,7 +36,8 @@ def test_snapkv_is_pooled_attention_of_the_window_that_stays(pad):
     """Before the prompt's last 32 tokens a score is the mean attention of those that are no padding,
     a maximum over 7 tokens, those in the window not among them; the window's own tokens score more
     than any other, the newer the more."""
-    for p in (prompt_of(pad)[0], prompt_of(C=25, W=5)[0], prompt_of(pad, C=50, W=40)[0]):
+    pad = tuple(n // 2 for n in pad)
+    for p in (prompt_of(pad, C=42)[0], prompt_of(C=25, W=3)[0], prompt_of(pad, C=20, W=34)[0]):
         got = on_real(room.snapkv(p, CFG), p)
         first = max(0, p.T - 32)
         seen = attention(p, list(range(first, p.T)))
@@ -193,7 +194,7 @@ def test_closed_form_expected_attention_equals_loops(pad, sinks):
                 values = p.z[i][b, h // n, first + sinks : p.n_context].double()
                 for t, (w, v) in enumerate(zip(weight, values, strict=True), first + sinks):
                     got[i, b, h // n, t] -= w / sum(weight) * v.norm() / n
-    assert got[:, :2].abs().max() < 1e-4
+    assert got[:, :2].abs().max() < 2e-6
     assert not got[:, 2].any() or pad == (0, 0, 0)
 
 
@@ -294,7 +295,7 @@ def test_quest_reads_the_pages_of_largest_bound(kept):
     query head of a KV head; token by token from each row's first one, and nothing of padding.
     With 2 of 4 value groups, groups are read of all but the newest 3 tokens."""
     path = quest.paths(quest_model(topk_groups=kept, read_tokens=50, value_basis="native"))[0]
-    x, q, k, v = seen_by(path, 83)
+    x, q, k, v = seen_by(path, 67)
     n_pad = torch.tensor([0, 5, 31])
 
     def read(b: int, g: int, j: int, t: int) -> torch.Tensor:
@@ -318,8 +319,9 @@ def test_quest_reads_the_pages_of_largest_bound(kept):
 @pytest.mark.parametrize("read_tokens", [1, 40])
 def test_quest_cached_equals_uncached(kept, read_tokens):
     """Decoding token by token, rows of several lengths together, gives the logits of the uncached
-    forward; so it does after the cache was put back as it was, and its rows were parted."""
-    model = quest_model(topk_groups=kept, read_tokens=read_tokens)
+    forward; so it does after the cache was put back as it was, and its rows were parted, and where
+    tokens come in a padded piece after the prompt."""
+    model = quest_model(topk_groups=kept, read_tokens=read_tokens, whole_layers=0)
     x = tokens(3, 75)
     lengths = [50, 47, 30]
     with torch.no_grad():
@@ -342,6 +344,12 @@ def test_quest_cached_equals_uncached(kept, read_tokens):
             at = [lengths[b] + t for b in rows]
             got = model.decode(x[rows, at][:, None], cache)[:, 0]
             torch.testing.assert_close(got, want[rows, at])
+        cache = KVCache.cat(caches)
+        pieces = torch.stack([x[b, n - 3 * b : n + 9 - 3 * b] for b, n in enumerate(lengths)])
+        pad = torch.tensor([0, 3, 6])
+        got = model.prefill(pieces, cache, pad, last_only=False)
+        for b, n in enumerate(lengths):
+            torch.testing.assert_close(got[b, 3 * b :], want[b, n : n + 9 - 3 * b])
 
 
 def test_quest_rolled_back_has_the_bounds_of_what_is_left():

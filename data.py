@@ -322,7 +322,8 @@ def documents(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
         docs = [d for d in _documents(corpus, cfg) if d]
         train, val = split_documents(docs, cfg.val_fraction)
         splits = {"train": train, "val": val, "all": docs}
-    if not cfg.detokenize:
+    from_file = corpus in WIKITEXT_FOLDERS or corpus.startswith("text:")
+    if not (cfg.detokenize and from_file):  # what others hold is code, or was typed
         return splits
     return {split: [detokenize(d) for d in docs] for split, docs in splits.items()}
 

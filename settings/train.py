@@ -61,7 +61,9 @@ class DataConfig:
         0.1, "share of the text, by document, held out for validation", above=0, below=1
     )
     detokenize: bool = opt(
-        False, "undo WikiText's spacing (' @-@ ', ' ,' ...) before text becomes tokens"
+        False,
+        "undo WikiText's spacing (' @-@ ', ' ,' ...) in wikitext2, wikitext103 and text:PATH before "
+        "text becomes tokens",
     )
     data_dir: str = opt(
         "", "where token files and downloads are kept; empty: the user's cache folder"

@@ -651,6 +651,14 @@ def test_bos_begins_every_document_and_detokenize_its_own_file(tmp_path):
         assert [tok.decode(d) for d in short] == [tok.decode(d).replace(" ,", ",") for d in bare]
 
 
+def test_detokenize_leaves_code_as_it_is():
+    """Only WikiText's files and text of one's own are WikiText's kind: Python's source keeps the
+    spaces that detokenize would take."""
+    splits = {flag: data.documents("pycode", DataConfig(detokenize=flag)) for flag in (False, True)}
+    assert splits[True] == splits[False]
+    assert any(data.detokenize(d) != d for d in splits[False]["val"])
+
+
 def test_prepare_val_fraction_is_part_of_the_name(tmp_path):
     """Where train comes before val in the folder, any cut leaves the same documents in the same
     order: still another file."""

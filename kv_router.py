@@ -340,9 +340,9 @@ class ValueGroupPath(nn.Module):
 
     def _rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
         """Return what stands for dropped groups."""
-        return (
-            torch.zeros_like(kept) if self.reconstructor is None else self.reconstructor(kept, mask)
-        )
+        if self.reconstructor is None:
+            return torch.zeros_like(kept)
+        return self.reconstructor(kept, mask)
 
     def _aux_loss(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
         """Return L_aux (15), in the value basis; gradients reach the router straight through top-K,
@@ -493,9 +493,9 @@ class ValueGroupPath(nn.Module):
         n_old = cache.lengths
         n_pad = torch.zeros_like(n_old) if new.n_pad is None else new.n_pad
         old_k, old_v, old_mask = cache.unpack()
-        N = old_k.size(2)
-        number = torch.arange(N, device=q.device)
-        old = (number < n_old[:, None])[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
+        number = torch.arange(old_k.size(2), device=q.device)
+        old = number < n_old[:, None]  # (B, N)
+        old = old[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
         own = attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)
         p = self._weights(q, torch.cat((old_k, new.k), 2), torch.cat((old, own), -1))
         # what is in the window when query i reads it
@@ -623,10 +623,8 @@ def _fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
 def detach(model: nn.Module) -> nn.Module:
     """Put dense paths back into a model whose bases are not folded, in place. Returns the model."""
     for name, path in paths(model).items():
-        check(
-            not path.folded, f"{name}", "its basis is folded into the weights", "load the base anew"
-        )
-        attn = model.get_submodule(name.rsplit(".", 1)[0])
+        check(not path.folded, name, "its basis is folded into the weights", "load the base anew")
+        attn = model.get_submodule(name.removesuffix(".kv_path"))
         change_coordinates(path, "detach")
         attn.kv_path = DensePath(path.Hkv, path.D)
     return model
@@ -674,9 +672,9 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     out = {}
     for name, path in paths(model).items():
         out[f"{name}.basis_fwd"], out[f"{name}.basis_bwd"] = path.basis()
-        out.update(
-            {f"{name}.{k}": p for k, p in path.named_parameters() if k not in ("enc", "dec")}
-        )
+        for leaf, p in path.named_parameters():
+            if leaf not in ("enc", "dec"):
+                out[f"{name}.{leaf}"] = p
     return out
 
 
@@ -699,5 +697,5 @@ def fold(model: nn.Module) -> nn.Module:
     logits, no cost when decoding."""
     for name, path in paths(model).items():
         if not path.folded:
-            path.fold(model.get_submodule(name.rsplit(".", 1)[0]))
+            path.fold(model.get_submodule(name.removesuffix(".kv_path")))
     return model

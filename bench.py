@@ -8,7 +8,8 @@ alone, against the dense prefill. `decode`: attention of one new token over one 
 benchmarks/ has a file for each.
 
 Ends with one JSON line, a list of rows: name, impl, peer, shape, dtype, ms, ratio (ours / peer),
-device, and tokens_per_s or bytes and gb_per_s.
+device, and tokens_per_s or bytes and gb_per_s. --results=DIR leaves them there, too, as
+results.json, with made.json, which says how they were made.
 
     python bench.py train
     python bench.py adapter
@@ -24,9 +25,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check
 from measure_config import BenchConfig
 
 CONFIGS = {
@@ -54,6 +57,9 @@ from benchmarks.generate import bench_generate
 from benchmarks.memory import bench_memory
 from benchmarks.select import bench_select
 from benchmarks.train import bench_train
+from loaders import checkpoint
+from loaders.device import device_name, pick_device
+from report.made import write_record
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -88,9 +94,18 @@ def fitting(row: dict) -> str:
 
 
 def main() -> None:
+    """Measure, print the rows, and leave them where --results says."""
+    began = time.time()
+    cfg: BenchConfig = ARGS.bench
+    folder = Path(cfg.results)
+    check(folder.is_dir() or not folder.exists(), f"results={folder}", "is a file", "name a folder")
     rows = measure(ARGS)
     for row in rows:
         print(line_of(row), file=sys.stderr)
+    if cfg.results:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(folder / "results.json", rows)
+        write_record(folder, device_name(pick_device(cfg.device)), began)
     print(json.dumps(rows))
 
 

@@ -5,7 +5,8 @@ Every number is measured through what is stored (report/rows.py says how). The f
 methods, settings of value groups, and in each the budgets or ways to choose that are tried. All of
 it is checked before anything is measured.
 
-Writes results.json and report.png into the folder and ends with one JSON line.
+Writes results.json, made.json (how the rows were made) and report.png into the folder and ends
+with one JSON line.
 
     python eval.py --out_dir=out/... --methods=dense,value_groups --budgets=0.25,0.5,0.75
     python eval.py --init_from=model.gguf --tasks=continuation --methods=dense,value_groups \\
@@ -48,9 +49,10 @@ import mixsga
 import selector
 from data import batch, content_hash, label_of, prepare_splits, same_text, whole_split
 from loaders import checkpoint
-from loaders.device import check_weights, pick_device
+from loaders.device import check_weights, device_name, pick_device
 from loaders.runs import Run, attach_storage, is_foreign, load_run
 from report.figures import bytes_figure, groups_figure, report_figure
+from report.made import write_record
 from report.plan import STORED_AS, Asked, Setting, bits_of, is_trained, plan_of
 from report.rivals import Rival, in_place, rivals_of
 from report.rows import (
@@ -409,6 +411,7 @@ def write_results(
 
 def measure_run(args) -> None:
     """Measure a run or a pretrained model as the flags ask, and print the table."""
+    began = time.time()
     cfg: EvalConfig = args.eval
     device = pick_device(cfg.device)
     check_weights(args.base.weights, device, cfg.dtype)
@@ -427,6 +430,8 @@ def measure_run(args) -> None:
     rows, shown = evaluate(run, asked_of(run, args))
     folder = results_folder(cfg, run)
     names = write_results(folder, run, rows, beside, shown, own=bool(cfg.out_dir))
+    write_record(folder, device_name(device), began)
+    names.append("made.json")
     files = ", ".join(f"{folder}/{name}" for name in names)
     print(f"{result_table(rows)}{reuse_note(rows)}\n{files}", file=sys.stderr)
     print(json.dumps(rows))
@@ -450,6 +455,7 @@ def asked_of(run: Run, args) -> Asked:
 
 def train_table(args) -> None:
     """--tasks=mixsga: rows that are trained here."""
+    began = time.time()
     cfg: EvalConfig = args.eval
     place = ""
     if cfg.out_dir or args.base.init_from != "scratch":
@@ -457,14 +463,16 @@ def train_table(args) -> None:
     else:
         cfg = replace(cfg, **{k: v for k, v in MINIATURE.items() if k not in args.given})
     kv = args.kv if "kv_tail" in args.given else replace(args.kv, kv_tail=TAIL)
+    folder = Path(cfg.results or fresh_folder("mixsga"))
     rows = mixsga_table.run_table(
         cfg,
         kv,
         args.data,
         place=place,
         options=args.base.options(cfg.out_dir),
-        folder=Path(cfg.results or fresh_folder("mixsga")),
+        folder=folder,
     )
+    write_record(folder, device_name(pick_device(cfg.device)), began)
     print(json.dumps(rows))
 
 

@@ -336,6 +336,7 @@ class BenchConfig:
         "",
         "select, generate: a run of train.py (or --init_from=PATH; else a model of random weights)",
     )
+    results: str = opt("", "folder that results.json is left in, too (empty: none)")
     steps: int = opt(30, "timed steps of each side, interleaved", least=1)
     batch_size: int = opt(8, "sequences in a step", least=1)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")

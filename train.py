@@ -3,7 +3,7 @@ routed values, print the table.
 
 Without flags, on any machine: `pretrain` on pydocs (the reference text inside CPython), then
 `adapt` on pycode (the standard library's source) once per row and seed, then decode-mode perplexity
-and measured cache bytes, results.json and report.png.
+and measured cache bytes, results.json, made.json (how its rows were made) and report.png.
 
 Every --stage is built in one place: pretrain in training/base.py, adapt and the table of all
 (--stage=all) in training/adapters.py, select in training/predictors.py, continue in
@@ -56,9 +56,11 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
 
 from torch import distributed as dist
 
+from data import content_hash, label_of
 from loaders import checkpoint
-from loaders.device import check_weights
+from loaders.device import check_weights, device_name
 from loaders.tokenizer import get_tokenizer
+from report.made import write_record
 from training.adapters import adapt_stage, adaptation, run_table
 from training.base import load_base, pretrain_stage
 from training.loop import NonFinite, Stage, out_of_memory_explained, train
@@ -93,11 +95,23 @@ def run(args) -> None:
 def run_stages(args, run_dir: Path, w: World) -> None:
     """Run one stage, or with --stage=all those of the table, which is printed."""
     if args.train.stage == "all":
+        began = time.time()
         text = run_table(args, run_dir, w)
         if w.main:
+            write_record(run_dir, device_name(w.device), began, texts_of(args))
             print(f"\n{text}")
     else:
         train(stage_of(args, run_dir, w), args.train, w)
+
+
+def texts_of(args) -> list[dict]:
+    """The corpora that the table is trained and measured on, each with the sha256 of its
+    content."""
+    names = [args.train.corpus("adapt"), args.train.test_dataset]
+    if args.base.init_from == "scratch":
+        names.append(args.train.corpus("pretrain"))
+    read = [name for name in dict.fromkeys(names) if name]
+    return [{"corpus": label_of(n), "sha256": content_hash(n, args.data)} for n in read]
 
 
 def stage_of(args, run_dir: Path, w: World) -> Stage:

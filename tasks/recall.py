@@ -31,7 +31,7 @@ from selector import with_oracle
 from settings.fields import check
 from storage.cache import KVCache
 from tasks.common import Prompts, decoded
-from tasks.prompts import FILLER, NEEDLE_ROOM, PLACES, haystack
+from tasks.prompts import FILLER, NEEDLE_ROOM, haystack
 from tasks.text import Text
 
 NAME_LIST = (
@@ -41,12 +41,24 @@ NAME_LIST = (
     "Stephen Susan Thomas Ursula Victor Walter William Yvonne"
 )
 NAMES = tuple(NAME_LIST.split())
+ROLE_LIST = (
+    "astronomer banker barber beekeeper blacksmith butcher captain chemist colonel cook dentist "
+    "detective drummer gardener geologist jockey judge lawyer librarian mayor nurse organist "
+    "painter pilot plumber poet sculptor sheriff surgeon trumpeter violinist waiter"
+)
+ROLES = tuple(ROLE_LIST.split())  # whose names are asked for
+THING_LIST = (
+    "account cabin coach elevator engine flight garage hangar hotel invoice kiosk license locker "
+    "membership meter parcel passport patent phone platform radio safe shelf studio taxi tower "
+    "ticket track tram vault warehouse workshop"
+)
+THINGS = tuple(THING_LIST.split())  # whose numbers are asked for
 # What an answer looks like in the text that is generated: the first match counts.
 SHAPE = {"digit": "[0-9]", "number": "[0-9]+", "name": "[A-Za-z]+"}
 
 COPIED = 16  # tokens of a passage that are to be copied
 CUE = re.compile(r"\S+(?:\s+\S+){9}")  # what is given of it: ten words
-COPY_ROOM = 64  # tokens for both
+COPY_ROOM = 80  # tokens for both
 TRIES = 50  # windows drawn for one context until there is such a passage
 SENTENCE_START = re.compile(r"(?<=[.!?])[ \t]+(?=\S)|\n\s*(?=\S)")  # lines are sentences, too
 
@@ -245,17 +257,18 @@ def draw_values(rng: random.Random, kind: str, n: int) -> list[str]:
 
 
 def draw_keys(rng: random.Random, kind: str, n: int) -> list[str]:
-    """Draw what the values are called, in the order in which they are asked for; one alone has no
-    place."""
-    what = "name" if kind == "name" else "number"
+    """Draw what the values are called, in the order in which they are asked for; one alone is not
+    told from others. A key's own word stands next to its value, which a small model needs."""
     if n == 1:
-        return [f"magic {what}"]
-    return [f"lucky {what} of {place}" for place in rng.sample(PLACES, n)]
+        return ["magic name" if kind == "name" else "magic number"]
+    if kind == "name":
+        return rng.sample(ROLES, n)
+    return [f"{thing} number" for thing in rng.sample(THINGS, n)]
 
 
 def question_for(key: str) -> str:
-    """Return the question for a value, with the beginning of its answer."""
-    return f"\n\nWhat is the {key}? The {key} is"
+    """Return the question for a value: the beginning of its fact, after an empty line."""
+    return f"\n\nThe {key} is"
 
 
 def longest_question(tokenizer, kind: str, n: int) -> int:
@@ -263,7 +276,7 @@ def longest_question(tokenizer, kind: str, n: int) -> int:
     if n == 1:
         keys = draw_keys(random.Random(0), kind, 1)
     else:
-        keys = draw_keys(random.Random(0), kind, len(PLACES))
+        keys = draw_keys(random.Random(0), kind, len(THINGS))
     return max(len(tokenizer.encode(question_for(key))) for key in keys)
 
 
@@ -363,7 +376,7 @@ def whole_sentences(tokenizer, ids: list[int]) -> str:
     starts = list(SENTENCE_START.finditer(text))
     if len(starts) < 2:
         return ""
-    return text[starts[0].end() : starts[-1].start()]
+    return text[starts[0].end() : starts[-1].start()].rstrip()
 
 
 def passage(tokenizer, context: str, start: int, least: int) -> Turn | None:

@@ -40,11 +40,11 @@ def token_number(prompt: Prompt) -> Tensor:
 
 
 def newest_first(prompt: Prompt, score: Tensor, n: Tensor | int) -> Tensor:
-    """Raise the scores (L, B, Hkv, C), of at most T each, of every row's last n context tokens
-    above all others', the newest highest. n: one number, or (B, 1)."""
+    """Put the last n context tokens of every row above all others, the newest first, whatever their
+    scores (L, B, Hkv, C) are; no score is above T. n: one number, or (B, 1)."""
     new = prompt.n_context - prompt.column[: prompt.n_context] <= n
-    above = prompt.T - prompt.start + token_number(prompt) + 1.0
-    return score + (above * new * prompt.valid)[:, None]
+    above = prompt.T - prompt.start + token_number(prompt) + 1.0  # (B or 1, C)
+    return torch.where((new & prompt.valid)[:, None], above[:, None], score)
 
 
 def streaming(prompt: Prompt, cfg: SelectConfig) -> Tensor:

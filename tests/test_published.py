@@ -36,8 +36,8 @@ def test_snapkv_is_pooled_attention_of_the_window_that_stays(pad):
     """Before the prompt's last 32 tokens a score is the mean attention of those that are no padding,
     a maximum over 7 tokens, those in the window not among them; the window's own tokens score more
     than any other, the newer the more."""
-    pad = tuple(n // 2 for n in pad)
-    for p in (prompt_of(pad, C=42)[0], prompt_of(C=25, W=3)[0], prompt_of(pad, C=20, W=34)[0]):
+    pad = tuple(n // 2 for n in pad[:2])
+    for p in (prompt_of(pad, C=42)[0], prompt_of(pad, C=19, W=3)[0], prompt_of(pad, C=20, W=34)[0]):
         got = on_real(room.snapkv(p, CFG), p)
         first = max(0, p.T - 32)
         seen = attention(p, list(range(first, p.T)))
@@ -45,7 +45,7 @@ def test_snapkv_is_pooled_attention_of_the_window_that_stays(pad):
         want = widest(seen, p, 7)
         edge = min(first, p.n_context)
         torch.testing.assert_close(got[..., :edge], want[..., :edge], **CLOSE)
-        for b, n_pad in enumerate(pad[:2]):
+        for b, n_pad in enumerate(pad):
             new = got[:, b, :, max(edge, n_pad) :]
             assert (new.diff() > 0).all() and (new > 1).all()
             assert edge in (0, p.n_context) or new.min() > got[:, b, :, :edge].max()
@@ -55,7 +55,7 @@ def test_snapkv_is_pooled_attention_of_the_window_that_stays(pad):
 def test_h2o_is_accumulated_attention_with_the_newest_half_first(pad):
     """Below the newest floor(n token_keep / 2) tokens of a row the scores are the sums of attention
     of every query of the prompt; those tokens score more than any other, the newer the more."""
-    p, _ = prompt_of(pad)
+    p, _ = prompt_of(pad, C=46)
     got = room.h2o(p, CFG).double()
     want = attention(p, list(range(p.T)), total=True)
     for b, first in enumerate(pad[:2]):
@@ -316,29 +316,29 @@ def test_quest_reads_the_pages_of_largest_bound(kept):
 
 
 @pytest.mark.parametrize("kept", [4, 2], ids=["whole values", "value groups"])
-@pytest.mark.parametrize("read_tokens", [1, 40])
+@pytest.mark.parametrize("read_tokens", [1, 33])
 def test_quest_cached_equals_uncached(kept, read_tokens):
     """Decoding token by token, rows of several lengths together, gives the logits of the uncached
     forward; so it does after the cache was put back as it was, and its rows were parted, and where
     tokens come in a padded piece after the prompt."""
     model = quest_model(topk_groups=kept, read_tokens=read_tokens, whole_layers=0)
-    x = tokens(3, 75)
-    lengths = [50, 47, 30]
+    x = tokens(3, 50)
+    lengths = [34, 31, 14]
     with torch.no_grad():
         want = model(x)
         caches = []
         for b, n in enumerate(lengths):
-            caches.append(model.new_cache(1, n if b else 75))
+            caches.append(model.new_cache(1, n if b else 50))
             got = read_in_pieces(model, x[b : b + 1, :n], caches[b], [1] * n)
             torch.testing.assert_close(got[0], want[b, :n])
         cache = KVCache.cat([c for n, c in zip(lengths, caches, strict=True)])
         before = cache.snapshot()
-        for t in range(12):
+        for t in range(6):
             model.decode(tokens(3, 1, seed=t), cache)
         cache.restore(before)
         rows = [0, 1, 2]
-        for t in range(25):
-            if t == 7:
+        for t in range(16):
+            if t == 5:
                 rows = [2, 0]
                 cache = cache.select_sequences(rows)
             at = [lengths[b] + t for b in rows]
@@ -462,23 +462,23 @@ def test_kivi_cached_equals_uncached(bits):
     """Token by token, rows of several lengths together, a cache gives the logits of the uncached
     forward; so it does after it was put back as it was, and its rows were parted."""
     model = kivi_model(bits)
-    x = tokens(3, 75)
-    lengths = [40, 32, 9]
+    x = tokens(3, 60)
+    lengths = [38, 32, 9]
     with torch.no_grad():
         want = model(x)
         caches = []
         for b, n in enumerate(lengths):
-            caches.append(model.new_cache(1, n if b else 75))
+            caches.append(model.new_cache(1, n if b else 60))
             got = read_in_pieces(model, x[b : b + 1, :n], caches[b], [1] * n)
             torch.testing.assert_close(got[0], want[b, :n])
         cache = KVCache.cat(caches)
         before = cache.snapshot()
-        for t in range(35):
+        for t in range(22):
             model.decode(tokens(3, 1, seed=t), cache)
         cache.restore(before)
         rows = [0, 1, 2]
-        for t in range(35):
-            if t == 7:
+        for t in range(22):
+            if t == 5:
                 rows = [2, 0]
                 cache = cache.select_sequences(rows)
             at = [lengths[b] + t for b in rows]

@@ -766,7 +766,11 @@ def test_gguf_is_the_tokenizer_it_was_made_from(library, trained, kind):
             ["Hello", " World", ",", " it", "'", "s", " ", "1", "2", "!", "\n"],
         ),
         ("deepseek-llm", "x = 字体 é", ["x", " =", " ", "字体", " é"]),
-        ("deepseek-coder", "a_b  42\r\n字", ["a", "_", "b", "  ", "4", "2", "\r", "\n", "字"]),
+        (
+            "deepseek-coder",
+            "a_b c  42\r\n字",
+            ["a", "_", "b", " c", "  ", "4", "2", "\r", "\n", "字"],
+        ),
         (
             "tekken",
             "HelloWorld don't 42 a/\n",
@@ -828,6 +832,8 @@ def test_gguf_sentencepiece_joins_by_score(library, trained, prefix):
     """Ids equal those of loops over the scores, with and without a blank before the text; text
     comes back, bos begins it, and added tokens are matched."""
     vocab = trained["sentencepiece"]["model"]["vocab"]
+    for t in ("/", "</", "s>"):  # which join to what is not normal
+        vocab = {**vocab, t: len(vocab)} if t not in vocab else vocab
     tokens = [*vocab, "<｜tool｜>", "[PAD]"]
     rng = random.Random(4)
     kinds = [6 if t.startswith("<0x") else NORMAL for t in vocab]
@@ -844,13 +850,24 @@ def test_gguf_sentencepiece_joins_by_score(library, trained, prefix):
     }
     made = from_definition(definition_from_gguf(fields), "x")
     assert (made.eot, made.bos, made.vocab_size) == (2, 1, len(tokens) - 1)
-    for text in strings(600):
+    for text in [*strings(600), "</s> a</s>", "丁 🧿a"]:
         marked = ("▁" if prefix and text else "") + text.replace(" ", "▁")
         ids = made.encode(text)
         assert ids == joined_by_score(marked, vocab, score), repr(text)
         assert made.decode(ids) == text
-    assert made.encode("<｜tool｜>") == [len(vocab)] and made.encode("</s>")[0] != 2
+    assert made.encode("<｜tool｜>") == [len(vocab)]
     assert definition_from_gguf({**fields, "add_bos_token": False})["post_processor"] is None
+
+
+def test_gguf_sentencepiece_pairs_of_one_token_begin_with_the_longest():
+    """Pairs come in the order of their token's score; those of one token as in the models' own
+    files, the longest left part first."""
+    tokens = ["<unk>", "a", "aa", "aaa", "ab", "b"]
+    scores = [0.0, 0.0, -2.0, -1.0, -3.0, 0.0]
+    spec = definition_from_gguf(
+        {"model": "llama", "tokens": tokens, "scores": scores, "token_type": [2, 1, 1, 1, 1, 1]}
+    )
+    assert spec["model"]["merges"] == [["aa", "a"], ["a", "aa"], ["a", "a"], ["a", "b"]]
 
 
 def test_gguf_unused_entries_are_holes(library):

@@ -31,7 +31,7 @@ from selector import with_oracle
 from settings.fields import check
 from storage.cache import KVCache
 from tasks.common import Prompts, decoded
-from tasks.prompts import FILLER, NEEDLE_ROOM, haystack
+from tasks.prompts import FILLER, NEEDLE_ROOM, PLACES, haystack, number_question
 from tasks.text import Text
 
 NAME_LIST = (
@@ -258,16 +258,21 @@ def draw_values(rng: random.Random, kind: str, n: int) -> list[str]:
 
 def draw_keys(rng: random.Random, kind: str, n: int) -> list[str]:
     """Draw what the values are called, in the order in which they are asked for; one alone is not
-    told from others. A key's own word stands next to its value, which a small model needs."""
+    told from others."""
     if n == 1:
         return ["magic name" if kind == "name" else "magic number"]
     if kind == "name":
         return rng.sample(ROLES, n)
-    return [f"{thing} number" for thing in rng.sample(THINGS, n)]
+    if kind == "number":
+        return [f"{thing} number" for thing in rng.sample(THINGS, n)]
+    return [f"lucky number of {place}" for place in rng.sample(PLACES, n)]
 
 
 def question_for(key: str) -> str:
-    """Return the question for a value: the beginning of its fact, after an empty line."""
+    """Return the question for a value, with the beginning of its fact. Names and numbers among
+    others are found best by a small model where that beginning stands alone."""
+    if key.startswith(("magic", "lucky")):
+        return number_question(key)
     return f"\n\nThe {key} is"
 
 
@@ -276,7 +281,7 @@ def longest_question(tokenizer, kind: str, n: int) -> int:
     if n == 1:
         keys = draw_keys(random.Random(0), kind, 1)
     else:
-        keys = draw_keys(random.Random(0), kind, len(THINGS))
+        keys = draw_keys(random.Random(0), kind, len(PLACES))
     return max(len(tokenizer.encode(question_for(key))) for key in keys)
 
 

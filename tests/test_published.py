@@ -631,11 +631,16 @@ def test_rows_of_rivals_say_what_they_hold_and_read(wide, text, own_cache):
 
 def test_perplexity_of_rivals_is_that_of_decoding(wide, text, own_cache):
     """Perplexity rows read every token as decoding would: exp of the mean loss of the uncached
-    forward, with value groups of the newest tokens whole as the setting says."""
+    forward, with value groups of the newest tokens whole as the setting says. What one task leaves
+    is the model as it was: the base's own values of the next."""
     asked = dict(tasks="perplexity", methods="quest,kivi", token_budgets="0.1", kv_bits="4")
     rows = measured(wide, text, budgets="0.5", kv=dict(kv_tail=2), **asked)
     assert [r["method"] for r in rows] == ["quest", "kivi"]
     assert all(r["value"] != r["dense_value"] and r["prefill"] == "routed" for r in rows)
+    two = dict(tasks="perplexity,continuation")
+    dense = [r["value"] for r in measured(wide, text, methods="dense", **two)]
+    for rival in (dict(methods="kivi", kv_bits="2"), dict(methods="quest", token_budgets="0.1")):
+        assert [r["dense_value"] for r in measured(wide, text, **rival, **two)] == dense
 
 
 def test_flags_that_rivals_cannot_be_asked(wide, text, own_cache):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from baselines import tokens as room
 from config import PUBLISHED, KVConfig, Published, SelectConfig
 from loaders.runs import load_run
 from measure_config import EvalConfig
-from model import rope_table
+from model import DensePath, rope_table
 from report.plan import Asked, as_published, ways_to_choose
-from report.rivals import rivals_of
+from report.rivals import Rival, in_place, rivals_of
+from report.rows import method_of
 from report.tables import result_table
 from runs import pretrain
 from selection.relevance import Prompt
@@ -657,3 +659,25 @@ def test_flags_that_rivals_cannot_be_asked(wide, text, own_cache):
     run = replace(load_run(wide), kv=KVConfig(kv="value_groups"))
     asked = Asked(eval=EvalConfig(methods="kivi"))
     assert "give its base" in error_line(rivals_of, run, asked, ["kivi"])
+
+
+@pytest.mark.parametrize(
+    "rival",
+    [
+        Rival("quest", KVConfig(kv="dense"), 0.5),
+        Rival("quest", KVConfig(), 0.5),
+        Rival("kivi", KVConfig(kv="dense", key_bits=2, value_bits=2)),
+    ],
+    ids=["quest", "quest, groups", "kivi"],
+)
+def test_rival_is_in_place_for_a_while(rival):
+    """Inside the `with` the model stores and reads as the rival does, the window of value groups
+    the task's; after it, an exception included, it is dense."""
+    model = tiny_model(cfg=replace(TINY, head_dim=32))
+    task = SimpleNamespace(stored=tokens(1, 40), query=5)
+    with pytest.raises(KeyError), in_place(model, rival, task, 1, [tokens(2, 40)], 0) as kv:
+        assert method_of(model, kv) == rival.method
+        assert not rival.cuts_values or quest.paths(model)[0].cfg.kv_tail == kv.kv_tail == 5
+        assert rival.method == "kivi" or quest.paths(model)[0].pages == 1
+        raise KeyError
+    assert {type(block.self_attn.kv_path) for block in model.layers} == {DensePath}

@@ -23,6 +23,7 @@ ENDS = (
     "<eos>",
     "<|im_end|>",
 )
+_FILE = "give the tokenizer.json of a Hugging Face model folder, unchanged"
 
 
 class LibraryTokenizer:
@@ -90,9 +91,6 @@ def from_definition(
     with _in_one_line(name, "it is nested too deep"):
         canonical = json.dumps(spec, sort_keys=True, separators=(",", ":")).encode("ascii")
     return LibraryTokenizer(spec, f"{name}-{hashlib.sha256(canonical).hexdigest()[:8]}", eot, bos)
-
-
-_FILE = "give the tokenizer.json of a Hugging Face model folder, unchanged"
 
 
 @contextlib.contextmanager

@@ -2,25 +2,29 @@
 # Attention of one new token over a packed cache, beside dense attention. Needs one GPU: the table
 # was measured on an H100. The time was not noted.
 # The first command is the record's own; the others were put together from the table's rows.
-# usage: runs/decode_speed.sh
+# usage: runs/decode_speed.sh [OUT]
 set -euo pipefail
+OUT="${1:-out/decode_speed}"
 
 # 16 bits: batch 8, 32,768 tokens, 32 heads, 8 KV heads of 128
 python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=32768 \
-  --batch_size=8 --cases=4:0.5,8:0.5,16:0.5,4:0.25,16:0.5:0.5,16:0.5:0.25
+  --batch_size=8 --cases=4:0.5,8:0.5,16:0.5,4:0.25,16:0.5:0.5,16:0.5:0.25 \
+  --results="$OUT/bits16"
 
 # the same shape in 4 and 8 bits, and with a level of bits for every value group
 python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=32768 \
-  --batch_size=8 --cases=4:1:1:4,4:1:1:8,4:0.5:1:4,8:0.9:0.43:4:0,8:0.9:0.43:4
+  --batch_size=8 --cases=4:1:1:4,4:1:1:8,4:0.5:1:4,8:0.9:0.43:4:0,8:0.9:0.43:4 \
+  --results="$OUT/integers"
 
 # one sequence
 python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=32768 \
-  --batch_size=1 --cases=16:0.5:0.5,4:1:1:4,4:0.5:1:4,8:0.9:0.43:4:0
+  --batch_size=1 --cases=16:0.5:0.5,4:1:1:4,4:0.5:1:4,8:0.9:0.43:4:0 \
+  --results="$OUT/one"
 
 # a shorter and a longer context, and SmolLM2's shape
 python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=8192 \
-  --batch_size=8 --cases=4:0.5,8:0.5,16:0.5
+  --batch_size=8 --cases=4:0.5,8:0.5,16:0.5 --results="$OUT/shapes/8192"
 python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=131072 \
-  --batch_size=2 --cases=4:0.5,8:0.5,16:0.5
+  --batch_size=2 --cases=4:0.5,8:0.5,16:0.5 --results="$OUT/shapes/131072"
 python bench.py decode --n_head=9 --n_kv_head=3 --head_dim=64 --block_size=32768 \
-  --batch_size=8 --cases=4:0.5,8:0.5,16:0.5
+  --batch_size=8 --cases=4:0.5,8:0.5,16:0.5 --results="$OUT/shapes/smollm2"

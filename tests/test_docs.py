@@ -29,7 +29,7 @@ BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
 NOTED = ("python", "python3", "torchrun")
-STAND_INS = (*NOTED, "pip", "ln", "mkdir")
+STAND_INS = (*NOTED, "bash", "pip", "ln")
 END = "\x1e"  # after the last argument of a call
 STAND_IN = """#!/bin/sh
 printf '%s\\0' "${0##*/}" "$@" "$END" >> "$NOTES"
@@ -75,6 +75,7 @@ def commands_of(script: str, folder: Path) -> list[list[str]]:
     for name in STAND_INS:
         (programs / name).write_text(STAND_IN)
         (programs / name).chmod(0o755)
+    (programs / "mkdir").symlink_to(shutil.which("mkdir"))
     notes = folder / "notes"
     notes.touch()
     (folder / "script.sh").write_text(script)

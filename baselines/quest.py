@@ -18,9 +18,9 @@ The second is the protocol of the sub-token paper's third version (arXiv 2604.21
 the tokens, value groups are read of them. Here the groups are what is stored, in a PackedCache, in
 all layers, so the bytes are those of the groups.
 
-Differs: heads that share a KV head share its pages, by the largest of their bounds (the paper's
-models have a KV head for every query head); a row's first token begins a page. Plain PyTorch: it
-shows what is lost, not how fast it is.
+Differs: query heads that share a KV head share its pages, by the mean of their softmax over bounds
+(the paper's models have a KV head for every query head, where that is the order of bounds); a row's
+first token begins a page. Plain PyTorch: it shows what is lost, not how fast it is.
 
 Letters: storage/layout.py; P pages, m pages that are read."""
 
@@ -38,8 +38,9 @@ import kv_router
 from config import KVConfig, ModelConfig, check
 from kv_router import ValueGroupPath, window_mask
 from model import attend, attention_mask
+from selection.relevance import NEVER
 from storage.cache import DenseCache, LayerCacheBase, NewTokens
-from storage.layout import cdiv, expand_mask, top_k_mask
+from storage.layout import at_least_float32, cdiv, expand_mask, top_k_mask
 from storage.packed import PackedCache
 
 PAGE = 16  # tokens in a page
@@ -139,9 +140,10 @@ class QuestGroupCache(PageBounds, PackedCache):
 # -------------------- what is read
 
 
-def page_bounds(q: Tensor, low: Tensor, high: Tensor, last: Tensor) -> Tensor:
-    """Return the largest that q . k may be in a page for any query head of a KV head, (B, Hkv, T,
-    P): infinite for the page that is being filled, and minus infinity for those after it.
+def page_worth(q: Tensor, low: Tensor, high: Tensor, last: Tensor) -> Tensor:
+    """Return what pages are worth to a KV head, (B, Hkv, T, P): of softmax over the bounds of the
+    pages before a query's own each page's share, a mean over the head's query heads. Infinite for
+    the page that is being filled, minus infinity for those after it.
 
     q          (B, H, T, D)
     low, high  (B, Hkv, P, D)
@@ -149,17 +151,19 @@ def page_bounds(q: Tensor, low: Tensor, high: Tensor, last: Tensor) -> Tensor:
     empty = low.isinf()
     low = low.masked_fill(empty, 0).unsqueeze(2)
     high = high.masked_fill(empty, 0).unsqueeze(2)
-    q = q.unflatten(1, (low.size(1), -1))  # (B, Hkv, n, T, D)
-    bound = (q.clamp_min(0) @ high.mT + q.clamp_max(0) @ low.mT).amax(2)
+    q = q.unflatten(1, (low.size(1), -1)) * q.size(-1) ** -0.5  # (B, Hkv, n, T, D)
+    bound = at_least_float32(q.clamp_min(0) @ high.mT + q.clamp_max(0) @ low.mT)
     page = torch.arange(bound.size(-1), device=q.device)
     last = last[:, None, :, None]
-    bound = bound.masked_fill(page == last, float("inf"))
-    return bound.masked_fill(page > last, float("-inf"))
+    hidden = (page >= last).unsqueeze(2)
+    worth = bound.masked_fill(hidden, NEVER).softmax(-1).mean(2)
+    worth = worth.masked_fill(page == last, float("inf"))
+    return worth.masked_fill(page > last, float("-inf"))
 
 
 class QuestPath(ValueGroupPath):
-    """One layer that reads the pages of largest bound. It stores values whole where every group is
-    kept, and value groups else.
+    """One layer that reads the pages that are worth most. It stores values whole where every group
+    is kept, and value groups else.
 
     read_tokens: how many tokens a decoding step may read, in whole pages, one page at least"""
 
@@ -192,8 +196,8 @@ class QuestPath(ValueGroupPath):
         page = number.clamp_min(0) // PAGE
         bounds = QuestCache(B, T, self.Hkv, self.D, k)
         bounds.widen(k, number, number >= 0)
-        bound = page_bounds(q, bounds.page_low, bounds.page_high, page)
-        picked = top_k_mask(bound, self.pages)  # (B, Hkv, T, P)
+        worth = page_worth(q, bounds.page_low, bounds.page_high, page)
+        picked = top_k_mask(worth, self.pages)  # (B, Hkv, T, P)
         picked = picked.take_along_dim(page[:, None, None, :], 3)  # of each key: (B, Hkv, T, T)
         visible = picked & attention_mask(T, T, pad, q.device)
         if self.keep_all:
@@ -225,8 +229,8 @@ class QuestPath(ValueGroupPath):
     def decode(self, x, q, k, v, cache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad, self._new_route(x, v, cache)))
         n = cache.lengths.clamp_min(1)  # padding before a first token reads something
-        bound = page_bounds(q, cache.page_low, cache.page_high, (n - 1)[:, None] // PAGE)
-        order = torch.sort(bound[:, :, 0], dim=-1, descending=True, stable=True).indices
+        worth = page_worth(q, cache.page_low, cache.page_high, (n - 1)[:, None] // PAGE)
+        order = torch.sort(worth[:, :, 0], dim=-1, descending=True, stable=True).indices
         pages = order[..., : self.pages]  # (B, Hkv, m)
         slot = pages.unsqueeze(-1) * PAGE + torch.arange(PAGE, device=q.device)
         slot = slot.flatten(-2)

@@ -264,16 +264,15 @@ def read_by_pages(path: quest.QuestPath, q, k, v, read, n_pad) -> torch.Tensor:
             pages = [list(range(a, min(a + 16, t + 1))) for a in range(first, t + 1, 16)]
             for g in range(k.size(1)):
                 heads = range(g * n, g * n + n)
-                worth = []
-                for page in pages[:-1]:
-                    keys = k[b, g, page]
-                    least, most = keys.amin(0), keys.amax(0)
-                    bounds = [
-                        sum(max(x * lo, x * hi) for x, lo, hi in zip(*limits, strict=True))
-                        for limits in ((q[b, h, t], least, most) for h in heads)
-                    ]
-                    worth.append(max(map(float, bounds)))
-                order = sorted(range(len(worth)), key=lambda i, w=worth: -w[i])
+                worth = torch.zeros(len(pages) - 1, dtype=torch.float64)
+                for h in heads if pages[:-1] else ():
+                    bounds = []
+                    for page in pages[:-1]:
+                        least, most = k[b, g, page].amin(0), k[b, g, page].amax(0)
+                        limits = zip(q[b, h, t], least, most, strict=True)
+                        bounds.append(sum(float(max(x * lo, x * hi)) for x, lo, hi in limits))
+                    worth += (torch.tensor(bounds, dtype=torch.float64) / math.sqrt(D)).softmax(0)
+                order = sorted(range(len(worth)), key=lambda i, w=worth: -float(w[i]))
                 picked = [*order[: path.pages - 1], len(pages) - 1]
                 seen = [j for i in picked for j in pages[i]]
                 for h in heads:
@@ -293,8 +292,9 @@ def seen_by(path: torch.nn.Module, T: int, seed: int = 0) -> tuple[torch.Tensor,
 
 @pytest.mark.parametrize("kept", [4, 2], ids=["whole values", "value groups"])
 def test_quest_reads_the_pages_of_largest_bound(kept):
-    """Three pages of 16, of which one is the newest and the others those of largest bound for any
-    query head of a KV head; token by token from each row's first one, and nothing of padding.
+    """Three pages of 16, of which one is the newest and the others those with the largest share of
+    softmax over bounds, a mean over the query heads of a KV head; token by token from each row's
+    first one, and nothing of padding.
     With 2 of 4 value groups, groups are read of all but the newest 3 tokens."""
     path = quest.paths(quest_model(topk_groups=kept, read_tokens=50, value_basis="native"))[0]
     x, q, k, v = seen_by(path, 67)

@@ -198,11 +198,10 @@ def how_made(paths: list[Path], mark: Mark) -> str:
 def with_note(body: str, code: str) -> str:
     """What stands between two marks, with OLD as its last line unless the line before says that it
     was made by this code, or, without naming one, how it was measured."""
-    lines = [line for line in body.strip().splitlines() if line != OLD]
-    last = lines[-1] if lines else ""
+    text = "\n".join(line for line in body.splitlines() if line != OLD).strip()
+    last = text.rsplit("\n", 1)[-1]
     named = re.search(r"; code ([^;]*);", last)
     current = named[1] == code[:12] if named else last.startswith("(")
-    text = "\n".join(lines).strip()
     return f"\n{text}\n\n" if current else f"\n{text}\n\n{OLD}\n\n"
 
 

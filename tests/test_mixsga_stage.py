@@ -20,6 +20,7 @@ from generate import generate
 from loaders import checkpoint
 from loaders.export import export
 from loaders.runs import find_checkpoint, load_run
+from report.made import read_record
 from runs import arguments, assert_equal, before_step, call, losses, pretrain, tensors
 from settings.train import DataConfig
 from tasks.text import mean_loss
@@ -246,6 +247,7 @@ def test_the_table_has_every_row_and_goes_on_where_it_stopped(
         and all("seed 1" in n for n in trained)
     )
     assert len(json.loads((tmp_path / "results.json").read_text())) == 14 + 7
+    assert read_record(tmp_path / "results.json")["seeds"] == [0, 1]
 
 
 def test_a_row_is_what_a_stage_trains(tmp_path, text, eight, capsys):

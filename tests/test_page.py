@@ -35,7 +35,7 @@ BEFORE = """# Results
 
 <!-- end -->
 between
-<!-- table absent: runs/b.sh out/b -->
+<!-- table absent: runs/b.sh out/a/y out/b -->
 | kept |
 |---|
 <!-- end -->
@@ -62,7 +62,7 @@ abcdefabcd with changes; seeds 0, 1; texts t0 123456789abc; 5 s)
 
 <!-- end -->
 between
-<!-- table absent: runs/b.sh out/b -->
+<!-- table absent: runs/b.sh out/a/y out/b -->
 
 | kept |
 |---|
@@ -185,6 +185,9 @@ def test_page_tells_results_of_other_code_and_without_a_record(place):
     page.PAGE.write_text(AFTER.replace("code c0dec0dec0de", "code c1dec0dec0de"))
     page.main()
     assert body("made").count(page.OLD) == 1 and "78.00%" in body("made")
+    page.PAGE.write_text(page.PAGE.read_text().replace("code c1dec0", "code c0dec0"))
+    page.main()
+    assert page.PAGE.read_text() == AFTER
 
 
 @pytest.mark.parametrize("damage", ["[{", "{}", "[1]", '[{"method": "dense", "metric": "loss"}]'])
@@ -271,6 +274,7 @@ def test_all_runs_each_script_once_for_each_code(scripts):
     folder, run = scripts
     names = [name for name, *_ in LISTED]
     assert run()[1] == [*names, "page"]
+    assert (folder / "out" / "select.state").read_text() == "key-1-selection\n"
     assert run()[1] == ["page"]
     shutil.rmtree(folder / "out" / "needle")
     assert run()[1] == ["needle", "page"]

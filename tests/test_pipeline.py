@@ -28,6 +28,7 @@ from loaders import checkpoint
 from loaders.runs import find_checkpoint, load_run
 from loaders.tokenizer import get_tokenizer
 from model import Transformer, lm_loss
+from report.made import read_record
 from runs import TINY, arguments, call, copies, python, rows_without_time
 from training import loop as trainer
 from training.adapters import finding, matched_rank
@@ -330,6 +331,9 @@ def test_pipeline_needs_no_network_and_leaves_rows(whole):
     valid picture, bytes that are measured, and a table with one line per method."""
     run, out = whole
     rows = json.loads((run / "results.json").read_text())
+    record = read_record(run / "results.json")
+    assert record["seeds"] == [0, 1] and f"--out_dir={run.name}" in record["argv"]
+    assert [t["corpus"] for t in record["texts"]] == ["pycode", "pydocs"]
     assert all(r.keys() >= ROW for r in rows)
     main = [r for r in rows if "sweep" not in r["name"]]
     assert [(r["name"], r["seed"]) for r in main] == [("base", 0)] + [

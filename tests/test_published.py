@@ -568,6 +568,27 @@ def test_kivi_refuses_what_does_not_fit():
     assert "residual of 12" in error_line(kivi_model, residual=12)
 
 
+@pytest.mark.parametrize("kind", ["quest", "quest, groups", "kivi"])
+def test_caches_of_rivals_in_files(kind, tmp_path):
+    """A file brings a cache back for its model: the same bytes, and the same logits after it; not
+    for a model that stores otherwise."""
+    make = kivi_model if kind == "kivi" else quest_model
+    model = make(topk_groups=2) if kind == "quest, groups" else make()
+    cache = model.new_cache(2, 60)
+    x = tokens(2, 50)
+    with torch.no_grad():
+        model.prefill(x, cache)
+        cache.save(tmp_path / "cache", model)
+        loaded = KVCache.load(tmp_path / "cache", model)
+        assert loaded.nbytes() == cache.nbytes()
+        for _ in range(3):
+            a, b = (model.decode(x[:, :1], c) for c in (cache, loaded))
+            assert torch.equal(a, b)
+    assert "is not a cache of this model" in error_line(
+        KVCache.load, tmp_path / "cache", tiny_model()
+    )
+
+
 # -------------------- rows of eval.py
 
 

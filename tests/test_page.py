@@ -216,7 +216,8 @@ def test_page_is_whole_when_interrupted(place, monkeypatch):
 
 
 def test_page_leaves_out_what_is_begun_and_rows_without_a_field(place):
-    """Results of a script that has begun and not ended, and rows whose field is another."""
+    """Results of a script that has begun and not ended, and rows whose field is another; a row that
+    is there twice with one seed is two lines."""
     Path("out/a.state").write_text("begun\n")
     page.main()
     assert "| old |" in body("made")
@@ -224,6 +225,9 @@ def test_page_leaves_out_what_is_begun_and_rows_without_a_field(place):
     page.PAGE.write_text(BEFORE.replace(" out/a ", " out/a method=dense "))
     page.main()
     assert "| dense | 100.0% |" in body("made") and "value_groups" not in body("made")
+    leave(Path("out/a/y"), 2 * json.loads(Path("out/a/y/results.json").read_text()))
+    page.main()
+    assert body("made").count("| dense | 100.0% | 100.00% | 2.0000 | 1 |") == 2  # no two seeds
 
 
 @pytest.mark.parametrize("page_text", ["<!-- end -->\n", BEFORE.replace("<!-- end -->", "", 1)])
@@ -274,7 +278,8 @@ def test_all_runs_each_script_once_for_each_code(scripts):
     folder, run = scripts
     names = [name for name, *_ in LISTED]
     assert run()[1] == [*names, "page"]
-    assert (folder / "out" / "select.state").read_text() == "key-1-selection\n"
+    for name, filled in (("adapters", "adapters"), ("selection", "select")):
+        assert (folder / "out" / f"{filled}.state").read_text() == f"key-1-{name}\n"
     assert run()[1] == ["page"]
     shutil.rmtree(folder / "out" / "needle")
     assert run()[1] == ["needle", "page"]

@@ -127,7 +127,8 @@ class DecodeGraph:
     @torch.no_grad()
     def next(self) -> Tensor:
         """Return the next token of every sequence, (B, 1), in a buffer that the following call
-        overwrites."""
+        overwrites. Raises ValueError where the model reads other coordinates by now."""
+        self.cache.check_usable()
         if self.done < self.WARM:
             self._warm_up()
         elif self.graph is None:

@@ -150,11 +150,14 @@ def mean_over_texts(rows: list[dict]) -> list[dict]:
     return out
 
 
-def loss_over_dense(r: dict) -> float:
-    """What a row's loss is above that with whole values, in nats."""
+def lost_to_dense(r: dict) -> float:
+    """What a row's loss is above that with whole values, in nats; of a score, where more is better,
+    how far it is below."""
     if r["metric"] == "perplexity":
         return math.log(r["value"] / r["dense_value"])
-    return r["value"] - r["dense_value"]
+    if r["metric"] == "loss":
+        return r["value"] - r["dense_value"]
+    return r["dense_value"] - r["value"]
 
 
 def texts_table(rows: list[dict]) -> str:
@@ -166,12 +169,14 @@ def texts_table(rows: list[dict]) -> str:
     cells = [[label_of(same[0]), f"{mean(map(share_of_dense, same)):.2%}"] for same in several]
     has_kl = any("kl" in r for same in several for r in same)
     for line, same in zip(cells, several, strict=True):
-        worst = max(same, key=loss_over_dense)
-        line.append(f"{mean(map(loss_over_dense, same)):+.4f}")
-        line += [f"{loss_over_dense(worst):+.4f}", worst["text"]["corpus"]]
+        worst = max(same, key=lost_to_dense)
+        line.append(f"{mean(map(lost_to_dense, same)):+.4f}")
+        line += [f"{lost_to_dense(worst):+.4f}", worst["text"]["corpus"]]
         if has_kl:
             line += kl_cells(same)
-    columns = [Column("of dense", 9), Column("over whole", 10), Column("worst", 8)]
+    is_loss = rows[0]["metric"] in ("loss", "perplexity")
+    over = "over whole" if is_loss else "below whole"
+    columns = [Column("of dense", 9), Column(over, len(over)), Column("worst", 8)]
     text = Column("text", max(len(r["text"]["corpus"]) for same in several for r in same))
     columns.append(text)
     if has_kl:

@@ -2,7 +2,7 @@
 # Recall: needles asked of a cache that was compressed before the question was known, one and four
 # of them, digits, numbers and names, and passages copied; 600, 2,048 and 8,120 tokens. With the
 # question seen before compressing, for comparison.
-# Needs the run of runs/selection.sh. No table of docs/results.md holds these figures yet.
+# Needs the run of runs/selection.sh.
 # usage: runs/recall.sh [RUN] [OUT]
 set -euo pipefail
 RUN="${1:-out/select}"
@@ -11,7 +11,7 @@ OUT="${2:-out/recall}"
 measure() {  # measure NAME FLAGS...: dense, and a prompt in these shares of its bytes
   name="$1"
   shift
-  python eval.py --out_dir="$RUN" --methods=dense,select --relevances=predictor \
+  python eval.py --out_dir="$RUN" --methods=dense,select --relevances=predictor_query \
     --kv_byte_budgets=0.25,0.125,0.0625 --results="$OUT/$name" "$@"
 }
 

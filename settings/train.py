@@ -62,8 +62,8 @@ class DataConfig:
     )
     detokenize: bool = opt(
         False,
-        "undo WikiText's spacing (' @-@ ', ' ,' ...) in wikitext2, wikitext103 and text:PATH before "
-        "text becomes tokens",
+        "undo WikiText's spacing (' @-@ ', ' ,' ...) in wikitext2, wikitext103 and text:PATH, "
+        "before text becomes tokens",
     )
     data_dir: str = opt(
         "", "where token files and downloads are kept; empty: the user's cache folder"

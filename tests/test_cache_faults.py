@@ -457,13 +457,16 @@ MEANINGS = {  # by verb: a model, and what gives its caches' numbers another mea
 def test_a_cache_from_before_the_weights_changed_is_refused(change, tmp_path):
     """After a change of what stored numbers mean no verb takes a cache that was made before it,
     filled or empty, nor a sequence picked from one, nor is it joined or saved: one line names the
-    change. The cache stays as it is; one made after the change works."""
+    change; a graph of decoding steps does not run again. The cache stays as it is; one made after
+    the change works."""
     make, apply = MEANINGS[change]
     model = make()
     caches = [filled(model, tokens(20, seed=6)), model.new_cache(1, 90)]
     caches.append(caches[0].select_sequences([0]))
     before = [cache.lengths.clone() for cache in caches]
+    graph = DecodeGraph(model, caches[0], tokens(1, 1), torch.argmax, 3)
     apply(model)
+    assert f"from before {change.split(',')[0]}:" in error_line(graph.next)
     new = filled(model, tokens(20, seed=6))
     assert torch.isfinite(decoded(model, new, 3)).all()
     for cache in caches:

@@ -458,6 +458,10 @@ def test_table_of_texts_names_the_mean_and_the_worst():
     ratio = [some_row(name, v, metric="perplexity") for name, v in (("a", 2.0), ("b", 4.0))]
     line = result_table(ratio).splitlines()[-1].split()
     assert line[5:8] == [f"+{math.log(2) / 2:.4f}", f"+{math.log(2):.4f}", "b"]
+    scores = [some_row(n, v, metric="accuracy", dense_value=1) for n, v in (("a", 0.4), ("b", 0.9))]
+    table = result_table(scores).splitlines()
+    assert "below whole" in table[-2]  # more is better: the worst text has the least
+    assert table[-1].split()[5:8] == ["+0.3500", "+0.6000", "a"]
     dense = [some_row(name, 2.0, method="dense") for name in "ab"]
     assert "worst" not in result_table(dense)
     no_text = [{k: v for k, v in r.items() if k != "text"} for r in rows]

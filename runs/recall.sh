@@ -2,10 +2,10 @@
 # Recall: needles asked of a cache that was compressed before the question was known, one and four
 # of them, digits, numbers and names, and passages copied; 600, 2,048 and 8,120 tokens. With the
 # question seen before compressing, for comparison.
-# Needs the run of runs/selection.sh.
+# Needs the run of runs/mixture.sh.
 # usage: runs/recall.sh [RUN] [OUT]
 set -euo pipefail
-RUN="${1:-out/select}"
+RUN="${1:-out/mixture}"
 OUT="${2:-out/recall}"
 
 measure() {  # measure NAME FLAGS...: dense, and a prompt in these shares of its bytes

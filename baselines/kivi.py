@@ -9,6 +9,7 @@ of the values:
 The newest tokens stay whole. Values: the newest `residual`, each new one pushes the oldest out.
 Keys: what came since the last multiple of `residual`, all of which turn into codes together. A
 prompt reads itself whole; a decoding step reads what was stored before it, and its own token whole.
+So does a later piece of a prompt: itself whole, what came before as it is stored.
 
 It stands beside this project's integers (storage/integers/), which have blocks of 64 tokens, one
 step for a whole value, first tokens that stay whole, and keys rounded for the queries to come.
@@ -48,23 +49,44 @@ class Format(NamedTuple):
 # -------------------- numbers
 
 
+class Coded(NamedTuple):
+    """The keys or the values of T tokens as they are stored.
+
+    of keys, by channel: step and low (..., T / group, D)
+    of values, by token: step and low (..., T, D / group)"""
+
+    codes: Tensor  # (..., T, D bits / 8) uint8
+    step: Tensor  # float16
+    low: Tensor  # float16
+
+
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes uint8 like x (..., n), and the step and the least number of each group of n,
-    both (...) float16."""
+    """Return what groups of n numbers x (..., n) are stored as:
+
+    codes  (..., n) uint8, 0 to 2^bits - 1, of the step and the least number as they are stored
+    step   (...) float16, of each group
+    low    (...) float16, its least number"""
     x = at_least_float32(x)
-    low = x.amin(-1).clamp(-65504, 65504)
-    step = ((x.amax(-1) - low) / (2**bits - 1)).clamp(SMALLEST, 65504).half()
+    largest_code = 2**bits - 1
+    low = x.amin(-1).clamp(-65504, 65504)  # what float16 holds
+    high = x.amax(-1)
+    step = (high - low) / largest_code
+    step = step.clamp(SMALLEST, 65504).half()
     low = low.half()
-    wide = [t.to(x.dtype).unsqueeze(-1) for t in (low, step)]
-    codes = ((x - wide[0]) / wide[1]).round().clamp(0, 2**bits - 1)
-    return codes.to(torch.uint8), step, low
+    above = x - low.to(x.dtype).unsqueeze(-1)
+    place = above / step.to(x.dtype).unsqueeze(-1)
+    codes = place.round().clamp(0, largest_code)
+    codes = codes.to(torch.uint8)
+    return codes, step, low
 
 
 def dequantise(codes: Tensor, step: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers that codes (..., n) stand for."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     step = step.to(wide).unsqueeze(-1)
-    return (codes.to(wide) * step + low.to(wide).unsqueeze(-1)).to(dtype)
+    low = low.to(wide).unsqueeze(-1)
+    numbers = codes.to(wide) * step + low
+    return numbers.to(dtype)
 
 
 def by_channel(k: Tensor, group: int) -> Tensor:
@@ -75,6 +97,38 @@ def by_channel(k: Tensor, group: int) -> Tensor:
 def by_token(v: Tensor, group: int) -> Tensor:
     """Cut values (..., T, D) into what shares a step: (..., T, D / group, group)."""
     return v.unflatten(-1, (-1, group))
+
+
+def encode_keys(k: Tensor, fmt: Format) -> Coded:
+    """Turn keys (..., T, D), T a multiple of fmt.group, into codes."""
+    groups = by_channel(k, fmt.group)
+    codes, step, low = quantise(groups, fmt.bits)
+    codes = codes.mT.flatten(-3, -2)  # (..., T, D)
+    return Coded(pack_bits(codes, fmt.bits), step, low)
+
+
+def decode_keys(coded: Coded, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """Return the keys (..., T, D) that codes stand for."""
+    codes = unpack_bits(coded.codes, fmt.bits)
+    codes = by_channel(codes, fmt.group)
+    k = dequantise(codes, coded.step, coded.low, dtype)
+    return k.mT.flatten(-3, -2)
+
+
+def encode_values(v: Tensor, fmt: Format) -> Coded:
+    """Turn values (..., T, D) into codes."""
+    groups = by_token(v, fmt.group)
+    codes, step, low = quantise(groups, fmt.bits)
+    codes = codes.flatten(-2)  # (..., T, D)
+    return Coded(pack_bits(codes, fmt.bits), step, low)
+
+
+def decode_values(coded: Coded, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """Return the values (..., T, D) that codes stand for."""
+    codes = unpack_bits(coded.codes, fmt.bits)
+    codes = by_token(codes, fmt.group)
+    v = dequantise(codes, coded.step, coded.low, dtype)
+    return v.flatten(-2)
 
 
 # -------------------- the cache
@@ -104,19 +158,16 @@ class KiviCache(LayerCacheBase):
         self.fmt = fmt
         self.dtype = like.dtype
         self.batch = batch
-        shape = (batch, n_kv_head)
-        row = head_dim * fmt.bits // 8
-        for name, width in (
-            ("key_codes", row),
-            ("key_step", head_dim),
-            ("key_low", head_dim),
-            ("value_codes", row),
-            ("value_step", head_dim // fmt.group),
-            ("value_low", head_dim // fmt.group),
-        ):
+        # the last dimension of each
+        code_bytes = head_dim * fmt.bits // 8
+        n_groups = head_dim // fmt.group
+        key_widths = (code_bytes, head_dim, head_dim)
+        value_widths = (code_bytes, n_groups, n_groups)
+        for name, width in zip(self.GROWS, key_widths + value_widths, strict=True):
             dtype = torch.uint8 if name.endswith("codes") else torch.float16
-            setattr(self, name, torch.zeros(*shape, 0, width, dtype=dtype, device=like.device))
-        self.window_k = like.new_zeros(*shape, fmt.residual, head_dim)
+            empty = torch.zeros(batch, n_kv_head, 0, width, dtype=dtype, device=like.device)
+            setattr(self, name, empty)
+        self.window_k = like.new_zeros(batch, n_kv_head, fmt.residual, head_dim)
         self.window_v = torch.zeros_like(self.window_k)
         self.n_keys = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.n_values = torch.zeros_like(self.n_keys)
@@ -129,84 +180,112 @@ class KiviCache(LayerCacheBase):
         return self.n_values + self.n_window
 
     def settings(self) -> dict[str, Any]:
-        shape = tuple(self.window_k.shape[1::2])
-        about = {"shape": shape, "dtype": str(self.dtype), **self.fmt._asdict()}
-        return {**super().settings(), **about}
+        _, n_kv_head, _, head_dim = self.window_k.shape
+        # what makes codes the same numbers
+        return {
+            **super().settings(),
+            "shape": (n_kv_head, head_dim),
+            "dtype": str(self.dtype),
+            **self.fmt._asdict(),
+        }
 
     # ---- writing
 
-    def _grow(self, n_keys: int = 0, n_values: int = 0) -> None:
-        """Have room for the codes of so many tokens."""
-        need = dict.fromkeys(self.VALUES, n_values)
-        need |= {"key_codes": n_keys, **dict.fromkeys(self.KEYS[1:], n_keys // self.fmt.group)}
-        for name, n in need.items():
+    def _grow(self, names: tuple[str, ...], n: int) -> None:
+        """Have room for n slots in some tensors."""
+        for name in names:
             t = getattr(self, name)
-            if t.size(2) < n:
-                setattr(self, name, F.pad(t, (0, 0, 0, n - t.size(2))))
+            missing = n - t.size(2)
+            if missing > 0:
+                setattr(self, name, F.pad(t, (0, 0, 0, missing)))
+
+    def _grow_keys(self, n_tokens: int) -> None:
+        """Have room for the codes of so many tokens' keys."""
+        self._grow(("key_codes",), n_tokens)
+        n_groups = n_tokens // self.fmt.group
+        self._grow(("key_step", "key_low"), n_groups)
 
     def reserve(self, n_tokens: int) -> None:
-        R = self.fmt.residual
-        n = n_tokens + (int(self.lengths.max()) if self.batch else 0)
-        self._grow(n // R * R, n - R)
+        held = int(self.lengths.max()) if self.batch else 0
+        n = held + n_tokens
+        residual = self.fmt.residual
+        key_codes = n // residual * residual
+        value_codes = n - residual
+        self._grow_keys(key_codes)
+        self._grow(self.VALUES, value_codes)
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
-        n_pad = torch.zeros_like(self.n_window) if new.n_pad is None else new.n_pad
+        n_pad = new.n_pad
+        if n_pad is None:
+            n_pad = torch.zeros_like(self.n_window)
         counts = torch.stack((self.n_keys, self.n_values, self.n_window, n_pad), 1)
+        # sequences with the same counts are stored together
         kinds, kind = counts.unique(dim=0, return_inverse=True)
         for i, (n_keys, n_values, n_window, skip) in enumerate(kinds.tolist()):
-            rows = (kind == i).nonzero()[:, 0]  # sequences with the same counts
-            n_whole = n_values + n_window - n_keys
-            k = new.k[rows, :, skip:].to(self.dtype)
-            v = new.v[rows, :, skip:].to(self.dtype)
-            self._store_keys(rows, n_keys, torch.cat((self.window_k[rows, :, :n_whole], k), 2))
-            self._store_values(rows, n_values, torch.cat((self.window_v[rows, :, :n_window], v), 2))
+            rows = (kind == i).nonzero()[:, 0]
+            k = new.k[rows, :, skip:]
+            v = new.v[rows, :, skip:]
+            n_whole_keys = n_values + n_window - n_keys
+            self._store_keys(rows, n_keys, n_whole_keys, k.to(self.dtype))
+            self._store_values(rows, n_values, n_window, v.to(self.dtype))
         self.fresh = False
 
-    def _store_keys(self, rows: Tensor, done: int, k: Tensor) -> None:
-        """Store the whole keys k (b, Hkv, n, D) of some sequences that have `done` tokens in codes:
-        every full residual turns into codes."""
-        fmt = self.fmt
-        leaves = k.size(2) // fmt.residual * fmt.residual
-        self._grow(n_keys=done + leaves)
-        if leaves:
-            codes, step, low = quantise(by_channel(k[:, :, :leaves], fmt.group), fmt.bits)
-            codes = pack_bits(codes.mT.flatten(2, 3), fmt.bits)
-            self.key_codes[rows, :, done : done + leaves] = codes
-            first = done // fmt.group
-            last = first + leaves // fmt.group
-            self.key_step[rows, :, first:last] = step
-            self.key_low[rows, :, first:last] = low
-        self.window_k[rows, :, : k.size(2) - leaves] = k[:, :, leaves:]
-        self.n_keys[rows] = done + leaves
+    def _store_keys(self, rows: Tensor, done: int, n_whole: int, k: Tensor) -> None:
+        """Store new keys of some sequences: every full residual turns into codes.
 
-    def _store_values(self, rows: Tensor, done: int, v: Tensor) -> None:
-        """Store the whole values v (b, Hkv, n, D) of some sequences that have `done` tokens in
-        codes: all but the newest residual turn into codes."""
-        fmt = self.fmt
-        leaves = max(0, v.size(2) - fmt.residual)
-        stays = v.size(2) - leaves
-        self._grow(n_values=done + leaves)
+        rows     (b,) int64, the sequences
+        done     tokens of each in codes
+        n_whole  tokens of each in its window
+        k        (b, Hkv, n, D)"""
+        k = torch.cat((self.window_k[rows, :, :n_whole], k), 2)
+        group = self.fmt.group
+        residual = self.fmt.residual
+        leaves = k.size(2) // residual * residual
+        after = done + leaves
+        self._grow_keys(after)
         if leaves:
-            codes, step, low = quantise(by_token(v[:, :, :leaves], fmt.group), fmt.bits)
-            self.value_codes[rows, :, done : done + leaves] = pack_bits(codes.flatten(-2), fmt.bits)
-            self.value_step[rows, :, done : done + leaves] = step
-            self.value_low[rows, :, done : done + leaves] = low
-        self.window_v[rows, :, :stays] = v[:, :, leaves:]
-        self.n_values[rows] = done + leaves
-        self.n_window[rows] = stays
+            coded = encode_keys(k[:, :, :leaves], self.fmt)
+            groups = slice(done // group, after // group)
+            self.key_codes[rows, :, done:after] = coded.codes
+            self.key_step[rows, :, groups] = coded.step
+            self.key_low[rows, :, groups] = coded.low
+        stays = k[:, :, leaves:]
+        self.window_k[rows, :, : stays.size(2)] = stays
+        self.n_keys[rows] = after
+
+    def _store_values(self, rows: Tensor, done: int, n_whole: int, v: Tensor) -> None:
+        """Store new values of some sequences: all but the newest residual turn into codes.
+        Arguments: _store_keys."""
+        v = torch.cat((self.window_v[rows, :, :n_whole], v), 2)
+        too_many = v.size(2) - self.fmt.residual
+        leaves = max(0, too_many)
+        after = done + leaves
+        self._grow(self.VALUES, after)
+        if leaves:
+            coded = encode_values(v[:, :, :leaves], self.fmt)
+            self.value_codes[rows, :, done:after] = coded.codes
+            self.value_step[rows, :, done:after] = coded.step
+            self.value_low[rows, :, done:after] = coded.low
+        stays = v[:, :, leaves:]
+        self.window_v[rows, :, : stays.size(2)] = stays
+        self.n_values[rows] = after
+        self.n_window[rows] = stays.size(2)
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens. What became codes stays codes: ValueError inside a
         group of keys, which share steps."""
         check_truncation(n_tokens)
-        n = torch.as_tensor(n_tokens, device=self.n_keys.device).minimum(self.lengths)
-        inside = (n < self.n_keys) & (n % self.fmt.group > 0)
+        group = self.fmt.group
+        n = torch.as_tensor(n_tokens, device=self.n_keys.device)
+        n = n.minimum(self.lengths)
+        in_codes = n < self.n_keys
+        between_groups = n % group == 0
         check(
-            not inside.any(),
+            not (in_codes & ~between_groups).any(),
             f"truncating to {n.tolist()} tokens",
-            f"keys share steps by {self.fmt.group}",
-            f"cut at a multiple of {self.fmt.group}, or after {self.n_keys.tolist()}",
+            f"keys share steps by {group}",
+            f"cut at a multiple of {group}, or after {self.n_keys.tolist()}",
         )
         self.n_keys = self.n_keys.minimum(n)
         self.n_values = self.n_values.minimum(n)
@@ -214,22 +293,24 @@ class KiviCache(LayerCacheBase):
 
     def check_counts(self) -> None:
         super().check_counts()
-        check_range(self.n_window, self.fmt.residual, "n_window")
-        check_range(self.n_values, self.value_codes.size(2), "n_values")
+        residual = self.fmt.residual
+        n_whole_keys = self.lengths - self.n_keys
         check_range(self.n_keys, self.key_codes.size(2), "n_keys")
-        check_range(self.lengths - self.n_keys, self.fmt.residual, "tokens with whole keys")
+        check_range(n_whole_keys, residual, "tokens with whole keys")
+        check_range(self.n_values, self.value_codes.size(2), "n_values")
+        check_range(self.n_window, residual, "n_window")
 
     # ---- reading
 
     def view(self) -> CacheView:
-        """Return everything as it is read, codes turned back into numbers."""
-        fmt = self.fmt
-        codes = unpack_bits(self.key_codes, fmt.bits)
-        k = dequantise(by_channel(codes, fmt.group), self.key_step, self.key_low, self.dtype)
-        codes = by_token(unpack_bits(self.value_codes, fmt.bits), fmt.group)
-        v = dequantise(codes, self.value_step, self.value_low, self.dtype)
-        k = self._then_window(k.mT.flatten(2, 3), self.window_k, self.n_keys)
-        v = self._then_window(v.flatten(-2), self.window_v, self.n_values)
+        """Return everything as it is read, codes turned back into numbers: one window, each
+        sequence from slot 0 on."""
+        keys = Coded(self.key_codes, self.key_step, self.key_low)
+        values = Coded(self.value_codes, self.value_step, self.value_low)
+        old_k = decode_keys(keys, self.fmt, self.dtype)
+        old_v = decode_values(values, self.fmt, self.dtype)
+        k = self._then_window(old_k, self.window_k, self.n_keys)
+        v = self._then_window(old_v, self.window_v, self.n_values)
         return CacheView((), WindowView(k, v, None, self.lengths), None)
 
     def _then_window(self, old: Tensor, window: Tensor, n_old: Tensor) -> Tensor:
@@ -237,17 +318,21 @@ class KiviCache(LayerCacheBase):
         n the tokens of the longest sequence."""
         n = int(self.lengths.max()) if self.batch else 0
         number = torch.arange(n, device=old.device)
-        slot = (number - n_old[:, None]).clamp(0, self.fmt.residual - 1)
-        newest = window.take_along_dim(slot[:, None, :, None], 2)
-        old = F.pad(old, (0, 0, 0, max(0, n - old.size(2))))[:, :, :n]
-        return torch.where((number < n_old[:, None])[:, None, :, None], old, newest)
+        place = number - n_old[:, None]  # (B, n), in the window
+        place = place[:, None, :, None]
+        slot = place.clamp(0, self.fmt.residual - 1)
+        newest = window.take_along_dim(slot, 2)
+        missing = max(0, n - old.size(2))
+        old = F.pad(old, (0, 0, 0, missing))
+        return torch.where(place < 0, old[:, :, :n], newest)
 
 
 # -------------------- the path
 
 
 class KiviPath(nn.Module):
-    """One layer that stores KIVI's codes."""
+    """One layer that stores KIVI's codes. ValueError where bits, groups, residual and head
+    dimension do not fit."""
 
     reads_pieces = True  # a prompt may come in pieces
 
@@ -280,39 +365,57 @@ class KiviPath(nn.Module):
         return KiviCache(batch, max_len, self.Hkv, self.D, self.fmt, like)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
-        """Let every token read what it would read when it is decoded; rows with padding one by
-        one."""
+        """Let every token read what it would read when it is decoded."""
         if pad is not None:
-            out = torch.zeros_like(q)
-            for b, p in enumerate(pad.tolist()):
-                row = (t[b : b + 1, :, p:] for t in (q, k, v))
-                out[b, :, p:] = self.forward(x[b : b + 1, p:], *row)[0]
-            return out
-        R = self.fmt.residual
+            return self._row_by_row(x, q, k, v, pad)
+        residual = self.fmt.residual
         number = torch.arange(q.size(2), device=q.device)
-        key_coded = number < (number // R * R)[:, None]  # (query, token)
-        value_coded = number < (number - R)[:, None]
+        query = number[:, None]
+        key_coded = number < query // residual * residual  # (query, token)
+        value_coded = number < query - residual
         old_k, old_v = self._as_codes(k, v)
-        q = q.unflatten(1, (self.Hkv, -1)) * self.D**-0.5  # (B, Hkv, n, T, D)
-        whole = q @ k.unsqueeze(2).mT
-        logits = torch.where(key_coded, q @ old_k.unsqueeze(2).mT, whole)
-        hidden = number > number[:, None]
-        p = at_least_float32(logits).masked_fill(hidden, float("-inf")).softmax(-1).to(v.dtype)
-        y = (p * value_coded) @ old_v.unsqueeze(2) + (p * ~value_coded) @ v.unsqueeze(2)
-        return y.flatten(1, 2)
+        # heads of queries beside those of keys and values
+        k, v, old_k, old_v = (t.unsqueeze(2) for t in (k, v, old_k, old_v))
+        q = q.unflatten(1, (self.Hkv, -1))  # (B, Hkv, n, T, D)
+        q = q * self.D**-0.5
+        of_codes = q @ old_k.mT
+        of_window = q @ k.mT
+        logits = torch.where(key_coded, of_codes, of_window)
+        logits = at_least_float32(logits)
+        hidden = number > query
+        p = logits.masked_fill(hidden, float("-inf")).softmax(-1)
+        p = p.to(v.dtype)
+        from_codes = (p * value_coded) @ old_v
+        from_window = (p * ~value_coded) @ v
+        return (from_codes + from_window).flatten(1, 2)
+
+    def _row_by_row(self, x, q, k, v, pad: Tensor) -> Tensor:
+        """Run forward on each row without its padding: (B, H, T, D), padding 0."""
+        out = torch.zeros_like(q)
+        for b, n_pad in enumerate(pad.tolist()):
+            row = slice(b, b + 1)
+            real = (t[row, :, n_pad:] for t in (q, k, v))
+            y = self.forward(x[row, n_pad:], *real)
+            out[row, :, n_pad:] = y
+        return out
 
     def _as_codes(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values as they are read from codes, keys past the last full residual as
-        they are."""
-        bits, group, residual = self.fmt
+        """Return keys and values (B, Hkv, T, D) as they are read from codes, keys past the last
+        full residual as they are."""
+        residual = self.fmt.residual
         full = k.size(2) // residual * residual
-        keys = dequantise(*quantise(by_channel(k[:, :, :full], group), bits), k.dtype)
-        values = dequantise(*quantise(by_token(v, group), bits), v.dtype)
-        return torch.cat((keys.mT.flatten(2, 3), k[:, :, full:]), 2), values.flatten(-2)
+        keys = encode_keys(k[:, :, :full], self.fmt)
+        values = encode_values(v, self.fmt)
+        old_k = decode_keys(keys, self.fmt, k.dtype)
+        old_k = torch.cat((old_k, k[:, :, full:]), 2)
+        old_v = decode_values(values, self.fmt, v.dtype)
+        return old_k, old_v
 
     def prefill(self, x, q, k, v, cache: KiviCache, n_pad: Tensor | None = None) -> Tensor:
-        fresh = cache.fresh
-        y = attend(q, k, v, n_pad) if fresh else self._read(q, k, v, cache, n_pad)
+        if cache.fresh:
+            y = attend(q, k, v, n_pad)
+        else:
+            y = self._read(q, k, v, cache, n_pad)
         cache.append(NewTokens(k, v, n_pad))
         return y
 
@@ -323,18 +426,18 @@ class KiviPath(nn.Module):
 
     def _read(self, q, k, v, cache: KiviCache, n_pad: Tensor | None) -> Tensor:
         """Let new tokens read themselves whole, and what came before as it is stored."""
+        B, H, T, _ = q.shape
         old = cache.view().window
-        T = q.size(2)
-        there = torch.arange(old.k.size(2), device=q.device) < old.count[:, None]
+        slot = torch.arange(old.k.size(2), device=q.device)
+        there = slot < old.count[:, None]  # (B, N)
         there = there[:, None, None].expand(-1, -1, T, -1)
-        own = attention_mask(T, T, n_pad, q.device).expand(len(q), -1, -1, -1)
-        return F.scaled_dot_product_attention(
-            q,
-            torch.cat((old.k, k), 2),
-            torch.cat((old.v, v), 2),
-            attn_mask=torch.cat((there, own), -1),
-            enable_gqa=self.Hkv != q.size(1),
-        )
+        own = attention_mask(T, T, n_pad, q.device)
+        own = own.expand(B, -1, -1, -1)
+        visible = torch.cat((there, own), -1)  # (B, 1, T, N + T)
+        k = torch.cat((old.k, k), 2)
+        v = torch.cat((old.v, v), 2)
+        gqa = self.Hkv != H
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
 
     def graph_safe(self) -> bool:
         return False
@@ -360,4 +463,6 @@ def detach(model: nn.Module) -> nn.Module:
 def format_of(model: nn.Module) -> Format | None:
     """Return how the model stores codes; None where it does not."""
     path = model.layers[0].self_attn.kv_path
-    return path.fmt if isinstance(path, KiviPath) else None
+    if isinstance(path, KiviPath):
+        return path.fmt
+    return None

@@ -510,3 +510,36 @@ def test_dying_rank_ends_the_job(tmp_path, text):
         assert not Path(f"/proc/{ranks[0]}").exists()  # the survivor went with it
     finally:
         p.kill()
+
+
+# -- what a stage says
+
+
+def test_stage_says_what_it_does_and_what_came_out(tmp_path, run_stage, capsys):
+    """A stage names device, dtype, parameters, text, steps and folder before its first step, and
+    its validation loss, folder and next command after its last; the numbers are the run's own."""
+    stage = run_stage("adapt", tmp_path / "run", *ROUTED, "--adapt_steps=3")
+    lines = capsys.readouterr().err.splitlines()
+    saved = checkpoint.load(find_checkpoint(stage))
+    trained = saved.config["trainable_parameters"]
+    begin = next(i for i, line in enumerate(lines) if "of them trained" in line)
+    first = " ".join(lines[begin : begin + 3])
+    for part in (f"{trained:,} of them", "float32", "threads", "tokens and", "3 steps of 8"):
+        assert part in first, (part, first)
+    assert str(stage) in first
+    loss = checkpoint.read_jsonl(stage / "metrics.jsonl")[-1]["val_loss"]
+    assert any(f"validation loss {loss:.4f} after" in line for line in lines[begin + 3 :])
+    assert lines[-2].endswith(f"python eval.py --out_dir={stage}")
+
+
+def test_log_file_gets_few_lines(tmp_path, run_stage, capsys):
+    """Where stderr is no terminal, 40 steps leave two lines of progress (the first and the last),
+    and no line is written over."""
+    run_stage("pretrain", tmp_path / "run", "--pretrain_steps=40")
+    said = capsys.readouterr().err
+    steps = [line for line in said.splitlines() if line.startswith("pretrain: ") and "gone" in line]
+    assert [line.split(",")[0] for line in steps] == [
+        "pretrain: 0 of 40 steps",
+        "pretrain: 40 of 40 steps",
+    ]
+    assert "\r" not in said and "tokens/s" in steps[-1]

@@ -12,6 +12,7 @@ backward pass: any split of a batch, uneven or empty shares too, means the same 
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -26,14 +27,15 @@ from tqdm import tqdm
 
 import kv_router
 import lora
-from config import AdapterConfig, KVConfig, check
-from data import Corpus, batch, sequential
+from config import AdapterConfig, KVConfig, check, comma_list
+from data import Corpus, batch, label_of, sequential
 from generate import generate
 from loaders import checkpoint
-from loaders.device import autocast
+from loaders.device import autocast, device_name, in_bfloat16
 from loaders.runs import added_state, load_added_state
 from loaders.weights import load_model_state, model_state
 from model import Transformer, lm_loss
+from report.progress import progress
 from selection.training import predictor_loss
 from settings.fields import to_dict
 from settings.train import TrainConfig
@@ -293,9 +295,11 @@ class Trainer:
         self.cfg = cfg
         self.w = w
         self.clock = clock
+        self.began = clock()
         self.opt = make_optimizer(stage.params, cfg)
         self.step = 0
         self.best = math.inf
+        self.val = math.nan  # the newest validation loss
         self.forward = torch.compile(stage.model) if cfg.compile else stage.model
 
     @property
@@ -313,7 +317,8 @@ class Trainer:
         self.s.model.train()
         if self.w.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.w.device)
-        with checkpoint.GracefulStop() as stop, self.progress_bar() as bar:
+        bar = progress(self.s.name, self.s.steps, "step", begin=self.step, shown=self.w.main)
+        with checkpoint.GracefulStop() as stop, bar:
             while self.step < self.s.steps:
                 stopping = self.one_step(stop, bar)
                 last = self.step == self.s.steps
@@ -325,18 +330,6 @@ class Trainer:
                 if stopping:
                     self.say_stopped()
                     raise SystemExit(stop.exit_code or 130)
-
-    def progress_bar(self) -> tqdm:
-        """The bar of this stage's steps, on rank 0."""
-        return tqdm(
-            total=self.s.steps,
-            initial=self.step,
-            desc=self.s.name,
-            unit="step",
-            disable=not self.w.main,
-            mininterval=0.5 if sys.stderr.isatty() else 20,  # a log file needs fewer lines
-            miniters=1,
-        )
 
     def one_step(self, stop: checkpoint.GracefulStop, bar: tqdm) -> bool:
         """One optimizer step, logged. Returns whether any rank was told to stop."""
@@ -359,8 +352,8 @@ class Trainer:
         speed = s.batch_size * s.window / max(self.clock() - start, 1e-9)
         self.log(step=self.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed)
         self.step += 1
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
         bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
         return stopping
 
     def keep(self, last: bool, stopping: bool) -> None:
@@ -386,6 +379,7 @@ class Trainer:
                 f"{self.s.name}: validation loss {val} after step {self.step - 1}",
                 f"{self.last_good()}; try a lower rate",
             )
+        self.val = val
         on_gpu = self.w.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.w.device) if on_gpu else None
         self.log(step=self.step, after=self.step, val_loss=val, peak_memory_bytes=peak)
@@ -495,6 +489,48 @@ class Trainer:
                 print(line, file=sys.stderr)
 
 
+# -- what a stage says
+
+
+def start_of(stage: Stage, cfg: TrainConfig, w: World) -> list[str]:
+    """What a stage will do: on what, with how many parameters and which text, and where."""
+    dtype = "bfloat16" if in_bfloat16(w.device, cfg.dtype) else "float32"
+    ranks = f", {w.size} processes" if w.size > 1 else ""
+    every = sum(p.numel() for p in {*stage.model.parameters(), *stage.params})
+    trained = sum(p.numel() for p in stage.params)
+    text = " and ".join(label_of(name) for name in comma_list(stage.about["corpus"]))
+    held_out = len(stage.corpus.val)
+    return [
+        f"{stage.name}: {every:,} parameters, {trained:,} of them trained, in {dtype} on "
+        f"{device_name(w.device)}{ranks}",
+        f"  text: {text}, {len(stage.corpus.train):,} tokens and {held_out:,} held out",
+        f"  {stage.steps} steps of {stage.batch_size} sequences of {stage.window} tokens, into "
+        f"{stage.folder}",
+    ]
+
+
+def end_of(trainer: Trainer) -> list[str]:
+    """What came out of a stage, how long it took, where it lies, and what to run next."""
+    stage = trainer.s
+    took = trainer.clock() - trainer.began
+    lines = [
+        f"{stage.name}: validation loss {trainer.val:.4f} after {took:.0f} s, in {stage.folder}"
+    ]
+    if trainer.cfg.stage != "all":  # there the next stage follows by itself
+        folder = shlex.quote(str(stage.folder))
+        lines += [f"  next: {command}" for command in next_commands(stage.kind, folder)]
+    return lines
+
+
+def next_commands(kind: str, folder: str) -> list[str]:
+    """What can be run on a trained stage."""
+    if kind == "pretrain":
+        return [f"python train.py --stage=adapt --init_from={folder}"]
+    if kind == "adapt":
+        return [f"python eval.py --out_dir={folder}", f"python sample.py --out_dir={folder}"]
+    return [f"python eval.py --out_dir={folder}"]
+
+
 def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
     """Run a stage, or continue it when resuming. Its last checkpoint is on disk when any rank
     returns."""
@@ -504,7 +540,11 @@ def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
         trainer = Trainer(stage, cfg, w)
         if cfg.resume:
             trainer.resume()
+        began = trainer.step
+        trainer.say(start_of(stage, cfg, w))
         trainer.run()
+        if began < stage.steps:
+            trainer.say(end_of(trainer))
 
 
 @contextmanager

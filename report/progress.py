@@ -1,0 +1,37 @@
+"""How far long work is: a bar in a terminal, and in a log file a line now and then."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from tqdm import tqdm
+
+EVERY = 20  # seconds between two lines of a log file
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} gone, {remaining} to go{postfix}"
+
+
+class Lines:
+    """A stream that gets each state of a bar as a line of its own."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write what a bar would overwrite itself with; the ends of a bar are no lines."""
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        """Flush the stream behind it."""
+        self.stream.flush()
+
+
+def progress(name: str, total: int, unit: str, *, begin: int = 0, shown: bool = True) -> tqdm:
+    """Return a bar on stderr of `total` units, `begin` of them done. What it is given to show
+    besides (set_postfix_str with refresh=False) waits for its next turn."""
+    stream = sys.stderr
+    settings = dict(desc=name, total=total, initial=begin, unit=unit, disable=not shown, miniters=1)
+    if stream.isatty():
+        return tqdm(file=stream, mininterval=0.5, **settings)
+    return tqdm(file=Lines(stream), mininterval=EVERY, bar_format=LINE, **settings)

@@ -20,6 +20,12 @@ from config import SelectConfig
 from selection.relevance import TINY, Prompt, norms, pooled
 
 
+def drawn(*shape: int) -> nn.Parameter:
+    """Draw weights (..., n_in, n_out) with variance 1 / n_in."""
+    n_in = shape[-2]
+    return nn.Parameter(torch.randn(*shape) * n_in**-0.5)
+
+
 class HiddenPredictor(nn.Module):
     """The paper's: two-layer GELU MLP E -> 256 -> n_out on the hidden state of a token, one per
     layer that chooses for itself.
@@ -30,12 +36,19 @@ class HiddenPredictor(nn.Module):
     Trained by MSE to targets normalised per output to zero mean and unit variance (over the
     calibration text), and mapped back when used."""
 
-    def __init__(self, n_layer: int, n_embd: int, mask_heads: int, n_out: int, hidden: int = 256):
+    def __init__(
+        self,
+        n_layer: int,
+        n_embd: int,
+        mask_heads: int,
+        n_out: int,
+        hidden: int = 256,
+    ):
         super().__init__()
         self.heads = mask_heads
-        self.up = nn.Parameter(torch.randn(n_layer, n_embd, hidden) * n_embd**-0.5)
+        self.up = drawn(n_layer, n_embd, hidden)
         self.up_bias = nn.Parameter(torch.zeros(n_layer, 1, hidden))
-        self.down = nn.Parameter(torch.randn(n_layer, hidden, n_out) * hidden**-0.5)
+        self.down = drawn(n_layer, hidden, n_out)
         self.down_bias = nn.Parameter(torch.zeros(n_layer, 1, n_out))
         self.register_buffer("mean", torch.zeros(n_layer, 1, n_out))
         self.register_buffer("std", torch.ones(n_layer, 1, n_out))
@@ -45,56 +58,61 @@ class HiddenPredictor(nn.Module):
     def normalised(self, prompt: Prompt) -> Tensor:
         """The network's outputs: (L, B * C, n_out)."""
         at = prompt.layers
-        up, up_bias, down, down_bias = (
-            p[at] for p in (self.up, self.up_bias, self.down, self.down_bias)
-        )
-        x = torch.stack([x[:, : prompt.n_context] for x in prompt.x[: up.size(0)]])
-        x = x.flatten(1, 2).to(up.dtype)  # (L, B C, E)
-        return F.gelu(x @ up + up_bias) @ down + down_bias
+        up = self.up[at]
+        down = self.down[at]
+        # a shared mask has one layer that decides
+        deciding = prompt.x[: len(up)]
+        context = [x[:, : prompt.n_context] for x in deciding]
+        x = torch.stack(context).flatten(1, 2)
+        x = x.to(up.dtype)  # (L, B C, E)
+        hidden = F.gelu(x @ up + self.up_bias[at])
+        return hidden @ down + self.down_bias[at]
 
     def flat(self, target: Tensor) -> Tensor:
         """Targets (L, B, Hm, C, S or 1) in the order of the outputs: (L, B * C, n_out)."""
         return target.transpose(2, 3).flatten(3).flatten(1, 2)
 
+    def unflat(self, out: Tensor, prompt: Prompt) -> Tensor:
+        """Outputs (L, B * C, n_out) in the order of the targets: (L, B, Hm, C, S or 1)."""
+        B, C = prompt.valid.shape
+        per_head = out.size(-1) // self.heads
+        return out.view(-1, B, C, self.heads, per_head).transpose(2, 3)
+
     @torch.no_grad()
     def fit(self, prompts: list[Prompt], targets: list[Tensor]) -> None:
         """Set mean and standard deviation of the targets (L, B, Hm, C, S or 1)."""
-        t = torch.cat([self.flat(t) for t in targets], 1)
-        self.mean.copy_(t.mean(1, keepdim=True))
-        self.std.copy_(t.std(1, keepdim=True).clamp_min(TINY))
+        of_prompts = [self.flat(target) for target in targets]
+        flat = torch.cat(of_prompts, 1)
+        mean = flat.mean(1, keepdim=True)
+        std = flat.std(1, keepdim=True)
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp_min(TINY))
 
     def forward(self, prompt: Prompt, kind: str) -> Tensor:
-        """Scores >= 0, (L, B, Hm, C, S or 1)."""
+        """Scores >= 0, (L, B, Hm, C, S or 1), by the loss of this kind: `mse` has trained scores
+        themselves, `kl` shares, which get the mean target of their layer as their scale."""
         out = self.normalised(prompt)
-        (B, C) = prompt.valid.shape
         at = prompt.layers
-        shape = (-1, B, C, self.heads, out.size(-1) // self.heads)
         if kind == "mse":
-            return (out * self.std[at] + self.mean[at]).clamp_min(0).view(shape).transpose(2, 3)
-        out = (
-            out.view(shape)
-            .transpose(2, 3)
-            .masked_fill(~prompt.valid[:, None, :, None], float("-inf"))
-        )
-        return (
-            out.flatten(-2).softmax(-1).view_as(out)
-            * self.mean[at].mean((-1, -2))[:, None, None, None, None]
-        )
+            scores = out * self.std[at] + self.mean[at]
+            return self.unflat(scores.clamp_min(0), prompt)
+        padding = ~prompt.valid[:, None, :, None]  # (B, 1, C, 1)
+        logits = self.unflat(out, prompt)
+        logits = logits.masked_fill(padding, float("-inf"))
+        share = logits.flatten(-2).softmax(-1)
+        share = share.view_as(logits)
+        scale = self.mean[at].mean((-1, -2))
+        return share * scale[:, None, None, None, None]
 
     def loss(self, prompt: Prompt, target: Tensor, kind: str) -> Tensor:
         """mse: to the normalised target; kl: from the target's shares over a prompt's (token,
         group) pairs. No padding here."""
         out = self.normalised(prompt)
-        want = self.flat(target)
         if kind == "mse":
-            return F.mse_loss(out, (want - self.mean) / self.std)
-        B, C = prompt.valid.shape
-        out = out.view(-1, B, C, self.heads, out.size(-1) // self.heads).transpose(2, 3).flatten(-2)
-        return (
-            F.kl_div(out.log_softmax(-1), shares(target.flatten(-2)), reduction="none")
-            .sum(-1)
-            .mean()
-        )
+            want = (self.flat(target) - self.mean) / self.std
+            return F.mse_loss(out, want)
+        logits = self.unflat(out, prompt).flatten(-2)
+        return divergence(logits, target.flatten(-2))
 
 
 class QueryPredictor(nn.Module):
@@ -102,10 +120,11 @@ class QueryPredictor(nn.Module):
 
         alpha = softmax(log-scores) * (attention the query region gave the context).
 
-    A two-layer GELU network over the features below, beside a linear map of them that starts at
-    observed attention; plus a network on the token's hidden state; plus key . u, u a map of the
-    mean hidden state of the query region. Trained by the KL divergence from the shares of attention
-    that the tokens which follow give."""
+    They are a sum: a two-layer GELU network over the features below, a linear map of them, a
+    network on the token's hidden state, and key . u / sqrt(D), u a map of the mean hidden state of
+    the query region. All start at 0 but the linear map, which starts at feature 1: observed
+    attention. Trained by the KL divergence from the shares of attention that the tokens which
+    follow give."""
 
     FEATURES = 9
 
@@ -120,10 +139,6 @@ class QueryPredictor(nn.Module):
     ):
         super().__init__()
         n = (n_layer, n_kv_head)
-
-        def drawn(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*shape) * shape[-2] ** -0.5)
-
         self.up = drawn(*n, self.FEATURES, hidden)
         self.up_bias = nn.Parameter(torch.zeros(*n, 1, hidden))
         self.down = nn.Parameter(torch.zeros(*n, hidden, 1))
@@ -148,69 +163,102 @@ class QueryPredictor(nn.Module):
         C = prompt.n_context
         seen = prompt.observed
         past = prompt.past(cfg)
-        norm = norms(prompt.values)
-        shares = torch.stack(
-            (seen, pooled(seen, 5), pooled(seen, 15), past, pooled(past, 5), norm), -1
-        )
+        logs = [
+            seen,
+            pooled(seen, 5),
+            pooled(seen, 15),
+            past,
+            pooled(past, 5),
+            norms(prompt.values),
+        ]
         column = prompt.column[:C]
-        rest = (
+        distance = ((C - column) / 64 + 1).log()
+        early = (column - prompt.start) < 4  # (B or 1, C)
+        rest = [
             norms(prompt.keys[..., :C, :]),
-            ((C - column) / 64 + 1).log().expand_as(seen),
-            ((column - prompt.start) < 4).float()[:, None].expand_as(seen),
-        )
-        return torch.cat((shares.clamp_min(TINY).log(), torch.stack(rest, -1)), -1).transpose(1, 2)
+            distance.expand_as(seen),
+            early.float()[:, None].expand_as(seen),
+        ]
+        logs = torch.stack(logs, -1).clamp_min(TINY).log()
+        rest = torch.stack(rest, -1)
+        features = torch.cat((logs, rest), -1)
+        return features.transpose(1, 2)
 
     @torch.no_grad()
     def fit(self, prompts: list[Prompt], cfg: SelectConfig) -> None:
         """Set mean and standard deviation of the features."""
-        f = torch.cat([self.features(p, cfg).flatten(2, 3) for p in prompts], 2)
+        of_prompts = [self.features(prompt, cfg) for prompt in prompts]
+        flat = [f.flatten(2, 3) for f in of_prompts]  # (L, Hkv, B C, FEATURES)
+        f = torch.cat(flat, 2)
+        std = f.std(2)
         self.mean.copy_(f.mean(2))
-        self.std.copy_(f.std(2) + 1e-3)
+        self.std.copy_(std + 1e-3)
 
     def log_scores(self, prompt: Prompt, cfg: SelectConfig) -> Tensor:
         """(L, B, Hkv, C), -inf for padding."""
-        (B, C) = prompt.valid.shape
-        dtype = self.up.dtype
+        scores = self.of_features(prompt, cfg)
+        scores = scores + self.of_tokens(prompt)
+        scores = scores + self.of_query(prompt)
+        padding = ~prompt.valid[:, None]
+        return scores.masked_fill(padding, float("-inf"))
+
+    def of_features(self, prompt: Prompt, cfg: SelectConfig) -> Tensor:
+        """What the features say: (L, B, Hkv, C)."""
+        B, C = prompt.valid.shape
         at = prompt.layers
-        f = self.features(prompt, cfg).flatten(2, 3).to(dtype)  # (L, Hkv, B C, F)
-        f = (f - self.mean[at].unsqueeze(2)) / self.std[at].unsqueeze(2)
-        s = F.gelu(f @ self.up[at] + self.up_bias[at]) @ self.down[at] + f @ self.linear[at]
-        s = s.unflatten(2, (B, C)).squeeze(-1).transpose(1, 2)  # (L, B, Hkv, C)
-        s = s + torch.stack(
-            [
-                F.gelu(x[:, :C].to(dtype) @ up) @ down
-                for x, up, down in zip(
-                    prompt.x, self.token_up[at], self.token_down[at], strict=True
-                )
-            ]
-        ).transpose(2, 3)
-        region = torch.stack([x[:, C:].mean(1) for x in prompt.x]).to(dtype)  # (L, B, E)
-        u = F.gelu(region @ self.query_up[at]) @ self.query_down[at]
-        u = u.unflatten(-1, (prompt.keys.size(2), -1))  # (L, B, Hkv, D)
+        mean = self.mean[at].unsqueeze(2)
+        std = self.std[at].unsqueeze(2)
+        f = self.features(prompt, cfg).flatten(2, 3)  # (L, Hkv, B C, FEATURES)
+        f = (f.to(self.up.dtype) - mean) / std
+        hidden = F.gelu(f @ self.up[at] + self.up_bias[at])
+        scores = hidden @ self.down[at]
+        scores = scores + f @ self.linear[at]
+        scores = scores.view(-1, f.size(1), B, C)
+        return scores.transpose(1, 2)
+
+    def of_tokens(self, prompt: Prompt) -> Tensor:
+        """What each token's hidden state says: (L, B, Hkv, C)."""
+        up = self.token_up[prompt.layers]
+        down = self.token_down[prompt.layers]
+        scores = []
+        for i, x in enumerate(prompt.x):
+            context = x[:, : prompt.n_context].to(up.dtype)  # (B, C, E)
+            hidden = F.gelu(context @ up[i])
+            scores.append(hidden @ down[i])
+        return torch.stack(scores).transpose(2, 3)
+
+    def of_query(self, prompt: Prompt) -> Tensor:
+        """Products of keys with a summary of the query region: (L, B, Hkv, C)."""
+        C = prompt.n_context
+        dtype = self.up.dtype
+        up = self.query_up[prompt.layers]
+        down = self.query_down[prompt.layers]
+        region = [x[:, C:].mean(1) for x in prompt.x]
+        region = torch.stack(region).to(dtype)  # (L, B, E)
+        u = F.gelu(region @ up) @ down
         k = prompt.keys[..., :C, :].to(dtype)
-        return (s + (k @ u.unsqueeze(-1)).squeeze(-1) * k.size(-1) ** -0.5).masked_fill(
-            ~prompt.valid[:, None], float("-inf")
-        )
+        u = u.unflatten(-1, (k.size(2), -1))
+        u = u.unsqueeze(-1)  # (L, B, Hkv, D, 1)
+        product = (k @ u).squeeze(-1)
+        return product * k.size(-1) ** -0.5
 
     def forward(self, prompt: Prompt, cfg: SelectConfig) -> Tensor:
         """alpha (L, B, Hkv, C): a row without context gets zeros."""
-        share = (
-            self.log_scores(prompt, cfg).float().softmax(-1).nan_to_num()
-            if prompt.n_context
-            else prompt.observed
-        )
+        if not prompt.n_context:
+            return prompt.observed
+        log_scores = self.log_scores(prompt, cfg).float()
+        share = log_scores.softmax(-1).nan_to_num()
         return share * prompt.observed.sum(-1, keepdim=True)
 
     def loss(self, prompt: Prompt, target: Tensor, cfg: SelectConfig) -> Tensor:
         """KL divergence in nats from the shares of attention that follow, target (L, B, Hkv, C), a
         mean over layers, rows and heads."""
-        return (
-            F.kl_div(self.log_scores(prompt, cfg).log_softmax(-1), shares(target), reduction="none")
-            .sum(-1)
-            .mean()
-        )
+        return divergence(self.log_scores(prompt, cfg), target)
 
 
-def shares(target: Tensor) -> Tensor:
-    """target (..., n) over its sum."""
-    return target / target.sum(-1, keepdim=True).clamp_min(TINY)
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL divergence in nats of softmax(logits) (..., n) from the shares of target (..., n) >= 0, a
+    mean over all but the last dimension."""
+    total = target.sum(-1, keepdim=True).clamp_min(TINY)
+    of_each = F.kl_div(logits.log_softmax(-1), target / total, reduction="none")
+    return of_each.sum(-1).mean()

@@ -72,7 +72,6 @@ PATHS = {
     "not folded": lambda: grouped_model(**EXACT, kv_tail=2, fold=False),
     "routed prefill": lambda: grouped_model(kv_tail=2, kv_tail_block=2),
     "rebuilt": lambda: grouped_model(**EXACT, kv_tail=1, reconstructor="mlp"),
-    "first layer": lambda: grouped_model(**EXACT, kv_tail=2, kv_layers="0"),
     "last layer": lambda: grouped_model(**EXACT, kv_tail=2, kv_layers="1"),
     "integers": lambda: grouped_model(**EXACT, **INT4, kv_tail=2),
     "integers, no tail": lambda: grouped_model(**EXACT, **INT4, kv_tail=0, topk_groups=4),
@@ -87,7 +86,6 @@ PATHS = {
     "mixsga": mixed,
     "mixsga, no tail": lambda: mixed(tail=0),
     "mixsga, integers": lambda: mixed(ints=True),
-    "mixsga, random": lambda: mixed(expert_router="random"),
     "gqa": lambda: mixed(kv="gqa", kv_share=0.4),
     "cla": lambda: mixed(kv="cla"),
 }
@@ -161,9 +159,9 @@ def test_joined_caches_of_unequal_capacity_decode_as_each_alone(model):
         caches.append(cache)
     joined = KVCache.cat(caches)
     assert joined.lengths.tolist() == [n + m for n, m in zip(lengths, steps_before, strict=True)]
-    got = decoded(model, joined, 14)
+    got = decoded(model, joined, 8)
     for b, cache in enumerate(caches):
-        agree(got[b : b + 1], decoded(model, cache, 14, [b]))
+        agree(got[b : b + 1], decoded(model, cache, 8, [b]))
 
 
 @pytest.mark.parametrize("lengths", [(1, 0, 30), (3, 0)])
@@ -263,7 +261,7 @@ def test_a_piece_of_one_token_is_read_by_the_equations():
 def test_generated_tokens_do_not_depend_on_how_prompts_are_cut(model):
     """generate with prefill_tokens: greedy tokens of a row are those it gets alone."""
     prompts = [tokens(n, seed=n).tolist() for n in (11, 1, 4, 20)]
-    for at_once in (1, 10, 19):
+    for at_once in (1, 10):
         together, _ = generate(model, prompts, 3, prefill_tokens=at_once)
         # alone, a prompt is cut where it is cut in the batch
         if takes_pieces(model):
@@ -366,10 +364,10 @@ def test_settings_changed_after_packing_leave_a_cache_as_it_was(change, tmp_path
         caches = [model.new_cache(1, 90) for _ in range(4)]
         for cache in caches:
             model.prefill(prompt, cache)
-    want = decoded(model, caches[0], 20)
+    want = decoded(model, caches[0], 9)
     caches[1].save(tmp_path / "before.safetensors")
     apply(model)
-    agree(decoded(model, caches[1], 20), want)
+    agree(decoded(model, caches[1], 9), want)
 
     for path in ("before.safetensors", "after.safetensors"):
         try:
@@ -379,16 +377,16 @@ def test_settings_changed_after_packing_leave_a_cache_as_it_was(change, tmp_path
         except ValueError as e:
             assert "\n" not in str(e)
         else:
-            agree(decoded(model, loaded, 20), want)
+            agree(decoded(model, loaded, 9), want)
 
     new = filled(model, prompt[0])
-    own = decoded(model, filled(model, prompt[0]), 20)
+    own = decoded(model, filled(model, prompt[0]), 9)
     try:
         joined = KVCache.cat([caches[3], new])
     except ValueError as e:
         assert "\n" not in str(e)
     else:
-        both = decoded(model, joined, 20, [0, 0])
+        both = decoded(model, joined, 9, [0, 0])
         agree(both[:1], want)
         agree(both[1:], own)
 
@@ -396,9 +394,9 @@ def test_settings_changed_after_packing_leave_a_cache_as_it_was(change, tmp_path
 def test_a_change_is_seen_where_it_should_be():
     """The comparison above would notice: caches made after the change differ."""
     model = VALUE_GROUPS(fold=False)()
-    before = decoded(model, filled(model, tokens(40, seed=6)), 20)
+    before = decoded(model, filled(model, tokens(40, seed=6)), 9)
     set_other_basis(model)
-    after = decoded(model, filled(model, tokens(40, seed=6)), 20)
+    after = decoded(model, filled(model, tokens(40, seed=6)), 9)
     assert (after - before).abs().max() > 1e-3 * before.abs().max()
 
 
@@ -703,13 +701,13 @@ def test_a_decode_that_failed_leaves_a_cache_that_says_so(model, tmp_path):
 
 
 def test_a_refused_cut_changes_no_layer(name, model):
-    """truncate to every length: it is done in every layer or in none, and decoding goes on."""
+    """truncate to every other length: it is done in every layer or in none, and decoding goes on."""
     idx, pad = padded((26, 9, 1))
     with torch.no_grad():
         full = model.new_cache(3, 90)
         model.prefill(idx, full, pad)
     refused = 0
-    for n in range(27):
+    for n in range(0, 27, 2):
         cache = full.select_sequences([0, 1, 2])
         before = cache.lengths.tolist()
         try:
@@ -724,7 +722,7 @@ def test_a_refused_cut_changes_no_layer(name, model):
             assert layer.lengths.tolist() == wanted
         assert torch.isfinite(decoded(model, cache, 2)).all()
     possible = name.startswith(("dense", "value", "no tail", "tail", "not", "rout", "reb", "cla"))
-    assert not refused if possible else refused < 27
+    assert not refused if possible else refused < 14
 
 
 def test_length_is_no_more_than_what_is_held(model):
@@ -735,8 +733,8 @@ def test_length_is_no_more_than_what_is_held(model):
         cache = model.new_cache(2, TINY.block_size)
         model.prefill(idx, cache, pad)
         short = cache.select_sequences([1])
-        assert torch.isfinite(decoded(model, short, 30)).all()
-        assert short.lengths.tolist() == [33]
+        assert torch.isfinite(decoded(model, short, 12)).all()
+        assert short.lengths.tolist() == [15]
         cache = model.new_cache(2, TINY.block_size)
         model.prefill(tokens(2, 3, seed=1), cache)
         for turn in range(2):

@@ -235,12 +235,12 @@ class Kind(NamedTuple):
 LONG = (1, 5, 12, 19, 26)
 KINDS = {
     "dense": Kind(dense, 4),
-    "value groups": Kind(value_groups, 36),
-    "integers": Kind(integers, 20, LONG, LONG),
-    "selection": Kind(selection, 40, (1, 3, 12, 22, 31, 40), (1, 2, 4), whole_prompts=True),
-    "mixsga": Kind(experts, 18, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
-    "gqa": Kind(gqa, 8, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
-    "cla": Kind(cla, 8, (1, 2, 9, 23), (1, 2, 5), whole_prompts=True),
+    "value groups": Kind(value_groups, 24),
+    "integers": Kind(integers, 14, LONG, LONG),
+    "selection": Kind(selection, 26, (1, 3, 12, 22, 31, 40), (1, 2, 4), whole_prompts=True),
+    "mixsga": Kind(experts, 12, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
+    "gqa": Kind(gqa, 6, (1, 2, 9, 23, 34), (1, 2, 5), whole_prompts=True),
+    "cla": Kind(cla, 6, (1, 2, 9, 23), (1, 2, 5), whole_prompts=True),
 }
 
 

@@ -1269,10 +1269,9 @@ def test_wrong_questions_are_refused_before_anything_is_measured(byte_model, tmp
 
 
 @needs_smol
-@pytest.mark.parametrize("distractors, least", [(0, 8), (2, 4)])
-def test_smollm2_finds_the_needle(distractors, least):
+def test_smollm2_finds_the_needle():
     """The real SmolLM2-135M with whole values, 140 tokens: the prompt is one that a base model
     answers; one digit in nine is chance."""
     run = smol()
-    task = needle(run.tokenizer, 140, 10, 0, 16, distractors)
-    assert task.value(run.model, 10, "float32") * 10 >= least
+    task = needle(run.tokenizer, 140, 10, 0, 16)
+    assert task.value(run.model, 10, "float32") >= 0.8

@@ -12,13 +12,15 @@ Letters: B sequences, T columns of a left-padded batch of prompts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import Block, Transformer, evaluating
-from storage.cache import KVCache
+from storage.cache import DenseCache, KVCache
 from storage.layout import at_least_float32
 
 
@@ -40,6 +42,30 @@ def sampling_probs(
         keep &= p.cumsum(-1) - p < top_p  # the token that crosses top_p is the last one kept
     p = p * keep
     return torch.zeros_like(probs).scatter(-1, order, p / p.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def read_on(model: Transformer, idx: Tensor, cache: KVCache, at_once: int = 0) -> Tensor:
+    """Read idx (B, T), which follows what a cache holds, into it: logits (B, V) after it. at_once:
+    tokens processed at a time, 0 for all."""
+    B, T = idx.shape
+    for piece in idx.split(max(1, at_once // B) if at_once else T, 1):
+        logits = model.prefill(piece, cache)[:, -1]
+    return logits
+
+
+def fit_room(cache: KVCache, n_tokens: int) -> None:
+    """Give every window that keeps all it gets room for n_tokens more, no less and no more: the
+    bytes it holds are those of its tokens then."""
+    for layer in cache.layers:
+        if not isinstance(layer, DenseCache):
+            continue  # the others give tokens up
+        longest = int(layer.n_window.max())
+        for name in layer.GROWS:
+            window = getattr(layer, name)
+            more = longest + n_tokens - window.size(2)
+            setattr(layer, name, F.pad(window, (0, 0, 0, more)).contiguous())
+        layer.room = n_tokens
 
 
 @torch.no_grad()
@@ -154,10 +180,14 @@ class DecodeGraph:
 
 
 def check_request(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int, **flags
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    cache: KVCache | None,
+    **flags,
 ) -> None:
     """Raise ValueError for an empty prompt, an id outside the vocabulary, a setting out of range,
-    or prompt + new tokens past the model's context."""
+    prompt + new tokens past the model's context, or prompts that cannot follow the cache."""
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("an empty prompt: at least one token is needed; give some text")
     low = min(map(min, prompts))
@@ -174,11 +204,18 @@ def check_request(
             f"max_new_tokens={max_new_tokens}, {came}: need at least 1, at least 0, at least 0, "
             "within (0, 1], and at least 0; correct the flag"
         )
+    held = 0 if cache is None else cache.length
     T = max(map(len, prompts))
-    if T + max_new_tokens > model.cfg.block_size:
+    if held + T + max_new_tokens > model.cfg.block_size:
+        after = f" after {held}" if held else ""
         raise ValueError(
-            f"a prompt of {T} tokens and {max_new_tokens} new ones: the context is "
+            f"a prompt of {T} tokens{after} and {max_new_tokens} new ones: the context is "
             f"{model.cfg.block_size}; shorten either"
+        )
+    if held and (len(prompts) != len(cache.lengths) or min(map(len, prompts)) != T):
+        raise ValueError(
+            f"{len(prompts)} prompts after a cache of {len(cache.lengths)} sequences: one for "
+            "each, all of one length; continue them one by one"
         )
 
 
@@ -191,19 +228,24 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: int | None = None,
+    stop: int | Collection[int] | None = None,
     prefill_tokens: int = 0,
     compiled: bool = False,
+    cache: KVCache | None = None,
+    on_token: Callable[[list[int]], None] | None = None,
 ) -> tuple[list[list[int]], KVCache]:
-    """Continue every prompt: the new tokens of each row (without the stop token), and the cache
-    used.
+    """Continue every prompt: the new tokens of each row (without a stop token), and the cache used,
+    which has read all of them but one that ended a row or came last.
 
     prompts: B non-empty lists of ids, of any lengths; they are padded on the left
     temperature: 0 is greedy
     seed: row b draws from its own stream seeded by (seed, b), so neither the batch around it nor
         its padding changes it
+    stop: ids that end a row
     prefill_tokens: how many tokens of the prompts are processed at a time, 0 for all (see prefill)
     compiled: torch.compile around attention
+    cache: what the prompts follow; it is filled further
+    on_token: gets the new ids of all rows after each step, stop tokens included
 
     On a GPU the steps are CUDA graphs where the storage has kernels (see DecodeGraph). ValueError:
     see check_request."""
@@ -211,6 +253,7 @@ def generate(
         model,
         prompts,
         max_new_tokens,
+        cache,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -234,12 +277,20 @@ def generate(
         draw = draws.index_select(1, step).double() * cdf[:, -1:]
         return torch.searchsorted(cdf, draw, right=True).clamp_max(cdf.size(-1) - 1)
 
+    stops = (stop,) if isinstance(stop, int) else tuple(stop or ())
+    ends = torch.tensor(stops, dtype=torch.int64, device=device)
     with evaluating(model):
-        padded = pad if pad.any() else None
-        logits, cache = prefill(model, idx, T + max_new_tokens - 1, padded, prefill_tokens)
+        if cache is None:
+            padded = pad if pad.any() else None
+            logits, cache = prefill(model, idx, T + max_new_tokens - 1, padded, prefill_tokens)
+        else:
+            fit_room(cache, T + max_new_tokens - 1)
+            logits = read_on(model, idx, cache, prefill_tokens)
         next_ids = pick(logits, torch.zeros(1, dtype=torch.int64, device=device))
         out = [next_ids]
-        done = next_ids[:, 0] == stop if stop is not None else None
+        if on_token is not None:
+            on_token(next_ids[:, 0].tolist())
+        done = torch.isin(next_ids[:, 0], ends) if stops else None
         graph = None
         if DecodeGraph.possible(model) and max_new_tokens - 1 > DecodeGraph.WARM:
             graph = DecodeGraph(model, cache, next_ids, pick, max_new_tokens - 1, compiled)
@@ -252,9 +303,9 @@ def generate(
                 logits = model.decode(next_ids, cache)[:, -1]
                 next_ids = pick(logits, torch.tensor([step], device=device))
             out.append(next_ids)
+            if on_token is not None:
+                on_token(next_ids[:, 0].tolist())
             if done is not None:
-                done |= next_ids[:, 0] == stop
+                done |= torch.isin(next_ids[:, 0], ends)
     rows = torch.cat(out, 1).tolist()
-    if stop is not None:
-        rows = [row[: row.index(stop)] if stop in row else row for row in rows]
-    return rows, cache
+    return [list(itertools.takewhile(lambda i: i not in stops, row)) for row in rows], cache

@@ -1,10 +1,11 @@
 """Text to token ids and back: bytes and GPT-2 (tokenizer_json.py has those of pretrained models).
 
 A tokenizer has name, vocab_size (largest id + 1), eot (the id that ends a document), bos (the id
-that begins one, or None), definition (the tokenizer.json it was made from, parsed, or None),
-encode(str) -> list[int] and decode(ids) -> str. Text that spells a special token is ordinary text,
-so eot never comes out of encode, unless encode(text, special=True) asks for special tokens. A model
-may have more ids than its tokenizer: decode shows those as nothing.
+that begins one, or None), ends (ids that its model's files say end an answer), definition (the
+tokenizer.json it was made from, parsed, or None), encode(str) -> list[int] and decode(ids) -> str.
+Text that spells a special token is ordinary text, so eot never comes out of encode, unless
+encode(text, special=True) asks for special tokens. A model may have more ids than its tokenizer:
+decode shows those as nothing.
 
     print(get_tokenizer("byte").encode("Hello"))
 """
@@ -53,14 +54,20 @@ def encoded(tokenizer, text: str) -> list[int]:
     return ids if tokenizer.bos is None else [tokenizer.bos, *ids]
 
 
-def encode_after(tokenizer, before: str, text: str) -> list[int]:
+def encode_after(tokenizer, before: str, text: str, special: bool = False) -> list[int]:
     """Return the ids that text adds to those of before. A text encoded apart would begin, with
-    SentencePiece, with a blank that is not there.
+    SentencePiece, with a blank that is not there. special: whether special tokens are matched.
 
     Where a token goes across from one to the other, the ids of text alone."""
-    head = tokenizer.encode(before)
-    whole = tokenizer.encode(before + text)
-    return whole[len(head) :] if whole[: len(head)] == head else tokenizer.encode(text)
+    head = tokenizer.encode(before, special)
+    whole = tokenizer.encode(before + text, special)
+    return whole[len(head) :] if whole[: len(head)] == head else tokenizer.encode(text, special)
+
+
+def end_tokens(tokenizer) -> list[int]:
+    """List the ids that end generation: those that the model's files name, and the one that ends a
+    document."""
+    return list(dict.fromkeys([*tokenizer.ends, tokenizer.eot]))
 
 
 def known_ids(ids, vocab_size: int, eot: int) -> list[int]:
@@ -90,6 +97,7 @@ class ByteTokenizer:
     eot = 256
     bos = None
     definition = None
+    ends = ()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Return the text's bytes; never eot, which has no spelling. A lone surrogate becomes
@@ -107,6 +115,7 @@ class TiktokenTokenizer:
     that of <|endoftext|>."""
 
     definition = None
+    ends = ()
 
     def __init__(
         self, encoding, name: str | None = None, eot: int | None = None, bos: int | None = None

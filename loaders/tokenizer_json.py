@@ -28,7 +28,11 @@ _FILE = "give the tokenizer.json of a Hugging Face model folder, unchanged"
 
 class LibraryTokenizer:
     """Runs a tokenizer.json. definition: the file, parsed; eot, bos: ids that end and begin a
-    document, bos may be None; vocab_size: largest id + 1, added tokens included."""
+    document, bos may be None; vocab_size: largest id + 1, added tokens included. ends, chat: what
+    the model's files say of conversations (loaders/templates.py)."""
+
+    ends = ()
+    chat = None
 
     def __init__(self, definition: dict, name: str, eot: int | None, bos: int | None):
         self.definition = definition

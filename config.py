@@ -18,13 +18,16 @@ from typing import NamedTuple
 
 from settings.fields import check, check_choice, check_fields, comma_list, count_kept, opt
 
+LONGEST_CONTEXT = 2**21  # tokens that the table of rotations may have
+ROPE_SCALINGS = ("llama3", "linear", "yarn")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the transformer (Llama family). Sizes in units of features, tokens or heads."""
 
     vocab_size: int = opt(257, "size of the vocabulary (set from the tokenizer)", least=1)
-    block_size: int = opt(256, "longest context in tokens", least=1)
+    block_size: int = opt(256, "longest context in tokens", least=1, most=LONGEST_CONTEXT)
     n_layer: int = opt(4, "number of transformer blocks", least=1)
     n_embd: int = opt(128, "width of the residual stream", least=1)
     n_head: int = opt(8, "query heads H", least=1)
@@ -32,8 +35,14 @@ class ModelConfig:
     head_dim: int = opt(16, "head dimension D; even, and divisible by the value groups S", least=1)
     n_inner: int = opt(344, "width of the SwiGLU MLP", least=1)
     rope_theta: float = opt(10000.0, "base of the rotary embedding", above=0)
+    rope_scaling: str = opt(
+        "llama3",
+        "which rotations rope_factor slows: linear all of them, llama3 and yarn the slow ones "
+        "(blended by turns, by dimension)",
+        ROPE_SCALINGS,
+    )
     rope_factor: float = opt(
-        1.0, "Llama 3's RoPE scaling: slow rotations are slowed by this factor; 1: none", least=1
+        1.0, "RoPE scaling: rotations are slowed by this factor; 1: none", least=1
     )
     rope_low_freq: float = opt(
         1.0,
@@ -44,6 +53,9 @@ class ModelConfig:
         4.0, "rotations that turn more often than this in rope_original tokens are left alone"
     )
     rope_original: int = opt(8192, "context the unscaled rotations were trained with", least=1)
+    rope_attention: float = opt(
+        1.0, "YaRN: queries and keys are both multiplied by this before attention", above=0
+    )
     norm_eps: float = opt(1e-5, "epsilon of RMSNorm", above=0)
     qkv_bias: bool = opt(False, "bias on the q, k and v projections (Qwen2)")
     tie_embeddings: bool = opt(True, "share the token embedding with the output head")
@@ -67,6 +79,12 @@ class ModelConfig:
             f"rope_low_freq={self.rope_low_freq}, rope_high_freq={self.rope_high_freq}",
             "needs low < high",
             "give the values of the model's config",
+        )
+        check(
+            self.rope_scaling != "yarn" or self.rope_theta > 1,
+            f"rope_scaling=yarn with rope_theta={self.rope_theta}",
+            "a base above 1 is needed",
+            "give for example --rope_theta=10000",
         )
 
 

@@ -53,17 +53,40 @@ class RMSNorm(nn.Module):
 def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, both (block_size, D/2) float32, computed in float64.
 
-    Frequency i is theta^(-2i/D). With rope_factor > 1 (Llama 3) one that turns fewer than
-    rope_low_freq times in rope_original tokens is divided by the factor, one that turns more than
-    rope_high_freq times stays, and in between the two are blended."""
+    Frequency i is theta^(-2i/D). With rope_factor > 1 a share of it stays and the rest is divided
+    by the factor."""
     D = cfg.head_dim
     pair = torch.arange(0, D, 2, dtype=torch.float64, device=device)
     freq = cfg.rope_theta ** (-pair / D)  # (D/2,)
-    turns = cfg.rope_original * freq / (2 * math.pi)
-    stay = ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
-    freq = freq * (stay + (1 - stay) / cfg.rope_factor)
+    if cfg.rope_factor > 1:
+        stay = unscaled_share(cfg, freq)
+        freq = freq * (stay + (1 - stay) / cfg.rope_factor)
     angle = torch.arange(cfg.block_size, dtype=torch.float64, device=device)[:, None] * freq
     return angle.cos().float(), angle.sin().float()
+
+
+def unscaled_share(cfg: ModelConfig, freq: Tensor) -> Tensor:
+    """Return the share (D/2,) of each frequency (D/2,), in radians a token, that RoPE scaling
+    leaves as it is.
+
+    linear: none. llama3, yarn: all of one that turns more than rope_high_freq times in
+    rope_original tokens, none of one that turns fewer than rope_low_freq times; in between llama3
+    blends by the turns, yarn (arXiv 2309.00071) by the dimension, from whole ones."""
+    if cfg.rope_scaling == "linear":
+        return torch.zeros_like(freq)
+    if cfg.rope_scaling == "llama3":
+        turns = cfg.rope_original * freq / (2 * math.pi)
+        return ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
+
+    def pair_that_turns(n: float) -> float:
+        # theta^(-2i/D) rope_original = 2 pi n, solved for i
+        turns_of_first = cfg.rope_original / (2 * math.pi)
+        return cfg.head_dim / 2 * math.log(turns_of_first / n, cfg.rope_theta)
+
+    low = max(math.floor(pair_that_turns(cfg.rope_high_freq)), 0)
+    high = min(math.ceil(pair_that_turns(cfg.rope_low_freq)), cfg.head_dim - 1)
+    pair = torch.arange(len(freq), dtype=freq.dtype, device=freq.device)
+    return 1 - ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -151,6 +174,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        self.query_gain = cfg.rope_attention**2  # YaRN's, for query and key at once
         self.kv_path: nn.Module = DensePath(cfg.n_kv_head, cfg.head_dim)  # the seam
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +184,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.n_head, D).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
+        if self.query_gain != 1:
+            q = q * self.query_gain
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def output(self, y: Tensor) -> Tensor:

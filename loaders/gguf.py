@@ -1,5 +1,5 @@
-"""A model's .gguf file: its settings as a config.json, its tensors dequantised, its tokenizer as a
-tokenizer.json.
+"""A model's .gguf file, or the several that llama.cpp has split it into: its settings as a
+config.json, its tensors dequantised, its tokenizer as a tokenizer.json.
 
 Llama (Mistral too) and Qwen2 are read, with the package gguf, in any kind of numbers that it can
 dequantise."""
@@ -7,6 +7,7 @@ dequantise."""
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from config import check
 from loaders.gguf_tokenizer import gguf_definition
+from loaders.templates import gguf_chat
 from loaders.tokenizer import one_line
 from loaders.weights import ModelFiles
+from storage.state import few
 
 OUR_NAMES = {
     "token_embd": "embed_tokens",
@@ -32,14 +35,18 @@ OUR_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})")  # NAME-00001-of-00003.gguf
+# settings of YaRN with which it is another one than ours, and their only value read here
+YARN_ONLY = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
 OTHER_FILE = "use another file of this model"
 OTHER_MODEL = "use another model"
 
 
 def open_gguf(path: Path) -> ModelFiles:
-    """Open a .gguf file: read its settings, its tensors' shapes and its tokenizer. Raises
-    ValueError, one line, for what is missing or not supported."""
+    """Open a .gguf file, or any of the parts of a split one: read its settings, its tensors' shapes
+    and its tokenizer. Raises ValueError, one line, for what is missing or not supported."""
     check(path.is_file(), f"{path}", "no such file", "give a .gguf file")
+    parts = all_parts(path)
     try:
         import gguf  # here: an optional extra
     except ImportError:
@@ -47,12 +54,21 @@ def open_gguf(path: Path) -> ModelFiles:
             f"{path}: reading GGUF needs the package gguf; pip install gguf, or give a Hugging "
             "Face folder"
         ) from None
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {k: f.contents() for k, f in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} cannot be read as GGUF ({one_line(e)}); copy it again") from None
-    tensors = {our_name(t.name): t for t in reader.tensors}
+    fields = {}
+    tensors = {}
+    for part in parts:
+        settings, inside = _read_header(gguf, part)
+        fields = fields or settings  # the first part has all of them
+        twice = sorted(set(tensors) & set(inside))
+        check(not twice, f"{part}: tensor {twice[:1]}", "is in another part too", OTHER_FILE)
+        tensors |= inside
+    n = fields.get("split.count", 1)
+    check(
+        n in (0, len(parts)),
+        f"{path} is one of {n} parts",
+        f"{len(parts)} found by its name",
+        f"name them NAME-00001-of-{n:05d}.gguf and so on",
+    )
     config = gguf_config(fields, tensors, str(path))
     permuted = {}  # heads of each projection whose rows llama.cpp's converter has permuted
     if config["model_type"] == "llama":
@@ -75,7 +91,42 @@ def open_gguf(path: Path) -> ModelFiles:
 
     shapes = {k: tuple(int(n) for n in reversed(t.shape)) for k, t in tensors.items()}
     shapes.pop("rope_freqs.weight", None)  # read into the config
-    return ModelFiles(path.stem, config, shapes, read, gguf_definition(fields, path), [path])
+    name = PART.sub(r"\1", parts[0].stem)
+    chat = gguf_chat(fields, str(path))
+    return ModelFiles(name, config, shapes, read, gguf_definition(fields, path), parts, chat)
+
+
+def is_gguf(path: Path) -> bool:
+    """Say whether a file's name says that it is a .gguf file."""
+    return path.suffix.lower() == ".gguf"
+
+
+def all_parts(path: Path) -> list[Path]:
+    """List the files of a model of which `path` is one: itself, or NAME-00001-of-0000N.gguf and so
+    on in order. ValueError names the parts that are not there."""
+    found = PART.fullmatch(path.stem)
+    if found is None:
+        return [path]
+    n = int(found[3])
+    names = [f"{found[1]}-{i:05d}-of-{found[3]}{path.suffix}" for i in range(1, n + 1)]
+    lost = [name for name in names if not (path.parent / name).is_file()]
+    check(
+        bool(names) and not lost,
+        f"{path}: of its {n} parts lacks {few(lost)}",
+        "all of them are read",
+        "put them into one folder",
+    )
+    return [path.parent / name for name in names]
+
+
+def _read_header(gguf, path: Path) -> tuple[dict, dict]:
+    """Return one file's settings, and its tensors under our names."""
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {k: f.contents() for k, f in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} cannot be read as GGUF ({one_line(e)}); copy it again") from None
+    return fields, {our_name(t.name): t for t in reader.tensors}
 
 
 def our_name(theirs: str) -> str:
@@ -128,11 +179,40 @@ class _Settings:
         )
         return value
 
-    def rope_scaling(self) -> str:
-        """Return the kind of RoPE scaling; a factor without a kind means linear."""
-        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1))
+    def rope_scaling(self) -> dict | None:
+        """Return the scaling of RoPE as a config.json has it; a factor without a kind means
+        linear."""
+        old = self.number("rope.scale_linear", 1)
+        factor = self.number("rope.scaling.factor", old)
         unnamed = "none" if factor in (0, 1) else "linear"
-        return self.fields.get(f"{self.arch}.rope.scaling.type", unnamed)
+        kind = self.fields.get(f"{self.arch}.rope.scaling.type", unnamed)
+        check(
+            kind in ("none", "linear", "yarn"),
+            f"{self.where}: RoPE scaling {kind!r}",
+            "none, linear, yarn and Llama 3's are supported",
+            OTHER_MODEL,
+        )
+        if kind == "none":
+            return None
+        factor = self.number("rope.scaling.factor", None if old == 1 else old)
+        if kind == "linear":
+            return {"rope_type": kind, "factor": factor}
+        for key, only in YARN_ONLY.items():
+            came = self.number(f"rope.scaling.{key}", only)
+            check(
+                came == only,
+                f"{self.where}: rope.scaling.{key}={came}",
+                f"only {only} is supported",
+                OTHER_MODEL,
+            )
+        original = self.number("rope.scaling.original_context_length", 0)
+        return {
+            "rope_type": kind,
+            "factor": factor,
+            "original_max_position_embeddings": original or None,
+            "beta_fast": self.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": self.number("rope.scaling.yarn_beta_slow", 1.0),
+        }
 
 
 def gguf_config(fields: dict, tensors: dict, where: str) -> dict:
@@ -145,13 +225,6 @@ def gguf_config(fields: dict, tensors: dict, where: str) -> dict:
         f"{where}: {n_experts} experts",
         "mixtures of experts are not supported",
         "use a dense model",
-    )
-    scaling = settings.rope_scaling()
-    check(
-        scaling == "none",
-        f"{where}: RoPE scaling {scaling!r}",
-        "only Llama 3's is supported",
-        OTHER_MODEL,
     )
     n_head = number("attention.head_count")
     n_embd = number("embedding_length")
@@ -175,6 +248,7 @@ def gguf_config(fields: dict, tensors: dict, where: str) -> dict:
         "use_sliding_window": True,
         "sliding_window": number("attention.sliding_window", 0) or None,
         "vocab_size": vocab_size,
+        "rope_scaling": settings.rope_scaling(),
     }
     rotated = number("rope.dimension_count", d["head_dim"])
     check(
@@ -184,6 +258,12 @@ def gguf_config(fields: dict, tensors: dict, where: str) -> dict:
         OTHER_MODEL,
     )
     if "rope_freqs.weight" in tensors:
+        check(
+            d["rope_scaling"] is None,
+            f"{where}: RoPE scaling and rope_freqs",
+            "only one of them is supported",
+            OTHER_MODEL,
+        )
         divisors = np.asarray(tensors["rope_freqs.weight"].data, dtype=np.float64).ravel()
         d["rope_scaling"] = _llama3_scaling(divisors, d["head_dim"], d["rope_theta"], where)
     return d

@@ -1,11 +1,13 @@
 """A model's Hugging Face folder: config.json, .safetensors, tokenizer.json.
 
-Llama (SmolLM2, Llama 3's RoPE scaling), Qwen2 and Qwen2.5 (bias on q, k, v) and Mistral are read.
+Llama (SmolLM2, DeepSeek-R1-Distill-Llama), Qwen2 and Qwen2.5 (bias on q, k, v;
+DeepSeek-R1-Distill-Qwen) and Mistral are read, with linear, Llama 3's and YaRN's RoPE scaling.
 What is missing, unexpected or not supported is refused by name."""
 
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from config import ModelConfig, check
+from config import LONGEST_CONTEXT, ROPE_SCALINGS, ModelConfig, check
 from loaders.tokenizer import one_line
 from loaders.weights import ModelFiles
 
@@ -29,6 +31,7 @@ ONLY = {
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "hidden_act": "silu",
+    "use_mrope": False,
 }
 OTHER_MODEL = "use a Llama, Qwen2 or Mistral model"
 OWN_CONFIG = "use the model's own config"
@@ -71,7 +74,7 @@ def model_config(d: dict, where: str) -> ModelConfig:
             OTHER_MODEL,
         )
     rope = _rope_settings(d, where)
-    block_size = _context_length(d, where)
+    block_size = _context_length(d, where, rope)
     number = partial(_number, where, d)
     n_embd = number("hidden_size", int)
     n_head = number("num_attention_heads", int)
@@ -108,8 +111,8 @@ def _number(where: str, settings: dict, key: str, kind: type, default=None) -> i
     return kind(value)
 
 
-def _rope_settings(d: dict, where: str) -> dict[str, int | float]:
-    """Return the settings of RoPE under ModelConfig's names: its base and Llama 3's scaling."""
+def _rope_settings(d: dict, where: str) -> dict[str, int | float | str]:
+    """Return the settings of RoPE under ModelConfig's names: its base and its scaling."""
     scaling = {}
     for key in ("rope_scaling", "rope_parameters"):  # of transformers 4, of transformers 5
         check(
@@ -121,29 +124,82 @@ def _rope_settings(d: dict, where: str) -> dict[str, int | float]:
         scaling |= d.get(key) or {}
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     check(
-        name in ("default", "llama3"),
+        name in ("default", *ROPE_SCALINGS),
         f"{where}: RoPE scaling {name!r}",
-        "only Llama 3's is supported",
+        f"one of {', '.join(ROPE_SCALINGS)} is supported",
         OTHER_MODEL,
     )
     number = partial(_number, where, {**d, **scaling})
     rope = {"rope_theta": number("rope_theta", float, 10000.0)}
+    if name == "default":
+        return rope
+    rope["rope_scaling"] = name
+    number = partial(_number, where, scaling)
+    if name == "yarn":
+        longest = _number(where, d, "max_position_embeddings", int)
+        return rope | _yarn_settings(scaling, longest, where)
+    rope["rope_factor"] = number("factor", float)
     if name == "llama3":
-        number = partial(_number, where, scaling)
-        rope["rope_factor"] = number("factor", float)
         rope["rope_low_freq"] = number("low_freq_factor", float)
         rope["rope_high_freq"] = number("high_freq_factor", float)
         rope["rope_original"] = number("original_max_position_embeddings", int)
     return rope
 
 
-def _context_length(d: dict, where: str) -> int:
-    """Return the longest context, not longer than the sliding window."""
-    longest = _number(where, d, "max_position_embeddings", int)
+def _yarn_settings(scaling: dict, longest: int, where: str) -> dict[str, int | float]:
+    """Return YaRN's settings under ModelConfig's names, with transformers' defaults: queries and
+    keys grow by 1 + 0.1 ln(factor)."""
+    number = partial(_number, where, scaling)
     check(
-        longest <= 2**24,
+        scaling.get("truncate") in (True, None),
+        f"{where}: truncate={scaling.get('truncate')!r} of its RoPE scaling",
+        "only True is supported",
+        OTHER_MODEL,
+    )
+    original = number("original_max_position_embeddings", int, longest)
+    factor = number("factor", float, longest / original)
+
+    def growth(weight: float) -> float:
+        return 1 + 0.1 * weight * math.log(max(factor, 1.0))
+
+    attention = growth(1.0)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        attention = growth(number("mscale", float)) / growth(number("mscale_all_dim", float))
+    return {
+        "rope_factor": factor,
+        "rope_low_freq": number("beta_slow", float, 1.0),
+        "rope_high_freq": number("beta_fast", float, 32.0),
+        "rope_original": original,
+        "rope_attention": number("attention_factor", float, attention),
+    }
+
+
+def rope_json(c: ModelConfig) -> dict | None:
+    """Return the scaling of RoPE as a config.json has it, or None where there is none: what
+    _rope_settings reads."""
+    if c.rope_factor == 1:
+        return None
+    d = {"rope_type": c.rope_scaling, "factor": c.rope_factor}
+    if c.rope_scaling == "linear":
+        return d
+    d["original_max_position_embeddings"] = c.rope_original
+    if c.rope_scaling == "yarn":
+        bounds = {"beta_slow": c.rope_low_freq, "beta_fast": c.rope_high_freq}
+        return d | bounds | {"attention_factor": c.rope_attention}
+    return d | {"low_freq_factor": c.rope_low_freq, "high_freq_factor": c.rope_high_freq}
+
+
+def _context_length(d: dict, where: str, rope: dict) -> int:
+    """Return the longest context: what the config says or, with YaRN, what it reaches; not longer
+    than the sliding window."""
+    longest = _number(where, d, "max_position_embeddings", int)
+    if rope.get("rope_scaling") == "yarn":
+        # people add YaRN to a config and leave the context in it as it was
+        longest = max(longest, int(rope["rope_factor"] * rope["rope_original"]))
+    check(
+        longest <= LONGEST_CONTEXT,
         f"{where}: max_position_embeddings={longest}",
-        "more than 16 million tokens is no model's context",
+        "more than 2 million tokens is no model's context",
         OWN_CONFIG,
     )
     if d["model_type"] == "mistral" or d.get("use_sliding_window"):

@@ -3,13 +3,14 @@
 A checkpoint folder of ours holds model.safetensors (a base), adapter.safetensors (adapters, value
 routers and bases, with the base they belong to) or selector.safetensors (bases and predictors,
 likewise), config.json and a manifest. A model of others is a Hugging Face folder, a .gguf file, or
-hf:ORG/NAME from the hub. `load_run` takes any of all these.
+hf:ORG/NAME from the hub; an adapter of others is a folder that PEFT wrote. `load_run` takes any of
+all these.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +23,21 @@ from baselines import shared_heads
 from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, check
 from loaders import checkpoint
 from loaders.device import place
-from loaders.download import hub_folder
-from loaders.gguf import open_gguf
+from loaders.download import HUB_NAME, hub_folder
+from loaders.gguf import is_gguf, open_gguf
 from loaders.huggingface import model_config, open_folder, read_json
+from loaders.peft_folder import is_peft, open_peft
+from loaders.templates import folder_chat, take_chat
 from loaders.tokenizer import get_tokenizer
 from loaders.tokenizer_json import from_definition
-from loaders.weights import ModelFiles, build_model, load_model_state, weights_hash
+from loaders.weights import (
+    ModelFiles,
+    build_model,
+    check_shapes,
+    load_model_state,
+    weights_hash,
+    with_own_head,
+)
 from model import Transformer
 from settings.fields import from_dict, to_dict
 
@@ -61,8 +71,11 @@ def load_run(
 
     base: where the base of an adapter lies now, if it was moved. ValueError names what is damaged
     or does not fit."""
+    options = dict(weights=weights, revision=revision)
+    if is_peft(where):
+        return _peft_run(Path(where), base, device, options)
     if is_foreign(where):
-        return load_pretrained(where, device, weights=weights, revision=revision)
+        return load_pretrained(where, device, **options)
     path = find_checkpoint(where)
     ckpt = checkpoint.load(path)
     entries = {"model", "tokenizer", "adapter", "kv"}
@@ -74,17 +87,20 @@ def load_run(
     )
     if "base" not in ckpt.config:
         return _base_run(ckpt, device, weights)
-    below = _load_base(path, ckpt.config, base, device, weights=weights, revision=revision)
-    return _added_run(ckpt, below)
+    return _added_run(ckpt, base, device, options)
 
 
 def _base_run(ckpt: checkpoint.Checkpoint, device: torch.device | str, weights: str) -> Run:
     """Make the run of a checkpoint that holds a whole model."""
     kv = from_dict(KVConfig, ckpt.config["kv"])
-    model = Transformer(from_dict(ModelConfig, ckpt.config["model"]))
+    cfg = from_dict(ModelConfig, ckpt.config["model"])
+    saved = ckpt.tensors.get("model", {})
+    shapes = {name: tuple(t.shape) for name, t in saved.items()}
+    check_shapes(cfg, shapes, str(ckpt.path), more=kv.kv in SHARED)
+    model = Transformer(cfg)
     if kv.kv in SHARED:
         shared_heads.attach(model, kv, from_dict(MixConfig, ckpt.config.get("mix", {})))
-    load_model_state(model, ckpt.tensors.get("model", {}), str(ckpt.path))
+    load_model_state(model, saved, str(ckpt.path))
     place(model, device, getattr(torch, weights))
     return Run(
         model=model.eval(),
@@ -98,14 +114,19 @@ def _base_run(ckpt: checkpoint.Checkpoint, device: torch.device | str, weights: 
     )
 
 
-def _added_run(ckpt: checkpoint.Checkpoint, below: Run) -> Run:
-    """Make the run of a checkpoint that holds what was added to the base `below`, in place."""
+def _added_run(
+    ckpt: checkpoint.Checkpoint, base: str, device: torch.device | str, options: dict
+) -> Run:
+    """Make the run of a checkpoint that holds what was added to a base: the one it names, or
+    `base`, where that lies now."""
     adapter = from_dict(AdapterConfig, ckpt.config["adapter"])
     kv = from_dict(KVConfig, ckpt.config["kv"])
     select = from_dict(SelectConfig, ckpt.config.get("select", {}))
+    saved = {**ckpt.tensors.get("adapter", {}), **ckpt.tensors.get("selector", {})}
+    _check_sizes(ckpt.path, adapter, kv, saved)
+    below = _load_base(ckpt.path, ckpt.config, base, device, options)
     model = attach_storage(below.model, kv, select)
     lora.attach(model, adapter)
-    saved = {**ckpt.tensors.get("adapter", {}), **ckpt.tensors.get("selector", {})}
     load_added_state(model, saved)
     kv_router.fold(model)
     return Run(
@@ -121,6 +142,52 @@ def _added_run(ckpt: checkpoint.Checkpoint, below: Run) -> Run:
     )
 
 
+def _check_sizes(
+    path: Path, adapter: AdapterConfig, kv: KVConfig, saved: dict[str, Tensor]
+) -> None:
+    """Raise ValueError, before anything is allocated, where the sizes that a config gives to what
+    was added are not those of its tensors."""
+    branches = {"moe_lora": adapter.experts, "routed": adapter.subspaces}
+    wanted = {}
+    if adapter.adapter != "none":
+        wanted["lora_A"] = adapter.r * branches.get(adapter.adapter, 1)
+    if kv.recon_hidden and kv.reconstructor == "mlp":
+        wanted["reconstructor.up.weight"] = kv.recon_hidden
+    for ending, n in wanted.items():
+        rows = {len(t) for name, t in saved.items() if name.endswith(f".{ending}")}
+        check(
+            rows == {n},
+            f"{path} does not fit its config: {ending} of another shape",
+            f"{n} rows are said, {sorted(rows) or 'none'} are there",
+            "use the checkpoint's own config",
+        )
+
+
+def _peft_run(folder: Path, base: str, device: torch.device | str, options: dict) -> Run:
+    """Make the run of an adapter that PEFT wrote, on the base it names or on `base`."""
+    peft = open_peft(folder)
+    where = base or peft.base
+    if where.startswith("hf:"):
+        where, options = _at_commit(where, options)
+        if not base and not options["revision"]:
+            options = options | {"revision": peft.revision}
+    elif not base and not Path(where).exists():
+        # not where the program runs, which is where PEFT looks: perhaps beside the adapter
+        where = os.path.normpath(folder / where)
+    below = _load_whole(where, f"{folder}", device, options)
+    lora.attach(below.model, peft.adapter)
+    lora.load_adapter_state(below.model, peft.tensors)
+    config = below.config | {
+        "stage": "peft",
+        "adapter": to_dict(peft.adapter),
+        "base": below.base,
+        "base_sha256": below.base_sha256,
+    }
+    return replace(
+        below, model=below.model.eval(), path=folder, config=config, adapter=peft.adapter
+    )
+
+
 # ----------------------------------------------------------------------------- which folder
 
 
@@ -129,7 +196,10 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     of a run, that of its first stage routed-s*, else of its only stage, else of pretrain. Raises
     ValueError that says what was found instead."""
     folder = Path(folder)
-    check(folder.is_dir(), f"{folder}", "no such folder", "give a folder that train.py wrote")
+    do = "give a folder that train.py wrote"
+    if HUB_NAME.fullmatch(str(folder)):
+        do += f", or hf:{folder} for a model of the hub"
+    check(folder.is_dir(), f"{folder}", "no such folder", do)
     if (folder / checkpoint.MANIFEST).is_file():
         return folder
     newest, why = checkpoint.newest(folder)
@@ -170,29 +240,16 @@ def base_reference(run: Run, folder: Path) -> str:
 
 
 def _load_base(
-    path: Path,
-    config: dict,
-    moved: str,
-    device: torch.device | str,
-    *,
-    weights: str,
-    revision: str,
+    path: Path, config: dict, moved: str, device: torch.device | str, options: dict
 ) -> Run:
     """Load the base that the adapter in `path` belongs to, from where its config says or from
     `moved`; its weights must be the same."""
     where = moved or config["base"]
     if where.startswith("hf:"):
-        where, _, commit = where.partition("@")
-        revision = commit or revision
+        where, options = _at_commit(where, options)
     elif not moved and not os.path.isabs(where):
         where = os.path.normpath(path / where)
-    check(
-        where.startswith("hf:") or Path(where).exists(),
-        f"{path} adapts {where}",
-        "that is gone",
-        "move base and adapter together, or say where it is with --init_from",
-    )
-    run = load_run(where, device, weights=weights, revision=revision)
+    run = _load_whole(where, f"{path}", device, options)
     check(
         run.base_sha256 == config["base_sha256"],
         f"{where}: the weights have sha256 {run.base_sha256[:12]}...",
@@ -200,6 +257,40 @@ def _load_base(
         "give the base it was trained on",
     )
     return run
+
+
+def _is_adapter(where: str) -> bool:
+    """Say whether what lies there belongs on a base; what cannot be read is not said to."""
+    if is_peft(where) or is_foreign(where):
+        return is_peft(where)
+    try:
+        return "base" in read_json(find_checkpoint(where) / "config.json")
+    except ValueError:
+        return False  # load_run says why
+
+
+def _at_commit(where: str, options: dict) -> tuple[str, dict]:
+    """Split hf:ORG/NAME@COMMIT into the name and the options with that revision, if it has one."""
+    name, _, commit = where.partition("@")
+    return name, options | {"revision": commit or options["revision"]}
+
+
+def _load_whole(where: str, adapter: str, device: torch.device | str, options: dict) -> Run:
+    """Load the base of the adapter that lies at `adapter`. ValueError where it is not there, or is
+    an adapter itself."""
+    check(
+        where.startswith("hf:") or Path(where).exists(),
+        f"{adapter} adapts {where}",
+        "that is gone",
+        "move base and adapter together, or say where it is with --init_from",
+    )
+    check(
+        not _is_adapter(where),
+        f"{adapter} adapts {where}",
+        "that is an adapter itself",
+        "say where its base is with --init_from",
+    )
+    return load_run(where, device, **options)
 
 
 # ----------------------------------------------------------------------------- what was added
@@ -257,10 +348,10 @@ def is_foreign(where: str | os.PathLike) -> bool:
     """Say whether another project wrote it: hf:ORG/NAME, a .gguf file, a folder with a config.json
     that names a model_type and no manifest of ours."""
     path = Path(where)
-    if str(where).startswith("hf:") or path.suffix == ".gguf":
+    if str(where).startswith("hf:") or is_gguf(path):
         return True
     config = path / "config.json"
-    if not config.is_file() or (path / checkpoint.MANIFEST).exists():
+    if not config.is_file() or (path / checkpoint.MANIFEST).exists() or is_peft(path):
         return False
     return "model_type" in read_json(config)
 
@@ -278,7 +369,7 @@ def load_pretrained(
     text = str(where)
     from_hub = text.startswith("hf:")
     path = hub_folder(text[3:], revision) if from_hub else Path(text)
-    files = open_gguf(path) if path.suffix == ".gguf" else open_folder(path)
+    files = open_gguf(path) if is_gguf(path) else open_folder(path)
     if from_hub:
         name = text[3:].replace("/", "-")
         base = f"{text}@{path.name}"
@@ -287,14 +378,8 @@ def load_pretrained(
         base = str(path.resolve())
     cfg = model_config(files.config, text)
     tokenizer = _tokenizer_of(files, name, cfg, text)
-    # before the model is built: a config of a million layers would take forever
-    last = f"layers.{cfg.n_layer - 1}.input_layernorm.weight"
-    check(
-        last in files.shapes,
-        f"{text}: a config of {cfg.n_layer} layers",
-        f"no tensor {last}",
-        "use the model's own files",
-    )
+    take_chat(tokenizer, files.chat or folder_chat(path, files.definition))
+    cfg = with_own_head(cfg, files)
     model = build_model(cfg, files, torch.device(device), getattr(torch, weights))
     adapter = AdapterConfig(adapter="none")
     kv = KVConfig(kv="dense")

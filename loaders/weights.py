@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,13 +33,74 @@ def load_model_state(model: Transformer, saved: dict[str, Tensor], what: str) ->
     copy_tensors(model_state(model), saved, what)
 
 
+def model_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of model_state by name, without making any of them."""
+    wide = cfg.n_head * cfg.head_dim
+    narrow = cfg.n_kv_head * cfg.head_dim
+    layer = {
+        "input_layernorm.weight": (cfg.n_embd,),
+        "self_attn.q_proj.weight": (wide, cfg.n_embd),
+        "self_attn.k_proj.weight": (narrow, cfg.n_embd),
+        "self_attn.v_proj.weight": (narrow, cfg.n_embd),
+        "self_attn.o_proj.weight": (cfg.n_embd, wide),
+        "post_attention_layernorm.weight": (cfg.n_embd,),
+        "mlp.gate_proj.weight": (cfg.n_inner, cfg.n_embd),
+        "mlp.up_proj.weight": (cfg.n_inner, cfg.n_embd),
+        "mlp.down_proj.weight": (cfg.n_embd, cfg.n_inner),
+    }
+    if cfg.qkv_bias:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            layer[f"self_attn.{name}.bias"] = layer[f"self_attn.{name}.weight"][:1]
+    shapes = {"embed_tokens.weight": (cfg.vocab_size, cfg.n_embd)}
+    for i in range(cfg.n_layer):
+        for name, shape in layer.items():
+            shapes[f"layers.{i}.{name}"] = shape
+    shapes["norm.weight"] = (cfg.n_embd,)
+    if not cfg.tie_embeddings:
+        shapes["lm_head.weight"] = (cfg.vocab_size, cfg.n_embd)
+    return shapes
+
+
+def check_shapes(
+    cfg: ModelConfig, shapes: dict[str, tuple[int, ...]], what: str, more: bool = False
+) -> None:
+    """Raise ValueError, before anything is allocated, unless files hold every tensor of a model of
+    cfg in its shape, and no other.
+
+    shapes: of the tensors in the files; what: whose they are; more: others may be there."""
+    # first, and alone: the names of a million layers would take forever
+    last = f"layers.{cfg.n_layer - 1}.input_layernorm.weight"
+    check(
+        last in shapes,
+        f"{what} does not fit its config of {cfg.n_layer} layers",
+        f"missing: {last}",
+        "use the model's own files",
+    )
+    want = model_shapes(cfg)
+    faults = {
+        "missing": [k for k in want if k not in shapes],
+        "unexpected": [k for k in shapes if k not in want and not more],
+        "of another shape": [
+            f"{k} {shapes[k]} for {want[k]}" for k in want if k in shapes and shapes[k] != want[k]
+        ],
+    }
+    text = listed(faults)
+    check(
+        not text,
+        f"{what} does not fit its config: {text}",
+        "every name and shape must",
+        "use the model's own files",
+    )
+
+
 @dataclass
 class ModelFiles:
     """The opened files of a model that another project wrote.
 
     config: as in a config.json; shapes: of each tensor, under our names; read(name): one tensor in
     the file's dtype, on the CPU; definition: its tokenizer.json, parsed, or None; weights: the
-    files to be hashed."""
+    files to be hashed; chat: what a .gguf file says of conversations (loaders/templates.py), or
+    None."""
 
     name: str
     config: dict
@@ -47,6 +108,7 @@ class ModelFiles:
     read: Callable[[str], Tensor]
     definition: dict | None
     weights: list[Path]
+    chat: tuple | None = None
 
 
 def weights_hash(files: list[Path]) -> str:
@@ -68,16 +130,34 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def with_own_head(cfg: ModelConfig, files: ModelFiles) -> ModelConfig:
+    """Return cfg, its head untied where the files hold one that differs from the embedding: what a
+    file holds is believed, not what a config says of it. (Some files hold the shared matrix
+    twice.)"""
+    names = ("lm_head.weight", "embed_tokens.weight")
+    if not cfg.tie_embeddings or any(name not in files.shapes for name in names):
+        return cfg
+    head = _read(files, names[0])
+    embedding = _read(files, names[1])
+    same = head.dtype == embedding.dtype and head.shape == embedding.shape
+    # bits are compared: float8 knows no equality
+    if same and torch.equal(head.view(torch.uint8), embedding.view(torch.uint8)):
+        return cfg
+    return replace(cfg, tie_embeddings=False)
+
+
 def build_model(
     cfg: ModelConfig, files: ModelFiles, device: torch.device, dtype: torch.dtype
 ) -> Transformer:
     """Make the model of cfg from its files, on a device, its weights in dtype. Raises ValueError,
     one line, for tensors that do not fit or cannot be read."""
+    shapes = dict(files.shapes)
+    if cfg.tie_embeddings:
+        shapes.pop("lm_head.weight", None)  # the shared matrix, twice: see with_own_head
+    check_shapes(cfg, shapes, files.name)
     with torch.device("meta"), _Undrawn():
         model = Transformer(cfg)
-    want = {k: tuple(t.shape) for k, t in model_state(model).items()}
-    _check_shapes(want, files, cfg)
-    for name in want:
+    for name in model_shapes(cfg):
         t = _read_checked(files, name, device, dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(t))
@@ -88,36 +168,20 @@ def build_model(
     return model
 
 
-def _check_shapes(want: dict[str, tuple], files: ModelFiles, cfg: ModelConfig) -> None:
-    """Raise ValueError unless the files hold every tensor of `want` in its shape, and no other."""
-    shapes = dict(files.shapes)
-    if cfg.tie_embeddings:
-        shapes.pop("lm_head.weight", None)  # some files hold the shared matrix twice
-    faults = {
-        "missing": [k for k in want if k not in shapes],
-        "unexpected": [k for k in shapes if k not in want],
-        "of another shape": [
-            f"{k} {shapes[k]} for {want[k]}" for k in want if k in shapes and shapes[k] != want[k]
-        ],
-    }
-    text = listed(faults)
-    check(
-        not text,
-        f"the tensors of {files.name} do not fit its config: {text}",
-        "every name and shape must",
-        "use the model's own files",
-    )
+def _read(files: ModelFiles, name: str) -> Tensor:
+    """Read one tensor as it is. Raises ValueError where it is damaged."""
+    try:
+        return files.read(name)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f"{files.name}: {name} cannot be read ({one_line(e)}); copy the file again"
+        ) from None
 
 
 def _read_checked(files: ModelFiles, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Read one tensor to its place and dtype. Raises ValueError where it is damaged or
     quantised."""
-    try:
-        t = files.read(name)
-    except (SafetensorError, OSError) as e:
-        raise ValueError(
-            f"{files.name}: {name} cannot be read ({one_line(e)}); copy the file again"
-        ) from None
+    t = _read(files, name)
     # not float8, whose scales lie elsewhere
     wide = t.is_floating_point() and t.element_size() > 1
     check(

@@ -254,7 +254,7 @@ def test_wrong_type(name, f, capsys):
 
 OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "vocab_size": [0],
-    "block_size": [0, -1],
+    "block_size": [0, -1, 10**12],
     "n_layer": [0],
     "n_embd": [0],
     "n_head": [0],
@@ -312,6 +312,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "rope_low_freq": [0, 4],
     "rope_high_freq": [1],
     "rope_original": [0],
+    "rope_attention": [0, -1],
     "test_sequences": [0],
     "calibration": [0],
     "query": [-1],

@@ -268,16 +268,25 @@ LLAMA = SHAPES["llama"]
 WRONG = {
     "architecture": (dict(arch="gemma2"), "architecture 'gemma2'"),
     "experts": (dict(fields={"expert_count": 8}), "8 experts"),
-    "yarn": (dict(fields={"rope.scaling.type": "yarn"}), "RoPE scaling 'yarn'"),
-    "linear": (
-        dict(fields={"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}),
-        "RoPE scaling 'linear'",
+    "longrope": (dict(fields={"rope.scaling.type": "longrope"}), "RoPE scaling 'longrope'"),
+    "scaling is a number": (dict(fields={"rope.scaling.type": 3}), "RoPE scaling 3"),
+    "linear without a factor": (
+        dict(fields={"rope.scaling.type": "linear"}),
+        "rope.scaling.factor: is not in the file",
     ),
-    "factor without a type": (dict(fields={"rope.scaling.factor": 4.0}), "RoPE scaling 'linear'"),
-    "old linear": (dict(fields={"rope.scale_linear": 4.0}), "RoPE scaling 'linear'"),
+    "yarn of another kind": (
+        dict(
+            fields={
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": 4.0,
+                "rope.scaling.yarn_log_multiplier": 0.1,
+            }
+        ),
+        "rope.scaling.yarn_log_multiplier=",
+    ),
     "half rope": (dict(fields={"rope.dimension_count": 8}), "RoPE on 8 dimensions"),
     "no layers": (dict(fields={"block_count": None}), "llama.block_count: is not in the file"),
-    "too many layers": (dict(fields={"block_count": 9999}), "no tensor layers.9998"),
+    "too many layers": (dict(fields={"block_count": 9999}), "missing: layers.9998"),
     "too few layers": (dict(fields={"block_count": 1}), "unexpected: layers.1"),
     "heads per layer": (
         dict(fields={"attention.head_count_kv": [2, 2]}),

@@ -319,8 +319,22 @@ CONFIG_REFUSALS = {
     "mlp_bias": (dict(mlp_bias=True), "mlp_bias=True"),
     "hidden_act": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "partial rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-    "yarn": (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "RoPE scaling 'yarn'"),
-    "linear": (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear'"),
+    "yarn untruncated": (
+        dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "truncate": False}),
+        "truncate=False of its RoPE scaling",
+    ),
+    "yarn without a base": (
+        dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_theta=1.0),
+        "rope_theta=1.0",
+    ),
+    "yarn past every table": (
+        dict(rope_scaling={"rope_type": "yarn", "factor": 1e6}),
+        "max_position_embeddings=29000000",
+    ),
+    "linear without factor": (dict(rope_scaling={"type": "linear"}), "lacks 'factor'"),
+    "linear the other way": (dict(rope_scaling={"type": "linear", "factor": 0.5}), "rope_factor"),
+    "longrope": (dict(rope_scaling={"type": "longrope"}), "RoPE scaling 'longrope'"),
+    "mrope": (dict(use_mrope=True), "use_mrope=True"),
     "dynamic, new keys": (
         dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
         "RoPE scaling 'dynamic'",
@@ -344,7 +358,7 @@ CONFIG_REFUSALS = {
     "huge": (dict(max_position_embeddings=10**12), "max_position_embeddings=1000000000000"),
     "odd head": (dict(head_dim=9), "head_dim=9"),
     "heads do not divide": (dict(num_key_value_heads=4), "n_kv_head=4"),
-    "more layers": (dict(num_hidden_layers=10**6), "no tensor layers.999999"),
+    "more layers": (dict(num_hidden_layers=10**6), "missing: layers.999999"),
     "fewer layers": (dict(num_hidden_layers=1), "unexpected: layers.1"),
     "other width": (
         dict(intermediate_size=34),

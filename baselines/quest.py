@@ -1,13 +1,9 @@
 """Quest as it was published (arXiv 2406.10774): everything is kept, and every query picks anew what
 it reads.
 
-Pages of PAGE tokens have bounds: the least and the largest of every key coordinate in them. No key
-of a page can have a larger logit than
-
-    sum over coordinates of max(q * least, q * largest)  =  q+ . largest + q- . least,
-
-so a decoding step reads the pages of largest bound, as many as a budget of tokens holds, and always
-the page that is being filled. The first layers read everything, as in the paper. The first prompt
+Pages of PAGE tokens have bounds on what a query's logits can be in them (baselines/pages.py). A
+decoding step reads the pages of largest bound, as many as a budget of tokens holds, and always the
+page that is being filled. The first two layers read everything, as in the paper. The first prompt
 in a cache reads itself whole. What it saves is reads, not bytes: the cache holds all keys and
 values, and bounds.
 
@@ -35,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kv_router
+from baselines.pages import PAGE, logit_bounds, page_bounds
 from config import KVConfig, ModelConfig, check
 from kv_router import ValueGroupPath, window_mask
 from model import attend, attention_mask
@@ -42,9 +39,6 @@ from selection.relevance import NEVER
 from storage.cache import DenseCache, LayerCacheBase, NewTokens
 from storage.layout import at_least_float32, cdiv, expand_mask, top_k_mask
 from storage.packed import PackedCache
-
-PAGE = 16  # tokens in a page
-
 
 # -------------------- bounds
 
@@ -60,8 +54,9 @@ class PageBounds:
     def start_bounds(self, max_len: int, like: Tensor) -> None:
         """Begin with empty pages for max_len tokens."""
         _, Hkv, _, D = self.window_k.shape
-        self.page_low = like.new_full((self.batch, Hkv, cdiv(max_len, PAGE), D), float("inf"))
-        self.page_high = -self.page_low
+        shape = (self.batch, Hkv, cdiv(max_len, PAGE), D)
+        self.page_low = like.new_full(shape, float("inf"))
+        self.page_high = like.new_full(shape, float("-inf"))
         self.owners |= dict.fromkeys(("page_low", "page_high"), "sequence")
 
     def keys_in_order(self) -> Tensor:
@@ -71,25 +66,27 @@ class PageBounds:
     def widen(self, k: Tensor, number: Tensor, there: Tensor) -> None:
         """Let the bounds hold keys k (B, Hkv, T, D), which are the tokens number (B, T) of their
         sequences where `there` (B, T)."""
-        missing = cdiv(int(number.max()) + 1, PAGE) - self.page_low.size(2)
-        if missing > 0:
-            self.page_low = F.pad(self.page_low, (0, 0, 0, missing), value=float("inf"))
-            self.page_high = F.pad(self.page_high, (0, 0, 0, missing), value=float("-inf"))
-        at = (number.clamp_min(0) // PAGE)[:, None, :, None].expand_as(k)
-        hole = ~there[:, None, :, None]
-        low = k.to(self.dtype).masked_fill(hole, float("inf"))
-        high = k.to(self.dtype).masked_fill(hole, float("-inf"))
-        self.page_low = self.page_low.scatter_reduce(2, at, low, "amin")
-        self.page_high = self.page_high.scatter_reduce(2, at, high, "amax")
+        needed = cdiv(int(number.max()) + 1, PAGE)
+        missing = max(0, needed - self.page_low.size(2))
+        if missing:
+            more = (0, 0, 0, missing)
+            self.page_low = F.pad(self.page_low, more, value=float("inf"))
+            self.page_high = F.pad(self.page_high, more, value=float("-inf"))
+        n_pages = self.page_low.size(2)
+        low, high = page_bounds(k.to(self.dtype), number, there, n_pages)
+        self.page_low = self.page_low.minimum(low)
+        self.page_high = self.page_high.maximum(high)
 
     def find_bounds(self) -> None:
         """Work the bounds out anew from the stored keys."""
         self.page_low = torch.full_like(self.page_low, float("inf"))
         self.page_high = torch.full_like(self.page_high, float("-inf"))
         k = self.keys_in_order()
-        number = torch.arange(k.size(2), device=k.device).expand(self.batch, -1)
+        number = torch.arange(k.size(2), device=k.device)
+        number = number.expand(self.batch, -1)
+        there = number < self.lengths[:, None]
         if number.numel():
-            self.widen(k, number, number < self.lengths[:, None])
+            self.widen(k, number, there)
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
@@ -97,8 +94,9 @@ class PageBounds:
         super().append(new)
         n_pad = torch.zeros_like(before) if new.n_pad is None else new.n_pad
         column = torch.arange(new.k.size(2), device=new.k.device)
-        number = before[:, None] + column - n_pad[:, None]
-        self.widen(new.k, number, column >= n_pad[:, None])
+        own = column - n_pad[:, None]  # (B, T), of each token among the new ones
+        number = before[:, None] + own
+        self.widen(new.k, number, own >= 0)
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         super().truncate(n_tokens)
@@ -148,17 +146,25 @@ def page_worth(q: Tensor, low: Tensor, high: Tensor, last: Tensor) -> Tensor:
     q          (B, H, T, D)
     low, high  (B, Hkv, P, D)
     last       (B, T) int64, the page that each query's own token is in"""
-    empty = low.isinf()
-    low = low.masked_fill(empty, 0).unsqueeze(2)
-    high = high.masked_fill(empty, 0).unsqueeze(2)
-    q = q.unflatten(1, (low.size(1), -1)) * q.size(-1) ** -0.5  # (B, Hkv, n, T, D)
-    bound = at_least_float32(q.clamp_min(0) @ high.mT + q.clamp_max(0) @ low.mT)
+    Hkv = low.size(1)
+    q = q.unflatten(1, (Hkv, -1))  # (B, Hkv, n, T, D)
+    bound = logit_bounds(q, low.unsqueeze(2), high.unsqueeze(2))
+    bound = at_least_float32(bound)  # (B, Hkv, n, T, P)
     page = torch.arange(bound.size(-1), device=q.device)
     last = last[:, None, :, None]
     hidden = (page >= last).unsqueeze(2)
-    worth = bound.masked_fill(hidden, NEVER).softmax(-1).mean(2)
+    share = bound.masked_fill(hidden, NEVER).softmax(-1)
+    worth = share.mean(2)
     worth = worth.masked_fill(page == last, float("inf"))
     return worth.masked_fill(page > last, float("-inf"))
+
+
+def token_number(q: Tensor, pad: Tensor | None) -> Tensor:
+    """Count each row's own tokens from 0: (B, T) int64, below 0 for padding. q (B, H, T, D)."""
+    column = torch.arange(q.size(2), device=q.device)
+    if pad is None:
+        return column.expand(len(q), -1)
+    return column - pad[:, None]
 
 
 class QuestPath(ValueGroupPath):
@@ -190,65 +196,71 @@ class QuestPath(ValueGroupPath):
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         """Let every token read what it would read when it is decoded."""
         self.losses = {}
-        B, H, T, _ = q.shape
-        n_pad = torch.zeros(B, dtype=torch.int64, device=q.device) if pad is None else pad
-        number = torch.arange(T, device=q.device) - n_pad[:, None]  # (B, T)
-        page = number.clamp_min(0) // PAGE
-        bounds = QuestCache(B, T, self.Hkv, self.D, k)
-        bounds.widen(k, number, number >= 0)
-        worth = page_worth(q, bounds.page_low, bounds.page_high, page)
-        picked = top_k_mask(worth, self.pages)  # (B, Hkv, T, P)
-        picked = picked.take_along_dim(page[:, None, None, :], 3)  # of each key: (B, Hkv, T, T)
-        visible = picked & attention_mask(T, T, pad, q.device)
+        visible = self._picked(q, k, pad) & attention_mask(q.size(2), q.size(2), pad, q.device)
+        n = q.size(1) // self.Hkv  # query heads of a KV head
         if self.keep_all:
-            mask = visible.repeat_interleave(H // self.Hkv, 1)
-            gqa = self.Hkv != H
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+            mask = visible.repeat_interleave(n, 1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n > 1)
         maps = self.own_maps()
         z = maps.encode(v)
-        routed = maps.decode(z * expand_mask(top_k_mask(self.scores(x, z), self.k), self.D))
-        window = (self.cfg.kv_tail, self.cfg.tail_leaves)
-        whole = window_mask(number + 1, *window)
-        whole = whole.repeat(1, 1, H // self.Hkv, 1)
+        kept = top_k_mask(self.scores(x, z), self.k)
+        routed = maps.decode(z * expand_mask(kept, self.D))
+        stored = token_number(q, pad) + 1
+        whole = window_mask(stored, self.cfg.kv_tail, self.cfg.tail_leaves)
+        whole = whole.repeat(1, 1, n, 1)
         p = self._weights(q, k, visible)
-        return ((p * ~whole) @ routed + (p * whole) @ v).view(q.shape)
+        from_groups = (p * ~whole) @ routed
+        from_window = (p * whole) @ v
+        return (from_groups + from_window).view(q.shape)
+
+    def _picked(self, q: Tensor, k: Tensor, pad: Tensor | None) -> Tensor:
+        """Mark the keys in the pages that each query reads, later ones included: (B, Hkv, T, T)."""
+        number = token_number(q, pad)
+        page = number.clamp_min(0) // PAGE  # (B, T)
+        low, high = page_bounds(k, number, number >= 0, cdiv(q.size(2), PAGE))
+        worth = page_worth(q, low, high, page)
+        read = top_k_mask(worth, self.pages)  # (B, Hkv, T, P)
+        return read.take_along_dim(page[:, None, None], 3)
 
     def prefill(self, x, q, k, v, cache, n_pad: Tensor | None = None) -> Tensor:
         """A prompt reads itself whole; what comes after it is read token by token, as if it were
         generated."""
         if cache.fresh:
-            cache.append(NewTokens(k, v, n_pad, self._new_route(x, v, cache)))
+            self._store(x, k, v, cache, n_pad)
             return attend(q, k, v, n_pad)
         out = []
+        pad = None
         for t in range(q.size(2)):
-            new = (u[:, :, t : t + 1] for u in (q, k, v))
-            pad = None if n_pad is None else (n_pad - t).clamp(0, 1)
-            out.append(self.decode(x[:, t : t + 1], *new, cache, pad))
+            at = slice(t, t + 1)
+            if n_pad is not None:
+                pad = (n_pad - t).clamp(0, 1)
+            y = self.decode(x[:, at], q[:, :, at], k[:, :, at], v[:, :, at], cache, pad)
+            out.append(y)
         return torch.cat(out, 2)
 
     def decode(self, x, q, k, v, cache, n_pad: Tensor | None = None) -> Tensor:
-        cache.append(NewTokens(k, v, n_pad, self._new_route(x, v, cache)))
-        n = cache.lengths.clamp_min(1)  # padding before a first token reads something
-        worth = page_worth(q, cache.page_low, cache.page_high, (n - 1)[:, None] // PAGE)
-        order = torch.sort(worth[:, :, 0], dim=-1, descending=True, stable=True).indices
+        self._store(x, k, v, cache, n_pad)
+        n_tokens = cache.lengths.clamp_min(1)  # padding before a first token reads something
+        last = (n_tokens - 1) // PAGE
+        worth = page_worth(q, cache.page_low, cache.page_high, last[:, None])
+        # of equal ones the earlier page, as in top_k_mask
+        order = worth[:, :, 0].sort(dim=-1, descending=True, stable=True).indices
         pages = order[..., : self.pages]  # (B, Hkv, m)
         slot = pages.unsqueeze(-1) * PAGE + torch.arange(PAGE, device=q.device)
-        slot = slot.flatten(-2)
-        there = slot < n[:, None, None]
+        slot = slot.flatten(-2)  # (B, Hkv, m PAGE)
+        there = slot < n_tokens[:, None, None]
         k, v = self.stored(cache)
         at = slot.clamp_max(k.size(2) - 1).unsqueeze(-1)
-        mask = there.repeat_interleave(q.size(1) // self.Hkv, 1).unsqueeze(2)
-        return F.scaled_dot_product_attention(
-            q,
-            k.take_along_dim(at, 2),
-            v.take_along_dim(at, 2),
-            attn_mask=mask,
-            enable_gqa=self.Hkv != q.size(1),
-        )
+        k = k.take_along_dim(at, 2)
+        v = v.take_along_dim(at, 2)
+        n = q.size(1) // self.Hkv  # query heads of a KV head
+        mask = there.repeat_interleave(n, 1).unsqueeze(2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n > 1)
 
-    def _new_route(self, x: Tensor, v: Tensor, cache) -> Tensor | None:
-        """Return the groups of new tokens, (B, Hm, T, S), where the cache does not find them."""
-        return None if self.keep_all else self._route(x, v, cache)
+    def _store(self, x: Tensor, k: Tensor, v: Tensor, cache, n_pad: Tensor | None) -> None:
+        """Append new tokens, with their groups where not all are kept."""
+        route = None if self.keep_all else self._route(x, v, cache)
+        cache.append(NewTokens(k, v, n_pad, route))
 
     def stored(self, cache: QuestCache | QuestGroupCache) -> tuple[Tensor, Tensor]:
         """Return what is stored as it is read, k and v (B, Hkv, N, D), each sequence from slot 0
@@ -257,14 +269,17 @@ class QuestPath(ValueGroupPath):
             return cache.window_k, cache.window_v
         k, z, _ = cache.unpack()
         number = torch.arange(k.size(2), device=k.device)
-        packed = (number < cache.n_packed[:, None])[:, None, :, None]
-        return k, torch.where(packed, cache.basis.decode(z), z)
+        packed = number < cache.n_packed[:, None]  # the rest is whole
+        packed = packed[:, None, :, None]
+        v = torch.where(packed, cache.basis.decode(z), z)
+        return k, v
 
     def reads(self, n_tokens: int) -> int:
         """Count the tokens that a step reads when n_tokens are stored, its own among them."""
         filled = cdiv(n_tokens, PAGE)
         newest = n_tokens - (filled - 1) * PAGE
-        return newest + (min(self.pages, filled) - 1) * PAGE
+        others = min(self.pages, filled) - 1
+        return newest + others * PAGE
 
     def graph_safe(self) -> bool:
         return False
@@ -308,7 +323,8 @@ def attach(
 
 def paths(model: nn.Module) -> list[QuestPath]:
     """List the layers that read by pages."""
-    return [p for p in kv_router.paths(model).values() if isinstance(p, QuestPath)]
+    all_paths = kv_router.paths(model).values()
+    return [path for path in all_paths if isinstance(path, QuestPath)]
 
 
 def reads(model: nn.Module, n_tokens: int) -> float:

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from baselines.pages import PAGE, logit_bounds, page_bounds
 from config import SelectConfig, count_kept
 from model import apply_rope
 from selection.relevance import NEVER, Prompt, norms, pooled
 from storage.layout import at_least_float32, cdiv
 
-PAGE = 16  # tokens in a page (quest)
 WINDOW = 32  # queries that snapkv observes
 POOL = 7  # tokens over which snapkv pools
 FUTURE = 512  # positions after the prompt over which expected_attention_closed averages RoPE
@@ -42,9 +42,12 @@ def token_number(prompt: Prompt) -> Tensor:
 def newest_first(prompt: Prompt, score: Tensor, n: Tensor | int) -> Tensor:
     """Put the last n context tokens of every row above all others, the newest first, whatever their
     scores (L, B, Hkv, C) are; no score is above T. n: one number, or (B, 1)."""
-    new = prompt.n_context - prompt.column[: prompt.n_context] <= n
-    above = prompt.T - prompt.start + token_number(prompt) + 1.0  # (B or 1, C)
-    return torch.where((new & prompt.valid)[:, None], above[:, None], score)
+    C = prompt.n_context
+    to_the_end = C - prompt.column[:C]
+    new = prompt.valid & (to_the_end <= n)  # (B, C)
+    n_tokens = prompt.T - prompt.start
+    above = n_tokens + token_number(prompt) + 1.0  # (B or 1, C)
+    return torch.where(new[:, None], above[:, None], score)
 
 
 def streaming(prompt: Prompt, cfg: SelectConfig) -> Tensor:
@@ -53,7 +56,8 @@ def streaming(prompt: Prompt, cfg: SelectConfig) -> Tensor:
 
     Differs: kept tokens keep their positions in the text, where the paper counts them anew within
     the cache."""
-    return ((token_number(prompt) + 1.0) * prompt.valid)[None, :, None]
+    score = (token_number(prompt) + 1.0) * prompt.valid  # (B, C)
+    return score[None, :, None]
 
 
 def snapkv(prompt: Prompt, cfg: SelectConfig) -> Tensor:
@@ -61,12 +65,15 @@ def snapkv(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     POOL tokens. The window itself stays, as part of the budget, and is no part of what is pooled.
 
     Differs: a budget smaller than the window, which the paper does not allow, keeps the newest."""
+    C = prompt.n_context
     first = max(0, prompt.T - WINDOW)
-    rows = prompt.column[first:]
-    attention = prompt.causal(rows, prompt.real[:, rows].float())
-    before = prompt.column[: prompt.n_context] < first
-    n_window = max(0, prompt.n_context - first)
-    return newest_first(prompt, pooled(attention * before, POOL) * before, n_window)
+    observing = prompt.column[first:]
+    asks = prompt.real[:, first:].float()
+    attention = prompt.causal(observing, asks)
+    before = prompt.column[:C] < first
+    score = pooled(attention * before, POOL) * before
+    n_window = max(0, C - first)
+    return newest_first(prompt, score, n_window)
 
 
 def h2o(prompt: Prompt, cfg: SelectConfig) -> Tensor:
@@ -76,11 +83,15 @@ def h2o(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     Differs: nothing is dropped while the prompt is read, so that a query's attention is over all
     earlier tokens; the paper's cache drops a token at every step, during generation, too."""
     total = 0.0
-    for rows in prompt.column.split(512):
-        part = prompt.causal(rows, prompt.real[:, rows].float())
-        total = total + part * prompt.real[:, rows].sum(-1)[:, None, None]
-    n_tokens = prompt.valid.sum(-1).tolist()
-    recent = [count_kept(cfg.token_keep, n, 1) // 2 if n else 0 for n in n_tokens]
+    for columns in prompt.column.split(512):
+        asks = prompt.real[:, columns]
+        mean = prompt.causal(columns, asks.float())
+        n_queries = asks.sum(-1)
+        total = total + mean * n_queries[:, None, None]
+    recent = []
+    for n_tokens in prompt.valid.sum(-1).tolist():
+        budget = count_kept(cfg.token_keep, n_tokens, 1) if n_tokens else 0
+        recent.append(budget // 2)
     recent = torch.tensor(recent, device=prompt.column.device)
     return newest_first(prompt, total, recent[:, None])
 
@@ -104,10 +115,12 @@ def keydiff(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     real = prompt.real[:, None, :, None]
     for k in prompt.k:
         unit = F.normalize(at_least_float32(k), dim=-1)  # (B, Hkv, T, D)
-        # a sum points where the mean does
-        anchor = F.normalize((unit * real).sum(2, keepdim=True), dim=-1)
-        scores.append((1 - (unit * anchor).sum(-1)).float())
-    return torch.stack(scores)[..., : prompt.n_context].clamp_min(0) * prompt.valid[:, None]
+        total = (unit * real).sum(2, keepdim=True)
+        anchor = F.normalize(total, dim=-1)  # a sum points where the mean does
+        cosine = (unit * anchor).sum(-1)
+        score = 1 - cosine[..., : prompt.n_context]
+        scores.append(score.clamp_min(0).float())
+    return torch.stack(scores) * prompt.valid[:, None]
 
 
 def expected_attention_closed(prompt: Prompt, cfg: SelectConfig) -> Tensor:
@@ -121,26 +134,32 @@ def expected_attention_closed(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     left out of all of it: they are kept anyway.
 
     Differs: the value's norm is taken in the coordinates that are cut into groups: in the output
-    basis that is the norm of what W_o writes, in the native one the value's own. Positions past the
-    model's context are left out of the mean rotation. (`expected_attention`, without `_closed`, is
-    this project's trained network.)"""
+    basis that is the norm of what W_o writes, in the native one the value's own. Nothing is added
+    to a share before the norm, and every head has a budget of its own; the authors' experiments add
+    0.01 and let the heads of a layer share one. Positions past the model's context are left out of
+    the mean rotation. (`expected_attention`, without `_closed`, is this project's trained
+    network.)"""
     number = (prompt.column - prompt.start).clamp_min(0)  # (B or 1, T)
     counted = prompt.real & (number >= cfg.sinks)
-    alone = ~counted.any(-1, keepdim=True)  # rows of first tokens only
-    counted = torch.where(alone, prompt.real, counted)
-    weight = counted / counted.sum(-1, keepdim=True).clamp_min(1)  # (B, T)
-    back = [t[number].unsqueeze(1) for t in prompt.rope]  # (B or 1, 1, T, D/2)
+    only_first = ~counted.any(-1, keepdim=True)  # rows that have no other tokens
+    counted = torch.where(only_first, prompt.real, counted)
+    n_counted = counted.sum(-1, keepdim=True).clamp_min(1)
+    weight = counted / n_counted  # (B, T)
+    cos, sin = (t[number].unsqueeze(1) for t in prompt.rope)  # (B or 1, 1, T, D/2)
     ahead = mean_rotation(prompt)
     scored = prompt.valid & (number[:, : prompt.n_context] >= cfg.sinks)
     out = []
     for q, k, value in zip(prompt.q, prompt.k, prompt.values, strict=True):
-        q = apply_rope(at_least_float32(q), back[0], -back[1])  # before RoPE
+        q = apply_rope(at_least_float32(q), cos, -sin)  # before RoPE
         w = weight[:, None, :, None].to(q.dtype)
         mean = (q * w).sum(2, keepdim=True)  # (B, H, 1, D)
-        spread = ((q - mean) * w).mT @ (q - mean)  # (B, H, D, D)
+        off = q - mean
+        spread = (off * w).mT @ off  # (B, H, D, D)
         mean = apply_rope(mean, *ahead)
-        spread = apply_rope(apply_rope(spread, *ahead).mT, *ahead)
-        share = gaussian_share(k[:, :, : prompt.n_context].to(q.dtype), mean, spread, scored)
+        half = apply_rope(spread, *ahead)  # turns rows, then columns
+        spread = apply_rope(half.mT, *ahead)
+        context = k[:, :, : prompt.n_context].to(q.dtype)
+        share = gaussian_share(context, mean, spread, scored)
         out.append(share.float() * norms(value))
     return torch.stack(out)
 
@@ -149,13 +168,17 @@ def mean_rotation(prompt: Prompt) -> tuple[Tensor, Tensor]:
     """Average cos and sin over the FUTURE positions after each row's prompt that the model's
     context has, or take its last one: (B or 1, 1, 1, D/2) twice."""
     last = len(prompt.rope[0]) - 1
-    place = prompt.T - prompt.start + torch.arange(FUTURE, device=prompt.column.device)
+    ahead = torch.arange(FUTURE, device=prompt.column.device)
+    place = prompt.T - prompt.start + ahead
     fits = place <= last
     fits[:, 0] = True
     weight = fits / fits.sum(-1, keepdim=True)  # (B or 1, FUTURE)
-    tables = [t[place.clamp_max(last)] for t in prompt.rope]  # (B or 1, FUTURE, D/2)
-    cos, sin = ((t * weight.unsqueeze(-1)).sum(1)[:, None, None] for t in tables)
-    return cos, sin
+    place = place.clamp_max(last)
+    means = []
+    for table in prompt.rope:
+        turned = table[place] * weight.unsqueeze(-1)  # (B or 1, FUTURE, D/2)
+        means.append(turned.sum(1)[:, None, None])
+    return tuple(means)
 
 
 def gaussian_share(k: Tensor, mean: Tensor, spread: Tensor, scored: Tensor) -> Tensor:
@@ -172,7 +195,8 @@ def gaussian_share(k: Tensor, mean: Tensor, spread: Tensor, scored: Tensor) -> T
     quadratic = ((k @ spread) * k).sum(-1)
     logit = linear * D**-0.5 + quadratic / (2 * D)
     hidden = ~scored[:, None, None]
-    share = logit.masked_fill(hidden, NEVER).softmax(-1).masked_fill(hidden, 0)
+    share = logit.masked_fill(hidden, NEVER).softmax(-1)
+    share = share.masked_fill(hidden, 0)
     return share.mean(2)
 
 
@@ -184,25 +208,15 @@ def quest(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     baselines/quest.py."""
     C = prompt.n_context
     k = prompt.keys[..., :C, :].float()
-    page = (token_number(prompt) // PAGE).expand(k.size(1), -1)  # a row's first token begins one
-    at = page[None, :, None, :, None].expand_as(k)
-    hole = ~prompt.valid[:, None, :, None]
-    shape = (*k.shape[:3], cdiv(C, PAGE), k.size(-1))
-    low = k.new_full(shape, float("inf")).scatter_reduce(
-        3, at, k.masked_fill(hole, float("inf")), "amin"
-    )
-    high = k.new_full(shape, float("-inf")).scatter_reduce(
-        3, at, k.masked_fill(hole, float("-inf")), "amax"
-    )
-    empty = low.isinf().any(-1)  # (L, B, Hkv, pages)
-    q = prompt.queries(prompt.column[C:]).float().unflatten(2, (k.size(2), -1))
-    q = q.flatten(3, 4) * k.size(-1) ** -0.5  # (L, B, Hkv, n W, D)
-    bound = (
-        q.clamp_min(0) @ high.masked_fill(empty[..., None], 0).mT
-        + q.clamp_max(0) @ low.masked_fill(empty[..., None], 0).mT
-    )
-    share = bound.masked_fill(empty.unsqueeze(-2), NEVER).softmax(-1).mean(-2)
-    return share.gather(-1, page[None, :, None].expand(*k.shape[:4])) * prompt.valid[:, None]
+    number = token_number(prompt)
+    low, high = page_bounds(k, number, prompt.valid, cdiv(C, PAGE))  # (L, B, Hkv, P, D)
+    q = prompt.queries(prompt.column[C:]).float()  # (L, B, H, W, D)
+    q = q.unflatten(2, (k.size(2), -1)).flatten(3, 4)  # (L, B, Hkv, n W, D)
+    empty = low.isinf().any(-1).unsqueeze(-2)
+    bound = logit_bounds(q, low, high).masked_fill(empty, NEVER)
+    share = bound.softmax(-1).mean(-2)  # (L, B, Hkv, P)
+    page = (number // PAGE)[:, None].expand(k.shape[:-1])
+    return share.gather(-1, page) * prompt.valid[:, None]
 
 
 TOKEN_LEVEL: dict[str, Callable[[Prompt, SelectConfig], Tensor]] = {

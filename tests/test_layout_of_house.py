@@ -33,6 +33,7 @@ RANK = {
     "lora": 5,
     "kv_router": 5,
     "selection": 5,
+    "baselines.pages": 5,
     "baselines.tokens": 6,
     "selector": 7,
     "selection.training": 8,

@@ -412,6 +412,7 @@ class KiviPath(nn.Module):
         return old_k, old_v
 
     def prefill(self, x, q, k, v, cache: KiviCache, n_pad: Tensor | None = None) -> Tensor:
+        """Let a first piece read itself whole, a later one what came before as it is stored too."""
         if cache.fresh:
             y = attend(q, k, v, n_pad)
         else:

@@ -328,7 +328,10 @@ def paths(model: nn.Module) -> list[QuestPath]:
 
 
 def reads(model: nn.Module, n_tokens: int) -> float:
-    """Return the share of n_tokens stored that a step reads, a mean over all layers."""
+    """Return the share of n_tokens stored that a step reads, a mean over all layers.
+
+    Bounds are not counted, which the paper does: a layer that picks reads all of its bounds, two
+    vectors for a page, as much as the keys and values of 1 / PAGE of its tokens."""
     n_layer = model.cfg.n_layer
     picking = paths(model)
     everything = (n_layer - len(picking)) * n_tokens

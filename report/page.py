@@ -72,11 +72,17 @@ def read_rows(path: Path, only: dict[str, str]) -> list[dict]:
     """The rows of a results file that have these fields. ValueError where it is damaged."""
     try:
         rows = json.loads(path.read_bytes())
-        fits = isinstance(rows, list) and all(cells_of([r]) for r in rows)
+        for r in rows:
+            cells_of([r])
+        fits = isinstance(rows, list)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         fits = False
     check(fits, f"{path}", "it is damaged: rows of eval.py, train.py or bench.py", "make it again")
-    return [r for r in rows if all(str(r.get(name)) == value for name, value in only.items())]
+
+    def is_asked(r: dict) -> bool:
+        return all(str(r.get(name)) == value for name, value in only.items())
+
+    return [r for r in rows if is_asked(r)]
 
 
 def results_of(mark: Mark) -> list[Path]:
@@ -94,7 +100,9 @@ def results_of(mark: Mark) -> list[Path]:
 def is_begun(folder: Path) -> bool:
     """Whether runs/all.sh has begun to fill a folder, and not ended."""
     state = Path(f"{folder}.state")
-    return state.is_file() and state.read_text().strip() == "begun"
+    if not state.is_file():
+        return False
+    return state.read_text().strip() == "begun"
 
 
 def run_name(path: Path, mark: Mark, rows: list[dict]) -> str:
@@ -102,10 +110,14 @@ def run_name(path: Path, mark: Mark, rows: list[dict]) -> str:
     where all of its rows have the same."""
     folder = path.parent
     above = next(f for f in mark.folders if folder.is_relative_to(f))
-    parts = folder.relative_to(above if len(mark.folders) == 1 else above.parent).parts
+    if len(mark.folders) > 1:
+        above = above.parent  # their own names tell them apart
+    parts = folder.relative_to(above).parts
     seeds = {r.get("seed") for r in rows}
     if len(seeds) == 1:
-        parts = [re.sub(rf"-s?{min(seeds)}$", "", part) for part in parts]
+        (seed,) = seeds
+        ending = rf"-s?{seed}$"
+        parts = [re.sub(ending, "", part) for part in parts]
     return "/".join(parts)
 
 
@@ -118,12 +130,21 @@ def lines_of(paths: list[Path], mark: Mark) -> list[dict[str, str]]:
         rows = read_rows(path, mark.only)
         run = run_name(path, mark, rows)
         for r in rows:
-            asked = json.dumps([r.get("select"), r.get("shape"), r.get("value_keep")])
-            key = (run, r.get("task"), title_of(r), text_hash(r), asked)
-            again = seen[(key, r.get("seed"))]  # the same with the same seed is a line of its own
-            seen[(key, r.get("seed"))] += 1
-            lines.setdefault((*key, again), []).append(r)
-    return [{"run": run} | cells_of(same) for (run, *_), same in lines.items()]
+            setting = (run, *setting_of(r))
+            seed = r.get("seed")
+            again = seen[(setting, seed)]  # the same with the same seed is a line of its own
+            seen[(setting, seed)] += 1
+            lines.setdefault((*setting, again), []).append(r)
+    out = []
+    for (run, *_), same in lines.items():
+        out.append({"run": run} | cells_of(same))
+    return out
+
+
+def setting_of(r: dict) -> tuple:
+    """What rows of one setting have in common, whatever their seeds."""
+    asked = [r.get("select"), r.get("shape"), r.get("value_keep")]
+    return r.get("task"), title_of(r), text_hash(r), json.dumps(asked)
 
 
 def title_of(r: dict) -> str:
@@ -137,17 +158,23 @@ def cells_of(same: list[dict]) -> dict[str, str]:
     cells = {"task": r.get("task", ""), "row": title_of(r), "shape": r.get("shape", "")}
     cells["text"] = r["text"]["corpus"] if "text" in r else ""
     for field, title, form in NUMBERS:
-        known = all(row.get(field) for row in same)
-        cells[title] = form.format(mean(row[field] for row in same)) if known else ""
+        numbers = [row.get(field) for row in same]
+        cells[title] = form.format(mean(numbers)) if all(numbers) else ""
     cells["peer"] = r.get("peer", "")
     if "metric" in r:
-        cells["of dense"] = f"{mean(map(share_of_dense, same)):.2%}"
-        cells[r["metric"]] = with_spread([row["value"] for row in same])
+        values = [row["value"] for row in same]
+        of_dense = mean(map(share_of_dense, same))
+        cells["of dense"] = f"{of_dense:.2%}"
+        cells[r["metric"]] = with_spread(values)
         cells["seeds"] = str(len(same))
     if "dense_value" in r and r["method"] != "dense":
-        cells["over whole"] = f"{mean(row['value'] - row['dense_value'] for row in same):+.4f}"
-    for share in sorted(r.get("h2o", {}), key=float, reverse=True):
-        cells[f"H2O {float(share):.0%}"] = f"{mean(row['h2o'][share] for row in same):.4f}"
+        over = mean(row["value"] - row["dense_value"] for row in same)
+        cells["over whole"] = f"{over:+.4f}"
+    shares = sorted(r.get("h2o", {}), key=float, reverse=True)
+    for share in shares:
+        value = mean(row["h2o"][share] for row in same)
+        title = f"H2O {float(share):.0%}"
+        cells[title] = f"{value:.4f}"
     return cells
 
 
@@ -157,40 +184,46 @@ def cells_of(same: list[dict]) -> dict[str, str]:
 def markdown(lines: list[dict[str, str]]) -> str:
     """A Markdown table. Columns without a cell are left out, and some that say the same in every
     line."""
-    titles = list(dict.fromkeys(title for line in lines for title in line))
+    titles = dict.fromkeys(title for line in lines for title in line)
     shown = []
     for title in titles:
         said = {line.get(title, "") for line in lines}
-        varies = len(said) > 1 or title not in MAY_BE_SAME
-        if said != {""} and varies:
+        if said == {""}:
+            continue
+        if len(said) > 1 or title not in MAY_BE_SAME:
             shown.append(title)
-    cells = [shown, ["---"] * len(shown)]
-    cells += [[line.get(title, "").replace("|", "\\|") for title in shown] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    table = [shown, ["---"] * len(shown)]
+    for line in lines:
+        cells = [line.get(title, "") for title in shown]
+        table.append([cell.replace("|", "\\|") for cell in cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def how_made(paths: list[Path], mark: Mark) -> str:
     """The line that says how a table was made, from the records beside its results."""
     records = [read_record(path) for path in paths]
 
-    def values(name: str) -> str:
-        found = [str(r[name]) if r.get(name) is not None else "unknown" for r in records]
-        return ", ".join(sorted({*found}))
+    def every(name: str, digits: int | None = None) -> str:
+        """All that the records say under a name, or the first digits of it."""
+        found = {str(r.get(name) or "unknown")[:digits] for r in records}
+        return ", ".join(sorted(found))
 
-    codes = sorted({r.get("code", "unknown")[:12] for r in records})
-    commits = {(r.get("commit") or "unknown")[:10] for r in records}
-    changed = " with changes" if any(r.get("changed") for r in records) else ""
-    seeds = sorted({seed for r in records for seed in r.get("seeds", [])})
-    read = [text for r in records for text in r.get("texts", [])]
-    texts = sorted({f"{text['corpus']} {text['sha256'][:12]}" for text in read})
+    changed = any(r.get("changed") for r in records)
+    seeds = set()
+    texts = set()
+    for r in records:
+        seeds.update(r.get("seeds", []))
+        for text in r.get("texts", []):
+            texts.add(f"{text['corpus']} {text['sha256'][:12]}")
+    seconds = sum(r.get("seconds", 0) for r in records)
     parts = [
-        f"Made by {mark.script}: {values('device')}",
-        f"Python {values('python')}, torch {values('torch')}, triton {values('triton')}",
-        f"code {', '.join(codes)}",
-        f"commit {', '.join(sorted(commits))}{changed}",
-        f"seeds {', '.join(map(str, seeds)) or 'none'}",
-        f"texts {', '.join(texts) or 'not named'}",
-        f"{sum(r.get('seconds', 0) for r in records):,.0f} s",
+        f"Made by {mark.script}: {every('device')}",
+        f"Python {every('python')}, torch {every('torch')}, triton {every('triton')}",
+        f"code {every('code', 12)}",
+        f"commit {every('commit', 10)}{' with changes' if changed else ''}",
+        f"seeds {', '.join(map(str, sorted(seeds))) or 'none'}",
+        f"texts {', '.join(sorted(texts)) or 'not named'}",
+        f"{seconds:,.0f} s",
     ]
     return f"({'; '.join(parts)})"
 
@@ -198,26 +231,35 @@ def how_made(paths: list[Path], mark: Mark) -> str:
 def with_note(body: str, code: str) -> str:
     """What stands between two marks, with OLD as its last line unless the line before says that it
     was made by this code, or, without naming one, how it was measured."""
-    text = "\n".join(line for line in body.splitlines() if line != OLD).strip()
+    lines = [line for line in body.splitlines() if line != OLD]
+    text = "\n".join(lines).strip()
     last = text.rsplit("\n", 1)[-1]
     named = re.search(r"; code ([^;]*);", last)
-    current = named[1] == code[:12] if named else last.startswith("(")
-    return f"\n{text}\n\n" if current else f"\n{text}\n\n{OLD}\n\n"
+    if named:
+        current = named[1] == code[:12]
+    else:
+        current = last.startswith("(")
+    if not current:
+        text = f"{text}\n\n{OLD}"
+    return f"\n{text}\n\n"
 
 
 def rebuilt(page: str, code: str) -> tuple[str, list[str]]:
     """The page with the tables of all results that there are, and what is wrong with others, which
     stay as they are. ValueError where marks are not in pairs."""
-    marks = [page.count("<!-- table "), page.count("<!-- end -->")]
-    found = len(TABLE.findall(page))
-    check(marks == [found, found], f"{PAGE}", f"{found} of {marks} marks are pairs", "mend it")
+    begun = page.count("<!-- table ")
+    ended = page.count("<!-- end -->")
+    pairs = len(TABLE.findall(page))
+    check(
+        begun == ended == pairs,
+        f"{PAGE}",
+        f"{pairs} of {begun} first and {ended} last marks are pairs",
+        "mend it",
+    )
     faults = []
 
     def table(match: re.Match) -> str:
-        words = match["words"].split()
-        folders = [Path(word) for word in words if "=" not in word]
-        only = dict(word.split("=", 1) for word in words if "=" in word)
-        mark = Mark(match["name"], match["script"], folders, only)
+        mark = mark_of(match)
         body = match["body"]
         try:
             paths = results_of(mark)
@@ -230,6 +272,19 @@ def rebuilt(page: str, code: str) -> tuple[str, list[str]]:
         return f"{first}\n{with_note(body, code)}<!-- end -->"
 
     return TABLE.sub(table, page), faults
+
+
+def mark_of(match: re.Match) -> Mark:
+    """What the first mark of a table, found by TABLE, says."""
+    folders = []
+    only = {}
+    for word in match["words"].split():
+        name, equals, value = word.partition("=")
+        if equals:
+            only[name] = value
+        else:
+            folders.append(Path(word))
+    return Mark(match["name"], match["script"], folders, only)
 
 
 def main() -> None:

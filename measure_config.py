@@ -3,10 +3,10 @@ storage are given is in config.py."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 
-from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS
+from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS, KVConfig, SelectConfig
 from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt
 from settings.train import check_corpora
 
@@ -293,13 +293,56 @@ def check_shares(name: str, text: str) -> None:
         )
 
 
+KV_FLAGS = {f.name for f in fields(KVConfig)}
+SELECT_FLAGS = {f.name for f in fields(SelectConfig)}
+# what only training reads, or what leaves a part that has to be trained
+TRAINED_FLAGS = {
+    "learn_basis",
+    "reconstructor",
+    "recon_hidden",
+    "aux_weight",
+    "lm_to_router",
+    "kv_warmup",
+    "predictors",
+    "readers",
+    "recall",
+    "predictor_loss",
+}
+# what value groups read and a selection does not
+GROUPS_FLAGS = {"topk_groups", "value_router", "kv_tail_block"}
+
+
+def storage_flags(given: set[str]) -> set[str]:
+    """Return the flags given that say how keys and values are stored."""
+    return given & (KV_FLAGS | SELECT_FLAGS)
+
+
+def check_storage_flags(given: set[str], kv: str) -> None:
+    """Raise ValueError for a flag of those given that storing by `kv` does not read."""
+    unread = given & TRAINED_FLAGS
+    if kv != "select":
+        unread |= given & SELECT_FLAGS
+    if kv == "select":
+        unread |= given & GROUPS_FLAGS
+    if kv == "dense":
+        unread |= given & (KV_FLAGS - {"kv"})
+    check(
+        not unread,
+        f"--{min(unread, default='')} with kv={kv}",
+        "it is not read",
+        "leave it out, or choose another --kv",
+    )
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """What sample.py writes."""
 
     out_dir: str = opt("", "run, stage or checkpoint folder to sample from")
-    prompt: str = opt("The ", "text to continue")
-    max_new_tokens: int = opt(200, "tokens to generate", least=1)
+    prompt: str = opt("The ", "text to continue; with --chat the first message (empty: ask)")
+    prompt_file: str = opt("", "file of UTF-8 text, instead of --prompt")
+    chat: bool = opt(False, "talk with a model that was trained to, by its own chat template")
+    max_new_tokens: int = opt(200, "tokens to generate, at most; with --chat in an answer", least=1)
     num_samples: int = opt(1, "continuations, each from its own random stream", least=1)
     temperature: float = opt(0.8, "0 is greedy", least=0)
     top_k: int = opt(0, "draw from the k likeliest tokens (0: all)", least=0)
@@ -307,6 +350,12 @@ class SampleConfig:
     seed: int = opt(0, "seed of the draws", least=0, most=MAX_SEED)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", DTYPES)
+    calibrate: str = opt(
+        "pydocs,dialogue",
+        "corpus, or a list of them, mixed, that a base's --kv is calibrated on",
+    )
+    calibration: int = opt(4, "sequences of at most 512 tokens for that", least=1)
+    data_dir: str = opt("", "where their token files are kept; empty: the user's cache folder")
     prefill_tokens: int = opt(0, "tokens of the prompts processed at a time (0: all)", least=0)
     compile: bool = opt(
         False,
@@ -316,6 +365,13 @@ class SampleConfig:
 
     def __post_init__(self):
         check_fields(self)
+        check_corpora(self.calibrate, "calibrate")
+        check(
+            self.num_samples == 1 or not self.chat,
+            f"num_samples={self.num_samples} with chat",
+            "a conversation has one answer a turn",
+            "leave one of them out",
+        )
 
 
 BENCHES = ("train", "adapter", "select", "decode", "memory", "generate")

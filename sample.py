@@ -1,61 +1,178 @@
-"""Text from a trained run or a pretrained model, generated through the packed cache, with the bytes
-that cache held.
+"""Text from a trained run or a pretrained model, or a chat with it, through the compressed cache,
+with the bytes that cache held.
 
     python sample.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf \\
         --prompt="The capital of France is" --temperature=0
+    python sample.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf --chat \\
+        --kv=select --kv_bytes=0.125
     python sample.py --out_dir=out/... --prompt="def " --max_new_tokens=200 --temperature=0
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
-from config import BaseConfig
-from measure_config import SampleConfig
+from config import BaseConfig, KVConfig, SelectConfig, check
+from measure_config import SampleConfig, check_storage_flags, storage_flags
 
-CONFIGS = {"sample": SampleConfig, "base": BaseConfig}
+CONFIGS = {"sample": SampleConfig, "kv": KVConfig, "select": SelectConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
+    ARGS = parse_args(CONFIGS, description=__doc__.split("\n\n")[0])
+    if "kv" in ARGS.given or not ARGS.sample.out_dir:
+        exit_on_bad_input(lambda: check_storage_flags(ARGS.given, ARGS.kv.kv))
 
 from generate import generate
+from loaders.chat import Conversation, Turn
+from loaders.compress import stored_as_asked
 from loaders.device import autocast, check_weights, pick_device
-from loaders.runs import load_run
-from loaders.tokenizer import decode_after, encoded
+from loaders.runs import Run, load_run
+from loaders.tokenizer import TextStream, decode_after, encoded, end_tokens
+from settings.train import DataConfig
 
 
 def main() -> None:
+    """Load the model that the flags name, let it store as they say, and continue or chat."""
     cfg: SampleConfig = ARGS.sample
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show
     device = pick_device(cfg.device)
     check_weights(ARGS.base.weights, device, cfg.dtype)
+    prompt = first_prompt(cfg)
     run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
-    prompt = encoded(run.tokenizer, cfg.prompt)
-    prompts = [prompt for _ in range(cfg.num_samples)]
-    start = time.time()
-    with autocast(device, cfg.dtype):
-        rows, cache = generate(
-            run.model,
-            prompts,
-            cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            seed=cfg.seed,
-            stop=run.tokenizer.eot,
-            prefill_tokens=cfg.prefill_tokens,
-            compiled=cfg.compile,
-        )
-    seconds = time.time() - start
-    for r in rows:
-        print(cfg.prompt + decode_after(run.tokenizer, prompt, r))
-        print("-" * 20)
+    stored = stored_as_asked(
+        run,
+        ARGS.given,
+        ARGS.kv,
+        ARGS.select,
+        corpus=cfg.calibrate,
+        sequences=cfg.calibration,
+        seed=cfg.seed,
+        data=DataConfig(data_dir=cfg.data_dir),
+    )
+    if run.kv.kv == "dense" and ARGS.kv.kv != "dense" and storage_flags(ARGS.given):
+        say(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate} ...")
+    with stored, autocast(device, cfg.dtype):
+        if cfg.chat:
+            chat(run, cfg, prompt)
+        else:
+            sample(run, cfg, prompt)
+
+
+def first_prompt(cfg: SampleConfig) -> str:
+    """Return the text to begin with: of --prompt_file or --prompt; in a chat "" where neither is
+    given. Raises ValueError for a file that cannot be read as text."""
+    given = ARGS.given & {"prompt", "prompt_file"}
+    check(len(given) < 2, "prompt and prompt_file", "there is one prompt", "give one of them")
+    if not cfg.prompt_file:
+        return cfg.prompt if given or not cfg.chat else ""
+    path = Path(cfg.prompt_file).expanduser()
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"prompt_file={path}: {e}; a file of UTF-8 text is needed") from None
+
+
+def options_of(cfg: SampleConfig) -> dict:
+    """Return the settings that every call of generate gets."""
+    return dict(
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        seed=cfg.seed,
+        prefill_tokens=cfg.prefill_tokens,
+        compiled=cfg.compile,
+    )
+
+
+def show(text: str) -> None:
+    """Write text as it comes."""
+    print(text, end="", flush=True)
+
+
+def say(line: str) -> None:
+    """Write a line that is not the model's."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------- plain text
+
+
+def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
+    """Continue the prompt num_samples times; one continuation is shown as it comes."""
+    ids = encoded(run.tokenizer, prompt)
+    ends = end_tokens(run.tokenizer)
+    stream = TextStream(run.tokenizer, ids)
+    alone = cfg.num_samples == 1
+
+    def shown(new: list[int]) -> None:
+        if new[0] not in ends:
+            show(stream.add(new))
+
+    start = time.perf_counter()
+    if alone:
+        show(prompt)
+    rows, cache = generate(
+        run.model,
+        [ids for _ in range(cfg.num_samples)],
+        cfg.max_new_tokens,
+        stop=ends,
+        on_token=shown if alone else None,
+        **options_of(cfg),
+    )
+    seconds = time.perf_counter() - start
+    for row in rows:
+        text = stream.end() if alone else prompt + decode_after(run.tokenizer, ids, row)
+        print(f"{text}\n{'-' * 20}", flush=True)
     share = run.model.share_of_dense(cache.length * len(rows), cache)
-    print(
+    say(
         f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} "
         f"bytes for {cache.length} tokens a row, "
-        f"{share:.1%} of a dense one's where both have 16 bits for whole numbers",
-        file=sys.stderr,
+        f"{share:.1%} of a dense one's where both have 16 bits for whole numbers"
+    )
+
+
+# ----------------------------------------------------------------------------- chat
+
+
+def chat(run: Run, cfg: SampleConfig, first: str) -> None:
+    """Talk until the input ends or Ctrl-C. first: the first message, "" to ask for it."""
+    talk = Conversation(run.model, run.tokenizer, cfg.max_new_tokens, **options_of(cfg))
+    say("chat: one message a line; Ctrl-D or Ctrl-C ends it")
+    if ARGS.kv.kv == "select" and "kv" in ARGS.given:
+        say("kv=select compresses the first message; what follows it stays whole")
+    with contextlib.suppress(KeyboardInterrupt, EOFError):
+        for message in messages(first):
+            turn = talk.say(message, show)
+            print(flush=True)
+            say(status(run, talk, turn))
+    print()
+
+
+def messages(first: str) -> Iterator[str]:
+    """Yield what the user says, empty lines left out, until the input ends (EOFError)."""
+    if first.strip():
+        yield first
+    while True:
+        message = input("> " if sys.stdin.isatty() else "")
+        if message.strip():
+            yield message
+
+
+def status(run: Run, talk: Conversation, turn: Turn) -> str:
+    """Say in a line what an answer took, and what the cache holds after it."""
+    cache = talk.cache
+    n = cache.length
+    cut = "" if turn.ended else " (cut: --max_new_tokens)"
+    return (
+        f"[{turn.n_new} tokens{cut} after {turn.n_read} read, {turn.n_new / turn.seconds:.1f} "
+        f"tokens/s; the cache holds {cache.nbytes():,} bytes for {n} tokens, "
+        f"{run.model.share_of_dense(n, cache):.1%} of dense]"
     )
 
 

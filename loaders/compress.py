@@ -1,0 +1,79 @@
+"""A loaded model made to store its keys and values as flags ask: a base is calibrated here, what
+was trained to store in a way keeps it, and its budgets and bits may be changed."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+import kv_router
+from config import KVConfig, SelectConfig, check
+from data import batch, prepare_splits
+from loaders.runs import Run, attach_storage
+from measure_config import SELECT_FLAGS, check_storage_flags, storage_flags
+from settings.train import DataConfig
+
+# what may be changed of a run that was trained to store in some way
+CHANGED_LATER = {"kv_tail", "kv_tail_block", "key_bits", "value_bits", "key_block", "kv_sinks"}
+# last tokens of a prompt that a selection leaves whole where --kv_tail does not say, as in eval.py
+QUERY = 16
+CALIBRATION_TOKENS = 512  # of a sequence, where the context has as many
+
+
+@contextlib.contextmanager
+def stored_as_asked(
+    run: Run,
+    given: set[str],
+    kv: KVConfig,
+    select: SelectConfig,
+    *,
+    corpus: str,
+    sequences: int,
+    seed: int,
+    data: DataConfig,
+):
+    """Let the run's model store as the flags given ask, inside the `with`.
+
+    corpus: what a base is calibrated on, sequences of it; data: where its tokens are kept. Raises
+    ValueError for flags that do not fit how the run was trained."""
+    asked = storage_flags(given)
+    if not asked:
+        yield
+        return
+    own = run.kv.kv
+    check_storage_flags(given, kv.kv if "kv" in given or own == "dense" else own)
+    if own == "dense":
+        if kv.kv == "select" and "kv_tail" not in given:
+            kv = replace(kv, kv_tail=QUERY)
+        if kv.kv != "dense":
+            windows = _windows(run, corpus, sequences, seed, data)
+            attach_storage(run.model, kv, select, windows, seed)
+            kv_router.fold(run.model)
+        yield
+        return
+    other = asked - CHANGED_LATER - {"kv"}
+    if own == "select":
+        other -= SELECT_FLAGS
+    if "kv" in given and kv.kv != own:
+        other.add("kv")
+    check(
+        not other,
+        f"--{min(other, default='')} for a run trained with kv={own}",
+        "it keeps how it was trained to store",
+        "leave it out, or give the base with --init_from",
+    )
+    if own == "select":
+        chosen = {name: getattr(select, name) for name in asked & SELECT_FLAGS}
+        run.model.selector.set(replace(run.select, **chosen))
+    changes = {name: getattr(kv, name) for name in asked & CHANGED_LATER}
+    with kv_router.storing(run.model, **changes):
+        yield
+
+
+def _windows(run: Run, corpus: str, sequences: int, seed: int, data: DataConfig) -> list:
+    """Return batches of windows of a corpus's training split, token ids on the model's device."""
+    (text,) = prepare_splits(corpus, data, run.tokenizer, ["train"])
+    length = min(CALIBRATION_TOKENS, run.model.cfg.block_size)
+    windows = batch(text, "calibrate", seed, 0, sequences, length)[0]
+    device = run.model.norm.weight.device
+    return [w.to(device) for w in windows.split(2)]

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+MOST_MANIFEST = 2**20  # bytes
 _STEP = re.compile(r"step-([0-9]{8,})")
 _LEFTOVER = re.compile(r"\.(tmp|old|del)-(.+)-[0-9]+-[0-9a-f]{8}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -253,6 +254,9 @@ def _manifest(path: Path) -> dict:
         raise ValueError("is not a folder" if os.path.lexists(path) else "does not exist")
     if not (path / MANIFEST).is_file():
         raise ValueError(f"has no {MANIFEST}" if any(path.iterdir()) else "is an empty folder")
+    size = (path / MANIFEST).stat().st_size
+    if size > MOST_MANIFEST:
+        raise ValueError(f"{MANIFEST} has {size} bytes: a few hundred are ours")
     raw = (path / MANIFEST).read_bytes()
     try:
         m = _parse(raw)
@@ -356,10 +360,10 @@ def load(ckpt_dir, *, device: str = "cpu") -> Checkpoint:
         known = [n for n in m["files"] if _is_read(n)]
         raw = {n: _checked(path, n, e, keep=n in known) for n, e in m["files"].items()}
         values = {n: _decode(n, raw.pop(n), device) for n in known}
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError) as e:
+        why = " ".join(str(e).split()) or "its files do not fit into memory"
         raise ValueError(
-            f"{path}: {' '.join(str(e).split())}; restore it from a copy, or use another "
-            "checkpoint of the run"
+            f"{path}: {why}; restore it from a copy, or use another checkpoint of the run"
         ) from None
     tensors = {
         n.removesuffix(".safetensors"): v for n, v in values.items() if n.endswith(".safetensors")

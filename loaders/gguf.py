@@ -7,7 +7,9 @@ dequantise."""
 from __future__ import annotations
 
 import math
+import mmap
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,12 @@ OUR_NAMES = {
 PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})")  # NAME-00001-of-00003.gguf
 # settings of YaRN with which it is another one than ours, and their only value read here
 YARN_ONLY = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_log_multiplier": 0.0}
+# bytes of a value of each kind in a header; beside these there are strings and arrays
+VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+STRING = 8
+ARRAY = 9
+MOST_NAMED = 2**16  # settings or tensors of a header
+MOST_LISTED = 2**24  # entries of an array in a header: a vocabulary is the longest
 OTHER_FILE = "use another file of this model"
 OTHER_MODEL = "use another model"
 
@@ -119,9 +127,56 @@ def all_parts(path: Path) -> list[Path]:
     return [path.parent / name for name in names]
 
 
+def check_counts(data: mmap.mmap | bytes) -> None:
+    """Walk through a GGUF header. Raises ValueError, with a short reason, where it says more
+    than a header or this file has: the package gguf would count all of it."""
+    order = ">" if data[4:6] == b"\0\0" else "<"
+
+    def number(at: int, kind: str = "Q") -> int:
+        if at + 8 > len(data):
+            raise ValueError("it ends within its header")
+        return struct.unpack_from(order + kind, data, at)[0]
+
+    def few_enough(n: int, most: int) -> int:
+        if n > most:
+            raise ValueError(f"its header counts {n} of what are at most {most}")
+        return n
+
+    def end_of_value(at: int, kind: int) -> int:
+        if kind == STRING:
+            return at + 8 + number(at)
+        if kind != ARRAY:
+            return at + VALUE_BYTES[kind]
+        inner = number(at, "I")
+        n = few_enough(number(at + 4), MOST_LISTED)
+        at += 12
+        if inner == ARRAY:
+            raise ValueError("an array of arrays in its header")
+        if inner != STRING:
+            return at + n * VALUE_BYTES[inner]
+        for _ in range(n):
+            at += 8 + number(at)
+        return at
+
+    n_tensors = few_enough(number(8), MOST_NAMED)
+    n_settings = few_enough(number(16), MOST_NAMED)
+    at = 24
+    for _ in range(n_settings):
+        at = end_of_value(at, STRING)
+        at = end_of_value(at + 4, number(at, "I"))
+    for _ in range(n_tensors):
+        at = end_of_value(at, STRING)
+        # sizes, their number before them; the kind of numbers and where they lie
+        at += 4 + 8 * few_enough(number(at, "I"), 4) + 12
+    if at > len(data):
+        raise ValueError("it ends within its header")
+
+
 def _read_header(gguf, path: Path) -> tuple[dict, dict]:
     """Return one file's settings, and its tensors under our names."""
     try:
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            check_counts(data)
         reader = gguf.GGUFReader(path)
         fields = {k: f.contents() for k, f in reader.fields.items()}
     except (ValueError, KeyError, IndexError, TypeError, OSError, UnicodeDecodeError) as e:

@@ -33,6 +33,7 @@ ONLY = {
     "hidden_act": "silu",
     "use_mrope": False,
 }
+MOST_JSON = 2**28  # bytes: the largest tokenizers take some thirty million
 OTHER_MODEL = "use a Llama, Qwen2 or Mistral model"
 OWN_CONFIG = "use the model's own config"
 
@@ -40,6 +41,9 @@ OWN_CONFIG = "use the model's own config"
 def read_json(path: Path) -> dict:
     """Read a JSON object from a model's folder. Raises ValueError, one line, naming the file."""
     try:
+        size = path.stat().st_size
+        if size > MOST_JSON:
+            raise ValueError(f"{size} bytes are no settings")
         d = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise ValueError(
@@ -227,7 +231,7 @@ def open_folder(folder: Path) -> ModelFiles:
     try:
         at = _our_names(_tensor_files(folder))
         shapes = _shapes(at)
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, MemoryError) as e:
         raise ValueError(
             f"{folder}: a .safetensors file cannot be read ({one_line(e)}); copy it again"
         ) from None

@@ -24,6 +24,7 @@ import lora
 from config import check
 from loaders.huggingface import SUPPORTED
 from loaders.runs import Run, load_run
+from loaders.tokenizer import end_tokens
 from loaders.weights import model_state
 from model import Transformer
 
@@ -82,7 +83,8 @@ def _write_weights(model: Transformer, path: Path) -> None:
 
 
 def _write_tokenizer(tokenizer, folder: Path) -> None:
-    """Write the tokenizer's definition, and what AutoTokenizer asks for beside it."""
+    """Write the tokenizer's definition, what AutoTokenizer asks for beside it, the chat template
+    and the tokens that end generation."""
     definition = json.dumps(tokenizer.definition, ensure_ascii=False)
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
     special = {t["id"]: t["content"] for t in tokenizer.definition.get("added_tokens", [])}
@@ -91,7 +93,18 @@ def _write_tokenizer(tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "eos_token": special.get(tokenizer.eot),
     }
+    if tokenizer.chat is not None:
+        about |= tokenizer.chat.names
+        if tokenizer.chat.template:
+            about["chat_template"] = tokenizer.chat.template
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    ends = {"bos_token_id": tokenizer.bos, "eos_token_id": one_or_more(end_tokens(tokenizer))}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+
+
+def one_or_more(ids: list[int]) -> int | list[int]:
+    """Return the only id, or the list of several, as eos_token_id has it."""
+    return ids[0] if len(ids) == 1 else ids
 
 
 def config_json(model: Transformer, tokenizer) -> dict:
@@ -121,7 +134,7 @@ def config_json(model: Transformer, tokenizer) -> dict:
         "tie_word_embeddings": c.tie_embeddings,
         "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eot,
+        "eos_token_id": one_or_more(end_tokens(tokenizer)),
     }
     if kind == "llama":
         d["head_dim"] = c.head_dim

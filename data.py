@@ -5,7 +5,7 @@ A corpus is a list of documents (str). Three are the same on every machine with 
 `cheaders` (the headers of its C interface). Three are generated, the same everywhere: `dialogue`,
 `markup` and `records` (corpora/). None of those needs a network. `shakespeare`, `wikitext2`,
 `wikitext103` are downloaded once, against a pinned sha256; `text:PATH` is a file or a folder of
-text files.
+text files, or of JSONL.
 
 Documents are divided into train and val whole, by the hash of their content (WikiText keeps its
 official files), so no document is ever in both. Several corpora, separated by commas, are one
@@ -79,6 +79,8 @@ WIKITEXT_FILES = {
     "test": "wiki.test.tokens",
 }
 WIKITEXT_FOLDERS = {"wikitext2": "wikitext-2", "wikitext103": "wikitext-103"}
+JSON_LINES = (".jsonl", ".ndjson")
+LINE_END = re.compile(r"\r\n?|\n")
 MIN_PIECE = 8192  # characters in a piece of a text that has no headings
 # The most that one corpus adds to a mixture, in bytes of UTF-8: as much as all of WikiText-2's
 # validation text.
@@ -162,24 +164,54 @@ def _cheaders() -> list[str]:
     return [named[k].read_bytes().decode("utf-8") for k in sorted(named)]
 
 
-def _text(where: str) -> list[str]:
-    """A file, cut into documents, or the files of a folder, hidden ones left out."""
+def _text(where: str, text_field: str = "text") -> list[str]:
+    """A file, cut into documents, or the files of a folder, hidden ones left out; of JSONL the
+    text_field of each line is a document."""
     root = Path(where).expanduser()
     do = "give text:PATH of a UTF-8 text file or a folder of them"
     check(root.exists(), f"text:{where}", "there is no such file or folder", do)
     docs = []
     for path in _visible_files(root) if root.is_dir() else [root]:
         try:
-            # not read_text, which would change the line ends
-            docs.append(path.read_bytes().decode("utf-8"))
+            # not read_text, which would change the line ends; -sig: without a byte order mark
+            text = path.read_bytes().decode("utf-8-sig")
         except (UnicodeDecodeError, OSError) as e:
             raise ValueError(
                 f"{path} cannot be read as UTF-8 text ({one_line(e)}): text:PATH needs that; "
                 "convert it or move it"
             ) from None
+        if path.suffix.lower() in JSON_LINES:
+            docs += json_lines(text, path, text_field)
+        else:
+            docs.append(text)
     docs = [d for d in docs if d]
     check(bool(docs), f"text:{where}", "it holds no text", do)
     return split_text(docs[0]) if len(docs) == 1 else docs
+
+
+def json_lines(text: str, path: Path, text_field: str) -> list[str]:
+    """The documents of JSONL: the text of each line's field. ValueError names the line that is no
+    object with such a text."""
+    docs = []
+    for number, line in enumerate(LINE_END.split(text), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(
+                f"{path}, line {number}: {one_line(e)}; every line of JSONL is an object; correct "
+                "it, or name the file .txt"
+            ) from None
+        entry = entry if isinstance(entry, dict) else {}
+        check(
+            isinstance(entry.get(text_field), str),
+            f"{path}, line {number}, has {', '.join(map(repr, list(entry)[:9])) or 'no fields'}",
+            f"a text in {text_field!r} is needed",
+            "name its field by --text_field",
+        )
+        docs.append(entry[text_field])
+    return docs
 
 
 def _visible_files(root: Path) -> list[Path]:
@@ -215,18 +247,29 @@ def _wikitext(corpus: str, cfg: DataConfig) -> dict[str, list[str]]:
 def split_text(text: str) -> list[str]:
     """Documents of one text, in order; concatenated they give the text back. Cut before each
     top-level WikiText heading (` = Title = `) if there are two or more, what stands above the first
-    belonging to the first document; else after blank lines, into pieces of at least MIN_PIECE
-    characters (a shorter rest joins the piece before it)."""
+    belonging to the first document; else into pieces of at least MIN_PIECE characters (a shorter
+    rest joins the piece before it): after blank lines, or where that gives one piece, after lines,
+    then after words, then anywhere."""
     heads = [m.start() for m in re.finditer(r"^ = (?!=)[^\n]*(?<!=) = *\r?$", text, re.MULTILINE)]
-    bounds = [0]
     if len(heads) >= 2:
-        bounds += heads[1:]
+        bounds = [0, *heads[1:]]
     else:
-        for m in re.finditer(r"\n\s*\n", text):
-            if m.end() - bounds[-1] >= MIN_PIECE and len(text) - m.end() >= MIN_PIECE:
-                bounds.append(m.end())
+        end = "\n" if "\n" in text else "\r"
+        for mark in (rf"{end}\s*{end}", end, r"\s", r"(?s:.)"):
+            bounds = _piece_starts(text, mark)
+            if len(bounds) > 1:
+                break
     bounds.append(len(text))
     return [text[a:b] for a, b in itertools.pairwise(bounds) if a < b]
+
+
+def _piece_starts(text: str, mark: str) -> list[int]:
+    """Where pieces of at least MIN_PIECE characters start, 0 and after marks (a pattern)."""
+    starts = [0]
+    for m in re.finditer(mark, text):
+        if m.end() - starts[-1] >= MIN_PIECE and len(text) - m.end() >= MIN_PIECE:
+            starts.append(m.end())
+    return starts
 
 
 DETOKENIZE = [
@@ -264,7 +307,7 @@ def split_documents(docs: list[str], val_fraction: float) -> tuple[list[str], li
         len(size) >= 2,
         f"a corpus of {len(size)} different document(s)",
         "train and val need at least one each",
-        f"give more files, or a text with blank lines and {2 * MIN_PIECE} characters or more",
+        f"give more files, or a text of {2 * MIN_PIECE} characters or more",
     )
     val = set()
     held = 0
@@ -383,7 +426,7 @@ def _digest(document: str) -> bytes:
 def _documents(corpus: str, cfg: DataConfig) -> list[str]:
     """The documents of a corpus that has no splits of its own."""
     if corpus.startswith("text:"):
-        return _text(corpus[5:])
+        return _text(corpus[5:], cfg.text_field)
     if corpus in PINNED:
         return _pinned(corpus, cfg)
     if corpus in GENERATED_CORPORA:

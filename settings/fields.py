@@ -4,11 +4,29 @@ its help and the values that it may have, checked in one line, and read from a f
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import field, fields
 from fractions import Fraction
 
 MAX_SEED = 2**32 - 1  # a larger one times steps and ranks would leave torch.manual_seed's range
 DTYPES = ("auto", "float32", "bfloat16")
+# Flags whose value names files or folders, or corpora such as text:PATH.
+PATHS = (
+    "out_dir",
+    "init_from",
+    "kv_from",
+    "data_dir",
+    "to",
+    "results",
+    "beside",
+    "prompt_file",
+    "questions",
+    "shots_from",
+    "dataset",
+    "adapt_dataset",
+    "test_dataset",
+    "calibrate",
+)
 
 
 def opt(
@@ -90,6 +108,16 @@ def range_text(bounds) -> str:
 def comma_list(text: str) -> list[str]:
     """Return the entries of a comma-separated flag, without blanks."""
     return [t.strip() for t in text.split(",") if t.strip()]
+
+
+def in_a_shell(text: str) -> str:
+    """Return the value of a flag of PATHS as a shell would give it that saw each path by itself: ~
+    is the user's home at the beginning, after text: and after a comma."""
+    entries = []
+    for entry in text.split(","):
+        kind = "text:" if entry.startswith("text:") else ""
+        entries.append(kind + os.path.expanduser(entry.removeprefix(kind)))
+    return ",".join(entries)
 
 
 def count_kept(ratio: float | str | Fraction, n: int, least: int = 0) -> int:

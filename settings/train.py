@@ -65,6 +65,7 @@ class DataConfig:
         "undo WikiText's spacing (' @-@ ', ' ,' ...) in wikitext2, wikitext103 and text:PATH, "
         "before text becomes tokens",
     )
+    text_field: str = opt("text", "field of a line that holds its text, in JSONL of text:PATH")
     data_dir: str = opt(
         "", "where token files and downloads are kept; empty: the user's cache folder"
     )

@@ -343,6 +343,65 @@ def test_text_folder_is_sorted_and_file_is_split(tmp_path):
     assert len(docs) > 1 and "".join(docs) == text
 
 
+def test_jsonl_lines_are_documents(tmp_path):
+    """Each line's field is a document, whatever the line ends, behind a byte order mark, with blank
+    lines; line separators inside a text end no line; a field may be named."""
+    rows = [{"text": f"{i}\u2028\n\x85 é", "body": str(i)} for i in range(7)]
+    for end in ("\n", "\r\n", "\r", "\n\n"):
+        text = end.join(json.dumps(r, ensure_ascii=False) for r in rows) + end
+        (tmp_path / "a.JSONL").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        for field in ("text", "body"):
+            wanted = [r[field] for r in rows]
+            cfg = DataConfig(text_field=field)
+            assert data.documents(f"text:{tmp_path / 'a.JSONL'}", cfg)["all"] == wanted
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        (
+            '{"text": 1}',
+            "line 2, has 'text': a text in 'text' is needed; name its field by --text_",
+        ),
+        ('{"body": "b"}', "line 2, has 'body'"),
+        ("[1]", "line 2, has no fields"),
+        ('{"text": "b"', "line 2: "),
+        ("[" * 10**5, "line 2: "),
+    ],
+)
+def test_jsonl_bad_line_is_named(tmp_path, line, says):
+    """A line that is no object with such a text is told by its number, in one line."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + line)
+    name = f"text:{tmp_path / 'a.jsonl'}"
+    assert says in error_line(data.documents, name, DataConfig())
+
+
+def test_text_with_byte_order_mark_is_the_text(tmp_path):
+    """A byte order mark is no part of the text; one inside is."""
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b").write_bytes("two\ufeff".encode())
+    assert data._text(str(tmp_path)) == ["one", "two\ufeff"]
+
+
+@pytest.mark.parametrize(
+    "unit, end",
+    [
+        ("some words\r\r", "\r\r"),
+        ("some words\r", "\r"),
+        ("some words\n", "\n"),
+        ("some words ", " "),
+        ("字", "字"),
+    ],
+)
+def test_one_long_document_is_cut(unit, end):
+    """A long text is cut after blank lines, else after lines, words or characters, whatever the
+    line ends; nothing is lost, and no piece is shorter than MIN_PIECE."""
+    text = unit * (5 * data.MIN_PIECE // len(unit))
+    docs = data.split_text(text)
+    assert "".join(docs) == text and 4 <= len(docs) <= 5
+    assert all(len(d) >= data.MIN_PIECE and d.endswith(end) for d in docs)
+
+
 @pytest.mark.parametrize(
     "kind, says",
     [

@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 
-from settings.train import PAPER
+from settings.fields import PATHS, in_a_shell
+from settings.implied import implied
 
 
 def program_name() -> str:
@@ -61,9 +64,12 @@ def parse_args(
     description: str = "",
 ) -> argparse.Namespace:
     """Build a command line from dataclasses, parse argv, and return a namespace with one validated
-    instance per entry of `configs`, plus `given`: the set of flags named on the command line.
+    instance per entry of `configs`, plus `given`: the set of flags named on the command line, or
+    on that of the run that is resumed.
     --key=value and --key value both work; a bare boolean flag means true. Any mistake prints one
     line to stderr and exits with code 2."""
+    if argv is None:
+        begin_program()
     parser = _Parser(
         prog=prog or program_name(),
         description=description,
@@ -74,10 +80,9 @@ def parse_args(
     space, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if rest:
         parser.error(_not_understood(rest[0], known))
-    given = vars(space)
-    chosen = {**PAPER, **given} if given.get("preset") == "paper" else given
-    out = argparse.Namespace(given=set(given))
+    out = argparse.Namespace()
     try:
+        chosen, out.given = implied(vars(space), configs)
         for name, cls in configs.items():
             own = {f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}
             setattr(out, name, cls(**own))
@@ -104,7 +109,7 @@ def _add_flags(parser: argparse.ArgumentParser, configs: dict[str, type]) -> lis
             bare = {"nargs": "?", "const": True} if kind == "bool" else {}
             group.add_argument(
                 f"--{f.name}",
-                type=_TYPES[kind],
+                type=in_a_shell if f.name in PATHS else _TYPES[kind],
                 default=argparse.SUPPRESS,
                 metavar=kind.upper(),
                 help=text.replace("%", "%%"),
@@ -122,14 +127,40 @@ def _not_understood(argument: str, known: list[str]) -> str:
     return f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)"
 
 
+def begin_program() -> None:
+    """Let this process survive a terminal that cannot show a character, and end by one line at
+    Ctrl-C while modules are loaded."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGINT, _leave)
+
+
+def _leave(*_) -> None:
+    """End the process at Ctrl-C. An exception would not do: an import in C may make another of
+    it."""
+    print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def exit_on_bad_input(main: Callable[[], None]) -> None:
-    """Run main(); a ValueError or a file that cannot be had becomes one line on stderr and exit
-    code 2; Ctrl-C exit code 130."""
+    """Run main(); a ValueError, a file that cannot be had or an absurd one becomes one line on
+    stderr and exit code 2; Ctrl-C exit code 130; a reader of the output that has gone, 141."""
+    loading = signal.getsignal(signal.SIGINT) is _leave
+    if loading:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # main may have files to remove
     try:
         main()
-    except (ValueError, OSError) as e:
-        print(f"{program_name()}: {' '.join(str(e).split())}", file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
+        sys.exit(141)
+    except (ValueError, OSError, RecursionError, MemoryError) as e:
+        say = " ".join(str(e).split()) or "more memory is needed than there is"
+        print(f"{program_name()}: {say}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program_name()}: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if loading:
+            signal.signal(signal.SIGINT, _leave)

@@ -24,12 +24,11 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
 from config import (
-    SHARED,
     AdapterConfig,
     BaseConfig,
     KVConfig,
@@ -39,6 +38,7 @@ from config import (
     check,
 )
 from settings.fields import to_dict
+from settings.stages import check_flags
 from settings.train import DataConfig, TrainConfig
 
 CONFIGS = {
@@ -53,6 +53,7 @@ CONFIGS = {
 }
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
+    exit_on_bad_input(lambda: check_flags(ARGS))
 
 from torch import distributed as dist
 
@@ -63,6 +64,7 @@ from loaders.tokenizer import get_tokenizer
 from report.made import write_record
 from training.adapters import adapt_stage, adaptation, run_table
 from training.base import load_base, pretrain_stage
+from training.lock import owned
 from training.loop import NonFinite, Stage, out_of_memory_explained, train
 from training.predictors import select_stage
 from training.shared_heads import continue_stage
@@ -76,20 +78,35 @@ def run(args) -> None:
     with world(cfg.device) as w:
         check_weights(args.base.weights, w.device, cfg.dtype)
         run_dir, made = open_run_dir(cfg, w)
+        with owned(run_dir) if w.main else nullcontext():
+            run_in(args, run_dir, made, w)
+
+
+def run_in(args, run_dir: Path, made: list[Path], w: World) -> None:
+    """Do what the flags ask in the run's folder. made: the folders made for it."""
+    cfg: TrainConfig = args.train
+    settings = run_dir / "config.json"
+    if w.main and (settings.is_file() or not cfg.resume):
+        checkpoint.write_json(settings, settings_of(args))
+    sizes = f"{cfg.pretrain_batch_size} (pretrain) / {cfg.adapt_batch_size} (adapt)"
+    try:
+        with out_of_memory_explained(sizes, args.model.block_size, cfg.accumulation):
+            run_stages(args, run_dir, w)
+    except NonFinite as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        raise SystemExit(3) from None
+    except ValueError:
         if w.main and not cfg.resume:
-            settings = {name: to_dict(getattr(args, name)) for name in CONFIGS}
-            checkpoint.write_json(run_dir / "config.json", settings)
-        sizes = f"{cfg.pretrain_batch_size} (pretrain) / {cfg.adapt_batch_size} (adapt)"
-        try:
-            with out_of_memory_explained(sizes, args.model.block_size, cfg.accumulation):
-                run_stages(args, run_dir, w)
-        except NonFinite as e:
-            print(f"train.py: {e}", file=sys.stderr)
-            raise SystemExit(3) from None
-        except ValueError:
-            if w.main and not cfg.resume:
-                take_back(run_dir, made)
-            raise
+            take_back(run_dir, made)
+        raise
+
+
+def settings_of(args) -> dict:
+    """What a run's config.json keeps, and a resumed run begins with: all settings, and the names of
+    those that flags gave."""
+    settings = {name: to_dict(getattr(args, name)) for name in CONFIGS}
+    settings["train"]["resume"] = False
+    return settings | {"given": sorted(args.given - {"resume"})}
 
 
 def run_stages(args, run_dir: Path, w: World) -> None:
@@ -127,105 +144,6 @@ def stage_of(args, run_dir: Path, w: World) -> Stage:
     return adapt_stage(args, run_dir, w, base, adaptation(args))
 
 
-# -- flags that do not go together
-
-
-def check_flags(args) -> None:
-    """Raise ValueError for flags that contradict each other, and for those that the stage does not
-    read."""
-    check_base_flags(args)
-    check_storage_flags(args)
-    check_objective_flags(args)
-    fresh = args.train.stage == "all" and args.base.init_from == "scratch"
-    if fresh and args.kv.kv == "value_groups":
-        args.kv.check_model(args.model)  # of another base the shape is not known yet
-
-
-def check_base_flags(args) -> None:
-    """Whether there is a base, and the stage trains on one."""
-    cfg: TrainConfig = args.train
-    where = args.base.init_from
-    check(
-        cfg.stage not in ("adapt", "select", "continue") or where != "scratch",
-        f"stage={cfg.stage} with init_from=scratch",
-        "a pretrained base is needed",
-        "give --init_from=out/RUN/pretrain",
-    )
-    check(
-        cfg.stage != "pretrain" or where == "scratch",
-        f"init_from={where!r} with stage=pretrain",
-        "pretrained weights are adapted",
-        "give --stage=adapt or all",
-    )
-    pretraining = sorted(f for f in args.given if f == "dataset" or f.startswith("pretrain_"))
-    check(
-        cfg.stage != "all" or where == "scratch" or not pretraining,
-        f"{', '.join(pretraining)} with init_from={where!r}",
-        "nothing is pretrained",
-        "leave it out; --adapt_dataset names the corpus of the adaptation",
-    )
-
-
-def check_storage_flags(args) -> None:
-    """Whether the stage trains with this kind of storage."""
-    cfg: TrainConfig = args.train
-    kv = args.kv
-    if cfg.stage == "select":
-        unused = [f for f in ("adapter", "topk_groups", "compile") if f in args.given]
-        if "kv" in args.given and kv.kv != "select":
-            unused.append("kv")
-        if kv.learn_basis and not cfg.kv_from:
-            unused.append("learn_basis")
-        check(
-            not unused,
-            f"{', '.join(unused)} with stage=select",
-            "it trains predictors alone",
-            "leave them out",
-        )
-    check(
-        kv.kv != "select" or cfg.stage == "select",
-        f"kv=select with stage={cfg.stage}",
-        "it compresses prompts: nothing is adapted over it",
-        "give --stage=select",
-    )
-    check(
-        kv.kv not in SHARED or cfg.stage == "continue",
-        f"kv={kv.kv} with stage={cfg.stage}",
-        "a whole model is trained on with it",
-        "give --stage=continue",
-    )
-    mixed = sorted(f for f in args.given if f in to_dict(args.mix))
-    check(
-        not mixed or cfg.stage == "continue",
-        f"{', '.join(mixed)} with stage={cfg.stage}",
-        "only kv=mixsga, gqa and cla read it",
-        "give --stage=continue",
-    )
-    check(
-        not (cfg.kv_from and kv.kv == "dense"),
-        f"kv_from={cfg.kv_from!r} with kv=dense",
-        "there are no value groups",
-        "leave one out",
-    )
-
-
-def check_objective_flags(args) -> None:
-    """Whether there is something to distil."""
-    cfg: TrainConfig = args.train
-    check(
-        cfg.stage == "adapt" or cfg.objective == "lm",
-        f"objective={cfg.objective} with stage={cfg.stage}",
-        "one adaptation is trained by it",
-        "give --stage=adapt, or --distill_steps=N for the table",
-    )
-    check(
-        not cfg.distill_steps or args.kv.learn_basis,
-        f"distill_steps={cfg.distill_steps}",
-        "there is no basis to train",
-        "give --learn_basis",
-    )
-
-
 # -- the run's folder
 
 
@@ -244,6 +162,9 @@ def open_run_dir(cfg: TrainConfig, w: World) -> tuple[Path, list[Path]]:
             "leave --resume out to start anew",
         )
         return path, []
+    if w.main and path.is_dir():
+        with owned(path):  # the folder of a run that is alive is not one to resume
+            pass
     check(
         not (path.is_dir() and any(path.iterdir())),
         f"out_dir={path}",

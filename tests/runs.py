@@ -27,12 +27,16 @@ TINY = [
     "--block_size=32",
     "--device=cpu",
     "--eval_sequences=6",
-    "--test_sequences=24",
 ]
+TABLE = [*TINY, "--test_sequences=24"]  # of all stages
 
 
 def arguments(*flags):
-    return cli.parse_args(train.CONFIGS, [*TINY, *map(str, flags)])
+    """The settings of a tiny model and these flags: of one stage, or without --stage of the
+    table."""
+    flags = [*map(str, flags)]
+    one = any(flag.startswith("--stage=") for flag in flags)
+    return cli.parse_args(train.CONFIGS, [*(TINY if one else TABLE), *flags])
 
 
 def pretrain(out: Path, text: str, *flags) -> Path:

@@ -22,6 +22,7 @@ import sample
 import train
 from loaders import checkpoint, export, token_files
 from loaders.tokenizer import get_tokenizer
+from settings import stages
 from settings.train import DataConfig
 
 PROGRAMS = {
@@ -33,7 +34,9 @@ PROGRAMS = {
 COMMAND = {name: [str(runs.ROOT / f"{name}.py")] for name in ("train", "sample", "eval")}
 COMMAND["export"] = ["-m", "loaders.export"]
 CALLED = {name: f"{name}.py" for name in COMMAND} | {"export": "python -m loaders.export"}
-TINY = [*runs.TINY, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
+PRETRAIN = [*runs.TINY, "--stage=pretrain", "--pretrain_steps=2"]
+ADAPT = [*runs.TINY, "--stage=adapt", "--adapt_steps=2"]
+TINY = [*runs.TABLE, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
 NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"], "export": ["--to=x"]}
 
 
@@ -52,10 +55,10 @@ def trained(tmp_path_factory, text) -> Path:
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         for flags in (
-            ["--stage=pretrain", f"--out_dir={folder / 'a'}"],
-            ["--stage=adapt", f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"],
+            [*PRETRAIN, f"--out_dir={folder / 'a'}"],
+            [*ADAPT, f"--init_from={folder / 'a'}", f"--out_dir={folder / 'b'}"],
         ):
-            train.run(cli.parse_args(train.CONFIGS, [*TINY, *flags, f"--dataset={text}"]))
+            train.run(cli.parse_args(train.CONFIGS, [*flags, f"--dataset={text}"]))
     shutil.move(folder / "a" / "pretrain", folder / "run" / "pretrain")
     shutil.move(folder / "b" / "routed-s0", folder / "run" / "routed-s0")
     adapter = checkpoint.newest(folder / "run" / "routed-s0")[0]
@@ -433,12 +436,32 @@ def test_out_of_range(name, f, capsys, here):
         ),
         (
             ["--stage=select", "--init_from=x", "--adapter=lora", "--compile"],
-            "adapter, compile with stage=select",
+            "compile, adapter with stage=select",
         ),
         (
-            ["--stage=select", "--init_from=x", "--kv=dense", "--learn_basis"],
-            "kv, learn_basis with stage=select",
+            ["--stage=select", "--init_from=x", "--kv=dense"],
+            "kv=dense with stage=select: it stores by select",
         ),
+        (
+            ["--stage=select", "--init_from=x", "--learn_basis"],
+            "learn_basis with stage=select",
+        ),
+        (["--stage=pretrain", "--n_groups=8"], "n_groups with stage=pretrain"),
+        (["--stage=pretrain", "--seeds=2", "--r=3"], "seeds, r with stage=pretrain"),
+        (["--vocab_size=300"], "the byte tokenizer sets it"),
+        (["--stage=pretrain", "--weights=bfloat16"], "weights with stage=pretrain"),
+        (["--adapter=routed"], "adapter with stage=all"),
+        (["--distill_lr=0.1"], "give --distill_steps=N"),
+        (
+            ["--stage=adapt", "--init_from=x", "--adapter=lora", "--experts=3"],
+            "experts with adapter=lora: it is not read then; leave it out, or give "
+            "--adapter=moe_lora",
+        ),
+        (
+            ["--stage=adapt", "--init_from=x", "--adapter=lora", "--n_groups=8"],
+            "n_groups with kv=dense: it is not read then; leave it out, or give --kv=value_groups",
+        ),
+        (["--recon_hidden=9"], "or give --reconstructor=mlp"),
         (
             ["--stage=select", "--init_from=x", "--predictors=observed"],
             "predictor, expected_attention, predictor_query",
@@ -462,6 +485,63 @@ def test_train_refuses(flags, why, capsys, here):
     folder appears, out/ included."""
     assert why in complaint(capsys, "train", *flags)
     assert tree(here) == {}
+
+
+STAGES = {
+    "all": [],
+    "pretrain": ["--stage=pretrain"],
+    "adapt": ["--stage=adapt", "--init_from=x"],
+    "select": ["--stage=select", "--init_from=x"],
+    "continue": ["--stage=continue", "--init_from=x"],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unread_flags_are_refused_by_name(stage, capsys):
+    """Every flag, given its default, is either accepted by a stage or refused by its name; every
+    flag is accepted by some stage, and a lone --stage is accepted."""
+    refused = []
+    for group, cls in train.CONFIGS.items():
+        for f in dataclasses.fields(cls):
+            if f.name in ("stage", "init_from", "resume", "kv", "vocab_size", "revision"):
+                continue
+            args = cli.parse_args(train.CONFIGS, [*STAGES[stage], f"--{f.name}={f.default}"])
+            if not stages.is_read(stage, group, f.name):
+                with pytest.raises(ValueError, match=f"^{f.name} with stage={stage}: "):
+                    stages.check_flags(args)
+                refused.append(f.name)
+                continue
+            try:
+                stages.check_flags(args)
+            except ValueError as e:  # read, but not with what else is the default
+                assert f.name in stages.READ_WITH or f.name == "distill_lr", e
+                assert str(e).startswith(f.name), e
+            assert any(stages.is_read(s, group, f.name) for s in STAGES)
+    assert len(refused) > 20
+    stages.check_flags(cli.parse_args(train.CONFIGS, STAGES[stage]))
+
+
+def test_table_of_stages_names_settings():
+    """Every name in the table of what stages read is a setting, each once."""
+    known = {f.name for cls in train.CONFIGS.values() for f in dataclasses.fields(cls)}
+    for reads in stages.READS.values():
+        names = [*reads.besides, *reads.never]
+        assert {*names} <= known and len({*names}) == len(names)
+        assert {*reads.groups} <= {*train.CONFIGS}
+    assert {*stages.READ_WITH} <= known and set(stages.GROUPS) == set(train.CONFIGS)
+
+
+def test_lora_alone_adapts_over_whole_values():
+    """--stage=adapt --adapter=lora stores whole values unless --kv is given; other adapters and
+    other stages keep the default."""
+
+    def stored(*flags) -> str:
+        return cli.parse_args(train.CONFIGS, ["--init_from=x", *flags]).kv.kv
+
+    assert stored("--stage=adapt", "--adapter=lora") == "dense"
+    assert stored("--stage=adapt", "--adapter=lora", "--kv=value_groups") == "value_groups"
+    assert stored("--stage=adapt", "--adapter=routed") == "value_groups"
+    assert stored("--stage=adapt") == stored() == "value_groups"
 
 
 @pytest.mark.parametrize(
@@ -574,7 +654,7 @@ def test_corpus_that_cannot_be_trained_on(capsys, here, text):
 def test_token_id_out_of_range(capsys, here, text, tmp_path):
     """A token file with an id past the vocabulary, though its sha256 is right, and one with a wrong
     sha256, are named before step 0."""
-    flags = [*TINY, "--stage=pretrain", f"--dataset={text}", "--out_dir=run"]
+    flags = [*PRETRAIN, f"--dataset={text}", "--out_dir=run"]
     tokens = data.prepare(text, DataConfig(), get_tokenizer("byte")).train
     raw = bytearray(tokens.path.read_bytes())
     payload = raw[token_files.HEADER_BYTES :]
@@ -758,7 +838,7 @@ def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
         (["--preset=paper"], "the base knows 32"),
         (["--tokenizer=gpt2"], "tokenizer"),
         (["--objective=distill"], "give --adapter=none"),
-        (["--objective=distill", "--adapter=lora", "--learn_basis"], "give --adapter=none"),
+        (["--objective=distill", "--adapter=moe_lora", "--learn_basis"], "give --adapter=none"),
         (["--adapter=none", "--learn_basis", "--kv_warmup=0.5"], "kv_warmup"),
         (["--adapter=none", "--learn_basis", "--topk_groups=4"], "topk_groups"),
         (["--kv_from=no/where"], "no such folder"),
@@ -782,10 +862,9 @@ def test_resume_when_every_checkpoint_is_foreign(capsys, run, here, text):
     line = complaint(
         capsys,
         "train",
-        *TINY,
+        *PRETRAIN,
         "--n_inner=56",
         f"--dataset={text}",
-        "--stage=pretrain",
         f"--out_dir={run}",
         "--resume",
     )

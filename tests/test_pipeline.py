@@ -29,7 +29,7 @@ from loaders.runs import find_checkpoint, load_run
 from loaders.tokenizer import get_tokenizer
 from model import Transformer, lm_loss
 from report.made import read_record
-from runs import TINY, arguments, call, copies, python, rows_without_time
+from runs import TABLE, arguments, call, copies, python, rows_without_time
 from training import loop as trainer
 from training.adapters import finding, matched_rank
 from training.base import pretrain_stage
@@ -76,7 +76,12 @@ KINDS = {
         "--value_basis=output",
         "--reconstructor=mlp",
     ],
-    "lora-norm-pca": ["--adapter=lora", "--value_router=norm", "--value_basis=pca"],
+    "lora-norm-pca": [
+        "--adapter=lora",
+        "--kv=value_groups",
+        "--value_router=norm",
+        "--value_basis=pca",
+    ],
     "moe_lora-dense": ["--adapter=moe_lora", "--kv=dense", "--lora_targets=q,v,gate,down"],
     "none-mlp": ["--adapter=none", "--reconstructor=mlp", "--lm_to_router"],
     "routed-zero-head": [
@@ -321,7 +326,7 @@ def whole(tmp_path_factory):
     network blocked."""
     folder = tmp_path_factory.mktemp("whole")
     env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
-    p = python("-c", WITHOUT_NETWORK, *TINY, *ALL, f"--out_dir={folder / 'run'}", env=env)
+    p = python("-c", WITHOUT_NETWORK, *TABLE, *ALL, f"--out_dir={folder / 'run'}", env=env)
     assert p.returncode == 0, p.err
     return folder / "run", p.out
 
@@ -388,7 +393,7 @@ def test_pipeline_needs_no_network_and_leaves_rows(whole):
 def test_pipeline_resumed_after_a_kill_ends_the_same(whole, tmp_path):
     """SIGKILL in the third step of MoE-LoRA, then --resume: the same rows, number for number, as
     the unbroken run."""
-    flags = [*TINY, *ALL, "--save_interval=2", f"--out_dir={tmp_path / 'run'}"]
+    flags = [*TABLE, *ALL, "--save_interval=2", f"--out_dir={tmp_path / 'run'}"]
     shutil.copytree(whole[0].parent / "cache", tmp_path / "cache")  # the same text, prepared once
     p = python("-c", KILLED, *flags)
     assert p.returncode == -signal.SIGKILL, p.err

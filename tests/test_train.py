@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import cli
 import data
 import train
 from loaders import checkpoint
 from loaders.runs import find_checkpoint
 from model import Transformer, lm_loss
 from runs import (
+    TABLE,
     TINY,
     arguments,
     assert_equal,
@@ -161,17 +163,59 @@ def test_resume_remembers_the_best(tmp_path, run_stage, monkeypatch, trainers):
     assert find_checkpoint(stage) == stage / "best"
 
 
-def test_resume_refuses_other_flags(tmp_path, run_stage):
-    """A checkpoint of another model, rate or length is not continued as if it were this run's."""
-    run_stage("pretrain", tmp_path / "run", "--pretrain_steps=3")
-    for flag, what in (
-        ("--pretrain_lr=0.1", "lr=0.003"),
-        ("--pretrain_steps=9", "steps=3"),
-        ("--seed=4", "seed=0"),
-        ("--n_inner=40", "model="),
+def resume(folder: Path, *flags) -> None:
+    """What `train.py --resume --out_dir=folder` does, in this process."""
+    train.run(cli.parse_args(train.CONFIGS, ["--resume", f"--out_dir={folder}", *flags]))
+
+
+def test_resume_refuses_other_flags(tmp_path, run_stage, capsys):
+    """A run is not continued with another rate, seed, shape or corpus, or with fewer steps: the flag
+    is named, with what the run has. What changes no step may differ."""
+    run = tmp_path / "run"
+    stage = run_stage("pretrain", run, "--pretrain_steps=3")
+    for flag, has in (
+        ("--pretrain_lr=0.1", "has 0.003; leave --pretrain_lr out"),
+        ("--pretrain_steps=2", "has 3; leave --pretrain_steps out, or give more"),
+        ("--seed=4", "has 0; leave --seed out"),
+        ("--n_inner=40", "has 48; leave --n_inner out"),
+        ("--stage=all", "has 'pretrain'; leave --stage out"),
     ):
-        with pytest.raises(ValueError, match=f"was trained with {what}.*same flags"):
-            run_stage("pretrain", tmp_path / "run", "--pretrain_steps=3", flag, "--resume")
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            resume(run, flag)
+        assert f"{flag[2:]} with resume: the run in {run} {has}" in capsys.readouterr().err
+    before = losses(stage)
+    resume(run, "--save_interval=7", "--seed=0", "--accumulation=2")
+    assert losses(stage) == before
+
+
+def test_resume_needs_only_the_folder(tmp_path, run_stage, monkeypatch):
+    """--resume --out_dir=DIR takes every setting from the run: the end is bit for bit that of a run
+    never broken."""
+    flags = [*ROUTED, "--adapt_steps=8", "--adapt_lr=0.004", "--eval_interval=3"]
+    whole = run_stage("adapt", tmp_path / "whole", *flags)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        before_step(m, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_stage("adapt", tmp_path / "broken", *flags)
+    resume(tmp_path / "broken")
+    broken = tmp_path / "broken" / whole.name
+    assert losses(broken) == losses(whole)
+    assert_equal(tensors(broken / "step-00000008"), tensors(whole / "step-00000008"))
+
+
+def test_resume_may_add_steps(tmp_path, run_stage, capsys):
+    """A finished run goes on to more steps, the ones done left as they are, at the rate that so
+    many steps have; the run remembers how many they are."""
+    run = tmp_path / "run"
+    stage = run_stage("pretrain", run, "--pretrain_steps=4")
+    before = losses(stage)
+    resume(run, "--pretrain_steps=6")
+    assert "4 steps become 6" in capsys.readouterr().err
+    assert losses(stage)[:4] == before and [step for step, _ in losses(stage)] == list(range(6))
+    log = [r for r in checkpoint.read_jsonl(stage / "metrics.jsonl") if "loss" in r]
+    assert log[4]["lr"] == pytest.approx(trainer.learning_rate(4, 6, 0.003, 0.1))
+    resume(run)
+    assert "all 6 steps are done" in capsys.readouterr().err and len(losses(stage)) == 6
 
 
 @pytest.mark.parametrize("name", SIGNALS)
@@ -444,7 +488,7 @@ def test_two_processes_equal_one(tmp_path, text):
         "--seeds=1",
         "--lora_dropout=0",
     ]
-    p = python(*TWO_PROCESSES, *TINY, *flags, f"--out_dir={tmp_path / 'two'}", wait=100)
+    p = python(*TWO_PROCESSES, *TABLE, *flags, f"--out_dir={tmp_path / 'two'}", wait=100)
     assert p.returncode == 0, p.err
     pretrain(tmp_path / "alone", text, *flags)
     shutil.copytree(tmp_path / "two" / "pretrain", tmp_path / "one" / "pretrain")

@@ -51,7 +51,6 @@ SAME_WHEN_RESUMED = (
     "adapter",
     "kv",
     "seed",
-    "steps",
     "batch_size",
     "block_size",
     "lr",
@@ -414,8 +413,7 @@ class Trainer:
         end = f"{self.s.name}: stopped by a signal"
         if self.s.folder is not None:
             end += (
-                f", saved step {self.step}; continue with the same flags and --resume "
-                f"--out_dir={self.s.folder.parent}"
+                f", saved step {self.step}; continue with --resume --out_dir={self.s.folder.parent}"
             )
         print(end, file=sys.stderr)
 
@@ -464,12 +462,24 @@ class Trainer:
                 f"this run says {here.get(key)}",
                 "resume with the same flags",
             )
+        before = saved.config["steps"]
+        check(
+            before <= self.s.steps,
+            f"{path} was trained for steps={before}",
+            f"this run says {self.s.steps}",
+            "give as many or more",
+        )
         self.s.restore(saved.tensors)
         self.opt.load_state_dict(saved.state["optimizer"])
         self.step = saved.step
         self.best = saved.state["best"]
         self.trim_metrics()
         self.say([f"{self.s.name}: resumed from {path}"])
+        if before < self.s.steps:
+            more = f"{before} steps become {self.s.steps}, and the rate is that of so many"
+            self.say([f"{self.s.name}: {more} from here"])
+        elif self.step == self.s.steps:
+            self.say([f"{self.s.name}: all {before} steps are done"])
         return True
 
     def trim_metrics(self) -> None:

@@ -1,0 +1,255 @@
+"""Which settings each stage of train.py reads, in one table, and which do not go together. By it
+flags are refused, and --help shows what a stage understands."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from settings.fields import check, to_dict
+from settings.train import TrainConfig
+
+# -- the table
+
+RUN = ("stage", "out_dir", "resume", "preset", "seed", "device", "dtype", "dataset", "init_from")
+LOOP = (
+    "accumulation",
+    "warmup",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "grad_clip",
+    "eval_interval",
+    "eval_sequences",
+    "sample_interval",
+    "save_interval",
+    "keep_checkpoints",
+)
+PRETRAIN = ("pretrain_steps", "pretrain_batch_size", "pretrain_lr")
+ADAPT = ("adapt_dataset", "adapt_steps", "adapt_batch_size", "adapt_lr")
+SELECT = ("adapt_dataset", "select_steps", "select_batch_size", "select_lr")
+TABLE = ("test_dataset", "test_sequences", "distill_steps", "distill_lr", "seeds", "max_minutes")
+FIXED_K = ("topk_groups", "recon_hidden", "aux_weight", "lm_to_router", "kv_warmup")
+BY_EXPERTS = ("value_router", "mask_scope", "reconstructor", "kv_layers")
+
+
+class Reads(NamedTuple):
+    """What a stage reads: groups of settings, by their name among train.py's, single settings
+    besides, and those of the groups that it does not read."""
+
+    groups: tuple[str, ...]
+    besides: tuple[str, ...]
+    never: tuple[str, ...] = ()
+
+
+READS = {
+    "pretrain": Reads(("model", "data"), (*RUN, *LOOP, *PRETRAIN, "compile"), ("vocab_size",)),
+    "adapt": Reads(
+        ("model", "data", "base", "adapter", "kv"),
+        (*RUN, *LOOP, *ADAPT, "compile", "kv_from", "objective"),
+    ),
+    "select": Reads(
+        ("model", "data", "base", "kv", "select"), (*RUN, *LOOP, *SELECT, "kv_from"), FIXED_K
+    ),
+    "continue": Reads(
+        ("model", "data", "base", "kv", "mix"),
+        (*RUN, *LOOP, *ADAPT, "compile"),
+        (*FIXED_K, *BY_EXPERTS),
+    ),
+    "all": Reads(
+        ("model", "data", "base", "adapter", "kv"),
+        (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile"),
+        ("adapter", "vocab_size"),
+    ),
+}
+# A flag, and the value of another with which alone it is read, where the stage reads that one.
+GROUPED = ("kv", ("value_groups", "select", "mixsga"))
+ADAPTED = ("adapter", ("lora", "moe_lora", "routed"))
+BALANCED = ("adapter", ("moe_lora", "routed"))
+EXPERTS = ("kv", ("mixsga",))
+READ_WITH = {
+    "r": ADAPTED,
+    "alpha": ADAPTED,
+    "lora_dropout": ADAPTED,
+    "lora_targets": ADAPTED,
+    "subspaces": ("adapter", ("routed",)),
+    "subspace_topk": ("adapter", ("routed",)),
+    "experts": ("adapter", ("moe_lora",)),
+    "expert_topk": ("adapter", ("moe_lora",)),
+    "balance_weight": BALANCED,
+    "n_groups": GROUPED,
+    "topk_groups": GROUPED,
+    "value_basis": GROUPED,
+    "learn_basis": GROUPED,
+    "value_router": GROUPED,
+    "mask_scope": GROUPED,
+    "reconstructor": GROUPED,
+    "kv_warmup": GROUPED,
+    "kv_layers": ("kv", ("value_groups", "select")),
+    "kv_tail": ("kv", ("value_groups", "select", "mixsga", "gqa", "cla")),
+    "recon_hidden": ("reconstructor", ("mlp",)),
+    "group_sizes": EXPERTS,
+    "expert_ratios": EXPERTS,
+    "expert_router": EXPERTS,
+    "consistency_weight": EXPERTS,
+    "lm_to_experts": EXPERTS,
+    "calibrate_experts": EXPERTS,
+    "align_heads": EXPERTS,
+    "expert_groups": EXPERTS,
+    "kv_share": ("kv", ("gqa", "cla")),
+}
+# What --kv may be, the first where it is not given.
+STORED = {
+    "all": ("value_groups", "dense"),
+    "adapt": ("value_groups", "dense"),
+    "select": ("select",),
+    "continue": ("mixsga", "gqa", "cla", "dense"),
+}
+GROUPS = ("train", "model", "adapter", "kv", "select", "data", "base", "mix")
+# The prefix of a stage's own steps, batch size and rate.
+OWN = {"pretrain": "pretrain", "adapt": "adapt", "select": "select", "continue": "adapt"}
+
+
+def is_read(stage: str, group: str, name: str) -> bool:
+    """Whether a stage reads a setting of a group."""
+    reads = READS[stage]
+    return name in reads.besides or (group in reads.groups and name not in reads.never)
+
+
+# -- flags that do not go together
+
+
+def check_flags(args) -> None:
+    """Raise ValueError for flags that contradict each other, and for those that the stage does not
+    read. args: cli.parse_args of train.py's settings."""
+    check_base_flags(args)
+    check_storage_flags(args)
+    check_objective_flags(args)
+    check_read(args)
+    fresh = args.train.stage == "all" and args.base.init_from == "scratch"
+    if fresh and args.kv.kv == "value_groups":
+        args.kv.check_model(args.model)  # of another base the shape is not known yet
+
+
+def check_base_flags(args) -> None:
+    """Whether there is a base, and the stage trains on one."""
+    cfg: TrainConfig = args.train
+    where = args.base.init_from
+    check(
+        cfg.stage not in ("adapt", "select", "continue") or where != "scratch",
+        f"stage={cfg.stage} with init_from=scratch",
+        "a pretrained base is needed",
+        "give --init_from=out/RUN/pretrain",
+    )
+    check(
+        cfg.stage != "pretrain" or where == "scratch",
+        f"init_from={where!r} with stage=pretrain",
+        "pretrained weights are adapted",
+        "give --stage=adapt or all",
+    )
+    pretraining = sorted(f for f in args.given if f == "dataset" or f.startswith("pretrain_"))
+    check(
+        cfg.stage != "all" or where == "scratch" or not pretraining,
+        f"{', '.join(pretraining)} with init_from={where!r}",
+        "nothing is pretrained",
+        "leave it out; --adapt_dataset names the corpus of the adaptation",
+    )
+
+
+def check_storage_flags(args) -> None:
+    """Whether the stage trains with this kind of storage."""
+    cfg: TrainConfig = args.train
+    kv = args.kv
+    stores = STORED.get(cfg.stage, ())
+    others = [stage for stage, kinds in STORED.items() if kv.kv in kinds and stage != "all"]
+    check(
+        "kv" not in args.given or not stores or kv.kv in stores,
+        f"kv={kv.kv} with stage={cfg.stage}",
+        f"it stores by {' or '.join(stores)}",
+        f"give --stage={others[0]}",
+    )
+    check(
+        not (cfg.stage == "select" and kv.learn_basis and not cfg.kv_from),
+        "learn_basis with stage=select",
+        "it trains predictors alone",
+        "leave it out, or give --kv_from=RUN with a trained basis",
+    )
+    check(
+        not (cfg.kv_from and stored_by(args) == "dense"),
+        f"kv_from={cfg.kv_from!r} with kv=dense",
+        "there are no value groups",
+        "leave one out, or give --kv=value_groups",
+    )
+
+
+def check_objective_flags(args) -> None:
+    """Whether there is something to distil."""
+    cfg: TrainConfig = args.train
+    check(
+        cfg.stage == "adapt" or cfg.objective == "lm",
+        f"objective={cfg.objective} with stage={cfg.stage}",
+        "one adaptation is trained by it",
+        "give --stage=adapt, or --distill_steps=N for the table",
+    )
+    check(
+        not cfg.distill_steps or args.kv.learn_basis,
+        f"distill_steps={cfg.distill_steps}",
+        "there is no basis to train",
+        "give --learn_basis",
+    )
+    check(
+        "distill_lr" not in args.given or bool(cfg.distill_steps) or cfg.stage != "all",
+        f"distill_lr={cfg.distill_lr} without distill_steps",
+        "nothing is distilled",
+        "give --distill_steps=N",
+    )
+
+
+def stored_by(args) -> str:
+    """The kind of storage that the stage trains with: --kv, or the stage's own."""
+    stage = args.train.stage
+    if "kv" in args.given or stage not in ("select", "continue"):
+        return args.kv.kv
+    return STORED[stage][0]
+
+
+def check_read(args) -> None:
+    """Raise ValueError for flags that the stage does not read, all of them by name, and for the
+    first one that another flag's value leaves unread."""
+    stage = args.train.stage
+    group_of = {}
+    for group in GROUPS:
+        group_of |= dict.fromkeys(to_dict(getattr(args, group)), group)
+    given = [name for name in group_of if name in args.given]
+    if stage in ("pretrain", "all") and args.base.init_from == "scratch":
+        check(
+            "vocab_size" not in given,
+            "vocab_size with a model from scratch",
+            f"the {args.data.tokenizer} tokenizer sets it",
+            "leave it out",
+        )
+    unread = [name for name in given if not is_read(stage, group_of[name], name)]
+    check(
+        not unread,
+        f"{', '.join(unread)} with stage={stage}",
+        "it does not read that",
+        f"leave it out{instead(unread, group_of)}",
+    )
+    for name in given:
+        other, values = READ_WITH.get(name, (None, ()))
+        if other is None or not is_read(stage, group_of[other], other):
+            continue
+        has = stored_by(args) if other == "kv" else getattr(getattr(args, group_of[other]), other)
+        stores = STORED[stage] if other == "kv" else values
+        fitting = [f", or give --{other}={value}" for value in values if value in stores]
+        check(
+            has in values,
+            f"{name} with {other}={has}",
+            "it is not read then",
+            f"leave it out{fitting[0]}",
+        )
+
+
+def instead(unread: list[str], group_of: dict[str, str]) -> str:
+    """Which stages read all of these settings, in words."""
+    stages = [s for s in READS if all(is_read(s, group_of[name], name) for name in unread)]
+    return f", or give --stage={' or '.join(stages)}" if stages else ""

@@ -62,15 +62,17 @@ def ways_to_read(run: Run, asked: Asked) -> list[Rival]:
         "give --token_budgets=0.25",
     )
     budgets = comma_list(asked.eval.budgets) or ["1"]
-    kept = []
+    stored = []
     for kv in grid_of(run, asked):
         for rho in budgets:
             k = count_kept(rho, kv.n_groups)
-            whole = replace(kv, kv="dense", topk_groups=kv.n_groups)
-            kept.append(whole if k == kv.n_groups else replace(kv, topk_groups=k))
-    for kv in kept:
+            if k == kv.n_groups:
+                stored.append(KVConfig(kv="dense"))  # whole: whichever groups there would be
+            else:
+                stored.append(replace(kv, topk_groups=k))
+    once = dict.fromkeys(stored)
+    for kv in once:
         kv.check_model(run.model.cfg)
-    once = list(dict.fromkeys(kv if kv.kv != "dense" else KVConfig(kv="dense") for kv in kept))
     return [Rival("quest", kv, share) for share in shares for kv in once]
 
 

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Recall: needles asked of a cache that was compressed before the question was known, one and four
-# of them, digits, numbers and names, and passages copied; 600, 2,048 and 8,120 tokens. With the
-# question seen before compressing, for comparison.
-# Needs the run of runs/mixture.sh.
+# of them, digits, numbers and names, and passages copied from what was held out of each text that
+# the run was trained on; 600, 2,048 and 8,120 tokens. With the question seen before compressing, for
+# comparison. Not run yet.
+# Needs the run of runs/mixture.sh, and the text that it was trained on.
 # usage: runs/recall.sh [RUN] [OUT]
 set -euo pipefail
 RUN="${1:-out/mixture}"

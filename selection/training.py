@@ -135,7 +135,7 @@ def predictor_loss(model: Transformer, idx: Tensor) -> Tensor:
 @torch.no_grad()
 def fit_statistics(model: Transformer, batches: list[Tensor]) -> None:
     """Set the means and standard deviations by which predictors normalise their inputs or targets,
-    measured on the first two batches of windows (B, T).
+    measured on the first two batches of windows (B, T), all of them read as continuations.
 
     Targets depend on the selector's bases: fit after attach, and anew when bases are replaced."""
     s = selector_of(model)

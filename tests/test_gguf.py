@@ -7,6 +7,8 @@ import builtins
 import copy
 import math
 import random
+import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -131,17 +133,18 @@ def write(
     tensors: dict | None = None,
     arch: str = "",
     tokenizer: dict | None = None,
+    part: int = 0,
 ) -> dict[str, torch.Tensor]:
     """A GGUF file of `model`, its matrices stored as `kind`; returns the numbers that the file
     holds, under our names.
 
     fields: settings added or, with None, left out; drop: a tensor left out; tensors: more tensors,
-    by their GGUF names."""
+    by their GGUF names; part: split it, so many tensors to a file, as llama.cpp does."""
     import gguf
 
     c = model.cfg
     arch = arch or ("qwen2" if c.qkv_bias else "llama")
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=part)
     for key, value in (settings_of(c) | (fields or {})).items():
         if value is not None:
             add_field(writer, f"{arch}.{key}", value)
@@ -246,6 +249,117 @@ def test_gguf_llama3_scaling_is_recognised_from_rope_freqs(tmp_path, factor):
     run = load_run(tmp_path / "m.gguf")
     assert run.model.cfg == scaled.cfg and torch.equal(logits(run.model), logits(scaled))
     assert (logits(scaled) - logits(random_model(7, **SHAPES["llama"]))).abs().max() > 0.01
+
+
+ROPES = {  # GGUF's settings, and ModelConfig's
+    "linear": (
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        dict(rope_scaling="linear", rope_factor=4.0),
+    ),
+    "linear, unnamed": ({"rope.scaling.factor": 4.0}, dict(rope_scaling="linear", rope_factor=4.0)),
+    "linear of old": ({"rope.scale_linear": 4.0}, dict(rope_scaling="linear", rope_factor=4.0)),
+    "none": ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
+    "yarn": (
+        {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.yarn_beta_fast": 8.0,
+        },
+        dict(
+            rope_scaling="yarn",
+            rope_factor=4.0,
+            rope_original=32,
+            rope_low_freq=1.0,
+            rope_high_freq=8.0,
+            rope_attention=1 + 0.1 * math.log(4),
+        ),
+    ),
+}
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", ROPES)
+def test_gguf_rope_scaling_is_the_models(tmp_path, name):
+    """Linear and YaRN scaling in GGUF's settings, old ones too, give the model that ModelConfig's
+    settings of them give."""
+    fields, settings = ROPES[name]
+    # YaRN's context is what it reaches, as in a folder
+    model = random_model(7, **SHAPES["llama"], **settings, block_size=128)
+    write(tmp_path / "m.gguf", model, fields=fields)
+    run = load_run(tmp_path / "m.gguf")
+    assert run.model.cfg == model.cfg and torch.equal(logits(run.model), logits(model))
+
+
+@needs_gguf
+def test_gguf_in_parts_is_one_model(tmp_path):
+    """A split file, named by any of its parts, in capitals too, gives the model of the whole one; a
+    part that is missing is named, and one under another name says what it is."""
+    model = random_model(**SHAPES["llama"])
+    held = write(tmp_path / "m.gguf", model, "Q8_0", part=5)
+    parts = sorted(tmp_path.iterdir())
+    assert [p.name for p in parts] == [f"m-{i:05d}-of-00005.gguf" for i in range(1, 6)]
+    runs = [load_run(p) for p in parts]
+    for run in runs:
+        got = model_state(run.model)
+        assert got.keys() == held.keys() and all(torch.equal(got[k], held[k]) for k in held)
+        assert run.tokenizer.name == runs[0].tokenizer.name
+        assert run.base_sha256 == runs[0].base_sha256
+    parts[2].rename(tmp_path / "elsewhere")
+    assert "of its 5 parts lacks m-00003-of-00005.gguf" in error_line(load_run, parts[0])
+    (tmp_path / "elsewhere").rename(parts[2])
+    alone = parts[0].rename(tmp_path / "first.gguf")
+    assert "is one of 5 parts" in error_line(load_run, alone)
+    alone.rename(parts[0])
+    for part in parts:
+        part.rename(part.with_suffix(".GGUF"))
+    capitals = parts[1].with_suffix(".GGUF")
+    assert is_foreign(capitals) and load_run(capitals).base_sha256 == runs[0].base_sha256
+    shutil.copy(capitals, tmp_path / "m-00003-of-00005.GGUF")
+    assert "is in another part too" in error_line(load_run, capitals)
+
+
+def header(*values: tuple[str, int | bytes]) -> bytes:
+    """Bytes of a GGUF header: each value by its kind, I or Q, a text with its length before it."""
+    out = b"GGUF" + struct.pack("<I", 3)
+    for kind, value in values:
+        if kind == "text":
+            out += struct.pack("<Q", len(value)) + value
+        else:
+            out += struct.pack(f"<{kind}", value)
+    return out
+
+
+ONE = [("Q", 0), ("Q", 1), ("text", b"a")]  # a header of one setting, its value still to come
+N = 10**12
+ABSURD = {
+    "tensors": header(("Q", N), ("Q", 0)),
+    "settings": header(("Q", 0), ("Q", N)),
+    "length of a name": header(("Q", 0), ("Q", 1), ("Q", N)),
+    "length past every number": header(("Q", 0), ("Q", 1), ("Q", 2**64 - 1)),
+    "numbers of an array": header(*ONE, ("I", 9), ("I", 4), ("Q", N)),
+    "texts of an array": header(*ONE, ("I", 9), ("I", 8), ("Q", N)),
+    "array past the end": header(*ONE, ("I", 9), ("I", 12), ("Q", 10**7)),
+    "arrays in arrays": header(*ONE, ("I", 9), *[("I", 9), ("Q", 1)] * 20000),
+    "kind of value": header(*ONE, ("I", 77)),
+    "dimensions": header(("Q", 1), ("Q", 0), ("text", b"t"), ("I", 2**31)),
+    "sizes": header(
+        *[("Q", 1), ("Q", 0), ("text", b"t"), ("I", 4)], *[("Q", N)] * 4, ("I", 0), ("Q", 0)
+    ),
+}
+
+
+@needs_gguf
+@pytest.mark.parametrize("name", ABSURD)
+def test_gguf_of_absurd_counts_is_refused_at_once(tmp_path, name, monkeypatch):
+    """A header that counts 10^12 of anything, or nests, is one line; the package gguf, which would
+    count all of it, is not asked but for a tensor's sizes."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(ABSURD[name] + bytes(4096))
+    if name != "sizes":
+        monkeypatch.setattr("gguf.GGUFReader", None)
+    line = error_line(load_run, path)
+    assert f"{path} cannot be read as GGUF" in line and "NoneType" not in line
 
 
 @needs_gguf

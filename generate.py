@@ -219,6 +219,40 @@ def check_request(
         )
 
 
+def first_not_finite(model: Transformer, ids: list[int]) -> str:
+    """Return the name of the first module whose output is not finite where the model reads these
+    tokens anew, without a cache; "" where all outputs are."""
+    parts = {"embed_tokens": model.embed_tokens, "norm": model.norm, "lm_head": model.lm_head}
+    parts |= {f"layers.{n}": block for n, block in enumerate(model.layers)}
+    found = []
+    hooks = []
+    for name, module in parts.items():
+
+        def look(_module, _inputs, y: Tensor, name: str = name) -> None:
+            if not y.isfinite().all():
+                found.append(name)
+
+        hooks.append(module.register_forward_hook(look))
+    try:
+        model(torch.tensor([ids], device=model.embed_tokens.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ""
+
+
+def not_finite(model: Transformer, prompts: list[list[int]]) -> ValueError:
+    """Return the error that says where logits stop being numbers."""
+    found = [name for name in (first_not_finite(model, p) for p in prompts) if name]
+    where = "no layer's without a cache, so what is stored is damaged"
+    if found:
+        where = f"{found[0]} is the first whose output is not"
+    return ValueError(
+        f"the logits of a new token are not finite: {where}; check the weights, or compute in "
+        "--dtype=float32"
+    )
+
+
 def generate(
     model: Transformer,
     prompts: list[list[int]],
@@ -248,7 +282,7 @@ def generate(
     on_token: gets the new ids of all rows after each step, stop tokens included
 
     On a GPU the steps are CUDA graphs where the storage has kernels (see DecodeGraph). ValueError:
-    see check_request."""
+    see check_request; and where logits stop being finite, with the first layer that does."""
     check_request(
         model,
         prompts,
@@ -269,8 +303,10 @@ def generate(
         stream = torch.Generator().manual_seed(seed * 1_000_003 + b)
         draws.append(torch.rand(max_new_tokens, generator=stream))
     draws = torch.stack(draws).to(device)
+    broken = torch.zeros((), dtype=torch.bool, device=device)
 
     def pick(logits: Tensor, step: Tensor) -> Tensor:  # (B, V), (1,) -> (B, 1)
+        broken.logical_or_(~logits.isfinite().all())
         if temperature == 0:
             return logits.argmax(-1, keepdim=True)
         cdf = sampling_probs(logits, temperature, top_k, top_p).double().cumsum(-1)  # (B, V)
@@ -287,6 +323,8 @@ def generate(
             fit_room(cache, T + max_new_tokens - 1)
             logits = read_on(model, idx, cache, prefill_tokens)
         next_ids = pick(logits, torch.zeros(1, dtype=torch.int64, device=device))
+        if broken:
+            raise not_finite(model, prompts)
         out = [next_ids]
         if on_token is not None:
             on_token(next_ids[:, 0].tolist())
@@ -302,10 +340,14 @@ def generate(
             else:
                 logits = model.decode(next_ids, cache)[:, -1]
                 next_ids = pick(logits, torch.tensor([step], device=device))
+            if (graph is None or on_token is not None) and broken:
+                raise not_finite(model, prompts)
             out.append(next_ids)
             if on_token is not None:
                 on_token(next_ids[:, 0].tolist())
             if done is not None:
                 done |= torch.isin(next_ids[:, 0], ends)
+        if broken:
+            raise not_finite(model, prompts)
     rows = torch.cat(out, 1).tolist()
     return [list(itertools.takewhile(lambda i: i not in stops, row)) for row in rows], cache

@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from cli import exit_on_bad_input, parse_args
+from cli import begin_program, exit_on_bad_input, parse_args
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check
 from measure_config import BenchConfig
 
@@ -49,6 +49,7 @@ def flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
+    begin_program()
     ARGS = parse_args(CONFIGS, flags(sys.argv[1:]), description=__doc__.splitlines()[0])
 
 from benchmarks.adapter import bench_adapter

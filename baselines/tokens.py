@@ -7,8 +7,8 @@ gives each the allocation and the first tokens of its paper (`PUBLISHED` in conf
 
 What all of them share here, and differ in from their papers: they choose once, after an exact
 prefill of the prompt. The query region and everything generated stay whole, and are counted beside
-the budget. Scores belong to KV heads: those of query heads that share a KV head are averaged, where
-the papers have a KV head for every query head.
+the budget. Scores belong to KV heads: those of query heads that share a KV head are averaged (as in
+Expected Attention), where H2O's and SnapKV's papers choose for every query head.
 
 Quest, which keeps every token and chooses what to read, is in baselines/quest.py; `quest` below is
 what its pages are worth to a method that drops tokens.
@@ -62,7 +62,8 @@ def streaming(prompt: Prompt, cfg: SelectConfig) -> Tensor:
 
 def snapkv(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     """SnapKV (arXiv 2404.14469): attention of the prompt's last WINDOW queries, max-pooled over
-    POOL tokens. The window itself stays, as part of the budget, and is no part of what is pooled.
+    POOL tokens (both as in the authors' runs on LongBench). The window itself stays, as part of the
+    budget, and is no part of what is pooled.
 
     Differs: a budget smaller than the window, which the paper does not allow, keeps the newest."""
     C = prompt.n_context

@@ -39,11 +39,12 @@ def training_example(
     """Return a prompt made of windows idx (B, T), and the attention (L, B, Hkv, C) that their last
     `readers` tokens (cfg.readers) pay to its context."""
     s = selector_of(model)
-    n_prompt = idx.size(1) - (readers or s.cfg.readers)
+    readers = readers or s.cfg.readers
+    n_prompt = idx.size(1) - readers
     n_context = n_prompt - s.kv.kv_tail
     check(
         n_context >= 1,
-        f"{idx.size(1)} tokens with readers={s.cfg.readers}, kv_tail={s.kv.kv_tail}",
+        f"{idx.size(1)} tokens with readers={readers}, kv_tail={s.kv.kv_tail}",
         "some context must be left",
         "give a larger --block_size or fewer --readers",
     )

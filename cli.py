@@ -14,9 +14,11 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import pairwise
 
 from settings.fields import PATHS, in_a_shell
 from settings.implied import implied
+from settings.stages import OWN, READS, is_read
 
 
 def program_name() -> str:
@@ -54,6 +56,7 @@ def _to_float(text: str) -> float:
     return x
 
 
+HELP_LINES = 10  # before the flags
 _TYPES = {"int": int, "float": _to_float, "str": str, "bool": _to_bool}
 
 
@@ -67,19 +70,24 @@ def parse_args(
     instance per entry of `configs`, plus `given`: the set of flags named on the command line, or
     on that of the run that is resumed.
     --key=value and --key value both work; a bare boolean flag means true. Any mistake prints one
-    line to stderr and exits with code 2."""
+    line to stderr and exits with code 2. description: the program's docstring, whose first
+    paragraph and examples --help begins with."""
     if argv is None:
         begin_program()
+        argv = sys.argv[1:]
+    stage = _stage_of(argv) if "train" in configs else ""
     parser = _Parser(
         prog=prog or program_name(),
-        description=description,
+        usage="%(prog)s [--flag=value ...]",
+        description="\n".join(_first_lines(description, stage)),
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120),
     )
-    known = _add_flags(parser, configs)
-    space, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    whole = not stage or not {"-h", "--help"} & {*argv} or "--all" in argv
+    known = _add_flags(parser, configs, "" if whole else stage)
+    space, rest = parser.parse_known_args(argv)
     if rest:
-        parser.error(_not_understood(rest[0], known))
+        parser.error(_not_understood(rest[0], known, stage))
     out = argparse.Namespace()
     try:
         chosen, out.given = implied(vars(space), configs)
@@ -91,12 +99,47 @@ def parse_args(
     return out
 
 
-def _add_flags(parser: argparse.ArgumentParser, configs: dict[str, type]) -> list[str]:
-    """Give the parser a flag for each field of the dataclasses, and return the flags' names."""
+def _stage_of(argv: list[str]) -> str:
+    """The stage that a command line of train.py asks for."""
+    words = [word for arg in argv for word in arg.split("=", 1)]
+    named = [value for flag, value in pairwise(words) if flag == "--stage"]
+    return named[-1] if named and named[-1] in READS else "all"
+
+
+def _first_lines(description: str, stage: str) -> list[str]:
+    """What --help begins with: a docstring's first paragraph, as many of its examples as there is
+    room for, and where there are stages how the flags of another are seen."""
+    lines = description.splitlines()
+    blank = lines.index("") if "" in lines else len(lines)
+    last = []
+    if stage:
+        others = ", ".join(name for name in READS if name != stage)
+        last = [
+            "",
+            f"Below: the flags of --stage={stage}. Of {others}: --help --stage=NAME. "
+            "All: --help --all",
+        ]
+    out = [*lines[:blank], ""]
+    command: list[str] = []
+    for line in lines[blank:]:
+        command += [line] if line.startswith("    ") else []
+        whole = command and not line.endswith("\\")
+        if whole and len(out) + len(command) + len(last) <= HELP_LINES:
+            out += command
+        command = [] if whole else command
+    return out + last
+
+
+def _add_flags(parser: argparse.ArgumentParser, configs: dict[str, type], stage: str) -> list[str]:
+    """Give the parser a flag for each field of the dataclasses, or for those that a stage reads,
+    and return the flags' names."""
     owner: dict[str, str] = {}
-    for cls in configs.values():
-        group = parser.add_argument_group(cls.__doc__.splitlines()[0])
-        for f in fields(cls):
+    for key, cls in configs.items():
+        read = [f for f in fields(cls) if not stage or is_read(stage, key, f.name)]
+        if not read:
+            continue
+        group = parser.add_argument_group(" ".join(cls.__doc__.split()).split(". ")[0].rstrip("."))
+        for f in read:
             assert f.name not in owner, (
                 f"{f.name} is defined by both {owner[f.name]} and {cls.__name__}"
             )
@@ -118,13 +161,18 @@ def _add_flags(parser: argparse.ArgumentParser, configs: dict[str, type]) -> lis
     return list(owner)
 
 
-def _not_understood(argument: str, known: list[str]) -> str:
-    """Say what is wrong with an argument that is no flag, and which flag is nearest."""
+def _not_understood(argument: str, known: list[str], stage: str) -> str:
+    """Say what is wrong with an argument that is no flag, and which flag is nearest: for --lr and
+    the like the stage's own."""
     if not argument.startswith("--"):
         return f"unexpected argument {argument!r}: flags are --key=value or --key value"
     flag = argument.split("=")[0]
-    near = difflib.get_close_matches(flag.lstrip("-"), known, n=1, cutoff=0.0)
-    return f"unknown flag {flag}: did you mean --{near[0]}? (--help lists all)"
+    name = flag.lstrip("-")
+    own = [f"{prefix}_{name}" for prefix in OWN.get(stage, ())]
+    near = [flag for flag in own if flag in known]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    meant = " or ".join(f"--{flag}" for flag in near)
+    return f"unknown flag {flag}: did you mean {meant}? (--help --all lists all)"
 
 
 def begin_program() -> None:

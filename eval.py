@@ -40,7 +40,7 @@ CONFIGS = {
     "base": BaseConfig,
 }
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
+    ARGS = parse_args(CONFIGS, description=__doc__)
 
 from torch import Tensor
 

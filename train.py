@@ -52,7 +52,7 @@ CONFIGS = {
     "mix": MixConfig,
 }
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
+    ARGS = parse_args(CONFIGS, description=__doc__)
     exit_on_bad_input(lambda: check_flags(ARGS))
 
 from torch import distributed as dist

@@ -105,8 +105,14 @@ STORED = {
     "continue": ("mixsga", "gqa", "cla", "dense"),
 }
 GROUPS = ("train", "model", "adapter", "kv", "select", "data", "base", "mix")
-# The prefix of a stage's own steps, batch size and rate.
-OWN = {"pretrain": "pretrain", "adapt": "adapt", "select": "select", "continue": "adapt"}
+# The prefixes of a stage's own steps, batch size and rate.
+OWN = {
+    "pretrain": ("pretrain",),
+    "adapt": ("adapt",),
+    "select": ("select",),
+    "continue": ("adapt",),
+    "all": ("pretrain", "adapt"),
+}
 
 
 def is_read(stage: str, group: str, name: str) -> bool:

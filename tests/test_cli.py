@@ -139,9 +139,9 @@ def both(flag: str, value) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_lists_every_field(name):
-    """--help of a true process names every dataclass field with its sentence, type and default, and
-    answers at once."""
-    code, out, err, seconds = program(name, "--help")
+    """--help --all of a true process names every dataclass field with its sentence, type and
+    default, and answers at once."""
+    code, out, err, seconds = program(name, "--help", "--all")
     assert (code, err) == (0, "") and seconds < 3
     squeezed = "".join(out.split())  # argparse wraps lines where it likes
     for cls in PROGRAMS[name][1].values():
@@ -151,6 +151,42 @@ def test_help_lists_every_field(name):
                 "".join(f"{f.metadata['help']} ({f.type}; default {f.default!r}".split())
                 in squeezed
             ), f.name
+
+
+@pytest.mark.parametrize("stage", ["", *stages.READS])
+def test_help_shows_the_flags_of_the_stage(stage, capsys):
+    """--help begins with at most ten lines, whole commands among them, and lists exactly the flags
+    that the stage reads; without --stage those of the table."""
+    with pytest.raises(SystemExit) as e:
+        asked = ["--help", *([f"--stage={stage}"] if stage else [])]
+        cli.parse_args(train.CONFIGS, asked, "train.py", train.__doc__)
+    out = capsys.readouterr().out
+    begin = out[: out.index("\noptions:")].strip().splitlines()
+    assert e.value.code == 0 and len(begin) - 2 <= 10  # usage and a blank line before them
+    assert "    python train.py" in begin and not begin[-3].endswith("\\")
+    assert f"--stage={stage or 'all'}." in begin[-1] and "--help --all" in begin[-1]
+    shown = set(re.findall(r"^  --(\w+)", out, re.MULTILINE))
+    assert shown == {
+        f.name
+        for key, cls in train.CONFIGS.items()
+        for f in dataclasses.fields(cls)
+        if stages.is_read(stage or "all", key, f.name)
+    }
+
+
+@pytest.mark.parametrize(
+    "flags, meant",
+    [
+        (["--lr=1"], "--pretrain_lr or --adapt_lr?"),
+        (["--stage=pretrain", "--lr=1"], "--pretrain_lr?"),
+        (["--stage", "adapt", "--steps=1"], "--adapt_steps?"),
+        (["--stage=select", "--batch_size=1"], "--select_batch_size?"),
+        (["--stage=continue", "--lr=1"], "--adapt_lr?"),
+    ],
+)
+def test_hints_name_the_flags_of_the_stage(flags, meant, capsys):
+    """--lr, --steps and --batch_size are answered by the flags of the chosen stage."""
+    assert f"did you mean {meant} " in complaint(capsys, "train", *flags)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

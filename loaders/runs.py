@@ -195,10 +195,10 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     """Find the checkpoint meant by a folder: itself; of a stage, the best, else the newest valid;
     of a run, that of its first stage routed-s*, else of its only stage, else of pretrain. Raises
     ValueError that says what was found instead."""
-    folder = Path(folder)
     do = "give a folder that train.py wrote"
-    if HUB_NAME.fullmatch(str(folder)):
+    if HUB_NAME.fullmatch(str(folder)) and not Path(folder).parent.exists():
         do += f", or hf:{folder} for a model of the hub"
+    folder = Path(folder)
     check(folder.is_dir(), f"{folder}", "no such folder", do)
     if (folder / checkpoint.MANIFEST).is_file():
         return folder

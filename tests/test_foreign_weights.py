@@ -47,6 +47,7 @@ ROPES = {
     "yarn with its own growth": ("mistral", YARN | dict(attention_factor=1.7)),
     "yarn of two scales": ("llama", YARN | dict(mscale=0.7, mscale_all_dim=2.3)),
     "yarn of one scale": ("llama", YARN | dict(mscale=0.7)),
+    "yarn without a factor": ("llama", YARN | dict(factor=None)),
     "yarn without a context": ("qwen2", dict(rope_type="yarn", factor=1.5)),
 }
 # what config.json of DeepSeek-R1-Distill-Qwen-1.5B says besides its sizes
@@ -267,7 +268,12 @@ def test_head_is_compared_bit_by_bit(tmp_path):
     one = embedding.clone()
     one[262, 31] += 1
     for i, (head, tied) in enumerate(
-        ((embedding.clone(), True), (one, False), (embedding.float(), False))
+        (
+            (embedding.clone(), True),
+            (one, False),
+            (embedding.float(), False),
+            (embedding.view(torch.bfloat16), False),
+        )
     ):
         folder = write_folder(tmp_path / f"{i}", config, tensors | {"lm_head.weight": head})
         model = load_run(folder).model

@@ -18,7 +18,6 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
-from itertools import takewhile
 from statistics import mean
 from typing import NamedTuple
 
@@ -278,10 +277,9 @@ def question_for(key: str) -> str:
 
 def longest_question(tokenizer, kind: str, n: int) -> int:
     """Count the tokens of the longest question that draw_keys may lead to."""
-    if n == 1:
-        keys = draw_keys(random.Random(0), kind, 1)
-    else:
-        keys = draw_keys(random.Random(0), kind, len(PLACES))
+    named = {"digit": PLACES, "number": THINGS, "name": ROLES}[kind]
+    n_keys = 1 if n == 1 else len(named)  # all of them, in some order
+    keys = draw_keys(random.Random(0), kind, n_keys)
     return max(len(tokenizer.encode(question_for(key))) for key in keys)
 
 
@@ -391,8 +389,12 @@ def passage(tokenizer, context: str, start: int, least: int) -> Turn | None:
     if cue is None or context.count(cue[0]) > 1:
         return None
     ids = tokenizer.encode("\n\n" + context[start:])
-    both = zip(tokenizer.encode("\n\n" + cue[0]), ids, strict=False)
-    question = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], both)]
+    # the cue's last token may be another one where the passage goes on
+    question = []
+    for token, of_cue in zip(ids, tokenizer.encode("\n\n" + cue[0]), strict=False):
+        if token != of_cue:
+            break
+        question.append(token)
     answer = ids[len(question) : len(question) + COPIED]
     if len(question) + COPIED > COPY_ROOM or len(ids) - len(question) < least:
         return None

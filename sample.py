@@ -26,7 +26,7 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
     if "kv" in ARGS.given or not ARGS.sample.out_dir:
         exit_on_bad_input(lambda: check_storage_flags(ARGS.given, ARGS.kv.kv))
 
-from generate import generate
+from generate import fit_room, generate
 from loaders.chat import Conversation, Turn
 from loaders.compress import stored_as_asked
 from loaders.device import autocast, check_weights, pick_device
@@ -129,6 +129,7 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
     for row in rows:
         text = stream.end() if alone else prompt + decode_after(run.tokenizer, ids, row)
         print(f"{text}\n{'-' * 20}", flush=True)
+    fit_room(cache, 0)  # an answer that ended early leaves room unused
     share = run.model.share_of_dense(cache.length * len(rows), cache)
     say(
         f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} "

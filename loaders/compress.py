@@ -7,6 +7,7 @@ import contextlib
 from dataclasses import replace
 
 import kv_router
+import selector
 from config import KVConfig, SelectConfig, check
 from data import batch, prepare_splits
 from loaders.runs import Run, attach_storage
@@ -45,6 +46,8 @@ def stored_as_asked(
     if own == "dense":
         if kv.kv == "select" and "kv_tail" not in given:
             kv = replace(kv, kv_tail=QUERY)
+        if kv.kv == "select":
+            selector.check_trained(select, ())  # before calibration, which takes a while
         if kv.kv != "dense":
             windows = _windows(run, corpus, sequences, seed, data)
             attach_storage(run.model, kv, select, windows, seed)

@@ -72,7 +72,7 @@ def folder_chat(folder: Path, definition: dict) -> ChatFiles:
     added = {t["content"]: t["id"] for t in definition.get("added_tokens") or []}
     if names.get("eos_token") in added:
         ends.append(added[names["eos_token"]])
-    return ChatFiles(_folder_template(folder, about), names, ends)
+    return ChatFiles(_folder_template(folder, about), names, list(dict.fromkeys(ends)))
 
 
 def _optional_json(path: Path) -> dict:

@@ -606,8 +606,8 @@ class BaseConfig:
 
     init_from: str = opt(
         "scratch",
-        "a Hugging Face folder, a .gguf file, hf:ORG/NAME, or a run that train.py left; with "
-        "--out_dir of an adapter: where its base lies now; scratch: none",
+        "a Hugging Face folder, a .gguf file, hf:ORG/NAME, an adapter that PEFT wrote, or a run "
+        "that train.py left; with --out_dir of an adapter: where its base lies now; scratch: none",
     )
     revision: str = opt("", "branch, tag or commit of an hf: model; empty: main")
     weights: str = opt(

@@ -40,6 +40,7 @@ from loaders.weights import (
 )
 from model import Transformer
 from settings.fields import from_dict, to_dict
+from storage.state import few
 
 
 @dataclass
@@ -213,6 +214,8 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
         return find_checkpoint(stage)
     names = ", ".join(p.name for p in stages) or "none"
     found = "; ".join(why) or f"stages found: {names}"
+    inside = sorted(p.name for p in folder.iterdir() if is_gguf(p))
+    check(not inside, f"{folder}", f"a folder of {few(inside)}", "give the .gguf file itself")
     raise ValueError(f"{folder}: no usable checkpoint ({found}); give a stage's folder")
 
 

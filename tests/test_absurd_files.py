@@ -221,5 +221,9 @@ def test_name_of_the_hub_without_hf_gets_the_hint(tmp_path, monkeypatch):
         "here/run",
     ):
         assert "hf:" not in error_line(load_run, other), other
+    Path("here/m.Q4_0.GGUF").write_bytes(b"")
+    assert "here: a folder of m.Q4_0.GGUF; give the .gguf file itself" in error_line(
+        load_run, "here"
+    )
     save(Path("org/name"), random_model(vocab_size=257))
     load_run("org/name")

@@ -272,7 +272,7 @@ def test_head_is_compared_bit_by_bit(tmp_path):
             (embedding.clone(), True),
             (one, False),
             (embedding.float(), False),
-            (embedding.view(torch.bfloat16), False),
+            (embedding.view(torch.bfloat16).clone(), False),
         )
     ):
         folder = write_folder(tmp_path / f"{i}", config, tensors | {"lm_head.weight": head})

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from storage.append import append_packed, can_append
+from storage.cpu import packed_attention_cpu
 from storage.kernel_base import (
     as_word,
     dense_rows,
@@ -437,6 +438,8 @@ def packed_attention(
         or q.size(-1) > 256
         or wants_gradient(q, packed, window)
     ):
+        if impl == "auto" and q.device.type == "cpu" and not wants_gradient(q, packed, window):
+            return packed_attention_cpu(q, packed, window)
         return packed_attention_ref(q, packed, window)
     Hkv = (packed.token_base if packed else window.k).size(1)
     packed = packed or _no_tokens(q, Hkv)

@@ -26,7 +26,7 @@ from loaders.device import place
 from loaders.download import HUB_NAME, hub_folder
 from loaders.gguf import is_gguf, open_gguf
 from loaders.huggingface import model_config, open_folder, read_json
-from loaders.peft_folder import is_peft, open_peft
+from loaders.peft_folder import WEIGHTS, is_peft, open_peft
 from loaders.templates import folder_chat, take_chat
 from loaders.tokenizer import get_tokenizer
 from loaders.tokenizer_json import from_definition
@@ -372,6 +372,13 @@ def load_pretrained(
     text = str(where)
     from_hub = text.startswith("hf:")
     path = hub_folder(text[3:], revision) if from_hub else Path(text)
+    only_added = from_hub and not (path / "config.json").exists() and (path / WEIGHTS).exists()
+    check(
+        not only_added,
+        text,
+        "an adapter, not a model",
+        "download its folder with PEFT's adapter_config.json in it, and give that",
+    )
     files = open_gguf(path) if is_gguf(path) else open_folder(path)
     if from_hub:
         name = text[3:].replace("/", "-")

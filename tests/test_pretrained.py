@@ -573,6 +573,14 @@ def test_hub_model_loads_at_the_revision_asked_for(tmp_path, monkeypatch):
     assert run.base == "hf:org/name@0123abcd" and run.tokenizer.name.startswith("org-name-")
 
 
+def test_adapter_on_the_hub_is_called_one(tmp_path, monkeypatch):
+    """A repository that holds an adapter alone is said to, with what to do."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    fake_hub(monkeypatch, tmp_path)
+    line = error_line(load_run, "hf:org/name")
+    assert line.startswith("hf:org/name: an adapter, not a model; download its folder")
+
+
 @pytest.mark.parametrize("name", ["hf:", "hf:name", "hf:a/b/c", "hf:/name", "hf:org/"])
 def test_hub_names_are_checked_before_anything_is_asked(name, monkeypatch):
     """A name that is not ORG/NAME is refused without a request."""

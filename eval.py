@@ -5,8 +5,8 @@ Every number is measured through what is stored (report/rows.py says how). The f
 methods, settings of value groups, and in each the budgets or ways to choose that are tried. All of
 it is checked before anything is measured.
 
-Writes results.json, made.json (how the rows were made) and report.png into the folder and ends
-with one JSON line.
+Writes results.json, made.json (how the rows were made) and report.png into the folder. With --json,
+and where stdout is no terminal, the rows are printed as one line of JSON.
 
     python eval.py --out_dir=out/... --methods=dense,value_groups --budgets=0.25,0.5,0.75
     python eval.py --init_from=model.gguf --tasks=continuation --methods=dense,value_groups \\
@@ -43,6 +43,7 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
     ARGS = parse_args(CONFIGS, description=__doc__)
 
 from torch import Tensor
+from tqdm import tqdm
 
 import kv_router
 import mixsga
@@ -54,6 +55,7 @@ from loaders.runs import Run, attach_storage, is_foreign, load_run
 from report.figures import bytes_figure, groups_figure, report_figure
 from report.made import write_record
 from report.plan import STORED_AS, Asked, Setting, bits_of, is_trained, plan_of
+from report.progress import EVERY, progress
 from report.rivals import Rival, in_place, rivals_of
 from report.rows import (
     RowAbout,
@@ -98,6 +100,7 @@ class Work(NamedTuple):
     todo: list[Task]
     texts: list[Text]
     known: dict[tuple[str, str], float]
+    bar: tqdm | None = None  # of the rows
 
     def cells(self) -> Iterator[tuple[Task, dict]]:
         """Every task in all bits."""
@@ -119,21 +122,10 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     calibration = None
     if (plan or any(rival.cuts_values for rival in rivals)) and not is_trained(run):
         calibration = calibration_windows(run, asked, window, texts)
-    rows = whole_rows(run, asked, methods, todo)
-    known = {name_of(r["task"], r.get("text")): r["value"] for r in rows}
-    work = Work(run, asked, methods, todo, texts, known)
-    shown = Shown()
-    for setting in plan:
-        if calibration is not None:
-            select = setting.tried[0] if setting.selects else asked.select
-            model = selector.detach(run.model)
-            attach_storage(model, setting.kv, select, calibration, cfg.seed)
-        measure = measure_ways if setting.selects else measure_ks
-        got, seen = measure(work, setting)
-        rows += got
-        shown = seen or shown
-    for rival in rivals:
-        rows += measure_rival(work, rival, calibration)
+    work = Work(run, asked, methods, todo, texts, {})
+    work = work._replace(bar=bar_of(work, plan, rivals))
+    with work.bar:
+        rows, shown = measure(work, plan, rivals, calibration)
     check(
         bool(rows),
         f"methods={cfg.methods} with fewer than 16 bits",
@@ -141,6 +133,53 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
         "give another of --methods, or --kv_bits=16",
     )
     return rows, shown
+
+
+def bar_of(work: Work, plan: list[Setting], rivals: list[Rival]) -> tqdm:
+    """The bar of all rows, of those at most that will be measured."""
+    tasks = len(work.todo)
+    cells = tasks * len(bits_of(work.asked))
+    whole = tasks if has_dense_rows(work) else 0
+    if work.run.kv.kv in SHARED:
+        whole = cells
+    tried = sum(len(setting.tried) for setting in plan)
+    total = whole + cells * tried + tasks * len(rivals)
+    return progress("measuring", total, "row", silence=EVERY)
+
+
+def has_dense_rows(work: Work) -> bool:
+    """Whether the base is measured as it is."""
+    return "dense" in work.methods and not is_trained(work.run)
+
+
+def measure(
+    work: Work, plan: list[Setting], rivals: list[Rival], calibration: list[Tensor] | None
+) -> tuple[list[dict], Shown]:
+    """The rows of the whole model, of every setting of the plan and of every rival, and what
+    pictures show."""
+    run = work.run
+    asked = work.asked
+    cfg = asked.eval
+    rows = whole_rows(work)
+    work.known.update({name_of(r["task"], r.get("text")): r["value"] for r in rows})
+    shown = Shown()
+    for setting in plan:
+        if calibration is not None:
+            select = setting.tried[0] if setting.selects else asked.select
+            model = selector.detach(run.model)
+            attach_storage(model, setting.kv, select, calibration, cfg.seed)
+        measured = measure_ways if setting.selects else measure_ks
+        got, seen = measured(work, setting)
+        rows += got
+        shown = seen or shown
+    for rival in rivals:
+        rows += measure_rival(work, rival, calibration)
+    return rows, shown
+
+
+def say(work: Work, task: Task, what: str) -> None:
+    """Let the bar say what is measured now."""
+    work.bar.set_postfix_str(f"{what}, {task.name}", refresh=sys.stderr.isatty())
 
 
 def window_of(run: Run, cfg: EvalConfig) -> int:
@@ -233,15 +272,19 @@ def about_row(run: Run, cfg: EvalConfig, kv: KVConfig) -> RowAbout:
     )
 
 
-def whole_rows(run: Run, asked: Asked, methods: list[str], todo: list[Task]) -> list[dict]:
+def whole_rows(work: Work) -> list[dict]:
     """The rows before those of the plan: a base as it is, or heads that are shared, in all bits."""
+    run = work.run
+    asked = work.asked
     cfg = asked.eval
     model = run.model
-    if run.kv.kv not in SHARED:
-        if is_trained(run) or "dense" not in methods:
-            return []
-        return [measure_row(model, task, about_row(run, cfg, run.kv)) for task in todo]
     rows = []
+    if run.kv.kv not in SHARED:
+        for task in work.todo if has_dense_rows(work) else ():
+            say(work, task, "dense")
+            rows.append(measure_row(model, task, about_row(run, cfg, run.kv)))
+            work.bar.update()
+        return rows
     for bits in bits_of(asked):
         bits.pop("kv_sinks", None)
         # what rows of integers after it are compared with
@@ -249,9 +292,11 @@ def whole_rows(run: Run, asked: Asked, methods: list[str], todo: list[Task]) -> 
         whole = {name_of(r["task"], r.get("text")): r["value"] for r in known}
         about = about_row(run, cfg, replace(run.kv, **bits))
         with mixsga.stored_in(model, **bits):
-            for task in todo:
+            for task in work.todo:
+                say(work, task, run.kv.kv)
                 dense = whole.get(name_of(task.name, task.text))
                 rows.append(measure_row(model, task, about, dense))
+                work.bar.update()
     return rows
 
 
@@ -286,11 +331,12 @@ def measure_ks(work: Work, setting: Setting) -> tuple[list[dict], Shown | None]:
     rows = []
     for task, bits in work.cells():
         stored = stored_for(task, setting.kv, bits)
+        say(work, task, f"{stored.n_groups} value groups")
         with storing(work.run, stored):
             dense = dense_value(work, task, stored)
             if setting.tried:
                 about = about_row(work.run, cfg, stored)
-                rows += sweep(model, task, setting.tried, about, dense)
+                rows += sweep(model, task, setting.tried, about, dense, work.bar.update)
     if not setting.tried:
         return rows, None
     some = work.todo[0].stored[:1, :512]
@@ -314,11 +360,13 @@ def measure_ways(work: Work, setting: Setting) -> tuple[list[dict], Shown | None
             ways = ways[1:]  # the first is the dense row, which has no integers
         # Levels need a budget of bytes.
         ways = [way for way in ways if stored.value_bits or way.kv_bytes]
+        say(work, task, "selection")
         with storing(work.run, stored):
             dense = dense_value(work, task, stored)
             if not ways:
                 continue
-            rows += sweep_choices(model, task, ways, about_row(work.run, cfg, stored), dense)
+            about = about_row(work.run, cfg, stored)
+            rows += sweep_choices(model, task, ways, about, dense, work.bar.update)
             if task is work.todo[0]:
                 model.selector.set(ways[-1])
                 choice = chosen(model, task.stored[:1], cfg.dtype)
@@ -334,12 +382,14 @@ def measure_rival(work: Work, rival: Rival, calibration: list[Tensor] | None) ->
     model = work.run.model
     rows = []
     for task in work.todo:
+        say(work, task, rival.method)
         name = name_of(task.name, task.text)
         if name not in work.known:
             selector.detach(model)
             work.known[name] = task.value(model, cfg.batch_size, cfg.dtype, True)
         with in_place(model, rival, task, cfg.quest_whole, calibration, cfg.seed) as kv:
             rows.append(measure_row(model, task, about_row(work.run, cfg, kv), work.known[name]))
+        work.bar.update()
     return rows
 
 
@@ -426,6 +476,7 @@ def measure_run(args) -> None:
         "give it as --init_from",
     )
     run = load_run(args.base.place(cfg.out_dir), device, **args.base.options(cfg.out_dir))
+    check_moved_base(args, "base" in run.config)
     beside = [r for name in comma_list(cfg.beside) for r in mean_over_texts(results_of(name))]
     rows, shown = evaluate(run, asked_of(run, args))
     folder = results_folder(cfg, run)
@@ -434,7 +485,17 @@ def measure_run(args) -> None:
     names.append("made.json")
     files = ", ".join(f"{folder}/{name}" for name in names)
     print(f"{result_table(rows)}{reuse_note(rows)}\n{files}", file=sys.stderr)
-    print(json.dumps(rows))
+    print_rows(cfg, rows)
+
+
+def check_moved_base(args, is_adapter: bool) -> None:
+    """Raise ValueError for --init_from beside --out_dir of a run that has no base elsewhere."""
+    check(
+        is_adapter or not args.eval.out_dir or args.base.init_from == "scratch",
+        f"init_from={args.base.init_from} with out_dir={args.eval.out_dir}",
+        "only an adapter has a base elsewhere",
+        "leave one of them out",
+    )
 
 
 def asked_of(run: Run, args) -> Asked:
@@ -458,6 +519,7 @@ def train_table(args) -> None:
     began = time.time()
     cfg: EvalConfig = args.eval
     place = ""
+    check_moved_base(args, is_adapter=False)
     if cfg.out_dir or args.base.init_from != "scratch":
         place = args.base.place(cfg.out_dir)
     else:
@@ -473,7 +535,13 @@ def train_table(args) -> None:
         folder=folder,
     )
     write_record(folder, device_name(pick_device(cfg.device)), began)
-    print(json.dumps(rows))
+    print_rows(cfg, rows)
+
+
+def print_rows(cfg: EvalConfig, rows: list[dict]) -> None:
+    """Print the rows as JSON for another program, which reads them or asks for them."""
+    if cfg.json or not sys.stdout.isatty():
+        print(json.dumps(rows))
 
 
 def main(args) -> None:

@@ -173,6 +173,9 @@ class EvalConfig:
         "mixsga: for the first of --mixes, rows without what this project adds, with a random "
         "router, and others",
     )
+    json: bool = opt(
+        False, "print the rows as JSON on stdout, as is done where that is no terminal"
+    )
     batch_size: int = opt(16, "sequences at a time", least=1)
     seed: int = opt(
         0, "seed of windows, calibration batches and random bases", least=0, most=MAX_SEED

@@ -27,11 +27,21 @@ class Lines:
         self.stream.flush()
 
 
-def progress(name: str, total: int, unit: str, *, begin: int = 0, shown: bool = True) -> tqdm:
+def progress(
+    name: str,
+    total: int,
+    unit: str,
+    *,
+    begin: int = 0,
+    shown: bool = True,
+    silence: float = 0,
+) -> tqdm:
     """Return a bar on stderr of `total` units, `begin` of them done. What it is given to show
-    besides (set_postfix_str with refresh=False) waits for its next turn."""
+    besides (set_postfix_str with refresh=False) waits for its next turn. silence: seconds in which
+    a log file gets nothing."""
     stream = sys.stderr
     settings = dict(desc=name, total=total, initial=begin, unit=unit, disable=not shown, miniters=1)
     if stream.isatty():
         return tqdm(file=stream, mininterval=0.5, **settings)
-    return tqdm(file=Lines(stream), mininterval=EVERY, bar_format=LINE, **settings)
+    settings |= dict(delay=silence, mininterval=EVERY, bar_format=LINE)
+    return tqdm(file=Lines(stream), **settings)

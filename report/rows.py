@@ -9,6 +9,7 @@ a packed cache holds after one sequence, masks and offsets included.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
@@ -241,9 +242,10 @@ def sweep(
     ks: list[int],
     about: RowAbout,
     dense_value: float | None = None,
+    tell: Callable[[], object] = lambda: None,
 ) -> list[dict]:
     """One row per K in ks, the same model with K groups kept, each with the value of K = S as its
-    dense value, measured unless given."""
+    dense value, measured unless given. tell() is called after each."""
     path = next(iter(kv_router.paths(model).values()))
     before = path.k
     whole = None
@@ -255,6 +257,7 @@ def sweep(
     for k in ks:
         kv_router.set_kept(model, k)
         rows.append(whole if k == path.S else measure_row(model, task, about, dense_value))
+        tell()
     kv_router.set_kept(model, before)
     return rows
 
@@ -265,8 +268,10 @@ def sweep_choices(
     ways: list[SelectConfig],
     about: RowAbout,
     dense_value: float | None = None,
+    tell: Callable[[], object] = lambda: None,
 ) -> list[dict]:
-    """One row per way to choose, the same model; the dense value is measured unless given."""
+    """One row per way to choose, the same model; the dense value is measured unless given. tell()
+    is called after each."""
     before = model.selector.cfg
     if dense_value is None and not ways[0].whole:
         dense_value = whole_value(model, task, about.batch_size, about.dtype)
@@ -275,6 +280,7 @@ def sweep_choices(
         model.selector.set(way)
         rows.append(measure_row(model, task, about, dense_value))
         dense_value = rows[0]["dense_value"]
+        tell()
     model.selector.cfg = before  # as it was, whatever bits values have here
     return rows
 

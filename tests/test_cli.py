@@ -864,6 +864,15 @@ def test_requests_the_model_cannot_meet(program, flags, why, run, capsys, here):
     assert tree(run) == before and tree(here) == {}
 
 
+@pytest.mark.parametrize("task", ["perplexity", "mixsga"])
+def test_eval_refuses_a_base_beside_a_base(task, run, capsys):
+    """--init_from beside --out_dir names the moved base of an adapter, and is refused where the
+    run is a base itself."""
+    flags = [f"--init_from={run / 'pretrain'}", f"--tasks={task}", "--sequences=2", "--device=cpu"]
+    line = complaint(capsys, "eval", f"--out_dir={run / 'pretrain'}", *flags)
+    assert f"init_from={run / 'pretrain'} with out_dir=" in line and "leave one of them out" in line
+
+
 @pytest.mark.parametrize(
     "flags, why",
     [

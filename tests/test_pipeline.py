@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -410,6 +411,25 @@ def copy_of(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "copy")
     shutil.copytree(whole[0].parent / "cache", tmp_path / "cache")
     return tmp_path / "copy"
+
+
+def test_eval_says_what_it_measures(copy_of, capsys, monkeypatch):
+    """In a terminal a bar on stderr counts every row and names what is measured, and stdout stays
+    empty unless --json asks for the rows; in a pipe they come anyway, and the bar does not."""
+    flags = [
+        f"--out_dir={copy_of}",
+        "--budgets=0.25,0.5",
+        "--sequences=2",
+        "--methods=value_groups",
+    ]
+    for terminal, asked, printed in ((True, [], 0), (True, ["--json"], 1), (False, [], 1)):
+        with monkeypatch.context() as m:
+            m.setattr(sys.stdout, "isatty", lambda t=terminal: t)
+            m.setattr(sys.stderr, "isatty", lambda t=terminal: t)
+            call(evaluation, *flags, *asked)
+        io = capsys.readouterr()
+        assert len(io.out.splitlines()) == printed, (terminal, asked)
+        assert ("2/2" in io.err and "value groups, perplexity" in io.err) == terminal, io.err
 
 
 def test_eval_rows_of_a_run(whole, copy_of, capsys):

@@ -275,11 +275,12 @@ class QuestPath(ValueGroupPath):
         return k, v
 
     def reads(self, n_tokens: int) -> int:
-        """Count the tokens that a step reads when n_tokens are stored, its own among them."""
+        """Count the tokens that a step reads when n_tokens are stored, its own among them. A page's
+        bounds, two vectors, count as a token."""
         filled = cdiv(n_tokens, PAGE)
         newest = n_tokens - (filled - 1) * PAGE
         others = min(self.pages, filled) - 1
-        return newest + others * PAGE
+        return newest + others * PAGE + filled
 
     def graph_safe(self) -> bool:
         return False
@@ -328,10 +329,8 @@ def paths(model: nn.Module) -> list[QuestPath]:
 
 
 def reads(model: nn.Module, n_tokens: int) -> float:
-    """Return the share of n_tokens stored that a step reads, a mean over all layers.
-
-    Bounds are not counted, which the paper does: a layer that picks reads all of its bounds, two
-    vectors for a page, as much as the keys and values of 1 / PAGE of its tokens."""
+    """Return the share of n_tokens stored that a step reads, a mean over all layers; bounds are
+    counted, as in the paper, so it is above 1 where a layer picks and yet reads everything."""
     n_layer = model.cfg.n_layer
     picking = paths(model)
     everything = (n_layer - len(picking)) * n_tokens

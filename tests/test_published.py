@@ -384,17 +384,17 @@ def test_quest_that_reads_everything_is_dense():
 
 def test_quest_counts_what_it_holds_and_reads():
     """Bytes are those of all keys and values, of the counts, and of two bounds a page in the layer
-    that picks; a step reads the newest page as far as it is filled, two whole ones, and everything
-    in the other layer."""
+    that picks; a step reads all bounds, a page's as much as a token, the newest page as far as it
+    is filled, two whole ones, and everything in the other layer."""
     model = quest_model(torch.float32, read_tokens=50)
     with torch.no_grad():
         cache = model.new_cache(2, 70)
         model.prefill(tokens(2, 70), cache)
     numbers = 2 * 2 * 70 * HKV * D * 2 + 2 * 5 * HKV * D * 2
     assert cache.nbytes() == 4 * numbers + 2 * 2 * 8
-    assert quest.reads(model, 70) == (70 + 6 + 32) / 140
-    assert quest.reads(model, 64) == (64 + 48) / 128
-    assert quest.reads(model, 5) == 1
+    assert quest.reads(model, 70) == (70 + 6 + 32 + 5) / 140
+    assert quest.reads(model, 64) == (64 + 48 + 4) / 128
+    assert quest.reads(model, 5) == (5 + 5 + 1) / 10
 
 
 def test_quest_refuses_what_it_cannot_read():
@@ -635,7 +635,8 @@ def test_rows_of_rivals_say_what_they_hold_and_read(wide, text, own_cache):
     count = 3 * 3 * 8
     for r, pages in zip(rows[1:5], (4, 4, 2, 2), strict=True):
         assert r["allocation"] == "head"
-        assert r["reads"] == (2 * 152 + 8 + 16 * (pages - 1)) / (3 * 152)
+        bounds = 10  # pages of 152 tokens
+        assert r["reads"] == (2 * 152 + 8 + 16 * (pages - 1) + bounds) / (3 * 152)
         assert f"head reads {r['reads']:.1%}" in r["setting"]
     whole = [r for r in rows[1:5] if r["value_keep"] == 1]
     groups = [r for r in rows[1:5] if r["value_keep"] == 0.5]

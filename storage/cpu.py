@@ -163,11 +163,16 @@ class PackedSequence:
         """Return a row of zeros and the next rows of the heads, one head's after the other's: as
         many as ends (G,) count up to. `row` moves past them."""
         rows = self.view.rows
-        parts = [rows.new_zeros(1, rows.size(-1))]
+        parts = [self.none.unsqueeze(0)]
         for h, (a, b) in enumerate(pairwise([0, *ends]), heads.start):
             parts.append(rows[row[h] : row[h] + b - a])
             row[h] += b - a
         return torch.cat(parts)
+
+    @property
+    def none(self) -> Tensor:
+        """A row of zeros: (x,)."""
+        return self.view.rows.new_zeros(self.view.rows.size(-1))
 
     def gather(self, flat: Tensor, base: list[int], heads: slice, tokens: slice) -> Tensor:
         """Return what a flat tensor (slots, ...) has of one block: (G, width, ...), zeros past a

@@ -10,9 +10,14 @@ from views import finite, normal, packed_view, window_view
 import kernels
 from storage import cpu
 from storage.cpu import gather, packed_attention_cpu, take_rows, work
-from storage.integers import cpu as int_cpu
-from storage.integers.cpu import fields
-from storage.integers.format import IntFormat, unpack_bits
+from storage.integers.cpu import fields, half_bytes, level_values
+from storage.integers.format import (
+    LEVEL_BITS,
+    LEVEL_STEPS,
+    IntFormat,
+    unpack_bits,
+    zero_code,
+)
 from storage.layout import packed_attention_ref, top_k_mask
 
 B = 2
@@ -154,14 +159,16 @@ def test_packed_attention_chooses_it_on_a_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_fields_add_up_to_codes(bits):
-    """The parts of bytes, weighted and put where they say, are unpack_bits, number by number."""
+def test_fields_are_codes_around_zero(bits):
+    """The parts of bytes, put where they say, are unpack_bits less half the codes, number by
+    number, in a byte's highest bits; bytes that mean 0 are 0."""
     packed = torch.randint(0, 256, (5, 2, 6), dtype=torch.uint8)
-    codes = unpack_bits(packed, bits)
-    total = torch.zeros_like(codes)
-    for part, at, weight in fields(packed, bits):
-        total[..., at] += weight * part
-    assert torch.equal(total, codes)
+    codes = unpack_bits(packed, bits).int()
+    around_zero = torch.zeros_like(codes)
+    for part, at in fields(packed, bits):
+        around_zero[..., at] = part.int()
+    assert torch.equal(around_zero, (codes - 2 ** (bits - 1)) * 2 ** (8 - bits))
+    assert not any(part.any() for part, _ in fields(half_bytes(bits, 6), bits))
 
 
 def test_work_covers_every_token_of_every_head_once(monkeypatch):
@@ -200,7 +207,13 @@ def test_rows_are_taken_whatever_their_bytes():
     assert torch.equal(take_rows(rows, number).isnan(), rows[number.long()].isnan())
 
 
-def test_levels_are_looked_up_in_the_type_computed_in():
-    """The table's entries are float64's own, not float32's widened."""
-    step, zero = int_cpu.level_values(torch.float64)
-    assert step.dtype == torch.float64 and step[3] == 0.050048828125 and zero[3] == 128 * step[3]
+def test_levels_mean_what_the_format_says():
+    """unit and rest of every level and code give (code - zero) step, in float64 exactly."""
+    unit, rest = level_values(torch.float64)
+    for level in (1, 2, 3):
+        bits = LEVEL_BITS[level]
+        for code in range(2**bits):
+            byte = (code - 2 ** (bits - 1)) * 2 ** (8 - bits)
+            want = (code - zero_code(level)) * LEVEL_STEPS[level]
+            assert abs(unit[level] * byte + rest[level] - want) < 1e-15
+    assert unit[0] == rest[0] == 0

@@ -1,14 +1,17 @@
 """Attention over integers on a CPU: storage/cpu.py for bytes. format.py is the specification.
 
-Codes are only turned into floats. Their steps and middles go into the queries and the weights: with
-half = 2^(b-1),
+Codes are only turned into floats, around zero, so that sums stay as exact as those of numbers.
+Their steps and middles go into the queries and the weights: with c' = code - 2^(b-1),
 
-    q . key_t     = sum_c (q_c step_c) code_tc + sum_c q_c (middle_c - half step_c)              (1)
-    sum_t p_t z_t = sum_t (p_t step_t) code_t + sum_t p_t (middle_t - half step_t) kept_t        (2)
+    q . key_t     = sum_c (q_c step_c) c'_tc + sum_c q_c middle_c                                (1)
+    sum_t p_t z_t = sum_t (p_t step_t) c'_t + sum_t p_t middle_t kept_t                          (2)
 
-and of group g, whose codes mean (code - zero) times the steps of its level and of the token,
+and of a group g, whose step is the token's times `unit`, its level's, and whose code of 0 may lie
+between two codes, `rest` from 2^(b-1) in such units,
 
-    sum_t p_t z_tg = gain_g sum_t (p_t step_t) unit_tg (code_tg - zero_tg)                       (3)
+    sum_t p_t z_tg = gain_g sum_t (p_t step_t) (unit_tg c'_tg + rest_tg)                         (3)
+
+Bytes hold c' in their highest bits, as a number with a sign: 2^(8-b) c'.
 
 Letters: storage/cpu.py.
 """
@@ -23,9 +26,12 @@ from torch import Tensor
 
 from storage.cpu import PackedSequence, expand_bits, gather, take_rows, work
 from storage.integers.format import (
+    LEVEL_BITS,
     LEVEL_PLANES,
-    level_table,
+    LEVEL_STEPS,
+    pack_bits,
     unpack_bits,
+    zero_code,
 )
 from storage.layout import PackedView, cdiv
 
@@ -35,28 +41,28 @@ def int_sequence(view: PackedView, b: int) -> IntSequence:
     return LevelSequence(view, b) if view.levelled else IntSequence(view, b)
 
 
-def fields(packed: Tensor, bits: int) -> Iterator[tuple[Tensor, slice, int]]:
-    """Take bytes (..., m) of n codes each apart: code[at] is the sum of `weight` times part.
+def half_bytes(bits: int, size: int) -> Tensor:
+    """Return `size` bytes of codes 2^(bits-1): (size,) uint8."""
+    codes = torch.full((size * 8 // bits,), 1 << bits - 1, dtype=torch.uint8)
+    return pack_bits(codes, bits)
 
-    Yields part (..., numbers) uint8, at, weight."""
+
+def fields(packed: Tensor, bits: int) -> Iterator[tuple[Tensor, slice]]:
+    """Take bytes (..., m) of n codes each apart.
+
+    Yields 2^(8-bits) (code - 2^(bits-1)) (..., numbers) int8 and which of the n these are."""
     if bits == 3:
-        third = packed.size(-1) // 3
-        yield from fields(packed[..., : 2 * third], 2)
-        for part, at, weight in fields(packed[..., 2 * third :], 1):
-            yield part, at, 4 * weight
+        codes = unpack_bits(packed, 3)
+        yield ((codes << 5) ^ 128).view(torch.int8), slice(0, codes.size(-1))
         return
     m = packed.size(-1)
+    packed = packed ^ int(half_bytes(bits, 1))
     for i in range(8 // bits):
-        part = packed >> bits * i if i else packed
-        if i < 8 // bits - 1:  # the last has no others above it
-            part = part & (1 << bits) - 1
-        yield part, slice(i * m, (i + 1) * m), 1
-
-
-def code_offset(scale: Tensor, bits: int) -> Tensor:
-    """Return middle - half step of scale (..., 2): (...)."""
-    step, middle = scale.unbind(-1)
-    return middle - 2 ** (bits - 1) * step
+        above = 8 - bits * (i + 1)
+        part = packed << above if above else packed
+        if i:
+            part = part & 256 - (1 << 8 - bits)  # others lie below it
+        yield part.view(torch.int8), slice(i * m, (i + 1) * m)
 
 
 class IntSequence(PackedSequence):
@@ -91,34 +97,31 @@ class IntSequence(PackedSequence):
         scale = gather(self.ints.key_scale, base, self.n_blocks[heads], blocks)
         scale = scale.to(q.dtype)  # (G, blocks, 2, D)
         q = q.unsqueeze(1)
-        logits = q @ code_offset(scale.mT, bits).unsqueeze(-1)  # (G, blocks, M, 1)
-        q = q * scale[:, :, :1]  # (G, blocks, M, D)
-        for part, at, weight in fields(keys, bits):
-            logits = logits + weight * (q[..., at] @ part.to(q.dtype).mT)
+        logits = q @ scale[:, :, 1].unsqueeze(-1)  # (G, blocks, M, 1)
+        q = q * (scale[:, :, :1] / 2 ** (8 - bits))  # (G, blocks, M, D)
+        for part, at in fields(keys, bits):
+            logits = logits + q[..., at] @ part.to(q.dtype).mT
         return logits.transpose(1, 2).flatten(2)
-
-    @property
-    def numbers(self) -> int:
-        """Numbers of a row."""
-        return self.view.rows.size(-1) * 8 // self.fmt.value_bits
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """See PackedSequence.block_values; by (2)."""
         bits = self.fmt.value_bits
         placed, kept = self.place(heads, tokens, row)  # (G, width, S, bytes)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
-        scale = scale.to(p.dtype)
-        offset = p * code_offset(scale, bits).unsqueeze(1)
+        step, middle = scale.mT.to(p.dtype).unsqueeze(2).unbind(1)  # (G, 1, width)
         if kept is None:
-            base = offset.sum(-1, keepdim=True).expand(-1, -1, self.S)
+            middles = (p * middle).sum(-1, keepdim=True)
         else:
-            base = offset @ kept.to(p.dtype)  # (G, M, S)
-        total = base.unsqueeze(-1).repeat(1, 1, 1, self.numbers)  # (G, M, S, d)
-        p = p * scale[..., 0].unsqueeze(1)
-        for part, at, weight in fields(placed, bits):
-            read = p @ part.flatten(2).to(p.dtype)
-            total[..., at] += weight * read.unflatten(-1, (self.S, -1))
-        return total.flatten(2)
+            middles = (p * middle) @ kept.to(p.dtype)  # (G, M, S)
+        p = p * (step / 2 ** (8 - bits))
+        read = [p @ part.flatten(2).to(p.dtype) for part, _ in fields(placed, bits)]
+        total = torch.cat([x.unflatten(-1, (self.S, -1)) for x in read], -1)  # (G, M, S, d)
+        return (total + middles.unsqueeze(-1)).flatten(2)
+
+    @property
+    def none(self) -> Tensor:
+        """The bytes of a row of zeros."""
+        return half_bytes(self.fmt.value_bits, self.view.rows.size(-1))
 
 
 @cache
@@ -130,9 +133,11 @@ def spread_table() -> Tensor:
 
 @cache
 def level_values(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the steps of levels 0 to 3, and what their codes of 0 mean in them: (4,) twice."""
-    unit, zero, _ = level_table(torch.arange(4), dtype)
-    return unit.flatten(), (unit * zero).flatten()
+    """Return unit and rest of levels 0 to 3, unit for codes in a byte's highest bits: (4,) each."""
+    half = torch.tensor([0, *(2 ** (bits - 1) for bits in LEVEL_BITS[1:])])
+    unit = torch.tensor(LEVEL_STEPS, dtype=dtype)
+    zero = torch.tensor([0, *map(zero_code, (1, 2, 3))])
+    return unit * 2.0 ** (torch.tensor(LEVEL_BITS) - 8), unit * (half - zero)
 
 
 class LevelSequence(IntSequence):
@@ -147,24 +152,29 @@ class LevelSequence(IntSequence):
         planes = level + (level == 3)
         number = planes.flatten().cumsum(0, dtype=torch.int32).view_as(planes)
         rows = self.next_rows(number[:, -1, -1].tolist(), heads, row)
-        unit, zero = level_values(p.dtype)
+        unit, rest = level_values(p.dtype)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
         p = p * scale.mT.to(p.dtype)  # (G, M, width)
-        shift = p @ take(zero, level)  # (G, M, S)
-        # groups before tokens, so that a group's weights meet its numbers
-        before = (number - planes).mT.contiguous()  # (G, S, width)
+        rests = p @ take(rest, level)  # (G, M, S)
+        # groups before tokens, so that a group's weights meet its numbers: (G, S, width)
         level = level.mT.contiguous()
+        number = number.mT.contiguous()  # of a group's last plane
         planes = planes.mT.contiguous()
-        code = 0
+        code = 0x80808080 - (1 << 32)  # what turns codes into numbers with a sign
         for i in range(max(LEVEL_PLANES)):
-            plane = take_rows(rows, (before + i + 1) * (planes > i))  # (G, S, width, bytes)
-            code = code | take(spread_table(), plane.flatten().int()) << 2 * i
-        code = code.view(torch.uint8).view(*planes.shape, -1).to(p.dtype)  # (G, S, width, d)
+            plane = take_rows(rows, (number - i) * (planes > i))  # (G, S, width, bytes)
+            code = take(spread_table(), plane.flatten().int()) << 6 - 2 * i ^ code
+        code = code.view(torch.int8).view(*planes.shape, -1).to(p.dtype)  # (G, S, width, d)
         w = p.unsqueeze(1) * take(unit, level).unsqueeze(2)  # (G, S, M, width)
-        total = w @ code - shift.mT.unsqueeze(-1)  # (G, S, M, d), codes of a byte side by side
+        total = w @ code + rests.mT.unsqueeze(-1)  # (G, S, M, d), codes of a byte side by side
         total = total.unflatten(-1, (-1, 4)).mT.flatten(-2)  # as format.pack_bits has them
         gain = self.fmt.gain[heads].unsqueeze(1).to(p.dtype)
         return total.transpose(1, 2).flatten(2) * gain
+
+    @property
+    def none(self) -> Tensor:
+        """The bytes of no plane."""
+        return torch.zeros(self.view.rows.size(-1), dtype=torch.uint8)
 
 
 def take(table: Tensor, number: Tensor) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from torch import Tensor
 
 from report.tables import share_of_dense
 from selector import Selection
+
+SWEEP = ", other K (sweep)"  # ends the name of rows that are one model with other Ks
 
 
 def pyplot():
@@ -57,40 +59,69 @@ def draw_curves(first, second, curves: dict[str, list[dict]]) -> None:
         ax.plot([p["step"] for p in steps], smooth, label=name, lw=1)
     predicts = any(name.startswith("select") for name in curves)
     nats = "training loss, nats per token"
-    first.set(xlabel="step", ylabel=nats, title="Pretraining")
+    first.set(xlabel="step", ylabel=nats, title="Pretraining (one seed)")
     second.set(
         xlabel="step",
         ylabel="training loss" if predicts else nats,
-        title="Predictors of relevance" if predicts else "Adaptation",
+        title="Predictors of relevance (one seed)" if predicts else "Adaptation (one seed)",
     )
 
 
 def draw_metric(ax, rows: list[dict]) -> None:
-    """One task's metric against the KV kept in the whole model. A base far above the others is
-    named, not drawn."""
+    """One task's metric against the KV kept in the whole model: of rows of several seeds the mean,
+    with a bar of one standard deviation; a sweep over K joined with the row that it belongs to. A
+    base far above the others is named, not drawn."""
     by_name: dict[str, list[dict]] = {}
     for r in rows:
         by_name.setdefault(r.get("name", setting_of(r)), []).append(r)
     metric = rows[0]["metric"]
+    task = rows[0]["task"]
     beside = ""
     if len(by_name) > 1 and "base" in by_name:
         base = by_name.pop("base")
         beside = f" (base without adapter: {base[0]['value']:.2f})"
     for name, mine in by_name.items():
-        mine = sorted(mine, key=lambda r: r["kv_kept_model"])
-        ax.plot(
-            [100 * r["kv_kept_model"] for r in mine],
-            [r["value"] for r in mine],
-            "o",
-            ls="-" if "sweep" in name else "",
-            ms=5,
-            label=name,
-        )
+        if SWEEP in name:
+            draw_sweep(ax, name, mine + by_name[name.removesuffix(SWEEP)])
+        elif "name" in mine[0]:
+            draw_seeds(ax, name, mine)
+        else:
+            ax.plot(*points_of(mine), "o", ms=5, label=name)
     ax.set(
         xlabel="KV kept in the whole model, %",
-        ylabel=f"{metric} ({rows[0]['task']})",
-        title=f"{metric.capitalize()} against KV kept{beside}",
+        ylabel=metric if metric == task else f"{metric} ({task})",
+        title=f"{metric.capitalize()} against KV kept{beside}{seeds_of(rows)}",
     )
+
+
+def points_of(rows: list[dict]) -> tuple[list[float], list[float]]:
+    """The KV kept in the whole model in % and the metric's value of every row, the least first."""
+    rows = sorted(rows, key=lambda r: r["kv_kept_model"])
+    return [100 * r["kv_kept_model"] for r in rows], [r["value"] for r in rows]
+
+
+def draw_seeds(ax, name: str, rows: list[dict]) -> None:
+    """The mean of a row of the table over its seeds; a bar of one standard deviation where they
+    are several."""
+    kept = 100 * mean(r["kv_kept_model"] for r in rows)
+    values = [r["value"] for r in rows]
+    bar = stdev(values) if len(values) > 1 else None
+    ax.errorbar([kept], [mean(values)], yerr=bar, fmt="o", ms=5, capsize=4, label=name)
+
+
+def draw_sweep(ax, name: str, rows: list[dict]) -> None:
+    """The values of one seed's model with every number of groups kept, the trained one among
+    them."""
+    mine = [r for r in rows if r["seed"] == rows[0]["seed"]]
+    ax.plot(*points_of(mine), ".-", lw=1, label=f"{name}, one seed")
+
+
+def seeds_of(rows: list[dict]) -> str:
+    """How many seeds trained the rows, as the end of a title; empty where nothing was trained."""
+    seeds = {r["seed"] for r in rows if r["trainable_parameters"]}
+    if len(seeds) > 1:
+        return f"\nmean of {len(seeds)} seeds, bars: standard deviation"
+    return "\none seed" if seeds else ""
 
 
 def setting_of(r: dict) -> str:

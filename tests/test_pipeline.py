@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import sys
 import time
 from dataclasses import replace
@@ -29,6 +30,7 @@ from loaders import checkpoint
 from loaders.runs import find_checkpoint, load_run
 from loaders.tokenizer import get_tokenizer
 from model import Transformer, lm_loss
+from report.figures import SWEEP, draw_metric, pyplot
 from report.made import read_record
 from runs import TABLE, arguments, call, copies, python, rows_without_time
 from training import loop as trainer
@@ -411,6 +413,40 @@ def copy_of(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "copy")
     shutil.copytree(whole[0].parent / "cache", tmp_path / "cache")
     return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_report_draws_means_and_joins_the_sweep(seeds):
+    """The third panel names its axes once, has for every row the mean over seeds with a bar of one
+    standard deviation (none for one seed, which is called so), and joins the sweep with the row it
+    belongs to, of the same seed."""
+
+    def row(name: str, seed: int, kept: float, value: float) -> dict:
+        about = dict(task="perplexity", metric="perplexity", method="dense")
+        trained = 0 if name == "base" else 7
+        about |= dict(name=name, seed=seed, trainable_parameters=trained)
+        return about | dict(kv_kept_model=kept, value=value)
+
+    values = [6.5, 6.75, 7.3][:seeds]
+    rows = [row("base", 0, 1.0, 9.25), *(row("LoRA", i, 1.0, v) for i, v in enumerate(values))]
+    rows += [row("sub-token", i, 0.75, v + 1) for i, v in enumerate(values)]
+    rows += [row(f"sub-token{SWEEP}", 0, kept, value) for kept, value in ((1.0, 7.0), (0.5, 9.0))]
+    ax = pyplot().figure().subplots()
+    draw_metric(ax, rows)
+    said = "one seed" if seeds == 1 else "mean of 3 seeds, bars: standard deviation"
+    assert ax.get_ylabel() == "perplexity" and ax.get_title().splitlines()[1] == said
+    assert "9.25" in ax.get_title()
+    for name, bars in zip(("LoRA", "sub-token"), ax.containers, strict=True):
+        mine = [r["value"] for r in rows if r["name"] == name]
+        assert bars.get_label() == name
+        assert bars.lines[0].get_ydata() == pytest.approx([statistics.mean(mine)])
+        if seeds > 1:
+            low, high = bars.lines[2][0].get_segments()[0][:, 1]
+            assert high - low == pytest.approx(2 * statistics.stdev(mine))
+    assert all(bars.has_yerr == (seeds > 1) for bars in ax.containers)
+    (sweep,) = [line for line in ax.lines if "sweep" in line.get_label()]
+    assert [*zip(*sweep.get_data(), strict=True)] == [(50, 9.0), (75, 7.5), (100, 7.0)]
+    pyplot().close("all")
 
 
 def test_eval_says_what_it_measures(copy_of, capsys, monkeypatch):

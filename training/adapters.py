@@ -30,7 +30,7 @@ from loaders import checkpoint
 from loaders.runs import Run, find_checkpoint, load_added_state
 from loaders.tokenizer import get_tokenizer
 from model import Transformer
-from report.figures import report_figure
+from report.figures import SWEEP, report_figure
 from report.rows import RowAbout, kept_groups, measure_row, sweep
 from report.tables import result_table, share_of_dense
 from settings.train import TrainConfig
@@ -364,7 +364,7 @@ def add_row(table: Table, name: str, stage: Stage, task: Perplexity, cfg: TrainC
     row, *others = sweep(model, task, [stage.kv.topk_groups, *other_ks(stage.kv, first)], about)
     table.rows.append({"name": name} | row | training_cost(stage))
     if first:
-        table.sweeps += [{"name": f"{name}, other K (sweep)"} | r for r in others]
+        table.sweeps += [{"name": f"{name}{SWEEP}"} | r for r in others]
         table.masks = kept_groups(model, task.x[:1], cfg.dtype)
 
 

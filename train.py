@@ -22,6 +22,7 @@ training/shared_heads.py. training/loop.py trains what they build.
 from __future__ import annotations
 
 import itertools
+import shlex
 import sys
 import time
 from contextlib import nullcontext, suppress
@@ -86,16 +87,16 @@ def run_in(args, run_dir: Path, made: list[Path], w: World) -> None:
     """Do what the flags ask in the run's folder. made: the folders made for it."""
     cfg: TrainConfig = args.train
     settings = run_dir / "config.json"
-    if w.main and (settings.is_file() or not cfg.resume):
-        checkpoint.write_json(settings, settings_of(args))
     sizes = f"{cfg.pretrain_batch_size} (pretrain) / {cfg.adapt_batch_size} (adapt)"
     try:
+        if w.main and (settings.is_file() or not cfg.resume):
+            checkpoint.write_json(settings, settings_of(args))
         with out_of_memory_explained(sizes, args.model.block_size, cfg.accumulation):
             run_stages(args, run_dir, w)
     except NonFinite as e:
         print(f"train.py: {e}", file=sys.stderr)
         raise SystemExit(3) from None
-    except ValueError:
+    except (ValueError, OSError):
         if w.main and not cfg.resume:
             take_back(run_dir, made)
         raise
@@ -117,6 +118,8 @@ def run_stages(args, run_dir: Path, w: World) -> None:
         if w.main:
             write_record(run_dir, device_name(w.device), began, texts_of(args))
             print(f"\n{text}")
+            stage = run_dir / f"routed-s{args.train.seed}"
+            print(f"next: python sample.py --out_dir={shlex.quote(str(stage))}", file=sys.stderr)
     else:
         train(stage_of(args, run_dir, w), args.train, w)
 

@@ -220,7 +220,7 @@ def bit_table(width: int) -> Tensor:
 def expand_bits(bits: Tensor, n_bits: int) -> Tensor:
     """Turn masks (...) into ones and zeros (..., n_bits) int32, byte by byte, lowest byte first."""
     number = bits.contiguous().view(torch.uint8).flatten().int()
-    return bit_table(min(n_bits, 8)).index_select(0, number).view(*bits.shape, n_bits)
+    return take_rows(bit_table(min(n_bits, 8)), number).view(*bits.shape, n_bits)
 
 
 def take_rows(rows: Tensor, number: Tensor) -> Tensor:

@@ -165,10 +165,10 @@ def test_fields_are_codes_around_zero(bits):
     packed = torch.randint(0, 256, (5, 2, 6), dtype=torch.uint8)
     codes = unpack_bits(packed, bits).int()
     around_zero = torch.zeros_like(codes)
-    for part, at in fields(packed, bits):
+    for part, at in fields(packed, bits, torch.float32):
         around_zero[..., at] = part.int()
     assert torch.equal(around_zero, (codes - 2 ** (bits - 1)) * 2 ** (8 - bits))
-    assert not any(part.any() for part, _ in fields(half_bytes(bits, 6), bits))
+    assert not any(part.any() for part, _ in fields(half_bytes(bits, 6), bits, torch.float32))
 
 
 def test_work_covers_every_token_of_every_head_once(monkeypatch):

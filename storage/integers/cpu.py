@@ -41,28 +41,31 @@ def int_sequence(view: PackedView, b: int) -> IntSequence:
     return LevelSequence(view, b) if view.levelled else IntSequence(view, b)
 
 
+@cache
 def half_bytes(bits: int, size: int) -> Tensor:
     """Return `size` bytes of codes 2^(bits-1): (size,) uint8."""
     codes = torch.full((size * 8 // bits,), 1 << bits - 1, dtype=torch.uint8)
     return pack_bits(codes, bits)
 
 
-def fields(packed: Tensor, bits: int) -> Iterator[tuple[Tensor, slice]]:
+def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]:
     """Take bytes (..., m) of n codes each apart.
 
-    Yields 2^(8-bits) (code - 2^(bits-1)) (..., numbers) int8 and which of the n these are."""
+    Yields 2^(8-bits) (code - 2^(bits-1)) (..., numbers), which the next one overwrites, and which
+    of the n these are."""
     if bits == 3:
         codes = unpack_bits(packed, 3)
-        yield ((codes << 5) ^ 128).view(torch.int8), slice(0, codes.size(-1))
+        yield ((codes << 5) ^ 128).view(torch.int8).to(dtype), slice(0, codes.size(-1))
         return
     m = packed.size(-1)
+    floats = torch.empty(packed.shape, dtype=dtype)
     packed = packed ^ int(half_bytes(bits, 1))
     for i in range(8 // bits):
         above = 8 - bits * (i + 1)
         part = packed << above if above else packed
         if i:
             part = part & 256 - (1 << 8 - bits)  # others lie below it
-        yield part.view(torch.int8), slice(i * m, (i + 1) * m)
+        yield floats.copy_(part.view(torch.int8)), slice(i * m, (i + 1) * m)
 
 
 class IntSequence(PackedSequence):
@@ -99,8 +102,8 @@ class IntSequence(PackedSequence):
         q = q.unsqueeze(1)
         logits = q @ scale[:, :, 1].unsqueeze(-1)  # (G, blocks, M, 1)
         q = q * (scale[:, :, :1] / 2 ** (8 - bits))  # (G, blocks, M, D)
-        for part, at in fields(keys, bits):
-            logits = logits + q[..., at] @ part.to(q.dtype).mT
+        for part, at in fields(keys, bits, q.dtype):
+            logits = logits + q[..., at] @ part.mT
         return logits.transpose(1, 2).flatten(2)
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
@@ -114,7 +117,7 @@ class IntSequence(PackedSequence):
         else:
             middles = (p * middle) @ kept.to(p.dtype)  # (G, M, S)
         p = p * (step / 2 ** (8 - bits))
-        read = [p @ part.flatten(2).to(p.dtype) for part, _ in fields(placed, bits)]
+        read = [p @ part.flatten(2) for part, _ in fields(placed, bits, p.dtype)]
         total = torch.cat([x.unflatten(-1, (self.S, -1)) for x in read], -1)  # (G, M, S, d)
         return (total + middles.unsqueeze(-1)).flatten(2)
 
@@ -149,9 +152,10 @@ class LevelSequence(IntSequence):
         bits = self.gather(self.view.bits, self.mask_base[heads], heads, tokens)
         low, high = expand_bits(bits, 2 * S).split(S, -1)
         level = torch.add(low, high, alpha=2)  # (G, width, S)
-        planes = level + (level == 3)
+        planes = level.addcmul(low, high)
         number = planes.flatten().cumsum(0, dtype=torch.int32).view_as(planes)
         rows = self.next_rows(number[:, -1, -1].tolist(), heads, row)
+        spread = take(spread_table(), rows.int())  # a code in every byte of (planes, x) int32
         unit, rest = level_values(p.dtype)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
         p = p * scale.mT.to(p.dtype)  # (G, M, width)
@@ -162,8 +166,8 @@ class LevelSequence(IntSequence):
         planes = planes.mT.contiguous()
         code = 0x80808080 - (1 << 32)  # what turns codes into numbers with a sign
         for i in range(max(LEVEL_PLANES)):
-            plane = take_rows(rows, (number - i) * (planes > i))  # (G, S, width, bytes)
-            code = take(spread_table(), plane.flatten().int()) << 6 - 2 * i ^ code
+            plane = take_rows(spread, (number - i) * (planes > i))  # (G, S, width, x)
+            code = plane << 6 - 2 * i ^ code
         code = code.view(torch.int8).view(*planes.shape, -1).to(p.dtype)  # (G, S, width, d)
         w = p.unsqueeze(1) * take(unit, level).unsqueeze(2)  # (G, S, M, width)
         total = w @ code + rests.mT.unsqueeze(-1)  # (G, S, M, d), codes of a byte side by side

@@ -32,6 +32,7 @@ from loaders.compress import stored_as_asked
 from loaders.device import autocast, check_weights, pick_device
 from loaders.runs import Run, load_run
 from loaders.tokenizer import TextStream, decode_after, encoded, end_tokens
+from selector import selector_of
 from settings.train import DataConfig
 
 
@@ -55,11 +56,15 @@ def main() -> None:
         seed=cfg.seed,
         data=DataConfig(data_dir=cfg.data_dir),
     )
+    talk = None
+    if cfg.chat:  # says what it lacks before calibration, which takes a while
+        options = options_of(cfg)
+        talk = Conversation(run.model, run.tokenizer, cfg.max_new_tokens, **options)
     if run.kv.kv == "dense" and ARGS.kv.kv != "dense" and storage_flags(ARGS.given):
         say(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate} ...")
     with stored, autocast(device, cfg.dtype):
-        if cfg.chat:
-            chat(run, cfg, prompt)
+        if talk is not None:
+            chat(run, talk, prompt)
         else:
             sample(run, cfg, prompt)
 
@@ -141,11 +146,10 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
 # ----------------------------------------------------------------------------- chat
 
 
-def chat(run: Run, cfg: SampleConfig, first: str) -> None:
+def chat(run: Run, talk: Conversation, first: str) -> None:
     """Talk until the input ends or Ctrl-C. first: the first message, "" to ask for it."""
-    talk = Conversation(run.model, run.tokenizer, cfg.max_new_tokens, **options_of(cfg))
     say("chat: one message a line; Ctrl-D or Ctrl-C ends it")
-    if ARGS.kv.kv == "select" and "kv" in ARGS.given:
+    if selector_of(run.model) is not None:
         say("kv=select compresses the first message; what follows it stays whole")
     with contextlib.suppress(KeyboardInterrupt, EOFError):
         for message in messages(first):

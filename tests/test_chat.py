@@ -41,6 +41,10 @@ LLAMA2 = (
     "{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '|' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 START = 257  # <|im_start|>
 END = 258  # <|im_end|>
 
@@ -117,12 +121,18 @@ def test_encoded_conversation_equals_its_whole_text(kind):
 
 
 @pytest.mark.parametrize("answer", ["hi", " hi", "well.\n", "🙂"])
-@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "metaspace"])
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "metaspace", "no special tokens"])
 def test_turns_join_as_the_whole(kind, answer):
     """The ids of a first turn, an answer's and those of the next turn are the whole conversation's:
-    a cache that is only appended to holds what one prompt would."""
-    spec = {"sentencepiece": sentencepiece, "metaspace": metaspace}.get(kind)
-    tokenizer = chatting(spec and spec(), LLAMA2 if spec else CHATML)
+    a cache that is only appended to holds what one prompt would. So it is where the template writes
+    no special token after an answer."""
+    spec, template = {
+        "bytes": (None, CHATML),
+        "sentencepiece": (sentencepiece(), LLAMA2),
+        "metaspace": (metaspace(), LLAMA2),
+        "no special tokens": (metaspace(), PLAIN),
+    }[kind]
+    tokenizer = chatting(spec, template)
     template = ChatTemplate(tokenizer)
     first = template.encode(template.after_answer(said("hi")))
     asked = said("hi", answer, "hi hi")

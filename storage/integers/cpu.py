@@ -101,7 +101,7 @@ class IntSequence(PackedSequence):
         scale = scale.to(q.dtype)  # (G, blocks, 2, D)
         q = q.unsqueeze(1)
         logits = q @ scale[:, :, 1].unsqueeze(-1)  # (G, blocks, M, 1)
-        q = q * (scale[:, :, :1] / 2 ** (8 - bits))  # (G, blocks, M, D)
+        q = q / 2 ** (8 - bits) * scale[:, :, :1]  # (G, blocks, M, D)
         for part, at in fields(keys, bits, q.dtype):
             logits = logits + q[..., at] @ part.mT
         return logits.transpose(1, 2).flatten(2)
@@ -116,10 +116,10 @@ class IntSequence(PackedSequence):
             middles = (p * middle).sum(-1, keepdim=True)
         else:
             middles = (p * middle) @ kept.to(p.dtype)  # (G, M, S)
-        p = p * (step / 2 ** (8 - bits))
+        p = p * step
         read = [p @ part.flatten(2) for part, _ in fields(placed, bits, p.dtype)]
         total = torch.cat([x.unflatten(-1, (self.S, -1)) for x in read], -1)  # (G, M, S, d)
-        return (total + middles.unsqueeze(-1)).flatten(2)
+        return (total / 2 ** (8 - bits) + middles.unsqueeze(-1)).flatten(2)
 
     @property
     def none(self) -> Tensor:

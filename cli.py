@@ -191,6 +191,20 @@ def _leave(*_) -> None:
     os._exit(130)
 
 
+def _said(e: Exception) -> str:
+    """Return what an error says, in words that a user can act on."""
+    if isinstance(e, OSError) and e.strerror:
+        where = "the output" if e.filename is None else os.fsdecode(e.filename)
+        what = e.strerror.lower()
+        return f"{where}: {what}; mend the path, its permissions or the space there"
+    return str(e) or "more memory is needed than there is; give smaller sizes"
+
+
+def _leave_output() -> None:
+    """Let what could not be written go: Python would try, and fail, once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def exit_on_bad_input(main: Callable[[], None]) -> None:
     """Run main(); a ValueError, a file that cannot be had or an absurd one becomes one line on
     stderr and exit code 2; Ctrl-C exit code 130; a reader of the output that has gone, 141."""
@@ -199,12 +213,14 @@ def exit_on_bad_input(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # main may have files to remove
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush
+        _leave_output()
         sys.exit(141)
     except (ValueError, OSError, RecursionError, MemoryError) as e:
-        say = " ".join(str(e).split()) or "more memory is needed than there is"
-        print(f"{program_name()}: {say}", file=sys.stderr)
+        print(f"{program_name()}: {' '.join(_said(e).split())}", file=sys.stderr)
+        if loading and isinstance(e, OSError):
+            _leave_output()
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{program_name()}: interrupted", file=sys.stderr)

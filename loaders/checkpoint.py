@@ -41,6 +41,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from loaders.fetch import naming
+
 MANIFEST = "manifest.json"
 MOST_MANIFEST = 2**20  # bytes
 _STEP = re.compile(r"step-([0-9]{8,})")
@@ -84,7 +86,7 @@ def _sync_dir(path: Path) -> None:
 def _write(path: Path, data: bytes) -> None:
     """Write a new file and wait until it is on disk."""
     # our own open: the user's umask decides on permissions (safetensors' writer gives 0600)
-    with open(path, "xb") as f:
+    with naming(path), open(path, "xb") as f:
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
@@ -491,7 +493,7 @@ def append_jsonl(path, obj) -> None:
     """Append `obj` as one line of JSON. A last line without its newline was torn by a kill and is
     cut off first."""
     line = _dump(obj, Path(path).name, indent=None)
-    with open(path, "a+b") as f:
+    with naming(path), open(path, "a+b") as f:
         end = f.seek(0, os.SEEK_END)
         f.seek(max(0, end - 1))
         if f.read(1) not in (b"", b"\n"):

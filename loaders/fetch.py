@@ -16,6 +16,17 @@ from loaders.tokenizer import one_line
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike):
+    """Let an OSError inside the `with` name the file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None:
+            e.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def new_file(path: Path, suffix: str):
     """A binary file that becomes `path` when the block ends well (fsync, then rename) and vanishes
     otherwise. Its name is unique, so two processes that write the same path never share a file: the
@@ -23,7 +34,7 @@ def new_file(path: Path, suffix: str):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{suffix}")
     try:
-        with open(part, "xb") as f:
+        with naming(path), open(part, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import lora
 from config import check
-from loaders.huggingface import SUPPORTED
+from loaders.huggingface import SUPPORTED, rope_json
 from loaders.runs import Run, load_run
 from loaders.tokenizer import end_tokens
 from loaders.weights import model_state
@@ -138,14 +138,9 @@ def config_json(model: Transformer, tokenizer) -> dict:
     }
     if kind == "llama":
         d["head_dim"] = c.head_dim
-    if c.rope_factor > 1:
-        d["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": c.rope_factor,
-            "low_freq_factor": c.rope_low_freq,
-            "high_freq_factor": c.rope_high_freq,
-            "original_max_position_embeddings": c.rope_original,
-        }
+    scaling = rope_json(c)
+    if scaling is not None:
+        d["rope_scaling"] = scaling
     return d
 
 

@@ -118,6 +118,8 @@ EXPORTS = {
     "tied": dict(tie_embeddings=True),
     "bias": dict(qkv_bias=True, norm_eps=1e-6),
     "scaled": SCALED,
+    "linear": SCALED | dict(rope_scaling="linear"),
+    "yarn": SCALED | dict(rope_scaling="yarn", rope_attention=1.2),
     "bias-tied": dict(qkv_bias=True, tie_embeddings=True),
     "bf16": dict(tie_embeddings=True),
     "lora": dict(qkv_bias=True),

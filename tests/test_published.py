@@ -635,8 +635,7 @@ def test_rows_of_rivals_say_what_they_hold_and_read(wide, text, own_cache):
     count = 3 * 3 * 8
     for r, pages in zip(rows[1:5], (4, 4, 2, 2), strict=True):
         assert r["allocation"] == "head"
-        bounds = 10  # pages of 152 tokens
-        assert r["reads"] == (2 * 152 + 8 + 16 * (pages - 1) + bounds) / (3 * 152)
+        assert r["reads"] == (2 * 152 + 8 + 16 * (pages - 1) + 10) / (3 * 152)
         assert f"head reads {r['reads']:.1%}" in r["setting"]
     whole = [r for r in rows[1:5] if r["value_keep"] == 1]
     groups = [r for r in rows[1:5] if r["value_keep"] == 0.5]

@@ -478,19 +478,18 @@ def test_two_processes_equal_one(tmp_path, text):
     """The whole pipeline on 2 gloo processes ends as on one: 3 sequences pretrain (uneven), 1
     sequence adapts (one rank is empty). Adaptation is compared from the same base: where
     eigenvalues nearly coincide, a basis is no continuous function of the weights."""
+    first = [f"--dataset={text}", "--pretrain_steps=8", "--pretrain_batch_size=3"]
     flags = [
-        f"--dataset={text}",
+        *first,
         f"--adapt_dataset={text}",
-        "--pretrain_steps=8",
         "--adapt_steps=6",
-        "--pretrain_batch_size=3",
         "--adapt_batch_size=1",
         "--seeds=1",
         "--lora_dropout=0",
     ]
     p = python(*TWO_PROCESSES, *TABLE, *flags, f"--out_dir={tmp_path / 'two'}", wait=100)
     assert p.returncode == 0, p.err
-    pretrain(tmp_path / "alone", text, *flags)
+    pretrain(tmp_path / "alone", text, *first)
     shutil.copytree(tmp_path / "two" / "pretrain", tmp_path / "one" / "pretrain")
     train.run(arguments(*flags, f"--out_dir={tmp_path / 'one'}", "--resume"))
     for stage in ("pretrain", "lora-s0", "moe_lora-s0", "routed-s0"):

@@ -1,0 +1,375 @@
+"""Promises 25, 27 and 30: sixty and more wrong command lines and files, each answered by one line
+that says what came, what is allowed and what to do, with exit code 2, and nothing is left behind.
+
+python tests/test_wrong_inputs.py  # prints the table
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import errno
+import io
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import bench
+import cli
+import eval as evaluation
+import runs
+import sample
+import train
+from loaders import export
+from settings.fields import PATHS
+from settings.stages import check_flags
+from training.lock import owned
+
+PROGRAMS = {"train": train, "eval": evaluation, "sample": sample, "bench": bench, "export": export}
+CALLED = {name: f"{name}.py" for name in PROGRAMS} | {"export": "python -m loaders.export"}
+# argparse's, cli.py's, torchrun's; stand-ins for any flag
+NOT_OURS = {"help", "all", "nproc_per_node", "key", "flag"}
+
+
+class Wrong(NamedTuple):
+    """A wrong command line: {d} in it is the folder of wrong files; words of the line that answers
+    it."""
+
+    program: str
+    flags: str
+    words: str
+    shown: str = ""  # on stdout before
+
+
+BASE = "--stage=adapt --init_from={d}/run "
+TABLE = (
+    # flags
+    Wrong("train", "--no_such=1", "unknown flag --no_such"),
+    Wrong("train", "--n_layr=3", "did you mean --n_layer"),
+    Wrong("train", "config/a.py", "unexpected argument 'config/a.py'"),
+    Wrong("train", "--adapt_lr=fast", "'fast' is not a finite number"),
+    Wrong("train", "--adapt_lr=nan", "'nan' is not a finite number"),
+    Wrong("train", "--compile=maybe", "'maybe' is neither true nor false"),
+    Wrong("train", "--adapt_steps=0", "adapt_steps=0: at least 1"),
+    Wrong("train", "--adapt_steps=1.5", "--adapt_steps: invalid int value"),
+    Wrong("train", "--seed=-1", "seed=-1"),
+    Wrong("train", "--block_size=1000000000000", "block_size=1000000000000"),
+    Wrong("train", "--val_fraction=1", "val_fraction=1"),
+    Wrong("train", "--dtype=int8", "dtype='int8': one of auto"),
+    Wrong("train", "--device=gpu", "device='gpu': auto, cpu"),
+    Wrong("train", "--n_head=8 --n_kv_head=3", "KV heads must divide"),
+    Wrong("train", "--n_groups=4 --topk_groups=9", "topk_groups=9"),
+    Wrong("train", "--dataset=nonsense", "dataset='nonsense': one of pydocs"),
+    Wrong("train", "--dataset=pydocs,pydocs", "pydocs is named twice"),
+    Wrong("train", "--stage=adapt", "a pretrained base is needed"),
+    Wrong("train", "--stage=pretrain --n_groups=8", "n_groups with stage=pretrain"),
+    Wrong("train", BASE + "--adapter=lora --experts=4", "experts with adapter=lora"),
+    Wrong("train", BASE + "--kv=select", "kv=select with stage=adapt"),
+    Wrong("train", "--stage=pretrain --objective=distill", "objective=distill with stage=pretrain"),
+    Wrong("train", "--resume", "resume without out_dir"),
+    Wrong("eval", "--out_dir={d}/run --tasks=nonsense", "tasks='nonsense'"),
+    Wrong("eval", "--out_dir={d}/run --methods=best", "methods='best'"),
+    Wrong("eval", "--out_dir={d}/run --budgets=2", "budgets='2': every budget is a share"),
+    Wrong("eval", "--out_dir={d}/run --tasks=multiple_choice", "multiple_choice without questions"),
+    Wrong("sample", "--out_dir={d}/run --temperature=-1", "temperature=-1"),
+    Wrong("sample", "--out_dir={d}/run --top_p=0", "top_p=0"),
+    Wrong("sample", "--out_dir={d}/run --max_new_tokens=1000", "context is 32", "The"),
+    Wrong("sample", "--out_dir={d}/run --prompt=", "an empty prompt"),
+    Wrong("sample", "--out_dir={d}/run --chat --prompt=hi", "no chat template"),
+    Wrong("sample", "--init_from={d}/run --revision=main", "revision='main'"),
+    Wrong("bench", "nonsense", "what='nonsense'"),
+    Wrong("bench", "train --n_head=3 --n_kv_head=2", "n_head=3"),
+    Wrong("export", "--out_dir={d}/run", "give --to=DIR"),
+    # places that are missing, taken or of another kind
+    Wrong("train", "--resume --out_dir={d}/missing", "no checkpoint in it"),
+    Wrong("train", "--stage=pretrain --out_dir={d}/note.txt", "note.txt: is a file"),
+    Wrong(
+        "train",
+        "--stage=pretrain --out_dir={d}/note.txt/a",
+        "note.txt/a: not a directory; mend the path",
+    ),
+    Wrong("train", "--stage=pretrain --out_dir={d}/texts", "is not empty"),
+    Wrong("train", "--stage=pretrain --out_dir={d}/busy", "another run is at work in it"),
+    Wrong("train", "--stage=adapt --init_from={d}/missing", "{d}/missing: no such folder"),
+    Wrong("train", "--stage=adapt --init_from={d}/note.txt", "{d}/note.txt: no such folder"),
+    Wrong("train", "--stage=pretrain --data_dir={d}/note.txt", "give --data_dir=DIR"),
+    Wrong("eval", "--out_dir={d}/missing", "{d}/missing: no such folder"),
+    Wrong("eval", "--out_dir={d}/run --results={d}/note.txt", "note.txt: is a file"),
+    Wrong("eval", "--out_dir={d}/run --beside={d}/missing", "beside={d}/missing"),
+    Wrong("eval", "--out_dir={d}/run --tasks=multiple_choice --questions={d}/no.csv", "no.csv"),
+    Wrong("sample", "--init_from=HuggingFaceTB/SmolLM2-135M", "hf:HuggingFaceTB/SmolLM2-135M"),
+    Wrong("sample", "--init_from=hf:SmolLM2", "hf:ORG/NAME"),
+    Wrong("sample", "--out_dir={d}/run --prompt_file={d}/missing", "prompt_file={d}/missing"),
+    Wrong("sample", "--out_dir=~/missing", "{d}/missing"),
+    Wrong("bench", "memory --results={d}/note.txt", "note.txt: is a file"),
+    Wrong("export", "--out_dir={d}/run --to={d}/texts", "is not an empty folder"),
+    # files that are not what they should be
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/missing", "no such file or folder"),
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/empty", "holds no text"),
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/latin", "cannot be read as UTF-8 text"),
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/note.txt", "give more files"),
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/bad.jsonl", "bad.jsonl, line 2"),
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/deep.jsonl", "deep.jsonl, line 1"),
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/body.jsonl", "--text_field"),
+    Wrong("sample", "--out_dir={d}/run --prompt_file={d}/latin", "prompt_file={d}/latin"),
+    Wrong("sample", "--init_from={d}/cut.gguf", "cut.gguf cannot be read as GGUF"),
+    Wrong("sample", "--init_from={d}/absurd.gguf", "absurd.gguf cannot be read as GGUF"),
+    Wrong("sample", "--init_from={d}/pointer.gguf", "pointer.gguf cannot be read as GGUF"),
+    Wrong("sample", "--init_from={d}/no_config", "no_config: no usable checkpoint"),
+    Wrong("sample", "--init_from={d}/bad_config", "bad_config/config.json cannot be read as JSON"),
+    Wrong(
+        "sample", "--init_from={d}/deep_config", "deep_config/config.json cannot be read as JSON"
+    ),
+    Wrong("sample", "--init_from={d}/other_model", "bert"),
+    Wrong("sample", "--init_from={d}/huge_model", "huge_model"),
+    Wrong("eval", "--out_dir={d}/cut_run", "model.safetensors has 500 bytes"),
+    Wrong("eval", "--out_dir={d}/edited_run", "model.safetensors is damaged"),
+    Wrong("export", "--out_dir={d}/empty_run --to={d}/exported", "empty_run: no usable checkpoint"),
+)
+
+
+def make_files(d: Path) -> None:
+    """Lay out the folder of wrong files, and in run a run that is right."""
+    corpus = d / "texts"
+    corpus.mkdir()
+    for i in range(9):
+        (corpus / f"{i}.txt").write_text(f"document {i} of a small text, " * 9)
+    flags = ["--stage=pretrain", "--pretrain_steps=1", "--eval_sequences=1"]
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+        runs.pretrain(d / "run", f"text:{corpus}", *flags)
+    for name in ("cut_run", "edited_run"):
+        subprocess.run(["cp", "-r", d / "run", d / name], check=True)
+    weights = next((d / "cut_run").rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:500])
+    weights = next((d / "edited_run").rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    for name in ("busy", "empty_run", "no_config"):
+        (d / name).mkdir()
+    deep = "[" * 10**5
+    (d / "note.txt").write_text("one document only")
+    (d / "empty").touch()
+    (d / "latin").write_bytes(b"caf\xe9")
+    (d / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
+    (d / "deep.jsonl").write_text(deep)
+    (d / "body.jsonl").write_text('{"body": "a"}\n{"body": "b"}')
+    (d / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (d / "absurd.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 10**12, 10**12) + bytes(64))
+    (d / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    huge = {
+        "model_type": "llama",
+        "hidden_size": 10**12,
+        "num_hidden_layers": 10**9,
+        "num_attention_heads": 4,
+        "intermediate_size": 10**12,
+        "vocab_size": 10**12,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+    }
+    configs = {
+        "bad_config": "{",
+        "deep_config": deep,
+        "other_model": json.dumps({"model_type": "bert"}),
+        "huge_model": json.dumps(huge),
+    }
+    for name, text in configs.items():
+        (d / name).mkdir()
+        (d / name / "config.json").write_text(text)
+        save_file({"a": torch.zeros(1)}, d / name / "model.safetensors")
+
+
+def tree(d: Path) -> dict[str, tuple[int, int]]:
+    """Everything below a folder: path -> (size, time of change)."""
+    found = {}
+    for p in d.rglob("*"):
+        found[str(p.relative_to(d))] = (p.stat().st_size, p.stat().st_mtime_ns)
+    return found
+
+
+def answer(wrong: Wrong, d: Path) -> tuple[int, str, str]:
+    """Run a program's main in this process: (exit code, stdout, stderr)."""
+    module = PROGRAMS[wrong.program]
+    argv = wrong.flags.format(d=d).split()
+    if wrong.program == "bench":
+        argv = bench.flags(argv)
+
+    def main() -> None:
+        args = cli.parse_args(module.CONFIGS, argv, prog=CALLED[wrong.program])
+        if module is train:
+            check_flags(args)
+            train.run(args)
+        else:
+            runs.call_main(module, args)
+
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.exit_on_bad_input(main)
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def flags_of(program: str) -> set[str]:
+    """The names of a program's flags."""
+    return {f.name for cls in PROGRAMS[program].CONFIGS.values() for f in fields(cls)}
+
+
+@contextlib.contextmanager
+def wrong_files():
+    """A folder of wrong files that is the working folder and the user's home; one of its folders
+    has an owner. Token files go elsewhere."""
+    with (
+        tempfile.TemporaryDirectory() as d,
+        tempfile.TemporaryDirectory() as cache,
+        pytest.MonkeyPatch.context() as m,
+    ):
+        m.setenv("XDG_CACHE_HOME", cache)
+        m.setenv("HOME", d)
+        m.chdir(d)
+        make_files(Path(d))
+        with owned(Path(d) / "busy"):
+            yield Path(d)
+
+
+@pytest.fixture(scope="module")
+def files():
+    with wrong_files() as d:
+        yield d
+
+
+def test_table_is_long_enough():
+    """Sixty rows and more, none twice, of every program."""
+    assert len({(w.program, w.flags) for w in TABLE}) == len(TABLE) >= 60
+    assert {w.program for w in TABLE} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("wrong", TABLE, ids=lambda w: f"{w.program} {w.flags}")
+def test_wrong_input_is_answered_by_one_line(files, wrong):
+    """One line on stderr with the words that belong to it, exit code 2, nothing of worth on
+    stdout, nothing left behind; every flag that the line names is one of the program's."""
+    before = tree(files)
+    code, out, err = answer(wrong, files)
+    assert (code, out.strip(), err.count("\n")) == (2, wrong.shown, 1), err
+    assert err.endswith("\n") and 30 < len(err) < 900
+    assert wrong.words.format(d=files) in err
+    assert "Traceback" not in err and "Error(" not in err
+    advised = set(re.findall(r"--([a-z]\w*)", err.replace("unknown flag --", "")))
+    assert advised <= flags_of(wrong.program) | NOT_OURS, err
+    assert tree(files) == before
+
+
+def test_every_flag_that_a_message_advises_exists():
+    """No message in the code (a text with a blank, no docstring) names a flag that no program has.
+    (The table holds each line against its own program.)"""
+    known = set(NOT_OURS).union(*map(flags_of, PROGRAMS))
+    unknown = []
+    for path in runs.ROOT.rglob("*.py"):
+        part = path.relative_to(runs.ROOT)
+        if part.parts[0] in ("tests", "out") or any(p.startswith(".") for p in part.parts):
+            continue
+        source = path.read_text()
+        own = set(re.findall(r"""add_argument\(\s*"--(\w+)""", source))
+        messages = [text for text in texts(ast.parse(source)) if " " in text.strip()]
+        for text in messages:
+            named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
+            unknown += [f"{part}: --{flag}" for flag in named - known - own]
+    assert unknown == []
+
+
+def texts(module: ast.Module) -> list[str]:
+    """The string constants of a module without its docstrings."""
+    docs = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docs.add(id(node.value))
+    constants = [n for n in ast.walk(module) if isinstance(n, ast.Constant) and id(n) not in docs]
+    return [n.value for n in constants if isinstance(n.value, str)]
+
+
+def test_every_flag_of_a_path_expands_home(monkeypatch):
+    """Each flag whose help speaks of files, folders or corpora is in PATHS, and no other; ~ means
+    the user's home at the beginning, after text: and after a comma, nowhere else."""
+    told = {
+        f.name
+        for program in PROGRAMS.values()
+        for cls in program.CONFIGS.values()
+        for f in fields(cls)
+        if str(f.type) == "str"
+        and re.search(r"\b(folders?|files?|corp(us|ora)|run) ", f.metadata["help"])
+    }
+    assert set(PATHS) == told
+    monkeypatch.setenv("HOME", "/home/me")
+    for given, meant in (
+        ("~/a", "/home/me/a"),
+        ("~", "/home/me"),
+        ("text:~/a,pydocs,text:~/b", "text:/home/me/a,pydocs,text:/home/me/b"),
+        ("a~b/~", "a~b/~"),
+        ("hf:a/b", "hf:a/b"),
+    ):
+        argv = [f"--dataset={given}"] if "text" in given else [f"--out_dir={given}"]
+        args = cli.parse_args(train.CONFIGS, argv)
+        assert (args.train.dataset or args.train.out_dir) == meant
+
+
+def test_interrupted_while_loading_ends_by_one_line():
+    """Ctrl-C while modules are loaded: one line, exit 130, no traceback."""
+    p = runs.python("sample.py", "--out_dir=missing", wait=None)
+    time.sleep(0.5)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert (p.returncode, out, err) == (130, "", "sample.py: interrupted\n")
+
+
+def test_output_survives_a_terminal_of_ascii():
+    """What an ASCII terminal cannot show of a line is replaced."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"}
+    p = runs.python("sample.py", "--out_dir=x", "--dtype=größe", env=env)
+    assert (p.returncode, p.out, p.err.count("\n")) == (2, "", 1), p.err
+    assert "dtype='gr??e': one of auto" in p.err
+
+
+def test_full_disk_names_the_file(files, monkeypatch):
+    """The system's error for a full disk names no file: the line does, and what was made for the
+    run is taken back."""
+
+    def full(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = tree(files)
+    wrong = Wrong("train", "--stage=pretrain --out_dir={d}/full", "")
+    code, out, err = answer(wrong, files)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert re.search(r"full/\S*config.json\S*: no space left on device; mend the path", err)
+    assert tree(files) == before
+
+
+def main() -> None:
+    """Print the table: what was given, and what was answered."""
+    with wrong_files() as d:
+        good = 0
+        for n, wrong in enumerate(TABLE, 1):
+            code, _, err = answer(wrong, d)
+            fine = code == 2 and err.count("\n") == 1 and wrong.words.format(d=d) in err
+            good += fine
+            mark = "ok" if fine else "WRONG"
+            print(f"{n:3} {mark} {wrong.program} {wrong.flags}\n        {code}: {err.strip()}")
+    print(f"{good} of {len(TABLE)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,11 +19,13 @@ import sample
 from config import KVConfig, SelectConfig
 from generate import fit_room, generate
 from loaders.chat import Conversation
+from loaders.compress import stored_as_asked
 from loaders.export import export
 from loaders.runs import attach_storage, load_run
 from loaders.templates import ChatFiles, ChatTemplate, folder_chat, gguf_chat, take_chat
 from loaders.tokenizer import ByteTokenizer, end_tokens
 from loaders.tokenizer_json import from_definition
+from settings.train import DataConfig
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("jinja2", "tokenizers"))),
@@ -468,6 +470,37 @@ def test_program_refuses_by_name(folder, corpus, flags, says, capsys):
         runs.call(sample, f"--init_from={folder}", *given, *flags.split())
     line = str(e.value) + capsys.readouterr().err
     assert says in line and "Traceback" not in line
+
+
+@pytest.mark.parametrize(
+    "kv, given, fine",
+    [
+        ("value_groups", {"kv_tail": 9}, True),
+        ("value_groups", {"n_groups": 8}, False),
+        ("value_groups", {"kv_keep": 0.5}, False),
+        ("value_groups", {"kv": "select"}, False),
+        ("select", {"kv_keep": 0.5, "kv_tail": 9}, True),
+        ("select", {"value_basis": "pca"}, False),
+    ],
+)
+def test_trained_run_keeps_how_it_stores(kv, given, fine):
+    """Of a run that was trained to store in some way the tail, the bits and a selection's budget
+    may be changed, inside the `with` for the first two; another flag is refused by its name."""
+    run = run_of(small_model(), chatting())
+    run.kv = KVConfig(kv=kv, kv_tail=2)
+    attach_storage(run.model, run.kv, run.select, [tokens(2, 60, vocab=259)])
+    path = run.model.layers[0].self_attn.kv_path
+    asked = KVConfig(**{"kv": kv, **{k: v for k, v in given.items() if k != "kv_keep"}})
+    select = SelectConfig(kv_keep=given.get("kv_keep", 0.0))
+    how = dict(corpus="", sequences=1, seed=0, data=DataConfig())
+    if not fine:
+        with pytest.raises(ValueError, match=f"--{min(given)} "):
+            stored_as_asked(run, set(given), asked, select, **how).__enter__()
+        return
+    with stored_as_asked(run, set(given), asked, select, **how):
+        assert path.cfg.kv_tail == 9
+    assert path.cfg.kv_tail == 2
+    assert kv != "select" or run.model.selector.cfg.kv_keep == 0.5
 
 
 # ----------------------------------------------------------------------------- elsewhere

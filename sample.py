@@ -116,12 +116,12 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
     alone = cfg.num_samples == 1
 
     def shown(new: list[int]) -> None:
+        if len(stream.ids) == len(ids):  # not before: a request may be refused
+            show(prompt)
         if new[0] not in ends:
             show(stream.add(new))
 
     start = time.perf_counter()
-    if alone:
-        show(prompt)
     rows, cache = generate(
         run.model,
         [ids for _ in range(cfg.num_samples)],

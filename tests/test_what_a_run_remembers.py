@@ -73,7 +73,8 @@ def test_resume_refuses_another_base_and_changed_text(adapted, tmp_path, text, b
         text, DataConfig(val_fraction=0.5), get_tokenizer("byte"), ["train", "val"]
     )
     assert config["tokens"] == [f.header["sha256"] for f in files]
-    assert config["data"] == {"tokenizer": "byte", "val_fraction": 0.5, "detokenize": False}
+    prepared = {"tokenizer": "byte", "val_fraction": 0.5, "detokenize": False}
+    assert config["data"] == prepared | {"text_field": "text"}
 
 
 def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path, text, base):

@@ -197,11 +197,15 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Callable:
 
 def check_kernel(q: Tensor, packed: PackedView | None, window: WindowView, name: str) -> None:
     """Compare packed_attention with float64, sequence by sequence; AssertionError if its error is
-    more than twice that of the plain version in the same dtype, plus one unit in the last place."""
+    more than twice that of the plain version in the same dtype, plus one unit in the last place; of
+    integers plus 100 of float32's, which long sums of codes and of middles, apart, may lose."""
     got = packed_attention(q, packed, window)[0]
     exact = packed
     if packed is not None and not packed.ints:
         exact = packed._replace(keys=packed.keys.double(), rows=packed.rows.double())
+    units = torch.finfo(q.dtype).eps
+    if packed is not None and packed.ints:
+        units += 100 * torch.finfo(torch.float32).eps
     for b in range(q.size(0)):
         one = slice(b, b + 1)
         near = WindowView(*(None if t is None else t[one] for t in window))
@@ -210,7 +214,7 @@ def check_kernel(q: Tensor, packed: PackedView | None, window: WindowView, name:
         plain = packed_attention_ref(q[one], sequence_of(packed, b), near)[0]
         error = (got[one] - want).abs().max().item()
         plain_error = (plain - want).abs().max().item()
-        allowed = 2 * plain_error + torch.finfo(q.dtype).eps * want.abs().max().item()
+        allowed = 2 * plain_error + units * want.abs().max().item()
         assert error <= allowed, (
             f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}: its time would "
             "mean nothing"

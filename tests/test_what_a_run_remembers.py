@@ -12,10 +12,13 @@ import cli
 import data
 import eval as evaluation
 import train
+from config import ModelConfig, SelectConfig
 from loaders import checkpoint
 from loaders.tokenizer import get_tokenizer
 from runs import adapt_arguments, arguments, call, pretrain
+from settings.fields import to_dict
 from settings.train import DataConfig
+from training.loop import entry
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -183,3 +186,16 @@ def test_a_base_in_bfloat16_goes_all_the_way(tmp_path, text, base, capsys):
         )
         == 2
     )
+
+
+def test_settings_that_an_older_run_does_not_name_are_what_it_did():
+    """A run from before a setting existed had its default, or what was done then (no recall); an
+    entry that is no settings, or absent, stays as it is."""
+    model = to_dict(ModelConfig())
+    older = {name: value for name, value in model.items() if not name.startswith("rope_scal")}
+    assert older != model and entry({"model": older}, "model") == model
+    select = to_dict(SelectConfig(recall=0.0, past=9))
+    older = {name: value for name, value in select.items() if name != "recall"}
+    assert entry({"select": older}, "select") == select
+    assert entry({"select": to_dict(SelectConfig())}, "select")["recall"] == SelectConfig().recall
+    assert entry({"lr": 0.1}, "lr") == 0.1 and entry({}, "mix") is None

@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 import kv_router
 import lora
-from config import AdapterConfig, KVConfig, check, comma_list
+from config import (
+    AdapterConfig,
+    KVConfig,
+    MixConfig,
+    ModelConfig,
+    SelectConfig,
+    check,
+    comma_list,
+)
 from data import Corpus, batch, label_of, sequential
 from generate import generate
 from loaders import checkpoint
@@ -37,8 +45,8 @@ from loaders.weights import load_model_state, model_state
 from model import Transformer, lm_loss
 from report.progress import progress
 from selection.training import predictor_loss
-from settings.fields import to_dict
-from settings.train import TrainConfig
+from settings.fields import from_dict, to_dict
+from settings.train import DataConfig, TrainConfig
 from storage.layout import at_least_float32
 from tasks.text import mean_loss
 from training.world import World
@@ -65,6 +73,26 @@ SAME_WHEN_RESUMED = (
     "weights",
     "base_sha256",
 )
+# the classes of those that are settings, and what runs did before a setting had a name where that
+# is not its default now
+SETTINGS = {
+    "model": ModelConfig,
+    "adapter": AdapterConfig,
+    "kv": KVConfig,
+    "select": SelectConfig,
+    "mix": MixConfig,
+    "data": DataConfig,
+}
+UNNAMED = {"select": {"recall": 0.0}}
+
+
+def entry(config: dict, key: str):
+    """Return an entry of a checkpoint's config, with the settings that an older one does not
+    name."""
+    value = config.get(key)
+    if key not in SETTINGS or not value:
+        return value
+    return to_dict(from_dict(SETTINGS[key], UNNAMED.get(key, {}) | value))
 
 
 class NonFinite(Exception):
@@ -457,7 +485,7 @@ class Trainer:
         here = self.config
         for key in SAME_WHEN_RESUMED:
             check(
-                saved.config.get(key) == here.get(key),
+                entry(saved.config, key) == entry(here, key),
                 f"{path} was trained with {key}={saved.config.get(key)}",
                 f"this run says {here.get(key)}",
                 "resume with the same flags",

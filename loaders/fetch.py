@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import os
@@ -14,14 +15,17 @@ from pathlib import Path
 from config import check
 from loaders.tokenizer import one_line
 
+OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike):
-    """Let an OSError inside the `with` name the file: that of a full disk does not."""
+    """Let a disk's OSError inside the `with` name the file: that of a full one does not. Others, of
+    a network, say something else."""
     try:
         yield
     except OSError as e:
-        if e.filename is None:
+        if e.filename is None and e.errno in OF_DISKS:
             e.filename = os.fspath(path)
         raise
 

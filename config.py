@@ -530,6 +530,7 @@ class SelectConfig:
     readers: int = opt(
         128, "training a predictor: last tokens of a window, whose attention is the target", least=1
     )
+    UNNAMED = {"recall": 0.0}  # see settings.fields.from_dict
     recall: float = opt(
         0.75,
         "training a predictor: share of windows that repeat their own passages, shuffled, or whose "

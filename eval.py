@@ -50,6 +50,7 @@ import mixsga
 import selector
 from data import batch, content_hash, label_of, prepare_splits, same_text, whole_split
 from loaders import checkpoint
+from loaders.compress import windows_of
 from loaders.device import check_weights, device_name, pick_device
 from loaders.runs import Run, attach_storage, is_foreign, load_run
 from report.figures import bytes_figure, groups_figure, report_figure
@@ -255,9 +256,7 @@ def calibration_windows(run: Run, asked: Asked, window: int, texts: list[Text]) 
     )
     split = whole_split(cfg.calibrate, "train") if cfg.calibrate else "train"
     (text,) = prepare_splits(cfg.calibrate or corpus, asked.data, run.tokenizer, [split])
-    windows = batch(text, "calibrate", cfg.seed, 0, cfg.calibration, window)[0]
-    device = run.model.norm.weight.device
-    return [w.to(device) for w in windows.split(cfg.batch_size)]
+    return windows_of(text, run, cfg.seed, cfg.calibration, window, cfg.batch_size)
 
 
 def about_row(run: Run, cfg: EvalConfig, kv: KVConfig) -> RowAbout:

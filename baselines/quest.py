@@ -49,6 +49,9 @@ class PageBounds:
     page_low, page_high  (B, Hkv, P, D): least and largest of every key coordinate, infinite while a
                          page is empty
 
+    Such a cache gives its stored keys by keys_in_order(): (B, Hkv, N, D), each sequence from slot 0
+    on.
+
     They are never written into, so that a snapshot may hold them."""
 
     def start_bounds(self, max_len: int, like: Tensor) -> None:
@@ -58,10 +61,6 @@ class PageBounds:
         self.page_low = like.new_full(shape, float("inf"))
         self.page_high = like.new_full(shape, float("-inf"))
         self.owners |= dict.fromkeys(("page_low", "page_high"), "sequence")
-
-    def keys_in_order(self) -> Tensor:
-        """Return the stored keys, (B, Hkv, N, D), each sequence from slot 0 on."""
-        raise NotImplementedError
 
     def widen(self, k: Tensor, number: Tensor, there: Tensor) -> None:
         """Let the bounds hold keys k (B, Hkv, T, D), which are the tokens number (B, T) of their

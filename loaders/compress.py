@@ -6,18 +6,20 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 
+from torch import Tensor
+
 import kv_router
 import selector
 from config import KVConfig, SelectConfig, check
-from data import batch, prepare_splits
+from data import TokenFile, batch, prepare_splits
 from loaders.runs import Run, attach_storage
-from measure_config import SELECT_FLAGS, check_storage_flags, storage_flags
+from measure_config import SELECT_FLAGS, EvalConfig, check_storage_flags, storage_flags
 from settings.train import DataConfig
 
 # what may be changed of a run that was trained to store in some way
 CHANGED_LATER = {"kv_tail", "kv_tail_block", "key_bits", "value_bits", "key_block", "kv_sinks"}
 # last tokens of a prompt that a selection leaves whole where --kv_tail does not say, as in eval.py
-QUERY = 16
+QUERY = EvalConfig.query
 CALIBRATION_TOKENS = 512  # of a sequence, where the context has as many
 
 
@@ -49,7 +51,9 @@ def stored_as_asked(
         if kv.kv == "select":
             selector.check_trained(select, ())  # before calibration, which takes a while
         if kv.kv != "dense":
-            windows = _windows(run, corpus, sequences, seed, data)
+            (text,) = prepare_splits(corpus, data, run.tokenizer, ["train"])
+            length = min(CALIBRATION_TOKENS, run.model.cfg.block_size)
+            windows = windows_of(text, run, seed, sequences, length, at_once=2)
             attach_storage(run.model, kv, select, windows, seed)
             kv_router.fold(run.model)
         yield
@@ -73,10 +77,11 @@ def stored_as_asked(
         yield
 
 
-def _windows(run: Run, corpus: str, sequences: int, seed: int, data: DataConfig) -> list:
-    """Return batches of windows of a corpus's training split, token ids on the model's device."""
-    (text,) = prepare_splits(corpus, data, run.tokenizer, ["train"])
-    length = min(CALIBRATION_TOKENS, run.model.cfg.block_size)
+def windows_of(
+    text: TokenFile, run: Run, seed: int, sequences: int, length: int, at_once: int
+) -> list[Tensor]:
+    """Return batches of at most `at_once` windows of `length` tokens, `sequences` in all, that a
+    run's model is calibrated on: ids on its device."""
     windows = batch(text, "calibrate", seed, 0, sequences, length)[0]
     device = run.model.norm.weight.device
-    return [w.to(device) for w in windows.split(2)]
+    return [w.to(device) for w in windows.split(at_once)]

@@ -97,14 +97,15 @@ def training_windows(idx: Tensor, recall: float, region: int, readers: int) -> l
     their number of readers)."""
     n_readers = {"continuation": readers, "recall": cdiv(idx.size(1), 2), "question": PASSAGE}
     made: dict[str, list[Tensor]] = {kind: [] for kind in n_readers}
-    for window in idx:
+    for window in idx.cpu():  # their own tokens are asked for on the host
         kind = window_kind(window, recall)
         if kind == "recall":
             window = recall_window(window, region)
         elif kind == "question":
             window = question_window(window, region)
         made[kind].append(window)
-    return [(torch.stack(windows), n_readers[kind]) for kind, windows in made.items() if windows]
+    made = {kind: torch.stack(windows).to(idx.device) for kind, windows in made.items() if windows}
+    return [(windows, n_readers[kind]) for kind, windows in made.items()]
 
 
 def targets(selector: Selector, prompt: Prompt, alpha: Tensor) -> dict[str, Tensor]:

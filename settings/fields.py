@@ -147,7 +147,8 @@ def to_dict(cfg) -> dict:
 
 def from_dict(cls: type, d: dict):
     """Make the dataclass `cls` from a dict read from a file; what an older file lacks takes its
-    default. ValueError names unknown or mistyped entries."""
+    default, or the value in cls.UNNAMED, where that is not what was done before the setting had a
+    name. ValueError names unknown or mistyped entries."""
     kinds = {f.name: str(f.type) for f in fields(cls)}
     unknown = sorted(set(d) - set(kinds))
     check(
@@ -169,4 +170,5 @@ def from_dict(cls: type, d: dict):
             f"should be {kind}",
             "was the file edited?",
         )
-    return cls(**d)
+    unnamed = getattr(cls, "UNNAMED", {}) if d else {}  # an empty dict is of no file
+    return cls(**unnamed | d)

@@ -317,6 +317,25 @@ def test_quest_reads_the_pages_of_largest_bound(kept):
         torch.testing.assert_close(got[b, :, first:], want[b, :, first:])
 
 
+def check_rows(model, x, want, caches, lengths, forgotten: int, n: int) -> None:
+    """Joined caches of rows of x (3, T), each of its first lengths[b] tokens, put back after
+    `forgotten` steps, give the logits want (3, T, V) in n steps, from the sixth on with two rows in
+    another order."""
+    cache = KVCache.cat(caches)
+    before = cache.snapshot()
+    for t in range(forgotten):
+        model.decode(tokens(3, 1, seed=t), cache)
+    cache.restore(before)
+    rows = [0, 1, 2]
+    for t in range(n):
+        if t == 5:
+            rows = [2, 0]
+            cache = cache.select_sequences(rows)
+        at = [lengths[b] + t for b in rows]
+        got = model.decode(x[rows, at][:, None], cache)[:, 0]
+        torch.testing.assert_close(got, want[rows, at])
+
+
 @pytest.mark.parametrize("kept", [4, 2], ids=["whole values", "value groups"])
 @pytest.mark.parametrize("read_tokens", [1, 33])
 def test_quest_cached_equals_uncached(kept, read_tokens):
@@ -333,19 +352,7 @@ def test_quest_cached_equals_uncached(kept, read_tokens):
             caches.append(model.new_cache(1, n if b else 50))
             got = read_in_pieces(model, x[b : b + 1, :n], caches[b], [1] * n)
             torch.testing.assert_close(got[0], want[b, :n])
-        cache = KVCache.cat([c for n, c in zip(lengths, caches, strict=True)])
-        before = cache.snapshot()
-        for t in range(6):
-            model.decode(tokens(3, 1, seed=t), cache)
-        cache.restore(before)
-        rows = [0, 1, 2]
-        for t in range(16):
-            if t == 5:
-                rows = [2, 0]
-                cache = cache.select_sequences(rows)
-            at = [lengths[b] + t for b in rows]
-            got = model.decode(x[rows, at][:, None], cache)[:, 0]
-            torch.testing.assert_close(got, want[rows, at])
+        check_rows(model, x, want, caches, lengths, forgotten=6, n=16)
         cache = KVCache.cat(caches)
         pieces = torch.stack([x[b, n - 3 * b : n + 9 - 3 * b] for b, n in enumerate(lengths)])
         pad = torch.tensor([0, 3, 6])
@@ -473,19 +480,7 @@ def test_kivi_cached_equals_uncached(bits):
             caches.append(model.new_cache(1, n if b else 60))
             got = read_in_pieces(model, x[b : b + 1, :n], caches[b], [1] * n)
             torch.testing.assert_close(got[0], want[b, :n])
-        cache = KVCache.cat(caches)
-        before = cache.snapshot()
-        for t in range(22):
-            model.decode(tokens(3, 1, seed=t), cache)
-        cache.restore(before)
-        rows = [0, 1, 2]
-        for t in range(22):
-            if t == 5:
-                rows = [2, 0]
-                cache = cache.select_sequences(rows)
-            at = [lengths[b] + t for b in rows]
-            got = model.decode(x[rows, at][:, None], cache)[:, 0]
-            torch.testing.assert_close(got, want[rows, at])
+        check_rows(model, x, want, caches, lengths, forgotten=22, n=22)
 
 
 def test_kivi_stores_a_prompt_the_same_however_it_is_cut():

@@ -73,8 +73,7 @@ SAME_WHEN_RESUMED = (
     "weights",
     "base_sha256",
 )
-# the classes of those that are settings, and what runs did before a setting had a name where that
-# is not its default now
+# the classes of those that are settings
 SETTINGS = {
     "model": ModelConfig,
     "adapter": AdapterConfig,
@@ -83,7 +82,6 @@ SETTINGS = {
     "mix": MixConfig,
     "data": DataConfig,
 }
-UNNAMED = {"select": {"recall": 0.0}}
 
 
 def entry(config: dict, key: str):
@@ -92,7 +90,7 @@ def entry(config: dict, key: str):
     value = config.get(key)
     if key not in SETTINGS or not value:
         return value
-    return to_dict(from_dict(SETTINGS[key], UNNAMED.get(key, {}) | value))
+    return to_dict(from_dict(SETTINGS[key], value))
 
 
 class NonFinite(Exception):

@@ -530,13 +530,19 @@ class SelectConfig:
     readers: int = opt(
         128, "training a predictor: last tokens of a window, whose attention is the target", least=1
     )
-    UNNAMED = {"recall": 0.0}  # see settings.fields.from_dict
+    UNNAMED = {"recall": 0.0, "shortest": 0}  # see settings.fields.from_dict
     recall: float = opt(
         0.75,
         "training a predictor: share of windows that repeat their own passages, shuffled, or whose "
         "query region asks for one, instead of going on",
         least=0,
         most=1,
+    )
+    shortest: int = opt(
+        512,
+        "training a predictor: windows are cut into halves, quarters, ... by chance, down to this "
+        "many tokens, so that it sees contexts of many lengths (0: never)",
+        least=0,
     )
     predictor_loss: str = opt(
         "mse",

@@ -309,6 +309,7 @@ TRAINED_FLAGS = {
     "predictors",
     "readers",
     "recall",
+    "shortest",
     "predictor_loss",
 }
 # what value groups read and a selection does not

@@ -15,7 +15,9 @@ What goes on from a text looks at little of it; what is asked of it later may be
 learns from repetition (KVzip, arXiv 2505.23416, repeats the whole context in order) keeps what
 cannot be guessed: names, numbers. Who learns from questions looks where the query region points.
 cfg.recall is the share of the last two kinds, two of recall for one of question; a window's kind
-and its passages depend on its own tokens alone. Letters: selector.py."""
+and its passages depend on its own tokens alone. How much of a context a token gets depends on how
+long that is, so a batch is first cut into windows of one of many lengths, from the whole to
+cfg.shortest tokens. Letters: selector.py."""
 
 from __future__ import annotations
 
@@ -49,6 +51,15 @@ def training_example(
         "give a larger --block_size or fewer --readers",
     )
     return s.look(model, idx, n_context, n_prompt)
+
+
+def cut(idx: Tensor, shortest: int) -> Tensor:
+    """Return windows idx (B, T) as they are, or each cut into 2, 4, 8, ... windows of at least
+    `shortest` tokens, drawn by their tokens; 0: always as they are."""
+    most = (idx.size(1) // shortest).bit_length() if shortest else 1
+    parts = 2 ** random.Random(f"cut {idx.tolist()}").randrange(max(1, most))
+    length = idx.size(1) // parts
+    return idx[:, : parts * length].reshape(-1, length)
 
 
 def window_kind(window: Tensor, recall: float) -> str:
@@ -120,9 +131,10 @@ def targets(selector: Selector, prompt: Prompt, alpha: Tensor) -> dict[str, Tens
 
 
 def predictor_loss(model: Transformer, idx: Tensor) -> Tensor:
-    """Return the sum of the predictors' losses on windows idx (B, T), a mean over windows, of which
-    about cfg.recall are made to repeat themselves."""
+    """Return the sum of the predictors' losses on windows idx (B, T), a mean over those that they
+    are cut into, of which about cfg.recall are made to repeat themselves."""
     s = selector_of(model)
+    idx = cut(idx, s.cfg.shortest)
     total = 0.0
     for windows, readers in training_windows(idx, s.cfg.recall, s.kv.kv_tail, s.cfg.readers):
         prompt, alpha = training_example(model, windows, readers)
@@ -137,7 +149,8 @@ def predictor_loss(model: Transformer, idx: Tensor) -> Tensor:
 @torch.no_grad()
 def fit_statistics(model: Transformer, batches: list[Tensor]) -> None:
     """Set the means and standard deviations by which predictors normalise their inputs or targets,
-    measured on the first two batches of windows (B, T), all of them read as continuations.
+    measured on the first four batches of windows (B, T), cut as in training but all of them read
+    as continuations.
 
     Targets depend on the selector's bases: fit after attach, and anew when bases are replaced."""
     s = selector_of(model)
@@ -145,8 +158,8 @@ def fit_statistics(model: Transformer, batches: list[Tensor]) -> None:
         return
     prompts = []
     wanted = []
-    for idx in batches[:2]:
-        prompt, alpha = training_example(model, idx)
+    for idx in batches[:4]:
+        prompt, alpha = training_example(model, cut(idx, s.cfg.shortest))
         prompts.append(prompt)
         wanted.append(targets(s, prompt, alpha))
     for name, predictor in s.predictors.items():

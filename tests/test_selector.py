@@ -26,6 +26,7 @@ from selection.calibration import layer_sensitivity
 from selection.relevance import Prompt
 from selection.training import (
     PASSAGE,
+    cut,
     fit_statistics,
     predictor_loss,
     question_window,
@@ -941,18 +942,20 @@ def test_feeling_is_the_gradient_by_finite_differences():
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_statistics_are_those_of_the_first_two_batches(scope):
+def test_statistics_are_those_of_the_first_four_batches(scope):
     """Means and standard deviations of targets, for each output of each deciding layer, and of the
-    query predictor's features, over all tokens of two batches; a third does not count, and nothing
-    else changes. Without predictors there is nothing to do."""
-    m = selecting(scope, fold=False)
+    query predictor's features, over all tokens of four batches, cut as in training; a fifth does
+    not count, and nothing else changes. Without predictors there is nothing to do."""
+    m = selecting(scope, cfg=config(shortest=33), fold=False)
     s = m.selector
     before = {name: t.clone() for name, t in s.state_dict().items()}
-    batches = [tokens(2, 70, seed=5), tokens(1, 47, seed=6), tokens(4, 70, seed=7)]
+    batches = [tokens(2, 70, seed=5), tokens(1, 47, seed=6)]
+    batches += [tokens(1, 70, seed=seed) for seed in (7, 8, 9)]
+    assert {cut(idx, 33).size(1) for idx in batches[:4]} == {70, 47, 35}
     fit_statistics(m, batches)
     wanted = {name: [] for name in s.predictors}
-    for idx in batches[:2]:
-        prompt, alpha = training_example(m, idx)
+    for idx in batches[:4]:
+        prompt, alpha = training_example(m, cut(idx, 33))
         for name, t in targets(s, prompt, alpha).items():
             if name != "predictor_query":  # (Lm, B, Hm, C, n) -> (Lm, tokens, Hm n)
                 wanted[name].append(t.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2))
@@ -1054,6 +1057,25 @@ def test_question_windows_end_with_a_part_of_what_stands_before(n_tokens, region
     assert made == question_window(window, region).tolist()
     short = window[: 2 * n_asked - 1]
     assert "give a larger --block_size, or --recall=0" in error_line(question_window, short, region)
+
+
+def test_windows_are_cut_into_equal_parts_down_to_the_shortest():
+    """A batch is read in order, in windows of one length: the whole, or a half, a quarter, ... of it
+    that has at least `shortest` tokens; every one of these turns up, the same for the same batch;
+    with 0 only the whole."""
+    lengths = set()
+    for seed in range(60):
+        idx = tokens(2, 50, seed=seed)
+        made = cut(idx, 12)
+        lengths.add(made.size(1))
+        parts = len(made) // 2
+        assert parts * made.size(1) <= 50 < parts * (made.size(1) + 1)
+        for b in range(2):
+            row = made[b * parts : (b + 1) * parts].flatten().tolist()
+            assert row == idx[b, : len(row)].tolist()
+        assert torch.equal(made, cut(idx, 12))
+        assert torch.equal(cut(idx, 0), idx) and torch.equal(cut(idx, 26), idx)
+    assert lengths == {50, 25, 12}
 
 
 def test_window_kinds_are_shares_by_their_own_tokens():

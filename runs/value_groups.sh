@@ -11,5 +11,5 @@ TEST="${4:-wikitext2.test.txt}"
 # the loss of the 128 tokens after a compressed context, 48 windows of 2,048 tokens
 python eval.py --init_from="$MODEL" --tasks=continuation --methods=dense,value_groups \
   --bases=native,pca,output --groups=4,8,16 --detokenize --dataset="text:$TEST" --split=all \
-  --calibrate="text:$VALID" --sequences=48 --calibration=24 --batch_size=8 --dtype=float32 \
+  --calibrate="text:$VALID" --sequences=48 --calibration=24 --batch_size=24 --dtype=float32 \
   --results="$OUT"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import threading
 from dataclasses import replace
 
@@ -519,7 +518,7 @@ def test_interleaved_prompts_do_not_meet(model):
     model: both go on as alone."""
     first = tokens(1, 31, seed=1)
     second = tokens(1, 23, seed=2)
-    want = [decoded(model, filled(model, p[0]), 10) for p in (first, second)]
+    want = [decoded(model, filled(model, p[0]), 5) for p in (first, second)]
     for i in range(len(model.layers)):
         cache = model.new_cache(1, 90)
         other = model.new_cache(1, 90)
@@ -537,8 +536,8 @@ def test_interleaved_prompts_do_not_meet(model):
         finally:
             hook.remove()
         assert inside
-        agree(decoded(model, cache, 10), want[0])
-        agree(decoded(model, other, 10), want[1])
+        agree(decoded(model, cache, 5), want[0])
+        agree(decoded(model, other, 5), want[1])
 
 
 def test_two_threads_on_one_model_do_not_meet(name, model):
@@ -555,7 +554,7 @@ def test_two_threads_on_one_model_do_not_meet(name, model):
     def work(i: int) -> None:
         try:
             start.wait()
-            for _ in range(4):
+            for _ in range(2):
                 if generate(model, [prompts[i]], 5)[0][0] != want[i]:
                     failed.append(f"thread {i}: other tokens")
                 with torch.no_grad():
@@ -627,7 +626,7 @@ def test_a_prefill_that_failed_half_way_is_tried_again(model):
     cache = model.new_cache(3, 90)
     with torch.no_grad():
         want = [model.prefill(idx, cache, pad), model.prefill(more, cache, more_pad)]
-    want = [*want, decoded(model, cache, 5)]
+    want = [*want, decoded(model, cache, 3)]
     for place in places(model):
         cache = model.new_cache(3, 90)
         got = []
@@ -640,7 +639,7 @@ def test_a_prefill_that_failed_half_way_is_tried_again(model):
             assert (cache.lengths.tolist(), cache.length) == before
             with torch.no_grad():
                 got.append(model.prefill(part, cache, n_pad))
-        got.append(decoded(model, cache, 5))
+        got.append(decoded(model, cache, 3))
         for a, b in zip(got, want, strict=True):
             agree(a, b)
 
@@ -701,13 +700,13 @@ def test_a_decode_that_failed_leaves_a_cache_that_says_so(model, tmp_path):
 
 
 def test_a_refused_cut_changes_no_layer(name, model):
-    """truncate to every other length: it is done in every layer or in none, and decoding goes on."""
+    """truncate to every third length: it is done in every layer or in none, and decoding goes on."""
     idx, pad = padded((26, 9, 1))
     with torch.no_grad():
         full = model.new_cache(3, 90)
         model.prefill(idx, full, pad)
     refused = 0
-    for n in range(0, 27, 2):
+    for n in range(0, 27, 3):
         cache = full.select_sequences([0, 1, 2])
         before = cache.lengths.tolist()
         try:
@@ -722,7 +721,7 @@ def test_a_refused_cut_changes_no_layer(name, model):
             assert layer.lengths.tolist() == wanted
         assert torch.isfinite(decoded(model, cache, 2)).all()
     possible = name.startswith(("dense", "value", "no tail", "tail", "not", "rout", "reb", "cla"))
-    assert not refused if possible else refused < 14
+    assert not refused if possible else refused < 9
 
 
 def test_length_is_no_more_than_what_is_held(model):
@@ -759,7 +758,8 @@ def saved(model: Transformer, path, n: int = 40) -> torch.Tensor:
 def test_a_loaded_cache_goes_on_as_the_saved_one(model, tmp_path):
     """Of any max_len, filled or empty: what is loaded decodes, grows and takes prompts."""
     path = tmp_path / "c.safetensors"
-    agree(decoded(model, KVCache.load(saved_at(model, path), model), 8), saved(model, path))
+    want = saved(model, path)
+    agree(decoded(model, KVCache.load(path, model), 8), want)
     idx = tokens(2, 30, seed=4)
     for max_len in (60, 90):
         empty = model.new_cache(2, max_len)
@@ -769,11 +769,6 @@ def test_a_loaded_cache_goes_on_as_the_saved_one(model, tmp_path):
         with torch.no_grad():
             agree(model.prefill(idx, loaded), model.prefill(idx, empty))
         agree(decoded(model, loaded, 5), decoded(model, empty, 5))
-
-
-def saved_at(model: Transformer, path):
-    saved(model, path)
-    return path
 
 
 def other(cfg: dict) -> Transformer:
@@ -905,17 +900,10 @@ def test_what_is_no_cache_is_refused(tmp_path):
         assert str(path) in error_line(KVCache.load, path, model)
 
 
-def forge(path, to, change) -> None:
-    """Write a cache's file anew with `change(about, tensors)` made, and a checksum that fits."""
-    with safe_open(path, "pt") as f:
-        meta = f.metadata()
-        tensors = {name: f.get_tensor(name).clone() for name in f.keys()}
-    about = json.loads(meta["about"])
-    change(about, tensors)
-    text = json.dumps(about, sort_keys=True)
-    digest = hashlib.sha256((numbers_hash(tensors) + text).encode()).hexdigest()
-    tensors = {name: t.contiguous() for name, t in tensors.items()}
-    save_file(tensors, to, {**meta, "about": text, "sha256": digest})
+def forge(to, meta: dict, tensors: dict) -> None:
+    """Write a cache's file of these tensors, with a checksum that fits."""
+    digest = hashlib.sha256((numbers_hash(tensors) + meta["about"]).encode()).hexdigest()
+    save_file({k: t.contiguous() for k, t in tensors.items()}, to, {**meta, "sha256": digest})
 
 
 @pytest.mark.parametrize("kind", ["dense", "value groups", "integers", "levels", "mixsga", "cla"])
@@ -927,23 +915,27 @@ def test_a_file_whose_parts_do_not_fit_is_refused(kind, tmp_path):
     saved(model, path)
     bad = tmp_path / "bad.safetensors"
     with safe_open(path, "pt") as f:
+        meta = f.metadata()
         tensors = {name: f.get_tensor(name) for name in f.keys()}
+    forge(bad, meta, tensors)
+    KVCache.load(bad, model)  # the checksum does fit
     for name, t in tensors.items():
         changes = {
-            "missing": lambda a, ts, name=name: ts.pop(name),
-            "another type": lambda a, ts, name=name: ts.update({name: ts[name].to(torch.float16)}),
-            "another shape": lambda a, ts, name=name: ts.update({name: ts[name][None]}),
-            "a scalar": lambda a, ts, name=name: ts.update({name: torch.zeros(()).to(ts[name])}),
+            "missing": None,
+            "another type": t.half(),
+            "another shape": t[None],
+            "a scalar": t.new_zeros(()),
         }
         if t.numel() and not name.endswith("_base"):  # those follow from the others
-            changes["shorter"] = lambda a, ts, name=name: ts.update({name: ts[name][:-1]})
+            changes["shorter"] = t[:-1]
         if name.split(".")[-1].startswith("n_"):
-            changes["negative"] = lambda a, ts, name=name: ts[name].fill_(-1)
-            changes["huge"] = lambda a, ts, name=name: ts[name].fill_(2**40)
-        for what, change in changes.items():
+            changes["negative"] = torch.full_like(t, -1)
+            changes["huge"] = torch.full_like(t, 2**40)
+        for what, changed in changes.items():
             if what == "another type" and t.dtype == torch.float16:
                 continue
-            forge(path, bad, change)
+            others = {k: other for k, other in tensors.items() if k != name}
+            forge(bad, meta, others if changed is None else {**others, name: changed})
             try:
                 assert str(bad) in error_line(KVCache.load, bad, model)
             except BaseException as e:
@@ -1021,10 +1013,8 @@ def test_a_cache_keeps_its_window_where_a_prompt_reads_routed():
     assert (got - exact).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_a_snapshot_serves_more_than_once(name):
+def test_a_snapshot_serves_more_than_once(model):
     """What is appended after a restore does not reach the snapshot."""
-    model = PATHS[name]()
     x = tokens(1, 33)
     cache = model.new_cache(1, 40)
     with torch.no_grad():

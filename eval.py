@@ -475,7 +475,6 @@ def measure_run(args) -> None:
         "give it as --init_from",
     )
     run = load_run(args.base.place(cfg.out_dir), device, **args.base.options(cfg.out_dir))
-    check_moved_base(args, "base" in run.config)
     beside = [r for name in comma_list(cfg.beside) for r in mean_over_texts(results_of(name))]
     rows, shown = evaluate(run, asked_of(run, args))
     folder = results_folder(cfg, run)
@@ -485,16 +484,6 @@ def measure_run(args) -> None:
     files = ", ".join(f"{folder}/{name}" for name in names)
     print(f"{result_table(rows)}{reuse_note(rows)}\n{files}", file=sys.stderr)
     print_rows(cfg, rows)
-
-
-def check_moved_base(args, is_adapter: bool) -> None:
-    """Raise ValueError for --init_from beside --out_dir of a run that has no base elsewhere."""
-    check(
-        is_adapter or not args.eval.out_dir or args.base.init_from == "scratch",
-        f"init_from={args.base.init_from} with out_dir={args.eval.out_dir}",
-        "only an adapter has a base elsewhere",
-        "leave one of them out",
-    )
 
 
 def asked_of(run: Run, args) -> Asked:
@@ -518,7 +507,6 @@ def train_table(args) -> None:
     began = time.time()
     cfg: EvalConfig = args.eval
     place = ""
-    check_moved_base(args, is_adapter=False)
     if cfg.out_dir or args.base.init_from != "scratch":
         place = args.base.place(cfg.out_dir)
     else:

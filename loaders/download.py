@@ -10,7 +10,13 @@ from loaders.tokenizer import one_line
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 # no file that can run code is asked for
-WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+WANTED = [
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+]
 UNWANTED = ["*/*", "consolidated*"]
 
 

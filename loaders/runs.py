@@ -3,8 +3,8 @@
 A checkpoint folder of ours holds model.safetensors (a base), adapter.safetensors (adapters, value
 routers and bases, with the base they belong to) or selector.safetensors (bases and predictors,
 likewise), config.json and a manifest. A model of others is a Hugging Face folder, a .gguf file, or
-hf:ORG/NAME from the hub; an adapter of others is a folder that PEFT wrote. `load_run` takes any of
-all these.
+hf:ORG/NAME from the hub; an adapter of others is a folder that PEFT wrote, or one of the hub.
+`load_run` takes any of all these.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, Sele
 from loaders import checkpoint
 from loaders.device import place
 from loaders.download import HUB_NAME, hub_folder
-from loaders.gguf import is_gguf, open_gguf
+from loaders.fetch import refuse_pointers
+from loaders.gguf import all_parts, is_gguf, open_gguf
 from loaders.huggingface import model_config, open_folder, read_json
-from loaders.peft_folder import WEIGHTS, is_peft, open_peft
+from loaders.peft_folder import is_peft, open_peft
 from loaders.templates import folder_chat, take_chat
 from loaders.tokenizer import get_tokenizer
 from loaders.tokenizer_json import from_definition
@@ -41,6 +42,8 @@ from loaders.weights import (
 from model import Transformer
 from settings.fields import from_dict, to_dict
 from storage.state import few
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that can run code
 
 
 @dataclass
@@ -73,11 +76,20 @@ def load_run(
     base: where the base of an adapter lies now, if it was moved. ValueError names what is damaged
     or does not fit."""
     options = dict(weights=weights, revision=revision)
+    refuse_pointers(_files_at(Path(where)))
+    if str(where).startswith("hf:"):
+        folder = hub_folder(str(where)[3:], revision)
+        if is_peft(folder):
+            return _peft_run(folder, base, device, options | {"revision": ""})
+        _refuse_base(where, base)
+        return load_pretrained(where, device, **options, folder=folder)
     if is_peft(where):
         return _peft_run(Path(where), base, device, options)
     if is_foreign(where):
+        _refuse_base(where, base)
         return load_pretrained(where, device, **options)
     path = find_checkpoint(where)
+    refuse_pointers(_files_at(path))
     ckpt = checkpoint.load(path)
     entries = {"model", "tokenizer", "adapter", "kv"}
     check(
@@ -87,8 +99,27 @@ def load_run(
         "was it written by train.py?",
     )
     if "base" not in ckpt.config:
+        _refuse_base(where, base)
         return _base_run(ckpt, device, weights)
     return _added_run(ckpt, base, device, options)
+
+
+def _refuse_base(where: str | os.PathLike, base: str) -> None:
+    """Raise ValueError where a base is given beside a whole model."""
+    check(
+        not base,
+        f"init_from={base} with out_dir={where}",
+        "only an adapter has a base elsewhere",
+        "leave one of them out",
+    )
+
+
+def _files_at(where: Path) -> list[Path]:
+    """List the files of a model: a .gguf file's parts, or what lies in its folder."""
+    if where.is_dir():
+        kinds = (".json", ".safetensors", ".gguf")
+        return sorted(p for p in where.iterdir() if p.suffix.lower() in kinds)
+    return all_parts(where) if where.is_file() and is_gguf(where) else [where]
 
 
 def _base_run(ckpt: checkpoint.Checkpoint, device: torch.device | str, weights: str) -> Run:
@@ -200,6 +231,7 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     if HUB_NAME.fullmatch(str(folder)) and not Path(folder).parent.exists():
         do += f", or hf:{folder} for a model of the hub"
     folder = Path(folder)
+    _refuse_file(folder)
     check(folder.is_dir(), f"{folder}", "no such folder", do)
     if (folder / checkpoint.MANIFEST).is_file():
         return folder
@@ -212,11 +244,60 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     stage = _meant_stage(stages)
     if stage is not None:
         return find_checkpoint(stage)
+    refuse_pointers(sorted(folder.glob("step-*/*.safetensors")))
+    if not stages and not why:
+        _refuse_folder(folder)
     names = ", ".join(p.name for p in stages) or "none"
     found = "; ".join(why) or f"stages found: {names}"
-    inside = sorted(p.name for p in folder.iterdir() if is_gguf(p))
-    check(not inside, f"{folder}", f"a folder of {few(inside)}", "give the .gguf file itself")
     raise ValueError(f"{folder}: no usable checkpoint ({found}); give a stage's folder")
+
+
+def _refuse_file(path: Path) -> None:
+    """Raise ValueError for a file that no model can be read from, and say what it is."""
+    if not path.is_file():
+        return
+    what = "a file, but no .gguf file"
+    do = "give a .gguf file, a model's folder or a folder that train.py wrote"
+    if path.suffix in PICKLED:
+        what = "pickled weights can run code and are not read"
+        do = "give the model's folder, with its weights as .safetensors"
+    elif path.suffix == ".safetensors":
+        what = "weights alone"
+        do = "give the folder in which config.json and tokenizer.json lie beside them"
+    raise ValueError(f"{path}: {what}; {do}")
+
+
+def _refuse_folder(folder: Path) -> None:
+    """Raise ValueError for a folder that lacks a part of a model, and say which."""
+    names = sorted(p.name for p in folder.iterdir())
+    check(bool(names), f"{folder}", "an empty folder", "give a model's, or one train.py wrote")
+    inside = [name for name in names if is_gguf(Path(name))]
+    check(not inside, f"{folder}", f"a folder of {few(inside)}", "give the .gguf file itself")
+    there = {Path(name).suffix for name in names}
+    check(
+        "config.json" not in names,
+        f"{folder}",
+        "its config.json names no model_type, and there is no manifest.json of train.py",
+        "copy the folder again",
+    )
+    check(
+        ".safetensors" not in there,
+        f"{folder}",
+        "weights without a config.json",
+        "copy the model's config.json and tokenizer.json there",
+    )
+    check(
+        not there & {*PICKLED},
+        f"{folder}",
+        "pickled weights can run code and are not read",
+        "convert them to .safetensors, and copy the model's config.json there",
+    )
+    check(
+        not {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} & {*names},
+        f"{folder}",
+        "a tokenizer without a model",
+        "copy the model's config.json and .safetensors files there",
+    )
 
 
 def _is_stage(path: Path) -> bool:
@@ -281,8 +362,10 @@ def _at_commit(where: str, options: dict) -> tuple[str, dict]:
 def _load_whole(where: str, adapter: str, device: torch.device | str, options: dict) -> Run:
     """Load the base of the adapter that lies at `adapter`. ValueError where it is not there, or is
     an adapter itself."""
+    if where.startswith("hf:"):
+        return load_pretrained(where, device, **options)
     check(
-        where.startswith("hf:") or Path(where).exists(),
+        Path(where).exists(),
         f"{adapter} adapts {where}",
         "that is gone",
         "move base and adapter together, or say where it is with --init_from",
@@ -364,20 +447,23 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     weights: str = "float32",
     revision: str = "",
+    folder: Path | None = None,
 ) -> Run:
     """Load a model and its tokenizer from a Hugging Face folder, a .gguf file or hf:ORG/NAME.
 
     weights: float32 or bfloat16, the dtype the weights are held in; revision: branch, tag or commit
-    of an hf: model. Raises ValueError, one line, naming what is missing or not supported."""
+    of an hf: model; folder: where that has been downloaded to. Raises ValueError, one line, naming
+    what is missing or not supported."""
     text = str(where)
     from_hub = text.startswith("hf:")
-    path = hub_folder(text[3:], revision) if from_hub else Path(text)
-    only_added = from_hub and not (path / "config.json").exists() and (path / WEIGHTS).exists()
+    path = Path(text)
+    if from_hub:
+        path = folder or hub_folder(text[3:], revision)
     check(
-        not only_added,
+        not is_peft(path),
         text,
         "an adapter, not a model",
-        "download its folder with PEFT's adapter_config.json in it, and give that",
+        "give the model that it adapts",
     )
     files = open_gguf(path) if is_gguf(path) else open_folder(path)
     if from_hub:

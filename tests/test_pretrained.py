@@ -505,7 +505,7 @@ def test_folder_that_names_no_model_type_is_refused(folder):
     name, and as a run by the lack of one."""
     edit(folder, model_type=...)
     assert "model_type=None" in error_line(load_pretrained, folder)
-    assert "no usable checkpoint" in error_line(load_run, folder)
+    assert "its config.json names no model_type" in error_line(load_run, folder)
 
 
 def test_too_large_for_bfloat16_is_refused(folder):
@@ -547,7 +547,7 @@ def test_malicious_pickle_in_a_models_folder_never_runs(folder, file, kind):
 
 def fake_hub(monkeypatch, answer) -> list[tuple]:
     """Put a huggingface_hub in place whose snapshot_download records its arguments and gives, or
-    raises, `answer`."""
+    raises, `answer`: one for all names, or one for each."""
     asked = []
     hub = types.ModuleType("huggingface_hub")
 
@@ -555,7 +555,7 @@ def fake_hub(monkeypatch, answer) -> list[tuple]:
         asked.append((name, how))
         if isinstance(answer, Exception):
             raise answer
-        return str(answer)
+        return str(answer[name] if isinstance(answer, dict) else answer)
 
     hub.snapshot_download = snapshot_download
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
@@ -573,12 +573,26 @@ def test_hub_model_loads_at_the_revision_asked_for(tmp_path, monkeypatch):
     assert run.base == "hf:org/name@0123abcd" and run.tokenizer.name.startswith("org-name-")
 
 
-def test_adapter_on_the_hub_is_called_one(tmp_path, monkeypatch):
-    """A repository that holds an adapter alone is said to, with what to do."""
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    fake_hub(monkeypatch, tmp_path)
-    line = error_line(load_run, "hf:org/name")
-    assert line.startswith("hf:org/name: an adapter, not a model; download its folder")
+def test_adapter_on_the_hub_loads_on_the_base_that_it_names(tmp_path, monkeypatch):
+    """hf:ORG/NAME of an adapter that PEFT wrote is it, on the model of the hub that it names, at
+    that one's own revision: the adapter's folder from the disk is the same; as a base it is refused
+    by name."""
+    base = write_folder(tmp_path / "0123abcd", config_json())
+    model = load_run(base).model
+    lora.attach(model, AdapterConfig(adapter="lora", r=2, alpha=3.0))
+    for p in lora.adapter_state(model).values():
+        torch.nn.init.normal_(p, std=0.2)
+    lora.export_peft(model, tmp_path / "adapter", "org/base")
+    asked = fake_hub(monkeypatch, {"org/base": base, "org/name": tmp_path / "adapter"})
+    run = load_run("hf:org/name", revision="v1")
+    assert [(n, how["revision"]) for n, how in asked] == [("org/name", "v1"), ("org/base", "main")]
+    assert "adapter_config.json" in asked[0][1]["allow_patterns"]
+    assert run.base == "hf:org/base@0123abcd" and run.adapter.r == 2
+    found = lora.adapter_state(load_run(tmp_path / "adapter").model)
+    for name, p in lora.adapter_state(run.model).items():
+        assert torch.equal(p, found[name]) and torch.equal(p, lora.adapter_state(model)[name])
+    line = error_line(load_run, "hf:org/name", base="hf:org/name")
+    assert line.startswith("hf:org/name: an adapter, not a model")
 
 
 @pytest.mark.parametrize("name", ["hf:", "hf:name", "hf:a/b/c", "hf:/name", "hf:org/"])

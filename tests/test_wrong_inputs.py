@@ -88,6 +88,11 @@ TABLE = (
     Wrong("sample", "--out_dir={d}/run --prompt=", "an empty prompt"),
     Wrong("sample", "--out_dir={d}/run --chat --prompt=hi", "no chat template"),
     Wrong("sample", "--init_from={d}/run --revision=main", "revision='main'"),
+    Wrong(
+        "sample", "--out_dir={d}/run --init_from={d}/run", "only an adapter has a base elsewhere"
+    ),
+    Wrong("export", "--out_dir={d}/run --init_from={d}/run --to={d}/a", "leave one of them out"),
+    Wrong("bench", "select --out_dir={d}/run --init_from={d}/run", "leave one of them out"),
     Wrong("bench", "nonsense", "what='nonsense'"),
     Wrong("bench", "train --n_head=3 --n_kv_head=2", "n_head=3"),
     Wrong("export", "--out_dir={d}/run", "give --to=DIR"),
@@ -102,7 +107,7 @@ TABLE = (
     Wrong("train", "--stage=pretrain --out_dir={d}/texts", "is not empty"),
     Wrong("train", "--stage=pretrain --out_dir={d}/busy", "another run is at work in it"),
     Wrong("train", "--stage=adapt --init_from={d}/missing", "{d}/missing: no such folder"),
-    Wrong("train", "--stage=adapt --init_from={d}/note.txt", "{d}/note.txt: no such folder"),
+    Wrong("train", "--stage=adapt --init_from={d}/note.txt", "note.txt: a file, but no .gguf file"),
     Wrong("train", "--stage=pretrain --data_dir={d}/note.txt", "give --data_dir=DIR"),
     Wrong("eval", "--out_dir={d}/missing", "{d}/missing: no such folder"),
     Wrong("eval", "--out_dir={d}/run --results={d}/note.txt", "note.txt: is a file"),
@@ -125,8 +130,15 @@ TABLE = (
     Wrong("sample", "--out_dir={d}/run --prompt_file={d}/latin", "prompt_file={d}/latin"),
     Wrong("sample", "--init_from={d}/cut.gguf", "cut.gguf cannot be read as GGUF"),
     Wrong("sample", "--init_from={d}/absurd.gguf", "absurd.gguf cannot be read as GGUF"),
-    Wrong("sample", "--init_from={d}/pointer.gguf", "pointer.gguf cannot be read as GGUF"),
-    Wrong("sample", "--init_from={d}/no_config", "no_config: no usable checkpoint"),
+    Wrong("sample", "--init_from={d}/pointer.gguf", "pointer.gguf: a Git LFS pointer"),
+    Wrong("export", "--init_from={d}/pointers --to={d}/a", "pointers/model.safetensors: a Git LFS"),
+    Wrong("sample", "--out_dir={d}/pointer_run", "run git lfs pull in {d}/pointer_run"),
+    Wrong("sample", "--init_from={d}/weights.bin", "weights.bin: pickled weights can run code"),
+    Wrong("sample", "--init_from={d}/no_config/model.safetensors", "safetensors: weights alone"),
+    Wrong("sample", "--init_from={d}/no_config", "no_config: weights without a config.json"),
+    Wrong("sample", "--init_from={d}/tokenizer", "tokenizer: a tokenizer without a model"),
+    Wrong("sample", "--init_from={d}/pickled", "pickled: pickled weights can run code"),
+    Wrong("sample", "--init_from={d}/untyped", "untyped: its config.json names no model_type"),
     Wrong("sample", "--init_from={d}/bad_config", "bad_config/config.json cannot be read as JSON"),
     Wrong(
         "sample", "--init_from={d}/deep_config", "deep_config/config.json cannot be read as JSON"
@@ -135,7 +147,7 @@ TABLE = (
     Wrong("sample", "--init_from={d}/huge_model", "huge_model"),
     Wrong("eval", "--out_dir={d}/cut_run", "model.safetensors has 500 bytes"),
     Wrong("eval", "--out_dir={d}/edited_run", "model.safetensors is damaged"),
-    Wrong("export", "--out_dir={d}/empty_run --to={d}/exported", "empty_run: no usable checkpoint"),
+    Wrong("export", "--out_dir={d}/empty_run --to={d}/exported", "empty_run: an empty folder"),
 )
 
 
@@ -148,14 +160,23 @@ def make_files(d: Path) -> None:
     flags = ["--stage=pretrain", "--pretrain_steps=1", "--eval_sequences=1"]
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
         runs.pretrain(d / "run", f"text:{corpus}", *flags)
-    for name in ("cut_run", "edited_run"):
+    for name in ("cut_run", "edited_run", "pointer_run"):
         subprocess.run(["cp", "-r", d / "run", d / name], check=True)
     weights = next((d / "cut_run").rglob("model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:500])
     weights = next((d / "edited_run").rglob("model.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    for name in ("busy", "empty_run", "no_config"):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    next((d / "pointer_run").rglob("model.safetensors")).write_text(pointer)
+    for name in ("busy", "empty_run", "no_config", "pickled", "pointers", "tokenizer", "untyped"):
         (d / name).mkdir()
+    save_file({"a": torch.zeros(1)}, d / "no_config" / "model.safetensors")
+    (d / "weights.bin").write_bytes(b"PK")
+    (d / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
+    (d / "pointers" / "model.safetensors").write_text(pointer)
+    (d / "pointers" / "config.json").write_text('{"model_type": "llama"}')
+    (d / "tokenizer" / "tokenizer.json").write_text("{}")
+    (d / "untyped" / "config.json").write_text("{}")
     deep = "[" * 10**5
     (d / "note.txt").write_text("one document only")
     (d / "empty").touch()
@@ -165,7 +186,7 @@ def make_files(d: Path) -> None:
     (d / "body.jsonl").write_text('{"body": "a"}\n{"body": "b"}')
     (d / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
     (d / "absurd.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 10**12, 10**12) + bytes(64))
-    (d / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    (d / "pointer.gguf").write_text(pointer)
     huge = {
         "model_type": "llama",
         "hidden_size": 10**12,

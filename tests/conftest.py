@@ -3,6 +3,7 @@
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 import lora
 import train
+from report import figures
 from runs import adapt_arguments, pretrain
 from training import loop as trainer
 from training.adapters import adapt_stage, adaptation
@@ -63,6 +65,33 @@ def one_thread(tmp_path_factory):
         m.setenv("OMP_NUM_THREADS", "1")
         m.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pyplot():
+    """Figures are made, but nothing is drawn, which takes a second for each: their files are empty
+    but where a test asks for `pictures`. What draws, for that fixture."""
+    drawing = figures.pyplot
+
+    def undrawn() -> SimpleNamespace:
+        plt = drawing()
+
+        def subplots(*args, **kwargs):
+            fig, axes = plt.subplots(*args, **kwargs)
+            fig.savefig = lambda path, **_: Path(path).touch()
+            return fig, axes
+
+        return SimpleNamespace(subplots=subplots, close=plt.close)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(figures, "pyplot", undrawn)
+        yield drawing
+
+
+@pytest.fixture
+def pictures(pyplot, monkeypatch):
+    """Pictures are drawn."""
+    monkeypatch.setattr(figures, "pyplot", pyplot)
 
 
 @pytest.fixture

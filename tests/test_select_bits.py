@@ -430,7 +430,7 @@ def test_rows_of_bits(base, measure):
         1 - 4 / 146
     )
     assert rows[6]["cache_bytes"] < rows[5]["cache_bytes"] <= rows[7]["cache_bytes"]
-    assert (measure.folder / "bytes.png").stat().st_size > 5000
+    assert (measure.folder / "bytes.png").is_file()
     earlier = measure.folder.rename(measure.folder.parent / "earlier")
     fixed = measure(
         f"--init_from={base}",

@@ -339,6 +339,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "past": [0],
     "readers": [0],
     "recall": [-0.1, 1.1],
+    "shortest": [-1],
     "pretrain_lr": [0, -1],
     "adapt_lr": [0, -1],
     "warmup": [-0.1, 1.1],

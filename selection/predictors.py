@@ -80,13 +80,16 @@ class HiddenPredictor(nn.Module):
 
     @torch.no_grad()
     def fit(self, prompts: list[Prompt], targets: list[Tensor]) -> None:
-        """Set mean and standard deviation of the targets (L, B, Hm, C, S or 1)."""
+        """Set mean and standard deviation of the targets (L, B, Hm, C, S or 1). One that never
+        changed, but for rounding, is measured by its own size."""
         of_prompts = [self.flat(target) for target in targets]
         flat = torch.cat(of_prompts, 1)
         mean = flat.mean(1, keepdim=True)
         std = flat.std(1, keepdim=True)
+        size = flat.abs().amax(1, keepdim=True)
+        rounding = 8 * torch.finfo(flat.dtype).eps * size
         self.mean.copy_(mean)
-        self.std.copy_(std.clamp_min(TINY))
+        self.std.copy_(torch.where(std > rounding, std, size))
 
     def forward(self, prompt: Prompt, kind: str) -> Tensor:
         """Scores >= 0, (L, B, Hm, C, S or 1), by the loss of this kind: `mse` has trained scores
@@ -105,11 +108,12 @@ class HiddenPredictor(nn.Module):
         return share * scale[:, None, None, None, None]
 
     def loss(self, prompt: Prompt, target: Tensor, kind: str) -> Tensor:
-        """mse: to the normalised target; kl: from the target's shares over a prompt's (token,
-        group) pairs. No padding here."""
+        """mse: to the normalised target, 0 for one that was 0 whenever it was measured; kl: from
+        the target's shares over a prompt's (token, group) pairs. No padding here."""
         out = self.normalised(prompt)
         if kind == "mse":
             want = (self.flat(target) - self.mean) / self.std
+            want = want.masked_fill(self.std == 0, 0)
             return F.mse_loss(out, want)
         logits = self.unflat(out, prompt).flatten(-2)
         return divergence(logits, target.flatten(-2))
@@ -228,14 +232,16 @@ class QueryPredictor(nn.Module):
         return torch.stack(scores).transpose(2, 3)
 
     def of_query(self, prompt: Prompt) -> Tensor:
-        """Products of keys with a summary of the query region: (L, B, Hkv, C)."""
+        """Products of keys with a summary of the asking tokens: (L, B, Hkv, C)."""
         C = prompt.n_context
         dtype = self.up.dtype
         up = self.query_up[prompt.layers]
         down = self.query_down[prompt.layers]
-        region = [x[:, C:].mean(1) for x in prompt.x]
-        region = torch.stack(region).to(dtype)  # (L, B, E)
-        u = F.gelu(region @ up) @ down
+        weight = prompt.real[:, prompt.asking].float()
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)  # (B, W)
+        means = [weight.unsqueeze(1).to(x) @ x[:, prompt.asking] for x in prompt.x]  # (B, 1, E)
+        asking = torch.stack(means).squeeze(2).to(dtype)  # (L, B, E)
+        u = F.gelu(asking @ up) @ down
         k = prompt.keys[..., :C, :].to(dtype)
         u = u.unflatten(-1, (k.size(2), -1))
         u = u.unsqueeze(-1)  # (L, B, Hkv, D, 1)

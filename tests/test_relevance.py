@@ -76,6 +76,7 @@ def row_of(p: Prompt, b: int) -> Prompt | None:
         None,
         p.rope,
         p.oracle[:, b : b + 1, :, n:],
+        observers=p.observers,
     )
 
 
@@ -147,12 +148,14 @@ def past_columns(C: int, past: int) -> list[int]:
 # -------------------- signals without parameters
 
 
+@pytest.mark.parametrize("observers", [0, 4, 30, 200])
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
-def test_observed_is_the_mean_attention_of_the_query_region(pad):
-    """Softmax by softmax over what each query may see, padding left out; pooling is a maximum over
-    real neighbours, none with pool=1."""
-    p, _ = prompt_of(pad)
-    want = attention(p, list(range(p.n_context, p.T)))
+def test_observed_is_the_mean_attention_of_the_asking_tokens(pad, observers):
+    """Softmax by softmax over what each query may see, padding left out, of the query region or of
+    fewer or more tokens; pooling is a maximum over real neighbours, none with pool=1."""
+    p, _ = prompt_of(pad, observers=observers)
+    asking = range(max(0, p.T - observers) if observers else p.n_context, p.T)
+    want = attention(p, list(asking))
     torch.testing.assert_close(p.observed.double(), want, **CLOSE)
     for pool in (1, 5):
         got = on_real(relevance.observed(p, dataclasses.replace(CFG, pool=pool)), p)
@@ -321,6 +324,29 @@ def drawn_predictor(
     return p.double()
 
 
+def test_predictor_of_a_target_that_never_changed_stays_sane():
+    """A target that was the same for every token that was measured, but for rounding, or always 0,
+    makes no loss explode, neither then nor when another text changes it; what never was more than 0
+    is predicted as 0, and the others are normalised as before."""
+    p, _ = prompt_of()
+    p = dataclasses.replace(p, x=[x.float() for x in p.x])
+    torch.manual_seed(3)
+    predictor = HiddenPredictor(L, E, HKV, HKV)
+    target = torch.rand(L, 3, HKV, p.n_context, 1) * 1e-3
+    target[0, :, 0] = 0.3
+    target[1, :, 1] = 0
+    predictor.fit([p, p], [target, target])
+    std = predictor.std[:, 0]
+    assert std[0, 0] == target[0, 0, 0, 0, 0] and std[1, 1] == 0
+    both = torch.cat((target, target), 1)
+    spread = both.transpose(1, 2).flatten(2).std(-1)
+    torch.testing.assert_close(std[0, 1:], spread[0, 1:])
+    for changed in (target, target + 1e-4):
+        assert predictor.loss(p, changed, "mse") < 3
+    scores = predictor(p, "mse")
+    assert (scores[1, :, 1] == 0).all() and scores.isfinite().all()
+
+
 def score(name: str, p: Prompt, cfg: SelectConfig = CFG) -> torch.Tensor:
     """Scores of a signal by its name in DEPTH_FREE: (L or 1, B, Hkv or 1, C) or (L, B, Hkv, C, S or
     1)."""
@@ -330,11 +356,15 @@ def score(name: str, p: Prompt, cfg: SelectConfig = CFG) -> torch.Tensor:
     return drawn_predictor(name)(p, kind or cfg).detach()
 
 
-@pytest.mark.parametrize("name", DEPTH_FREE)
-def test_a_padded_row_scores_as_it_does_alone(name):
-    """Neither a row's padding nor the batch around it changes what its tokens score. A row without
-    context makes no number infinite or undefined elsewhere."""
-    p, _ = prompt_of(PAD)
+@pytest.mark.parametrize(
+    "name, observers",
+    [*((name, 0) for name in DEPTH_FREE), ("observed", 75), ("predictor_query", 75)],
+)
+def test_a_padded_row_scores_as_it_does_alone(name, observers):
+    """Neither a row's padding nor the batch around it changes what its tokens score, where more
+    tokens are observed than the row has, too. A row without context makes no number infinite or
+    undefined elsewhere."""
+    p, _ = prompt_of(PAD, observers=observers)
     whole = score(name, p)
     for b, first in enumerate(PAD[:2]):
         mine = whole.expand(whole.size(0), 3, *whole.shape[2:])[:, b, :, first:]
@@ -530,18 +560,19 @@ def query_scores(
     )
     s = s + gelu(p.x[i][b, t] @ net.token_up[i]) @ net.token_down[i, :, h]
     u = (
-        gelu(p.x[i][b, p.n_context :].mean(0) @ net.query_up[i])
+        gelu(p.x[i][b, p.T - (p.observers or p.T - p.n_context) :].mean(0) @ net.query_up[i])
         @ net.query_down[i, :, h * D : (h + 1) * D]
     )
     return s + p.k[i][b, h, t] @ u / math.sqrt(D)
 
 
-def test_query_predictor_is_its_formula_and_its_loss_a_kl_divergence():
+@pytest.mark.parametrize("observers", [0, 20])
+def test_query_predictor_is_its_formula_and_its_loss_a_kl_divergence(observers):
     """alpha is the softmax of the token-by-token log-scores times the observed attention of the
     context; the loss is the KL divergence from the shares of the target, a mean over layers, rows
     and heads; its gradients reach every parameter, at the start every last one of a network."""
     net = drawn_predictor("predictor_query")
-    (p, _) = prompt_of(C=37)
+    (p, _) = prompt_of(C=37, observers=observers)
     net.fit([p], CFG)
     f = net.features(p, CFG)
     torch.testing.assert_close(net.mean, f.double().mean((2, 3)), rtol=1e-4, atol=1e-5)
@@ -551,7 +582,7 @@ def test_query_predictor_is_its_formula_and_its_loss_a_kl_divergence():
     target = torch.rand(L, 3, HKV, 37, dtype=torch.float64)
     terms = []
     alpha = net(p, CFG).detach().double()
-    observed = attention(p, list(range(37, 48)))
+    observed = attention(p, list(range(48 - (observers or 11), 48)))
     for i in range(L):
         for b in range(3):
             for h in range(HKV):

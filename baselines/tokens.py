@@ -135,11 +135,15 @@ def expected_attention_closed(prompt: Prompt, cfg: SelectConfig) -> Tensor:
     left out of all of it: they are kept anyway.
 
     Differs: the value's norm is taken in the coordinates that are cut into groups: in the output
-    basis that is the norm of what W_o writes, in the native one the value's own. Nothing is added
-    to a share before the norm, and every head has a budget of its own; the authors' experiments add
-    0.01 and let the heads of a layer share one. Positions past the model's context are left out of
-    the mean rotation. (`expected_attention`, without `_closed`, is this project's trained
-    network.)"""
+    basis that is the norm of what W_o writes, in the native one the value's own. Positions past the
+    model's context are left out of the mean rotation.
+
+    Budgets are those of the authors' library by its defaults (kvpress, ExpectedAttentionPress):
+    every KV head of a layer keeps as many tokens as the others, the first four among them
+    (n_sink), and nothing is added to a share before the norm (epsilon = 0). Their leaderboard's
+    entry adds 0.01 and lets the heads of a layer share one budget (AdaKVPress, which leaves every
+    head a part of its own): --allocation=layer is the nearest here. (`expected_attention`, without
+    `_closed`, is this project's trained network.)"""
     number = (prompt.column - prompt.start).clamp_min(0)  # (B or 1, T)
     counted = prompt.real & (number >= cfg.sinks)
     only_first = ~counted.any(-1, keepdim=True)  # rows that have no other tokens

@@ -226,6 +226,21 @@ def test_tova_keeps_one_set_of_tokens_for_the_heads_of_a_layer():
     assert torch.equal(choice.mask, want.unsqueeze(-1).expand_as(choice.mask))
 
 
+def test_expected_attention_keeps_as_many_tokens_in_every_head():
+    """As published every KV head keeps the same floor(share * n) tokens, the first four of the row
+    among them."""
+    model = tiny_model()
+    way = SelectConfig(token_relevance="expected_attention_closed", token_keep=0.3, value_keep=1.0)
+    cfg = as_published(way, frozenset())
+    selector.attach(model, KVConfig(kv="select", n_groups=4), cfg, [tokens(2, 40)])
+    p, _ = prompt_of(PAD, C=83, n_groups=4)
+    keep = model.selector.choose(p).keep
+    for b, first in enumerate(PAD[:2]):
+        assert (keep[:, b].sum(-1) == int(0.3 * (83 - first))).all()
+        assert keep[:, b, :, first : first + 4].all()
+    assert keep.flatten(0, 2).any(0).sum() > keep[0, 0, 0].sum()  # each has its own
+
+
 def test_rows_of_published_methods_have_their_own_allocation():
     """Without flags each method that drops tokens shares budgets and keeps first tokens as it was
     published; --allocation and --sinks, each for itself, decide where they are given; the
@@ -240,6 +255,7 @@ def test_rows_of_published_methods_have_their_own_allocation():
             want = replace(before, **{k: v for k, v in own._asdict().items() if k not in given})
             assert way == want
     assert PUBLISHED["tova"] == ("layer", 0) and PUBLISHED["snapkv"] == ("head", 0)
+    assert PUBLISHED["expected_attention_closed"] == ("head", 4)
     assert {w.token_relevance for w in ways} == {*names, ""}
 
 

@@ -1,7 +1,9 @@
 """Fixtures that several test files use; none is used unless a file or a test asks for it."""
 
+import functools
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,25 @@ from runs import adapt_arguments, pretrain
 from training import loop as trainer
 from training.adapters import adapt_stage, adaptation
 from training.base import load_base
+
+
+def check_nothing_in_vain() -> None:
+    """Triton's interpreter widens every sum and product of integers to see whether it overflows,
+    and without `debug` drops what it saw; and looks for numpy's type in a dictionary that it makes
+    at every call. Half of its time: nothing else changes."""
+    try:
+        from triton.runtime import interpreter
+
+        builder = interpreter.interpreter_builder
+        options = replace(builder.options, sanitize_overflow=builder.options.debug)
+        of_scalar = functools.cache(interpreter._get_np_dtype)
+    except (ImportError, AttributeError, TypeError):  # another version: as slow as it is
+        return
+    builder.options = options
+    pointers = interpreter.tl.pointer_type
+    interpreter._get_np_dtype = lambda ty: of_scalar(
+        interpreter.tl.uint64 if isinstance(ty.scalar, pointers) else ty.scalar
+    )
 
 
 def patch_once() -> None:
@@ -53,6 +74,7 @@ def patch_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     patch_once()
+    check_nothing_in_vain()
 
 
 @pytest.fixture(scope="session", autouse=True)

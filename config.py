@@ -20,11 +20,15 @@ from settings.fields import check, check_choice, check_fields, comma_list, count
 
 LONGEST_CONTEXT = 2**21  # tokens that the table of rotations may have
 ROPE_SCALINGS = ("llama3", "linear", "yarn")
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("silu", "gelu_tanh", "relu")
+POSITIONS = ("rope", "learned")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the transformer (Llama family). Sizes in units of features, tokens or heads."""
+    """Shape of the transformer: Llama's, and what other families do otherwise (docs/models.md).
+    Sizes in units of features, tokens or heads."""
 
     vocab_size: int = opt(257, "size of the vocabulary (set from the tokenizer)", least=1)
     block_size: int = opt(256, "longest context in tokens", least=1, most=LONGEST_CONTEXT)
@@ -33,7 +37,7 @@ class ModelConfig:
     n_head: int = opt(8, "query heads H", least=1)
     n_kv_head: int = opt(8, "KV heads Hkv; must divide n_head", least=1)
     head_dim: int = opt(16, "head dimension D; even, and divisible by the value groups S", least=1)
-    n_inner: int = opt(344, "width of the SwiGLU MLP", least=1)
+    n_inner: int = opt(344, "width of the MLP", least=1)
     rope_theta: float = opt(10000.0, "base of the rotary embedding", above=0)
     rope_scaling: str = opt(
         "llama3",
@@ -56,8 +60,14 @@ class ModelConfig:
     rope_attention: float = opt(
         1.0, "YaRN: queries and keys are both multiplied by this before attention", above=0
     )
-    norm_eps: float = opt(1e-5, "epsilon of RMSNorm", above=0)
+    norm_eps: float = opt(1e-5, "epsilon of the norms", above=0)
     qkv_bias: bool = opt(False, "bias on the q, k and v projections (Qwen2)")
+    qk_norm: bool = opt(False, "normalise every query and key of a head before RoPE (Qwen3)")
+    norm: str = opt("rms", "rms: RMSNorm; layer: LayerNorm with a bias (OPT)", NORMS)
+    activation: str = opt("silu", "nonlinearity of the MLP", ACTIVATIONS)
+    gated_mlp: bool = opt(True, "the MLP multiplies two branches (SwiGLU); False: has one (OPT)")
+    out_bias: bool = opt(False, "bias on the output projection and in the MLP (OPT)")
+    positions: str = opt("rope", "rope: rotations; learned: added to the embedding", POSITIONS)
     tie_embeddings: bool = opt(True, "share the token embedding with the output head")
 
     def __post_init__(self):
@@ -506,6 +516,11 @@ class SelectConfig:
         4,
         "first tokens that are kept before any other, as far as the budget goes (eval.py's rows of "
         "a published method, where this is not given: as it was published)",
+        least=0,
+    )
+    observers: int = opt(
+        0,
+        "a prompt's last tokens whose attention is observed (0: those that stay whole, --kv_tail)",
         least=0,
     )
     pool: int = opt(5, "observed: tokens over which attention is max-pooled (1: none)", least=1)

@@ -3,8 +3,9 @@ their values, are worth storing.
 
 The problem: after a long prompt most of its cache is hardly read. The idea: a prompt is a *context*
 and a *query region*, its last `kv_tail` tokens, which stay whole, as everything generated does.
-From what the query region and earlier queries look at one guesses how much each context token will
-be read, its relevance alpha (selection/). A (token j, group g) pair of the context then scores
+From what that region (or the last `observers` tokens) and earlier queries look at one guesses how
+much each context token will be read, its relevance alpha (selection/). A (token j, group g) pair
+of the context then scores
 
     s_jg = alpha_j^hedge * || v_j^(g) ||          (12, 13; the paper has hedge = 1)
 
@@ -344,7 +345,8 @@ class Selector(nn.Module):
         C = seen[0].z.size(2)
         ints = self.stored.ints
         _, x, q, k, _, z, caches = columns
-        prompt = Prompt(x, q, k, z, C, n_pad, self.rope, self.oracle, 0, self.S)
+        about = (self.rope, self.oracle, 0, self.S, self.cfg.observers)
+        prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
         if self.kv.mask_scope != "shared" and not ints:
             # all layers at once: thirty times fewer kernels
@@ -385,7 +387,7 @@ class Selector(nn.Module):
             raise ValueError(NOBODY_ASKS)
         x, q, k, z = self.see_layers(model, idx, pad)
         context = tuple(t[:, :, :n_context] for t in z)
-        about = dict(pad=pad, rope=self.rope, n_groups=self.S)
+        about = dict(pad=pad, rope=self.rope, n_groups=self.S, observers=self.cfg.observers)
         all_of_it = Prompt(x, q, k, context, n_context, **about)
         asking = n_prompt if n_prompt < all_of_it.T else n_context
         alpha = all_of_it.causal(all_of_it.column[asking:])
@@ -511,7 +513,8 @@ class SelectPath(ValueGroupPath):
         if state.selection is None or not shared:
             alpha = None if s.oracle is None else s.oracle[self.index : self.index + 1]
             lists = ([seen.x], [seen.q], [seen.k], [seen.z])
-            prompt = Prompt(*lists, C, n_pad, s.rope, alpha, self.index, s.S)
+            about = (s.rope, alpha, self.index, s.S, s.cfg.observers)
+            prompt = Prompt(*lists, C, n_pad, *about)
             state.selection = s.choose(prompt)
         self.store(seen, state.selection, n_pad, state.first if shared else None)
         state.first = state.first or seen.cache

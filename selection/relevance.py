@@ -55,6 +55,7 @@ class Prompt:
     oracle: Tensor | None = None  # (L, B, Hkv, C), attention from a diagnostic pass
     first: int = 0  # which compressed layer the lists begin with
     n_groups: int = 1  # groups that a value is cut into
+    observers: int = 0  # tokens whose queries are observed; 0: the query region
 
     @cached_property
     def L(self) -> int:
@@ -107,10 +108,17 @@ class Prompt:
 
     @cached_property
     def observed(self) -> Tensor:
-        """Mean attention of the query region on the context: (L, B, Hkv, C)."""
-        if self.n_context == self.T:
+        """Mean attention of the asking tokens on the context: (L, B, Hkv, C)."""
+        if not len(self.asking):
             raise ValueError(NOBODY_ASKS)
-        return self.causal(self.column[self.n_context :])
+        weight = None if self.pad is None else self.real[:, self.asking].float()
+        return self.causal(self.asking, weight)
+
+    @cached_property
+    def asking(self) -> Tensor:
+        """Columns of the tokens whose queries are observed, the prompt's last: (W,) int64."""
+        n = min(self.observers, self.T) or self.T - self.n_context
+        return self.column[self.T - n :]
 
     def causal(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Attention of neighbouring columns `rows` on the context, each reading what came before

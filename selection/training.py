@@ -136,7 +136,8 @@ def predictor_loss(model: Transformer, idx: Tensor) -> Tensor:
     s = selector_of(model)
     idx = cut(idx, s.cfg.shortest)
     total = 0.0
-    for windows, readers in training_windows(idx, s.cfg.recall, s.kv.kv_tail, s.cfg.readers):
+    region = max(s.kv.kv_tail, s.cfg.observers)
+    for windows, readers in training_windows(idx, s.cfg.recall, region, s.cfg.readers):
         prompt, alpha = training_example(model, windows, readers)
         with torch.autocast(idx.device.type, enabled=False):
             target = targets(s, prompt, alpha)

@@ -1059,6 +1059,27 @@ def test_question_windows_end_with_a_part_of_what_stands_before(n_tokens, region
     assert "give a larger --block_size, or --recall=0" in error_line(question_window, short, region)
 
 
+@pytest.mark.parametrize("prefill", ["exact", "routed"])
+def test_the_tokens_observed_are_those_asked_for(prefill, monkeypatch):
+    """cfg.observers reaches every prompt that is chosen from, trained on or looked at, and with as
+    many as stay whole nothing changes."""
+    m = selecting(prefill=prefill, cfg=config(observers=30), fold=False)
+    idx = tokens(2, 70, seed=4)
+    seen = []
+    choose = m.selector.choose
+    monkeypatch.setattr(m.selector, "choose", lambda p: (seen.append(p), choose(p))[1])
+    with torch.no_grad():
+        m.prefill(idx, m.new_cache(2, 80))
+        assert seen and {len(p.asking) for p in seen} == {30}
+        assert len(training_example(m, idx)[0].asking) == 30
+        caches = [m.new_cache(2, 80) for _ in range(2)]
+        for cache, cfg in zip(caches, (config(observers=W), config()), strict=True):
+            m.selector.set(cfg)
+            m.prefill(idx, cache)
+        after = [m.decode(idx[:, 0], cache) for cache in caches]
+    assert torch.equal(*after)
+
+
 def test_windows_are_cut_into_equal_parts_down_to_the_shortest():
     """A batch is read in order, in windows of one length: the whole, or a half, a quarter, ... of it
     that has at least `shortest` tokens; every one of these turns up, the same for the same batch;

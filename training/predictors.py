@@ -27,7 +27,6 @@ from training.base import (
 from training.loop import Stage
 from training.world import World, share_parameters
 
-LONGEST_CALIBRATION = 8192  # tokens of a batch that is calibrated on: its activations are kept
 # A selection's own defaults, where no flag says otherwise.
 STORAGE = dict(kv_tail=16, reconstructor="zero", value_router="norm")
 PAPER_STORAGE = dict(mask_scope="shared")
@@ -45,9 +44,8 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
     name = cfg.corpus("adapt")
     corpus = corpus_of(args, name, base.tokenizer, window)
     torch.manual_seed(cfg.seed)
-    rows = max(1, min(4, LONGEST_CALIBRATION // window))
     batches = calibration_batches(
-        corpus.train, cfg.seed, batches=6, batch_size=rows, window=window, device=w.device
+        corpus.train, cfg.seed, batches=6, batch_size=4, window=window, device=w.device
     )
     model.requires_grad_(False)
     attach_storage(model, kv, select, batches, cfg.seed)

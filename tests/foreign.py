@@ -1,19 +1,21 @@
 """Models that other projects wrote, tiny and random, and what transformers computes from them: for
 test_pretrained and test_gguf.
 
-transformers runs once per session, in another folder and without our path (our kernels.py shadows a
-package it imports): `theirs`."""
+transformers runs once per session, for all of pytest's processes, in another folder and without our
+path (our kernels.py shadows a package it imports): `theirs`."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_parity import elsewhere
 
 import lora
@@ -363,37 +365,50 @@ def theirs(factory) -> tuple[Path, dict[str, torch.Tensor], dict]:
     """The folder with the models, transformers' logits by name, and what else it said of each.
     factory: pytest's tmp_path_factory."""
     if not _results:
-        folder = factory.mktemp("transformers")
-        jobs = {
-            "folders": THEIR_FOLDERS,
-            "shapes": SHAPES,
-            "definition": definition(),
-            "exports": [*EXPORTS],
-            "text": TEXT,
-            "smol": "",
-            "ids": {},
-        }
-        for name, (shape, *_) in THEIR_FOLDERS.items():
-            jobs["ids"][name] = ids(
-                name, SHAPES[shape]["vocab_size"], 2, 71 if shape == "llama3" else 27
-            ).tolist()
-        for name in EXPORTS:
-            model, adapter = exported_model(name)
-            export(run_of(model, adapter=adapter), folder / name)
-            jobs["ids"][name] = ids(name, OUR_SHAPE["vocab_size"], 2, 57).tolist()
-        if SMOL is not None and HAS_GGUF:
-            jobs["smol"] = str(SMOL)
-            jobs["ids"]["smol"] = smol_ids().tolist()
-            small = random_model(
-                vocab_size=smol().model.cfg.vocab_size,
-                n_embd=2,
-                n_head=1,
-                n_inner=1,
-                head_dim=2,
-                n_layer=1,
-            )
-            export(run_of(small, smol().tokenizer), folder / "smol-tokenizer")
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        out = elsewhere(SCRIPT, folder)
+        shared = factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            shared = shared.parent
+        folder = shared / "transformers"
+        with open(shared / "transformers.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "said.json").exists():
+                ask_transformers(folder)
+        out = load_file(folder / "out.safetensors")
         _results["all"] = folder, out, json.loads((folder / "said.json").read_text())
     return _results["all"]
+
+
+def ask_transformers(folder: Path) -> None:
+    """Leave in the folder the models, out.safetensors (logits by name) and said.json."""
+    folder.mkdir()
+    jobs = {
+        "folders": THEIR_FOLDERS,
+        "shapes": SHAPES,
+        "definition": definition(),
+        "exports": [*EXPORTS],
+        "text": TEXT,
+        "smol": "",
+        "ids": {},
+    }
+    for name, (shape, *_) in THEIR_FOLDERS.items():
+        jobs["ids"][name] = ids(
+            name, SHAPES[shape]["vocab_size"], 2, 71 if shape == "llama3" else 27
+        ).tolist()
+    for name in EXPORTS:
+        model, adapter = exported_model(name)
+        export(run_of(model, adapter=adapter), folder / name)
+        jobs["ids"][name] = ids(name, OUR_SHAPE["vocab_size"], 2, 57).tolist()
+    if SMOL is not None and HAS_GGUF:
+        jobs["smol"] = str(SMOL)
+        jobs["ids"]["smol"] = smol_ids().tolist()
+        small = random_model(
+            vocab_size=smol().model.cfg.vocab_size,
+            n_embd=2,
+            n_head=1,
+            n_inner=1,
+            head_dim=2,
+            n_layer=1,
+        )
+        export(run_of(small, smol().tokenizer), folder / "smol-tokenizer")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    elsewhere(SCRIPT, folder)

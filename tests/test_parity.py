@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +21,8 @@ from model import Transformer
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
-needs_peft = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None or importlib.util.find_spec("peft") is None,
-    reason="transformers or peft is not installed",
-)
+HAS_PEFT = all(map(importlib.util.find_spec, ("transformers", "peft")))
+needs_peft = pytest.mark.skipif(not HAS_PEFT, reason="transformers or peft is not installed")
 
 VOCAB = 61
 CONTEXT = 29
@@ -101,13 +100,11 @@ for name, case in json.load(open("cases.json")).items():
         out[name + ".padded"] = model(input_ids=idx, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)).logits
         out[name + ".greedy"] = model.generate(idx, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None,
                                                pad_token_id=0)
-save_file(out, "out.safetensors")
 """
 )
+SAVE = 'save_file(out, "out.safetensors")'
 
-PEFT = (
-    BUILD
-    + """
+PEFT = """
 import logging, warnings
 from peft import PeftModel
 
@@ -118,7 +115,7 @@ class Keep(logging.Handler):
 keep = Keep(logging.WARNING)
 for name in (None, "transformers", "peft"):
     logging.getLogger(name).addHandler(keep)
-case, out, said = json.load(open("case.json")), {}, {}
+case, said = json.load(open("case.json")), {}
 for name in case["adapters"]:
     heard = []
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
@@ -133,10 +130,8 @@ for name in case["adapters"]:
         out[name] = model(torch.tensor(case["ids"])).logits
         out[name + ".merged"] = model.merge_and_unload()(torch.tensor(case["ids"])).logits
     said[name] = heard + [f"{w.category.__name__}: {w.message}" for w in caught]
-save_file(out, "out.safetensors")
 json.dump(said, open("said.json", "w"))
 """
-)
 
 
 def build(arch: str, tied: bool) -> Transformer:
@@ -184,7 +179,8 @@ def save(model: Transformer, path) -> None:
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """What transformers computes from our weights, all six models in one process."""
+    """What transformers computes from our weights, all six models, and PEFT with our adapters: one
+    process, which leaves what PEFT said in `said`."""
     folder = tmp_path_factory.mktemp("transformers")
     cases = {}
     for name, (arch, tied) in CASES.items():
@@ -197,7 +193,11 @@ def theirs(tmp_path_factory):
             "pad": PAD.tolist(),
         }
     (folder / "cases.json").write_text(json.dumps(cases))
-    return elsewhere(LOGITS, folder)
+    if not HAS_PEFT:
+        return elsewhere(LOGITS + SAVE, folder), {}
+    write_adapters(folder)
+    out = elsewhere(LOGITS + PEFT + SAVE, folder)
+    return out, json.loads((folder / "said.json").read_text())
 
 
 @needs_transformers
@@ -207,7 +207,7 @@ def test_logits_equal_transformers(name, theirs):
     absolute, the logits being of order 1 to 5."""
     with torch.no_grad():
         got = build(*CASES[name])(ids())
-    want = theirs[f"{name}.logits"]
+    want = theirs[0][f"{name}.logits"]
     assert want.std() > 0.8 and (got - want).abs().max() <= TOLERANCE
 
 
@@ -218,11 +218,12 @@ def test_padded_logits_equal_transformers(name, theirs):
     real token."""
     with torch.no_grad():
         got = build(*CASES[name])(ids(), pad=PAD)
-    want = theirs[f"{name}.padded"]
+    out, _ = theirs
+    want = out[f"{name}.padded"]
     for b, p in enumerate(PAD.tolist()):
         assert (got[b, p:] - want[b, p:]).abs().max() <= TOLERANCE
         # the padding made a difference
-        assert p == 0 or (want[b, p:] - theirs[f"{name}.logits"][b, p:]).abs().max() > 0.1
+        assert p == 0 or (want[b, p:] - out[f"{name}.logits"][b, p:]).abs().max() > 0.1
 
 
 @needs_transformers
@@ -232,7 +233,7 @@ def test_greedy_tokens_equal_transformers(name, theirs):
     generate."""
     prompts = [row[p:] for row, p in zip(ids().tolist(), PAD.tolist(), strict=True)]
     rows, _ = generate(build(*CASES[name]), prompts, 6)
-    assert rows == theirs[f"{name}.greedy"][:, 17:].tolist()
+    assert rows == theirs[0][f"{name}.greedy"][:, 17:].tolist()
     assert len({tuple(r) for r in rows}) == 3
 
 
@@ -257,11 +258,8 @@ def adapted(targets: str) -> Transformer:
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def peft(tmp_path_factory):
-    """Logits and warnings of PEFT with our exported adapters, and with one whose key prefix is
-    wrong; one process."""
-    folder = tmp_path_factory.mktemp("peft")
+def write_adapters(folder: Path) -> None:
+    """The base, our exported adapters, and one whose key prefix is wrong."""
     base = build("llama", False)
     save(base, folder / "base.safetensors")
     for name, targets in ADAPTERS.items():
@@ -280,29 +278,27 @@ def peft(tmp_path_factory):
             {"config": vars(base.cfg), "ids": ids().tolist(), "adapters": [*ADAPTERS, "wrong"]}
         )
     )
-    out = elsewhere(PEFT, folder)
-    return out, json.loads((folder / "said.json").read_text())
 
 
 @needs_peft
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_exported_lora_loads_in_peft(name, peft):
+def test_exported_lora_loads_in_peft(name, theirs):
     """PEFT loads our export without a word, and its logits, adapter apart and merged, are ours to
     1e-5 and far from the base's."""
-    out, said = peft
+    out, said = theirs
     got = adapted(ADAPTERS[name])(ids()).detach()
     base = build("llama", False)(ids()).detach()
     assert said[name] == []
     assert (out["base"] - base).abs().max() <= TOLERANCE
-    for theirs in (out[name], out[f"{name}.merged"]):
-        assert (theirs - got).abs().max() <= TOLERANCE
-        assert (theirs - out["base"]).abs().max() > 1e-2
+    for logits in (out[name], out[f"{name}.merged"]):
+        assert (logits - got).abs().max() <= TOLERANCE
+        assert (logits - out["base"]).abs().max() > 1e-2
 
 
 @needs_peft
-def test_wrong_key_prefix_is_heard_in_peft(peft):
+def test_wrong_key_prefix_is_heard_in_peft(theirs):
     """The control: with a wrong prefix PEFT only warns and leaves the base as it is, so the silence
     above means something."""
-    out, said = peft
+    out, said = theirs
     assert any("missing" in line for line in said["wrong"])
     assert torch.equal(out["wrong"], out["base"])

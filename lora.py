@@ -151,8 +151,8 @@ class BlockRouter(Gate):
         self.current = self(as_trained(args[0], self.linear.weight))
 
 
-# runs before its siblings, on the block's input
-_FIRST = {"self_attn": "q_proj", "mlp": "gate_proj"}
+# run before their siblings, on the block's input: the first of them that there is
+_FIRST = {"self_attn": ("q_proj",), "mlp": ("gate_proj", "up_proj")}
 _PARENT = {
     "q": "self_attn",
     "k": "self_attn",
@@ -185,6 +185,12 @@ def attach(model: nn.Module, cfg: AdapterConfig) -> nn.Module:
             parent_name = _PARENT[target]
             parent = getattr(block, parent_name)
             old = getattr(parent, f"{target}_proj")
+            check(
+                old is not None,
+                f"lora_targets={cfg.lora_targets}",
+                "the model's MLP has no gate",
+                "leave gate out",
+            )
             shape = (
                 old.in_features,
                 old.out_features,
@@ -216,9 +222,8 @@ def attach(model: nn.Module, cfg: AdapterConfig) -> nn.Module:
             setattr(parent, f"{target}_proj", new)
         for parent_name, router in routers.items():
             router.to(old.weight.device, wide)
-            getattr(block, parent_name).get_submodule(
-                _FIRST[parent_name]
-            ).register_forward_pre_hook(router.before_block)
+            first = (getattr(getattr(block, parent_name), name) for name in _FIRST[parent_name])
+            next(m for m in first if m is not None).register_forward_pre_hook(router.before_block)
     return model
 
 
@@ -314,6 +319,12 @@ def export_peft(model: nn.Module, folder: str | os.PathLike, base_model: str) ->
         "a PEFT export",
         "PEFT's format holds plain LoRA",
         "use --adapter=lora",
+    )
+    check(
+        model.cfg.positions == "rope",
+        "a PEFT export of an OPT model",
+        "its projections have other names there",
+        "export the merged model",
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """A small transformer of the Llama family: the trunk on which every method of this project grows.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional bias on q, k, v (Qwen2); tied
-or untied head. Parameter names are Hugging Face Llama's, so a Llama, Qwen2 or Mistral state dict
-fits once its "model." prefix is taken off.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU; tied or untied head. Where another
+family differs, ModelConfig has a setting for it (docs/models.md lists them). Parameter names are
+Hugging Face Llama's, so a Llama, Qwen2 or Mistral state dict fits once its "model." prefix is taken
+off.
 
 The one seam is `Attention.kv_path`. Attention projects its input to q, k and v, rotates q and k,
 and hands them, with the input itself, to the path, which stores keys and values in its own way and
@@ -24,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -50,17 +52,24 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def make_norm(cfg: ModelConfig, dim: int) -> nn.Module:
+    """Return a norm over the last dimension, of cfg's kind."""
+    return (RMSNorm if cfg.norm == "rms" else nn.LayerNorm)(dim, cfg.norm_eps)
+
+
 def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, both (block_size, D/2) float32, computed in float64.
 
     Frequency i is theta^(-2i/D). With rope_factor > 1 a share of it stays and the rest is divided
-    by the factor."""
+    by the factor. Where positions are learned nothing turns: all angles are 0."""
     D = cfg.head_dim
     pair = torch.arange(0, D, 2, dtype=torch.float64, device=device)
     freq = cfg.rope_theta ** (-pair / D)  # (D/2,)
     if cfg.rope_factor > 1:
         stay = unscaled_share(cfg, freq)
         freq = freq * (stay + (1 - stay) / cfg.rope_factor)
+    if cfg.positions == "learned":
+        freq = torch.zeros_like(freq)
     angle = torch.arange(cfg.block_size, dtype=torch.float64, device=device)[:, None] * freq
     return angle.cos().float(), angle.sin().float()
 
@@ -173,19 +182,24 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.out_bias)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
+        self.rotates = cfg.positions == "rope"
         self.query_gain = cfg.rope_attention**2  # YaRN's, for query and key at once
         self.kv_path: nn.Module = DensePath(cfg.n_kv_head, cfg.head_dim)  # the seam
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), rotated."""
+        """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), normed and rotated."""
         B, T, _ = x.shape
         D = self.head_dim
-        q = self.q_proj(x).view(B, T, self.n_head, D).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, self.n_head, D)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_head, D)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
         if self.query_gain != 1:
             q = q * self.query_gain
+        if not self.rotates:
+            return q, k, v
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def output(self, y: Tensor) -> Tensor:
@@ -208,23 +222,31 @@ class Attention(nn.Module):
         return self.kv_path.decode(x, q, k, v, cache, pad)
 
 
+ACTIVATION = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+
+
 class MLP(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
-        self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=False)
-        self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=False)
+        self.gate_proj = None
+        if cfg.gated_mlp:
+            self.gate_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=cfg.out_bias)
+        self.up_proj = nn.Linear(cfg.n_embd, cfg.n_inner, bias=cfg.out_bias)
+        self.down_proj = nn.Linear(cfg.n_inner, cfg.n_embd, bias=cfg.out_bias)
+        self.activation = ACTIVATION[cfg.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.input_layernorm = make_norm(cfg, cfg.n_embd)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.post_attention_layernorm = make_norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg)
 
     def forward(
@@ -249,8 +271,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        if cfg.positions == "learned":
+            self.embed_positions = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
@@ -321,6 +345,13 @@ class Transformer(nn.Module):
         self._check_context(longest)
         return longest - cache.length
 
+    def _embed(self, idx: Tensor, position: Tensor) -> Tensor:
+        """Return embeddings (B, T, n_embd) of ids (B, T) at positions (B or 1, T)."""
+        x = self.embed_tokens(idx)
+        if self.cfg.positions == "learned":
+            x = x + self.embed_positions(position)
+        return x
+
     def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin (B, 1, T, D/2) of positions (B, T)."""
         return self.rope_cos[position][:, None], self.rope_sin[position][:, None]
@@ -337,10 +368,11 @@ class Transformer(nn.Module):
         self._check_context(T)
         cos = self.rope_cos[:T]
         sin = self.rope_sin[:T]
+        position = torch.arange(T, device=idx.device)[None]
         if pad is not None:
-            column = torch.arange(T, device=idx.device)
-            cos, sin = self._rope((column - pad[:, None]).clamp_min(0))
-        x = self.embed_tokens(idx)
+            position = (position - pad[:, None]).clamp_min(0)
+            cos, sin = self._rope(position)
+        x = self._embed(idx, position)
         for block in self.layers:
             x = block(x, cos, sin, "forward", None, pad)
         return self._head(x, last_only)
@@ -359,10 +391,11 @@ class Transformer(nn.Module):
         column = torch.arange(T, device=idx.device)
         if n_pad is not None:
             column = column - n_pad[:, None]
-        cos, sin = self._rope((cache.lengths[:, None] + column).clamp_min(0))
+        position = (cache.lengths[:, None] + column).clamp_min(0)
+        cos, sin = self._rope(position)
         before = cache.snapshot()
         try:
-            x = self.embed_tokens(idx)
+            x = self._embed(idx, position)
             for block, layer in zip(self.layers, cache.layers, strict=True):
                 x = block(x, cos, sin, "prefill", layer, n_pad)
             cache.length += new
@@ -389,8 +422,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Do what decode does on the device, and nothing else: no host sync once room is reserved,
         so it can be captured in a CUDA graph. before, after: Block's own, or compiled."""
-        cos, sin = self._rope(cache.lengths[:, None])
-        x = self.embed_tokens(idx)
+        position = cache.lengths[:, None]
+        cos, sin = self._rope(position)
+        x = self._embed(idx, position)
         for block, layer in zip(self.layers, cache.layers, strict=True):
             h, q, k, v = before(block, x, cos, sin)
             x = after(block, x, block.self_attn.read(h, q, k, v, "decode", layer))

@@ -183,6 +183,9 @@ def align_heads(attn: Attention, vv: Tensor, kk: Tensor, sizes: tuple[int, ...])
     turn = turn.to(vv.device)
     angle = angle.to(vv.device)
 
+    if not isinstance(attn.k_norm, nn.Identity):
+        angle = torch.ones_like(angle)  # a norm of every dimension's own scale does not turn
+
     def turn_planes(w: Tensor) -> Tensor:  # (Hkv, n or 1, D, columns)
         z = _planes(w.transpose(-1, -2)) * angle[:, None, None]
         return torch.cat((z.real, z.imag), -1).transpose(-1, -2)

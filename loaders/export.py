@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
@@ -21,8 +22,9 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
 from safetensors.torch import save_file
 
 import lora
-from config import check
-from loaders.huggingface import SUPPORTED, rope_json
+from config import ModelConfig, check
+from loaders.families import FAMILIES, their_tensors
+from loaders.huggingface import model_config, rope_json
 from loaders.runs import Run, load_run
 from loaders.tokenizer import end_tokens
 from loaders.weights import model_state
@@ -60,7 +62,7 @@ def export(run: Run, folder: str | os.PathLike) -> Path:
     part.mkdir(parents=True)
     try:
         (part / "config.json").write_text(json.dumps(config, indent=1))
-        _write_weights(run.model, part / "model.safetensors")
+        _write_weights(run.model, config["model_type"], part / "model.safetensors")
         if run.tokenizer.definition is not None:
             _write_tokenizer(run.tokenizer, part)
         if folder.exists():
@@ -71,12 +73,9 @@ def export(run: Run, folder: str | os.PathLike) -> Path:
     return folder
 
 
-def _write_weights(model: Transformer, path: Path) -> None:
+def _write_weights(model: Transformer, kind: str, path: Path) -> None:
     """Write the model's tensors under transformers' names."""
-    tensors = {}
-    for ours, t in model_state(model).items():
-        theirs = ours if ours.startswith("lm_head") else f"model.{ours}"
-        tensors[theirs] = t.contiguous()
+    tensors = their_tensors(kind, model_state(model))
     save_file(tensors, path, metadata={"format": "pt"})
     # safetensors makes it 0600, whatever the umask says
     path.chmod((path.parent / "config.json").stat().st_mode)
@@ -108,35 +107,64 @@ def one_or_more(ids: list[int]) -> int | list[int]:
 
 
 def config_json(model: Transformer, tokenizer) -> dict:
-    """Write the model's shape as transformers' config.json. Raises ValueError where no architecture
-    there has it."""
+    """Write the model's shape as transformers' config.json: of the first family that has it. Raises
+    ValueError where none has."""
     c = model.cfg
-    kind = "qwen2" if c.qkv_bias else "llama"
     check(
-        kind == "llama" or c.head_dim * c.n_head == c.n_embd,
+        not c.qkv_bias or c.head_dim * c.n_head == c.n_embd,
         f"head_dim={c.head_dim} with a bias on q, k, v",
-        "Qwen2 needs n_embd / n_head",
+        "Qwen2 and OPT need n_embd / n_head",
         "export is not possible",
     )
+    for kind in FAMILIES:
+        d = shape_json(c, kind)
+        if same_model(model_config(d, kind), c):
+            return d | {
+                "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
+                "bos_token_id": tokenizer.bos,
+                "eos_token_id": one_or_more(end_tokens(tokenizer)),
+            }
+    differs = [
+        f"{f.name}={getattr(c, f.name)}" for f in fields(c) if getattr(c, f.name) != f.default
+    ]
+    check(
+        False,
+        f"a model with {', '.join(differs)}",
+        f"none of {', '.join(FAMILIES)} has all of it",
+        "export is not possible",
+    )
+
+
+def same_model(a: ModelConfig, b: ModelConfig) -> bool:
+    """Say whether two shapes are the same but for context and rotations, which rope_json writes."""
+    left_out = dict(block_size=1, rope_scaling="linear", rope_factor=1.0, rope_attention=1.0)
+    bounds = dict(rope_low_freq=1.0, rope_high_freq=4.0, rope_original=1)
+    return replace(a, **left_out, **bounds) == replace(b, **left_out, **bounds)
+
+
+def shape_json(c: ModelConfig, kind: str) -> dict:
+    """Write a shape as the config.json of a family, whether that has all of it or not."""
+    family = FAMILIES[kind]
     d = {
-        "architectures": [SUPPORTED[kind]],
+        "architectures": [family.architecture],
         "model_type": kind,
         "vocab_size": c.vocab_size,
         "hidden_size": c.n_embd,
         "num_hidden_layers": c.n_layer,
         "num_attention_heads": c.n_head,
-        "num_key_value_heads": c.n_kv_head,
-        "intermediate_size": c.n_inner,
-        "hidden_act": "silu",
+        family.keys.get("intermediate_size", "intermediate_size"): c.n_inner,
         "max_position_embeddings": c.block_size,
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+    if kind == "opt":
+        return d | {"word_embed_proj_dim": c.n_embd, "activation_function": "relu"}
+    d |= {
+        "num_key_value_heads": c.n_kv_head,
+        "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
-        "tie_word_embeddings": c.tie_embeddings,
-        "torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."),
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": one_or_more(end_tokens(tokenizer)),
     }
-    if kind == "llama":
+    if not c.qkv_bias:  # Qwen2 has none of its own
         d["head_dim"] = c.head_dim
     scaling = rope_json(c)
     if scaling is not None:

@@ -1,8 +1,8 @@
 """A model's Hugging Face folder: config.json, .safetensors, tokenizer.json.
 
-Llama (SmolLM2, DeepSeek-R1-Distill-Llama), Qwen2 and Qwen2.5 (bias on q, k, v;
-DeepSeek-R1-Distill-Qwen) and Mistral are read, with linear, Llama 3's and YaRN's RoPE scaling.
-What is missing, unexpected or not supported is refused by name."""
+Llama (SmolLM2, DeepSeek-R1-Distill-Llama), Qwen2 and Qwen2.5 (DeepSeek-R1-Distill-Qwen), Qwen3,
+Mistral, Phi-3 and OPT are read (loaders/families.py), with linear, Llama 3's and YaRN's RoPE
+scaling. What is missing, unexpected or not supported is refused by name."""
 
 from __future__ import annotations
 
@@ -16,25 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import LONGEST_CONTEXT, ROPE_SCALINGS, ModelConfig, check
+from loaders.families import FAMILIES, USE, check_supported, our_parts
 from loaders.tokenizer import one_line
 from loaders.weights import ModelFiles
 
-SUPPORTED = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
-# settings with which attention or the MLP is another one than ours, and their only value read here
-ONLY = {
-    "quantization_config": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "hidden_act": "silu",
-    "use_mrope": False,
-}
 MOST_JSON = 2**28  # bytes: the largest tokenizers take some thirty million
-OTHER_MODEL = "use a Llama, Qwen2 or Mistral model"
 OWN_CONFIG = "use the model's own config"
 
 
@@ -62,24 +48,12 @@ def model_config(d: dict, where: str) -> ModelConfig:
     within which attention is the same.
 
     Raises ValueError, naming it, for an architecture or a setting that this trunk does not have."""
-    kind = d.get("model_type")
-    check(
-        isinstance(kind, str) and kind in SUPPORTED,
-        f"{where}: model_type={kind!r}",
-        f"one of {', '.join(SUPPORTED)} is supported",
-        OTHER_MODEL,
-    )
-    for key, only in ONLY.items():
-        came = d.get(key, only)
-        check(
-            came in (only, None),
-            f"{where}: {key}={came!r}",
-            f"only {only!r} is supported",
-            OTHER_MODEL,
-        )
+    check_supported(d, where)
+    family = FAMILIES[d["model_type"]]
     rope = _rope_settings(d, where)
     block_size = _context_length(d, where, rope)
-    number = partial(_number, where, d)
+    settings = d | {ours: d.get(theirs) for ours, theirs in family.keys.items()}
+    number = partial(_number, where, settings)
     n_embd = number("hidden_size", int)
     n_head = number("num_attention_heads", int)
     return ModelConfig(
@@ -91,10 +65,10 @@ def model_config(d: dict, where: str) -> ModelConfig:
         n_kv_head=number("num_key_value_heads", int, n_head),
         head_dim=number("head_dim", int, n_embd // n_head),
         n_inner=number("intermediate_size", int),
-        norm_eps=number("rms_norm_eps", float),
-        qkv_bias=kind == "qwen2",
-        tie_embeddings=bool(d.get("tie_word_embeddings", False)),
+        norm_eps=number("rms_norm_eps", float, 1e-5 if family.fixed.get("norm") else None),
+        tie_embeddings=bool(d.get("tie_word_embeddings", family.tied)),
         **rope,
+        **family.fixed,
     )
 
 
@@ -131,7 +105,7 @@ def _rope_settings(d: dict, where: str) -> dict[str, int | float | str]:
         name in ("default", *ROPE_SCALINGS),
         f"{where}: RoPE scaling {name!r}",
         f"one of {', '.join(ROPE_SCALINGS)} is supported",
-        OTHER_MODEL,
+        USE,
     )
     number = partial(_number, where, {**d, **scaling})
     rope = {"rope_theta": number("rope_theta", float, 10000.0)}
@@ -158,7 +132,7 @@ def _yarn_settings(scaling: dict, longest: int, where: str) -> dict[str, int | f
         scaling.get("truncate") in (True, None),
         f"{where}: truncate={scaling.get('truncate')!r} of its RoPE scaling",
         "only True is supported",
-        OTHER_MODEL,
+        USE,
     )
     original = number("original_max_position_embeddings", int, longest)
     factor = number("factor", float, longest / original)
@@ -206,9 +180,9 @@ def _context_length(d: dict, where: str, rope: dict) -> int:
         "more than 2 million tokens is no model's context",
         OWN_CONFIG,
     )
-    if d["model_type"] == "mistral" or d.get("use_sliding_window"):
-        # absent means 4096 there, null that there is no window
-        window = d.get("sliding_window", 4096)
+    if d["model_type"] in ("mistral", "phi3") or d.get("use_sliding_window"):
+        # absent means 4096 in Mistral, null that there is no window
+        window = d.get("sliding_window", None if d["model_type"] == "phi3" else 4096)
         if window is not None:
             longest = min(longest, _number(where, d, "sliding_window", int, 4096))
     return longest
@@ -218,10 +192,11 @@ def _context_length(d: dict, where: str, rope: dict) -> int:
 
 
 class _At(NamedTuple):
-    """Where a tensor lies: its file, and its name there."""
+    """Where a tensor lies: its file, its name there, and its rows (first, end); None: all."""
 
     path: Path
     theirs: str
+    rows: tuple[int, int] | None
 
 
 def open_folder(folder: Path) -> ModelFiles:
@@ -229,8 +204,7 @@ def open_folder(folder: Path) -> ModelFiles:
     for what is missing or damaged."""
     config = read_json(folder / "config.json")
     try:
-        at = _our_names(_tensor_files(folder))
-        shapes = _shapes(at)
+        at, shapes = _our_tensors(config, _tensor_files(folder))
     except (SafetensorError, OSError, MemoryError) as e:
         raise ValueError(
             f"{folder}: a .safetensors file cannot be read ({one_line(e)}); copy it again"
@@ -238,8 +212,9 @@ def open_folder(folder: Path) -> ModelFiles:
 
     def read(name: str) -> Tensor:
         # opened anew for each tensor: what was mapped for the last one is given back
-        with safe_open(at[name].path, "pt") as f:
-            return f.get_tensor(at[name].theirs)
+        path, theirs, rows = at[name]
+        with safe_open(path, "pt") as f:
+            return f.get_slice(theirs)[slice(*rows)] if rows else f.get_tensor(theirs)
 
     definition = None
     if (folder / "tokenizer.json").is_file():
@@ -305,37 +280,34 @@ def _names_inside(files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def _our_names(files: dict[str, Path]) -> dict[str, _At]:
-    """Map our name of each tensor, without the prefix 'model.', to where it lies."""
+def _our_tensors(
+    config: dict, files: dict[str, Path]
+) -> tuple[dict[str, _At], dict[str, tuple[int, ...]]]:
+    """Find every tensor under our name, without the prefix 'model.': where it lies, and its shape,
+    from the headers of the files."""
     at = {}
-    for theirs, path in files.items():
-        if theirs.endswith("rotary_emb.inv_freq"):
-            continue  # old files hold this table; ours is computed
-        ours = theirs.removeprefix("model.")
-        check(
-            ours not in at,
-            f"{path}: tensor {theirs}",
-            f"{ours} is there with and without the prefix",
-            "use the model's own files",
-        )
-        at[ours] = _At(path, theirs)
-    return at
-
-
-def _shapes(at: dict[str, _At]) -> dict[str, tuple[int, ...]]:
-    """Read each tensor's shape from the headers of the files."""
     shapes = {}
-    for path in {a.path for a in at.values()}:
+    for path in sorted(set(files.values())):
         with safe_open(path, "pt") as f:
             inside = set(f.keys())
-            for ours, (where, theirs) in at.items():
-                if where != path:
-                    continue
+            for theirs in (name for name in files if files[name] == path):
+                if theirs.endswith("rotary_emb.inv_freq"):
+                    continue  # old files hold this table; ours is computed
                 check(
                     theirs in inside,
                     f"{path}: no tensor {theirs}",
                     "the index says it is there",
                     "copy the folder again",
                 )
-                shapes[ours] = tuple(f.get_slice(theirs).get_shape())
-    return shapes
+                shape = tuple(f.get_slice(theirs).get_shape())
+                parts = our_parts(config.get("model_type"), config, theirs, (*shape, 0)[0])
+                for ours, rows in parts.items():
+                    check(
+                        ours not in at,
+                        f"{path}: tensor {theirs}",
+                        f"{ours} is there with and without the prefix",
+                        "use the model's own files",
+                    )
+                    at[ours] = _At(path, theirs, rows)
+                    shapes[ours] = (rows[1] - rows[0], *shape[1:]) if rows else shape
+    return at, shapes

@@ -38,27 +38,46 @@ def model_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     wide = cfg.n_head * cfg.head_dim
     narrow = cfg.n_kv_head * cfg.head_dim
     layer = {
-        "input_layernorm.weight": (cfg.n_embd,),
-        "self_attn.q_proj.weight": (wide, cfg.n_embd),
-        "self_attn.k_proj.weight": (narrow, cfg.n_embd),
-        "self_attn.v_proj.weight": (narrow, cfg.n_embd),
-        "self_attn.o_proj.weight": (cfg.n_embd, wide),
-        "post_attention_layernorm.weight": (cfg.n_embd,),
-        "mlp.gate_proj.weight": (cfg.n_inner, cfg.n_embd),
-        "mlp.up_proj.weight": (cfg.n_inner, cfg.n_embd),
-        "mlp.down_proj.weight": (cfg.n_embd, cfg.n_inner),
+        "input_layernorm": (cfg.n_embd,),
+        "self_attn.q_proj": (wide, cfg.n_embd),
+        "self_attn.k_proj": (narrow, cfg.n_embd),
+        "self_attn.v_proj": (narrow, cfg.n_embd),
+        "self_attn.o_proj": (cfg.n_embd, wide),
+        "post_attention_layernorm": (cfg.n_embd,),
+        "mlp.gate_proj": (cfg.n_inner, cfg.n_embd),
+        "mlp.up_proj": (cfg.n_inner, cfg.n_embd),
+        "mlp.down_proj": (cfg.n_embd, cfg.n_inner),
     }
-    if cfg.qkv_bias:
-        for name in ("q_proj", "k_proj", "v_proj"):
-            layer[f"self_attn.{name}.bias"] = layer[f"self_attn.{name}.weight"][:1]
-    shapes = {"embed_tokens.weight": (cfg.vocab_size, cfg.n_embd)}
+    if not cfg.gated_mlp:
+        del layer["mlp.gate_proj"]
+    if cfg.qk_norm:
+        layer["self_attn.q_norm"] = (cfg.head_dim,)
+        layer["self_attn.k_norm"] = (cfg.head_dim,)
+    modules = {"embed_tokens": (cfg.vocab_size, cfg.n_embd)}
+    if cfg.positions == "learned":
+        modules["embed_positions"] = (cfg.block_size, cfg.n_embd)
     for i in range(cfg.n_layer):
         for name, shape in layer.items():
-            shapes[f"layers.{i}.{name}"] = shape
-    shapes["norm.weight"] = (cfg.n_embd,)
+            modules[f"layers.{i}.{name}"] = shape
+    modules["norm"] = (cfg.n_embd,)
     if not cfg.tie_embeddings:
-        shapes["lm_head.weight"] = (cfg.vocab_size, cfg.n_embd)
+        modules["lm_head"] = (cfg.vocab_size, cfg.n_embd)
+    shapes = {}
+    for name, shape in modules.items():
+        shapes[f"{name}.weight"] = shape
+        if has_bias(cfg, name):
+            shapes[f"{name}.bias"] = shape[:1]
     return shapes
+
+
+def has_bias(cfg: ModelConfig, module: str) -> bool:
+    """Say whether a module of a model of cfg, by its name, has a bias."""
+    kind = module.rpartition(".")[2]
+    if kind in ("q_proj", "k_proj", "v_proj"):
+        return cfg.qkv_bias
+    if kind.endswith("_proj"):
+        return cfg.out_bias
+    return cfg.norm == "layer" and kind in ("norm", "input_layernorm", "post_attention_layernorm")
 
 
 def check_shapes(

@@ -309,8 +309,7 @@ def test_is_foreign_tells_theirs_from_ours(folder, tmp_path):
 
 CONFIG_REFUSALS = {
     "mixtral": (dict(model_type="mixtral"), "model_type='mixtral'"),
-    "gemma2": (dict(model_type="gemma2"), "model_type='gemma2'"),
-    "qwen3": (dict(model_type="qwen3"), "model_type='qwen3'"),
+    "gemma": (dict(model_type="gemma"), "model_type='gemma'"),
     "qwen2_moe": (dict(model_type="qwen2_moe"), "model_type='qwen2_moe'"),
     "null type": (dict(model_type=None), "model_type=None"),
     "odd type": (dict(model_type=["llama"]), "model_type=['llama']"),

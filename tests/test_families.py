@@ -1,0 +1,317 @@
+"""Model families other than Llama's: tiny random models that transformers made and saved are loaded
+here, compute the same, go back, and every method runs on them.
+
+transformers runs once, in a process of its own (see tests/foreign.py), which waits for our exports
+half-way."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from foreign import definition, ids
+from helpers import error_line, read_in_pieces
+from safetensors.torch import load_file
+from test_parity import needs_transformers
+
+import kv_router
+import mixsga
+import selector
+from baselines import align, shared_heads
+from config import KVConfig, MixConfig, SelectConfig
+from generate import generate
+from loaders.export import export
+from loaders.families import FAMILIES, check_supported
+from loaders.huggingface import model_config
+from loaders.runs import load_run
+from model import Transformer
+
+pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
+T = 43
+NEW = 9
+SHAPE = dict(
+    vocab_size=263,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_hidden_layers=2,
+    intermediate_size=37,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+NO_TOKENS = dict(pad_token_id=None, bos_token_id=260, eos_token_id=260)
+OPT = dict(
+    vocab_size=263,
+    hidden_size=32,
+    word_embed_proj_dim=32,
+    num_attention_heads=2,
+    num_hidden_layers=2,
+    ffn_dim=37,
+    max_position_embeddings=64,
+)
+MODELS = {
+    "qwen3": SHAPE | dict(rope_theta=500.0, rms_norm_eps=1e-5),
+    "opt": OPT,
+    "phi3": SHAPE | dict(rope_theta=500.0, rms_norm_eps=1e-5, sliding_window=None),
+}
+CLASSES = {"qwen3": "Qwen3Config", "opt": "OPTConfig", "phi3": "Phi3Config"}
+SCRIPT = """
+import json, sys
+import torch, transformers
+from pathlib import Path
+from safetensors.torch import save_file
+transformers.logging.set_verbosity_error()
+jobs, out = json.load(open("jobs.json")), {}
+
+@torch.no_grad()
+def record(name, model, idx, more):
+    model = model.float().eval()
+    out[name] = model(input_ids=idx).logits.contiguous()
+    out[name + " greedy"] = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=more, do_sample=False,
+                                           eos_token_id=None, pad_token_id=0)
+
+def load(name):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(Path(name).resolve()), attn_implementation="eager", dtype=torch.float32)
+
+for i, (kind, settings) in enumerate(jobs["models"].items()):
+    config = getattr(transformers, jobs["classes"][kind])(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    torch.manual_seed(i)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            at = 0.0 if "norm" not in name or "bias" in name or "gemma" in kind else 1.0
+            p.copy_((0.3 if "norm" in name else 0.2) * torch.randn(p.shape) + at)
+    model.save_pretrained(kind)
+    Path(kind, "tokenizer.json").write_text(json.dumps(jobs["definition"]))
+    record(kind, load(kind), torch.tensor(jobs["ids"][kind]), jobs["new"])
+print("saved", flush=True)
+input()
+for kind in jobs["models"]:
+    record(kind + " exported", load(kind + "-exported"), torch.tensor(jobs["ids"][kind]), jobs["new"])
+save_file(out, "out.safetensors")
+"""
+
+
+def tokens_of(kind: str) -> torch.Tensor:
+    """Random ids (2, T) for a family."""
+    return ids(kind, 263, 2, T)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The folder with the models that transformers saved, and its tensors by name."""
+    at = tmp_path_factory.mktemp("families")
+    jobs = {
+        "models": {kind: shape | NO_TOKENS for kind, shape in MODELS.items()},
+        "classes": CLASSES,
+        "definition": definition(),
+        "new": NEW,
+        "ids": {kind: tokens_of(kind).tolist() for kind in MODELS},
+    }
+    (at / "jobs.json").write_text(json.dumps(jobs))
+    (at / "script.py").write_text(SCRIPT)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-P", "script.py"], cwd=at, env=env, text=True, **pipes
+    )
+    said = child.stdout.readline()
+    if said == "saved\n":
+        for kind in MODELS:
+            export(load_run(at / kind), at / f"{kind}-exported")
+    _, faults = child.communicate("go on\n", timeout=300)
+    assert child.returncode == 0, faults[-3000:]
+    return at, load_file(at / "out.safetensors")
+
+
+@functools.cache
+def loaded_from(folder: str) -> Transformer:
+    return load_run(folder).model.double()
+
+
+@pytest.fixture(params=MODELS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def model(kind, theirs):
+    """A family's model in float64, as transformers saved it; a fresh one for every test."""
+    return load_run(theirs[0] / kind).model.double()
+
+
+@pytest.fixture
+def dense(kind, theirs) -> torch.Tensor:
+    """Its logits without a cache, padding in the second row, (2, T, vocab)."""
+    with torch.no_grad():
+        return loaded_from(str(theirs[0] / kind))(tokens_of(kind), pad=PAD)
+
+
+PAD = torch.tensor([0, 6])
+PIECES = (17, 1, 1, 9, 1, 14)  # past every window below
+
+
+def farthest(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference of two logits (2, T, vocab) where there is no padding."""
+    return max(float((got[b, p:] - want[b, p:]).abs().max()) for b, p in enumerate(PAD.tolist()))
+
+
+def through_cache(model: Transformer, x: torch.Tensor, pieces=PIECES) -> torch.Tensor:
+    """Logits (2, T, vocab) of tokens read into a fresh cache in pieces."""
+    return read_in_pieces(model, x, model.new_cache(2, T), pieces, PAD)
+
+
+# -------------------- against transformers
+
+
+@needs_transformers
+def test_logits_equal_transformers(kind, theirs):
+    """Loaded from what transformers saved, logits to 1e-4 where they are of order 1."""
+    at, out = theirs
+    with torch.no_grad():
+        got = load_run(at / kind).model(tokens_of(kind))
+    assert (got - out[kind]).abs().max() < 1e-4 < 0.3 < out[kind].std()
+
+
+@needs_transformers
+def test_greedy_tokens_equal_transformers(kind, theirs):
+    """Greedy decoding through our cache gives the tokens of transformers' generate."""
+    at, out = theirs
+    rows, _ = generate(load_run(at / kind).model, tokens_of(kind).tolist(), NEW)
+    assert rows == out[f"{kind} greedy"][:, T:].tolist()
+    assert rows[0] != rows[1]
+
+
+@needs_transformers
+def test_exported_folder_computes_the_same_there(kind, theirs):
+    """What export writes, transformers loads, with the logits and tokens of the model it came
+    from."""
+    _, out = theirs
+    assert (out[f"{kind} exported"] - out[kind]).abs().max() < 1e-4
+    assert torch.equal(out[f"{kind} exported greedy"], out[f"{kind} greedy"])
+
+
+# -------------------- every method on every family
+
+
+@needs_transformers
+def test_cached_equals_uncached(kind, model, dense):
+    """In pieces and token by token, with padding: the logits without a cache."""
+    for pieces in (PIECES, (1,) * T):
+        assert farthest(through_cache(model, tokens_of(kind), pieces), dense) < 1e-9
+
+
+GROUPS = dict(n_groups=4, topk_groups=2, kv_tail=3)
+
+
+@needs_transformers
+def test_value_groups_packed_equal_masked(kind, model, dense):
+    """Half of every value: through the packed cache as without one, and not the dense model's
+    logits; every group: the dense model's."""
+    x = tokens_of(kind)
+    kv_router.attach(model, KVConfig(prefill="routed", **GROUPS), [x])
+    kv_router.fold(model)
+    with torch.no_grad():
+        masked = model(x, pad=PAD)
+    assert farthest(through_cache(model, x), masked) < 1e-9
+    assert farthest(masked, dense) > 1e-3
+    kv_router.set_kept(model, 4)
+    with torch.no_grad():
+        assert farthest(model(x, pad=PAD), dense) < 1e-9
+    assert farthest(through_cache(model, x), dense) < 1e-9
+
+
+@needs_transformers
+def test_selection_packed_equals_masked(kind, model, dense):
+    """A third of keys and values, chosen by attention and by queries moved ahead: prompt and
+    continuation as the masked pass reads them; everything: the dense model's logits."""
+    x = tokens_of(kind)
+    P = 35  # tokens of the prompt, 5 of them its query region
+    kv = KVConfig(kv="select", n_groups=4, kv_tail=5)
+    cfg = SelectConfig(kv_keep=0.3, sinks=1, relevance="future", past=8)
+    selector.attach(model, kv, cfg, [x])
+    kv_router.fold(model)
+    model.selector.record = True
+    with torch.no_grad():
+        got = read_in_pieces(model, x, model.new_cache(2, T), (P, 1, 7), PAD)
+        with selector.masked_replay(model, model.selector.chosen, P - 5):
+            masked = model(x, pad=PAD)
+    assert farthest(got, masked) < 1e-9
+    assert farthest(masked, dense) > 1e-3
+    model.selector.set(cfg.everything())
+    assert farthest(through_cache(model, x, (P, 1, 7)), dense) < 1e-9
+
+
+@needs_transformers
+@pytest.mark.parametrize("kept", [4, 2])
+def test_integers_cached_equal_uncached(kind, kept, model, dense):
+    """4 bits of keys and values, of all or half of the groups: token by token as without a cache,
+    and near the dense model's logits, not at them."""
+    x = tokens_of(kind)
+    bits = dict(key_bits=4, value_bits=4, key_block=16, kv_sinks=2)
+    kv_router.attach(model, KVConfig(**GROUPS | dict(topk_groups=kept), **bits), [x])
+    kv_router.fold(model)
+    with torch.no_grad():
+        uncached = model(x, pad=PAD)
+    assert farthest(through_cache(model, x, (1,) * T), uncached) < 1e-9
+    assert farthest(uncached, dense) > 1e-3
+
+
+@needs_transformers
+def test_mixsga_cached_equals_uncached(kind, model, dense):
+    """Two experts over aligned heads, a window of 3: through the cache as without one; every token
+    to single heads: the dense model's logits."""
+    x = tokens_of(kind)
+    kv = KVConfig(kv="mixsga", kv_tail=3)
+    torch.manual_seed(0)
+    mixsga.attach(model, kv, MixConfig(group_sizes="1,2", expert_ratios="1:2"))
+    align.fit(model, [(x, x.roll(-1, 1))])  # turns heads, exactly
+    with torch.no_grad(), shared_heads.routing(model, "score"):
+        masked = model(x, pad=PAD)
+        assert farthest(through_cache(model, x), masked) < 1e-9
+    assert farthest(masked, dense) > 1e-3
+    mixsga.attach(model, kv, MixConfig(group_sizes="1,2", expert_ratios="1:0"))
+    assert farthest(through_cache(model, x), dense) < 1e-9
+
+
+# -------------------- what is refused, by name
+
+REFUSED = {
+    "multi-head latent attention": dict(model_type="deepseek_v2", kv_lora_rank=512),
+    "linear attention": dict(model_type="qwen3_next", linear_num_key_heads=16),
+    "state-space": dict(model_type="jamba", mamba_d_state=16),
+    "layers of linear": dict(model_type="lfm2", layer_types=["conv", "full_attention"]),
+    "a mixture of experts": dict(model_type="qwen3_moe", num_experts=128),
+    "attention sinks as parameters": dict(model_type="gpt_oss", num_local_experts=32),
+    "model_type='gpt2'": dict(model_type="gpt2"),
+    "do_layer_norm_before=False": OPT | dict(model_type="opt", do_layer_norm_before=False),
+    "word_embed_proj_dim=16": OPT | dict(model_type="opt", word_embed_proj_dim=16),
+    "RoPE scaling 'longrope'": SHAPE
+    | dict(model_type="phi3", rope_scaling=dict(type="longrope", short_factor=[1.0])),
+    "partial_rotary_factor=0.75": SHAPE | dict(model_type="phi3", partial_rotary_factor=0.75),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(words):
+    """One line that says which property of the model it is."""
+    assert words in error_line(model_config, REFUSED[words], "here")
+
+
+def test_several_refused_properties_are_all_named():
+    """A mixture of experts with MLA and sinks: all three."""
+    d = dict(model_type="gpt_oss", kv_lora_rank=8, num_experts=4)
+    line = error_line(check_supported, d, "here")
+    assert all(w in line for w in ("(MLA)", "mixture of experts", "sinks as parameters"))
+
+
+def test_every_family_is_tested():
+    """Those that have no test here are Llama's own, in test_parity and test_pretrained."""
+    assert set(FAMILIES) - set(MODELS) == {"llama", "qwen2", "mistral"}

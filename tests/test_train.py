@@ -1,6 +1,7 @@
 """Promises 2, 3, 5, 7, 8, 12, 19 and 20: what a run of train.py does when it is stopped, resumed,
 fed bad numbers, or split over ranks."""
 
+import json
 import math
 import os
 import random
@@ -10,13 +11,16 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import error_line
 
 import cli
 import data
 import train
+from config import AdapterConfig, KVConfig
 from loaders import checkpoint
 from loaders.runs import find_checkpoint
 from model import Transformer, lm_loss
@@ -34,6 +38,8 @@ from runs import (
     tensors,
     wait_for_steps,
 )
+from settings.train import TrainConfig
+from training import adapters
 from training import loop as trainer
 
 ROUTED = [
@@ -221,7 +227,7 @@ def test_resume_may_add_steps(tmp_path, run_stage, capsys):
 @pytest.mark.parametrize("name", SIGNALS)
 def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage):
     """SIGINT or SIGTERM to a real process: one checkpoint, at a step boundary, exit 130 or 143, no
-    traceback; --resume goes on."""
+    traceback; --resume goes on (shown of one: what is saved is the same)."""
     number, code = SIGNALS[name]
     flags = [
         f"--dataset={text}",
@@ -243,6 +249,8 @@ def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage)
     saved = [q.name for q in stage.iterdir() if q.is_dir()]
     assert len(saved) == 1 and checkpoint.verify(stage / saved[0]) is None
     assert checkpoint.load(stage / saved[0]).step == len(losses(stage)) < 250
+    if name == "SIGTERM":
+        return
     run_stage("pretrain", tmp_path / "run", *flags, "--resume")
     assert [s for s, _ in losses(stage)] == list(range(250))
     assert checkpoint.newest(stage)[0].name == "step-00000250"
@@ -586,3 +594,41 @@ def test_log_file_gets_few_lines(tmp_path, run_stage, capsys):
         "pretrain: 40 of 40 steps",
     ]
     assert "\r" not in said and "tokens/s" in steps[-1]
+
+
+def test_rows_take_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch):
+    """Of --adapt_rates each is tried once, as asked but for name and rate; the lowest validation
+    loss of a stage's whole log decides, and without rates nothing is trained. What is no list of
+    rates is refused."""
+    lowest = {0.1: [3.0, 2.5, 9.0], 0.01: [2.75, 2.25], 0.001: [2.5]}
+    tried = []
+
+    def trained(args, run_dir, w, where, what):
+        tried.append(what)
+        folder = run_dir / what.name
+        folder.mkdir()
+        log = [{"step": 0, "loss": 0.5}, *({"val_loss": loss} for loss in lowest[what.lr])]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+        return SimpleNamespace(folder=folder)
+
+    monkeypatch.setattr(adapters, "adapted", trained)
+    what = adapters.Adaptation(
+        name="x",
+        adapter=AdapterConfig(adapter="lora"),
+        kv=KVConfig(),
+        seed=4,
+        objective="lm",
+        steps=7,
+        lr=0.5,
+        kv_from="",
+    )
+    cfg = TrainConfig(adapt_rates="0.1,0.01,0.001")
+    asked = SimpleNamespace(train=cfg)
+    best = adapters.at_best_rate(asked, tmp_path, None, "base", what)
+    assert best == replace(what, lr=0.01)
+    names = ["lora-rate0.1", "lora-rate0.01", "lora-rate0.001"]
+    assert tried == [replace(what, name=n, lr=r) for n, r in zip(names, cfg.rates, strict=True)]
+    asked = SimpleNamespace(train=TrainConfig())
+    assert adapters.at_best_rate(asked, tmp_path, None, "base", what) is what and len(tried) == 3
+    for text in ("0", "1e-3,fast", "nan", "1e-3,-1"):
+        assert "give for example 5e-4" in error_line(TrainConfig, adapt_rates=text)

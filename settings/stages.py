@@ -3,10 +3,22 @@ flags are refused, and --help shows what a stage understands."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from settings.fields import check, to_dict
 from settings.train import TrainConfig
+
+
+class Choice(NamedTuple):
+    """The flag by which a program is told what to do: its name, what it is for --help where it is
+    not given, its values, and reads(value, group, name), whether a value reads a setting."""
+
+    flag: str
+    usual: str
+    values: tuple[str, ...]
+    reads: Callable[[str, str, str], bool]
+
 
 # -- the table
 
@@ -27,7 +39,15 @@ LOOP = (
 PRETRAIN = ("pretrain_steps", "pretrain_batch_size", "pretrain_lr")
 ADAPT = ("adapt_dataset", "adapt_steps", "adapt_batch_size", "adapt_lr")
 SELECT = ("adapt_dataset", "select_steps", "select_batch_size", "select_lr")
-TABLE = ("test_dataset", "test_sequences", "distill_steps", "distill_lr", "seeds", "max_minutes")
+TABLE = (
+    "test_dataset",
+    "test_sequences",
+    "distill_steps",
+    "distill_lr",
+    "adapt_rates",
+    "seeds",
+    "max_minutes",
+)
 FIXED_K = ("topk_groups", "recon_hidden", "aux_weight", "lm_to_router", "kv_warmup")
 BY_EXPERTS = ("value_router", "mask_scope", "reconstructor", "kv_layers")
 
@@ -119,6 +139,9 @@ def is_read(stage: str, group: str, name: str) -> bool:
     """Whether a stage reads a setting of a group."""
     reads = READS[stage]
     return name in reads.besides or (group in reads.groups and name not in reads.never)
+
+
+CHOICE = Choice("stage", "all", tuple(READS), is_read)
 
 
 # -- flags that do not go together

@@ -3,6 +3,7 @@ paper's."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt
@@ -154,6 +155,11 @@ class TrainConfig:
     accumulation: int = opt(1, "micro-steps a rank splits its share of the batch into", least=1)
     pretrain_lr: float = opt(3e-3, "peak learning rate of pretraining", above=0)
     adapt_lr: float = opt(5e-3, "peak learning rate of adaptation", above=0)
+    adapt_rates: str = opt(
+        "",
+        "stage=all: peak learning rates, a list, each tried with a row's first seed; all of its "
+        "seeds take the one of the lowest validation loss (empty: --adapt_lr)",
+    )
     warmup: float = opt(
         0.1,
         "share of the steps spent warming up linearly; cosine to zero after it",
@@ -195,12 +201,27 @@ class TrainConfig:
             "the table's rows use it",
             "give --stage=all, or --objective=distill",
         )
+        try:
+            fine = all(0 < rate < math.inf for rate in self.rates)
+        except ValueError:
+            fine = False
+        check(
+            fine,
+            f"adapt_rates={self.adapt_rates!r}",
+            "a list of finite numbers above 0",
+            "give for example 5e-4,1e-3,2e-3",
+        )
         check(
             not self.resume or bool(self.out_dir),
             "resume without out_dir",
             "a run to continue is needed",
             "give --out_dir=DIR",
         )
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rates that are tried for each row of the table."""
+        return [float(rate) for rate in comma_list(self.adapt_rates)]
 
     def corpus(self, stage: str) -> str:
         """Return the corpus of `stage` ('pretrain' or 'adapt', which selection's predictors go

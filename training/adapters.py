@@ -250,18 +250,15 @@ def run_table(args, run_dir: Path, w: World) -> str:
     table = Table([{"name": "base"} | measure_row(base.model, task, about)], curves)
     del base  # each row loads its own: peak memory is that of one
     kv_from = distilled(args, run_dir, w, where)
+    rows = {}
+    for row in rows_of_table(args, shape):
+        about = dict(adapter=row.adapter, kv=row.kv, objective="lm", kv_from=kv_from)
+        what = adaptation(args, **about)
+        rows[row.name] = at_best_rate(args, run_dir, w, where, what)
     for seed in seeds_in_time(cfg, w, begin):
-        for row in rows_of_table(args, shape):
-            what = adaptation(
-                args,
-                name=f"{row.adapter.adapter}-s{seed}",
-                adapter=row.adapter,
-                kv=row.kv,
-                seed=seed,
-                objective="lm",
-                kv_from=kv_from,
-            )
-            add_row(table, row.name, adapted(args, run_dir, w, where, what), task, cfg)
+        for name, row in rows.items():
+            what = replace(row, name=f"{row.adapter.adapter}-s{seed}", seed=seed)
+            add_row(table, name, adapted(args, run_dir, w, where, what), task, cfg)
     if w.main:
         write_table(table, run_dir)
     text = cfg.test_dataset or f"{cfg.corpus('adapt')} validation"
@@ -318,6 +315,18 @@ def distilled(args, run_dir: Path, w: World, where: str | Path) -> Path | str:
     return adapted(args, run_dir, w, where, what).folder
 
 
+def at_best_rate(args, run_dir: Path, w: World, where: str | Path, what: Adaptation) -> Adaptation:
+    """A row at the one of --adapt_rates that gives it the lowest validation loss with the first
+    seed; as it is where none are given."""
+    losses = {}
+    for rate in args.train.rates:
+        tried = replace(what, name=f"{what.adapter.adapter}-rate{rate:g}", lr=rate)
+        stage = adapted(args, run_dir, w, where, tried)
+        log = checkpoint.read_jsonl(stage.folder / "metrics.jsonl")
+        losses[rate] = min(r["val_loss"] for r in log if "val_loss" in r)
+    return replace(what, lr=min(losses, key=losses.get)) if losses else what
+
+
 def adapted(args, run_dir: Path, w: World, where: str | Path, what: Adaptation) -> Stage:
     """The stage of an adaptation of the base at `where`, trained now or found trained."""
     stage = adapt_stage(args, run_dir, w, load_base(args, where, w.device), what)
@@ -355,14 +364,15 @@ def add_row(table: Table, name: str, stage: Stage, task: Perplexity, cfg: TrainC
         params=stage.config["trainable_parameters"],
         dtype=cfg.dtype,
     )
+    cost = training_cost(stage)
     first = stage.seed == cfg.seed
     if first:
         table.curves[name] = stage.folder
     if not kv_router.paths(model):
-        table.rows.append({"name": name} | measure_row(model, task, about) | training_cost(stage))
+        table.rows.append({"name": name} | measure_row(model, task, about) | cost)
         return
     row, *others = sweep(model, task, [stage.kv.topk_groups, *other_ks(stage.kv, first)], about)
-    table.rows.append({"name": name} | row | training_cost(stage))
+    table.rows.append({"name": name} | row | cost)
     if first:
         table.sweeps += [{"name": f"{name}{SWEEP}"} | r for r in others]
         table.masks = kept_groups(model, task.x[:1], cfg.dtype)
@@ -377,9 +387,10 @@ def other_ks(kv: KVConfig, first: bool) -> list[int]:
 
 
 def training_cost(stage: Stage) -> dict:
-    """Speed and peak memory of a trained stage, from its log."""
+    """Rate, speed and peak memory of a trained stage, from its log."""
     log = checkpoint.read_jsonl(stage.folder / "metrics.jsonl")
     return {
+        "lr": stage.lr,
         "tokens_per_s": median(r["tokens_per_s"] for r in log if "loss" in r),
         "peak_memory_bytes": log[-1].get("peak_memory_bytes"),
     }

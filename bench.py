@@ -7,9 +7,10 @@ alone, against the dense prefill. `decode`: attention of one new token over one 
 `memory`: the bytes of such caches, and how many fit. `generate`: tokens per second of whole models.
 benchmarks/ has a file for each.
 
-Ends with one JSON line, a list of rows: name, impl, peer, shape, dtype, ms, ratio (ours / peer),
-device, and tokens_per_s or bytes and gb_per_s. --results=DIR leaves them there, too, as
-results.json, with made.json, which says how they were made.
+With --json, and where stdout is no terminal, it ends with one line of JSON, a list of rows: name,
+impl, peer, shape, dtype, ms, ratio (ours / peer), device, and tokens_per_s or bytes and gb_per_s.
+--results=DIR leaves them there, too, as results.json, with made.json, which says how they were
+made.
 
     python bench.py train
     python bench.py adapter
@@ -23,14 +24,13 @@ results.json, with made.json, which says how they were made.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
-from cli import begin_program, exit_on_bad_input, parse_args
+from cli import begin_program, exit_on_bad_input, parse_args, print_rows
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check
-from measure_config import BenchConfig
+from measure_config import BenchConfig, check_bench_flags
 
 CONFIGS = {
     "bench": BenchConfig,
@@ -50,7 +50,8 @@ def flags(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     begin_program()
-    ARGS = parse_args(CONFIGS, flags(sys.argv[1:]), description=__doc__.splitlines()[0])
+    ARGS = parse_args(CONFIGS, flags(sys.argv[1:]), description=__doc__)
+    exit_on_bad_input(lambda: check_bench_flags(ARGS))
 
 from benchmarks.adapter import bench_adapter
 from benchmarks.decode import bench_decode
@@ -98,6 +99,7 @@ def main() -> None:
     """Measure, print the rows, and leave them where --results says."""
     began = time.time()
     cfg: BenchConfig = ARGS.bench
+    check_bench_flags(ARGS)
     folder = Path(cfg.results)
     check(folder.is_dir() or not folder.exists(), f"results={folder}", "is a file", "name a folder")
     rows = measure(ARGS)
@@ -107,7 +109,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "results.json", rows)
         write_record(folder, device_name(pick_device(cfg.device)), began)
-    print(json.dumps(rows))
+    print_rows(rows, cfg.json)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import os
 import signal
@@ -16,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import fields
 from itertools import pairwise
 
-from settings.fields import PATHS, in_a_shell
+from settings.fields import PATHS, comma_list, in_a_shell
 from settings.implied import implied
-from settings.stages import OWN, READS, is_read
+from settings.measuring import CHOICES
+from settings.stages import OWN, Choice
 
 
 def program_name() -> str:
@@ -75,19 +77,24 @@ def parse_args(
     if argv is None:
         begin_program()
         argv = sys.argv[1:]
-    stage = _stage_of(argv) if "train" in configs else ""
+    choice = next((CHOICES[key] for key in configs if key in CHOICES), None)
+    value = "" if choice is None else _chosen(choice, argv)
     parser = _Parser(
         prog=prog or program_name(),
         usage="%(prog)s [--flag=value ...]",
-        description="\n".join(_first_lines(description, stage)),
+        description="\n".join(_first_lines(description, choice, value)),
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=120),
     )
-    whole = not stage or not {"-h", "--help"} & {*argv} or "--all" in argv
-    known = _add_flags(parser, configs, "" if whole else stage)
+    whole = choice is None or not {"-h", "--help"} & {*argv} or "--all" in argv
+
+    def is_shown(group: str, name: str) -> bool:
+        return whole or any(choice.reads(entry, group, name) for entry in comma_list(value))
+
+    known = _add_flags(parser, configs, is_shown)
     space, rest = parser.parse_known_args(argv)
     if rest:
-        parser.error(_not_understood(rest[0], known, stage))
+        parser.error(_not_understood(rest[0], known, value))
     out = argparse.Namespace()
     try:
         chosen, out.given = implied(vars(space), configs)
@@ -99,25 +106,26 @@ def parse_args(
     return out
 
 
-def _stage_of(argv: list[str]) -> str:
-    """The stage that a command line of train.py asks for."""
+def _chosen(choice: Choice, argv: list[str]) -> str:
+    """What a command line asks a program to do: a value of the choice, or a list of them."""
     words = [word for arg in argv for word in arg.split("=", 1)]
-    named = [value for flag, value in pairwise(words) if flag == "--stage"]
-    return named[-1] if named and named[-1] in READS else "all"
+    named = [value for flag, value in pairwise(words) if flag == f"--{choice.flag}"]
+    known = bool(named) and set(comma_list(named[-1])) <= {*choice.values}
+    return named[-1] if known else choice.usual
 
 
-def _first_lines(description: str, stage: str) -> list[str]:
+def _first_lines(description: str, choice: Choice | None, value: str) -> list[str]:
     """What --help begins with: a docstring's first paragraph, as many of its examples as there is
-    room for, and where there are stages how the flags of another are seen."""
+    room for, and where there is a choice how the flags of another are seen."""
     lines = description.splitlines()
     blank = lines.index("") if "" in lines else len(lines)
     last = []
-    if stage:
-        others = ", ".join(name for name in READS if name != stage)
+    if choice is not None:
+        others = ", ".join(name for name in choice.values if name not in comma_list(value))
         last = [
             "",
-            f"Below: the flags of --stage={stage}. Of {others}: --help --stage=NAME. "
-            "All: --help --all",
+            f"Below: the flags of --{choice.flag}={value}. Of {others}: "
+            f"--help --{choice.flag}=NAME. All: --help --all",
         ]
     out = [*lines[:blank], ""]
     command: list[str] = []
@@ -130,12 +138,16 @@ def _first_lines(description: str, stage: str) -> list[str]:
     return out + last
 
 
-def _add_flags(parser: argparse.ArgumentParser, configs: dict[str, type], stage: str) -> list[str]:
-    """Give the parser a flag for each field of the dataclasses, or for those that a stage reads,
+def _add_flags(
+    parser: argparse.ArgumentParser,
+    configs: dict[str, type],
+    is_shown: Callable[[str, str], bool],
+) -> list[str]:
+    """Give the parser a flag for each field of the dataclasses for which is_shown(group, name),
     and return the flags' names."""
     owner: dict[str, str] = {}
     for key, cls in configs.items():
-        read = [f for f in fields(cls) if not stage or is_read(stage, key, f.name)]
+        read = [f for f in fields(cls) if is_shown(key, f.name)]
         if not read:
             continue
         group = parser.add_argument_group(" ".join(cls.__doc__.split()).split(". ")[0].rstrip("."))
@@ -173,6 +185,13 @@ def _not_understood(argument: str, known: list[str], stage: str) -> str:
     near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     meant = " or ".join(f"--{flag}" for flag in near)
     return f"unknown flag {flag}: did you mean {meant}? (--help --all lists all)"
+
+
+def print_rows(rows: list[dict], asked: bool) -> None:
+    """Print rows as a line of JSON where --json asks for it, and where stdout is no terminal but
+    another program."""
+    if asked or not sys.stdout.isatty():
+        print(json.dumps(rows))
 
 
 def begin_program() -> None:

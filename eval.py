@@ -27,9 +27,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, parse_args, print_rows
 from config import SHARED, BaseConfig, KVConfig, SelectConfig, check, comma_list
-from measure_config import EvalConfig
+from measure_config import EvalConfig, check_eval_flags
 from settings.train import DataConfig
 
 CONFIGS = {
@@ -41,6 +41,7 @@ CONFIGS = {
 }
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
+    exit_on_bad_input(lambda: check_eval_flags(ARGS.given, ARGS.eval))
 
 from torch import Tensor
 from tqdm import tqdm
@@ -68,7 +69,7 @@ from report.rows import (
     whole_value,
 )
 from report.tables import mean_over_texts, result_table, reuse_note
-from tasks.common import Task
+from tasks.common import Prompts, Task
 from tasks.make import READING, make_tasks
 from tasks.text import Text
 from training import mixsga_table
@@ -118,6 +119,7 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     if {*comma_list(cfg.tasks)} & {*READING}:  # the other tasks make their own text
         texts = read_texts(run, asked)
     todo = make_tasks(cfg, run.tokenizer, window, texts)
+    say_where_few(todo, cfg.sequences)
     if "select" in methods:
         check_contexts(todo, cfg.query)
     calibration = None
@@ -134,6 +136,16 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
         "give another of --methods, or --kv_bits=16",
     )
     return rows, shown
+
+
+def say_where_few(todo: list[Task], asked: int) -> None:
+    """Say in a line where a text, or a file of questions, has fewer sequences than are asked
+    for."""
+    for task in todo:
+        n = len(task.prompts if isinstance(task, Prompts) else task.x)
+        where = f" of {task.text['corpus']}, {task.text['split']}" if task.text else ""
+        if n < asked:
+            print(f"{task.name}{where}: {n} sequences, all there are, not {asked}", file=sys.stderr)
 
 
 def bar_of(work: Work, plan: list[Setting], rivals: list[Rival]) -> tqdm:
@@ -483,7 +495,7 @@ def measure_run(args) -> None:
     names.append("made.json")
     files = ", ".join(f"{folder}/{name}" for name in names)
     print(f"{result_table(rows)}{reuse_note(rows)}\n{files}", file=sys.stderr)
-    print_rows(cfg, rows)
+    print_rows(rows, cfg.json)
 
 
 def asked_of(run: Run, args) -> Asked:
@@ -522,17 +534,12 @@ def train_table(args) -> None:
         folder=folder,
     )
     write_record(folder, device_name(pick_device(cfg.device)), began)
-    print_rows(cfg, rows)
-
-
-def print_rows(cfg: EvalConfig, rows: list[dict]) -> None:
-    """Print the rows as JSON for another program, which reads them or asks for them."""
-    if cfg.json or not sys.stdout.isatty():
-        print(json.dumps(rows))
+    print_rows(rows, cfg.json)
 
 
 def main(args) -> None:
     """Print the rows that the flags ask for, measured or trained here."""
+    check_eval_flags(args.given, args.eval)
     if comma_list(args.eval.tasks) == ["mixsga"]:
         train_table(args)
     else:

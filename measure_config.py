@@ -3,23 +3,16 @@ storage are given is in config.py."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
 from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS, KVConfig, SelectConfig
+from settings import measuring
 from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt
+from settings.measuring import BENCHES, TASKS
 from settings.train import check_corpora
 
-TASKS = (
-    "perplexity",
-    "continuation",
-    "needle",
-    "needle_reuse",
-    "copy",
-    "variable_tracking",
-    "multiple_choice",
-    "mixsga",
-)
 SPLITS = ("val", "train", "test", "all")
 RIVALS = ("quest", "kivi")  # as published, each with a path of its own
 METHODS = ("dense", "value_groups", "select", *RIVALS)
@@ -107,7 +100,9 @@ class EvalConfig:
         "training split (empty: the training split of --dataset)",
     )
     calibration: int = opt(32, "sequences that bases are calibrated on", least=1)
-    sequences: int = opt(192, "sequences, or prompts, of each task", least=1)
+    sequences: int = opt(
+        192, "sequences, or prompts, of each task, or as many as there are", least=1
+    )
     block_size: int = opt(
         0,
         "tokens per sequence, an answer included (0: what it was trained with, or 2048 for a "
@@ -296,40 +291,57 @@ def check_shares(name: str, text: str) -> None:
         )
 
 
-KV_FLAGS = {f.name for f in fields(KVConfig)}
-SELECT_FLAGS = {f.name for f in fields(SelectConfig)}
-# what only training reads, or what leaves a part that has to be trained
-TRAINED_FLAGS = {
-    "learn_basis",
-    "reconstructor",
-    "recon_hidden",
-    "aux_weight",
-    "lm_to_router",
-    "kv_warmup",
-    "predictors",
-    "readers",
-    "recall",
-    "shortest",
-    "predictor_loss",
+GROUP_OF = {f.name: "kv" for f in fields(KVConfig)} | {
+    f.name: "select" for f in fields(SelectConfig)
 }
-# what value groups read and a selection does not
-GROUPS_FLAGS = {"topk_groups", "value_router", "kv_tail_block"}
+SELECT_FLAGS = {name for name, group in GROUP_OF.items() if group == "select"}
 
 
-def storage_flags(given: set[str]) -> set[str]:
+def check_eval_flags(
+    given: Collection[str], cfg: EvalConfig, methods: Collection[str] = (), trained: bool = False
+) -> None:
+    """Raise ValueError for flags of those given that no task of cfg reads, or none of the methods
+    (empty: of --methods, and where it is empty, too, of any). trained: the run has its own value
+    groups, and nothing is calibrated."""
+    tasks = comma_list(cfg.tasks)
+    methods = methods or comma_list(cfg.methods)
+    cuts = not trained and (not methods or {*methods} & {*measuring.CUT})
+    calibrated_on = measuring.CORPUS if cuts and "calibrate" not in given else ()
+    by_tasks: dict[str, Collection[str]] = {}  # what no task reads, and the tasks that do
+    by_methods: dict[str, Collection[str]] = {}
+    for name in sorted(given):
+        group = GROUP_OF.get(name, "")
+        readers = measuring.methods_that_read(group, name)
+        by_none = not any(measuring.read_by_task(task, group, name) for task in tasks)
+        if by_none and name not in calibrated_on:
+            by_tasks[name] = measuring.OF_TASKS.get(name, ())
+        elif methods and readers is not None and not {*methods} & {*readers}:
+            by_methods[name] = readers
+    refuse_unread(by_tasks, "tasks", cfg.tasks)
+    refuse_unread(by_methods, "methods", ",".join(methods))
+
+
+def refuse_unread(unread: dict[str, Collection[str]], flag: str, value: str) -> None:
+    """Raise ValueError for flags that are not read beside another one's value, and name the first
+    value of it that reads the first of them."""
+    readers = next(iter(unread.values()), ())
+    check(
+        not unread,
+        f"{', '.join(unread)} with {flag}={value}",
+        "it is not read",
+        "leave it out" + "".join(f", or give --{flag}={reader}" for reader in [*readers][:1]),
+    )
+
+
+def storage_flags(given: Collection[str]) -> set[str]:
     """Return the flags given that say how keys and values are stored."""
-    return given & (KV_FLAGS | SELECT_FLAGS)
+    return {name for name in given if name in GROUP_OF}
 
 
-def check_storage_flags(given: set[str], kv: str) -> None:
+def check_storage_flags(given: Collection[str], kv: str) -> None:
     """Raise ValueError for a flag of those given that storing by `kv` does not read."""
-    unread = given & TRAINED_FLAGS
-    if kv != "select":
-        unread |= given & SELECT_FLAGS
-    if kv == "select":
-        unread |= given & GROUPS_FLAGS
-    if kv == "dense":
-        unread |= given & (KV_FLAGS - {"kv"})
+    asked = sorted(storage_flags(given))
+    unread = [n for n in asked if not measuring.read_by_storage(kv, GROUP_OF[n], n)]
     check(
         not unread,
         f"--{min(unread, default='')} with kv={kv}",
@@ -378,7 +390,26 @@ class SampleConfig:
         )
 
 
-BENCHES = ("train", "adapter", "select", "decode", "memory", "generate")
+def check_sample_flags(given: Collection[str], cfg: SampleConfig, kv: str) -> None:
+    """Raise ValueError for flags of those given that sample.py does not read beside the others. kv:
+    --kv, or its default."""
+    if "kv" in given or not cfg.out_dir:
+        check_storage_flags(given, kv)
+    calibrates = kv != "dense" and storage_flags(given)
+    unread = sorted({"calibrate", "calibration", "data_dir"} & {*given})
+    check(
+        calibrates or not unread,
+        f"{', '.join(unread)} without a way to store",
+        "nothing is calibrated",
+        "leave it out, or give --kv=select",
+    )
+    unread = sorted({"top_k", "top_p"} & {*given})
+    check(
+        cfg.temperature > 0 or not unread,
+        f"{', '.join(unread)} with temperature=0",
+        "the likeliest token is taken",
+        "leave it out, or give --temperature=0.8",
+    )
 
 
 @dataclass(frozen=True)
@@ -412,12 +443,40 @@ class BenchConfig:
         0, "generate: tokens of the prompts processed at a time (0: all)", least=0
     )
     compile: bool = opt(False, "generate: torch.compile what lies between two attentions")
+    json: bool = opt(
+        False, "print the rows as JSON on stdout, as is done where that is no terminal"
+    )
 
     def __post_init__(self):
         check_fields(self)
-        check(
-            self.what in ("select", "generate") or not self.out_dir,
-            f"out_dir={self.out_dir} with {self.what}",
-            "only select and generate measure a run",
-            "leave it out",
-        )
+
+
+def check_bench_flags(args) -> None:
+    """Raise ValueError for flags that the comparison does not read. args: cli.parse_args of
+    bench.py's settings."""
+    cfg: BenchConfig = args.bench
+    groups = [group for group in vars(args) if group != "given"]
+    group_of = {f.name: group for group in groups for f in fields(getattr(args, group))}
+    given = [name for name in group_of if name in args.given]
+    unread = [n for n in given if not measuring.read_by_bench(cfg.what, group_of[n], n)]
+    check(not unread, f"{', '.join(unread)} with {cfg.what}", "it is not read", "leave it out")
+    if cfg.what not in measuring.MODELS:
+        return
+    loaded = bool(cfg.out_dir) or args.base.init_from != "scratch"
+    shape = [n for n in given if loaded and group_of[n] == "model" and n != "block_size"]
+    check(
+        not shape,
+        f"{', '.join(shape)} with a model that is loaded",
+        "it has its own",
+        "leave it out",
+    )
+    if cfg.what == "generate" and not cfg.out_dir:
+        check_storage_flags(given, args.kv.kv)
+        return
+    stored = sorted(storage_flags(given))
+    check(
+        not stored,
+        f"{', '.join(stored)} with out_dir={cfg.out_dir}",
+        "it stores as it was trained to",
+        "leave it out, or give the base as --init_from",
+    )

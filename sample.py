@@ -18,13 +18,12 @@ from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
 from config import BaseConfig, KVConfig, SelectConfig, check
-from measure_config import SampleConfig, check_storage_flags, storage_flags
+from measure_config import SampleConfig, check_sample_flags, storage_flags
 
 CONFIGS = {"sample": SampleConfig, "kv": KVConfig, "select": SelectConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    ARGS = parse_args(CONFIGS, description=__doc__.split("\n\n")[0])
-    if "kv" in ARGS.given or not ARGS.sample.out_dir:
-        exit_on_bad_input(lambda: check_storage_flags(ARGS.given, ARGS.kv.kv))
+    ARGS = parse_args(CONFIGS, description=__doc__)
+    exit_on_bad_input(lambda: check_sample_flags(ARGS.given, ARGS.sample, ARGS.kv.kv))
 
 from generate import fit_room, generate
 from loaders.chat import Conversation, Turn
@@ -39,6 +38,7 @@ from settings.train import DataConfig
 def main() -> None:
     """Load the model that the flags name, let it store as they say, and continue or chat."""
     cfg: SampleConfig = ARGS.sample
+    check_sample_flags(ARGS.given, cfg, ARGS.kv.kv)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal cannot show

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import selector
 from config import PUBLISHED, SHARED, KVConfig, SelectConfig, check, comma_list, count_kept
 from loaders.runs import Run
-from measure_config import EvalConfig
+from measure_config import EvalConfig, check_eval_flags
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
@@ -55,6 +55,7 @@ def plan_of(run: Run, asked: Asked) -> tuple[list[str], list[Setting]]:
     check_flags(run, asked)
     methods = methods_of(run, asked)
     check_methods(run, asked, methods)
+    check_eval_flags(asked.given, asked.eval, [*methods, run.kv.kv], is_trained(run))
     plan = []
     for kv in grid_of(run, asked):
         kv.check_model(run.model.cfg)

@@ -1,6 +1,7 @@
 """Promise 9, and 4, 5, 10 at the command line: whatever is given wrong is answered by one line,
 exit code 2, and nothing is left behind."""
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import cli
 import data
 import eval as evaluation
@@ -22,7 +24,8 @@ import sample
 import train
 from loaders import checkpoint, export, token_files
 from loaders.tokenizer import get_tokenizer
-from settings import stages
+from measure_config import check_eval_flags
+from settings import measuring, stages
 from settings.train import DataConfig
 
 PROGRAMS = {
@@ -153,25 +156,107 @@ def test_help_lists_every_field(name):
             ), f.name
 
 
-@pytest.mark.parametrize("stage", ["", *stages.READS])
-def test_help_shows_the_flags_of_the_stage(stage, capsys):
+ASKED = [(name, value) for name in measuring.CHOICES for value in measuring.CHOICES[name].values]
+
+
+@pytest.mark.parametrize("name, value", [*((name, "") for name in measuring.CHOICES), *ASKED])
+def test_help_shows_the_flags_of_the_choice(name, value, capsys):
     """--help begins with at most ten lines, whole commands among them, and lists exactly the flags
-    that the stage reads; without --stage those of the table."""
+    that the stage, task, comparison or way to store reads; without a flag those of the usual
+    one."""
+    module = bench if name == "bench" else PROGRAMS[name][0]
+    choice = measuring.CHOICES[name]
     with pytest.raises(SystemExit) as e:
-        asked = ["--help", *([f"--stage={stage}"] if stage else [])]
-        cli.parse_args(train.CONFIGS, asked, "train.py", train.__doc__)
+        asked = ["--help", *([f"--{choice.flag}={value}"] if value else [])]
+        cli.parse_args(module.CONFIGS, asked, f"{name}.py", module.__doc__)
     out = capsys.readouterr().out
     begin = out[: out.index("\noptions:")].strip().splitlines()
     assert e.value.code == 0 and len(begin) - 2 <= 10  # usage and a blank line before them
-    assert "    python train.py" in begin and not begin[-3].endswith("\\")
-    assert f"--stage={stage or 'all'}." in begin[-1] and "--help --all" in begin[-1]
+    assert any(line.startswith(f"    python {name}.py") for line in begin)
+    assert not begin[-3].endswith("\\")
+    assert f"--{choice.flag}={value or choice.usual}." in begin[-1] and "--help --all" in begin[-1]
     shown = set(re.findall(r"^  --(\w+)", out, re.MULTILINE))
     assert shown == {
         f.name
-        for key, cls in train.CONFIGS.items()
+        for key, cls in module.CONFIGS.items()
         for f in dataclasses.fields(cls)
-        if stages.is_read(stage or "all", key, f.name)
+        if choice.reads(value or choice.usual, key, f.name)
     }
+
+
+def test_help_of_export_begins_with_its_command(capsys):
+    """python -m loaders.export --help begins with what it does and a whole command."""
+    with pytest.raises(SystemExit):
+        cli.parse_args(export.CONFIGS, ["--help"], "export", export.__doc__)
+    begin = capsys.readouterr().out.split("\noptions:")[0].strip().splitlines()
+    assert len(begin) <= 10 and begin[-1].startswith("    python -m loaders.export --init_from=")
+
+
+@pytest.mark.parametrize("task", measuring.TASKS)
+def test_eval_refuses_exactly_what_help_does_not_show(task):
+    """Whatever help shows for a task can be given with it, by some method; whatever it does not
+    show is refused by name, but for what says which text calibrates."""
+    cfg = argparse.Namespace(tasks=task, methods="")
+    for key, cls in evaluation.CONFIGS.items():
+        for f in dataclasses.fields(cls):
+            line = refused(check_eval_flags, {f.name}, cfg)
+            if measuring.read_by_task(task, key, f.name) or f.name in measuring.CORPUS:
+                assert line == "", f.name
+            else:
+                assert line.startswith(f"{f.name} with tasks={task}: it is not read; leave it out")
+
+
+def refused(check, *args) -> str:
+    """The line with which a check refuses, "" where it does not."""
+    try:
+        check(*args)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "given, tasks, methods, trained, words",
+    [
+        ("hops", "needle,copy", "", False, "give --tasks=variable_tracking"),
+        ("hops", "needle,variable_tracking", "", False, ""),
+        ("query", "perplexity", "", False, "query with tasks=perplexity"),
+        ("kv_tail", "continuation", "", False, "kv_tail with tasks=continuation"),
+        ("groups,bases", "continuation", "dense,kivi", False, "bases, groups with methods=dense,k"),
+        ("groups", "continuation", "dense,value_groups", False, ""),
+        ("token_budgets", "continuation", "value_groups", False, "give --methods=select"),
+        ("token_budgets", "continuation", "quest", False, ""),
+        ("quest_whole", "continuation", "select", False, "give --methods=quest"),
+        ("kv_bits", "continuation", "dense", False, "kv_bits with methods=dense"),
+        ("topk_groups", "continuation", "select", False, "give --methods=value_groups"),
+        ("hedge", "continuation", "value_groups", False, "hedge with methods=value_groups"),
+        ("readers", "continuation", "select", False, "readers with tasks=continuation"),
+        ("calibrate", "needle", "dense", False, "calibrate with methods=dense"),
+        ("dataset", "needle", "value_groups", False, ""),  # calibrated on
+        ("dataset,calibrate", "needle", "value_groups", False, "dataset with tasks=needle"),
+        ("dataset", "needle", "value_groups", True, "dataset with tasks=needle"),
+        ("methods", "mixsga", "dense", False, "methods with tasks=mixsga"),
+    ],
+)
+def test_eval_refuses_what_tasks_and_methods_do_not_read(given, tasks, methods, trained, words):
+    """A flag that none of the tasks, or of the methods, reads is refused by its name."""
+    cfg = argparse.Namespace(tasks=tasks, methods="")
+    methods = [m for m in methods.split(",") if m]
+    line = refused(check_eval_flags, set(given.split(",")), cfg, methods, trained)
+    assert words in line and bool(words) == bool(line)
+
+
+def test_rows_are_json_where_asked_or_piped(monkeypatch, capsys):
+    """On a terminal rows are printed as JSON with --json only; to another program always."""
+    for terminal, asked, printed in (
+        (True, False, ""),
+        (True, True, "[1]\n"),
+        (False, False, "[1]\n"),
+    ):
+        with monkeypatch.context() as m:
+            m.setattr(sys.stdout, "isatty", lambda t=terminal: t)
+            cli.print_rows([1], asked)
+        assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize(
@@ -338,6 +423,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "pool": [0, 4],
     "past": [0],
     "readers": [0],
+    "observers": [-1],
     "recall": [-0.1, 1.1],
     "shortest": [-1],
     "pretrain_lr": [0, -1],
@@ -819,15 +905,11 @@ def test_adapter_without_its_base(run, capsys):
 
 
 def test_damaged_checkpoint_of_a_process(run, here):
-    """True processes of eval.py and sample.py on a flipped byte: one line, exit 2."""
+    """A true process of sample.py on a flipped byte: one line, exit 2."""
     damage(run / "pretrain" / "step-00000002" / "model.safetensors", "flipped")
-    for name in ("eval", "sample"):
-        code, out, err, _ = program(name, f"--out_dir={run / 'pretrain'}", cwd=here)
-        assert (code, out, err.count("\n")) == (
-            2,
-            "",
-            1,
-        ) and "model.safetensors is damaged" in err, err
+    code, out, err, _ = program("sample", f"--out_dir={run / 'pretrain'}", cwd=here)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert "model.safetensors is damaged" in err, err
     assert tree(here) == {}
 
 

@@ -578,6 +578,19 @@ def test_window_of_a_run_is_what_it_was_trained_with(base, text, tmp_path, run_s
         assert row["n"] == 4 * T
 
 
+def test_a_text_with_fewer_sequences_says_how_many(base, text, tmp_path, capsys):
+    """Where a text has fewer sequences than --sequences one line says how many there are; where it
+    has as many, nothing does."""
+    flags = (f"--init_from={base}", f"--dataset={text}", f"--results={tmp_path / 'r'}")
+    for asked in (1, 9999):
+        call(evaluation, *flags, f"--sequences={asked}", "--batch_size=64")
+        out, err = capsys.readouterr()
+        (row,) = json.loads(out)
+        n = row["n"] // 32
+        line = f"perplexity of {row['text']['corpus']}, val: {n} sequences, all there are, not 9999"
+        assert err.splitlines().count(line) == (asked > 1) and n < 9999
+
+
 def test_perplexity_is_exp_of_the_mean_loss():
     """By hand on a dense model: exp of the mean of -log p over every position, any batch size."""
     model = tiny_model()

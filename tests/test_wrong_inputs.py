@@ -82,7 +82,15 @@ TABLE = (
     Wrong("eval", "--out_dir={d}/run --methods=best", "methods='best'"),
     Wrong("eval", "--out_dir={d}/run --budgets=2", "budgets='2': every budget is a share"),
     Wrong("eval", "--out_dir={d}/run --tasks=multiple_choice", "multiple_choice without questions"),
+    Wrong("eval", "--out_dir={d}/run --shots=3", "shots with tasks=perplexity: it is not read"),
+    Wrong("eval", "--init_from={d}/run --methods=dense --groups=4", "give --methods=value_groups"),
+    Wrong("eval", "--out_dir={d}/run --readers=3", "readers with tasks=perplexity: it is not read"),
+    Wrong(
+        "eval", "--out_dir={d}/run --tasks=mixsga --kv_budgets=1", "kv_budgets with tasks=mixsga"
+    ),
     Wrong("sample", "--out_dir={d}/run --temperature=-1", "temperature=-1"),
+    Wrong("sample", "--out_dir={d}/run --temperature=0 --top_k=9", "top_k with temperature=0"),
+    Wrong("sample", "--out_dir={d}/run --calibration=9", "calibration without a way to store"),
     Wrong("sample", "--out_dir={d}/run --top_p=0", "top_p=0"),
     Wrong("sample", "--out_dir={d}/run --max_new_tokens=1000", "context is 32"),
     Wrong("sample", "--out_dir={d}/run --prompt=", "an empty prompt"),
@@ -94,6 +102,11 @@ TABLE = (
     Wrong("export", "--out_dir={d}/run --init_from={d}/run --to={d}/a", "leave one of them out"),
     Wrong("bench", "select --out_dir={d}/run --init_from={d}/run", "leave one of them out"),
     Wrong("bench", "nonsense", "what='nonsense'"),
+    Wrong("bench", "train --out_dir={d}/run", "out_dir with train: it is not read"),
+    Wrong("bench", "decode --n_layer=9", "n_layer with decode: it is not read"),
+    Wrong("bench", "select --out_dir={d}/run --n_layer=9", "n_layer with a model that is loaded"),
+    Wrong("bench", "generate --out_dir={d}/run --n_groups=8", "it stores as it was trained to"),
+    Wrong("bench", "generate --kv=dense --n_groups=8", "--n_groups with kv=dense"),
     Wrong("bench", "train --n_head=3 --n_kv_head=2", "n_head=3"),
     Wrong("export", "--out_dir={d}/run", "give --to=DIR"),
     # places that are missing, taken or of another kind

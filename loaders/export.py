@@ -17,7 +17,7 @@ from settings.train import ExportConfig
 
 CONFIGS = {"export": ExportConfig, "base": BaseConfig}
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    ARGS = parse_args(CONFIGS, description=__doc__.splitlines()[0])
+    ARGS = parse_args(CONFIGS, description=__doc__)
 
 from safetensors.torch import save_file
 

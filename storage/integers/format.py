@@ -230,6 +230,32 @@ def dequantise_values(rows: Tensor, scale: Tensor, bits: int, dtype: torch.dtype
     return from_codes(unpack_bits(rows, bits), step, middle, bits, dtype)
 
 
+# -------------------- training reads what is stored
+
+
+def keys_as_read(k: Tensor, bits: int, block: int) -> Tensor:
+    """Return keys (B, Hkv, T, D) as they are read once they are stored, with the gradient of the
+    keys themselves (straight through). Those behind the last full block stay as they are."""
+    D = k.size(-1)
+    n = k.size(2) // block * block
+    stored = k[:, :, :n].reshape(-1, D)
+    at = torch.arange(len(stored), device=k.device) // block
+    packed, scale = quantise_keys(stored.detach(), at, len(stored) // block, bits)
+    read = dequantise_keys(packed, scale, at, bits, k.dtype).view(*k.shape[:2], n, D)
+    read = torch.cat((read, k[:, :, n:].detach()), 2)
+    return read + (k - k.detach())
+
+
+def values_as_read(z: Tensor, mask: Tensor, bits: int) -> Tensor:
+    """Return values z (..., D) as they are read once groups mask (..., S) of them are stored, with
+    the gradient of what is kept (straight through); zeros where a group is dropped."""
+    kept = mask.repeat_interleave(z.size(-1) // mask.size(-1), -1)
+    rows, scale = quantise_values(z.detach(), mask, bits)
+    scale = scale.unsqueeze(-2).expand(*rows.shape[:-1], 2)
+    read = dequantise_values(rows, scale, bits, z.dtype).flatten(-2)
+    return (read + (z - z.detach())) * kept
+
+
 # -------------------- values, every group at its level
 
 

@@ -68,6 +68,26 @@ class ModelConfig:
     gated_mlp: bool = opt(True, "the MLP multiplies two branches (SwiGLU); False: has one (OPT)")
     out_bias: bool = opt(False, "bias on the output projection and in the MLP (OPT)")
     positions: str = opt("rope", "rope: rotations; learned: added to the embedding", POSITIONS)
+    post_norms: bool = opt(False, "normalise what attention and the MLP write, too (Gemma 2 and 3)")
+    embedding_scale: float = opt(1.0, "embeddings are multiplied by this", above=0)
+    query_scale: float = opt(0.0, "q . k is multiplied by this; 0: 1 / sqrt(D)", least=0)
+    attention_cap: float = opt(
+        0.0, "an attention logit s becomes cap * tanh(s / cap); 0: as it is", least=0
+    )
+    logit_cap: float = opt(0.0, "the same for the logits of the next token", least=0)
+    sliding_window: int = opt(
+        0,
+        "tokens that a sliding layer reads, and keeps, its own included; 0: no layer slides",
+        least=0,
+    )
+    global_every: int = opt(
+        2,
+        "with a sliding window: every so many-th layer reads everything, the others slide",
+        least=1,
+    )
+    rope_local_theta: float = opt(
+        0.0, "base of the rotary embedding in sliding layers, unscaled; 0: --rope_theta", least=0
+    )
     tie_embeddings: bool = opt(True, "share the token embedding with the output head")
 
     def __post_init__(self):
@@ -96,6 +116,15 @@ class ModelConfig:
             "a base above 1 is needed",
             "give for example --rope_theta=10000",
         )
+
+    def slides(self, layer: int) -> bool:
+        """Say whether a layer reads and keeps the newest sliding_window tokens only."""
+        return self.sliding_window > 0 and (layer + 1) % self.global_every > 0
+
+    @property
+    def global_layers(self) -> list[int]:
+        """The layers that read everything, ascending."""
+        return [i for i in range(self.n_layer) if not self.slides(i)]
 
 
 ADAPTERS = ("none", "lora", "moe_lora", "routed")
@@ -317,6 +346,18 @@ class KVConfig:
         )
         return picked
 
+    def layers_of(self, m: ModelConfig) -> list[int]:
+        """Return the compressed layers' indices in a model, ascending: those chosen that do not
+        slide. ValueError where there is none."""
+        picked = [i for i in self.layers(m.n_layer) if not m.slides(i)]
+        check(
+            bool(picked),
+            f"kv_layers={self.kv_layers} with global_every={m.global_every}",
+            "all of these slide, and only layers that read everything are compressed",
+            f"choose layer {m.global_every - 1} or leave it out",
+        )
+        return picked
+
     def check_model(self, m: ModelConfig) -> None:
         """Raise ValueError where this storage does not fit the model's shape."""
         if self.kv not in ("value_groups", "select"):
@@ -344,7 +385,7 @@ class KVConfig:
             "a fixed K is routed in every layer",
             "give layer or head, or --kv=select",
         )
-        self.layers(m.n_layer)
+        self.layers_of(m)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from storage.append import append_packed, can_append
 from storage.cpu import packed_attention_cpu
 from storage.kernel_base import (
     as_word,
+    capped,
     dense_rows,
     jit,
     load_masks,
@@ -185,6 +186,7 @@ def read_window(
     N: tl.constexpr,
     DP: tl.constexpr,
     STAGES: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Let queries x (M, DP) read the slots start to end of one head's window: softmax_step for each
     N of them. Query i of T sees the tokens up to its own, the T newest being theirs."""
@@ -198,7 +200,8 @@ def read_window(
         value = tl.load(v_ptr + t[:, None] * D + dim, mask=there, other=0.0)
         seen = live[None, :] & (number[None, :] <= count - T + (row // n % T)[:, None])
         none = tl.zeros([x.shape[0], N], tl.float32)
-        logits = tl.where(seen, product(x, tl.trans(key), none) * scale, float("-inf"))
+        logits = capped(product(x, tl.trans(key), none) * scale, CAP)
+        logits = tl.where(seen, logits, float("-inf"))
         m, den, acc = softmax_step(logits, value, m, den, acc)
     return m, den, acc
 
@@ -252,6 +255,7 @@ def _attention_kernel(
     DP: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment: packed tokens, then slots of the window,
     N at a time. DP: D rounded up to a power of 2. ALIGN: the power of 2 that divides d."""
@@ -322,7 +326,8 @@ def _attention_kernel(
             other=0.0,
             eviction_policy="evict_first",
         )
-        logits = tl.where(live[None, :], product(x, tl.trans(key), none) * scale, float("-inf"))
+        logits = capped(product(x, tl.trans(key), none) * scale, CAP)
+        logits = tl.where(live[None, :], logits, float("-inf"))
         # Equation (2) for every number of every token; masks past `end` are 0.
         word = as_word(bits, S)[:, None]
         one = tl.full([1, 1], 1, word.dtype)
@@ -364,6 +369,7 @@ def _attention_kernel(
         N,
         DP,
         STAGES,
+        CAP,
     )
     place = tl.program_id(0) if SEGS > 0 else seg * parts + piece
     store_rows(
@@ -425,22 +431,24 @@ def packed_attention(
     window: WindowView | None,
     impl: str = "auto",
     chunk: int = 0,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Let the newest T tokens' queries read packed tokens, all older than they, and a window that
     ends with those T. One of packed and window may be None.
 
     q      (B, H, T, D); float64, D > 256 and what wants a gradient go to the reference
     chunk: tokens of a piece, 0: as many as let all programs run at a time
+    cap:   a logit s = q . k / sqrt(D) becomes cap * tanh(s / cap); 0: as it is
     Returns out (B, H, T, D) like q, and lse (B, H, T) float32 (float64 of float64): the log of the
-    sum of exp(q . k / sqrt(D)). Where there is nothing to read out is 0 and lse -inf."""
+    sum of exp(s). Where there is nothing to read out is 0 and lse -inf."""
     if (
         not use_triton(impl, q.device, q.dtype)
         or q.size(-1) > 256
         or wants_gradient(q, packed, window)
     ):
         if impl == "auto" and q.device.type == "cpu" and not wants_gradient(q, packed, window):
-            return packed_attention_cpu(q, packed, window)
-        return packed_attention_ref(q, packed, window)
+            return packed_attention_cpu(q, packed, window, cap)
+        return packed_attention_ref(q, packed, window, cap)
     Hkv = (packed.token_base if packed else window.k).size(1)
     packed = packed or _no_tokens(q, Hkv)
     window = window or WindowView(q[:, :, :0], q[:, :, :0], None, packed.n.new_zeros(len(q)))
@@ -453,6 +461,7 @@ def packed_attention(
         from storage.integers.attention import int_variant  # loaded where there are integers only
 
         variant = int_variant(q, packed, rows)
+    variant.constants["CAP"] = cap
     return attend_in_pieces(dense_rows(q), packed, window, variant, chunk)
 
 
@@ -475,10 +484,11 @@ def _no_tokens(q: Tensor, Hkv: int) -> PackedView:
 # -------------------- attention over all that a cache shows
 
 
-def attend_view(q: Tensor, view: Any) -> tuple[Tensor, Tensor]:
+def attend_view(q: Tensor, view: Any, cap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Let the newest T tokens' queries q (B, H, T, D) read all that a cache shows of a layer.
 
     view  storage.cache.CacheView: packed parts, window and sinks, of which each may be missing
+    cap   see packed_attention
     Returns out (B, H, T, D) and lse (B, H, T), as packed_attention."""
     B, H, T, D = q.shape
     reads = [(part, None) for part in view.packed if part.keys.size(0)]
@@ -488,10 +498,10 @@ def attend_view(q: Tensor, view: Any) -> tuple[Tensor, Tensor]:
         together = bool(reads) and reads[0][0].token_base.size(1) == Hkv
         first = reads.pop(0)[0] if together else None
         reads.insert(0, (first, view.window))
-    parts = [packed_attention(q, packed, window) for packed, window in reads]
+    parts = [packed_attention(q, packed, window, cap=cap) for packed, window in reads]
     if view.sinks is not None:
         # All queries see all sinks, so they are so many more heads of one query.
-        out, lse = packed_attention(q.reshape(B, H * T, 1, D), None, view.sinks)
+        out, lse = packed_attention(q.reshape(B, H * T, 1, D), None, view.sinks, cap=cap)
         parts.append((out.view(B, H, T, D), lse.view(B, H, T)))
     if not parts:
         nothing = torch.full_like(at_least_float32(q[..., 0]), float("-inf"))

@@ -59,12 +59,14 @@ from kernels import attend_view, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.integers.codecs import codec_of
+from storage.integers.format import keys_as_read, values_as_read
 from storage.layout import (
     PackedView,
     at_least_float32,
     expand_mask,
     group_energy,
     merge_softmax,
+    soft_cap,
     top_k_mask,
 )
 from storage.packed import PackedCache, ValueBasis, packed_count
@@ -212,6 +214,7 @@ class ValueGroupPath(nn.Module):
         self.cfg = cfg
         self.Hkv = model_cfg.n_kv_head
         self.D = model_cfg.head_dim
+        self.cap = model_cfg.attention_cap
         self.S = cfg.n_groups
         self.k = cfg.topk_groups
         self.mask_heads = self.Hkv if cfg.mask_scope == "head" else 1
@@ -309,8 +312,9 @@ class ValueGroupPath(nn.Module):
         self.losses = {}
         if self.cfg.ints and not self.training and not self.record:
             return self._through_cache(x, q, k, v, pad)
-        if self.keep_all and not self.record:
-            return attend(q, k, v, pad)
+        whole = self.keep_all and not self.cfg.ints
+        if whole and not self.record:
+            return attend(q, k, v, pad, self.cap)
         z = self.maps().encode(v)
         logits = self.scores(x, z)
         mask = top_k_mask(logits.detach(), self.k)
@@ -318,12 +322,27 @@ class ValueGroupPath(nn.Module):
             self.last_mask = mask
         if self.training and torch.is_grad_enabled():
             self.losses["aux"] = self._aux_loss(logits, mask, z)
-        if self.keep_all:
-            return attend(q, k, v, pad)
-        routed = self.maps().decode(self._routed(logits, mask, z))
+        if whole:
+            return attend(q, k, v, pad, self.cap)
+        kept = self._routed(logits, mask, z)
+        if self.cfg.ints:
+            return self._attend_window(q, k, v, *self._rounded(k, v, kept, mask), pad)
+        routed = self.maps().decode(kept)
         if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
-            return self._attend_window(q, k, v, routed, pad)
-        return attend(q, k, routed, pad)
+            return self._attend_window(q, k, v, k, routed, pad)
+        return attend(q, k, routed, pad, self.cap)
+
+    def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values as they are read once they have left the window: integers, but of
+        the first tokens what came."""
+        cfg = self.cfg
+        first = slice(0, cfg.kv_sinks)
+        rest = slice(cfg.kv_sinks, None)
+        keys = keys_as_read(k[:, :, rest], cfg.key_bits, cfg.key_block)
+        mask = mask.expand(-1, self.Hkv, -1, -1)
+        values = values_as_read(kept[:, :, rest], mask[:, :, rest], cfg.value_bits)
+        values = self.maps().decode(values)
+        return torch.cat((k[:, :, first], keys), 2), torch.cat((v[:, :, first], values), 2)
 
     def _routed(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
         """Return z as it is read: dropped groups rebuilt. Router and reconstructor are constants to
@@ -353,9 +372,11 @@ class ValueGroupPath(nn.Module):
         m = expand_mask(m, self.D)
         return F.mse_loss(m * z + (1 - m) * rebuilt, z)
 
-    def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, routed: Tensor, pad) -> Tensor:
-        """Attend causally to routed values, but to whole ones of the tokens that are in the window
-        when they are read.
+    def _attend_window(
+        self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, routed: Tensor, pad: Tensor | None
+    ) -> Tensor:
+        """Attend causally to stored keys and routed values, but to k and v of the tokens that are in
+        the window when they are read.
 
         In blocks of queries: a block needs no later key, and window tokens only among its
         nearest."""
@@ -363,6 +384,8 @@ class ValueGroupPath(nn.Module):
         visible = attention_mask(T, T, pad, q.device)
         window = (self.cfg.kv_tail, self.cfg.tail_leaves)
         seen = torch.arange(1, T + 1, device=q.device)[None]  # (1 or B, T)
+        if self.cfg.ints:
+            seen = seen - self.cfg.kv_sinks  # those are whole in any case
         if pad is not None:
             seen = seen - pad[:, None]
         in_window = window_mask(seen, *window)
@@ -373,23 +396,31 @@ class ValueGroupPath(nn.Module):
         for a in range(0, T, step):
             b = min(a + step, T)
             near = max(0, a - reach)  # keys before it are routed for every query of the block
-            p = self._weights(q[:, :, a:b], k[:, :, :b], visible[..., a:b, :b])
             whole = in_window[..., a:b, near:b].repeat(1, 1, H // self.Hkv, 1)
+            logits = self._logits(q[:, :, a:b], stored[:, :, :b])
+            if stored is not k:
+                exact = self._logits(q[:, :, a:b], k[:, :, near:b])
+                exact = torch.where(whole, exact, logits[..., near:])
+                logits = torch.cat((logits[..., :near], exact), -1)
+            p = self._weights(logits, visible[..., a:b, :b]).to(v.dtype)
             y = p @ routed[:, :, :b] + (p[..., near:] * whole) @ lost[:, :, near:b]
             out.append(y.view(B, H, b - a, D))
         return torch.cat(out, 2)
 
-    def _weights(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-        """Return attention weights (B, Hkv, n*T, L), the query heads of a KV head in turn.
+    def _logits(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return attention logits (B, Hkv, n*T, L), the query heads of a KV head in turn.
 
-        q (B, H, T, D), k (B, Hkv, L, D), visible (B or 1, 1, T, L) bool."""
+        q (B, H, T, D), k (B, Hkv, L, D)."""
         B, H, T, D = q.shape
-        n = H // self.Hkv
-        q = (q * D**-0.5).reshape(B, self.Hkv, n * T, D)
-        logits = at_least_float32(q @ k.mT)
+        q = (q * D**-0.5).reshape(B, self.Hkv, H // self.Hkv * T, D)
+        return soft_cap(at_least_float32(q @ k.mT), self.cap)
+
+    def _weights(self, logits: Tensor, visible: Tensor) -> Tensor:
+        """Return attention weights of logits (B, Hkv, n*T, L), visible (B or 1, 1, T, L) bool."""
+        n = logits.size(2) // visible.size(2)
         # added rather than filled: the backward of a sum is free
         bias = torch.zeros_like(visible, dtype=logits.dtype).masked_fill(~visible, float("-inf"))
-        return (logits + bias.repeat(1, 1, n, 1)).softmax(-1).to(k.dtype)
+        return (logits + bias.repeat(1, 1, n, 1)).softmax(-1)
 
     def _through_cache(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None
@@ -417,7 +448,7 @@ class ValueGroupPath(nn.Module):
             if a:
                 out.append(self._read(q[:, :, a:b], cache.view(), cache))
             else:  # until the first block leaves everything is whole
-                out.append(attend(q[:, :, :b], new.k, new.v))
+                out.append(attend(q[:, :, :b], new.k, new.v, cap=self.cap))
             a = b
         return torch.cat(out, 2)
 
@@ -443,7 +474,7 @@ class ValueGroupPath(nn.Module):
         if self.cfg.prefill == "routed":
             y = self._read_routed(q, new, cache)
         elif cache.fresh:
-            y = attend(q, k, v, n_pad)
+            y = attend(q, k, v, n_pad, self.cap)
         else:
             y = self._read_piece(q, new, cache)
         cache.append(new)
@@ -452,7 +483,7 @@ class ValueGroupPath(nn.Module):
     def decode(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad, self._route(x, v, cache)))
         if cache.basis.dec is None and self.reconstructor is None:
-            return attend_view(q, cache.view())[0]  # rows are read as they are
+            return attend_view(q, cache.view(), self.cap)[0]  # rows are read as they are
         return self._read(q, cache.view(), cache)
 
     def graph_safe(self) -> bool:
@@ -467,14 +498,15 @@ class ValueGroupPath(nn.Module):
             k, z, mask, _ = packed.unpack()
             z = torch.where(expand_mask(mask, self.D), z, self.reconstructor(z, mask))
             packed = PackedView.of_whole(k, cache.basis.decode(z), packed.n)
-            return attend_view(q, view._replace(packed=(packed,)))[0]
+            return attend_view(q, view._replace(packed=(packed,)), self.cap)[0]
         if cache.basis.dec is None:
-            return attend_view(q, view)[0]
-        y, lse = packed_attention(q, packed, None)
+            return attend_view(q, view, self.cap)[0]
+        y, lse = packed_attention(q, packed, None, cap=self.cap)
         y = cache.basis.decode(y.reshape(len(q), self.Hkv, -1, self.D)).view(q.shape)
         if view.window.k.size(2) == 0 and view.sinks is None:
             return y
-        return merge_softmax((y, lse), attend_view(q, view._replace(packed=())))
+        whole = attend_view(q, view._replace(packed=()), self.cap)
+        return merge_softmax((y, lse), whole)
 
     def _read_piece(self, q: Tensor, new: NewTokens, cache: PackedCache) -> Tensor:
         """Let a piece of a prompt read itself whole, and what came before as it is stored."""
@@ -497,7 +529,8 @@ class ValueGroupPath(nn.Module):
         old = number < n_old[:, None]  # (B, N)
         old = old[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
         own = attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)
-        p = self._weights(q, torch.cat((old_k, new.k), 2), torch.cat((old, own), -1))
+        logits = self._logits(q, torch.cat((old_k, new.k), 2))
+        p = self._weights(logits, torch.cat((old, own), -1)).to(new.v.dtype)
         # what is in the window when query i reads it
         seen = n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
         boundary = packed_count(seen, cache.window, cache.block).maximum(cache.n_packed[:, None])
@@ -575,7 +608,7 @@ def attach(
     if cfg.kv == "dense":
         return model
     cfg.check_model(model.cfg)
-    chosen = [model.layers[i].self_attn for i in cfg.layers(model.cfg.n_layer)]
+    chosen = [model.layers[i].self_attn for i in cfg.layers_of(model.cfg)]
     # what is trained is never narrower than float32
     dtype = at_least_float32(model.norm.weight).dtype
     device = model.norm.weight.device
@@ -626,7 +659,7 @@ def detach(model: nn.Module) -> nn.Module:
         check(not path.folded, name, "its basis is folded into the weights", "load the base anew")
         attn = model.get_submodule(name.removesuffix(".kv_path"))
         change_coordinates(path, "detach")
-        attn.kv_path = DensePath(path.Hkv, path.D)
+        attn.kv_path = DensePath(path.Hkv, path.D, path.cap)
     return model
 
 

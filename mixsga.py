@@ -57,7 +57,7 @@ from torch import Tensor
 
 from config import KVConfig, MixConfig, ModelConfig, check
 from kernels import attend_view
-from model import attend, attention_mask
+from model import attend, attend_masked, attention_mask
 from storage.cache import NewTokens, change_coordinates, valid_columns
 from storage.experts import ExpertCache, averaged
 from storage.integers.codecs import codec_of
@@ -101,20 +101,25 @@ def window_mask(T: int, W: int, device) -> Tensor:
 
 
 def attend_window(
-    q: Tensor, k: Tensor, v: Tensor, whole: tuple[Tensor, Tensor], W: int, pad: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    whole: tuple[Tensor, Tensor],
+    W: int,
+    pad: Tensor | None = None,
+    cap: float = 0.0,
 ) -> Tensor:
     """Attend causally to k, v (B, Hkv, T, D), but where a key is among the newest W of a query to
     `whole`, two of the same shape. One softmax over both, each masked where the other is read."""
     if not W:
-        return attend(q, k, v, pad)
+        return attend(q, k, v, pad, cap)
     T = q.size(2)
     visible = attention_mask(T, T, pad, q.device)
     close = window_mask(T, W, q.device)
     mask = torch.cat((visible & ~close, visible & close), -1)
     k = torch.cat((k, whole[0]), 2)
     v = torch.cat((v, whole[1]), 2)
-    gqa = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    return attend_masked(q, k, v, mask, cap)
 
 
 # -------------------- the KV path
@@ -131,9 +136,10 @@ class SharingPath(nn.Module):
     by: str | None = None
     read = staticmethod(attend_window)
 
-    def __init__(self, window: int):
+    def __init__(self, window: int, cap: float = 0.0):
         super().__init__()
         self.window = window  # newest tokens that are read whole
+        self.cap = cap  # of attention logits
         self.losses: dict[str, Tensor] = {}
 
     def graph_safe(self) -> bool:
@@ -157,7 +163,7 @@ class GroupedHeads(SharingPath):
     agreement: share of tokens whose choice is their largest score, of the last time it chose."""
 
     def __init__(self, m: ModelConfig, kv: KVConfig, mix: MixConfig, layer: int = 0):
-        super().__init__(kv.kv_tail)
+        super().__init__(kv.kv_tail, m.attention_cap)
         mix.check_model(m)
         self.Hkv = m.n_kv_head
         self.D = m.head_dim
@@ -279,7 +285,7 @@ class GroupedHeads(SharingPath):
         keys, values = self.stored(k, v)
         keys = self.mixed(keys, index, logits)
         values = self.mixed(values, index, logits)
-        return self.read(q, keys, values, (k, v), self.window, pad)
+        return self.read(q, keys, values, (k, v), self.window, pad, self.cap)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         check(
@@ -329,7 +335,7 @@ class GroupedHeads(SharingPath):
     def decode(self, x, q, k, v, cache: ExpertCache, n_pad: Tensor | None = None) -> Tensor:
         index = self.logits(x, n_pad, cache).argmax(-1)
         cache.append(NewTokens(k, v, n_pad, index))
-        return attend_view(q, cache.view())[0]
+        return attend_view(q, cache.view(), self.cap)[0]
 
 
 # -------------------- on a model
@@ -339,7 +345,8 @@ def attach(
     model: nn.Module, kv: KVConfig, mix: MixConfig, paths: list[SharingPath] | None = None
 ) -> nn.Module:
     """Give a dense model experts of grouped heads, in place; what is new is trainable. Returns the
-    model. paths: one for each layer, in their place (baselines/shared_heads.py)."""
+    model. Layers that slide stay as they are. paths: one for each other layer, in their place
+    (baselines/shared_heads.py)."""
     check(
         not kv.ints,
         f"key_bits={kv.key_bits} with kv={kv.kv}",
@@ -353,8 +360,9 @@ def attach(
         "leave it out",
     )
     if paths is None:
-        paths = [GroupedHeads(model.cfg, kv, mix, i) for i in range(model.cfg.n_layer)]
-    for block, path in zip(model.layers, paths, strict=True):
+        paths = [GroupedHeads(model.cfg, kv, mix, i) for i in model.cfg.global_layers]
+    blocks = [block for block in model.layers if not block.slides]
+    for block, path in zip(blocks, paths, strict=True):
         change_coordinates(block.self_attn.kv_path, "attach")
         block.self_attn.kv_path = path.to(block.self_attn.o_proj.weight)
         path.train(block.training)

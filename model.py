@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -36,7 +37,10 @@ from config import ModelConfig
 from kernels import attend_view
 from storage.cache import DenseCache, KVCache, NewTokens
 from storage.kernel_base import triton
-from storage.layout import at_least_float32
+from storage.layout import at_least_float32, soft_cap
+from storage.sliding import SlidingCache
+
+QUERY_BLOCK = 256  # queries at a time where capped attention weights are formed in full
 
 
 class RMSNorm(nn.Module):
@@ -112,69 +116,104 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
-def attention_mask(T: int, L: int, pad: Tensor | None, device) -> Tensor:
+def attention_mask(T: int, L: int, pad: Tensor | None, device, window: int = 0) -> Tensor:
     """Return (B or 1, 1, T, L) bool: True where query i, at position L - T + i, may read key j.
 
     That is pad <= j <= L - T + i, and a padding query reads itself; pad (B,): left padding of each
-    row or None."""
+    row or None. window: it reads the newest so many keys only, its own included; 0: all."""
     j = torch.arange(L, device=device)
     i = torch.arange(L - T, L, device=device)[:, None]
     mask = (j <= i)[None, None]  # (1, 1, T, L)
+    if window:
+        mask = mask & (i - j < window)
     if pad is not None:
         own = j == i  # a padding query reads itself: no empty softmax
         mask = mask & (j >= pad[:, None, None, None]) | own  # (B, 1, T, L)
     return mask
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None, cap: float = 0.0, window: int = 0
+) -> Tensor:
     """Return causal attention of the newest T tokens over all L, (B, H, T, D).
 
     q     (B, H, T, D)
     k, v  (B, Hkv, L, D)
-    pad   (B,), left padding, or None"""
+    pad   (B,), left padding, or None
+    cap   a logit s becomes cap tanh(s / cap); 0: as it is
+    window  newest tokens that a query reads; 0: all"""
     T = q.size(2)
     L = k.size(2)
-    gqa = q.size(1) != k.size(1)
-    if pad is None and (T == L or T == 1):
+    plain = not cap and (window == 0 or window >= L)
+    if plain and pad is None and (T == L or T == 1):
+        gqa = q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attention_mask(T, L, pad, q.device), enable_gqa=gqa
-    )
+    return attend_masked(q, k, v, attention_mask(T, L, pad, q.device, window), cap)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.0) -> Tensor:
+    """Return attention of T queries over L keys where mask (..., T, L) bool allows it, (B, H, T,
+    D). Shapes and cap: see attend; mask is broadcast to (B, H, T, L)."""
+    n = q.size(1) // k.size(1)
+    if not cap:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n > 1)
+    k = k.repeat_interleave(n, 1)
+    v = v.repeat_interleave(n, 1)
+    out = []
+    for a in range(0, q.size(2), QUERY_BLOCK):
+        rows = slice(a, a + QUERY_BLOCK)
+        logits = at_least_float32((q[:, :, rows] * q.size(-1) ** -0.5) @ k.mT)
+        logits = soft_cap(logits, cap).masked_fill(~mask[..., rows, :], -math.inf)
+        out.append(logits.softmax(-1).to(v.dtype) @ v)
+    return torch.cat(out, 2)
 
 
 class DensePath(nn.Module):
     """Keep keys and values whole: the baseline, which every path equals when it keeps
-    everything."""
+    everything.
+
+    cap, window: see attend; with a window it keeps the tokens that are still read, no others."""
 
     reads_pieces = True  # a prompt may come in pieces
 
-    def __init__(self, n_kv_head: int, head_dim: int):
+    def __init__(self, n_kv_head: int, head_dim: int, cap: float = 0.0, window: int = 0):
         super().__init__()
         self.n_kv_head = n_kv_head
         self.head_dim = head_dim
+        self.cap = cap
+        self.window = window
         self.losses: dict[str, Tensor] = {}
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> DenseCache:
-        return DenseCache(batch, max_len, self.n_kv_head, self.head_dim, like)
+        shape = (self.n_kv_head, self.head_dim)
+        if self.window:
+            return SlidingCache(batch, max_len, *shape, like, self.window)
+        return DenseCache(batch, max_len, *shape, like)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
-        return attend(q, k, v, pad)
+        return attend(q, k, v, pad, self.cap, self.window)
 
     def prefill(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
         fresh = cache.fresh
+        # of a window, new tokens overwrite what the first of them still read
+        before = cache.beside(k, v, n_pad) if self.window and not fresh else None
         cache.append(NewTokens(k, v, n_pad))
-        return attend(q, k, v, n_pad) if fresh else attend_view(q, cache.view())[0]
+        if fresh:
+            return attend(q, k, v, n_pad, self.cap, self.window)
+        if before is not None:
+            return attend_masked(q, *before, self.cap)
+        return attend_view(q, cache.view(), self.cap)[0]
 
     def decode(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad))
-        return attend_view(q, cache.view())[0]
+        return attend_view(q, cache.view(), self.cap)[0]
 
     def graph_safe(self) -> bool:
         return triton is not None
 
 
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, window: int = 0):
         super().__init__()
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
@@ -187,7 +226,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.rotates = cfg.positions == "rope"
         self.query_gain = cfg.rope_attention**2  # YaRN's, for query and key at once
-        self.kv_path: nn.Module = DensePath(cfg.n_kv_head, cfg.head_dim)  # the seam
+        if cfg.query_scale:  # every path multiplies by 1 / sqrt(D)
+            self.query_gain *= cfg.query_scale * cfg.head_dim**0.5
+        # the seam
+        self.kv_path: nn.Module = DensePath(cfg.n_kv_head, cfg.head_dim, cfg.attention_cap, window)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), normed and rotated."""
@@ -242,18 +284,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    """slides: whether its attention reads the newest cfg.sliding_window tokens only."""
+
+    def __init__(self, cfg: ModelConfig, slides: bool = False):
         super().__init__()
+        self.slides = slides
         self.input_layernorm = make_norm(cfg, cfg.n_embd)
-        self.self_attn = Attention(cfg)
+        self.self_attn = Attention(cfg, cfg.sliding_window if slides else 0)
         self.post_attention_layernorm = make_norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg)
+        # of what is written to the residual stream
+        self.attn_out_norm = make_norm(cfg, cfg.n_embd) if cfg.post_norms else nn.Identity()
+        self.mlp_out_norm = make_norm(cfg, cfg.n_embd) if cfg.post_norms else nn.Identity()
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, verb: str, cache=None, pad: Tensor | None = None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, verb, cache, pad)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self.input_layernorm(x), cos, sin, verb, cache, pad)
+        return self.feed(x + self.attn_out_norm(y))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Add what the MLP makes of x."""
+        return x + self.mlp_out_norm(self.mlp(self.post_attention_layernorm(x)))
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Do what forward does before the path reads: return what the path gets, (x, q, k, v)."""
@@ -262,8 +314,7 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Do what forward does with the path's y."""
-        x = x + self.self_attn.output(y)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return self.feed(x + self.attn_out_norm(self.self_attn.output(y)))
 
 
 class Transformer(nn.Module):
@@ -273,7 +324,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.positions == "learned":
             self.embed_positions = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.layers = nn.ModuleList(Block(cfg, cfg.slides(i)) for i in range(cfg.n_layer))
         self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -282,6 +333,10 @@ class Transformer(nn.Module):
         cos, sin = rope_table(cfg)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        if cfg.rope_local_theta:  # the sliding layers' own
+            cos, sin = rope_table(replace(cfg, rope_theta=cfg.rope_local_theta, rope_factor=1.0))
+            self.register_buffer("rope_local_cos", cos, persistent=False)
+            self.register_buffer("rope_local_sin", sin, persistent=False)
         self.apply(self._init)
         for block in self.layers:  # residual branches start small, as in GPT-2
             for linear in (block.self_attn.o_proj, block.mlp.down_proj):
@@ -293,6 +348,10 @@ class Transformer(nn.Module):
             nn.init.normal_(m.weight, std=0.02)
             if getattr(m, "bias", None) is not None:
                 nn.init.zeros_(m.bias)
+
+    def rope_tables(self) -> dict[str, Tensor]:
+        """Return the tables of rotations by name."""
+        return {name: t for name, t in self.named_buffers() if name.startswith("rope_")}
 
     def new_cache(self, batch: int, max_len: int, dtype: torch.dtype | None = None) -> KVCache:
         """Return an empty cache for `batch` sequences of at most max_len tokens.
@@ -308,10 +367,14 @@ class Transformer(nn.Module):
         return KVCache([path.new_cache(batch, max_len, like) for path in paths], self)
 
     def dense_bytes(self, n_tokens: int, cache: KVCache) -> int:
-        """Count the bytes of all keys and values of n_tokens, kept whole in the dtype of
-        `cache`."""
-        number = cache.layers[0].dtype.itemsize
-        return 2 * number * n_tokens * self.cfg.n_kv_head * self.cfg.head_dim * self.cfg.n_layer
+        """Count the bytes of all keys and values of n_tokens, kept whole in the dtype of `cache`:
+        in a sliding layer, of those that its window holds."""
+        n_sliding = sum(block.slides for block in self.layers)
+        kept = n_tokens * (self.cfg.n_layer - n_sliding)
+        if n_sliding:
+            in_window = int(cache.lengths.clamp_max(self.cfg.sliding_window).sum())
+            kept += min(n_tokens, in_window) * n_sliding
+        return 2 * cache.layers[0].dtype.itemsize * kept * self.cfg.n_kv_head * self.cfg.head_dim
 
     def share_of_dense(self, n_tokens: int, cache: KVCache) -> float:
         """Return the bytes of `cache` over those of n_tokens kept whole, both with 16 bits for
@@ -348,16 +411,29 @@ class Transformer(nn.Module):
     def _embed(self, idx: Tensor, position: Tensor) -> Tensor:
         """Return embeddings (B, T, n_embd) of ids (B, T) at positions (B or 1, T)."""
         x = self.embed_tokens(idx)
+        if self.cfg.embedding_scale != 1:  # rounded as x is, as in Gemma
+            x = x * torch.tensor(self.cfg.embedding_scale, dtype=x.dtype)
         if self.cfg.positions == "learned":
             x = x + self.embed_positions(position)
         return x
 
-    def _rope(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (B, 1, T, D/2) of positions (B, T)."""
-        return self.rope_cos[position][:, None], self.rope_sin[position][:, None]
+    def _rope(self, position: Tensor | slice) -> tuple[tuple, tuple]:
+        """Return cos and sin, (B, 1, T, D/2) of positions (B, T) or (T, D/2) of a slice: a pair for
+        layers that read everything, and one for those that slide."""
+
+        def at(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            if isinstance(position, slice):
+                return cos[position], sin[position]
+            return cos[position][:, None], sin[position][:, None]
+
+        far = at(self.rope_cos, self.rope_sin)
+        if not self.cfg.rope_local_theta:
+            return far, far
+        return far, at(self.rope_local_cos, self.rope_local_sin)
 
     def _head(self, x: Tensor, last_only: bool) -> Tensor:
-        return self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        logits = self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        return soft_cap(logits, self.cfg.logit_cap)
 
     def forward(self, idx: Tensor, pad: Tensor | None = None, last_only: bool = False) -> Tensor:
         """Return logits (B, T, vocab), or (B, 1, vocab) of the last column, without a cache.
@@ -366,15 +442,13 @@ class Transformer(nn.Module):
         block_size. Ids are not range-checked here: loaders.tokenizer.check_ids does that."""
         T = idx.size(1)
         self._check_context(T)
-        cos = self.rope_cos[:T]
-        sin = self.rope_sin[:T]
         position = torch.arange(T, device=idx.device)[None]
         if pad is not None:
             position = (position - pad[:, None]).clamp_min(0)
-            cos, sin = self._rope(position)
+        rope = self._rope(slice(T) if pad is None else position)
         x = self._embed(idx, position)
         for block in self.layers:
-            x = block(x, cos, sin, "forward", None, pad)
+            x = block(x, *rope[block.slides], "forward", None, pad)
         return self._head(x, last_only)
 
     def prefill(
@@ -392,12 +466,12 @@ class Transformer(nn.Module):
         if n_pad is not None:
             column = column - n_pad[:, None]
         position = (cache.lengths[:, None] + column).clamp_min(0)
-        cos, sin = self._rope(position)
+        rope = self._rope(position)
         before = cache.snapshot()
         try:
             x = self._embed(idx, position)
             for block, layer in zip(self.layers, cache.layers, strict=True):
-                x = block(x, cos, sin, "prefill", layer, n_pad)
+                x = block(x, *rope[block.slides], "prefill", layer, n_pad)
             cache.length += new
             return self._head(x, last_only)
         except BaseException:
@@ -423,10 +497,10 @@ class Transformer(nn.Module):
         """Do what decode does on the device, and nothing else: no host sync once room is reserved,
         so it can be captured in a CUDA graph. before, after: Block's own, or compiled."""
         position = cache.lengths[:, None]
-        cos, sin = self._rope(position)
+        rope = self._rope(position)
         x = self._embed(idx, position)
         for block, layer in zip(self.layers, cache.layers, strict=True):
-            h, q, k, v = before(block, x, cos, sin)
+            h, q, k, v = before(block, x, *rope[block.slides])
             x = after(block, x, block.self_attn.read(h, q, k, v, "decode", layer))
         return self._head(x, last_only=True)
 

@@ -49,7 +49,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 import kv_router
@@ -57,7 +56,14 @@ from baselines.tokens import AS_PUBLISHED, ONE_FOR_A_LAYER, TOKEN_LEVEL
 from config import KVConfig, SelectConfig, check, count_kept
 from kernels import attend_view, can_append
 from kv_router import ValueGroupPath
-from model import Transformer, attend, attention_mask, evaluating, record_layers
+from model import (
+    Transformer,
+    attend,
+    attend_masked,
+    attention_mask,
+    evaluating,
+    record_layers,
+)
 from selection.budgets import half_bytes_for, level_worth, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
 from selection.predictors import HiddenPredictor, QueryPredictor
@@ -107,9 +113,10 @@ class Selector(nn.Module):
         super().__init__()
         m = model.cfg
         self.kv = replace(kv, topk_groups=kv.n_groups)
-        self.L = len(kv.layers(m.n_layer))
+        self.L = len(kv.layers_of(m))
         self.Hm = m.n_kv_head if kv.mask_scope == "head" else 1
         self.S = kv.n_groups
+        self.cap = m.attention_cap
         self.model_cfg = m
         self._model = (model,)  # in a tuple, so that it does not become a part of this module
         # how much a unit of z writes to the residual stream
@@ -345,7 +352,7 @@ class Selector(nn.Module):
         C = seen[0].z.size(2)
         ints = self.stored.ints
         _, x, q, k, _, z, caches = columns
-        about = (self.rope, self.oracle, 0, self.S, self.cfg.observers)
+        about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
         if self.kv.mask_scope != "shared" and not ints:
@@ -363,7 +370,7 @@ class Selector(nn.Module):
     def see_layers(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
         """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
         (B, T) that reads whole values."""
-        layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
+        layers = [model.layers[i].self_attn for i in self.kv.layers_of(model.cfg)]
         seen = []
 
         def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -387,7 +394,8 @@ class Selector(nn.Module):
             raise ValueError(NOBODY_ASKS)
         x, q, k, z = self.see_layers(model, idx, pad)
         context = tuple(t[:, :, :n_context] for t in z)
-        about = dict(pad=pad, rope=self.rope, n_groups=self.S, observers=self.cfg.observers)
+        about = dict(pad=pad, rope=self.rope, n_groups=self.S)
+        about |= dict(observers=self.cfg.observers, cap=self.cap)
         all_of_it = Prompt(x, q, k, context, n_context, **about)
         asking = n_prompt if n_prompt < all_of_it.T else n_context
         alpha = all_of_it.causal(all_of_it.column[asking:])
@@ -400,7 +408,7 @@ class Selector(nn.Module):
         """Measure output_gain, rms and layer_sensitivity on batches of windows (B, T).
 
         The tensors are replaced, not written into: caches keep the ones they were packed with."""
-        layers = [model.layers[i].self_attn for i in self.kv.layers(model.cfg.n_layer)]
+        layers = [model.layers[i].self_attn for i in self.kv.layers_of(model.cfg)]
         metrics = torch.stack([kv_router.read_metric(attn) for attn in layers])
         # a pass holds what every layer saw: two windows at a time
         few = (part for idx in batches for part in idx.split(2))
@@ -473,7 +481,7 @@ class SelectPath(ValueGroupPath):
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         if self.selector.replayed is None:
-            return attend(q, k, v, pad)
+            return attend(q, k, v, pad, self.cap)
         selection, C = self.selector.replayed
         maps = self.maps()
         keep, mask = selection.layer(self.index)
@@ -486,7 +494,7 @@ class SelectPath(ValueGroupPath):
             return self.decode(x, q, k, v, cache, n_pad)
         if C <= 0:  # there is no context
             cache.append(NewTokens(k, v, n_pad))
-            return attend(q, k, v, n_pad)
+            return attend(q, k, v, n_pad, self.cap)
         z = v[:, :, :C]
         if not cache.keep_all:
             z = cache.maps.encode(z)
@@ -498,7 +506,7 @@ class SelectPath(ValueGroupPath):
             state.seen.append(seen)
             if len(state.seen) == self.selector.L:
                 self.selector.finish(state, n_pad)
-            return attend(q, k, v, n_pad)
+            return attend(q, k, v, n_pad, self.cap)
         return self._prefill_routed(seen, n_pad)
 
     def _prefill_routed(self, seen: SeenLayer, n_pad: Tensor | None) -> Tensor:
@@ -513,7 +521,7 @@ class SelectPath(ValueGroupPath):
         if state.selection is None or not shared:
             alpha = None if s.oracle is None else s.oracle[self.index : self.index + 1]
             lists = ([seen.x], [seen.q], [seen.k], [seen.z])
-            about = (s.rope, alpha, self.index, s.S, s.cfg.observers)
+            about = (s.rope, alpha, self.index, s.S, s.cfg.observers, s.cap)
             prompt = Prompt(*lists, C, n_pad, *about)
             state.selection = s.choose(prompt)
         self.store(seen, state.selection, n_pad, state.first if shared else None)
@@ -580,19 +588,16 @@ class SelectPath(ValueGroupPath):
         there = there.expand(-1, self.Hkv, -1).repeat_interleave(H // self.Hkv, 1)
         own = torch.eye(T, dtype=torch.bool, device=q.device)[first:]
         visible = attention_mask(T, T, pad, q.device)[:, :, first:] & there.unsqueeze(-2) | own
-        gqa = self.Hkv != H
-        y = F.scaled_dot_product_attention(
-            q[:, :, first:], k, read, attn_mask=visible, enable_gqa=gqa
-        )
+        y = attend_masked(q[:, :, first:], k, read, visible, self.cap)
         if not first:
             return y
-        exact = attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], pad)
+        exact = attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], pad, self.cap)
         return torch.cat((exact, y), 2)
 
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad))
         if cache.basis.dec is None or not len(cache.keys):  # rows are read as they are, or none
-            return attend_view(q, cache.view())[0]
+            return attend_view(q, cache.view(), self.cap)[0]
         return self._read(q, cache.view(), cache)
 
     def graph_safe(self) -> bool:

@@ -94,7 +94,7 @@ class Moments:
 def observe_moments(model: nn.Module, attns: list[Attention], batches: list) -> list[Moments]:
     """Return the moments of every layer when everything is kept whole."""
     moments = [Moments() for _ in attns]
-    dense = [DensePath(attn.n_kv_head, attn.head_dim) for attn in attns]
+    dense = [DensePath(a.n_kv_head, a.head_dim, a.kv_path.cap) for a in attns]
     recording = record_layers(attns, lambda i, *seen: moments[i].add(*seen))
     with evaluating(model), in_place_of_paths(attns, dense), recording:
         for idx, _ in batches:
@@ -225,6 +225,7 @@ class FarReads(nn.Module):
         super().__init__()
         self.size = max(g for g, ratio in zip(path.sizes, path.ratios, strict=True) if ratio)
         self.window = path.window
+        self.cap = path.cap
         self.x: list[Tensor] = []
         self.cost: list[Tensor] = []
 
@@ -233,7 +234,7 @@ class FarReads(nn.Module):
         self.far = (k * 1, v * 1)  # tensors of their own
         for t in self.far:
             t.retain_grad()
-        return attend_window(q, *self.far, (k, v), self.window, pad)
+        return attend_window(q, *self.far, (k, v), self.window, pad, self.cap)
 
     def collect(self) -> None:
         """Take a batch's gradients. The last eighth of a sequence is left out: too few tokens read

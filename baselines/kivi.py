@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig, check
-from model import DensePath, attend, attention_mask
+from model import DensePath, attend, attend_masked, attention_mask
 from storage.cache import CacheView, LayerCacheBase, NewTokens, check_range, check_truncation
 from storage.integers.format import SMALLEST, pack_bits, unpack_bits
-from storage.layout import WindowView, at_least_float32
+from storage.layout import WindowView, at_least_float32, soft_cap
 
 BITS = (4, 2)
 
@@ -358,6 +358,7 @@ class KiviPath(nn.Module):
         )
         self.Hkv = m.n_kv_head
         self.D = m.head_dim
+        self.cap = m.attention_cap
         self.fmt = fmt
         self.losses: dict[str, Tensor] = {}
 
@@ -381,7 +382,7 @@ class KiviPath(nn.Module):
         of_codes = q @ old_k.mT
         of_window = q @ k.mT
         logits = torch.where(key_coded, of_codes, of_window)
-        logits = at_least_float32(logits)
+        logits = soft_cap(at_least_float32(logits), self.cap)
         hidden = number > query
         p = logits.masked_fill(hidden, float("-inf")).softmax(-1)
         p = p.to(v.dtype)
@@ -414,7 +415,7 @@ class KiviPath(nn.Module):
     def prefill(self, x, q, k, v, cache: KiviCache, n_pad: Tensor | None = None) -> Tensor:
         """Let a first piece read itself whole, a later one what came before as it is stored too."""
         if cache.fresh:
-            y = attend(q, k, v, n_pad)
+            y = attend(q, k, v, n_pad, self.cap)
         else:
             y = self._read(q, k, v, cache, n_pad)
         cache.append(NewTokens(k, v, n_pad))
@@ -427,7 +428,7 @@ class KiviPath(nn.Module):
 
     def _read(self, q, k, v, cache: KiviCache, n_pad: Tensor | None) -> Tensor:
         """Let new tokens read themselves whole, and what came before as it is stored."""
-        B, H, T, _ = q.shape
+        B, _, T, _ = q.shape
         old = cache.view().window
         slot = torch.arange(old.k.size(2), device=q.device)
         there = slot < old.count[:, None]  # (B, N)
@@ -437,18 +438,18 @@ class KiviPath(nn.Module):
         visible = torch.cat((there, own), -1)  # (B, 1, T, N + T)
         k = torch.cat((old.k, k), 2)
         v = torch.cat((old.v, v), 2)
-        gqa = self.Hkv != H
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=gqa)
+        return attend_masked(q, k, v, visible, self.cap)
 
     def graph_safe(self) -> bool:
         return False
 
 
 def attach(model: nn.Module, fmt: Format) -> nn.Module:
-    """Let all layers store KIVI's codes, in place. Returns the model. ValueError where bits, groups
-    and head dimension do not fit."""
-    stored = [KiviPath(model.cfg, fmt) for _ in model.layers]
-    for block, path in zip(model.layers, stored, strict=True):
+    """Let all layers but those that slide store KIVI's codes, in place. Returns the model.
+    ValueError where bits, groups and head dimension do not fit."""
+    blocks = [block for block in model.layers if not block.slides]
+    stored = [KiviPath(model.cfg, fmt) for _ in blocks]
+    for block, path in zip(blocks, stored, strict=True):
         block.self_attn.kv_path = path
     return model
 
@@ -456,14 +457,13 @@ def attach(model: nn.Module, fmt: Format) -> nn.Module:
 def detach(model: nn.Module) -> nn.Module:
     """Put dense paths back, in place. Returns the model."""
     for block in model.layers:
-        if isinstance(block.self_attn.kv_path, KiviPath):
-            block.self_attn.kv_path = DensePath(model.cfg.n_kv_head, model.cfg.head_dim)
+        path = block.self_attn.kv_path
+        if isinstance(path, KiviPath):
+            block.self_attn.kv_path = DensePath(path.Hkv, path.D, path.cap)
     return model
 
 
 def format_of(model: nn.Module) -> Format | None:
     """Return how the model stores codes; None where it does not."""
-    path = model.layers[0].self_attn.kv_path
-    if isinstance(path, KiviPath):
-        return path.fmt
-    return None
+    paths = [block.self_attn.kv_path for block in model.layers]
+    return next((path.fmt for path in paths if isinstance(path, KiviPath)), None)

@@ -34,10 +34,10 @@ import kv_router
 from baselines.pages import PAGE, logit_bounds, page_bounds
 from config import KVConfig, ModelConfig, check
 from kv_router import ValueGroupPath, window_mask
-from model import attend, attention_mask
+from model import attend, attend_masked, attention_mask
 from selection.relevance import NEVER
 from storage.cache import DenseCache, LayerCacheBase, NewTokens
-from storage.layout import at_least_float32, cdiv, expand_mask, top_k_mask
+from storage.layout import at_least_float32, cdiv, expand_mask, soft_cap, top_k_mask
 from storage.packed import PackedCache
 
 # -------------------- bounds
@@ -137,7 +137,7 @@ class QuestGroupCache(PageBounds, PackedCache):
 # -------------------- what is read
 
 
-def page_worth(q: Tensor, low: Tensor, high: Tensor, last: Tensor) -> Tensor:
+def page_worth(q: Tensor, low: Tensor, high: Tensor, last: Tensor, cap: float = 0.0) -> Tensor:
     """Return what pages are worth to a KV head, (B, Hkv, T, P): of softmax over the bounds of the
     pages before a query's own each page's share, a mean over the head's query heads. Infinite for
     the page that is being filled, minus infinity for those after it.
@@ -148,7 +148,7 @@ def page_worth(q: Tensor, low: Tensor, high: Tensor, last: Tensor) -> Tensor:
     Hkv = low.size(1)
     q = q.unflatten(1, (Hkv, -1))  # (B, Hkv, n, T, D)
     bound = logit_bounds(q, low.unsqueeze(2), high.unsqueeze(2))
-    bound = at_least_float32(bound)  # (B, Hkv, n, T, P)
+    bound = soft_cap(at_least_float32(bound), cap)  # (B, Hkv, n, T, P)
     page = torch.arange(bound.size(-1), device=q.device)
     last = last[:, None, :, None]
     hidden = (page >= last).unsqueeze(2)
@@ -199,7 +199,7 @@ class QuestPath(ValueGroupPath):
         n = q.size(1) // self.Hkv  # query heads of a KV head
         if self.keep_all:
             mask = visible.repeat_interleave(n, 1)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n > 1)
+            return attend_masked(q, k, v, mask, self.cap)
         maps = self.own_maps()
         z = maps.encode(v)
         kept = top_k_mask(self.scores(x, z), self.k)
@@ -207,7 +207,7 @@ class QuestPath(ValueGroupPath):
         stored = token_number(q, pad) + 1
         whole = window_mask(stored, self.cfg.kv_tail, self.cfg.tail_leaves)
         whole = whole.repeat(1, 1, n, 1)
-        p = self._weights(q, k, visible)
+        p = self._weights(self._logits(q, k), visible).to(k.dtype)
         from_groups = (p * ~whole) @ routed
         from_window = (p * whole) @ v
         return (from_groups + from_window).view(q.shape)
@@ -217,7 +217,7 @@ class QuestPath(ValueGroupPath):
         number = token_number(q, pad)
         page = number.clamp_min(0) // PAGE  # (B, T)
         low, high = page_bounds(k, number, number >= 0, cdiv(q.size(2), PAGE))
-        worth = page_worth(q, low, high, page)
+        worth = page_worth(q, low, high, page, self.cap)
         read = top_k_mask(worth, self.pages)  # (B, Hkv, T, P)
         return read.take_along_dim(page[:, None, None], 3)
 
@@ -226,7 +226,7 @@ class QuestPath(ValueGroupPath):
         generated."""
         if cache.fresh:
             self._store(x, k, v, cache, n_pad)
-            return attend(q, k, v, n_pad)
+            return attend(q, k, v, n_pad, self.cap)
         out = []
         pad = None
         for t in range(q.size(2)):
@@ -241,7 +241,7 @@ class QuestPath(ValueGroupPath):
         self._store(x, k, v, cache, n_pad)
         n_tokens = cache.lengths.clamp_min(1)  # padding before a first token reads something
         last = (n_tokens - 1) // PAGE
-        worth = page_worth(q, cache.page_low, cache.page_high, last[:, None])
+        worth = page_worth(q, cache.page_low, cache.page_high, last[:, None], self.cap)
         # of equal ones the earlier page, as in top_k_mask
         order = worth[:, :, 0].sort(dim=-1, descending=True, stable=True).indices
         pages = order[..., : self.pages]  # (B, Hkv, m)
@@ -254,7 +254,7 @@ class QuestPath(ValueGroupPath):
         v = v.take_along_dim(at, 2)
         n = q.size(1) // self.Hkv  # query heads of a KV head
         mask = there.repeat_interleave(n, 1).unsqueeze(2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n > 1)
+        return attend_masked(q, k, v, mask, self.cap)
 
     def _store(self, x: Tensor, k: Tensor, v: Tensor, cache, n_pad: Tensor | None) -> None:
         """Append new tokens, with their groups where not all are kept."""
@@ -311,7 +311,7 @@ def attach(
     if kv.topk_groups == kv.n_groups:
         kv = replace(kv, kv_layers=f"from:{whole_layers}")
         batches = None
-    layers = iter(kv.layers(n_layer))
+    layers = iter(kv.layers_of(model.cfg))
 
     def make(m: ModelConfig, cfg: KVConfig) -> ValueGroupPath:
         if next(layers) < whole_layers:

@@ -37,7 +37,7 @@ from mixsga import GroupedHeads, SharingPath, experts, window_mask
 from model import attention_mask
 from storage.cache import DenseCache, KVCache, NewTokens
 from storage.experts import ExpertCache
-from storage.layout import WindowView, at_least_float32, cdiv
+from storage.layout import WindowView, at_least_float32, cdiv, soft_cap
 from storage.packed import WindowCache
 
 # -------------------- shares of heads and of layers
@@ -78,7 +78,7 @@ class SourceLayer(SharingPath):
     them."""
 
     def __init__(self, m: ModelConfig):
-        super().__init__(window=0)
+        super().__init__(0, m.attention_cap)
         self.shape = (m.n_kv_head, m.head_dim)
         self.n_readers = 0
         # keys and values of the uncached forward that each thread has under way
@@ -90,17 +90,17 @@ class SourceLayer(SharingPath):
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         if self.n_readers:
             self.seen[get_ident()] = (k, v)
-        return self.read(q, k, v, (k, v), self.window, pad)
+        return self.read(q, k, v, (k, v), self.window, pad, self.cap)
 
     def prefill(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
         if not cache.fresh:
             return self.decode(x, q, k, v, cache, n_pad)
         cache.append(NewTokens(k, v, n_pad))
-        return self.read(q, k, v, (k, v), self.window, n_pad)
+        return self.read(q, k, v, (k, v), self.window, n_pad, self.cap)
 
     def decode(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad))
-        return attend_view(q, cache.view())[0]
+        return attend_view(q, cache.view(), self.cap)[0]
 
 
 class ReaderLayer(SharingPath):
@@ -110,7 +110,7 @@ class ReaderLayer(SharingPath):
     which its last reader clears."""
 
     def __init__(self, m: ModelConfig, source: SourceLayer, below: int, window: int):
-        super().__init__(window)
+        super().__init__(window, m.attention_cap)
         self.shape = (m.n_kv_head, m.head_dim)
         self.source = (source,)  # in a tuple: the module belongs to another layer
         self.below = below
@@ -125,7 +125,7 @@ class ReaderLayer(SharingPath):
         far = source.seen[get_ident()]
         if self.number == source.n_readers:
             del source.seen[get_ident()]
-        return self.read(q, *far, (k, v), self.window, pad)
+        return self.read(q, *far, (k, v), self.window, pad, self.cap)
 
     def prefill(self, x, q, k, v, cache: WindowCache, n_pad: Tensor | None = None) -> Tensor:
         if not cache.fresh:
@@ -137,14 +137,14 @@ class ReaderLayer(SharingPath):
         if n_pad is not None:  # the cache has no padding, the columns of q have
             slot = (torch.arange(T, device=q.device) - n_pad[:, None]).clamp_min(0)
             far = [t.take_along_dim(slot[:, None, :, None], 2) for t in far]
-        return self.read(q, *far, (k, v), self.window, n_pad)
+        return self.read(q, *far, (k, v), self.window, n_pad, self.cap)
 
     def decode(self, x, q, k, v, cache: WindowCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad))
         source = cache.prompt.layers[self.below]
         # what has left the own window
         far = WindowView(source.window_k, source.window_v, None, cache.n_packed)
-        return attend_view(q, cache.view()._replace(sinks=far))[0]
+        return attend_view(q, cache.view()._replace(sinks=far), self.cap)[0]
 
 
 # -------------------- eviction
@@ -157,6 +157,7 @@ def h2o_attention(
     whole: tuple[Tensor, Tensor],
     W: int,
     pad: Tensor | None = None,
+    cap: float = 0.0,
     *,
     keep: float,
 ) -> Tensor:
@@ -175,6 +176,7 @@ def h2o_attention(
     if W:
         own = at_least_float32(grouped @ whole[0].unsqueeze(2).mT).view(B, H, T, T)
         logits = torch.where(close, own, logits)
+    logits = soft_cap(logits, cap)
     visible = attention_mask(T, T, pad, q.device).expand(B, 1, T, T)
     held = torch.ones(B, T, dtype=torch.bool, device=q.device)
     total = logits.new_zeros(B, T)
@@ -207,10 +209,17 @@ def attach(model: nn.Module, kv: KVConfig, mix: MixConfig) -> nn.Module:
     paths: list[SharingPath] | None = None
     if kv.kv == "gqa":
         paths = []
-        for i, size in enumerate(gqa_sizes(share, m.n_layer, m.n_kv_head)):
+        sizes = gqa_sizes(share, len(m.global_layers), m.n_kv_head)
+        for i, size in zip(m.global_layers, sizes, strict=True):
             one = replace(mix, group_sizes=str(size), expert_ratios="1")
             paths.append(GroupedHeads(m, kv, one, i))
     elif kv.kv == "cla":
+        check(
+            not m.sliding_window,
+            f"kv=cla with sliding_window={m.sliding_window}",
+            "a layer that slides has nothing to lend to one that reads everything",
+            "give --kv=gqa or mixsga",
+        )
         paths = []
         for i, below in enumerate(cla_sources(share, m.n_layer)):
             if below == i:

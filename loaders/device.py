@@ -58,9 +58,8 @@ def check_weights(weights: str, device: torch.device, dtype: str) -> None:
 def place(model: Transformer, device: torch.device | str, dtype: torch.dtype) -> Transformer:
     """Move the model to a device and its weights to dtype, in place, and return it. The tables of
     positions keep their dtype: bfloat16 would blur them."""
-    cos = model.rope_cos
-    sin = model.rope_sin
+    tables = model.rope_tables()
     model.to(device, dtype)
-    model.rope_cos = cos.to(device)
-    model.rope_sin = sin.to(device)
+    for name, table in tables.items():
+        setattr(model, name, table.to(device))
     return model

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from config import check
 
-USE = "use a Llama, Mistral, Qwen2, Qwen3, Phi-3 or OPT model"
+USE = "use a Llama, Mistral, Qwen2, Qwen3, Phi-3, OPT, Gemma 2 or Gemma 3 (text) model"
 
 # settings with which attention or the MLP is another one than ours, and their only value read here
 LLAMA_ONLY = {
@@ -48,6 +48,19 @@ OPT_FIXED = dict(
 )
 
 
+GEMMA_ONLY = {
+    "quantization_config": None,
+    "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "use_bidirectional_attention": False,
+}
+GEMMA_NAMES = {
+    "layers.post_attention_layernorm": "attn_out_norm",
+    "layers.pre_feedforward_layernorm": "post_attention_layernorm",
+    "layers.post_feedforward_layernorm": "mlp_out_norm",
+}
+
+
 class Family(NamedTuple):
     """One model_type of config.json.
 
@@ -58,7 +71,12 @@ class Family(NamedTuple):
     names  our name of a module, by its name there; "layers." stands for "layers.N."
     fused  our names of the projections that one tensor there holds, and the settings whose numbers
            its rows are proportional to
-    skip   rows of a tensor that come before those of ours"""
+    skip   rows of a tensor that come before those of ours
+    norm   what is added to the weights of norms to get ours
+    every  every so many-th layer reads everything, the others slide, where config.json does not
+           say; 0: no layer slides
+    caps   how attention logits and those of the next token are capped where it does not say
+    bases  those of RoPE where it does not say: and of layers that slide, 0: the same"""
 
     architecture: str
     fixed: dict = {}
@@ -69,8 +87,22 @@ class Family(NamedTuple):
     names: dict[str, str] = {}
     fused: dict[str, dict[str, str | None]] = {}
     skip: dict[str, int] = {}
+    norm: float = 0.0
+    every: int = 0
+    caps: tuple[float, float] = (0.0, 0.0)
+    bases: tuple[float, float] = (10000.0, 0.0)
 
 
+GEMMA = Family(
+    "Gemma2ForCausalLM",
+    dict(post_norms=True, activation="gelu_tanh"),
+    GEMMA_ONLY,
+    tied=True,
+    names=GEMMA_NAMES,
+    norm=1.0,
+    every=2,
+    caps=(50.0, 30.0),
+)
 FAMILIES = {
     "llama": Family("LlamaForCausalLM"),
     "qwen2": Family("Qwen2ForCausalLM", dict(qkv_bias=True)),
@@ -96,6 +128,14 @@ FAMILIES = {
         prefix="model.decoder.",
         names=OPT_NAMES,
         skip={"embed_positions": 2},
+    ),
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA._replace(
+        architecture="Gemma3ForCausalLM",
+        fixed=GEMMA.fixed | dict(qk_norm=True),
+        every=6,
+        caps=(0.0, 0.0),
+        bases=(1e6, 1e4),
     ),
 }
 
@@ -205,6 +245,12 @@ def our_parts(
     return {layer + ours + leaf: at for ours, at in zip(family.fused[known], rows, strict=True)}
 
 
+def norm_offset(config: dict, ours: str) -> float:
+    """Return what is added to a tensor of a file of that config to get ours of that name."""
+    family = FAMILIES.get(str(config.get("model_type")), FAMILIES["llama"])
+    return family.norm if ours.removesuffix(".weight").endswith("norm") else 0.0
+
+
 def their_tensors(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename our tensors as the files of a family have them: what our_parts reads. A fused one
     cannot be written."""
@@ -220,5 +266,7 @@ def their_tensors(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         rows = family.skip.get(module, 0)
         if rows:
             t = torch.cat((t.new_zeros(rows, t.size(1)), t))
+        if family.norm and module.endswith("norm"):
+            t = (t.double() - family.norm).to(t.dtype)
         out[family.prefix + layer + module + leaf] = t.contiguous()
     return out

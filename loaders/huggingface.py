@@ -1,8 +1,9 @@
 """A model's Hugging Face folder: config.json, .safetensors, tokenizer.json.
 
 Llama (SmolLM2, DeepSeek-R1-Distill-Llama), Qwen2 and Qwen2.5 (DeepSeek-R1-Distill-Qwen), Qwen3,
-Mistral, Phi-3 and OPT are read (loaders/families.py), with linear, Llama 3's and YaRN's RoPE
-scaling. What is missing, unexpected or not supported is refused by name."""
+Mistral, Phi-3, OPT, Gemma 2 and the text models of Gemma 3 are read (loaders/families.py), with
+linear, Llama 3's and YaRN's RoPE scaling. What is missing, unexpected or not supported is refused
+by name."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import LONGEST_CONTEXT, ROPE_SCALINGS, ModelConfig, check
-from loaders.families import FAMILIES, USE, check_supported, our_parts
+from loaders.families import FAMILIES, USE, Family, check_supported, norm_offset, our_parts
 from loaders.tokenizer import one_line
 from loaders.weights import ModelFiles
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
 MOST_JSON = 2**28  # bytes: the largest tokenizers take some thirty million
 OWN_CONFIG = "use the model's own config"
 
@@ -50,7 +52,7 @@ def model_config(d: dict, where: str) -> ModelConfig:
     Raises ValueError, naming it, for an architecture or a setting that this trunk does not have."""
     check_supported(d, where)
     family = FAMILIES[d["model_type"]]
-    rope = _rope_settings(d, where)
+    rope = _rope_settings(d, where, family)
     block_size = _context_length(d, where, rope)
     settings = d | {ours: d.get(theirs) for ours, theirs in family.keys.items()}
     number = partial(_number, where, settings)
@@ -69,7 +71,43 @@ def model_config(d: dict, where: str) -> ModelConfig:
         tie_embeddings=bool(d.get("tie_word_embeddings", family.tied)),
         **rope,
         **family.fixed,
+        **(_gemma_settings(d, where, family) if family.every else {}),
     )
+
+
+def _gemma_settings(d: dict, where: str, family: Family) -> dict[str, int | float]:
+    """Return, under ModelConfig's names, what Gemma's config.json says of scales, caps and sliding
+    layers."""
+    number = partial(_number, where, d)
+    every = _global_every(d, where, family)
+    settings = {
+        "embedding_scale": number("hidden_size", int) ** 0.5,
+        "query_scale": number("query_pre_attn_scalar", float, 256.0) ** -0.5,
+        "sliding_window": number("sliding_window", int, 4096) if every > 1 else 0,
+        "global_every": every,
+    }
+    names = {"attention_cap": "attn_logit_softcapping", "logit_cap": "final_logit_softcapping"}
+    for (ours, theirs), default in zip(names.items(), family.caps, strict=True):
+        if d.get(theirs, default):  # null: none
+            settings[ours] = number(theirs, float, default)
+    return settings
+
+
+def _global_every(d: dict, where: str, family: Family) -> int:
+    """Return n where every n-th layer reads everything and the others slide."""
+    kinds = d.get("layer_types")
+    if kinds is None:
+        return _number(where, d, "sliding_window_pattern", int, family.every)
+    known = isinstance(kinds, list) and all(k in LAYER_TYPES for k in kinds)
+    everything = [i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[0]] if known else []
+    every = everything[0] + 1 if everything else len(kinds) + 1
+    check(
+        known and everything == list(range(every - 1, len(kinds), every)),
+        f"{where}: layer_types={kinds!r}",
+        f"every n-th layer of {LAYER_TYPES[0]}, the others of {LAYER_TYPES[1]}, is supported",
+        USE,
+    )
+    return every
 
 
 def _number(where: str, settings: dict, key: str, kind: type, default=None) -> int | float:
@@ -89,8 +127,8 @@ def _number(where: str, settings: dict, key: str, kind: type, default=None) -> i
     return kind(value)
 
 
-def _rope_settings(d: dict, where: str) -> dict[str, int | float | str]:
-    """Return the settings of RoPE under ModelConfig's names: its base and its scaling."""
+def _rope_settings(d: dict, where: str, family: Family) -> dict[str, int | float | str]:
+    """Return the settings of RoPE under ModelConfig's names: its bases and its scaling."""
     scaling = {}
     for key in ("rope_scaling", "rope_parameters"):  # of transformers 4, of transformers 5
         check(
@@ -100,6 +138,14 @@ def _rope_settings(d: dict, where: str) -> dict[str, int | float | str]:
             OWN_CONFIG,
         )
         scaling |= d.get(key) or {}
+    sliding = scaling.pop(LAYER_TYPES[1], {})  # transformers 5, where layers have their own
+    scaling |= scaling.pop(LAYER_TYPES[0], {})
+    check(
+        isinstance(sliding, dict) and sliding.get("rope_type") in ("default", None),
+        f"{where}: RoPE {sliding!r} of layers that slide",
+        "only a base is supported",
+        USE,
+    )
     name = scaling.get("rope_type") or scaling.get("type") or "default"
     check(
         name in ("default", *ROPE_SCALINGS),
@@ -108,7 +154,11 @@ def _rope_settings(d: dict, where: str) -> dict[str, int | float | str]:
         USE,
     )
     number = partial(_number, where, {**d, **scaling})
-    rope = {"rope_theta": number("rope_theta", float, 10000.0)}
+    base, local_base = family.bases
+    rope = {"rope_theta": number("rope_theta", float, base)}
+    if local_base:
+        local_base = sliding.get("rope_theta") or local_base
+        rope["rope_local_theta"] = number("rope_local_base_freq", float, local_base)
     if name == "default":
         return rope
     rope["rope_scaling"] = name
@@ -214,7 +264,9 @@ def open_folder(folder: Path) -> ModelFiles:
         # opened anew for each tensor: what was mapped for the last one is given back
         path, theirs, rows = at[name]
         with safe_open(path, "pt") as f:
-            return f.get_slice(theirs)[slice(*rows)] if rows else f.get_tensor(theirs)
+            t = f.get_slice(theirs)[slice(*rows)] if rows else f.get_tensor(theirs)
+        more = norm_offset(config, name)
+        return t.float() + more if more and t.is_floating_point() else t
 
     definition = None
     if (folder / "tokenizer.json").is_file():

@@ -53,6 +53,9 @@ def model_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     if cfg.qk_norm:
         layer["self_attn.q_norm"] = (cfg.head_dim,)
         layer["self_attn.k_norm"] = (cfg.head_dim,)
+    if cfg.post_norms:
+        layer["attn_out_norm"] = (cfg.n_embd,)
+        layer["mlp_out_norm"] = (cfg.n_embd,)
     modules = {"embed_tokens": (cfg.vocab_size, cfg.n_embd)}
     if cfg.positions == "learned":
         modules["embed_positions"] = (cfg.block_size, cfg.n_embd)
@@ -77,7 +80,7 @@ def has_bias(cfg: ModelConfig, module: str) -> bool:
         return cfg.qkv_bias
     if kind.endswith("_proj"):
         return cfg.out_bias
-    return cfg.norm == "layer" and kind in ("norm", "input_layernorm", "post_attention_layernorm")
+    return cfg.norm == "layer" and kind.endswith("norm") and kind not in ("q_norm", "k_norm")
 
 
 def check_shapes(
@@ -182,8 +185,8 @@ def build_model(
         setattr(model.get_submodule(owner), leaf, nn.Parameter(t))
     if cfg.tie_embeddings:
         model.lm_head.weight = model.embed_tokens.weight
-    model.rope_cos = model.rope_cos.to(device)
-    model.rope_sin = model.rope_sin.to(device)
+    for name, table in model.rope_tables().items():
+        setattr(model, name, table.to(device))
     return model
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from config import SelectConfig, check
 from model import apply_rope
+from storage.layout import soft_cap
 
 SPAN = 1024  # last tokens whose queries are drawn: of the context by `future`, of all by `moment`
 READ = 128  # tokens after the prompt whose queries `moment` stands for
@@ -56,6 +57,7 @@ class Prompt:
     first: int = 0  # which compressed layer the lists begin with
     n_groups: int = 1  # groups that a value is cut into
     observers: int = 0  # tokens whose queries are observed; 0: the query region
+    cap: float = 0.0  # of attention logits: see storage.layout.soft_cap
 
     @cached_property
     def L(self) -> int:
@@ -154,6 +156,7 @@ class Prompt:
         for i in range(0, L, step):
             scaled = (q[i : i + step] * D**-0.5).unflatten(2, (-1, n)).flatten(3, 4)
             p = (scaled @ self.keys[i : i + step].mT).float()  # (l, B, Hkv, n Q, T)
+            p = soft_cap(p, self.cap)
             if visible is not None:
                 p[..., self.T - visible.size(1) :].masked_fill_(~visible.repeat(n, 1), NEVER)
             if self.pad is not None:

@@ -26,7 +26,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from storage.layout import PackedView, WindowView
+from storage.layout import PackedView, WindowView, soft_cap
 
 CHUNK = 1 << 19  # numbers that are unpacked at a time: 2 MiB of float32
 # one number with as many bytes as a row has: it is moved much faster than several
@@ -34,7 +34,7 @@ AS_ONE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: to
 
 
 def packed_attention_cpu(
-    q: Tensor, packed: PackedView | None, window: WindowView | None
+    q: Tensor, packed: PackedView | None, window: WindowView | None, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Compute packed_attention_ref of tensors on a CPU, without a gradient.
 
@@ -49,7 +49,7 @@ def packed_attention_cpu(
         newest = filled_slots(window, b) if window else []
         whole = [(window.k[b, :, at], window.v[b, :, at]) for at in newest]
         older = packed_sequence(packed, b) if packed else None
-        out[b], lse[b] = read_sequence(scaled[b], older, whole, T)
+        out[b], lse[b] = read_sequence(scaled[b], older, whole, T, cap)
     return out.view(B, H, T, D), lse.view(B, H, T)
 
 
@@ -65,7 +65,11 @@ def filled_slots(window: WindowView, b: int) -> list[slice]:
 
 
 def read_sequence(
-    q: Tensor, older: PackedSequence | None, whole: list[tuple[Tensor, Tensor]], T: int
+    q: Tensor,
+    older: PackedSequence | None,
+    whole: list[tuple[Tensor, Tensor]],
+    T: int,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Let the queries q (Hkv, M, D) read all packed tokens of a sequence, and whole keys and values
     (Hkv, ., D), oldest first, up to their own token.
@@ -78,12 +82,15 @@ def read_sequence(
     logits = torch.full((*q.shape[:2], n_whole + longest), float("-inf"), dtype=dtype)
     for (k, _), (a, b) in zip(whole, pairwise(edges), strict=True):
         logits[..., a:b] = q @ k.mT
+    if longest:
+        older.put_logits(q, logits[..., n_whole:])
+    if cap:
+        none = logits.isneginf()  # what holds no token
+        logits = soft_cap(logits, cap).masked_fill_(none, float("-inf"))
     if T > 1:
         later = torch.arange(n_whole) > n_whole - T + torch.arange(T).unsqueeze(-1)
         by_token = logits.unflatten(1, (-1, T))[..., :n_whole]
         by_token.masked_fill_(later, float("-inf"))
-    if longest:
-        older.put_logits(q, logits[..., n_whole:])
     if not logits.size(-1):
         return torch.zeros_like(q, dtype=dtype), logits.sum(-1) + float("-inf")
     top = logits.amax(-1, keepdim=True)

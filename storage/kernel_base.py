@@ -77,6 +77,17 @@ def product(a, b, c):
 
 
 @jit
+def capped(logits, CAP: tl.constexpr):
+    """Bend logits s, in units of log 2, to CAP tanh(s / CAP); CAP 0: as they are."""
+    if CAP > 0:
+        # tanh(y) = 1 - 2 / (e^2y + 1), and the power is 2^(2 / CAP * logit)
+        bent = 1.0 - 2.0 / (tl.exp2(logits * (2.0 / CAP)) + 1.0)
+        return bent * (CAP * 1.4426950408889634)
+    else:
+        return logits
+
+
+@jit
 def load_masks(
     bits_ptr,
     before_ptr,

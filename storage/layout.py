@@ -41,6 +41,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Bend logits s to cap * tanh(s / cap); 0: as they are."""
+    return cap * (logits / cap).tanh() if cap else logits
+
+
 # -------------------- masks
 
 
@@ -268,7 +273,7 @@ class WindowView(NamedTuple):
 
 
 def packed_attention_ref(
-    q: Tensor, packed: PackedView | None, window: WindowView | None
+    q: Tensor, packed: PackedView | None, window: WindowView | None, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Compute packed_attention (kernels.py) by unpacking everything: the newest T tokens' queries
     read all packed tokens, and the window up to their own token. One of both may be None."""
@@ -295,7 +300,8 @@ def packed_attention_ref(
     v = torch.cat(values, 2)
     seen = torch.cat(seen, -1).unsqueeze(2)  # (B, Hkv, 1, T, L)
     q = (q * D**-0.5).view(B, k.size(1), -1, T, D)
-    logits = at_least_float32(q @ k.unsqueeze(2).mT).masked_fill(~seen, float("-inf"))
+    logits = soft_cap(at_least_float32(q @ k.unsqueeze(2).mT), cap)
+    logits = logits.masked_fill(~seen, float("-inf"))
     lse = logits.logsumexp(-1)  # (B, Hkv, n, T)
     finite = lse.clamp_min(torch.finfo(lse.dtype).min)  # -inf where there is nothing to read
     p = (logits - finite.unsqueeze(-1)).exp().to(v.dtype)

@@ -34,6 +34,7 @@ from model import Transformer
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
 T = 43
 NEW = 9
+WINDOW = 7  # of sliding layers
 SHAPE = dict(
     vocab_size=263,
     hidden_size=32,
@@ -60,7 +61,33 @@ MODELS = {
     "opt": OPT,
     "phi3": SHAPE | dict(rope_theta=500.0, rms_norm_eps=1e-5, sliding_window=None),
 }
-CLASSES = {"qwen3": "Qwen3Config", "opt": "OPTConfig", "phi3": "Phi3Config"}
+GEMMA = SHAPE | dict(
+    tie_word_embeddings=True, query_pre_attn_scalar=9, sliding_window=WINDOW, rms_norm_eps=1e-5
+)
+MODELS |= {
+    "gemma2": GEMMA
+    | dict(
+        num_hidden_layers=4,
+        rope_theta=500.0,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=4.0,
+    ),
+    "gemma3_text": GEMMA
+    | dict(
+        num_hidden_layers=5,
+        sliding_window_pattern=3,
+        rope_theta=500.0,
+        rope_local_base_freq=30.0,
+        rope_scaling=dict(rope_type="linear", factor=3.0),
+    ),
+}
+CLASSES = {
+    "qwen3": "Qwen3Config",
+    "opt": "OPTConfig",
+    "phi3": "Phi3Config",
+    "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig",
+}
 SCRIPT = """
 import json, sys
 import torch, transformers

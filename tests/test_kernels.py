@@ -430,7 +430,9 @@ def test_attend_view_reads_all_that_is_shown(shown, T, impl, monkeypatch):
     if impl == "triton":
         forced = packed_attention
         monkeypatch.setattr(
-            kernels, "packed_attention", lambda q, p, w: forced(q, p, w, impl="triton")
+            kernels,
+            "packed_attention",
+            lambda q, p, w, **how: forced(q, p, w, impl="triton", **how),
         )
     cases = [
         simple((70, 33, 9, 40), B=2, T=T, first=[5, 2], count=[6, 7]),
@@ -469,7 +471,9 @@ def test_attend_view_leaves_out_parts_without_capacity(monkeypatch):
     empty = PackedView.of_whole(*torch.zeros(2, 1, 2, 0, 32, device=DEVICE), case.packed.n * 0)
     calls = []
     right = kernels.packed_attention
-    monkeypatch.setattr(kernels, "packed_attention", lambda *a: calls.append(a) or right(*a))
+    monkeypatch.setattr(
+        kernels, "packed_attention", lambda *a, **how: calls.append(a) or right(*a, **how)
+    )
     monkeypatch.setattr(kernels, "merge_softmax", None)
     window = finite(case.window)
     got = attend_view(q, View((empty, empty), window, None))
@@ -492,7 +496,9 @@ def test_attend_view_reads_parts_of_other_head_counts(heads, impl, monkeypatch):
     """Experts' parts may have fewer heads than the window, the first of them too: every query head
     reads the head of each part that stands for it, in one softmax, in loops."""
     right = packed_attention
-    monkeypatch.setattr(kernels, "packed_attention", lambda q, p, w: right(q, p, w, impl=impl))
+    monkeypatch.setattr(
+        kernels, "packed_attention", lambda q, p, w, **how: right(q, p, w, impl=impl, **how)
+    )
     window = simple((0,) * 4, Hkv=4, n=2, T=3)
     parts = []
     for seed, h in enumerate(heads):

@@ -199,7 +199,7 @@ def count_added(shape: ModelConfig, adapter: AdapterConfig, kv: KVConfig) -> int
     with torch.device("meta"):
         count = lora.count_trainable(lora.attach(Transformer(shape), adapter))
         if kv.kv == "value_groups":
-            for _ in kv.layers(shape.n_layer):
+            for _ in kv.layers_of(shape):
                 path = kv_router.ValueGroupPath(shape, kv)
                 count += sum(p.numel() for p in path.parameters())
     return count

@@ -26,7 +26,17 @@ from storage.integers.words import (
     group_levels,
     of_level,
 )
-from storage.kernel_base import TRITON, as_word, jit, load_masks, popcount, product, tl, triton
+from storage.kernel_base import (
+    TRITON,
+    as_word,
+    capped,
+    jit,
+    load_masks,
+    popcount,
+    product,
+    tl,
+    triton,
+)
 from storage.layout import PackedView
 from storage.pieces import Variant, find_piece, segment_pieces, store_rows
 
@@ -184,6 +194,7 @@ def _byte_attention_kernel(
     N: tl.constexpr,
     DP: tl.constexpr,
     STAGES: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (VALUE
     0: levels), N tokens at a time: kernels._attention_kernel."""
@@ -252,7 +263,8 @@ def _byte_attention_kernel(
             offset = t * K
         there = live[:, None] & (dim < D)
         key = _load_keys(keys_ptr, key_scale_ptr, t, dim, there, x, D, KEY, BLOCK)
-        logits = tl.where(live[None, :], product(x, tl.trans(key), none) * scale, float("-inf"))
+        logits = capped(product(x, tl.trans(key), none) * scale, CAP)
+        logits = tl.where(live[None, :], logits, float("-inf"))
         word = as_word(bits, S if VALUE > 0 else 2 * S)[:, None]
         before = offset[:, None]
         if VALUE > 0:
@@ -297,6 +309,7 @@ def _byte_attention_kernel(
         N,
         DP,
         STAGES,
+        CAP,
     )
     store_rows(
         out_ptr,

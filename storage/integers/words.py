@@ -23,7 +23,17 @@ from __future__ import annotations
 import torch
 
 from storage.integers.format import LEVEL_STEPS, zero_code
-from storage.kernel_base import TRITON, as_word, jit, load_masks, popcount, product, tl, triton
+from storage.kernel_base import (
+    TRITON,
+    as_word,
+    capped,
+    jit,
+    load_masks,
+    popcount,
+    product,
+    tl,
+    triton,
+)
 from storage.pieces import find_piece, segment_pieces
 
 # -------------------- levels, for bytes and words
@@ -531,6 +541,7 @@ def _read_window(
     D: tl.constexpr,
     M: tl.constexpr,
     DP: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Let queries read slots of one head's window, as kernels.read_window, with tokens and dims on
     the long side: q_ptr (1, M) addresses, acc (dims, M) in the order of `dims`, den (M,)."""
@@ -546,7 +557,7 @@ def _read_window(
             other=0.0,
         )
         seen = live[:, None] & (number[:, None] <= count - T + query[None, :])
-        logits = product(key, x, tl.zeros([16, M], tl.float32)) * scale
+        logits = capped(product(key, x, tl.zeros([16, M], tl.float32)) * scale, CAP)
         logits = tl.where(seen, logits, float("-inf"))
         top = tl.maximum(m, tl.max(logits, 0))
         p = tl.exp2(logits - top[None, :])
@@ -620,6 +631,7 @@ def _word_attention_kernel(
     DP: tl.constexpr,
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (4 or
     8; VALUE 0: levels), N tokens at a time: kernels._attention_kernel.
@@ -789,6 +801,7 @@ def _word_attention_kernel(
 
         step, middle = _key_steps(steps, KP, KEY)
         logits = _key_logits(words, x, step, middle, unit, down, like, KEY, ASM)
+        logits = capped(logits, CAP)
         if K == 0:
             logits = tl.where(live[:, None], logits, -2e38)
         top = tl.maximum(m, tl.max(logits, 0))
@@ -861,6 +874,7 @@ def _word_attention_kernel(
         D,
         M,
         DP,
+        CAP,
     )
 
     # kernels.store_rows, with dims in an order of their own.

@@ -23,12 +23,17 @@ made.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import argparse
 import sys
 import time
 from pathlib import Path
 
-from cli import begin_program, exit_on_bad_input, parse_args, print_rows
+from cli import exit_on_bad_input, parse_args, print_rows
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check
 from measure_config import BenchConfig, check_bench_flags
 
@@ -49,7 +54,6 @@ def flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
-    begin_program()
     ARGS = parse_args(CONFIGS, flags(sys.argv[1:]), description=__doc__)
     exit_on_bad_input(lambda: check_bench_flags(ARGS))
 

@@ -17,18 +17,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from itertools import pairwise
 
+from settings.begin import leave, program_name
 from settings.fields import PATHS, comma_list, in_a_shell
 from settings.implied import implied
 from settings.measuring import CHOICES
 from settings.stages import OWN, Choice
-
-
-def program_name() -> str:
-    """Return what the user typed: train.py, or python -m loaders.export for a module in a room."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is not None and "." in spec.name:
-        return f"python -m {spec.name}"
-    return sys.argv[0].rsplit("/", 1)[-1]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +68,6 @@ def parse_args(
     line to stderr and exits with code 2. description: the program's docstring, whose first
     paragraph and examples --help begins with."""
     if argv is None:
-        begin_program()
         argv = sys.argv[1:]
     choice = next((CHOICES[key] for key in configs if key in CHOICES), None)
     value = "" if choice is None else _chosen(choice, argv)
@@ -194,22 +186,6 @@ def print_rows(rows: list[dict], asked: bool) -> None:
         print(json.dumps(rows))
 
 
-def begin_program() -> None:
-    """Let this process survive a terminal that cannot show a character, and end by one line at
-    Ctrl-C while modules are loaded."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    signal.signal(signal.SIGINT, _leave)
-
-
-def _leave(*_) -> None:
-    """End the process at Ctrl-C. An exception would not do: an import in C may make another of
-    it."""
-    print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
 def _said(e: Exception) -> str:
     """Return what an error says, in words that a user can act on."""
     if isinstance(e, OSError) and e.strerror:
@@ -227,7 +203,7 @@ def _leave_output() -> None:
 def exit_on_bad_input(main: Callable[[], None]) -> None:
     """Run main(); a ValueError, a file that cannot be had or an absurd one becomes one line on
     stderr and exit code 2; Ctrl-C exit code 130; a reader of the output that has gone, 141."""
-    loading = signal.getsignal(signal.SIGINT) is _leave
+    loading = signal.getsignal(signal.SIGINT) is leave
     if loading:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # main may have files to remove
     try:
@@ -246,4 +222,4 @@ def exit_on_bad_input(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         if loading:
-            signal.signal(signal.SIGINT, _leave)
+            signal.signal(signal.SIGINT, leave)

@@ -17,6 +17,11 @@ and where stdout is no terminal, the rows are printed as one line of JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import itertools
 import json
 import os

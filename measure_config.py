@@ -305,6 +305,13 @@ def check_eval_flags(
     groups, and nothing is calibrated."""
     tasks = comma_list(cfg.tasks)
     methods = methods or comma_list(cfg.methods)
+    training = sorted({*measuring.TRAINED} & {*given})
+    check(
+        not training,
+        ", ".join(training),
+        "measuring trains nothing",
+        f"leave it out, or train with train.py --{min(training, default='')} and give --out_dir",
+    )
     cuts = not trained and (not methods or {*methods} & {*measuring.CUT})
     calibrated_on = measuring.CORPUS if cuts and "calibrate" not in given else ()
     by_tasks: dict[str, Collection[str]] = {}  # what no task reads, and the tasks that do

@@ -10,6 +10,11 @@ with the bytes that cache held.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import contextlib
 import sys
 import time

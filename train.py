@@ -21,6 +21,11 @@ training/shared_heads.py. training/loop.py trains what they build.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import itertools
 import shlex
 import sys

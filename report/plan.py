@@ -104,12 +104,6 @@ def check_flags(run: Run, asked: Asked) -> None:
         "its value groups are trained with their own settings",
         "leave them out",
     )
-    check(
-        not asked.kv.learn_basis,
-        "learn_basis",
-        "measuring trains nothing",
-        "train with train.py --learn_basis, then give --out_dir",
-    )
     apart = sorted(asked.given & APART)
     budgets_apart = cfg.budgets or cfg.token_budgets
     jointly = cfg.kv_budgets or "kv_keep" in asked.given

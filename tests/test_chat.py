@@ -396,8 +396,8 @@ def test_program_chats(folder, corpus, monkeypatch, capsys):
     """sample.py --chat answers line by line, passes over empty ones, says after each what the cache
     holds, fewer bytes than dense, and ends politely with the input or Ctrl-C. --prompt comes
     first."""
-    flags = ["--chat", f"--init_from={folder}", "--max_new_tokens=5", "--temperature=0", corpus]
-    kv = ["--kv=select", "--kv_keep=0.3", "--kv_tail=4", "--n_groups=2"]
+    flags = ["--chat", f"--init_from={folder}", "--max_new_tokens=5", "--temperature=0"]
+    kv = [corpus, "--kv=select", "--kv_keep=0.3", "--kv_tail=4", "--n_groups=2"]
     for end in (EOFError, KeyboardInterrupt):
         typed(monkeypatch, "hi " * 20, "", "and?", end, "never")
         runs.call(sample, *flags, *kv)
@@ -430,7 +430,7 @@ def test_program_survives_a_terminal_without_the_characters(folder, monkeypatch,
 def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
     """--kv and its flags hold on a pretrained model, which is calibrated: fewer bytes than whole,
     and the same text where everything is kept; plain text that spells a special token is text."""
-    flags = [f"--init_from={folder}", "--prompt=" + "some <|im_end|> words " * 5, corpus]
+    flags = [f"--init_from={folder}", "--prompt=" + "some <|im_end|> words " * 5]
     flags += ["--temperature=0", "--max_new_tokens=20"]
     said = {}
     for kv in (
@@ -440,7 +440,7 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
         "--kv=select --kv_bytes=0.3 --n_groups=2",
         "--n_groups=2 --topk_groups=1 --kv_tail=0",
     ):
-        runs.call(sample, *flags, *kv.split())
+        runs.call(sample, *flags, *kv.split(), *([] if kv == "--kv=dense" else [corpus]))
         io_ = capsys.readouterr()
         said[kv] = io_.out, float(io_.err.split("a row, ")[1].split("%")[0])
     texts, shares = zip(*said.values(), strict=True)
@@ -465,7 +465,7 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
 )
 def test_program_refuses_by_name(folder, corpus, flags, says, capsys):
     """What the chosen storage does not read, and what does not go together, is one line."""
-    given = [corpus] if "calibrate" not in flags else []
+    given = [corpus] if "--kv=select" in flags else []
     with pytest.raises((ValueError, SystemExit)) as e:
         runs.call(sample, f"--init_from={folder}", *given, *flags.split())
     line = str(e.value) + capsys.readouterr().err

@@ -203,6 +203,8 @@ def test_eval_refuses_exactly_what_help_does_not_show(task):
             line = refused(check_eval_flags, {f.name}, cfg)
             if measuring.read_by_task(task, key, f.name) or f.name in measuring.CORPUS:
                 assert line == "", f.name
+            elif f.name in measuring.TRAINED:
+                assert line.startswith(f"{f.name}: measuring trains nothing; leave it out"), line
             else:
                 assert line.startswith(f"{f.name} with tasks={task}: it is not read; leave it out")
 
@@ -231,7 +233,7 @@ def refused(check, *args) -> str:
         ("kv_bits", "continuation", "dense", False, "kv_bits with methods=dense"),
         ("topk_groups", "continuation", "select", False, "give --methods=value_groups"),
         ("hedge", "continuation", "value_groups", False, "hedge with methods=value_groups"),
-        ("readers", "continuation", "select", False, "readers with tasks=continuation"),
+        ("readers", "continuation", "select", False, "readers: measuring trains nothing"),
         ("calibrate", "needle", "dense", False, "calibrate with methods=dense"),
         ("dataset", "needle", "value_groups", False, ""),  # calibrated on
         ("dataset,calibrate", "needle", "value_groups", False, "dataset with tasks=needle"),

@@ -84,7 +84,7 @@ TABLE = (
     Wrong("eval", "--out_dir={d}/run --tasks=multiple_choice", "multiple_choice without questions"),
     Wrong("eval", "--out_dir={d}/run --shots=3", "shots with tasks=perplexity: it is not read"),
     Wrong("eval", "--init_from={d}/run --methods=dense --groups=4", "give --methods=value_groups"),
-    Wrong("eval", "--out_dir={d}/run --readers=3", "readers with tasks=perplexity: it is not read"),
+    Wrong("eval", "--out_dir={d}/run --readers=3", "readers: measuring trains nothing"),
     Wrong(
         "eval", "--out_dir={d}/run --tasks=mixsga --kv_budgets=1", "kv_budgets with tasks=mixsga"
     ),
@@ -365,6 +365,18 @@ def test_interrupted_while_loading_ends_by_one_line():
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert (p.returncode, out, err) == (130, "", "sample.py: interrupted\n")
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_interrupted_at_its_first_import_ends_by_one_line(program, tmp_path):
+    """Ctrl-C while the first module that a program imports is loaded, here an argparse of the
+    test's, which sends it: one line, exit 130, no traceback."""
+    source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    (tmp_path / "argparse.py").write_text(source)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = CALLED[program].removeprefix("python ").split()
+    p = runs.python(*command, "--help", env=env, wait=30)
+    assert (p.returncode, p.out, p.err) == (130, "", f"{CALLED[program]}: interrupted\n")
 
 
 def test_output_survives_a_terminal_of_ascii():

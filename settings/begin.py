@@ -1,0 +1,30 @@
+"""What a program does before it imports anything else, so that Ctrl-C is answered by one line from
+then on. Nothing is imported here that a Python which has just begun has not loaded already."""
+
+import os
+import sys
+from _signal import SIGINT, signal  # of the interpreter itself: signal.py loads ten modules first
+
+
+def program_name() -> str:
+    """Return what the user typed: train.py, or python -m loaders.export for a module in a room."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and "." in spec.name:
+        return f"python -m {spec.name}"
+    return sys.argv[0].rsplit("/", 1)[-1]
+
+
+def begin_program() -> None:
+    """Let this process survive a terminal that cannot show a character, and end by one line at
+    Ctrl-C while modules are loaded."""
+    signal(SIGINT, leave)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def leave(*_) -> None:
+    """End the process at Ctrl-C. An exception would not do: an import in C may make another of
+    it."""
+    print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)

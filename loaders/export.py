@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 import lora
 from config import ModelConfig, check
 from loaders.families import FAMILIES, their_tensors
-from loaders.huggingface import model_config, rope_json
+from loaders.huggingface import LAYER_TYPES, model_config, rope_json
 from loaders.runs import Run, load_run
 from loaders.tokenizer import end_tokens
 from loaders.weights import model_state
@@ -163,6 +163,8 @@ def shape_json(c: ModelConfig, kind: str) -> dict:
     }
     if kind == "opt":
         return d | {"word_embed_proj_dim": c.n_embd, "activation_function": "relu"}
+    if family.every:
+        d |= gemma_json(c)
     d |= {
         "num_key_value_heads": c.n_kv_head,
         "hidden_act": "silu",
@@ -174,6 +176,22 @@ def shape_json(c: ModelConfig, kind: str) -> dict:
     scaling = rope_json(c)
     if scaling is not None:
         d["rope_scaling"] = scaling
+    return d
+
+
+def gemma_json(c: ModelConfig) -> dict:
+    """Write scales, caps and sliding layers as Gemma's config.json has them."""
+    d = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": round(c.query_scale**-2) if c.query_scale else c.head_dim,
+        "attn_logit_softcapping": c.attention_cap or None,
+        "final_logit_softcapping": c.logit_cap or None,
+        "layer_types": [LAYER_TYPES[c.slides(i)] for i in range(c.n_layer)],
+    }
+    if c.sliding_window:
+        d["sliding_window"] = c.sliding_window
+    if c.rope_local_theta:
+        d["rope_local_base_freq"] = c.rope_local_theta
     return d
 
 

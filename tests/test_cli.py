@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import bench
 import cli
@@ -275,6 +276,23 @@ def test_rows_are_json_where_asked_or_piped(monkeypatch, capsys):
 def test_hints_name_the_flags_of_the_stage(flags, meant, capsys):
     """--lr, --steps and --batch_size are answered by the flags of the chosen stage."""
     assert f"did you mean {meant} " in complaint(capsys, "train", *flags)
+
+
+def test_flags_that_torchrun_takes_for_its_own_are_noted():
+    """Of train.py's flags torchrun reads r alone as the beginning of one of its own, which the
+    README says beside the command; after -- it leaves all to the program."""
+    parser = get_args_parser()
+    theirs = [option for option in parser._option_string_actions if option.startswith("--")]
+    ours = {f.name for cls in train.CONFIGS.values() for f in dataclasses.fields(cls)}
+    taken = [name for name in ours if any(option.startswith(f"--{name}") for option in theirs)]
+    assert taken == ["r"]
+    readme = (runs.ROOT / "README.md").read_text()
+    (command,) = re.findall(
+        r"`torchrun ([^`]+)`\.\nThe `--` keeps torchrun from taking `--r`", readme
+    )
+    read = parser.parse_args([*command.split(), "--r=4"])
+    assert (read.nproc_per_node, read.training_script) == ("2", "train.py")
+    assert read.training_script_args[-1] == "--r=4"
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

@@ -17,7 +17,7 @@ measure() {  # measure NAME FLAGS...: dense, and a prompt in these shares of its
 }
 
 for length in 600 2048 8120; do
-  about="--block_size=$length --sequences=100 --batch_size=4"
+  about="--block_size=$length --sequences=100 --batch_size=4 --query=4"
   for question in unseen seen; do
     # one needle, and a passage
     measure "one_${question}_$length" --tasks=needle,copy --question=$question $about

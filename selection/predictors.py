@@ -130,7 +130,7 @@ class QueryPredictor(nn.Module):
     attention. Trained by the KL divergence from the shares of attention that the tokens which
     follow give."""
 
-    FEATURES = 9
+    FEATURES = 11
 
     def __init__(
         self,
@@ -160,10 +160,11 @@ class QueryPredictor(nn.Module):
 
         0, 1, 2  log of observed attention, as it is and max-pooled over 5 and 15
         3, 4     log of past queries' attention, as it is and max-pooled over 5
-        5        log of the value's norm
-        6        the key's norm
-        7        log of the distance to the context's end
-        8        whether it is one of the first 4 tokens"""
+        5, 6     log of the largest attention of an asking token, as it is and max-pooled over 5
+        7        log of the value's norm
+        8        the key's norm
+        9        log of the distance to the context's end
+        10       whether it is one of the first 4 tokens"""
         C = prompt.n_context
         seen = prompt.observed
         past = prompt.past(cfg)
@@ -173,6 +174,8 @@ class QueryPredictor(nn.Module):
             pooled(seen, 15),
             past,
             pooled(past, 5),
+            prompt.strongest,
+            pooled(prompt.strongest, 5),
             norms(prompt.values),
         ]
         column = prompt.column[:C]

@@ -111,10 +111,19 @@ class Prompt:
     @cached_property
     def observed(self) -> Tensor:
         """Mean attention of the asking tokens on the context: (L, B, Hkv, C)."""
+        return self._asked()
+
+    @cached_property
+    def strongest(self) -> Tensor:
+        """Largest attention of an asking token and query head on the context: (L, B, Hkv, C)."""
+        return self._asked(most=True)
+
+    def _asked(self, most: bool = False) -> Tensor:
+        """Attention of the asking tokens, their mean or the largest."""
         if not len(self.asking):
             raise ValueError(NOBODY_ASKS)
         weight = None if self.pad is None else self.real[:, self.asking].float()
-        return self.causal(self.asking, weight)
+        return self.causal(self.asking, weight, most)
 
     @cached_property
     def asking(self) -> Tensor:
@@ -122,10 +131,11 @@ class Prompt:
         n = min(self.observers, self.T) or self.T - self.n_context
         return self.column[self.T - n :]
 
-    def causal(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    def causal(self, rows: Tensor, weight: Tensor | None = None, most: bool = False) -> Tensor:
         """Attention of neighbouring columns `rows` on the context, each reading what came before
         it: see attention."""
-        return self.attention(self.queries(rows), self.column[rows[0] :] <= rows[:, None], weight)
+        visible = self.column[rows[0] :] <= rows[:, None]
+        return self.attention(self.queries(rows), visible, weight, most)
 
     def queries(self, columns: Tensor) -> Tensor:
         """Queries of some columns (Q,), or of each row's own (B, Q): (L, B, H, Q, D)."""
@@ -134,7 +144,11 @@ class Prompt:
         return torch.stack([q.take_along_dim(columns[:, None, :, None], 2) for q in self.q])
 
     def attention(
-        self, q: Tensor, visible: Tensor | None = None, weight: Tensor | None = None
+        self,
+        q: Tensor,
+        visible: Tensor | None = None,
+        weight: Tensor | None = None,
+        most: bool = False,
     ) -> Tensor:
         """Return the mean attention on each context token, (L, B, Hkv, C): over the query heads of
         a KV head and over queries.
@@ -142,7 +156,8 @@ class Prompt:
         q        (L, B, H, Q, D)
         visible  (Q, V) bool, what a query may read of the prompt's last V columns; earlier columns
                  always; None: all
-        weight   (B, Q), of each query in the mean"""
+        weight   (B, Q), of each query in the mean
+        most     the largest instead of the mean, of queries whose weight is not 0"""
         L, B, H, Q, D = q.shape
         n = H // self.keys.size(2)
         out = []
@@ -162,7 +177,11 @@ class Prompt:
             if self.pad is not None:
                 p.masked_fill_(~self.real[:, None, None], NEVER)
             with torch.autocast(p.device.type, enabled=False):  # the sum in float32
-                out.append((weight @ p.softmax(-1)[..., : self.n_context]).squeeze(-2))
+                shares = p.softmax(-1)[..., : self.n_context]
+                if most:
+                    out.append((shares * (weight.mT > 0)).amax(-2))
+                else:
+                    out.append((weight @ shares).squeeze(-2))
         return torch.cat(out) * self.valid[:, None]
 
     def moved(self, columns: Tensor, ahead: int) -> Tensor:

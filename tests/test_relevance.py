@@ -123,6 +123,18 @@ def attention(
     return out
 
 
+def largest(p: Prompt, readers: list[int]) -> torch.Tensor:
+    """The largest attention that one of the columns `readers` and one query head gives each context
+    token."""
+    n = H // HKV
+    of_each = []
+    for r in readers:
+        for head in range(n):  # one of a KV head's: its query in the place of all of them
+            q = torch.stack([t[:, head::n, r : r + 1].repeat_interleave(n, 1) for t in p.q])
+            of_each.append(attention(p, [r], q))
+    return torch.stack(of_each).amax(0)
+
+
 def widest(a: torch.Tensor, p: Prompt, width: int) -> torch.Tensor:
     """Maximum over the real neighbours within width // 2, loops; zero for padding."""
     out = torch.zeros_like(a)
@@ -511,14 +523,16 @@ def test_hidden_predictor_losses_are_those_of_the_formulas(name):
 
 
 def test_query_predictor_features_are_those_of_the_loops():
-    """Nine of them, by name: logs of observed attention bare and max-pooled over 5 and 15, of past
-    queries' attention bare and pooled over 5, of the value's norm; the key's norm, the log distance
-    to the context's end in units of 64, and whether a token is among the first 4."""
+    """Eleven of them, by name: logs of observed attention bare and max-pooled over 5 and 15, of past
+    queries' attention bare and pooled over 5, of the largest attention of an asking query bare and
+    pooled over 5, of the value's norm; the key's norm, the log distance to the context's end in
+    units of 64, and whether a token is among the first 4."""
     p, _ = prompt_of((0, 21, 3))
     cfg = dataclasses.replace(CFG, past=10**6)
     got = drawn_predictor("predictor_query").features(p, cfg)
-    assert got.shape == (L, HKV, 3, 80, 9)
+    assert got.shape == (L, HKV, 3, 80, 11)
     seen = attention(p, list(range(80, 91)))
+    most = largest(p, list(range(80, 91)))
     columns = past_columns(80, 10**6)
     past = attention(p, columns, p.moved(torch.tensor(columns), cfg.ahead).double(), causal=False)
     for b, first in enumerate(p.pad.tolist()):
@@ -526,13 +540,15 @@ def test_query_predictor_features_are_those_of_the_loops():
             for i in range(L):
                 for h in range(HKV):
                     five, fifteen = (slice(max(0, t - r), t + r + 1) for r in (2, 7))
-                    mine = seen[i, b, h], past[i, b, h]
+                    mine = seen[i, b, h], past[i, b, h], most[i, b, h]
                     shares = (
                         mine[0][t],
                         mine[0][five].max(),
                         mine[0][fifteen].max(),
                         mine[1][t],
                         mine[1][five].max(),
+                        mine[2][t],
+                        mine[2][five].max(),
                         p.z[i][b, h, t].norm(),
                     )
                     want = [math.log(max(float(s), relevance.TINY)) for s in shares]
@@ -552,7 +568,7 @@ def test_query_predictor_features_are_those_of_the_loops():
 def query_scores(
     net: QueryPredictor, p: Prompt, f: torch.Tensor, i: int, b: int, h: int, t: int
 ) -> torch.Tensor:
-    """One token's log-score, from the features f (L, Hkv, B, C, 9)."""
+    """One token's log-score, from the features f (L, Hkv, B, C, 11)."""
     y = (f[i, h, b, t].double() - net.mean[i, h]) / net.std[i, h]
     s = (
         gelu(y @ net.up[i, h] + net.up_bias[i, h, 0]) @ net.down[i, h, :, 0]

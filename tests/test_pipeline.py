@@ -510,7 +510,6 @@ def test_eval_training_free_on_a_base(copy_of, capsys):
         "--methods=dense,value_groups",
         "--budgets=0.5,1",
         "--n_groups=8",
-        "--reconstructor=mlp",
         "--sequences=9",
         "--block_size=31",
         "--batch_size=4",

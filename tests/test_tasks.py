@@ -1128,7 +1128,9 @@ def test_eval_of_every_task(byte_model, text, tmp_path):
             and r["cache_bytes"] < r["dense_bytes"]
         )
         assert r["dense_bytes"] == 3 * T * 2 * 4 * 2 * 16 * 2
-    blocks = p.err.split("\n\n")
+    note, table = p.err.split("\n", 1)
+    assert note.endswith("val: 1 sequences, all there are, not 3")  # of perplexity
+    blocks = table.split("\n\n")
     assert len(blocks) == 5
     for b, (t, m) in zip(blocks, names.items(), strict=True):
         assert b.startswith(f"{t}\nrow ") and m in b.splitlines()[1].split()

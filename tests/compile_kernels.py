@@ -112,11 +112,13 @@ def views(S, K, key_bits, value_bits, D, dtype: torch.dtype, lengths=((N, N), (N
     return packed, window
 
 
-def attend(S, K, key_bits, value_bits, D, dtype: torch.dtype, T: int = 1, **more) -> None:
+def attend(
+    S, K, key_bits, value_bits, D, dtype: torch.dtype, T: int = 1, cap: float = 0.0, **more
+) -> None:
     """Compile attention over such views."""
     packed, window = views(S, K, key_bits, value_bits, D, dtype, **more)
     q = torch.randn(2, 6, T, D).to(dtype)
-    kernels.packed_attention(q, packed, window, impl="triton", chunk=64)
+    kernels.packed_attention(q, packed, window, impl="triton", chunk=64, cap=cap)
 
 
 def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:
@@ -132,15 +134,16 @@ def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:
 
 
 def others() -> None:
-    """Compile everything but attention, and attention over several queries and ragged segments."""
+    """Compile everything but attention, and capped attention over several queries and ragged
+    segments."""
     for bits in (4, 16):
         append_tokens(bits)
         append_tokens(bits, shared=True)
         append_tokens(bits, skip=torch.zeros(2, dtype=torch.int64))
     route = torch.ones(2, 2, 4, dtype=torch.bool)
     append_tokens(16, route=route, enc=torch.randn(2, 64, 64).bfloat16())
-    for bits in (4, 16):
-        attend(4, 0, bits, bits, 64, torch.bfloat16, T=3, lengths=((N, 5), (3, 4)))
+    for bits in (3, 4, 16):  # by bytes, by words, whole numbers
+        attend(4, 0, bits, bits, 64, torch.bfloat16, T=3, cap=50.0, lengths=((N, 5), (3, 4)))
     k, v = torch.randn(2, 2, 2, 272, 64).bfloat16()
     window = window_view(k, v, None, [5, 5])
     kernels.append_window(window, k[:, :, :1], v[:, :, :1], impl="triton")

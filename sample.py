@@ -155,7 +155,10 @@ def chat(run: Run, talk: Conversation, first: str) -> None:
     """Talk until the input ends or Ctrl-C. first: the first message, "" to ask for it."""
     say("chat: one message a line; Ctrl-D or Ctrl-C ends it")
     if selector_of(run.model) is not None:
-        say("kv=select compresses the first message; what follows it stays whole")
+        say(
+            "kv=select chooses from the first message; as soon as more is whole than it chose "
+            "from, the whole conversation is read anew, and chosen from"
+        )
     with contextlib.suppress(KeyboardInterrupt, EOFError):
         for message in messages(first):
             turn = talk.say(message, show)
@@ -179,10 +182,13 @@ def status(run: Run, talk: Conversation, turn: Turn) -> str:
     cache = talk.cache
     n = cache.length
     cut = "" if turn.ended else " (cut: --max_new_tokens)"
+    anew = " anew" if turn.anew else ""
+    n_whole = talk.n_whole()
+    whole = "" if n_whole is None else f", {n_whole} of them whole"
     return (
-        f"[{turn.n_new} tokens{cut} after {turn.n_read} read, {turn.n_new / turn.seconds:.1f} "
-        f"tokens/s; the cache holds {cache.nbytes():,} bytes for {n} tokens, "
-        f"{run.model.share_of_dense(n, cache):.1%} of dense]"
+        f"[{turn.n_new} tokens{cut} after {turn.n_read} read{anew}, "
+        f"{turn.n_new / turn.seconds:.1f} tokens/s; the cache holds {cache.nbytes():,} bytes for "
+        f"{n} tokens{whole}, {run.model.share_of_dense(n, cache):.1%} of dense]"
     )
 
 

@@ -4,10 +4,12 @@ only.
     chat = Conversation(model, tokenizer, max_new_tokens=200)
     turn = chat.say("What is a cache?", show=print)
 
-What a selecting path (kv=select) looks at is the first message, template included: that is
-compressed, and all that follows stays whole. Value groups and integers store every token alike,
-once it leaves the window. Earlier turns stay as they were read, even where a template would write
-them in another way later (without their thoughts, say).
+Value groups and integers store every token alike, once it leaves the window. A selecting path
+(kv=select) chooses from a prompt as a whole: from the first message, template included, and all
+that follows stays whole at first. As soon as more of the conversation is whole than was chosen
+from, the next message is read with all that was said before it, anew, as one prompt; so what is
+read twice is at most about as much as is read once. Earlier turns stay as they were read, even
+where a template would write them in another way later (without their thoughts, say).
 """
 
 from __future__ import annotations
@@ -21,25 +23,30 @@ from generate import fit_room, generate
 from loaders.templates import ChatTemplate
 from loaders.tokenizer import TextStream
 from model import Transformer
+from selector import selector_of
 from storage.cache import KVCache
+from storage.ragged import RaggedCache
 
 CONTEXT_SHOWN = 16  # tokens before an answer that its text is decoded with
 
 
 class Turn(NamedTuple):
     """What an answer took. n_read: tokens processed before it; n_new: tokens generated; seconds:
-    of both; ended: whether the model ended it, not --max_new_tokens."""
+    of both; ended: whether the model ended it, not --max_new_tokens; anew: whether the whole
+    conversation was processed, to choose from it."""
 
     n_read: int
     n_new: int
     seconds: float
     ended: bool
+    anew: bool
 
 
 class Conversation:
     """Messages so far, and the cache that holds them.
 
-    cache: None before the first turn; pending: ids that were generated but are not in it yet"""
+    cache: None before the first turn; ids: those that it holds, or has dropped; pending: ids that
+    were generated but are not in it yet"""
 
     def __init__(self, model: Transformer, tokenizer, max_new_tokens: int, **options):
         """options: of generate (temperature, top_k, top_p, seed, prefill_tokens, compiled)."""
@@ -50,6 +57,7 @@ class Conversation:
         self.options = options
         self.messages: list[dict] = []
         self.cache: KVCache | None = None
+        self.ids: list[int] = []
         self.pending: list[int] = []
         self.last_answer = ""
 
@@ -59,12 +67,32 @@ class Conversation:
         pieces = self.template.after_answer(self.messages)
         return self.pending + self.template.encode(pieces, self.last_answer)
 
+    def selected(self) -> list[RaggedCache]:
+        """Return the layers of the cache from which tokens and groups are dropped."""
+        s = selector_of(self.model)
+        if s is None or s.cfg.whole or self.cache is None:
+            return []
+        return [layer for layer in self.cache.layers if isinstance(layer, RaggedCache)]
+
+    def n_whole(self) -> int | None:
+        """Count the tokens that stand whole in such layers; None where there are none."""
+        counts = [int(layer.n_window) for layer in self.selected()]
+        return max(counts, default=None)
+
+    def outgrown(self) -> bool:
+        """Say whether more is whole than a selecting path has chosen from."""
+        return any(int(c.n_window) > int(c.n_context) for c in self.selected())
+
     def say(self, text: str, show: Callable[[str], None]) -> Turn:
         """Answer a user's message; show gets the answer's text, piece by piece as it comes. Raises
         ValueError where the context has no room for it."""
         start = time.perf_counter()
         ids = self.prompt(text)
-        before = 0 if self.cache is None else self.cache.length
+        anew = self.outgrown()
+        cache = None if anew else self.cache
+        if anew:
+            ids = self.ids + ids
+        before = 0 if cache is None else cache.length
         room = self.model.cfg.block_size - before - len(ids)
         check(
             room > 0,
@@ -85,12 +113,14 @@ class Conversation:
             [ids],
             min(self.max_new_tokens, room),
             stop=self.template.ends,
-            cache=self.cache,
+            cache=cache,
             on_token=shown,
             **options,
         )
         show(stream.end())
         self.pending = answer[self.cache.length - before - len(ids) :]
+        held = self.ids[:before]
+        self.ids = [*held, *ids, *answer][: self.cache.length]
         fit_room(self.cache, 0)
         self.last_answer = self.tokenizer.decode(answer)
         self.messages.append({"role": "assistant", "content": self.last_answer})
@@ -99,4 +129,5 @@ class Conversation:
             n_new=len(answer),
             seconds=time.perf_counter() - start,
             ended=not self.pending,
+            anew=anew,
         )

@@ -5,10 +5,12 @@ import copy
 import importlib.util
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from foreign import needs_smol, random_model, run_of, smol
 from helpers import TINY, tiny_model, tokens
 from test_parity import elsewhere
@@ -312,7 +314,7 @@ def small_model(seed: int = 0):
 def test_history_stays_in_the_cache(kv):
     """Each turn processes its own tokens only, and one that an answer was cut after; the cache
     holds all others once. Dense, an answer is that to the whole conversation as one prompt; a
-    selecting path compresses the first message and keeps all that follows whole."""
+    selecting path keeps all that follows a long first message whole."""
     tokenizer = chatting(ends=range(0, 256, 6))
     model = small_model()
     if kv != "dense":
@@ -321,7 +323,7 @@ def test_history_stays_in_the_cache(kv):
     talk = Conversation(model, tokenizer, 7, temperature=9.0, seed=3)
     held = []
     turns = []
-    for text in ("hi there, what is it?", "and <|im_end|> this?", "so", "it", "is"):
+    for text in ("hi there, what is it? " * 9, "and <|im_end|> this?", "so", "it", "is"):
         pending = len(talk.pending)
         asked = [*talk.messages, *said(text)[:1]]
         new = talk.template.encode(talk.template.after_answer(asked), talk.last_answer)
@@ -345,6 +347,39 @@ def test_history_stays_in_the_cache(kv):
         assert int(layer.n_context) == turns[0].n_read - 6
         assert int(layer.n_window) == talk.cache.length - int(layer.n_context)
         assert layer.window_k.size(2) == int(layer.n_window)
+
+
+def test_selecting_chat_chooses_anew_once_more_is_whole():
+    """As soon as more tokens are whole than were chosen from, and not before, the next message is
+    read with the whole conversation before it: answer and cache are then those of all of it as one
+    prompt. Its last turns go on from there."""
+    model = small_model()
+    how = KVConfig(kv="select", kv_tail=6)
+    attach_storage(model, how, SelectConfig(kv_keep=0.4), [tokens(2, 60, vocab=259)])
+    talk = Conversation(model, chatting(ends=range(0, 256, 6)), 7, temperature=0)
+    held: list[int] = []
+    seen = []
+    for text in ("hi there, what is it?", *["and so on?"] * 6):
+        layer = talk.cache.layers[0] if talk.cache else None
+        outgrown = layer is not None and int(layer.n_window) > int(layer.n_context)
+        asked = [*talk.messages, *said(text)[:1]]
+        pending = talk.pending
+        new = pending + talk.template.encode(talk.template.after_answer(asked), talk.last_answer)
+        turn = talk.say(text, lambda text: None)
+        assert turn.anew == outgrown and turn.n_read == len(new) + len(held) * outgrown
+        if outgrown:
+            options = dict(temperature=0, stop=talk.template.ends)
+            (want,), cache = generate(model, [held + new], 7, **options)
+            assert talk.last_answer == talk.tokenizer.decode(want)
+            fit_room(cache, 0)
+            for one, other in zip(cache.layers, talk.cache.layers, strict=True):
+                for name, t in one.state_dict().items():
+                    assert torch.equal(t, other.state_dict()[name]), name
+        held = talk.ids
+        assert len(held) == talk.cache.length and held[-turn.n_new :] != []
+        assert talk.n_whole() == int(talk.cache.layers[0].n_window)
+        seen.append(outgrown)
+    assert True in seen and False in seen[1:]
 
 
 def test_conversation_ends_where_the_context_does():
@@ -404,8 +439,9 @@ def test_program_chats(folder, corpus, monkeypatch, capsys):
         io_ = capsys.readouterr()
         lines = [line for line in io_.err.splitlines() if "tokens/s" in line]
         assert len(lines) == 2 and "% of dense]" in lines[0] and "Traceback" not in io_.err
-        assert "kv=select compresses the first message" in io_.err
-        assert float(lines[0].split("tokens, ")[-1].split("%")[0]) < 70
+        assert "kv=select chooses from the first message" in io_.err
+        assert re.search(r"bytes for \d+ tokens, \d+ of them whole, ", lines[0])
+        assert float(lines[0].split("whole, ")[-1].split("%")[0]) < 70
     typed(monkeypatch)
     runs.call(sample, *flags, "--prompt=hello")
     assert capsys.readouterr().err.count("tokens/s") == 1

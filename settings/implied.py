@@ -17,6 +17,7 @@ FREE = (
     "data_dir",
     "device",
     "compile",
+    "shard",
     "accumulation",
     "eval_interval",
     "eval_sequences",

@@ -62,17 +62,19 @@ class Reads(NamedTuple):
 
 
 READS = {
-    "pretrain": Reads(("model", "data"), (*RUN, *LOOP, *PRETRAIN, "compile"), ("vocab_size",)),
+    "pretrain": Reads(
+        ("model", "data"), (*RUN, *LOOP, *PRETRAIN, "compile", "shard"), ("vocab_size",)
+    ),
     "adapt": Reads(
         ("model", "data", "base", "adapter", "kv"),
-        (*RUN, *LOOP, *ADAPT, "compile", "kv_from", "objective"),
+        (*RUN, *LOOP, *ADAPT, "compile", "shard", "kv_from", "objective"),
     ),
     "select": Reads(
         ("model", "data", "base", "kv", "select"), (*RUN, *LOOP, *SELECT, "kv_from"), FIXED_K
     ),
     "continue": Reads(
         ("model", "data", "base", "kv", "mix"),
-        (*RUN, *LOOP, *ADAPT, "compile"),
+        (*RUN, *LOOP, *ADAPT, "compile", "shard"),
         (*FIXED_K, *BY_EXPERTS),
     ),
     "all": Reads(

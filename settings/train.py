@@ -143,6 +143,11 @@ class TrainConfig:
         DTYPES,
     )
     compile: bool = opt(False, "torch.compile the model")
+    shard: bool = opt(
+        False,
+        "under torchrun: share weights, gradients and moments out over the ranks (FSDP2), instead "
+        "of keeping all of them on each",
+    )
     pretrain_steps: int = opt(500, "steps of pretraining", least=1)
     adapt_steps: int = opt(60, "steps of adaptation", least=1)
     pretrain_batch_size: int = opt(8, "sequences in a pretraining step", least=1)
@@ -210,6 +215,12 @@ class TrainConfig:
             f"adapt_rates={self.adapt_rates!r}",
             "a list of finite numbers above 0",
             "give for example 5e-4,1e-3,2e-3",
+        )
+        check(
+            not (self.shard and self.compile),
+            "shard with compile",
+            "a sharded model runs as it is",
+            "leave one of them out",
         )
         check(
             not self.resume or bool(self.out_dir),

@@ -465,6 +465,9 @@ def test_ranks_mean_the_same_batch(ranks, stage_of):
         def sum(self, t):
             return t
 
+        def start_sum(self, t):
+            return SimpleNamespace(wait=lambda: None)
+
     loss, want = gradient(stage, cfg, 1, trainer.World(0, 1, torch.device("cpu")))
     parts = []
     for rank in range(ranks):
@@ -472,7 +475,8 @@ def test_ranks_mean_the_same_batch(ranks, stage_of):
             p.grad = None
         w = Alone(rank, ranks, torch.device("cpu"))
         share = trainer.gradients(stage, stage.model, 3, replace(cfg, accumulation=2), w, False)[0]
-        parts.append((share, [p.grad.clone() for p in stage.params]))
+        zero = torch.zeros(())  # an empty share has no gradients
+        parts.append((share, [zero if p.grad is None else p.grad.clone() for p in stage.params]))
     names = {p: n for n, p in stage.model.named_parameters()}
     assert sum(part[0] for part in parts) == pytest.approx(loss, rel=1e-6)
     assert_close(
@@ -526,8 +530,8 @@ def test_two_processes_equal_one(tmp_path, text):
 
 
 def test_dying_rank_ends_the_job(tmp_path, text):
-    """SIGKILL one of two ranks in the middle of training: the job ends by itself within 60 s, with
-    an error."""
+    """SIGKILL one of two ranks in the middle of training: the job ends by itself within 20 s, and
+    the other rank says why in one line."""
     p = python(
         *TWO_PROCESSES,
         *TINY,
@@ -553,7 +557,9 @@ def test_dying_rank_ends_the_job(tmp_path, text):
         os.kill(ranks[1], signal.SIGKILL)
         start = time.time()
         _, err = p.communicate(timeout=60)
-        assert p.returncode != 0 and time.time() - start < 60, err
+        assert p.returncode != 0 and time.time() - start < 20, err
+        said = "rank 0 of 2: another process of this job is gone"
+        assert err.count(said) == 1 and "RuntimeError" not in err, err
         for _ in range(100):
             if not Path(f"/proc/{ranks[0]}").exists():
                 break

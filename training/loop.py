@@ -3,8 +3,8 @@
 What is random is a pure function of (seed, step, rank): batches, and the dropout stream, which is
 seeded anew at every step. So evaluation and sampling cannot change training, and a resumed run
 needs no stored generator state to repeat itself bit for bit. Gradients are summed over micro-steps
-and ranks with the weight each sequence has in the global batch, by one all-reduce after the
-backward pass: any split of a batch, uneven or empty shares too, means the same step.
+and ranks with the weight each sequence has in the global batch, while the backward pass runs
+(training/world.py): any split of a batch, uneven or empty shares too, means the same step.
 
     torchrun --nproc_per_node=2 train.py --stage=pretrain
 """
@@ -41,7 +41,7 @@ from generate import generate
 from loaders import checkpoint
 from loaders.device import autocast, device_name, in_bfloat16
 from loaders.runs import added_state, load_added_state
-from loaders.weights import load_model_state, model_state
+from loaders.weights import model_state
 from model import Transformer, lm_loss
 from report.progress import progress
 from selection.training import predictor_loss
@@ -49,7 +49,17 @@ from settings.fields import from_dict, to_dict
 from settings.train import DataConfig, TrainConfig
 from storage.layout import at_least_float32
 from tasks.text import mean_loss
-from training.world import World
+from training.optimizer import learning_rate, make_optimizer, optimizer_settings, set_rate
+from training.sharded import (
+    check_shares,
+    clip,
+    copy_whole,
+    gathered,
+    is_sharded,
+    load_optimizer,
+    shard,
+)
+from training.world import GradientSums, World
 
 # What a checkpoint says of its run that a resumed one must say, too. Entries that a kind of stage
 # lacks are lacking on both sides.
@@ -100,43 +110,6 @@ class NonFinite(Exception):
     def __init__(self, what: str, do: str):
         super().__init__(f"{what}; {do}")
         self.what = what
-
-
-# -- the optimizer and its rate
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Rate of optimizer step `step` (0-based) of `steps`: linear over the first warmup share, then
-    a cosine to zero at the end."""
-    rise = round(warmup * steps)
-    if step < rise:
-        return peak * (step + 1) / rise
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-def make_optimizer(params: list[torch.nn.Parameter], cfg: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, weight decay on matrices only; a parameter's attribute `rate`, where it has one,
-    scales its learning rate."""
-    groups: dict[tuple, list] = {}
-    for p in params:
-        groups.setdefault((p.ndim < 2, getattr(p, "rate", 1.0)), []).append(p)
-    settings = [
-        {"params": ps, "weight_decay": 0.0 if vector else cfg.weight_decay, "rate": rate}
-        for (vector, rate), ps in sorted(groups.items())
-    ]
-    return torch.optim.AdamW(settings, lr=0.0, betas=(cfg.beta1, cfg.beta2), fused=True)
-
-
-def set_rate(opt: torch.optim.Optimizer, lr: float) -> None:
-    """Let every parameter of make_optimizer's learn at lr, by its own scale."""
-    for group in opt.param_groups:
-        group["lr"] = lr * group["rate"]
-
-
-def optimizer_settings(cfg: TrainConfig) -> dict:
-    """The settings besides a stage's own that a resumed run must share with the unbroken one."""
-    names = ("warmup", "weight_decay", "beta1", "beta2", "grad_clip", "dtype")
-    return {name: getattr(cfg, name) for name in names}
 
 
 # -- one stage, and the gradient of one of its steps
@@ -204,7 +177,7 @@ class Stage:
     def restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
         """Put a checkpoint's tensors back into this stage's model."""
         if self.trains_all:
-            load_model_state(self.model, saved[self.part], "checkpoint")
+            copy_whole(model_state(self.model), saved[self.part], "checkpoint")
         else:
             load_added_state(self.model, saved[self.part])
 
@@ -267,29 +240,25 @@ def gradients(
         w.rank,
         w.size,
     )
-    total = torch.zeros(2, dtype=torch.float64)  # loss, stop
-    for xb, yb in micro_batches(x.to(w.device), y.to(w.device), cfg.accumulation):
+    numbers = torch.zeros(2, dtype=torch.float64, device=w.device)  # loss, stop
+    numbers[1] = float(stop)
+    whole = [p for p in stage.params if not is_sharded(p)]
+    sums = GradientSums(whole, w)
+    parts = list(micro_batches(x.to(w.device), y.to(w.device), cfg.accumulation))
+    for i, (xb, yb) in enumerate(parts):
         share = len(xb) / stage.batch_size
         with autocast(w.device, cfg.dtype):
             loss = stage.loss(forward, xb, yb)
+        if i == len(parts) - 1 and len(whole) == len(stage.params):
+            sums.start()
         (with_side_losses(stage, loss) * share).backward()
-        total[0] += loss.item() * share
-    total[1] = float(stop)
-    total = w.sum(total.to(w.device))
-    sum_gradients(stage.params, w)
-    norm = torch.nn.utils.clip_grad_norm_(stage.params, cfg.grad_clip or math.inf)
-    return total[0].item(), norm.item(), bool(total[1])
-
-
-def sum_gradients(params: list[torch.nn.Parameter], w: World) -> None:
-    """Replace every gradient by its sum over the ranks, with one all-reduce. A rank whose share of
-    the batch is empty has none: they count as zeros."""
-    if w.size == 1:
-        return
-    mine = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]
-    total = w.sum(torch.cat(mine))
-    for p, g in zip(params, total.split([p.numel() for p in params]), strict=True):
-        p.grad = g.view_as(p)
+        numbers[0] += loss.detach().double() * share
+    numbers = sums.finish(numbers)
+    norm = clip(stage.params, cfg.grad_clip or math.inf, w)
+    # the step's one wait for the device
+    norm, total, stopped, *has = torch.cat([norm.double()[None], numbers]).tolist()
+    sums.drop(has)
+    return total, norm, bool(stopped)
 
 
 def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
@@ -321,6 +290,11 @@ class Trainer:
         self.w = w
         self.clock = clock
         self.began = clock()
+        if cfg.shard:
+            windows, _ = sequential(stage.corpus.val, cfg.eval_sequences, stage.window)
+            check_shares(cfg, w, stage.batch_size, len(windows))
+            bfloat16 = in_bfloat16(w.device, cfg.dtype)
+            stage.params = shard(stage.model, stage.params, w, bfloat16)
         self.opt = make_optimizer(stage.params, cfg)
         self.step = 0
         self.best = math.inf
@@ -414,8 +388,8 @@ class Trainer:
                 self.save("best")
 
     def show_sample(self) -> None:
-        """Print some text that the model writes."""
-        if not self.w.main:
+        """Print some text that the model writes; a sharded one writes none: it is in parts."""
+        if not self.w.main or self.cfg.shard:
             return
         tokenizer = self.s.tokenizer
         prompt = tokenizer.encode("The ")
@@ -452,14 +426,16 @@ class Trainer:
 
     def save(self, name: str | None = None) -> None:
         """Write a checkpoint, named by the step unless it has a name, and drop the oldest ones."""
+        tensors = gathered(self.s.tensors(), self.w.main)
+        moments = gathered(self.opt.state_dict(), self.w.main)
         if self.w.main:
             checkpoint.save(
                 self.s.folder,
                 name or checkpoint.step_name(self.step),
                 step=self.step,
-                tensors=self.s.tensors(),
+                tensors=tensors,
                 config=self.config,
-                state={"optimizer": self.opt.state_dict(), "best": self.best},
+                state={"optimizer": moments, "best": self.best},
             )
             checkpoint.prune(self.s.folder, self.cfg.keep_checkpoints)
 
@@ -496,7 +472,7 @@ class Trainer:
             "give as many or more",
         )
         self.s.restore(saved.tensors)
-        self.opt.load_state_dict(saved.state["optimizer"])
+        load_optimizer(self.opt, saved.state["optimizer"])
         self.step = saved.step
         self.best = saved.state["best"]
         self.trim_metrics()

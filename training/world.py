@@ -6,7 +6,12 @@ torchrun --nproc_per_node=2 train.py --stage=pretrain
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +20,10 @@ from torch import Tensor
 
 from loaders.device import pick_device
 from model import Transformer
+
+BUCKET_BYTES = 32 * 2**20  # of gradients that are summed at once
+NOTICE_SECONDS = 1.0  # that a process has to end by itself after a peer went
+PEER_GONE = 4  # exit code of a process that ends because another did
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,10 @@ class World:
             dist.all_reduce(t)
         return t
 
+    def start_sum(self, t: Tensor):
+        """Begin to sum over ranks, in place. Returns what to wait() for."""
+        return dist.all_reduce(t, async_op=True)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
@@ -43,20 +56,80 @@ class World:
 @contextmanager
 def world(device_name: str):
     """This process's World: torchrun's variables decide; the process group lives inside the
-    `with`."""
+    `with`, and in it a process whose peer is killed says so and ends."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
-    if size > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if size == 1:
+        yield World(rank, size, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    peers = Peers(rank, size)
     try:
         yield World(rank, size, device)
+    except RuntimeError:
+        # If a peer went, the watch says so and ends this process meanwhile; torchrun's signal,
+        # which comes then, would end it unsaid.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(2 * NOTICE_SECONDS)
+        raise
     finally:
-        if size > 1:
-            dist.destroy_process_group()
+        peers.leave()
+        dist.destroy_process_group()
+
+
+class Peers:
+    """Ends this process soon after another one of the job was killed, with one line, instead of
+    waiting in a collective for what will not come.
+
+    Every process holds a connection to rank 0, over which nothing is sent: the system closes it
+    when either process ends, however it does. Rank 0 notices the others, and they notice it."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank = rank
+        self.size = size
+        self.leaving = False
+        self.links = self._host() if rank == 0 else self._join()
+        for link in self.links:
+            threading.Thread(target=self._watch, args=(link,), daemon=True).start()
+
+    def _host(self) -> list[socket.socket]:
+        """Take a connection from every other rank."""
+        address = os.environ["MASTER_ADDR"]
+        with socket.create_server((address, 0)) as server:
+            server.settimeout(60)
+            dist.broadcast_object_list([server.getsockname()[1]], 0)
+            return [server.accept()[0] for _ in range(self.size - 1)]
+
+    def _join(self) -> list[socket.socket]:
+        """Connect to rank 0."""
+        port = [0]
+        dist.broadcast_object_list(port, 0)
+        return [socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=60)]
+
+    def _watch(self, link: socket.socket) -> None:
+        """Wait until the other end is closed, and end this process unless it is ending itself."""
+        link.settimeout(None)
+        with suppress(OSError):
+            link.recv(1)
+        time.sleep(NOTICE_SECONDS)  # where all end by one error, each says its own
+        if not self.leaving:
+            print(
+                f"rank {self.rank} of {self.size}: another process of this job is gone, so this "
+                "one ends, too; start the job again with --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(PEER_GONE)
+
+    def leave(self) -> None:
+        """Close the connections: the end is meant."""
+        self.leaving = True
+        for link in self.links:
+            link.close()
 
 
 def share_parameters(model: Transformer, w: World) -> None:
@@ -64,3 +137,82 @@ def share_parameters(model: Transformer, w: World) -> None:
     if w.size > 1:
         for t in (*model.parameters(), *model.buffers()):
             dist.broadcast(t.data, 0)
+
+
+# -- sums of gradients
+
+
+class GradientSums:
+    """Replaces gradients by their sums over the ranks, and begins with it while the backward pass
+    still runs: a bucket of gradients is on its way as soon as all of it is there.
+
+    Buckets leave in one order, the same on every rank, whatever gradients a rank has: one that it
+    lacks counts as zeros. What no rank has a gradient of has none after it, either."""
+
+    def __init__(self, params: list[torch.nn.Parameter], w: World):
+        self.params = params
+        self.w = w
+        self.buckets = in_buckets(params) if w.size > 1 else []
+        self.missing = [len(bucket) for bucket in self.buckets]  # gradients yet to come
+        self.absent: set[torch.nn.Parameter] = set()  # what this rank has no gradient of
+        self.works: list = []  # of the buckets that have left
+        self.hooks: list = []
+
+    def start(self) -> None:
+        """Before the step's last backward pass: let buckets leave while it runs."""
+        for i, bucket in enumerate(self.buckets):
+            for p in bucket:
+                hook = p.register_post_accumulate_grad_hook(lambda _, i=i: self._came(i))
+                self.hooks.append(hook)
+
+    def _came(self, i: int) -> None:
+        """Note a gradient of bucket i, and send what is complete and next."""
+        self.missing[i] -= 1
+        while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
+            self._send()
+
+    def _send(self) -> None:
+        """Begin to sum the next bucket, in one piece, of which its gradients are views then."""
+        bucket = self.buckets[len(self.works)]
+        self.absent |= {p for p in bucket if p.grad is None}
+        mine = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([g.flatten() for g in mine])
+        for p, g in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            p.grad = g.view_as(p)
+        self.works.append(self.w.start_sum(flat))
+
+    def finish(self, numbers: Tensor) -> Tensor:
+        """After the backward pass: all sums are in .grad, of absent gradients as zeros. numbers
+        (n,) float64 are summed, too, and returned, followed by how many ranks have a gradient of
+        each parameter (for drop)."""
+        for hook in self.hooks:
+            hook.remove()
+        while len(self.works) < len(self.buckets):
+            self._send()
+        has = [float(p not in self.absent) for p in self.params]
+        counts = torch.tensor(has, dtype=numbers.dtype).to(numbers.device, non_blocking=True)
+        numbers = torch.cat([numbers, counts])
+        self.w.sum(numbers)
+        for work in self.works:
+            work.wait()
+        return numbers
+
+    def drop(self, has: list[float]) -> None:
+        """Take the zeros away of what no rank has a gradient of, by the counts from finish."""
+        for p, n in zip(self.params, has, strict=True):
+            if not n:
+                p.grad = None
+
+
+def in_buckets(params: list[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    """Parameters in buckets of about BUCKET_BYTES and one dtype each, the last ones first, as the
+    backward pass reaches them."""
+    buckets: list[list[torch.nn.Parameter]] = []
+    size = 0
+    for p in reversed(params):
+        if not buckets or size >= BUCKET_BYTES or p.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(p)
+        size += p.nbytes
+    return buckets

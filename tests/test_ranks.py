@@ -1,0 +1,163 @@
+"""Sums of gradients over ranks while the backward pass runs, weights shared out over ranks, and
+what happens where a rank is lost."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from loaders.checkpoint import read_jsonl
+from loaders.runs import find_checkpoint
+from runs import arguments, python, tensors
+from training import world as ranks
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+class Recorded(ranks.World):
+    """A rank that sums nothing, and remembers what it would have summed, in order."""
+
+    def __init__(self, rank: int, sent: list):
+        super().__init__(rank, 2, torch.device("cpu"))
+        object.__setattr__(self, "sent", sent)
+
+    def sum(self, t):
+        self.sent.append(t)
+        return t
+
+    def start_sum(self, t):
+        self.sent.append(t)
+        return self
+
+    def wait(self):
+        pass
+
+
+def test_gradients_leave_in_one_order_whatever_a_rank_lacks(monkeypatch):
+    """Of 7 parameters in buckets of about two, rank 0 lacks one, rank 1 lacks two, both lack the
+    last: both ranks send buckets of the same sizes in the same order, which add up to the
+    gradients of one backward pass; what neither has is None
+    in the end."""
+    monkeypatch.setattr(ranks, "BUCKET_BYTES", 100)
+    g = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(3 + i, 5, generator=g)) for i in range(7)]
+    used = ([0, 1, 2, 4, 5], [1, 3, 5, 2])
+
+    def loss(names):
+        return sum(params[i].pow(2).sum() * (i + 1) for i in names)
+
+    want = torch.autograd.grad(loss(used[0]) + loss(used[1]), params, allow_unused=True)
+    sent = [[], []]
+    numbers = []
+    for rank in (0, 1):
+        for p in params:
+            p.grad = None
+        sums = ranks.GradientSums(params, Recorded(rank, sent[rank]))
+        sums.start()
+        loss(used[rank]).backward()
+        numbers.append(sums.finish(torch.tensor([2.0], dtype=torch.float64)))
+    assert [t.shape for t in sent[0]] == [t.shape for t in sent[1]]
+    assert len(sent[0]) == len(sums.buckets) + 1 and len(sums.buckets) > 3
+    counts = (numbers[0] + numbers[1]).tolist()
+    assert counts == [4.0, 1, 2, 2, 1, 1, 2, 0]
+    for bucket, mine, other in zip(sums.buckets, *sent, strict=False):
+        parts = (mine + other).split([p.numel() for p in bucket])
+        for p, part in zip(bucket, parts, strict=True):
+            i = next(i for i, q in enumerate(params) if q is p)
+            expected = torch.zeros_like(p) if want[i] is None else want[i]
+            assert torch.equal(part.view_as(p), expected), i
+    sums.drop(counts[1:])
+    assert [p.grad is None for p in params] == [False] * 6 + [True]
+
+
+def test_first_bucket_leaves_before_the_last_gradient_is_there(monkeypatch):
+    """A chain of 4 matrices: when the gradient of the first one is computed, which comes last, the
+    buckets of the others are on their way."""
+    monkeypatch.setattr(ranks, "BUCKET_BYTES", 1)
+    params = [torch.nn.Parameter(torch.eye(3) * 2) for _ in range(4)]
+    sent = []
+    seen = []
+    params[0].register_hook(lambda _: seen.append(len(sent)))
+    sums = ranks.GradientSums(params, Recorded(0, sent))
+    sums.start()
+    x = torch.ones(3)
+    for p in params:
+        x = p @ x
+    x.sum().backward()
+    assert seen == [3] and len(sent) == 4
+    sums.finish(torch.ones(1, dtype=torch.float64))
+    (params[0] @ x.detach()).sum().backward()
+    assert len(sent) == 5  # and the numbers; a later pass sends nothing
+
+
+# -- weights shared out
+
+
+RUN_ALL = """
+import json, sys
+sys.path[:0] = ["tests", "."]
+from contextlib import nullcontext
+import train
+from runs import arguments
+with train.world("cpu") as w:
+    train.world = lambda _: nullcontext(w)
+    for flags in json.loads(sys.argv[1]):
+        train.run(arguments(*flags))
+"""
+
+
+def test_sharded_ranks_mean_the_same_steps(tmp_path, text):
+    """2 gloo ranks with --shard pretrain 40 steps (5 sequences, uneven, in 2 micro-steps), the
+    last 20 of them resumed from one process's checkpoint; continue with mixSGA; adapt over value
+    groups: losses, gradient norms and checkpoints are those of one process to 1e-4, and one
+    process goes on from what the ranks saved."""
+    first = ["--stage=pretrain", f"--dataset={text}", "--pretrain_steps=40"]
+    first += ["--pretrain_batch_size=5", "--accumulation=2", "--save_interval=20"]
+    base = f"--init_from={tmp_path / 'one' / 'pretrain'}"
+    later = [base, f"--dataset={text}", "--adapt_steps=8", "--adapt_batch_size=5"]
+    mix = ["--stage=continue", *later, "--group_sizes=1,2", "--expert_ratios=1:1"]
+    routed = [
+        "--stage=adapt",
+        *later,
+        "--adapter=routed",
+        "--lora_dropout=0",
+        "--reconstructor=mlp",
+    ]
+    train.run(arguments(*first, f"--out_dir={tmp_path / 'one'}"))
+    for name, flags in (("mix", mix), ("routed", routed)):
+        train.run(arguments(*flags, f"--out_dir={tmp_path / name}"))
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "one", half)
+    shutil.rmtree(half / "pretrain" / "step-00000040")
+    work = [
+        [*first, "--shard", f"--out_dir={tmp_path / 'one-2'}"],
+        [*first, "--shard", "--resume", f"--out_dir={half}"],
+        [*mix, "--shard", f"--out_dir={tmp_path / 'mix-2'}"],
+        [*routed, "--shard", f"--out_dir={tmp_path / 'routed-2'}"],
+    ]
+    (tmp_path / "all.py").write_text(RUN_ALL)
+    p = python(*TWO_PROCESSES, tmp_path / "all.py", json.dumps(work))
+    assert p.returncode == 0, p.err
+    pairs = [("one", "one-2"), ("one", "half"), ("mix", "mix-2"), ("routed", "routed-2")]
+    for one, two in pairs:
+        assert_alike(*(next((tmp_path / n).glob("*/metrics.jsonl")).parent for n in (one, two)))
+    shutil.rmtree(tmp_path / "one-2" / "pretrain" / "step-00000040")
+    train.run(arguments(*first, "--shard=0", "--resume", f"--out_dir={tmp_path / 'one-2'}"))
+    assert_alike(tmp_path / "one" / "pretrain", tmp_path / "one-2" / "pretrain")
+
+
+def assert_alike(one: Path, two: Path) -> None:
+    """Losses to 1e-4, gradient norms to 1e-3, weights and moments nearly so."""
+    a, b = (read_jsonl(folder / "metrics.jsonl") for folder in (one, two))
+    for name, rel in (("step", 0), ("loss", 1e-4), ("val_loss", 1e-4), ("grad_norm", 1e-3)):
+        want = [row[name] for row in a if name in row]
+        assert [row[name] for row in b if name in row] == pytest.approx(want, rel=rel), name
+    a, b = tensors(find_checkpoint(one)), tensors(find_checkpoint(two))
+    assert a.keys() == b.keys()
+    for k, t in a.items():
+        assert type(b[k]) is torch.Tensor
+        assert torch.allclose(t.double(), b[k].double(), rtol=1e-2, atol=2e-4), (two, k)

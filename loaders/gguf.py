@@ -1,8 +1,8 @@
 """A model's .gguf file, or the several that llama.cpp has split it into: its settings as a
 config.json, its tensors dequantised, its tokenizer as a tokenizer.json.
 
-Llama (Mistral too) and Qwen2 are read, with the package gguf, in any kind of numbers that it can
-dequantise."""
+Llama (Mistral too), Qwen2 and Qwen3 are read, with the package gguf, in any kind of numbers that it
+can dequantise."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ OUR_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -211,9 +213,9 @@ class _Settings:
         self.where = where
         self.arch = fields.get("general.architecture")
         check(
-            self.arch in ("llama", "qwen2"),
+            self.arch in ("llama", "qwen2", "qwen3"),
             f"{where}: architecture {self.arch!r}",
-            "llama (Mistral too) and qwen2 are supported",
+            "llama (Mistral too), qwen2 and qwen3 are supported",
             "use such a model",
         )
 

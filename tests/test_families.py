@@ -20,16 +20,18 @@ from safetensors.torch import load_file
 from test_parity import needs_transformers
 
 import kv_router
+import lora
 import mixsga
 import selector
 from baselines import align, shared_heads
-from config import KVConfig, MixConfig, SelectConfig
+from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
 from generate import generate
-from loaders.export import export
+from loaders.export import export, same_model, shape_json
 from loaders.families import FAMILIES, check_supported
 from loaders.huggingface import model_config
 from loaders.runs import load_run
-from model import Transformer
+from loaders.weights import load_model_state, model_state
+from model import Transformer, lm_loss
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
 T = 43
@@ -306,6 +308,194 @@ def test_mixsga_cached_equals_uncached(kind, model, dense):
     assert farthest(masked, dense) > 1e-3
     mixsga.attach(model, kv, MixConfig(group_sizes="1,2", expert_ratios="1:0"))
     assert farthest(through_cache(model, x), dense) < 1e-9
+
+
+@needs_transformers
+@pytest.mark.parametrize("adapter", ["lora", "moe_lora", "routed"])
+def test_adapters_learn_and_merge(kind, adapter, model, dense):
+    """On every projection that a family has: nothing changes before a step, one step lowers the
+    loss, and plain LoRA merges into equal logits. A gate is refused where there is none."""
+    x = tokens_of(kind)
+    targets = "q,k,v,o,up,down"
+    if kind == "opt":
+        cfg = AdapterConfig(adapter=adapter, lora_targets="q,gate")
+        assert "MLP has no gate" in error_line(lora.attach, loaded_copy(model), cfg)
+    cfg = AdapterConfig(adapter=adapter, lora_targets=targets, lora_dropout=0.0)
+    torch.manual_seed(0)
+    lora.attach(model, cfg).double()
+    assert farthest(model(x, pad=PAD).detach(), dense) == 0
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before = lm_loss(model(x[:, :-1]), x[:, 1:])
+    before.backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert lm_loss(model(x[:, :-1]), x[:, 1:]) < before
+        want = model(x)
+        if adapter == "lora":
+            assert (lora.merge(model)(x) - want).abs().max() < 1e-9
+
+
+def loaded_copy(model: Transformer) -> Transformer:
+    """Another model of the same numbers."""
+    other = Transformer(model.cfg).double()
+    load_model_state(other, model_state(model), "test")
+    return other
+
+
+# -------------------- settings of published models
+
+# what the config.json of each says, but for what is Llama's too
+PUBLISHED = {
+    "Qwen3-0.6B": (
+        dict(
+            model_type="qwen3",
+            attention_bias=False,
+            head_dim=128,
+            hidden_act="silu",
+            hidden_size=1024,
+            intermediate_size=3072,
+            max_position_embeddings=40960,
+            max_window_layers=28,
+            num_attention_heads=16,
+            num_hidden_layers=28,
+            num_key_value_heads=8,
+            rms_norm_eps=1e-6,
+            rope_scaling=None,
+            rope_theta=1000000,
+            sliding_window=None,
+            tie_word_embeddings=True,
+            use_sliding_window=False,
+            vocab_size=151936,
+        ),
+        dict(qk_norm=True, head_dim=128, rope_theta=1e6, block_size=40960, tie_embeddings=True),
+    ),
+    "opt-125m": (
+        dict(
+            model_type="opt",
+            _remove_final_layer_norm=False,
+            activation_function="relu",
+            do_layer_norm_before=True,
+            ffn_dim=3072,
+            hidden_size=768,
+            max_position_embeddings=2048,
+            num_attention_heads=12,
+            num_hidden_layers=12,
+            vocab_size=50272,
+            word_embed_proj_dim=768,
+        ),
+        dict(positions="learned", norm="layer", n_inner=3072, head_dim=64, tie_embeddings=True),
+    ),
+    "Phi-3-mini-4k": (
+        dict(
+            model_type="phi3",
+            attention_bias=False,
+            hidden_act="silu",
+            hidden_size=3072,
+            intermediate_size=8192,
+            max_position_embeddings=4096,
+            num_attention_heads=32,
+            num_hidden_layers=32,
+            num_key_value_heads=32,
+            original_max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+            rope_scaling=None,
+            rope_theta=10000.0,
+            sliding_window=2047,
+            tie_word_embeddings=False,
+            vocab_size=32064,
+        ),
+        dict(block_size=2047, head_dim=96, tie_embeddings=False),
+    ),
+    "gemma-2-2b": (
+        dict(
+            model_type="gemma2",
+            attention_bias=False,
+            attn_logit_softcapping=50.0,
+            cache_implementation="hybrid",
+            final_logit_softcapping=30.0,
+            head_dim=256,
+            hidden_act="gelu_pytorch_tanh",
+            hidden_activation="gelu_pytorch_tanh",
+            hidden_size=2304,
+            intermediate_size=9216,
+            max_position_embeddings=8192,
+            num_attention_heads=8,
+            num_hidden_layers=26,
+            num_key_value_heads=4,
+            query_pre_attn_scalar=256,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            sliding_window=4096,
+            vocab_size=256000,
+        ),
+        dict(
+            attention_cap=50.0,
+            logit_cap=30.0,
+            query_scale=1 / 16,
+            embedding_scale=48.0,
+            sliding_window=4096,
+            global_every=2,
+            rope_local_theta=0.0,
+            tie_embeddings=True,
+        ),
+    ),
+    "gemma-3-1b": (
+        dict(
+            model_type="gemma3_text",
+            attention_bias=False,
+            attn_logit_softcapping=None,
+            final_logit_softcapping=None,
+            head_dim=256,
+            hidden_activation="gelu_pytorch_tanh",
+            hidden_size=1152,
+            intermediate_size=6912,
+            max_position_embeddings=32768,
+            num_attention_heads=4,
+            num_hidden_layers=26,
+            num_key_value_heads=1,
+            query_pre_attn_scalar=256,
+            rms_norm_eps=1e-6,
+            rope_local_base_freq=10000,
+            rope_scaling=None,
+            rope_theta=1000000,
+            sliding_window=512,
+            sliding_window_pattern=6,
+            vocab_size=262144,
+        ),
+        dict(
+            attention_cap=0.0,
+            logit_cap=0.0,
+            qk_norm=True,
+            post_norms=True,
+            sliding_window=512,
+            global_every=6,
+            rope_theta=1e6,
+            rope_local_theta=1e4,
+            tie_embeddings=True,
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_of_published_models_are_read(name):
+    """Keys as transformers 4 wrote them, with what they leave out: the settings they mean."""
+    config, want = PUBLISHED[name]
+    cfg = model_config(config, name)
+    assert {key: getattr(cfg, key) for key in want} == want
+    assert same_model(model_config(shape_json(cfg, config["model_type"]), name), cfg)
+
+
+def test_layers_that_slide_in_another_order_are_refused():
+    """layer_types whose full ones are not every n-th, or of another kind: one line."""
+    config = PUBLISHED["gemma-3-1b"][0]
+    for kinds in (["full_attention", "sliding_attention"] * 2, ["chunked_attention"], "full"):
+        line = error_line(model_config, config | dict(layer_types=kinds), "here")
+        assert "here: layer_types=" in line
+    sliding = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
+    rope = dict(full_attention=dict(rope_type="default", rope_theta=1e6), sliding_attention=sliding)
+    line = error_line(model_config, config | dict(rope_parameters=rope), "here")
+    assert "of layers that slide" in line
 
 
 # -------------------- what is refused, by name

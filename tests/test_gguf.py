@@ -49,6 +49,8 @@ SHAPES = {
         qkv_bias=True,
         norm_eps=1e-6,
     ),
+    "qwen3": dict(n_embd=32, n_head=2, n_kv_head=1, head_dim=32, n_inner=32, vocab_size=261)
+    | dict(qk_norm=True),
 }
 THEIR_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -57,6 +59,8 @@ THEIR_NAMES = {
     "self_attn.o_proj": "attn_output",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -143,7 +147,8 @@ def write(
     import gguf
 
     c = model.cfg
-    arch = arch or ("qwen2" if c.qkv_bias else "llama")
+    named = {(True, False): "qwen2", (False, True): "qwen3"}
+    arch = arch or named.get((c.qkv_bias, c.qk_norm), "llama")
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=part)
     for key, value in (settings_of(c) | (fields or {})).items():
         if value is not None:
@@ -198,7 +203,7 @@ def llama3_divisors(theta: float, D: int, factor: float, original: int = 8192) -
 @pytest.mark.parametrize("arch", SHAPES)
 def test_gguf_logits_equal_the_numbers_in_the_file(tmp_path, arch, tied, kind):
     """A model filled by hand with the (de)quantised numbers and the model read from the file have
-    bit-equal weights and logits: names, the order of q and k rows (llama permuted, qwen2 not),
+    bit-equal weights and logits: names, the order of q and k rows (llama permuted, Qwen not),
     biases, tied head, tokenizer."""
     model = random_model(sum(map(ord, arch + kind)), **SHAPES[arch], tie_embeddings=tied)
     held = write(tmp_path / "m.gguf", model, kind)
@@ -416,8 +421,8 @@ WRONG = {
     ),
     "no embedding": (dict(drop="embed_tokens.weight"), "lacks 'vocab_size'"),
     "unknown tensor": (
-        dict(tensors={"blk.0.attn_q_norm.weight": np.ones(16, np.float32)}),
-        "unexpected: blk.0.attn_q_norm.weight",
+        dict(tensors={"blk.0.attn_sinks.weight": np.ones(16, np.float32)}),
+        "unexpected: blk.0.attn_sinks.weight",
     ),
     "bias": (
         dict(tensors={"blk.0.attn_q.bias": np.ones(64, np.float32)}),

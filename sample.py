@@ -31,7 +31,7 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
     exit_on_bad_input(lambda: check_sample_flags(ARGS.given, ARGS.sample, ARGS.kv.kv))
 
 from generate import fit_room, generate
-from loaders.chat import Conversation, Turn
+from loaders.chat import LEAST_WHOLE, Conversation, Turn
 from loaders.compress import stored_as_asked
 from loaders.device import autocast, check_weights, pick_device
 from loaders.runs import Run, load_run
@@ -156,8 +156,8 @@ def chat(run: Run, talk: Conversation, first: str) -> None:
     say("chat: one message a line; Ctrl-D or Ctrl-C ends it")
     if selector_of(run.model) is not None:
         say(
-            "kv=select chooses from the first message; as soon as more is whole than it chose "
-            "from, the whole conversation is read anew, and chosen from"
+            f"kv=select chooses from the first message; once more than that, and {LEAST_WHOLE} "
+            "tokens, stand whole after it, all is read anew and chosen from"
         )
     with contextlib.suppress(KeyboardInterrupt, EOFError):
         for message in messages(first):

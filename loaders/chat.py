@@ -7,9 +7,9 @@ only.
 Value groups and integers store every token alike, once it leaves the window. A selecting path
 (kv=select) chooses from a prompt as a whole: from the first message, template included, and all
 that follows stays whole at first. As soon as more of the conversation is whole than was chosen
-from, the next message is read with all that was said before it, anew, as one prompt; so what is
-read twice is at most about as much as is read once. Earlier turns stay as they were read, even
-where a template would write them in another way later (without their thoughts, say).
+from, and more than LEAST_WHOLE tokens, the next message is read with all that was said before it,
+anew, as one prompt. Earlier turns stay as they were read, even where a template would write them in
+another way later (without their thoughts, say).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from storage.cache import KVCache
 from storage.ragged import RaggedCache
 
 CONTEXT_SHOWN = 16  # tokens before an answer that its text is decoded with
+LEAST_WHOLE = 256  # fewer are left whole: dropping some of them loses the thread and saves little
 
 
 class Turn(NamedTuple):
@@ -80,8 +81,8 @@ class Conversation:
         return max(counts, default=None)
 
     def outgrown(self) -> bool:
-        """Say whether more is whole than a selecting path has chosen from."""
-        return any(int(c.n_window) > int(c.n_context) for c in self.selected())
+        """Say whether so much is whole that a selecting path chooses anew."""
+        return any(int(c.n_window) > max(int(c.n_context), LEAST_WHOLE) for c in self.selected())
 
     def say(self, text: str, show: Callable[[str], None]) -> Turn:
         """Answer a user's message; show gets the answer's text, piece by piece as it comes. Raises

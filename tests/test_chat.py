@@ -349,10 +349,12 @@ def test_history_stays_in_the_cache(kv):
         assert layer.window_k.size(2) == int(layer.n_window)
 
 
-def test_selecting_chat_chooses_anew_once_more_is_whole():
-    """As soon as more tokens are whole than were chosen from, and not before, the next message is
-    read with the whole conversation before it: answer and cache are then those of all of it as one
-    prompt. Its last turns go on from there."""
+@pytest.mark.parametrize("least", [0, 50])
+def test_selecting_chat_chooses_anew_once_more_is_whole(least, monkeypatch):
+    """As soon as more tokens are whole than were chosen from, and than LEAST_WHOLE, and not before,
+    the next message is read with the whole conversation before it: answer and cache are then those
+    of all of it as one prompt, and the conversation goes on from there."""
+    monkeypatch.setattr("loaders.chat.LEAST_WHOLE", least)
     model = small_model()
     how = KVConfig(kv="select", kv_tail=6)
     attach_storage(model, how, SelectConfig(kv_keep=0.4), [tokens(2, 60, vocab=259)])
@@ -361,7 +363,8 @@ def test_selecting_chat_chooses_anew_once_more_is_whole():
     seen = []
     for text in ("hi there, what is it?", *["and so on?"] * 6):
         layer = talk.cache.layers[0] if talk.cache else None
-        outgrown = layer is not None and int(layer.n_window) > int(layer.n_context)
+        n_whole = 0 if layer is None else int(layer.n_window)
+        outgrown = n_whole > least and n_whole > int(layer.n_context)
         asked = [*talk.messages, *said(text)[:1]]
         pending = talk.pending
         new = pending + talk.template.encode(talk.template.after_answer(asked), talk.last_answer)

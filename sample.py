@@ -33,8 +33,9 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
 from generate import fit_room, generate
 from loaders.chat import LEAST_WHOLE, Conversation, Turn
 from loaders.compress import stored_as_asked
-from loaders.device import autocast, check_weights, pick_device
+from loaders.device import autocast, check_weights
 from loaders.runs import Run, load_run
+from loaders.split import devices_of, split
 from loaders.tokenizer import TextStream, decode_after, encoded, end_tokens
 from selector import selector_of
 from settings.train import DataConfig
@@ -47,10 +48,11 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal cannot show
-    device = pick_device(cfg.device)
+    device = devices_of(cfg.split or cfg.device)[0]
     check_weights(ARGS.base.weights, device, cfg.dtype)
     prompt = first_prompt(cfg)
-    run = load_run(ARGS.base.place(cfg.out_dir), device, **ARGS.base.options(cfg.out_dir))
+    loaded_to = "cpu" if cfg.split else device
+    run = load_run(ARGS.base.place(cfg.out_dir), loaded_to, **ARGS.base.options(cfg.out_dir))
     stored = stored_as_asked(
         run,
         ARGS.given,
@@ -68,6 +70,9 @@ def main() -> None:
     if run.kv.kv == "dense" and ARGS.kv.kv != "dense" and storage_flags(ARGS.given):
         say(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate} ...")
     with stored, autocast(device, cfg.dtype):
+        if cfg.split:
+            attached = run.kv.kv == "dense" and storage_flags(ARGS.given)
+            split(run.model, cfg.split, ARGS.kv.kv if attached else run.kv.kv)
         if talk is not None:
             chat(run, talk, prompt)
         else:

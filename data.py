@@ -5,7 +5,7 @@ A corpus is a list of documents (str). Three are the same on every machine with 
 `cheaders` (the headers of its C interface). Three are generated, the same everywhere: `dialogue`,
 `markup` and `records` (corpora/). None of those needs a network. `shakespeare`, `wikitext2`,
 `wikitext103` are downloaded once, against a pinned sha256; `text:PATH` is a file or a folder of
-text files, or of JSONL.
+text files, or of JSONL. `instruct:PATH` are instructions with answers (loaders/instructions.py).
 
 Documents are divided into train and val whole, by the hash of their content (WikiText keeps its
 official files), so no document is ever in both. Several corpora, separated by commas, are one
@@ -41,7 +41,9 @@ import torch
 
 from config import check, comma_list
 from corpora import dialogue, markup, records
+from loaders.examples import LEFT_OUT, Examples
 from loaders.fetch import download
+from loaders.json_lines import fields_of, json_objects
 from loaders.token_files import TokenFile, open_tokens, write_tokens
 from loaders.tokenizer import encoded, one_line
 from settings.train import DataConfig, check_corpora, check_corpus
@@ -80,7 +82,6 @@ WIKITEXT_FILES = {
 }
 WIKITEXT_FOLDERS = {"wikitext2": "wikitext-2", "wikitext103": "wikitext-103"}
 JSON_LINES = (".jsonl", ".ndjson")
-LINE_END = re.compile(r"\r\n?|\n")
 MIN_PIECE = 8192  # characters in a piece of a text that has no headings
 # The most that one corpus adds to a mixture, in bytes of UTF-8: as much as all of WikiText-2's
 # validation text.
@@ -193,20 +194,10 @@ def json_lines(text: str, path: Path, text_field: str) -> list[str]:
     """The documents of JSONL: the text of each line's field. ValueError names the line that is no
     object with such a text."""
     docs = []
-    for number, line in enumerate(LINE_END.split(text), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(
-                f"{path}, line {number}: {one_line(e)}; every line of JSONL is an object; correct "
-                "it, or name the file .txt"
-            ) from None
-        entry = entry if isinstance(entry, dict) else {}
+    for number, entry in json_objects(path, text, ", or name the file .txt"):
         check(
             isinstance(entry.get(text_field), str),
-            f"{path}, line {number}, has {', '.join(map(repr, list(entry)[:9])) or 'no fields'}",
+            f"{path}, line {number}, has {fields_of(entry)}",
             f"a text in {text_field!r} is needed",
             "name its field by --text_field",
         )
@@ -483,6 +474,12 @@ def prepare_splits(
     as for documents, write_tokens and open_tokens: in particular a damaged file is named, not
     silently replaced."""
     check_corpora(corpus)
+    check(
+        not corpus.startswith("instruct:"),
+        f"{corpus} where a text is read",
+        "single stages train on instructions, and the task instruct measures them",
+        "give a text; eval.py is told by --calibrate what a base is calibrated on",
+    )
     docs = None
     if corpus in PINNED:
         content = PINNED[corpus][1]  # defines the text: ready files need no download
@@ -516,7 +513,8 @@ def prepare_splits(
 
 def label_of(corpus: str) -> str:
     """A corpus's name without the folders that a text lies in."""
-    return f"text:{Path(corpus[5:]).name}" if corpus.startswith("text:") else corpus
+    kind, _, path = corpus.partition(":")
+    return f"{kind}:{Path(path).name}" if path else corpus
 
 
 def content_hash(corpus: str, cfg: DataConfig) -> str:
@@ -544,7 +542,10 @@ def prepare(corpus: str, cfg: DataConfig, tokenizer) -> Corpus:
 # -- batches
 
 
-def check_length(tokens: TokenFile | np.ndarray, block_size: int) -> None:
+Tokens = TokenFile | Examples | np.ndarray
+
+
+def check_length(tokens: Tokens, block_size: int) -> None:
     """Raise ValueError unless a window of block_size tokens and the one after them fits."""
     check(
         block_size >= 1,
@@ -553,7 +554,7 @@ def check_length(tokens: TokenFile | np.ndarray, block_size: int) -> None:
         "give --block_size=1 or more",
     )
     what = ""
-    if isinstance(tokens, TokenFile):
+    if isinstance(tokens, (TokenFile, Examples)):
         what = f"{tokens.header['corpus']}, {tokens.header['split']}: "
     check(
         len(tokens) >= block_size + 1,
@@ -564,17 +565,25 @@ def check_length(tokens: TokenFile | np.ndarray, block_size: int) -> None:
 
 
 def _windows(
-    tokens: TokenFile | np.ndarray, starts: np.ndarray, block_size: int
+    tokens: Tokens, starts: np.ndarray, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x, y), each (b, block_size) int64: tokens from starts (b,) on, y one token ahead of x."""
-    ids = tokens.ids if isinstance(tokens, TokenFile) else np.asarray(tokens)
+    """(x, y), each (b, block_size) int64: tokens from starts (b,) on, y one token ahead of x, and
+    of examples LEFT_OUT but where it is an answer's."""
+    ids = np.asarray(tokens) if isinstance(tokens, np.ndarray) else tokens.ids
     places = starts[:, None] + np.arange(block_size + 1)  # (b, block_size + 1)
+    if isinstance(tokens, Examples):
+        places %= len(ids)
     w = torch.from_numpy(ids[places].astype(np.int64))
-    return w[:, :-1].contiguous(), w[:, 1:].contiguous()
+    x = w[:, :-1].contiguous()
+    y = w[:, 1:].contiguous()
+    if isinstance(tokens, Examples):
+        # a new tensor: of one window, y has its memory in common with x
+        y = y.masked_fill(torch.from_numpy(~tokens.answers[places[:, 1:]]), LEFT_OUT)
+    return x, y
 
 
 def batch(
-    tokens: TokenFile | np.ndarray,
+    tokens: Tokens,
     split: str,
     seed: int,
     step: int,
@@ -584,7 +593,7 @@ def batch(
     world: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank `rank`'s share (x, y) of the global batch of `step`: int64 (b, block_size), y one token
-    ahead of x.
+    ahead of x. Windows of examples begin where an example does.
 
     The global batch is batch_size windows at uniform starts that depend on (seed, split, step)
     alone: no state, no call order, no ranks. Rank r of `world` takes a contiguous share; the first
@@ -607,20 +616,25 @@ def batch(
     # Raw Philox words: numpy promises that their stream stays the same in every version, which it
     # does not for integers().
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(batch_size)
-    starts = (raw % np.uint64(len(tokens) - block_size)).astype(np.int64)  # (batch_size,)
+    if isinstance(tokens, Examples):
+        starts = tokens.starts[(raw % np.uint64(len(tokens.starts))).astype(np.int64)]
+    else:
+        starts = (raw % np.uint64(len(tokens) - block_size)).astype(np.int64)  # (batch_size,)
     each, extra = divmod(batch_size, world)
     first = rank * each + min(rank, extra)
     return _windows(tokens, starts[first : first + each + (rank < extra)], block_size)
 
 
-def sequential(
-    tokens: TokenFile | np.ndarray, n: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sequential(tokens: Tokens, n: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """min(n, as many as fit) windows (x, y), int64 (b, block_size), evenly spaced from the first
     token to the last, no target in two of them; the same on every call. ValueError for n < 1 or
     tokens too short for the context."""
     check_length(tokens, block_size)
     check(n >= 1, f"n={n} windows", "at least 1", "give a positive number")
+    if isinstance(tokens, Examples):
+        starts = tokens.apart(block_size)
+        places = np.linspace(0, len(starts) - 1, min(n, len(starts))).astype(np.int64)
+        return _windows(tokens, starts[places], block_size)
     last = len(tokens) - 1 - block_size
     n = min(n, (len(tokens) - 1) // block_size)
     starts = np.array([i * last // max(n - 1, 1) for i in range(n)], dtype=np.int64)

@@ -77,6 +77,7 @@ from report.tables import mean_over_texts, result_table, reuse_note
 from tasks.common import Prompts, Task
 from tasks.make import READING, make_tasks
 from tasks.text import Text
+from tasks.zero_shot import ZeroShot
 from training import mixsga_table
 from training.shared_heads import TAIL
 
@@ -123,7 +124,7 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     texts = []
     if {*comma_list(cfg.tasks)} & {*READING}:  # the other tasks make their own text
         texts = read_texts(run, asked)
-    todo = make_tasks(cfg, run.tokenizer, window, texts)
+    todo = make_tasks(cfg, run.tokenizer, window, texts, asked.data.template)
     say_where_few(todo, cfg.sequences)
     if "select" in methods:
         check_contexts(todo, cfg.query)
@@ -147,7 +148,7 @@ def say_where_few(todo: list[Task], asked: int) -> None:
     """Say in a line where a text, or a file of questions, has fewer sequences than are asked
     for."""
     for task in todo:
-        n = len(task.prompts if isinstance(task, Prompts) else task.x)
+        n = len(task.prompts if isinstance(task, (Prompts, ZeroShot)) else task.x)
         where = f" of {task.text['corpus']}, {task.text['split']}" if task.text else ""
         if n < asked:
             print(f"{task.name}{where}: {n} sequences, all there are, not {asked}", file=sys.stderr)

@@ -125,8 +125,8 @@ class EvalConfig:
     )
     question: str = opt(
         "seen",
-        "needle, copy: whether the context is compressed with the question behind it (seen), or "
-        "before it is known (unseen)",
+        "needle, copy, zero_shot: whether the context is compressed with the question behind it "
+        "(seen), or before it is known (unseen)",
         QUESTIONS,
     )
     needles: int = opt(
@@ -150,6 +150,13 @@ class EvalConfig:
         "multiple_choice: file or folder of the examples (empty: the first rows of the file "
         "itself, then not asked)",
     )
+    items: str = opt(
+        "", "zero_shot: JSONL files, a list: HellaSwag, PIQA, ARC and others as they are published"
+    )
+    answered: str = opt(
+        "", "mixsga with --dataset=instruct:PATH: JSONL whose instructions every row answers, too"
+    )
+    answer_tokens: int = opt(64, "instruct: tokens of an answer, at most", least=1)
     mixes: str = opt(
         "3:1:6,1:1:8",
         "mixsga: experts' shares, a list; SIZES@RATIOS for sizes other than 1, 2, 4, 8; +K: K "
@@ -226,9 +233,9 @@ class EvalConfig:
             "give --tasks=needle, or leave them out",
         )
         check(
-            self.question == "seen" or bool({"needle", "copy"} & {*tasks}),
+            self.question == "seen" or bool({"needle", "copy", "zero_shot"} & {*tasks}),
             f"question={self.question} with tasks={self.tasks}",
-            "it is asked by needle and copy",
+            "it is asked by needle, copy and zero_shot",
             "give one of them, or leave it out",
         )
         most = 9 if self.answer == "digit" else 32
@@ -249,6 +256,26 @@ class EvalConfig:
             f"shots_from={self.shots_from!r} without questions",
             "nothing is asked",
             "give --questions=PATH",
+        )
+        check(
+            bool(self.items) or "zero_shot" not in tasks,
+            "zero_shot without items",
+            "files of them are needed",
+            "give --items=PATH, JSONL of HellaSwag, PIQA, ARC and others",
+        )
+        instructed = self.dataset.startswith("instruct:")
+        check(
+            ("instruct" not in tasks or instructed)
+            and (not instructed or tasks in (["instruct"], ["mixsga"])),
+            f"dataset={self.dataset} with tasks={self.tasks}",
+            "the task instruct, alone, reads instruct:PATH, or mixsga does",
+            "give --tasks=instruct --dataset=instruct:PATH",
+        )
+        check(
+            not self.answered or instructed,
+            f"answered={self.answered} with dataset={self.dataset}",
+            "rows that are trained on instructions answer it",
+            "give --tasks=mixsga --dataset=instruct:PATH",
         )
         check(
             "mixsga" not in tasks or tasks == ["mixsga"],

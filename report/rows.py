@@ -84,6 +84,7 @@ def measure_row(
         "key_bits": bits[0],
         "value_bits": bits[1],
     }
+    row |= getattr(task, "also", {})
     if task.kl is not None:
         row["kl"] = task.kl
     if task.text is not None:

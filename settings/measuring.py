@@ -42,13 +42,23 @@ def read_by_storage(kv: str, group: str, name: str) -> bool:
 SHARED = ("mixsga", "gqa", "cla")  # how a trained run may store, beside the methods
 CUT = ("value_groups", "select", "quest")  # methods that cut values in groups, of a basis
 READING = ("perplexity", "continuation", "copy", "mixsga")  # tasks that read a corpus
-PROMPTS = ("needle", "needle_reuse", "copy", "variable_tracking", "multiple_choice")
+RULER = ("multi_key", "multi_value", "multi_query", "common_words", "frequent_words")
+PROMPTS = (
+    "needle",
+    "needle_reuse",
+    "copy",
+    "variable_tracking",
+    "multiple_choice",
+    "zero_shot",
+    "instruct",
+    *RULER,
+)
 CORPUS = ("dataset", "split", "detokenize", "text_field", "val_fraction", "data_dir")
 OF_TASKS = {
     "query": ("continuation", *PROMPTS),
     "continuation": ("continuation",),
     "distractors": ("needle", "needle_reuse"),
-    "question": ("needle", "copy"),
+    "question": ("needle", "copy", "zero_shot"),
     "needles": ("needle",),
     "answer": ("needle",),
     "chains": ("variable_tracking",),
@@ -56,11 +66,16 @@ OF_TASKS = {
     "questions": ("multiple_choice",),
     "shots": ("multiple_choice",),
     "shots_from": ("multiple_choice",),
+    "items": ("zero_shot",),
+    "answered": ("mixsga",),
+    "answer_tokens": ("instruct", "mixsga"),
+    "template": ("instruct", "mixsga"),
     "kv_tail": ("perplexity", "mixsga"),  # of a prompt --query stays whole
     "kv_tail_block": ("perplexity",),
     "tokenizer": ("mixsga",),
     **dict.fromkeys(("mixes", "steps", "lr", "seeds", "h2o", "ablations"), ("mixsga",)),
     **dict.fromkeys(CORPUS, READING),
+    "dataset": (*READING, "instruct"),
     "split": ("perplexity", "continuation", "copy"),
 }
 OF_METHODS = {

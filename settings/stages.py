@@ -80,7 +80,7 @@ READS = {
     "all": Reads(
         ("model", "data", "base", "adapter", "kv"),
         (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile"),
-        ("adapter", "vocab_size"),
+        ("adapter", "vocab_size", "template"),
     ),
 }
 # A flag, and the value of another with which alone it is read, where the stage reads that one.

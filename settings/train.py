@@ -25,15 +25,17 @@ SELECT_MIXTURE = "pydocs,pycode,dialogue,markup"
 TOKENIZERS = ("byte", "gpt2")
 STAGES = ("all", "pretrain", "adapt", "select", "continue")
 OBJECTIVES = ("lm", "distill")
+TEMPLATES = ("auto", "chat", "plain")
 
 
 def check_corpus(name: str, flag: str = "dataset") -> None:
-    """Raise ValueError unless `name` is a known corpus or text:PATH (the path itself is checked
-    when it is read)."""
+    """Raise ValueError unless `name` is a known corpus, text:PATH or instruct:PATH (the path itself
+    is checked when it is read)."""
+    kind, _, path = name.partition(":")
     check(
-        name in CORPORA or (name.startswith("text:") and len(name) > 5),
+        name in CORPORA or (kind in ("text", "instruct") and bool(path)),
         f"{flag}={name!r}",
-        f"one of {', '.join(CORPORA)} or text:PATH",
+        f"one of {', '.join(CORPORA)}, text:PATH or instruct:PATH",
         "choose one",
     )
 
@@ -51,6 +53,8 @@ def check_corpora(names: str, flag: str = "dataset") -> None:
     for name in parts:
         check_corpus(name, flag)
         check(parts.count(name) == 1, f"{flag}={names!r}", f"{name} is named twice", "name it once")
+        alone = len(parts) == 1 or not name.startswith("instruct:")
+        check(alone, f"{flag}={names!r}", "instructions are not mixed", "give them alone")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,12 @@ class DataConfig:
         "before text becomes tokens",
     )
     text_field: str = opt("text", "field of a line that holds its text, in JSONL of text:PATH")
+    template: str = opt(
+        "auto",
+        "instruct:PATH: how a prompt is written: chat: by the model's own template; plain: with "
+        "empty lines between; auto: the model's own where it has one",
+        TEMPLATES,
+    )
     data_dir: str = opt(
         "", "where token files and downloads are kept; empty: the user's cache folder"
     )
@@ -96,7 +106,8 @@ class TrainConfig:
     dataset: str = opt(
         "",
         "corpus of the stage, or a list of corpora, mixed; with stage=all the pretraining one "
-        f"(empty: pydocs, pycode to adapt, {SELECT_MIXTURE} to select); or text:PATH",
+        f"(empty: pydocs, pycode to adapt, {SELECT_MIXTURE} to select); text:PATH; "
+        "or, but with stage=all, instruct:PATH",
     )
     adapt_dataset: str = opt(
         "",

@@ -25,6 +25,7 @@ class Task(Protocol):
     query: tokens at the end of a prompt that are never compressed; None: the path's own window
     kl: mean divergence in nats of the last call's predictions from the reference's, or None
     text: what rows say of a text that is read: its corpus, split and sha256; None: there is none
+    also (may be missing): a dict of what else rows say of the last call
     """
 
     name: str

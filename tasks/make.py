@@ -9,16 +9,21 @@ from measure_config import EvalConfig
 from settings.fields import check, comma_list
 from tasks.choices import multiple_choice
 from tasks.common import Task
+from tasks.instruct import instruct
 from tasks.prompts import needle, variable_tracking
 from tasks.recall import copying, needles
+from tasks.ruler import MAKERS, ruler
 from tasks.text import Continuation, Perplexity, Text
+from tasks.zero_shot import zero_shot
 
 READING = ("perplexity", "continuation", "copy")  # the tasks that need a corpus
 
 
-def make_tasks(cfg: EvalConfig, tokenizer, T: int, texts: Sequence[Text]) -> list[Task]:
+def make_tasks(
+    cfg: EvalConfig, tokenizer, T: int, texts: Sequence[Text], template: str = "auto"
+) -> list[Task]:
     """Make the tasks named by cfg.tasks, in that order, in contexts of T tokens, those in READING
-    once for each of the texts."""
+    once for each of the texts. template: how instructions are written."""
     tasks: list[Task] = []
     common = (tokenizer, T, cfg.sequences, cfg.seed, cfg.query)
     for name in comma_list(cfg.tasks):
@@ -37,6 +42,12 @@ def make_tasks(cfg: EvalConfig, tokenizer, T: int, texts: Sequence[Text]) -> lis
             tasks.append(needle(*common, cfg.distractors, name == "needle_reuse"))
         elif name == "variable_tracking":
             tasks.append(variable_tracking(*common, cfg.chains, cfg.hops))
+        elif name in MAKERS:
+            tasks.append(ruler(name, *common))
+        elif name == "zero_shot":
+            tasks += [zero_shot(*common, path, cfg.question) for path in comma_list(cfg.items)]
+        elif name == "instruct":
+            tasks.append(instruct(*common, cfg.dataset, template, cfg.answer_tokens))
         else:
             tasks.append(multiple_choice(*common, cfg.questions, cfg.shots, cfg.shots_from))
     return tasks

@@ -9,12 +9,15 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import TokenFile
 from loaders.device import autocast
+from loaders.examples import LEFT_OUT
 from model import Transformer, evaluating, lm_loss
 from selector import with_oracle
+from storage.layout import at_least_float32
 
 # Sequences of a continuation whose predictions are kept: 25 MB each with 49,152 tokens.
 KL_SEQUENCES = 16
@@ -28,12 +31,24 @@ class Text(NamedTuple):
     about: dict
 
 
+def answers_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the mean over sequences of their mean loss in nats over targets y (B, T) that are not
+    LEFT_OUT, logits (B, T, vocab): a batch may be cut anyhow. A sequence without targets has 0."""
+    losses = F.cross_entropy(
+        at_least_float32(logits).flatten(0, 1), y.flatten(), ignore_index=LEFT_OUT, reduction="none"
+    )
+    n_targets = (y != LEFT_OUT).sum(1).clamp_min(1)
+    return (losses.view_as(y).sum(1) / n_targets).mean()
+
+
 def mean_loss(
     model: Transformer, x: Tensor, y: Tensor, batch_size: int, dtype: str = "float32"
 ) -> float:
-    """Return the mean next-token loss in nats, decode mode, batch_size sequences at a time.
+    """Return the mean next-token loss in nats, decode mode, batch_size sequences at a time; of
+    examples answers_loss.
 
     x, y: ids and the ids that follow them, (n, T) int64"""
+    loss = answers_loss if (y == LEFT_OUT).any() else lm_loss
     device = model.norm.weight.device
     total = 0.0
     with evaluating(model):
@@ -41,7 +56,7 @@ def mean_loss(
             xb = x[i : i + batch_size].to(device)
             yb = y[i : i + batch_size].to(device)
             with autocast(device, dtype):
-                total += lm_loss(model(xb), yb).item() * len(xb)
+                total += loss(model(xb), yb).item() * len(xb)
     return total / len(x)
 
 

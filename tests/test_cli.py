@@ -467,6 +467,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "distractors": [-1, 32],
     "chains": [0, 101],
     "hops": [0, 101],
+    "answer_tokens": [0],
     "needles": [0, 33],
     "quest_whole": [-1],
     "shots": [-1, 101],

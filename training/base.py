@@ -12,6 +12,7 @@ import kv_router
 from config import KVConfig, check
 from data import Corpus, TokenFile, batch, check_length, prepare
 from loaders import checkpoint
+from loaders.instructions import instruct_corpus
 from loaders.runs import Run, base_reference, find_checkpoint, is_foreign, load_run, split_added
 from model import Transformer
 from settings.fields import to_dict
@@ -27,6 +28,8 @@ BASIS_SETTINGS = ("n_groups", "value_basis", "learn_basis", "kv_layers")
 def corpus_of(args, name: str, tokenizer, block_size: int) -> Corpus:
     """A corpus, both splits long enough for the context. Everything about it is checked here,
     before step 0."""
+    if name.startswith("instruct:"):
+        return instruct_corpus(name, args.data, tokenizer, block_size)
     corpus = prepare(name, args.data, tokenizer)
     for tokens in (corpus.train, corpus.val):
         check_length(tokens, block_size)

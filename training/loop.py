@@ -40,6 +40,7 @@ from data import Corpus, batch, label_of, sequential
 from generate import generate
 from loaders import checkpoint
 from loaders.device import autocast, device_name, in_bfloat16
+from loaders.examples import Examples
 from loaders.runs import added_state, load_added_state
 from loaders.weights import model_state
 from model import Transformer, lm_loss
@@ -48,7 +49,7 @@ from selection.training import predictor_loss
 from settings.fields import from_dict, to_dict
 from settings.train import DataConfig, TrainConfig
 from storage.layout import at_least_float32
-from tasks.text import mean_loss
+from tasks.text import answers_loss, mean_loss
 from training.optimizer import learning_rate, make_optimizer, optimizer_settings, set_rate
 from training.sharded import (
     check_shares,
@@ -193,7 +194,8 @@ class Stage:
             return predictor_loss(self.model, x)
         if self.objective == "distill":
             return distillation_loss(self, forward, x)
-        return lm_loss(forward(x), y)
+        loss = answers_loss if isinstance(self.corpus.train, Examples) else lm_loss
+        return loss(forward(x), y)
 
 
 def distillation_loss(stage: Stage, forward, x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ are perplexity in decode mode (every token goes where its scores say, what decod
 cache gives), the same teacher-forced by expert choice, how often the two agree, the share of keys
 and values held in decode mode and the bytes of a prompt's cache. --h2o: perplexity while a
 heavy-hitter cache evicts. All methods read the newest --kv_tail tokens whole; rows of the first of
---mixes are there without that, too.
+--mixes are there without that, too. On instructions perplexity is that of answers, and with
+--answered every row answers others, scored by ROUGE-L.
 
     python eval.py \\
         --tasks=mixsga  # in miniature: pretrains a base, about 2 minutes on two cores
@@ -36,6 +37,7 @@ from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, check, comma
 from data import Corpus, prepare, sequential
 from loaders import checkpoint
 from loaders.device import pick_device
+from loaders.instructions import instruct_corpus
 from loaders.runs import Run, load_run
 from loaders.tokenizer import get_tokenizer
 from measure_config import EvalConfig
@@ -44,12 +46,16 @@ from report.rows import filled_cache
 from report.tables import Column, lay_out, share_of_dense, with_spread
 from settings.fields import to_dict
 from settings.train import DataConfig, TrainConfig
+from tasks.instruct import Instruct, instruct
 from tasks.text import mean_loss
 from training.loop import NonFinite, Stage, Trainer
 from training.shared_heads import share_heads
 from training.world import World
 
 SIZES = {1: "1", 2: "1,2", 3: "1,2,4", 4: "1,2,4,8"}  # of that many experts
+# Rows of --ablations that are trained on instructions.
+ABLATED = ("nothing added", "random router", "no consistency loss")
+LONGEST_FILE = 10**6  # instructions that are answered, at most
 H2O_SEQUENCES = 32  # behind each perplexity under H2O's eviction
 MINI_STEPS = 500
 MINI_BATCH_SIZE = 8
@@ -101,7 +107,9 @@ def share_of(mix: MixConfig) -> Fraction:
 
 def rows_of(cfg: EvalConfig, kv: KVConfig, m: ModelConfig) -> list[Row]:
     """Every entry of --mixes; GQA and CLA at the same shares; for the first entry H2O, rows without
-    a tail and what --ablations adds."""
+    a tail and what --ablations adds. Of instructions only the ABLATED and no rows without a
+    tail."""
+    instructed = cfg.dataset.startswith("instruct:")
     rows = [Row("dense", KVConfig(kv="dense"), MixConfig())]
     shares = []
     for i, entry in enumerate(comma_list(cfg.mixes)):
@@ -117,10 +125,10 @@ def rows_of(cfg: EvalConfig, kv: KVConfig, m: ModelConfig) -> list[Row]:
             continue
         h2o = tuple(float(Fraction(t)) for t in comma_list(cfg.h2o))
         rows += [replace(r, h2o=h2o) for r in beside]
-        if kv.kv_tail:
+        if kv.kv_tail and not instructed:
             rows += [Row(f"{r.name}, no tail", replace(r.kv, kv_tail=0), r.mix) for r in beside]
         if cfg.ablations:
-            rows += ablations_of(ours)
+            rows += [r for r in ablations_of(ours) if not instructed or r.name.endswith(ABLATED)]
     return rows
 
 
@@ -167,6 +175,7 @@ class Experiment:
     cfg: EvalConfig
     train: TrainConfig
     world: World
+    answered: Instruct | None = None  # what every row answers, too
 
     @property
     def window(self) -> int:
@@ -238,6 +247,15 @@ def trained(shared: Experiment, row: Row, seed: int) -> Stage:
     return stage
 
 
+def answers_of(model: Transformer, shared: Experiment) -> dict:
+    """ROUGE-L of answers to --answered, where it is given, and by the examples' tasks."""
+    task = shared.answered
+    if task is None:
+        return {}
+    score = task.value(model, shared.cfg.batch_size, shared.cfg.dtype)
+    return {"rouge_l": score, "answers": task.n, **task.also}
+
+
 def measured(model: Transformer, row: Row, shared: Experiment) -> dict:
     """Perplexities, agreement, share kept and bytes of a trained row."""
     cfg = shared.cfg
@@ -251,6 +269,7 @@ def measured(model: Transformer, row: Row, shared: Experiment) -> dict:
         value = perplexity()
         cache = filled_cache(model, some, cfg.dtype)
         kept = shared_heads.kept_shares(model, cache) if shared_heads.shares(model) else 1.0
+        answers = answers_of(model, shared)
     with shared_heads.routing(model, "choice"):
         teacher_forced = perplexity()
         cache = filled_cache(model, some, cfg.dtype)
@@ -261,6 +280,7 @@ def measured(model: Transformer, row: Row, shared: Experiment) -> dict:
             h2o[f"{share:g}"] = perplexity(H2O_SEQUENCES)
     return {
         "value": value,
+        **answers,
         "kv_kept_model": kept,
         "teacher_forced": teacher_forced,
         "agreement": mean(same) if same else 1.0,
@@ -328,14 +348,25 @@ def experiment_of(
     if place:
         base = dense_base(place, options, w.device)
         rows_of(cfg, kv, base.model.cfg)
-        corpus = prepare(cfg.dataset or base.config.get("corpus", "pycode"), data, base.tokenizer)
+        longest = base.model.cfg.block_size
+        name = cfg.dataset or base.config.get("corpus", "pycode")
+        if name.startswith("instruct:"):
+            window = min(cfg.block_size or longest, longest)
+            corpus = instruct_corpus(name, data, base.tokenizer, window)
+        else:
+            corpus = prepare(name, data, base.tokenizer)
     else:
         rows_of(cfg, kv, ModelConfig())
         base, corpus = mini_base(cfg, train, data, w)
     longest = base.model.cfg.block_size
     x, y = sequential(corpus.val, cfg.sequences, min(cfg.block_size or longest, longest))
     weights = copy.deepcopy(base.model.state_dict())
-    return Experiment(base, weights, corpus, x, y, cfg, train, w)
+    answered = None
+    if cfg.answered:
+        name = f"instruct:{cfg.answered}"
+        about = (base.tokenizer, longest, LONGEST_FILE, cfg.seed, 0, name, data.template)
+        answered = instruct(*about, cfg.answer_tokens)
+    return Experiment(base, weights, corpus, x, y, cfg, train, w, answered)
 
 
 def settings_of(shared: Experiment, kv: KVConfig) -> dict:
@@ -350,6 +381,7 @@ def settings_of(shared: Experiment, kv: KVConfig) -> dict:
         "sequences": len(shared.x),
         "dataset": cfg.dataset,
         "n_groups": kv.n_groups,
+        "answered": cfg.answered,
         "dtype": cfg.dtype,
     }
 
@@ -431,8 +463,11 @@ def table(rows: list[dict]) -> str:
         Column("decode mode", 20),
         Column("teacher-forced", 14),
         Column("agreement", 9),
+        Column("ROUGE-L", 20),
         Column("seeds", 5),
     ]
+    if "rouge_l" not in rows[0]:
+        columns.pop(-2)
     lines = lay_out(columns, [cells_of(name, rs) for name, rs in by_name.items()])
     evicted = [f"{name:{width}s} {h2o_line(rs)}" for name, rs in by_name.items() if rs[0]["h2o"]]
     if evicted:
@@ -450,6 +485,7 @@ def cells_of(name: str, rows: list[dict]) -> list[str]:
     def average(key: str) -> float:
         return mean(r[key] for r in rows)
 
+    answers = [with_spread([r["rouge_l"] for r in rows])] if "rouge_l" in rows[0] else []
     return [
         name,
         f"{average('kv_kept_model'):.1%}",
@@ -458,6 +494,7 @@ def cells_of(name: str, rows: list[dict]) -> list[str]:
         with_spread([r["value"] for r in rows]),
         f"{average('teacher_forced'):.4f}",
         f"{average('agreement'):.1%}",
+        *answers,
         str(len(rows)),
     ]
 

@@ -375,8 +375,8 @@ class ValueGroupPath(nn.Module):
     def _attend_window(
         self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, routed: Tensor, pad: Tensor | None
     ) -> Tensor:
-        """Attend causally to stored keys and routed values, but to k and v of the tokens that are in
-        the window when they are read.
+        """Attend causally to stored keys and routed values, but to k and v of the tokens that are
+        in the window when they are read.
 
         In blocks of queries: a block needs no later key, and window tokens only among its
         nearest."""

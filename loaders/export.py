@@ -1,7 +1,8 @@
 """A model written as a Hugging Face folder that transformers loads with equal logits.
 
     python -m loaders.export --init_from=SmolLM2-135M-Instruct.Q4_1.gguf --to=out/smollm2
-"""
+
+Its tokenizer, end tokens and chat template are written with it, as far as it has them."""
 
 from __future__ import annotations
 

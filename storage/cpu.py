@@ -167,10 +167,10 @@ class PackedSequence:
         return take_rows(rows, number * kept), kept
 
     def next_rows(self, ends: list[int], heads: slice, row: list[int]) -> Tensor:
-        """Return a row of zeros and the next rows of the heads, one head's after the other's: as
-        many as ends (G,) count up to. `row` moves past them."""
+        """Return `none` and the next rows of the heads, one head's after the other's: as many as
+        ends (G,) count up to. `row` moves past them."""
         rows = self.view.rows
-        parts = [self.none.unsqueeze(0)]
+        parts = [self.none]
         for h, (a, b) in enumerate(pairwise([0, *ends]), heads.start):
             parts.append(rows[row[h] : row[h] + b - a])
             row[h] += b - a
@@ -178,8 +178,8 @@ class PackedSequence:
 
     @property
     def none(self) -> Tensor:
-        """A row of zeros: (x,)."""
-        return self.view.rows.new_zeros(self.view.rows.size(-1))
+        """A row of zeros: (1, x)."""
+        return self.view.rows.new_zeros(1, self.view.rows.size(-1))
 
     def gather(self, flat: Tensor, base: list[int], heads: slice, tokens: slice) -> Tensor:
         """Return what a flat tensor (slots, ...) has of one block: (G, width, ...), zeros past a

@@ -10,7 +10,7 @@ from views import finite, normal, packed_view, window_view
 import kernels
 from storage import cpu
 from storage.cpu import gather, packed_attention_cpu, take_rows, work
-from storage.integers.cpu import fields, half_bytes, level_values
+from storage.integers.cpu import fields, half_bytes, level_bytes, level_units
 from storage.integers.format import (
     LEVEL_BITS,
     LEVEL_STEPS,
@@ -208,12 +208,15 @@ def test_rows_are_taken_whatever_their_bytes():
 
 
 def test_levels_mean_what_the_format_says():
-    """unit and rest of every level and code give (code - zero) step, in float64 exactly."""
-    unit, rest = level_values(torch.float64)
+    """The byte of every level and code, whatever the bits below the code, times the level's unit is
+    (code - zero) step, in float64 exactly."""
+    units = level_units(torch.float64)
+    own, turn = level_bytes(1)
     for level in (1, 2, 3):
-        bits = LEVEL_BITS[level]
-        for code in range(2**bits):
-            byte = (code - 2 ** (bits - 1)) * 2 ** (8 - bits)
+        below = 8 - LEVEL_BITS[level]
+        for byte in torch.arange(256, dtype=torch.uint8):
+            code = int(byte) >> below
+            turned = (byte & own[level] ^ turn[level]).view(torch.int8)
             want = (code - zero_code(level)) * LEVEL_STEPS[level]
-            assert abs(unit[level] * byte + rest[level] - want) < 1e-15
-    assert unit[0] == rest[0] == 0
+            assert abs(units[level] * turned - want) < 1e-15
+    assert units[0] == 0

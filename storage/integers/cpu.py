@@ -6,12 +6,12 @@ Their steps and middles go into the queries and the weights: with c' = code - 2^
     q . key_t     = sum_c (q_c step_c) c'_tc + sum_c q_c middle_c                                (1)
     sum_t p_t z_t = sum_t (p_t step_t) c'_t + sum_t p_t middle_t kept_t                          (2)
 
-and of a group g, whose step is the token's times `unit`, its level's, and whose code of 0 may lie
-between two codes, `rest` from 2^(b-1) in such units,
+and of a group g, whose step is the token's times `unit`, its level's, and where c' = code - zero,
 
-    sum_t p_t z_tg = gain_g sum_t (p_t step_t) (unit_tg c'_tg + rest_tg)                         (3)
+    sum_t p_t z_tg = gain_g sum_t (p_t step_t) unit_tg c'_tg                                     (3)
 
-Bytes hold c' in their highest bits, as a number with a sign: 2^(8-b) c'.
+Bytes hold c' in their highest bits, as a number with a sign: 2^(8-b) c'. A zero between two codes
+of 2 bits is a bit below them.
 
 Letters: storage/cpu.py.
 """
@@ -124,7 +124,7 @@ class IntSequence(PackedSequence):
     @property
     def none(self) -> Tensor:
         """The bytes of a row of zeros."""
-        return half_bytes(self.fmt.value_bits, self.view.rows.size(-1))
+        return half_bytes(self.fmt.value_bits, self.view.rows.size(-1)).unsqueeze(0)
 
 
 @cache
@@ -135,12 +135,24 @@ def spread_table() -> Tensor:
 
 
 @cache
-def level_values(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return unit and rest of levels 0 to 3, unit for codes in a byte's highest bits: (4,) each."""
-    half = torch.tensor([0, *(2 ** (bits - 1) for bits in LEVEL_BITS[1:])])
-    unit = torch.tensor(LEVEL_STEPS, dtype=dtype)
-    zero = torch.tensor([0, *map(zero_code, (1, 2, 3))])
-    return unit * 2.0 ** (torch.tensor(LEVEL_BITS) - 8), unit * (half - zero)
+def level_units(dtype: torch.dtype) -> Tensor:
+    """Return the units of levels 0 to 3 for codes in a byte's highest bits: (4,)."""
+    return torch.tensor(LEVEL_STEPS, dtype=dtype) * 2.0 ** (torch.tensor(LEVEL_BITS) - 8)
+
+
+@cache
+def level_bytes(d: int) -> tuple[Tensor, Tensor]:
+    """Return, for levels 0 to 3, which bits of a byte hold the code, and what turns these bits into
+    a number with a sign around the code that means 0: (4, d) uint8 each."""
+    own = [0]
+    turn = [0]
+    for level in (1, 2, 3):
+        bits = LEVEL_BITS[level]
+        own.append(256 - 2 ** (8 - bits))
+        rest = 2 ** (bits - 1) - zero_code(level)
+        turn.append(128 + int(rest * 2 ** (8 - bits)))
+    both = torch.tensor([own, turn], dtype=torch.uint8).unsqueeze(-1)
+    return tuple(both.expand(-1, -1, d).contiguous())
 
 
 class LevelSequence(IntSequence):
@@ -155,30 +167,34 @@ class LevelSequence(IntSequence):
         planes = level.addcmul(low, high)
         number = planes.flatten().cumsum(0, dtype=torch.int32).view_as(planes)
         rows = self.next_rows(number[:, -1, -1].tolist(), heads, row)
-        spread = take(spread_table(), rows.int())  # a code in every byte of (planes, x) int32
-        unit, rest = level_values(p.dtype)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
         p = p * scale.mT.to(p.dtype)  # (G, M, width)
-        rests = p @ take(rest, level)  # (G, M, S)
         # groups before tokens, so that a group's weights meet its numbers: (G, S, width)
         level = level.mT.contiguous()
         number = number.mT.contiguous()  # of a group's last plane
-        planes = planes.mT.contiguous()
-        code = 0x80808080 - (1 << 32)  # what turns codes into numbers with a sign
-        for i in range(max(LEVEL_PLANES)):
-            plane = take_rows(spread, (number - i) * (planes > i))  # (G, S, width, x)
-            code = plane << 6 - 2 * i ^ code
-        code = code.view(torch.int8).view(*planes.shape, -1).to(p.dtype)  # (G, S, width, d)
-        w = p.unsqueeze(1) * take(unit, level).unsqueeze(2)  # (G, S, M, width)
-        total = w @ code + rests.mT.unsqueeze(-1)  # (G, S, M, d), codes of a byte side by side
+        joined = take_rows(join_planes(rows), number).view(torch.uint8)  # (G, S, width, d)
+        own, turn = level_bytes(joined.size(-1))
+        code = joined & take_rows(own, level) ^ take_rows(turn, level)
+        code = code.view(torch.int8).to(p.dtype)
+        w = p.unsqueeze(1) * take(level_units(p.dtype), level).unsqueeze(2)  # (G, S, M, width)
+        total = w @ code  # (G, S, M, d), codes of a byte side by side
         total = total.unflatten(-1, (-1, 4)).mT.flatten(-2)  # as format.pack_bits has them
         gain = self.fmt.gain[heads].unsqueeze(1).to(p.dtype)
         return total.transpose(1, 2).flatten(2) * gain
 
     @property
     def none(self) -> Tensor:
-        """The bytes of no plane."""
-        return torch.zeros(self.view.rows.size(-1), dtype=torch.uint8)
+        """The bytes of no plane, as many as join_planes takes together."""
+        return torch.zeros(max(LEVEL_PLANES), self.view.rows.size(-1), dtype=torch.uint8)
+
+
+def join_planes(rows: Tensor) -> Tensor:
+    """Join every row of planes (n, x) uint8 with the three after it, whose bits are higher.
+
+    Returns (n - 3, x) int32: a code of 8 bits in every byte."""
+    one = take(spread_table(), rows.int())
+    two = one[1:] << 2 | one[:-1]
+    return two[2:] << 4 | two[:-2]
 
 
 def take(table: Tensor, number: Tensor) -> Tensor:

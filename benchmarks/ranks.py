@@ -1,0 +1,237 @@
+"""What more than one GPU gives: tokens per second of training with one, with DDP and with --shard,
+whether their losses agree, how soon a job ends that loses a rank, and a model that is split.
+
+    python -m benchmarks.ranks --name=one --results=out/x
+    python -m benchmarks.ranks --name=two --ranks=2 --shard --same_as=one --results=out/x
+    python -m benchmarks.ranks --what=lost --name=lost --ranks=2 --results=out/x
+    python -m benchmarks.ranks --what=generate --name=split --devices=cuda:0,cuda:1 --results=out/x
+
+Text is random walks over the vocabulary, weights are random. Every measurement is a row, printed
+and left in RESULTS/NAME.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from cli import exit_on_bad_input, parse_args
+from config import ADAPTERS, AdapterConfig, KVConfig, ModelConfig
+from settings.fields import DTYPES, check, check_fields, opt
+from settings.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class RanksConfig:
+    """What is measured."""
+
+    what: str = opt(
+        "train",
+        "train: steps of training; lost: such a job, a rank of which is killed; generate: tokens",
+        ("train", "lost", "generate"),
+    )
+    name: str = opt("row", "name of the row")
+    results: str = opt("out/ranks", "folder of the rows")
+    same_as: str = opt("", "earlier row: the greatest difference from its losses or tokens is said")
+    ranks: int = opt(1, "train, lost: processes", least=1)
+    shard: bool = opt(False, "train, lost: as in train.py")
+    adapter: str = opt("none", "train: what is trained; none: all weights", ADAPTERS)
+    weights: str = opt("float32", "dtype of the weights", ("float32", "bfloat16"))
+    batch_size: int = opt(32, "sequences in a step of all ranks, or prompts", least=1)
+    steps: int = opt(40, "train: steps", least=1)
+    new_tokens: int = opt(64, "generate: tokens after prompts of half of block_size", least=2)
+    devices: str = opt("cuda:0", "generate: one device, or several that layers are split over")
+    device: str = opt("auto", "auto, cpu or cuda")
+    dtype: str = opt("auto", "compute type", DTYPES)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+CONFIGS = {"ranks": RanksConfig, "model": ModelConfig}
+if __name__ == "__main__":
+    ARGS = parse_args(CONFIGS, description=__doc__)
+
+import numpy as np
+import torch
+
+import lora
+from data import Corpus
+from generate import generate
+from loaders.device import autocast, device_name, place
+from loaders.split import devices_of, layers_by_device, split
+from model import Transformer
+from training.loop import Stage, Trainer
+from training.world import share_parameters, world
+
+
+def main() -> None:
+    """Measure what the flags ask, in as many processes."""
+    cfg: RanksConfig = ARGS.ranks
+    if cfg.what == "lost":
+        write(cfg, lose_a_rank())
+    elif cfg.what == "generate":
+        write(cfg, generate_row(cfg, ARGS.model))
+    elif cfg.ranks > 1 and "RANK" not in os.environ:
+        raise SystemExit(subprocess.call(torchrun(cfg, sys.argv[1:])))
+    else:
+        train_row(cfg, ARGS.model)
+
+
+def torchrun(cfg: RanksConfig, flags: list[str]) -> list[str]:
+    """Return the command that runs this program with these flags in cfg.ranks processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.ranks}"]
+    return [sys.executable, *launch, "-m", "benchmarks.ranks", *flags]
+
+
+def write(cfg: RanksConfig, row: dict) -> None:
+    """Compare a row with an earlier one, print it without its lists, and keep it."""
+    folder = Path(cfg.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.same_as:
+        other = json.loads((folder / f"{cfg.same_as}.json").read_text())
+        key = "losses" if "losses" in row else "tokens"
+        pairs = zip(row[key], other[key], strict=True)
+        row[f"difference from {cfg.same_as}"] = max(abs(a - b) for a, b in pairs)
+    row = {"name": cfg.name} | row
+    (folder / f"{cfg.name}.json").write_text(json.dumps(row) + "\n")
+    print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
+
+
+# -- training
+
+
+def train_row(cfg: RanksConfig, shape: ModelConfig) -> None:
+    """Train for cfg.steps steps: tokens per second (median), memory of rank 0, and every loss."""
+
+    class Logged(Trainer):
+        def log(self, **entry):
+            rows.append(entry)
+
+    rows: list[dict] = []
+    rng = np.random.default_rng(0)
+    walk = (rng.integers(0, 8, 400_000).cumsum() % shape.vocab_size).astype(np.int64)
+    with world(cfg.device) as w:
+        model = random_model(shape, w.device, cfg.weights)
+        adapter = AdapterConfig(adapter=cfg.adapter)
+        if cfg.adapter != "none":
+            lora.attach(model, adapter)
+        share_parameters(model, w)
+        stage = Stage(
+            kind="pretrain" if cfg.adapter == "none" else "adapt",
+            name=cfg.name,
+            folder=None,
+            model=model,
+            params=[p for p in model.parameters() if p.requires_grad],
+            tokenizer=None,
+            corpus=Corpus(walk, walk),
+            window=shape.block_size,
+            steps=cfg.steps,
+            batch_size=cfg.batch_size,
+            lr=3e-4,
+            seed=0,
+            kv=KVConfig(kv="dense"),
+            adapter=adapter,
+        )
+        asked = TrainConfig(
+            stage=stage.kind, shard=cfg.shard, dtype=cfg.dtype, eval_sequences=2 * w.size
+        )
+        Logged(stage, asked, w).run()
+        on_gpu = w.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
+        if w.main:
+            speed = median(row["tokens_per_s"] for row in rows)
+            row = {
+                "device": f"{w.size} x {device_name(w.device)}",
+                "tokens_per_s": round(speed),
+                "ms": round(1e3 * cfg.batch_size * shape.block_size / speed, 2),
+                "peak_gb": round(peak / 1e9, 2),
+                "last_loss": rows[-1]["loss"],
+                "losses": [row["loss"] for row in rows],
+            }
+            write(cfg, row)
+
+
+def random_model(shape: ModelConfig, device, weights: str):
+    """Return a model of random weights, made on the device, the same in every process."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Transformer(shape)
+    return place(model, device, getattr(torch, weights))
+
+
+# -- a rank that is lost
+
+
+def lose_a_rank() -> dict:
+    """Kill the last rank of a job that trains: seconds until the job has ended, and what the others
+    said."""
+    cfg: RanksConfig = ARGS.ranks
+    flags = [flag for flag in sys.argv[1:] if not flag.startswith(("--what", "--steps"))]
+    command = torchrun(cfg, [*flags, "--what=train", "--steps=1000000"])
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    said = []
+    for line in job.stderr:
+        said.append(line)
+        if line.startswith(f"{cfg.name}: ") and "gone" in line and ": 0 of" not in line:
+            break
+    os.kill(rank_of(job.pid, cfg.ranks - 1), signal.SIGKILL)
+    start = time.perf_counter()
+    said = job.communicate(timeout=120)[1].splitlines()
+    seconds = time.perf_counter() - start
+    lines = [line for line in said if "another process of this job is gone" in line]
+    check(job.returncode != 0 and bool(lines), "\n".join(said), "one line of why", "see above")
+    return {"seconds": round(seconds, 2), "exit": job.returncode, "said": " / ".join(lines)}
+
+
+def rank_of(parent: int, rank: int) -> int:
+    """Return the process id of a rank of torchrun's process `parent`."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) != parent:
+                continue
+            environment = (stat.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # has ended meanwhile
+        if f"RANK={rank}".encode() in environment:
+            return int(stat.parent.name)
+    raise ValueError(f"no rank {rank} under process {parent}")
+
+
+# -- layers on several devices
+
+
+def generate_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
+    """Generate greedily from random prompts: tokens per second of the second run, bytes on each
+    device, and the tokens."""
+    places = devices_of(cfg.devices)
+    model = random_model(shape, places[0], cfg.weights)
+    if len(places) > 1:
+        split(model, cfg.devices)
+    draw = torch.Generator().manual_seed(0)
+    size = (cfg.batch_size, shape.block_size // 2)
+    prompts = torch.randint(0, shape.vocab_size, size, generator=draw).tolist()
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        with autocast(places[0], cfg.dtype):
+            rows, cache = generate(model, prompts, cfg.new_tokens)
+        seconds = time.perf_counter() - start
+    gpus = [place for place in dict.fromkeys(places) if place.type == "cuda"]
+    return {
+        "tokens_per_s": round(cfg.batch_size * cfg.new_tokens / seconds, 1),
+        "cache_gb": round(cache.nbytes() / 1e9, 3),
+        "layers": layers_by_device(model) if len(places) > 1 else {str(places[0]): shape.n_layer},
+        "held_gb": {str(g): round(torch.cuda.memory_allocated(g) / 1e9, 2) for g in gpus},
+        "tokens": [token for row in rows for token in row],
+    }
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# One GPU, two with DDP, two with sharded weights; a rank that is lost; 7 billion parameters.
+# Two H100s; the time has not been noted yet. Rows lie in OUT, one file each.
+# usage: runs/two_gpus.sh [OUT]
+set -euo pipefail
+OUT="${1:-out/two_gpus}"
+SMOL="--n_layer=30 --n_embd=576 --n_head=9 --n_kv_head=3 --head_dim=64 --n_inner=1536
+  --block_size=1024 --vocab_size=49152"
+SEVEN="--n_layer=32 --n_embd=4096 --n_head=32 --n_kv_head=32 --head_dim=128 --n_inner=11008
+  --block_size=1024 --vocab_size=32000 --tie_embeddings=false"
+
+# tokens per second of SmolLM2's shape: one GPU, half its batch, DDP, FSDP2
+python -m benchmarks.ranks $SMOL --results="$OUT" --name=one
+python -m benchmarks.ranks $SMOL --results="$OUT" --name=half --batch_size=16
+python -m benchmarks.ranks $SMOL --results="$OUT" --name=ddp --ranks=2 --same_as=one
+python -m benchmarks.ranks $SMOL --results="$OUT" --name=fsdp --ranks=2 --shard --same_as=one
+
+# the same losses in float32, 40 steps
+F32="--dtype=float32 --batch_size=4"
+python -m benchmarks.ranks $SMOL $F32 --results="$OUT" --name=one32
+python -m benchmarks.ranks $SMOL $F32 --results="$OUT" --name=ddp32 --ranks=2 --same_as=one32
+python -m benchmarks.ranks $SMOL $F32 --results="$OUT" --name=fsdp32 --ranks=2 --shard \
+  --same_as=one32
+
+# a rank is killed
+python -m benchmarks.ranks $SMOL --results="$OUT" --what=lost --name=lost --ranks=2 --shard
+
+# 7 billion parameters: adapters on one GPU, all weights on two, generation whole and split
+python -m benchmarks.ranks $SEVEN --results="$OUT" --name=lora7b --adapter=lora \
+  --weights=bfloat16 --batch_size=4 --steps=10
+python -m benchmarks.ranks $SEVEN --results="$OUT" --name=all7b --ranks=2 --shard \
+  --batch_size=2 --steps=10
+GENERATE="--what=generate --weights=bfloat16 --batch_size=4"
+python -m benchmarks.ranks $SEVEN --results="$OUT" $GENERATE --name=whole7b
+python -m benchmarks.ranks $SEVEN --results="$OUT" $GENERATE --name=split7b \
+  --devices=cuda:0,cuda:1 --same_as=whole7b

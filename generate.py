@@ -16,11 +16,10 @@ import itertools
 from collections.abc import Callable, Collection
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import Block, Transformer, evaluating
-from storage.cache import DenseCache, KVCache
+from storage.cache import KVCache
 from storage.layout import at_least_float32
 
 
@@ -52,20 +51,6 @@ def read_on(model: Transformer, idx: Tensor, cache: KVCache, at_once: int = 0) -
     for piece in idx.split(max(1, at_once // B) if at_once else T, 1):
         logits = model.prefill(piece, cache)[:, -1]
     return logits
-
-
-def fit_room(cache: KVCache, n_tokens: int) -> None:
-    """Give every window that keeps all it gets room for n_tokens more, no less and no more: the
-    bytes it holds are those of its tokens then."""
-    for layer in cache.layers:
-        if not isinstance(layer, DenseCache):
-            continue  # the others give tokens up
-        longest = int(layer.n_window.max())
-        for name in layer.GROWS:
-            window = getattr(layer, name)
-            more = longest + n_tokens - window.size(2)
-            setattr(layer, name, F.pad(window, (0, 0, 0, more)).contiguous())
-        layer.room = n_tokens
 
 
 @torch.no_grad()
@@ -320,7 +305,7 @@ def generate(
             padded = pad if pad.any() else None
             logits, cache = prefill(model, idx, T + max_new_tokens - 1, padded, prefill_tokens)
         else:
-            fit_room(cache, T + max_new_tokens - 1)
+            cache.fit(T + max_new_tokens - 1)
             logits = read_on(model, idx, cache, prefill_tokens)
         next_ids = pick(logits, torch.zeros(1, dtype=torch.int64, device=device))
         if broken:

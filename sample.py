@@ -30,7 +30,7 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
     ARGS = parse_args(CONFIGS, description=__doc__)
     exit_on_bad_input(lambda: check_sample_flags(ARGS.given, ARGS.sample, ARGS.kv.kv))
 
-from generate import fit_room, generate
+from generate import generate
 from loaders.chat import LEAST_WHOLE, Conversation, Turn
 from loaders.compress import stored_as_asked
 from loaders.device import autocast, check_weights
@@ -144,7 +144,7 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
     for row in rows:
         text = stream.end() if alone else prompt + decode_after(run.tokenizer, ids, row)
         print(f"{text}\n{'-' * 20}", flush=True)
-    fit_room(cache, 0)  # an answer that ended early leaves room unused
+    cache.fit(0)  # an answer that ended early leaves room unused
     share = run.model.share_of_dense(cache.length * len(rows), cache)
     say(
         f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} "

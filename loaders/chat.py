@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from config import check
-from generate import fit_room, generate
+from generate import generate
 from loaders.templates import ChatTemplate
 from loaders.tokenizer import TextStream
 from model import Transformer
@@ -122,7 +122,7 @@ class Conversation:
         self.pending = answer[self.cache.length - before - len(ids) :]
         held = self.ids[:before]
         self.ids = [*held, *ids, *answer][: self.cache.length]
-        fit_room(self.cache, 0)
+        self.cache.fit(0)
         self.last_answer = self.tokenizer.decode(answer)
         self.messages.append({"role": "assistant", "content": self.last_answer})
         return Turn(

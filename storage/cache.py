@@ -361,6 +361,17 @@ class DenseCache(LayerCacheBase):
             )
         self.room = W - longest
 
+    def fit(self, n_tokens: int) -> None:
+        """Give the window room for n_tokens more, no less and no more."""
+        self._resize(int(self.n_window.max()) + n_tokens)
+        self.room = n_tokens
+
+    def _resize(self, W: int) -> None:
+        """Give the window W slots."""
+        for name in self.GROWS:
+            window = getattr(self, name)
+            setattr(self, name, F.pad(window, (0, 0, 0, W - window.size(2))).contiguous())
+
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
         T = new.k.size(2)
@@ -508,6 +519,13 @@ class KVCache:
         """Make room for n_tokens more in every layer."""
         for layer in self.layers:
             layer.reserve(n_tokens)
+
+    def fit(self, n_tokens: int) -> None:
+        """Give every window that keeps all it gets room for n_tokens more, no less and no more: the
+        bytes it holds are those of its tokens then. Other layers give tokens up by themselves."""
+        for layer in self.layers:
+            if isinstance(layer, DenseCache):
+                layer.fit(n_tokens)
 
     def check_usable(self) -> None:
         """Raise ValueError after a step that failed half-way (its layers no longer agree), and

@@ -53,6 +53,12 @@ class SlidingCache(DenseCache):
         else:
             super().reserve(n_tokens)
 
+    def fit(self, n_tokens: int) -> None:
+        longest = int(self.n_window.max())
+        if longest < self.window:  # nothing has been overwritten
+            self._resize(min(longest + n_tokens, self.window))
+        self.room = 0
+
     def _write(self, new: NewTokens) -> None:
         T = new.k.size(2)
         n_pad = torch.zeros_like(self.n_window) if new.n_pad is None else new.n_pad

@@ -19,7 +19,7 @@ from test_tokenizer import sentencepiece, small
 import runs
 import sample
 from config import KVConfig, SelectConfig
-from generate import fit_room, generate
+from generate import generate
 from loaders.chat import Conversation
 from loaders.compress import stored_as_asked
 from loaders.export import export
@@ -279,15 +279,18 @@ def test_token_after_an_answer_ends_it():
 # ----------------------------------------------------------------------------- generation
 
 
-def test_generate_continues_a_cache_and_tells_each_token():
-    """A prompt in two calls, the second on the first's cache, gives what one call gives; the
-    callback gets the tokens as they come, the stop token too; any of several stops."""
-    model = tiny_model()
+@pytest.mark.parametrize("window", [0, 5, 14, 40])
+def test_generate_continues_a_cache_and_tells_each_token(window):
+    """A prompt in two calls, the second on the first's cache, gives what one call gives, also where
+    layers keep a window that is full, fills or never does; the callback gets the tokens as they
+    come, the stop token too; any of several stops."""
+    model = tiny_model(cfg=replace(TINY, sliding_window=window, global_every=2))
     prompt = tokens(1, 23)[0].tolist()
     free, _ = generate(model, [prompt], 9)
     _, cache = generate(model, [prompt[:11]], 1)
-    fit_room(cache, 0)
-    assert cache.layers[0].window_k.untyped_storage().nbytes() == 11 * 3 * 16 * 8
+    cache.fit(0)
+    held = min(window or 11, 11)
+    assert cache.layers[0].window_k.untyped_storage().nbytes() == held * 3 * 16 * 8
     came = []
     rows, cache = generate(
         model, [prompt[11:]], 9, cache=cache, on_token=came.append, prefill_tokens=5
@@ -374,7 +377,7 @@ def test_selecting_chat_chooses_anew_once_more_is_whole(least, monkeypatch):
             options = dict(temperature=0, stop=talk.template.ends)
             (want,), cache = generate(model, [held + new], 7, **options)
             assert talk.last_answer == talk.tokenizer.decode(want)
-            fit_room(cache, 0)
+            cache.fit(0)
             for one, other in zip(cache.layers, talk.cache.layers, strict=True):
                 for name, t in one.state_dict().items():
                     assert torch.equal(t, other.state_dict()[name]), name

@@ -86,10 +86,13 @@ class IntSequence(PackedSequence):
         for heads, blocks in work(len(q), max(self.n_blocks), q.size(-1) * block):
             tokens = slice(blocks.start * block, blocks.stop * block)
             logits = self.block_logits(q[heads], heads, blocks, tokens)
-            for h, own in enumerate(logits, heads.start):
-                at = slice(tokens.start, min(self.counts[h], tokens.stop))
-                if at.stop > at.start:
-                    out[h, :, at] = own[:, : at.stop - at.start]
+            widths = [max(0, min(n, tokens.stop) - tokens.start) for n in self.counts[heads]]
+            to = out[heads, :, tokens]
+            if min(widths) == max(widths):  # in one copy
+                to[..., : widths[0]] = logits[..., : widths[0]]
+                continue
+            for own, own_logits, width in zip(to, logits, widths, strict=True):
+                own[:, :width] = own_logits[:, :width]
 
     def block_logits(self, q: Tensor, heads: slice, blocks: slice, tokens: slice) -> Tensor:
         """Return q . key for q (G, M, D) and the tokens of some blocks: (G, M, width)."""
@@ -193,8 +196,8 @@ def join_planes(rows: Tensor) -> Tensor:
 
     Returns (n - 3, x) int32: a code of 8 bits in every byte."""
     one = take(spread_table(), rows.int())
-    two = one[1:] << 2 | one[:-1]
-    return two[2:] << 4 | two[:-2]
+    two = torch.add(one[:-1], one[1:], alpha=1 << 2)
+    return torch.add(two[:-2], two[2:], alpha=1 << 4)
 
 
 def take(table: Tensor, number: Tensor) -> Tensor:

@@ -185,6 +185,20 @@ class Store:
         del self.tokens[n:]
 
 
+class Sliding(Store):
+    """The newest `window` tokens, whole; what came before them is gone."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.window = window
+
+    def read(self, row: Row) -> list[tuple]:
+        return super().read(row)[-self.window :]
+
+    def can_truncate(self, n: int) -> bool:
+        return n >= len(self.tokens) or len(self.tokens) <= self.window
+
+
 class Groups(Store):
     """Value groups: the newest tokens and the first ones are whole, of the others what is kept."""
 
@@ -574,7 +588,7 @@ class Oracle:
         if isinstance(path, ReaderLayer):
             return Reader(path.below, path.window)
         assert isinstance(path, DensePath | SourceLayer)
-        return Store()
+        return Sliding(path.window) if getattr(path, "window", 0) else Store()
 
     def block(self, i: int, x: np.ndarray, position: int) -> tuple:
         """The input of layer i's attention, its query, key and value of one token."""

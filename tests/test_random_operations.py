@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,11 +38,18 @@ STEPS = 30  # operations of one session
 
 
 def random_model(
-    rng: random.Random, seed: int, D: int, heads: tuple[int, ...], least_layers: int = 1
+    rng: random.Random,
+    seed: int,
+    D: int,
+    heads: tuple[int, ...],
+    least_layers: int = 1,
+    slides: bool = False,
 ) -> Transformer:
     """A small model with large random weights, in float64. No narrower than a head: else some
-    coordinates of values would be nothing but rounding, and which group of them is kept, too."""
+    coordinates of values would be nothing but rounding, and which group of them is kept, too.
+    slides: whether every other layer of some of these models slides."""
     n_kv_head = rng.choice(heads)
+    apart = random.Random(seed)
     cfg = ModelConfig(
         vocab_size=VOCAB,
         block_size=CONTEXT,
@@ -54,27 +62,33 @@ def random_model(
         qkv_bias=rng.random() < 0.5,
         tie_embeddings=rng.random() < 0.5,
     )
+    if slides and cfg.n_layer > 1 and apart.random() < 0.5:
+        cfg = replace(cfg, sliding_window=apart.choice([1, 2, 5, 9, 30]))
     torch.manual_seed(seed)
     return randomise(Transformer(cfg), 0.35).double().eval()
 
 
-def some_layers(rng: random.Random, n_layer: int) -> str:
-    """All layers, or some of them."""
+def some_layers(rng: random.Random, cfg: ModelConfig) -> str:
+    """All layers, or some of them, one at least that does not slide."""
+    n_layer = cfg.n_layer
     if n_layer == 1 or rng.random() < 0.6:
         return "all"
-    return ",".join(str(i) for i in sorted(rng.sample(range(n_layer), rng.randint(1, n_layer - 1))))
+    picked = rng.sample(range(n_layer), rng.randint(1, n_layer - 1))
+    if all(cfg.slides(i) for i in picked):
+        return "all"
+    return ",".join(str(i) for i in sorted(picked))
 
 
 def dense(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
-    model = random_model(rng, seed, rng.choice([2, 8, 16]), (1, 2, 3))
+    model = random_model(rng, seed, rng.choice([2, 8, 16]), (1, 2, 3), slides=True)
     return model, Oracle(model)
 
 
 def grouped(rng: random.Random, seed: int, cfg: dict, D: int) -> tuple[Transformer, Oracle]:
     """A model with value groups, calibrated, everything that is trained random, its basis folded
     or not."""
-    model = random_model(rng, seed, D, (1, 2, 3))
-    cfg = KVConfig(**cfg, kv_layers=some_layers(rng, model.cfg.n_layer))
+    model = random_model(rng, seed, D, (1, 2, 3), slides=True)
+    cfg = KVConfig(**cfg, kv_layers=some_layers(rng, model.cfg))
     calibration = [tokens(2, 40, seed=seed, vocab=VOCAB)]
     kv_router.attach(model, cfg, calibration, seed)
     for path in kv_router.paths(model).values():
@@ -131,7 +145,7 @@ def fills_bytes(n: int, bits: int) -> bool:
 
 def selection(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
     """Every way to spend a budget; keys are rounded to the nearest."""
-    model = random_model(rng, seed, 16, (1, 2, 3))
+    model = random_model(rng, seed, 16, (1, 2, 3), slides=True)
     S = rng.choice([2, 4])
     kv = dict(
         n_groups=S,
@@ -168,7 +182,7 @@ def selection(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
         sinks=rng.choice([0, 2]),
         key_rounding="nearest",
     )
-    kv = KVConfig(kv="select", **kv, kv_layers=some_layers(rng, model.cfg.n_layer))
+    kv = KVConfig(kv="select", **kv, kv_layers=some_layers(rng, model.cfg))
     selector.attach(model, kv, cfg, [tokens(2, 40, seed=seed, vocab=VOCAB)], seed)
     model.selector.record = True
     fold = rng.random() < 0.5
@@ -345,7 +359,7 @@ class Session:
         if s is None or s.kv.kv_tail >= T:
             return None
         out: list = [None] * self.model.cfg.n_layer
-        for i, layer in enumerate(s.kv.layers(self.model.cfg.n_layer)):
+        for i, layer in enumerate(s.kv.layers_of(self.model.cfg)):
             keep, mask = (
                 t[b].expand(self.model.cfg.n_kv_head, *t.shape[2:]) for t in s.chosen.layer(i)
             )

@@ -9,8 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ import lora
 import mixsga
 import selector
 from baselines import align, shared_heads
-from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
+from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig
 from generate import generate
 from loaders.export import export, same_model, shape_json
 from loaders.families import FAMILIES, check_supported
@@ -34,6 +37,7 @@ from loaders.weights import load_model_state, model_state
 from model import Transformer, lm_loss
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
+ROOT = Path(__file__).resolve().parents[1]
 T = 43
 NEW = 9
 WINDOW = 7  # of sliding layers
@@ -527,6 +531,18 @@ def test_several_refused_properties_are_all_named():
     d = dict(model_type="gpt_oss", kv_lora_rank=8, num_experts=4)
     line = error_line(check_supported, d, "here")
     assert all(w in line for w in ("(MLA)", "mixture of experts", "sinks as parameters"))
+
+
+def test_the_page_of_models_names_what_there_is():
+    """docs/models.md: its tests are here, its settings are ModelConfig's, its families all of
+    them."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    tests = set(re.findall("`(test_[a-z_]+)`", page))
+    assert tests and tests <= set(globals())
+    rows = [row.split("|") for row in page.splitlines() if row.startswith("| ")][1:8]
+    named = {word for row in rows for word in re.findall("`(\\w+)`", row[3])}
+    assert named <= {field.name for field in fields(ModelConfig)}
+    assert {kind.strip() for row in rows for kind in row[2].split(",")} == set(FAMILIES)
 
 
 def test_every_family_is_tested():

@@ -78,22 +78,24 @@ class ZeroShot:
         """Four prompts of middle length among those longer than the query, cut at the front to the
         shortest of them."""
         prompts = sorted(self.prompts, key=len)
-        prompts = [p for p in prompts if len(p) > self.query] or prompts[-4:]
+        prompts = [p for p in prompts if len(p) > self.query] or prompts
         start = max(0, len(prompts) // 2 - 2)
         return shortest_ends(prompts[start : start + 4])
 
     @property
     def also(self) -> dict:
         """accuracies by total, characters and bytes; right_nats: mean of the right answers'
-        negative log-likelihoods, in nats."""
-        return dict(self.seen)
+        negative log-likelihoods, in nats; with_context: items of whose first option more than the
+        query is compressed."""
+        with_context = sum(len(prompt) > self.query for prompt in self.prompts)
+        return {**self.seen, "with_context": with_context}
 
     def value(
         self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
     ) -> float:
         flat = [request for requests in self.requests for request in requests]
-        # those of a batch are about as long
-        order = sorted(range(len(flat)), key=lambda i: len(flat[i].prompt))
+        # those of a batch have about as many steps, and then about as long prompts
+        order = sorted(range(len(flat)), key=lambda i: (steps_of(flat[i]), len(flat[i].prompt)))
         scored: dict[int, Scored] = {}
         with evaluating(model), autocast(model.norm.weight.device, dtype):
             for start in range(0, len(order), batch_size):
@@ -105,6 +107,11 @@ class ZeroShot:
         self.seen.clear()
         self.seen.update(accuracies(self.items, by_item))
         return self.seen["accuracies"]["characters"]
+
+
+def steps_of(request: Request) -> int:
+    """Count the tokens that are read one by one."""
+    return len(request.given) + len(request.answer) - 1
 
 
 def accuracies(items: list[Item], scored: list[list[Scored]]) -> dict:
@@ -175,6 +182,12 @@ def zero_shot(
         f"{path}: an item of {longest} tokens",
         f"a prompt and its answer have at most {length}",
         "give a larger --block_size",
+    )
+    check(
+        question == "seen" or any(len(r.prompt) > query for of_item in requests for r in of_item),
+        f"{path} with question=unseen and query={query}",
+        "no item has so many tokens before its last sentence",
+        "give --question=seen, or a smaller --query",
     )
     return ZeroShot(Path(path).stem, items, requests, query)
 

@@ -26,7 +26,7 @@ import kv_router
 import lora
 import mixsga
 import selector
-from baselines import align, shared_heads
+from baselines import align, kivi, quest, shared_heads
 from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig
 from generate import generate
 from loaders.export import export, same_model, shape_json
@@ -344,6 +344,28 @@ def loaded_copy(model: Transformer) -> Transformer:
     other = Transformer(model.cfg).double()
     load_model_state(other, model_state(model), "test")
     return other
+
+
+@needs_transformers
+def test_rivals_read_capped_logits(theirs):
+    """Gemma 2: Quest that reads every page, and H2O that evicts nothing, are the dense model; KIVI
+    through a cache is KIVI without one."""
+    x = tokens_of("gemma2")
+    folder = theirs[0] / "gemma2"
+    with torch.no_grad():
+        dense = loaded_from(str(folder))(x, pad=PAD)
+        picking = load_run(folder).model.double()
+        quest.attach(picking, KVConfig(topk_groups=4), read_tokens=64, whole_layers=0)
+        assert farthest(picking(x, pad=PAD), dense) < 1e-9
+        evicting = load_run(folder).model.double()
+        shared_heads.attach(evicting, KVConfig(kv="gqa", kv_tail=3), MixConfig(kv_share=1.0))
+        with shared_heads.routing(evicting, h2o=0.999):  # 43 of 43 tokens
+            assert farthest(evicting(x, pad=PAD), dense) < 1e-9
+        coded = kivi.attach(load_run(folder).model.double(), kivi.Format(4, 16, 16))
+        uncached = coded(x, pad=PAD)
+    assert farthest(through_cache(picking, x), dense) < 1e-9
+    assert farthest(through_cache(coded, x, (1,) * T), uncached) < 1e-9
+    assert farthest(uncached, dense) > 1e-3
 
 
 # -------------------- settings of published models

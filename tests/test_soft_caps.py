@@ -14,6 +14,7 @@ from test_kernels import check_error, finite, simple
 import model
 from kernels import attend_view, packed_attention
 from model import attend, attend_masked, attention_mask
+from selection.relevance import Prompt
 from storage.cache import CacheView
 from storage.cpu import packed_attention_cpu
 from storage.kernel_base import triton
@@ -153,6 +154,24 @@ def test_capped_attention_has_the_gradient_of_central_differences():
     )
     mask = attention_mask(4, 4, None, "cpu", 3)
     assert torch.autograd.gradcheck(lambda *x: attend_masked(*x, mask, CAP), (q, k, v))
+
+
+def test_relevance_sees_capped_attention():
+    """The attention of a query region of 2 on a context of 5, as `observed` takes it: a mean of
+    capped softmaxes, number by number."""
+    g = torch.Generator().manual_seed(3)
+    q = 3 * torch.randn(1, 4, 7, 8, generator=g)
+    k = torch.randn(1, 2, 7, 8, generator=g)
+    tables = (torch.ones(9, 4), torch.zeros(9, 4))
+    prompt = Prompt([q[:, 0]], [q], [k], [k[:, :, :5]], 5, None, tables, cap=CAP)
+    for h in range(2):
+        want = torch.zeros(5, dtype=torch.float64)
+        for head in (2 * h, 2 * h + 1):
+            for t in (5, 6):
+                logits = [float(k[0, h, j] @ q[0, head, t]) / 8**0.5 for j in range(t + 1)]
+                weights = [math.exp(CAP * math.tanh(s / CAP)) for s in logits]
+                want += torch.tensor(weights[:5]).double() / sum(weights) / 4
+        assert (prompt.observed[0, 0, h] - want).abs().max() < 1e-6
 
 
 def test_a_cap_is_odd_and_bounded():

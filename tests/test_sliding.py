@@ -97,13 +97,13 @@ def test_only_the_window_is_held_and_counted():
 
 
 def test_caches_are_picked_joined_saved_and_tried_again(tmp_path):
-    """Of several lengths, below and past the window: logits of what follows are those of each
-    sequence alone; a failed prefill leaves a ring as it was."""
+    """Of several lengths, below and past the window, one with room for less than a window: logits
+    of what follows are those of each sequence alone; a failed prefill leaves a ring as it was."""
     model = sliding_model()
     x = tokens(3, T, seed=3)
     alone = []
-    for row, n in zip(x, (T, 4, 11), strict=True):
-        cache = model.new_cache(1, n + 5)
+    for row, n in zip(x, (T, 2, 11), strict=True):
+        cache = model.new_cache(1, n + 3)
         model.prefill(row[None, :n], cache)
         alone.append(cache)
     y = tokens(3, 3, seed=9)
@@ -137,6 +137,9 @@ def test_truncation_within_the_window_is_exact_and_past_it_refused():
         assert (model.prefill(x[:, 3:6], cache, last_only=False) - want).abs().max() < 1e-10
     _, cache = cached(model, x, (T,))
     assert f"window of {W}" in error_line(cache.truncate, T - 1)
+    full = model.new_cache(1, W - 1)
+    model.prefill(x[:, : W - 1], full)
+    assert f"of {W - 1} tokens cannot take {W}" in error_line(model.decode, x[:, :1], full)
     assert cache.lengths.tolist() == [T]
     cache.truncate(T)
 

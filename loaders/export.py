@@ -130,14 +130,11 @@ def config_json(model: Transformer, tokenizer) -> dict:
                 "bos_token_id": tokenizer.bos,
                 "eos_token_id": one_or_more(end_tokens(tokenizer)),
             }
-    differs = [
-        f"{f.name}={getattr(c, f.name)}" for f in fields(c) if getattr(c, f.name) != f.default
-    ]
-    check(
-        False,
-        f"a model with {', '.join(differs)}",
-        f"none of {', '.join(FAMILIES)} has all of it",
-        "export is not possible",
+    llama = model_config(shape_json(c, "llama"), "llama")
+    differs = [f.name for f in fields(c) if getattr(c, f.name) != getattr(llama, f.name)]
+    raise ValueError(
+        f"a Llama but for {', '.join(f'{name}={getattr(c, name)}' for name in differs)}: none of "
+        f"{', '.join(FAMILIES)} has just that; export is not possible"
     )
 
 
@@ -164,8 +161,6 @@ def shape_json(c: ModelConfig, kind: str) -> dict:
     }
     if kind == "opt":
         return d | {"word_embed_proj_dim": c.n_embd, "activation_function": "relu"}
-    if family.every:
-        d |= gemma_json(c)
     d |= {
         "num_key_value_heads": c.n_kv_head,
         "hidden_act": "silu",
@@ -177,12 +172,13 @@ def shape_json(c: ModelConfig, kind: str) -> dict:
     scaling = rope_json(c)
     if scaling is not None:
         d["rope_scaling"] = scaling
-    return d
+    return d | gemma_json(c) if family.every else d
 
 
 def gemma_json(c: ModelConfig) -> dict:
     """Write scales, caps and sliding layers as Gemma's config.json has them."""
     d = {
+        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": round(c.query_scale**-2) if c.query_scale else c.head_dim,
         "attn_logit_softcapping": c.attention_cap or None,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import definition, ids
+from foreign import definition, ids, random_model, run_of
 from helpers import error_line, read_in_pieces
 from safetensors.torch import load_file
 from test_parity import needs_transformers
@@ -106,8 +106,8 @@ jobs, out = json.load(open("jobs.json")), {}
 def record(name, model, idx, more):
     model = model.float().eval()
     out[name] = model(input_ids=idx).logits.contiguous()
-    out[name + " greedy"] = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=more, do_sample=False,
-                                           eos_token_id=None, pad_token_id=0)
+    how = dict(max_new_tokens=more, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out[name + " greedy"] = model.generate(idx, attention_mask=torch.ones_like(idx), **how)
 
 def load(name):
     return transformers.AutoModelForCausalLM.from_pretrained(
@@ -127,7 +127,8 @@ for i, (kind, settings) in enumerate(jobs["models"].items()):
 print("saved", flush=True)
 input()
 for kind in jobs["models"]:
-    record(kind + " exported", load(kind + "-exported"), torch.tensor(jobs["ids"][kind]), jobs["new"])
+    idx = torch.tensor(jobs["ids"][kind])
+    record(kind + " exported", load(kind + "-exported"), idx, jobs["new"])
 save_file(out, "out.safetensors")
 """
 
@@ -510,6 +511,15 @@ def test_settings_of_published_models_are_read(name):
     cfg = model_config(config, name)
     assert {key: getattr(cfg, key) for key in want} == want
     assert same_model(model_config(shape_json(cfg, config["model_type"]), name), cfg)
+
+
+def test_what_no_family_has_is_not_exported(tmp_path):
+    """A Llama with one setting of another family: one line that names the setting."""
+    for setting in (dict(attention_cap=3.0), dict(norm="layer"), dict(qk_norm=True, out_bias=True)):
+        run = run_of(random_model(**setting))
+        line = error_line(export, run, tmp_path / "x")
+        assert all(f"{name}={value}" in line for name, value in setting.items())
+        assert "block_size" not in line and not (tmp_path / "x").exists()
 
 
 def test_layers_that_slide_in_another_order_are_refused():

@@ -399,7 +399,7 @@ class SampleConfig:
     top_p: float = opt(1.0, "draw from the smallest set of tokens with this mass", above=0, most=1)
     seed: int = opt(0, "seed of the draws", least=0, most=MAX_SEED)
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
-    split: str = opt(
+    devices: str = opt(
         "",
         "devices that the layers are split over, such as cuda:0,cuda:1, for a model larger than "
         "one GPU (empty: --device)",

@@ -48,10 +48,10 @@ def main() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # what a terminal cannot show
-    device = devices_of(cfg.split or cfg.device)[0]
+    device = devices_of(cfg.devices or cfg.device)[0]
     check_weights(ARGS.base.weights, device, cfg.dtype)
     prompt = first_prompt(cfg)
-    loaded_to = "cpu" if cfg.split else device
+    loaded_to = "cpu" if cfg.devices else device
     run = load_run(ARGS.base.place(cfg.out_dir), loaded_to, **ARGS.base.options(cfg.out_dir))
     stored = stored_as_asked(
         run,
@@ -70,9 +70,9 @@ def main() -> None:
     if run.kv.kv == "dense" and ARGS.kv.kv != "dense" and storage_flags(ARGS.given):
         say(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate} ...")
     with stored, autocast(device, cfg.dtype):
-        if cfg.split:
+        if cfg.devices:
             attached = run.kv.kv == "dense" and storage_flags(ARGS.given)
-            split(run.model, cfg.split, ARGS.kv.kv if attached else run.kv.kv)
+            split(run.model, cfg.devices, ARGS.kv.kv if attached else run.kv.kv)
         if talk is not None:
             chat(run, talk, prompt)
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -110,7 +110,9 @@ def load_cache(path: str | os.PathLike, model) -> KVCache:
             refuse_difference(layer_settings(layer), saved, f"layer {i}")
             layer.load_state_dict(of_layer.get(str(i), {}))
             layer.fresh = bool(about["fresh"])
-        refuse_difference(model_settings(model), about["model"], "the model")
+        # a setting that had no name when it was saved has its usual value
+        usual = {f.name: str(f.default) for f in fields(model.cfg) if f.name != "block_size"}
+        refuse_difference(model_settings(model), usual | about["model"], "the model")
         lengths = torch.stack([layer.lengths for layer in cache.layers])
         alike = bool((lengths == lengths[0]).all())
         check(alike, "layers of unequal lengths", "the same tokens in all", "save it again")

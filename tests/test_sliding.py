@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from hashlib import sha256
 
 import pytest
 import torch
 from helpers import TINY, error_line, read_in_pieces, tiny_model, tokens
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import kv_router
 import mixsga
@@ -17,6 +21,7 @@ from model import Transformer
 from storage.cache import KVCache, NewTokens
 from storage.kernel_base import triton
 from storage.layout import WindowView
+from storage.saved import numbers_hash
 from storage.sliding import SlidingCache
 
 W = 6
@@ -123,6 +128,27 @@ def test_caches_are_picked_joined_saved_and_tried_again(tmp_path):
             cache.restore(saved)
             got = model.prefill(y[[2, 0, 1]], cache, last_only=False)
             assert (got - want[[2, 0, 1]]).abs().max() < 1e-10
+
+
+def test_a_cache_saved_before_a_setting_had_a_name_loads(tmp_path):
+    """What an older file does not say of its model has the usual value: read where that is the
+    model's, refused by name where it is not."""
+    x = tokens(1, T)
+    for name, model in (("usual", tiny_model()), ("sliding", sliding_model())):
+        _, cache = cached(model, x, (T,))
+        cache.save(tmp_path / name, model)
+        with safe_open(tmp_path / name, "pt") as f:
+            meta = f.metadata()
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+        about = json.loads(meta["about"])
+        for setting in ("sliding_window", "global_every", "rope_local_theta", "qk_norm"):
+            del about["model"][setting]
+        meta["about"] = json.dumps(about)
+        meta["sha256"] = sha256((numbers_hash(tensors) + meta["about"]).encode()).hexdigest()
+        save_file(tensors, tmp_path / name, meta)
+    assert KVCache.load(tmp_path / "usual", tiny_model()).lengths.tolist() == [T]
+    line = error_line(KVCache.load, tmp_path / "sliding", sliding_model())
+    assert "the model: sliding_window is '0'" in line
 
 
 def test_truncation_within_the_window_is_exact_and_past_it_refused():

@@ -98,8 +98,11 @@ class Peers:
 
     def _host(self) -> list[socket.socket]:
         """Take a connection from every other rank."""
-        address = os.environ["MASTER_ADDR"]
-        with socket.create_server((address, 0)) as server:
+        try:
+            server = socket.create_server((os.environ["MASTER_ADDR"], 0))
+        except OSError:  # a name that this host has for others only
+            server = socket.create_server(("", 0))
+        with server:
             server.settimeout(60)
             dist.broadcast_object_list([server.getsockname()[1]], 0)
             return [server.accept()[0] for _ in range(self.size - 1)]

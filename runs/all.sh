@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every table of docs/results.md: the scripts in order, then the page from what they left.
 # Left out, with a line that says so: a script whose results this code has made, unless FORCE=1 is
-# set, and one that needs a GPU or the model (runs/prepare.sh) where there is none. Results of
+# set, and one that needs a GPU, the model (runs/prepare.sh) or a file where there is none. Results of
 # before are not lost: they are moved to FOLDER.before-N.
 # usage: [FORCE=1] runs/all.sh
 set -euo pipefail
@@ -26,10 +26,20 @@ table() {
     echo "  left out: no GPU"
     return
   fi
+  if [[ "$needs" == "two GPUs"* && "$(nvidia-smi -L | wc -l)" -lt 2 ]]; then
+    echo "  left out: no second GPU"
+    return
+  fi
   if [[ "$needs" == *model* && ! -e SmolLM2-135M-Instruct.Q4_1.gguf ]]; then
     echo "  left out: no model, runs/prepare.sh fetches it"
     return
   fi
+  for word in ${needs//,/}; do
+    if [[ "$word" == *.jsonl && ! -e "$word" ]]; then
+      echo "  left out: no $word"
+      return
+    fi
+  done
   mkdir -p out
   echo begun > "$folder.state"
   if [[ -e "$folder" ]]; then
@@ -63,12 +73,15 @@ table token_methods out/token_methods "CPU, model" "token-level methods before v
 table split_and_fixed_k out/split_and_fixed_k "CPU, model" "from which layer on, and a fixed K"
 table bits out/bits "GPU, model" "loss against bytes, uniform and routed bits"
 table bits_kl out/bits_kl "GPU, model" "divergence against bytes, after bits.sh"
+table choices out/choices "GPU, model, hellaswag.jsonl" "zero-shot choices over compressed caches"
+table instruct out/instruct "GPU, model, train.jsonl" "instructions by ROUGE-L: mixSGA, GQA, CLA"
 table mixsga out/mixsga CPU "mixSGA, GQA and CLA, small model"
 table mixsga_miniature out/mixsga_miniature CPU "the same in miniature"
 table mixsga_gpu out/mixsga_gpu GPU "the same by how long is trained on"
 table decode_speed out/decode_speed GPU "attention of one token over a packed cache"
 table step_speed out/step_speed CPU "training steps beside a plain loop's and LoRA's"
 table generate_speed out/generate_speed "GPU, model" "tokens per second of the whole model"
+table two_gpus out/two_gpus "two GPUs" "training and generation over two GPUs"
 table memory out/memory GPU "how many sequences fit"
 
 python -m report.page

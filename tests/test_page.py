@@ -22,6 +22,8 @@ CODE = "c0de" * 16
 ALL = (ROOT / "runs" / "all.sh").read_text()
 # name, folder and needs of each script that runs/all.sh runs, in order
 LISTED = re.findall(r'^table (\w+) (\S+) (?:"([^"]+)"|(\w+)) "[^"]+"$', ALL, re.MULTILINE)
+# files that scripts need
+FILES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "hellaswag.jsonl", "train.jsonl")
 ROW = dict(task="t", method="value_groups", metric="loss", n_groups=4, setting="a|b S=4 K=2")
 STORED = dict(kv_kept_model=0.75, cache_bytes=78, dense_bytes=100, value_keep=0.5)
 BEFORE = """# Results
@@ -250,7 +252,7 @@ def scripts(tmp_path):
     (tmp_path / "runs").mkdir()
     keys = "\n".join(f"echo {name}.sh key-$CODE-{name}" for name, *_ in sorted(LISTED))
     stands = {
-        "bin/nvidia-smi": "",
+        "bin/nvidia-smi": "echo GPU 0\necho GPU 1",
         "bin/python": f'[ "$2" = report.page ] && echo page >> notes && exit\n{keys}',
         **{f"runs/{n}.sh": f"echo {n} >> notes\nmkdir {f} && touch {f}/x" for n, f, *_ in LISTED},
     }
@@ -258,7 +260,8 @@ def scripts(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     shutil.copy(ROOT / "runs" / "all.sh", tmp_path / "runs")
-    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    for file in FILES:
+        (tmp_path / file).touch()
 
     def run(**environment) -> tuple[subprocess.CompletedProcess, list[str]]:
         (tmp_path / "notes").write_text("")
@@ -298,11 +301,20 @@ def test_all_runs_each_script_once_for_each_code(scripts):
 
 
 def test_all_leaves_out_what_it_cannot_run(scripts):
-    """Without a GPU and without the model: scripts for a CPU alone, a line for each."""
+    """Without a GPU and without files: scripts for a CPU alone, a line for each. With one GPU, what
+    takes two is left out, with the model alone what reads other files."""
     folder, run = scripts
+    (folder / "bin" / "nvidia-smi").write_text("#!/bin/bash\necho GPU 0\n")
+    for file in FILES[1:]:
+        (folder / file).unlink()
+    assert {name for name, *_ in LISTED} - set(run(FORCE="1")[1]) == {
+        "two_gpus",
+        "choices",
+        "instruct",
+    }
     (folder / "bin" / "nvidia-smi").unlink()
-    (folder / "SmolLM2-135M-Instruct.Q4_1.gguf").unlink()
-    done, notes = run()
+    (folder / FILES[0]).unlink()
+    done, notes = run(FORCE="1")
     assert done.returncode == 0
     assert notes == [*(name for name, _, _, needs in LISTED if needs == "CPU"), "page"]
     assert done.stdout.count("left out: no") == len(LISTED) - len(notes) + 1

@@ -36,6 +36,7 @@ from pathlib import Path
 from cli import exit_on_bad_input, parse_args, print_rows
 from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check
 from measure_config import BenchConfig, check_bench_flags
+from settings.places import check_inputs
 
 CONFIGS = {
     "bench": BenchConfig,
@@ -56,6 +57,7 @@ def flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, flags(sys.argv[1:]), description=__doc__)
     exit_on_bad_input(lambda: check_bench_flags(ARGS))
+    exit_on_bad_input(lambda: check_inputs(ARGS, "init_from", "out_dir"))
 
 from benchmarks.adapter import bench_adapter
 from benchmarks.decode import bench_decode

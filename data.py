@@ -46,6 +46,7 @@ from loaders.fetch import download
 from loaders.json_lines import fields_of, json_objects
 from loaders.token_files import TokenFile, open_tokens, write_tokens
 from loaders.tokenizer import encoded, one_line
+from settings.places import check_text
 from settings.train import DataConfig, check_corpora, check_corpus
 
 # name: (file, sha256, URLs tried in order)
@@ -170,7 +171,7 @@ def _text(where: str, text_field: str = "text") -> list[str]:
     text_field of each line is a document."""
     root = Path(where).expanduser()
     do = "give text:PATH of a UTF-8 text file or a folder of them"
-    check(root.exists(), f"text:{where}", "there is no such file or folder", do)
+    check_text(f"text:{where}")
     docs = []
     for path in _visible_files(root) if root.is_dir() else [root]:
         try:

@@ -35,6 +35,7 @@ from typing import NamedTuple
 from cli import exit_on_bad_input, parse_args, print_rows
 from config import SHARED, BaseConfig, KVConfig, SelectConfig, check, comma_list
 from measure_config import EvalConfig, check_eval_flags
+from settings.places import check_inputs
 from settings.train import DataConfig
 
 CONFIGS = {
@@ -44,9 +45,19 @@ CONFIGS = {
     "data": DataConfig,
     "base": BaseConfig,
 }
+
+
+def check_places(args) -> None:
+    """Raise ValueError where a model is needed and none is named, or it or a text is not there."""
+    if comma_list(args.eval.tasks) != ["mixsga"]:
+        args.base.place(args.eval.out_dir)
+    check_inputs(args, "init_from", "out_dir")
+
+
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
     exit_on_bad_input(lambda: check_eval_flags(ARGS.given, ARGS.eval))
+    exit_on_bad_input(lambda: check_places(ARGS))
 
 from torch import Tensor
 from tqdm import tqdm

@@ -19,16 +19,28 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
 from config import BaseConfig, KVConfig, SelectConfig, check
 from measure_config import SampleConfig, check_sample_flags, storage_flags
+from settings.places import check_inputs, read_prompt
 
 CONFIGS = {"sample": SampleConfig, "kv": KVConfig, "select": SelectConfig, "base": BaseConfig}
+
+
+def check_places(args) -> None:
+    """Raise ValueError where no model is named, or it, the prompt or what is calibrated on is not
+    there."""
+    args.base.place(args.sample.out_dir)
+    check_inputs(args, "init_from", "out_dir")
+    if args.sample.prompt_file:
+        read_prompt(args.sample.prompt_file)
+
+
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
     exit_on_bad_input(lambda: check_sample_flags(ARGS.given, ARGS.sample, ARGS.kv.kv))
+    exit_on_bad_input(lambda: check_places(ARGS))
 
 from generate import generate
 from loaders.chat import LEAST_WHOLE, Conversation, Turn
@@ -86,11 +98,7 @@ def first_prompt(cfg: SampleConfig) -> str:
     check(len(given) < 2, "prompt and prompt_file", "there is one prompt", "give one of them")
     if not cfg.prompt_file:
         return cfg.prompt if given or not cfg.chat else ""
-    path = Path(cfg.prompt_file).expanduser()
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"prompt_file={path}: {e}; a file of UTF-8 text is needed") from None
+    return read_prompt(cfg.prompt_file)
 
 
 def options_of(cfg: SampleConfig) -> dict:

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by o
     begin_program()
 
 import itertools
+import os
 import shlex
 import sys
 import time
@@ -41,11 +42,12 @@ from config import (
     MixConfig,
     ModelConfig,
     SelectConfig,
-    check,
 )
 from settings.fields import to_dict
+from settings.places import check_inputs
 from settings.stages import check_flags
 from settings.train import DataConfig, TrainConfig
+from training.lock import check_run_dir, owned
 
 CONFIGS = {
     "train": TrainConfig,
@@ -57,9 +59,20 @@ CONFIGS = {
     "base": BaseConfig,
     "mix": MixConfig,
 }
+
+
+def check_places(args) -> None:
+    """Raise ValueError for a base, value groups or text that is not there, and for a folder that
+    this run may not have. Under torchrun rank 0 alone looks at that one: it writes there."""
+    check_inputs(args, "init_from", "kv_from")
+    if args.train.out_dir and os.environ.get("RANK", "0") == "0":
+        check_run_dir(Path(args.train.out_dir), args.train.resume)
+
+
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
     exit_on_bad_input(lambda: check_flags(ARGS))
+    exit_on_bad_input(lambda: check_places(ARGS))
 
 from torch import distributed as dist
 
@@ -70,7 +83,6 @@ from loaders.tokenizer import get_tokenizer
 from report.made import write_record
 from training.adapters import adapt_stage, adaptation, run_table
 from training.base import load_base, pretrain_stage
-from training.lock import owned
 from training.loop import NonFinite, Stage, out_of_memory_explained, train
 from training.predictors import select_stage
 from training.shared_heads import continue_stage
@@ -101,7 +113,7 @@ def run_in(args, run_dir: Path, made: list[Path], w: World) -> None:
     except NonFinite as e:
         print(f"train.py: {e}", file=sys.stderr)
         raise SystemExit(3) from None
-    except (ValueError, OSError):
+    except (ValueError, OSError, KeyboardInterrupt):
         if w.main and not cfg.resume:
             take_back(run_dir, made)
         raise
@@ -161,24 +173,9 @@ def open_run_dir(cfg: TrainConfig, w: World) -> tuple[Path, list[Path]]:
     if not cfg.out_dir:
         return fresh_run_dir(w)
     path = Path(cfg.out_dir)
-    check(not path.exists() or path.is_dir(), f"out_dir={path}", "is a file", "name a folder")
+    check_run_dir(path, cfg.resume, main=w.main)
     if cfg.resume:
-        check(
-            is_begun(path),
-            f"resume from {path}",
-            "there is no checkpoint in it",
-            "leave --resume out to start anew",
-        )
         return path, []
-    if w.main and path.is_dir():
-        with owned(path):  # the folder of a run that is alive is not one to resume
-            pass
-    check(
-        not (path.is_dir() and any(path.iterdir())),
-        f"out_dir={path}",
-        "is not empty",
-        "give --resume to continue it, or another folder",
-    )
     if w.size > 1:
         dist.barrier()  # every rank has looked before rank 0 writes
     return path, make_folders(path) if w.main else []
@@ -209,18 +206,9 @@ def make_folders(path: Path, exist_ok: bool = True) -> list[Path]:
     return made
 
 
-def is_begun(run_dir: Path) -> bool:
-    """Whether a run has left anything in a folder that can be continued."""
-    if not run_dir.is_dir():
-        return False
-    if (run_dir / "config.json").is_file():
-        return True
-    return any(run_dir.glob("*/step-*")) or any(run_dir.glob("*/.*-step-*"))
-
-
 def take_back(run_dir: Path, made: list[Path]) -> None:
-    """After bad input: remove what this start created, unless a stage has written something by
-    then."""
+    """After bad input or Ctrl-C: remove what this start created, unless a stage has written
+    something by then."""
     if not any(run_dir.glob("*/*")):
         (run_dir / "config.json").unlink(missing_ok=True)
         for folder in [*(p for p in run_dir.iterdir() if p.is_dir()), *made]:

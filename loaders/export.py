@@ -19,11 +19,23 @@ from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args
 from config import BaseConfig
+from settings.places import check_fresh, check_inputs
 from settings.train import ExportConfig
 
 CONFIGS = {"export": ExportConfig, "base": BaseConfig}
+
+
+def check_places(args) -> None:
+    """Raise ValueError where no model is named or it is not there, or the folder to write is not
+    empty."""
+    args.base.place(args.export.out_dir)
+    check_inputs(args, "init_from", "out_dir")
+    check_fresh(args.export.to)
+
+
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
+    exit_on_bad_input(lambda: check_places(ARGS))
 
 from safetensors.torch import save_file
 
@@ -56,12 +68,7 @@ def export(run: Run, folder: str | os.PathLike) -> Path:
         "transformers keeps whole values only",
         "export the base, or a run with --kv=dense",
     )
-    check(
-        not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-        f"{folder}",
-        "is not an empty folder",
-        "name a fresh one",
-    )
+    check_fresh(folder)
     config = config_json(run.model, run.tokenizer)
     lora.merge(run.model)
     part = folder.with_name(f".{folder.name}.part-{os.getpid()}")

@@ -29,6 +29,7 @@ from loaders.examples import Examples
 from loaders.json_lines import fields_of, json_objects
 from loaders.templates import ChatTemplate
 from loaders.tokenizer import encode_after, encoded, end_tokens
+from settings.places import check_text
 from settings.train import DataConfig
 
 FIELDS = "texts in 'instruction' and 'output' are needed, and one in 'input' may be there"
@@ -51,7 +52,7 @@ class Example(NamedTuple):
 def read_examples(corpus: str) -> list[Example]:
     """Read the lines of instruct:PATH. ValueError names the line that is none."""
     path = Path(corpus.removeprefix("instruct:")).expanduser()
-    check(path.is_file(), corpus, "there is no such file", "give instruct:PATH of JSONL")
+    check_text(corpus)
     examples = []
     for number, entry in json_objects(path):
         example = Example(

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config import TARGETS, AdapterConfig, check
-from loaders.download import HUB_NAME
 from loaders.huggingface import read_json
 from loaders.tokenizer import one_line
+from settings.places import HUB_NAME
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -23,7 +23,7 @@ from baselines import shared_heads
 from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, check
 from loaders import checkpoint
 from loaders.device import place
-from loaders.download import HUB_NAME, hub_folder
+from loaders.download import hub_folder
 from loaders.fetch import refuse_pointers
 from loaders.gguf import all_parts, is_gguf, open_gguf
 from loaders.huggingface import model_config, open_folder, read_json
@@ -41,6 +41,7 @@ from loaders.weights import (
 )
 from model import Transformer
 from settings.fields import from_dict, to_dict
+from settings.places import check_model
 from storage.state import few
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that can run code
@@ -227,12 +228,9 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     """Find the checkpoint meant by a folder: itself; of a stage, the best, else the newest valid;
     of a run, that of its first stage routed-s*, else of its only stage, else of pretrain. Raises
     ValueError that says what was found instead."""
-    do = "give a folder that train.py wrote"
-    if HUB_NAME.fullmatch(str(folder)) and not Path(folder).parent.exists():
-        do += f", or hf:{folder} for a model of the hub"
     folder = Path(folder)
+    check_model(folder)
     _refuse_file(folder)
-    check(folder.is_dir(), f"{folder}", "no such folder", do)
     if (folder / checkpoint.MANIFEST).is_file():
         return folder
     newest, why = checkpoint.newest(folder)
@@ -274,6 +272,13 @@ def _refuse_folder(folder: Path) -> None:
     inside = [name for name in names if is_gguf(Path(name))]
     check(not inside, f"{folder}", f"a folder of {few(inside)}", "give the .gguf file itself")
     there = {Path(name).suffix for name in names}
+    settings = read_json(folder / "config.json") if "config.json" in names else {}
+    check(
+        "train" not in settings,
+        f"{folder}",
+        "a run of train.py that has no checkpoint yet",
+        "wait for its first, or resume it",
+    )
     check(
         "config.json" not in names,
         f"{folder}",
@@ -331,7 +336,9 @@ def _load_base(
     where = moved or config["base"]
     if where.startswith("hf:"):
         where, options = _at_commit(where, options)
-    elif not moved and not os.path.isabs(where):
+    elif moved:
+        check_model(moved)
+    elif not os.path.isabs(where):
         where = os.path.normpath(path / where)
     run = _load_whole(where, f"{path}", device, options)
     check(

@@ -141,6 +141,7 @@ TABLE = (
     Wrong("train", "--stage=pretrain --dataset=text:{d}/deep.jsonl", "deep.jsonl, line 1"),
     Wrong("train", "--stage=pretrain --dataset=text:{d}/body.jsonl", "--text_field"),
     Wrong("sample", "--out_dir={d}/run --prompt_file={d}/latin", "prompt_file={d}/latin"),
+    Wrong("sample", "--init_from={d}/begun", "begun: a run of train.py that has no checkpoint yet"),
     Wrong("sample", "--init_from={d}/cut.gguf", "cut.gguf cannot be read as GGUF"),
     Wrong("sample", "--init_from={d}/absurd.gguf", "absurd.gguf cannot be read as GGUF"),
     Wrong("sample", "--init_from={d}/pointer.gguf", "pointer.gguf: a Git LFS pointer"),
@@ -161,6 +162,32 @@ TABLE = (
     Wrong("eval", "--out_dir={d}/cut_run", "model.safetensors has 500 bytes"),
     Wrong("eval", "--out_dir={d}/edited_run", "model.safetensors is damaged"),
     Wrong("export", "--out_dir={d}/empty_run --to={d}/exported", "empty_run: an empty folder"),
+)
+
+
+# What is answered before torch is loaded.
+EARLY = (
+    Wrong("train", BASE.replace("run", "missing"), "{d}/missing: no such folder"),
+    Wrong("train", BASE + "--kv_from={d}/missing", "{d}/missing: no such folder"),
+    Wrong("train", BASE + "--dataset=text:{d}/missing", "no such file or folder"),
+    Wrong("train", BASE + "--dataset=instruct:{d}/texts", "there is no such file"),
+    Wrong("train", "--test_dataset=text:{d}/missing", "no such file or folder"),
+    Wrong("train", "--out_dir={d}/texts", "is not empty; give --resume"),
+    Wrong("train", "--out_dir={d}/busy", "another run is at work in it"),
+    Wrong("train", "--resume --out_dir={d}/texts", "there is no checkpoint in it"),
+    Wrong("eval", "--tasks=perplexity", "give --out_dir=DIR or --init_from=PATH"),
+    Wrong("eval", "--out_dir={d}/missing", "{d}/missing: no such folder"),
+    Wrong("eval", "--out_dir={d}/run --dataset=text:{d}/missing", "no such file or folder"),
+    Wrong("eval", "--init_from=HuggingFaceTB/SmolLM2-135M", "or hf:HuggingFaceTB/SmolLM2-135M"),
+    Wrong("sample", "--prompt=hi", "give --out_dir=DIR or --init_from=PATH"),
+    Wrong("sample", "--init_from={d}/missing.gguf", "missing.gguf: no such file"),
+    Wrong("sample", "--out_dir={d}/run --init_from=nothere.gguf", "nothere.gguf: no such file"),
+    Wrong("sample", "--init_from={d}/run --prompt_file={d}/missing", "prompt_file={d}/missing"),
+    Wrong("sample", "--init_from={d}/run --prompt_file={d}/empty", "prompt_file={d}/empty: it h"),
+    Wrong("export", "--to={d}/new", "give --out_dir=DIR or --init_from=PATH"),
+    Wrong("export", "--init_from={d}/missing --to={d}/new", "{d}/missing: no such folder"),
+    Wrong("export", "--out_dir={d}/run --to={d}/texts", "is not an empty folder"),
+    Wrong("bench", "generate --init_from={d}/missing", "{d}/missing: no such folder"),
 )
 
 
@@ -190,6 +217,8 @@ def make_files(d: Path) -> None:
     (d / "pointers" / "config.json").write_text('{"model_type": "llama"}')
     (d / "tokenizer" / "tokenizer.json").write_text("{}")
     (d / "untyped" / "config.json").write_text("{}")
+    (d / "begun").mkdir()
+    (d / "begun" / "config.json").write_text('{"train": {}, "given": []}')
     deep = "[" * 10**5
     (d / "note.txt").write_text("one document only")
     (d / "empty").touch()
@@ -305,6 +334,20 @@ def test_wrong_input_is_answered_by_one_line(files, wrong):
     assert tree(files) == before
 
 
+@pytest.mark.parametrize("wrong", EARLY, ids=lambda w: f"{w.program} {w.flags}")
+def test_wrong_place_is_answered_before_torch_is_loaded(files, tmp_path, wrong):
+    """A true process in which torch cannot be loaded answers what is not there, or is in the way,
+    by the same one line, and writes nothing."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was loaded')")
+    before = tree(files)
+    command = CALLED[wrong.program].removeprefix("python ").split()
+    argv = wrong.flags.format(d=files).split()
+    p = runs.python(*command, *argv, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (p.returncode, p.out, p.err.count("\n")) == (2, "", 1), p.err
+    assert wrong.words.format(d=files) in p.err
+    assert tree(files) == before
+
+
 def test_every_flag_that_a_message_advises_exists():
     """No message in the code (a text with a blank, no docstring) names a flag that no program has.
     (The table holds each line against its own program.)"""
@@ -360,7 +403,7 @@ def test_every_flag_of_a_path_expands_home(monkeypatch):
 
 def test_interrupted_while_loading_ends_by_one_line():
     """Ctrl-C while modules are loaded: one line, exit 130, no traceback."""
-    p = runs.python("sample.py", "--out_dir=missing", wait=None)
+    p = runs.python("sample.py", "--out_dir=.", wait=None)
     time.sleep(0.5)
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)

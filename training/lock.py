@@ -1,4 +1,5 @@
-"""One run owns a folder: a second one is refused while the first is alive."""
+"""Which folder a run may have: an empty one, or its own. One run owns a folder: a second one is
+refused while the first is alive."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from settings.fields import check
 
 try:
     import fcntl
@@ -40,3 +43,36 @@ def lock(handle: int, folder: Path) -> None:
         ) from None
     except OSError:  # no locks there
         return
+
+
+def check_run_dir(folder: Path, resume: bool, main: bool = True) -> None:
+    """Raise ValueError unless a new run may have a folder, which is missing or empty then, or with
+    resume there is something to continue. main: whether to look for an owner, too."""
+    place = f"out_dir={folder}"
+    check(not folder.exists() or folder.is_dir(), place, "is a file", "name a folder")
+    if resume:
+        check(
+            is_begun(folder),
+            f"resume from {folder}",
+            "there is no checkpoint in it",
+            "leave --resume out to start anew",
+        )
+        return
+    if main and folder.is_dir():
+        with owned(folder):  # the folder of a run that is alive is not one to resume
+            pass
+    check(
+        not (folder.is_dir() and any(folder.iterdir())),
+        place,
+        "is not empty",
+        "give --resume to continue it, or another folder",
+    )
+
+
+def is_begun(run_dir: Path) -> bool:
+    """Whether a run has left anything in a folder that can be continued."""
+    if not run_dir.is_dir():
+        return False
+    if (run_dir / "config.json").is_file():
+        return True
+    return any(run_dir.glob("*/step-*")) or any(run_dir.glob("*/.*-step-*"))

@@ -64,8 +64,9 @@ def test_plain_attention_caps_its_logits(case, compute):
 
 
 @needs_triton
-@each_case
-@pytest.mark.parametrize("chunk", [0, 32])
+@pytest.mark.parametrize(
+    ("case", "chunk"), [*zip(CASES, (32, 0, 32, 0), strict=True)], ids=str, indirect=["case"]
+)
 def test_kernel_caps_its_logits(case, chunk):
     """The kernel over whole numbers, its pieces joined: the oracle's result."""
     q = case.q.to(DEVICE)

@@ -21,6 +21,7 @@ from settings.begin import leave, program_name
 from settings.fields import PATHS, comma_list, in_a_shell
 from settings.implied import implied
 from settings.measuring import CHOICES
+from settings.places import HUB_NAME
 from settings.stages import OWN, Choice
 
 
@@ -52,6 +53,10 @@ def _to_float(text: str) -> float:
 
 
 HELP_LINES = 10  # before the flags
+NEAR = 0.65  # how like a flag a word is that is taken for it
+MODEL = ("model", "model_path", "model_name_or_path", "base_model", "checkpoint", "ckpt")
+# What other programs call a flag of ours.
+ELSEWHERE = dict.fromkeys(MODEL, "init_from") | {"output_dir": "out_dir", "learning_rate": "lr"}
 _TYPES = {"int": int, "float": _to_float, "str": str, "bool": _to_bool}
 
 
@@ -166,17 +171,36 @@ def _add_flags(
 
 
 def _not_understood(argument: str, known: list[str], stage: str) -> str:
-    """Say what is wrong with an argument that is no flag, and which flag is nearest: for --lr and
-    the like the stage's own."""
-    if not argument.startswith("--"):
-        return f"unexpected argument {argument!r}: flags are --key=value or --key value"
+    """Say what is wrong with an argument that is no flag, and which flag is near, if any: for --lr
+    and the like the stage's own; for a model's name the one that takes it."""
+    if not argument.startswith("-"):
+        model = model_named(argument) if "init_from" in known else ""
+        do = f"give --init_from={model}" if model else "flags are --key=value or --key value"
+        return f"unexpected argument {argument!r}: {do}"
     flag = argument.split("=")[0]
     name = flag.lstrip("-")
-    own = [f"{prefix}_{name}" for prefix in OWN.get(stage, ())]
+    name = ELSEWHERE.get(name, name)
+    own = [name, *(f"{prefix}_{name}" for prefix in OWN.get(stage, ()))]
     near = [flag for flag in own if flag in known]
-    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
+    if not near:
+        return f"unknown flag {flag}: --help --all lists all flags"
     meant = " or ".join(f"--{flag}" for flag in near)
     return f"unknown flag {flag}: did you mean {meant}? (--help --all lists all)"
+
+
+def model_named(argument: str) -> str:
+    """Return the value of --init_from for a bare word that names a model, else ""."""
+    if argument.startswith("hf:") or argument.lower().endswith(".gguf") or os.path.isdir(argument):
+        return argument
+    is_hub_name = HUB_NAME.fullmatch(argument) and not argument.endswith(".py")
+    return f"hf:{argument}" if is_hub_name else ""
+
+
+def note(line: str) -> None:
+    """Say on stderr, at once, what takes a while now; under torchrun once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{line} ...", file=sys.stderr, flush=True)
 
 
 def print_rows(rows: list[dict], asked: bool) -> None:

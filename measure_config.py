@@ -374,14 +374,11 @@ def storage_flags(given: Collection[str]) -> set[str]:
 
 def check_storage_flags(given: Collection[str], kv: str) -> None:
     """Raise ValueError for a flag of those given that storing by `kv` does not read."""
-    asked = sorted(storage_flags(given))
-    unread = [n for n in asked if not measuring.read_by_storage(kv, GROUP_OF[n], n)]
-    check(
-        not unread,
-        f"--{min(unread, default='')} with kv={kv}",
-        "it is not read",
-        "leave it out, or choose another --kv",
-    )
+    read = measuring.read_by_storage
+    for name in sorted(storage_flags(given)):
+        kinds = [kind for kind in measuring.STORAGES if read(kind, GROUP_OF[name], name)]
+        do = f"give --kv={' or '.join(kinds)}, or leave it out" if kinds else "leave it out"
+        check(read(kv, GROUP_OF[name], name), f"--{name} with kv={kv}", "it is not read", do)
 
 
 @dataclass(frozen=True)

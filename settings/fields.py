@@ -66,7 +66,10 @@ def check_fields(settings) -> None:
         if m["each_of"]:
             check_list(f.name, value, m["each_of"])
         if not in_range(value, m):
-            example = f"give for example {f.default:g}"
+            usual = f.default
+            if usual == m["least"] and m["most"] == 1:  # off
+                usual = 1 / 8
+            example = f"give for example {usual:g}"
             if m["most"] is None and m["below"] is None and m["above"] is None:
                 example = f"give --{f.name}={m['least']} or more"
             raise ValueError(f"{f.name}={value}: {range_text(m)}; {example}")

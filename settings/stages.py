@@ -119,6 +119,11 @@ READ_WITH = {
     "expert_groups": EXPERTS,
     "kv_share": ("kv", ("gqa", "cla")),
 }
+# Said to who trains something else, and wants to select.
+ASKED_LATER = (
+    " to train predictors of relevance; to select with a model as it is, give --kv=select to "
+    "sample.py or eval.py"
+)
 # What --kv may be, the first where it is not given.
 STORED = {
     "all": ("value_groups", "dense"),
@@ -169,7 +174,7 @@ def check_base_flags(args) -> None:
         cfg.stage not in ("adapt", "select", "continue") or where != "scratch",
         f"stage={cfg.stage} with init_from=scratch",
         "a pretrained base is needed",
-        "give --init_from=out/RUN/pretrain",
+        "give --init_from=out/RUN/pretrain, or a .gguf file or another model",
     )
     check(
         cfg.stage != "pretrain" or where == "scratch",
@@ -196,7 +201,7 @@ def check_storage_flags(args) -> None:
         "kv" not in args.given or not stores or kv.kv in stores,
         f"kv={kv.kv} with stage={cfg.stage}",
         f"it stores by {' or '.join(stores)}",
-        f"give --stage={others[0]}",
+        f"give --stage={others[0]}{ASKED_LATER if kv.kv == 'select' else ''}",
     )
     check(
         not (cfg.stage == "select" and kv.learn_basis and not cfg.kv_from),
@@ -263,7 +268,7 @@ def check_read(args) -> None:
         not unread,
         f"{', '.join(unread)} with stage={stage}",
         "it does not read that",
-        f"leave it out{instead(unread, group_of)}",
+        f"leave it out{instead(unread, stage, group_of)}",
     )
     for name in given:
         other, values = READ_WITH.get(name, (None, ()))
@@ -280,7 +285,10 @@ def check_read(args) -> None:
         )
 
 
-def instead(unread: list[str], group_of: dict[str, str]) -> str:
-    """Which stages read all of these settings, in words."""
+def instead(unread: list[str], stage: str, group_of: dict[str, str]) -> str:
+    """Which stages read all of these settings, in words; while a model is adapted, for those of a
+    selection, who else reads them."""
+    if stage in ("adapt", "all") and {group_of[name] for name in unread} == {"select"}:
+        return f", or give --stage=select{ASKED_LATER}"
     stages = [s for s in READS if all(is_read(s, group_of[name], name) for name in unread)]
     return f", or give --stage={' or '.join(stages)}" if stages else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt
 
@@ -32,11 +33,12 @@ def check_corpus(name: str, flag: str = "dataset") -> None:
     """Raise ValueError unless `name` is a known corpus, text:PATH or instruct:PATH (the path itself
     is checked when it is read)."""
     kind, _, path = name.partition(":")
+    is_path = "/" in name or Path(name).exists()
     check(
         name in CORPORA or (kind in ("text", "instruct") and bool(path)),
         f"{flag}={name!r}",
         f"one of {', '.join(CORPORA)}, text:PATH or instruct:PATH",
-        "choose one",
+        f"give --{flag}=text:{name}" if is_path else "choose one",
     )
 
 

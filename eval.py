@@ -8,6 +8,7 @@ it is checked before anything is measured.
 Writes results.json, made.json (how the rows were made) and report.png into the folder. With --json,
 and where stdout is no terminal, the rows are printed as one line of JSON.
 
+    python eval.py --init_from=model.gguf --dataset=text:PATH --kv=select --kv_bytes=0.125
     python eval.py --out_dir=out/... --methods=dense,value_groups --budgets=0.25,0.5,0.75
     python eval.py --init_from=model.gguf --tasks=continuation --methods=dense,value_groups \\
         --bases=native,pca,output --groups=4,8,16
@@ -28,13 +29,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args, print_rows
 from config import SHARED, BaseConfig, KVConfig, SelectConfig, check, comma_list
-from measure_config import EvalConfig, check_eval_flags
+from measure_config import EvalConfig, check_eval_flags, with_task
 from settings.places import check_inputs
 from settings.train import DataConfig
 
@@ -56,6 +59,7 @@ def check_places(args) -> None:
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
+    ARGS.eval = with_task(ARGS.given, ARGS.eval, ARGS.kv.kv)
     exit_on_bad_input(lambda: check_eval_flags(ARGS.given, ARGS.eval))
     exit_on_bad_input(lambda: check_places(ARGS))
 
@@ -85,6 +89,7 @@ from report.rows import (
     whole_value,
 )
 from report.tables import mean_over_texts, result_table, reuse_note
+from selection.budgets import planned
 from tasks.common import Prompts, Task
 from tasks.make import READING, make_tasks
 from tasks.text import Text
@@ -162,7 +167,20 @@ def say_where_few(todo: list[Task], asked: int) -> None:
         n = len(task.prompts if isinstance(task, (Prompts, ZeroShot)) else task.x)
         where = f" of {task.text['corpus']}, {task.text['split']}" if task.text else ""
         if n < asked:
-            print(f"{task.name}{where}: {n} sequences, all there are, not {asked}", file=sys.stderr)
+            say(f"{task.name}{where}: {n} sequences, all there are, not {asked}")
+
+
+def say_where_whole(task: Task, kv: KVConfig, ways: list[SelectConfig]) -> None:
+    """Say in a line where the tokens that stay whole take more than half of a budget of bytes."""
+    length = task.stored.size(1)
+    for kv_bytes in sorted({way.kv_bytes for way in ways if way.kv_bytes}):
+        n = kv.kv_tail + planned(kv, kv_bytes).kv_sinks
+        if 2 * n > kv_bytes * length:
+            say(
+                f"{task.name}: the {n} tokens that stay whole take {n / length:.1%} of the "
+                f"{kv_bytes:.1%} of {length} tokens' bytes: give a smaller --query, such as 4, or "
+                "longer contexts"
+            )
 
 
 def bar_of(work: Work, plan: list[Setting], rivals: list[Rival]) -> tqdm:
@@ -207,9 +225,18 @@ def measure(
     return rows, shown
 
 
-def say(work: Work, task: Task, what: str) -> None:
-    """Let the bar say what is measured now."""
-    work.bar.set_postfix_str(f"{what}, {task.name}", refresh=sys.stderr.isatty())
+def say(line: str) -> None:
+    """Write a line about what is done, at once."""
+    tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def row_of(work: Work, task: Task, what: str) -> Iterator[None]:
+    """Say which row is begun, and count it in the bar once it is measured."""
+    of_text = f" of {task.text['corpus']}" if task.text else ""
+    say(f"row {work.bar.n + 1} of {work.bar.total}: {what}, {task.name}{of_text}")
+    yield
+    work.bar.update()
 
 
 def window_of(run: Run, cfg: EvalConfig) -> int:
@@ -284,6 +311,7 @@ def calibration_windows(run: Run, asked: Asked, window: int, texts: list[Text]) 
         "give another, or leave it out to calibrate on the training split",
     )
     split = whole_split(cfg.calibrate, "train") if cfg.calibrate else "train"
+    say(f"calibrating on {cfg.calibrate or corpus} ...")
     (text,) = prepare_splits(cfg.calibrate or corpus, asked.data, run.tokenizer, [split])
     return windows_of(text, run, cfg.seed, cfg.calibration, window, cfg.batch_size)
 
@@ -309,9 +337,8 @@ def whole_rows(work: Work) -> list[dict]:
     rows = []
     if run.kv.kv not in SHARED:
         for task in work.todo if has_dense_rows(work) else ():
-            say(work, task, "dense")
-            rows.append(measure_row(model, task, about_row(run, cfg, run.kv)))
-            work.bar.update()
+            with row_of(work, task, "dense"):
+                rows.append(measure_row(model, task, about_row(run, cfg, run.kv)))
         return rows
     for bits in bits_of(asked):
         bits.pop("kv_sinks", None)
@@ -321,10 +348,9 @@ def whole_rows(work: Work) -> list[dict]:
         about = about_row(run, cfg, replace(run.kv, **bits))
         with mixsga.stored_in(model, **bits):
             for task in work.todo:
-                say(work, task, run.kv.kv)
                 dense = whole.get(name_of(task.name, task.text))
-                rows.append(measure_row(model, task, about, dense))
-                work.bar.update()
+                with row_of(work, task, run.kv.kv):
+                    rows.append(measure_row(model, task, about, dense))
     return rows
 
 
@@ -359,12 +385,15 @@ def measure_ks(work: Work, setting: Setting) -> tuple[list[dict], Shown | None]:
     rows = []
     for task, bits in work.cells():
         stored = stored_for(task, setting.kv, bits)
-        say(work, task, f"{stored.n_groups} value groups")
         with storing(work.run, stored):
             dense = dense_value(work, task, stored)
             if setting.tried:
                 about = about_row(work.run, cfg, stored)
-                rows += sweep(model, task, setting.tried, about, dense, work.bar.update)
+                begin = partial(row_of, work, task)
+                got = sweep(model, task, setting.tried, about, dense, begin)
+                if is_trained(work.run) and "dense" in work.methods:
+                    got[0]["name"] = "whole"  # all groups of a model that was trained to keep K
+                rows += got
     if not setting.tried:
         return rows, None
     some = work.todo[0].stored[:1, :512]
@@ -388,13 +417,15 @@ def measure_ways(work: Work, setting: Setting) -> tuple[list[dict], Shown | None
             ways = ways[1:]  # the first is the dense row, which has no integers
         # Levels need a budget of bytes.
         ways = [way for way in ways if stored.value_bits or way.kv_bytes]
-        say(work, task, "selection")
         with storing(work.run, stored):
             dense = dense_value(work, task, stored)
             if not ways:
                 continue
+            if task.text in (None, work.todo[0].text):  # once for all texts
+                say_where_whole(task, stored, ways)
             about = about_row(work.run, cfg, stored)
-            rows += sweep_choices(model, task, ways, about, dense, work.bar.update)
+            begin = partial(row_of, work, task)
+            rows += sweep_choices(model, task, ways, about, dense, begin)
             if task is work.todo[0]:
                 model.selector.set(ways[-1])
                 choice = chosen(model, task.stored[:1], cfg.dtype)
@@ -410,14 +441,14 @@ def measure_rival(work: Work, rival: Rival, calibration: list[Tensor] | None) ->
     model = work.run.model
     rows = []
     for task in work.todo:
-        say(work, task, rival.method)
         name = name_of(task.name, task.text)
-        if name not in work.known:
-            selector.detach(model)
-            work.known[name] = task.value(model, cfg.batch_size, cfg.dtype, True)
-        with in_place(model, rival, task, cfg.quest_whole, calibration, cfg.seed) as kv:
-            rows.append(measure_row(model, task, about_row(work.run, cfg, kv), work.known[name]))
-        work.bar.update()
+        with row_of(work, task, rival.method):
+            if name not in work.known:
+                selector.detach(model)
+                work.known[name] = task.value(model, cfg.batch_size, cfg.dtype, True)
+            with in_place(model, rival, task, cfg.quest_whole, calibration, cfg.seed) as kv:
+                about = about_row(work.run, cfg, kv)
+                rows.append(measure_row(model, task, about, work.known[name]))
     return rows
 
 
@@ -503,6 +534,7 @@ def measure_run(args) -> None:
         "is no run of train.py",
         "give it as --init_from",
     )
+    say(f"loading {args.base.place(cfg.out_dir)} ...")
     run = load_run(args.base.place(cfg.out_dir), device, **args.base.options(cfg.out_dir))
     beside = [r for name in comma_list(cfg.beside) for r in mean_over_texts(results_of(name))]
     rows, shown = evaluate(run, asked_of(run, args))
@@ -556,6 +588,7 @@ def train_table(args) -> None:
 
 def main(args) -> None:
     """Print the rows that the flags ask for, measured or trained here."""
+    args.eval = with_task(args.given, args.eval, args.kv.kv)
     check_eval_flags(args.given, args.eval)
     if comma_list(args.eval.tasks) == ["mixsga"]:
         train_table(args)

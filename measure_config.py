@@ -4,7 +4,7 @@ storage are given is in config.py."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 
 from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS, KVConfig, SelectConfig
@@ -33,7 +33,12 @@ class EvalConfig:
         "folder for results.json and report.png (empty: the stage's folder, or a fresh one under "
         "out/)",
     )
-    tasks: str = opt("perplexity", f"list of: {', '.join(TASKS)}", each_of=TASKS)
+    tasks: str = opt(
+        "perplexity",
+        f"list of: {', '.join(TASKS)}; without it continuation where --kv=select, --kv_bytes or "
+        "another flag of a selection is given",
+        each_of=TASKS,
+    )
     methods: str = opt(
         "",
         f"list of: {', '.join(METHODS)} (empty: as trained; of a base dense, and what the other "
@@ -321,7 +326,19 @@ def check_shares(name: str, text: str) -> None:
 GROUP_OF = {f.name: "kv" for f in fields(KVConfig)} | {
     f.name: "select" for f in fields(SelectConfig)
 }
+SELECT_LISTS = {"kv_budgets", "kv_byte_budgets", "token_budgets", "relevances", "token_relevances"}
 SELECT_FLAGS = {name for name, group in GROUP_OF.items() if group == "select"}
+SELECTING = SELECT_LISTS | SELECT_FLAGS  # what eval.py asks a selection by
+
+
+def with_task(given: Collection[str], cfg: EvalConfig, kv: str) -> EvalConfig:
+    """Return what is measured: as asked, but where no task is named and a selection is asked for
+    the task continuation, for perplexity has no prompt that could be compressed. kv: --kv, or its
+    default."""
+    methods = comma_list(cfg.methods)
+    by_flags = bool(SELECTING & {*given}) or ("kv" in given and kv == "select")
+    selects = "select" in methods or (by_flags and not methods)
+    return replace(cfg, tasks="continuation") if selects and "tasks" not in given else cfg
 
 
 def check_eval_flags(
@@ -348,7 +365,7 @@ def check_eval_flags(
         readers = measuring.methods_that_read(group, name)
         by_none = not any(measuring.read_by_task(task, group, name) for task in tasks)
         if by_none and name not in calibrated_on:
-            by_tasks[name] = measuring.OF_TASKS.get(name, ())
+            by_tasks[name] = [t for t in TASKS if measuring.read_by_task(t, group, name)]
         elif methods and readers is not None and not {*methods} & {*readers}:
             by_methods[name] = readers
     refuse_unread(by_tasks, "tasks", cfg.tasks)

@@ -11,14 +11,13 @@ from typing import NamedTuple
 import selector
 from config import PUBLISHED, SHARED, KVConfig, SelectConfig, check, comma_list, count_kept
 from loaders.runs import Run
-from measure_config import EvalConfig, check_eval_flags
+from measure_config import SELECTING, EvalConfig, check_eval_flags
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
 STORED_AS = ("key_bits", "value_bits", "key_block", "kv_sinks")
 # Flags that only a base, which is calibrated here, can be asked.
 UNTRAINED = {"bases", "groups", "splits", "calibrate", "calibration"}
-SELECT_LISTS = {"kv_budgets", "kv_byte_budgets", "token_budgets", "relevances", "token_relevances"}
 # Flags of a choice of tokens first and groups then, which one budget for both does not make.
 APART = {"fixed_k", "token_relevance", "token_relevances", "token_keep", "value_keep"}
 
@@ -86,7 +85,7 @@ def untrained_flags(asked: Asked) -> list[str]:
 
 def select_flags(asked: Asked) -> list[str]:
     """The flags given that say how to choose."""
-    return sorted(asked.given & (SELECT_LISTS | {f.name for f in fields(SelectConfig)}))
+    return sorted(asked.given & SELECTING)
 
 
 def check_flags(run: Run, asked: Asked) -> None:

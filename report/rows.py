@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import mean
 
@@ -109,8 +110,8 @@ def filled_cache(model: Transformer, x: Tensor, dtype: str = "float32") -> KVCac
 
 def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
     """What a filled cache keeps, by count. kv_kept_layers, kv_kept_model: of keys and values in
-    compressed layers, in the whole model; value_keep: of the kept tokens' value groups; token_keep.
-    A fixed K counts the whole tokens of its tail, selection the context only."""
+    compressed layers, in the whole model, the tokens that stay whole among them; value_keep: of the
+    kept tokens' value groups; token_keep: of a selection's context."""
     if shared_heads.shares(model):
         kept = shared_heads.kept_shares(model, cache)
         return {"value_keep": 1.0, "token_keep": 1.0, "kv_kept_layers": kept, "kv_kept_model": kept}
@@ -120,12 +121,14 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
     for block, stored in zip(model.layers, cache.layers, strict=True):
         path = block.self_attn.kv_path
         if isinstance(stored, RaggedCache):
-            context = (cache.length - path.cfg.kv_tail) * stored.n_packed.numel()
+            masks = stored.n_packed.numel()
+            context = (cache.length - path.cfg.kv_tail) * masks
             kept = int(stored.n_packed.sum())
             rows = stored.groups_kept() / stored.S
             tokens.append(kept / context)
             values.append(rows / context)
-            layers.append((kept + rows) / context / 2)
+            whole = path.cfg.kv_tail * masks
+            layers.append(((kept + rows) / 2 + whole) / (context + whole))
         elif isinstance(stored, PackedCache):
             T = cache.length
             packed = int(stored.n_packed[0])
@@ -243,10 +246,10 @@ def sweep(
     ks: list[int],
     about: RowAbout,
     dense_value: float | None = None,
-    tell: Callable[[], object] = lambda: None,
+    tell: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> list[dict]:
     """One row per K in ks, the same model with K groups kept, each with the value of K = S as its
-    dense value, measured unless given. tell() is called after each."""
+    dense value, measured unless given, each within tell(what it is)."""
     path = next(iter(kv_router.paths(model).values()))
     before = path.k
     whole = None
@@ -257,8 +260,8 @@ def sweep(
     rows = []
     for k in ks:
         kv_router.set_kept(model, k)
-        rows.append(whole if k == path.S else measure_row(model, task, about, dense_value))
-        tell()
+        with tell(f"{k} of {path.S} value groups"):
+            rows.append(whole if k == path.S else measure_row(model, task, about, dense_value))
     kv_router.set_kept(model, before)
     return rows
 
@@ -269,19 +272,19 @@ def sweep_choices(
     ways: list[SelectConfig],
     about: RowAbout,
     dense_value: float | None = None,
-    tell: Callable[[], object] = lambda: None,
+    tell: Callable[[str], AbstractContextManager] = nullcontext,
 ) -> list[dict]:
-    """One row per way to choose, the same model; the dense value is measured unless given. tell()
-    is called after each."""
+    """One row per way to choose, the same model, each within tell(what it is); the dense value is
+    measured unless given."""
     before = model.selector.cfg
     if dense_value is None and not ways[0].whole:
         dense_value = whole_value(model, task, about.batch_size, about.dtype)
     rows = []
     for way in ways:
         model.selector.set(way)
-        rows.append(measure_row(model, task, about, dense_value))
+        with tell(f"selection, {way.described()}"):
+            rows.append(measure_row(model, task, about, dense_value))
         dense_value = rows[0]["dense_value"]
-        tell()
     model.selector.cfg = before  # as it was, whatever bits values have here
     return rows
 

@@ -85,7 +85,7 @@ def table_of_task(rows: list[dict]) -> str:
         Column("cache bytes", 14),
         Column("of dense", 9),
         Column(rows[0]["metric"], 19),
-        Column("over whole", 10),
+        Column(over_whole(rows[0]["metric"]), 16),
     ]
     if has_kl:
         columns.append(Column("KL", 8))
@@ -102,6 +102,12 @@ def table_of_task(rows: list[dict]) -> str:
         if has_cost:
             cells[-1] += cost_cells(same[0])
     return "\n".join(lay_out(columns, cells))
+
+
+def over_whole(metric: str) -> str:
+    """The title of what a row's value is above that with whole values, with its unit."""
+    units = {"perplexity": ", ppl", "loss": ", nats"}
+    return "over whole" + units.get(metric, "")
 
 
 def label_of(r: dict) -> str:
@@ -175,7 +181,7 @@ def texts_table(rows: list[dict]) -> str:
         if has_kl:
             line += kl_cells(same)
     is_loss = rows[0]["metric"] in ("loss", "perplexity")
-    over = "over whole" if is_loss else "below whole"
+    over = "over whole, nats" if is_loss else "below whole"
     columns = [Column("of dense", 9), Column(over, len(over)), Column("worst", 8)]
     text = Column("text", max(len(r["text"]["corpus"]) for same in several for r in same))
     columns.append(text)

@@ -224,6 +224,7 @@ def refused(check, *args) -> str:
         ("hops", "needle,copy", "", False, "give --tasks=variable_tracking"),
         ("hops", "needle,variable_tracking", "", False, ""),
         ("query", "perplexity", "", False, "query with tasks=perplexity"),
+        ("kv_bytes", "perplexity", "", False, "leave it out, or give --tasks=continuation"),
         ("kv_tail", "continuation", "", False, "kv_tail with tasks=continuation"),
         ("groups,bases", "continuation", "dense,kivi", False, "bases, groups with methods=dense,k"),
         ("groups", "continuation", "dense,value_groups", False, ""),

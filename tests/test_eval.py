@@ -578,6 +578,29 @@ def test_window_of_a_run_is_what_it_was_trained_with(base, text, tmp_path, run_s
         assert row["n"] == 4 * T
 
 
+def test_flags_of_a_selection_choose_what_is_measured(base, text, tmp_path, capsys):
+    """Storage flags of a selection alone measure a continuation, dense and compressed; what is
+    read, calibrated and measured is said before it begins, and that whole tokens take most of a
+    budget where they do. KV kept counts the whole query: by hand from what the context keeps."""
+    flags = [f"--init_from={base}", f"--dataset={text}", f"--results={tmp_path}", "--sequences=2"]
+    flags += ["--continuation=8", "--kv_bytes=0.9", "--n_groups=2", "--calibration=2"]
+    for query in (3, 11):  # and 4 first tokens: 7 and 15 of 24
+        call(evaluation, *flags, f"--query={query}")
+        out, err = capsys.readouterr()
+        dense, row = json.loads(out)
+        assert (dense["method"], row["method"], row["task"]) == ("dense", "select", "continuation")
+        context = row["token_keep"] * (1 + row["value_keep"]) / 2
+        kept = (context * (24 - query) + query) / 24
+        assert row["kv_kept_layers"] == row["kv_kept_model"] == pytest.approx(kept)
+        lines = err.splitlines()
+        assert lines[0] == f"loading {base} ..." and lines[1].startswith("calibrating on text:")
+        starts = [line.split(" of text:")[0] for line in lines if " of 2: " in line]
+        way = "selection, future bytes=0.9 hedge=0.75"
+        assert starts == ["row 1 of 2: dense, continuation", f"row 2 of 2: {way}, continuation"]
+        said = "the 15 tokens that stay whole take 62.5% of the 90.0% of 24 tokens' bytes" in err
+        assert said == (query == 11) == ("stay whole" in err)
+
+
 def test_a_text_with_fewer_sequences_says_how_many(base, text, tmp_path, capsys):
     """Where a text has fewer sequences than --sequences one line says how many there are; where it
     has as many, nothing does."""

@@ -450,13 +450,14 @@ def test_report_draws_means_and_joins_the_sweep(seeds):
 
 
 def test_eval_says_what_it_measures(copy_of, capsys, monkeypatch):
-    """In a terminal a bar on stderr counts every row and names what is measured, and stdout stays
-    empty unless --json asks for the rows; in a pipe they come anyway, and the bar does not."""
+    """In a terminal a bar on stderr counts every row, and stdout stays empty unless --json asks for
+    the rows; in a pipe they come anyway, and the bar does not. Each row is named as it begins; the
+    one with all groups is called whole in the table."""
     flags = [
         f"--out_dir={copy_of}",
-        "--budgets=0.25,0.5",
+        "--budgets=0.25",
         "--sequences=2",
-        "--methods=value_groups",
+        "--methods=dense,value_groups",
     ]
     for terminal, asked, printed in ((True, [], 0), (True, ["--json"], 1), (False, [], 1)):
         with monkeypatch.context() as m:
@@ -465,7 +466,10 @@ def test_eval_says_what_it_measures(copy_of, capsys, monkeypatch):
             call(evaluation, *flags, *asked)
         io = capsys.readouterr()
         assert len(io.out.splitlines()) == printed, (terminal, asked)
-        assert ("2/2" in io.err and "value groups, perplexity" in io.err) == terminal, io.err
+        assert ("2/2" in io.err) == terminal, io.err
+        for line in ("row 1 of 2: 4 of 4 value groups, ", "row 2 of 2: 1 of 4 value groups, "):
+            assert f"{line}perplexity" in io.err
+        assert re.search(r"\nwhole \w+ S=4 K=4 .*\nvalue_groups \w+ S=4 K=1 ", io.err)
 
 
 def test_eval_rows_of_a_run(whole, copy_of, capsys):

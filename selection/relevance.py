@@ -171,7 +171,8 @@ class Prompt:
         for i in range(0, L, step):
             scaled = (q[i : i + step] * D**-0.5).unflatten(2, (-1, n)).flatten(3, 4)
             p = (scaled @ self.keys[i : i + step].mT).float()  # (l, B, Hkv, n Q, T)
-            p = soft_cap(p, self.cap)
+            if self.cap:
+                p = soft_cap(p, self.cap)
             if visible is not None:
                 p[..., self.T - visible.size(1) :].masked_fill_(~visible.repeat(n, 1), NEVER)
             if self.pad is not None:

@@ -35,6 +35,7 @@ from model import Transformer
 from report.figures import groups_figure
 from report.tables import reuse_note
 from runs import arguments, assert_equal, before_step, call, copies, losses, pretrain, tensors
+from selection.predictors import QueryPredictor
 from selection.training import fit_statistics, predictor_loss
 from settings.fields import to_dict
 from settings.train import DataConfig
@@ -299,7 +300,7 @@ def test_predictors_learn_at_their_own_rates(tmp_path, text, base, trainers):
         slow = 1.0 if name == "predictor_query" else 0.1
         assert {rate[p] for p in module.parameters()} == {slow}
         moved = (
-            module.linear - torch.eye(9)[1, :, None]
+            module.linear - torch.eye(QueryPredictor.FEATURES)[1, :, None]
             if name == "predictor_query"
             else module.down_bias
         )

@@ -77,7 +77,7 @@ def test_resume_refuses_another_base_and_changed_text(adapted, tmp_path, text, b
     )
     assert config["tokens"] == [f.header["sha256"] for f in files]
     prepared = {"tokenizer": "byte", "val_fraction": 0.5, "detokenize": False}
-    assert config["data"] == prepared | {"text_field": "text"}
+    assert config["data"] == prepared | {"text_field": "text", "template": "auto"}
 
 
 def test_a_run_killed_before_its_first_checkpoint_resumes(tmp_path, text, base):
@@ -180,7 +180,6 @@ def test_a_base_in_bfloat16_goes_all_the_way(tmp_path, text, base, capsys):
                 "--sequences=3",
                 "--value_router=linear",
                 "--n_groups=4",
-                "--reconstructor=mlp",
                 *flags,
             )
         )

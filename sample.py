@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from cli import exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, note, parse_args
 from config import BaseConfig, KVConfig, SelectConfig, check
 from measure_config import SampleConfig, check_sample_flags, storage_flags
 from settings.places import check_inputs, read_prompt
@@ -63,6 +63,7 @@ def main() -> None:
     device = devices_of(cfg.devices or cfg.device)[0]
     check_weights(ARGS.base.weights, device, cfg.dtype)
     prompt = first_prompt(cfg)
+    note(f"loading {ARGS.base.place(cfg.out_dir)}")
     loaded_to = "cpu" if cfg.devices else device
     run = load_run(ARGS.base.place(cfg.out_dir), loaded_to, **ARGS.base.options(cfg.out_dir))
     stored = stored_as_asked(
@@ -80,7 +81,7 @@ def main() -> None:
         options = options_of(cfg)
         talk = Conversation(run.model, run.tokenizer, cfg.max_new_tokens, **options)
     if run.kv.kv == "dense" and ARGS.kv.kv != "dense" and storage_flags(ARGS.given):
-        say(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate} ...")
+        note(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate}")
     with stored, autocast(device, cfg.dtype):
         if cfg.devices:
             attached = run.kv.kv == "dense" and storage_flags(ARGS.given)

@@ -34,7 +34,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from cli import exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, note, parse_args
 from config import (
     AdapterConfig,
     BaseConfig,
@@ -131,6 +131,9 @@ def run_stages(args, run_dir: Path, w: World) -> None:
     """Run one stage, or with --stage=all those of the table, which is printed."""
     if args.train.stage == "all":
         began = time.time()
+        base = args.base.init_from
+        fresh = base == "scratch"
+        note(f"reading {args.train.corpus('pretrain')}" if fresh else f"loading {base}")
         text = run_table(args, run_dir, w)
         if w.main:
             write_record(run_dir, device_name(w.device), began, texts_of(args))
@@ -154,9 +157,13 @@ def texts_of(args) -> list[dict]:
 def stage_of(args, run_dir: Path, w: World) -> Stage:
     """The one stage that the flags ask for."""
     kind = args.train.stage
+    corpus = args.train.corpus("pretrain" if kind == "pretrain" else "adapt")
     if kind == "pretrain":
+        note(f"reading {corpus}")
         return pretrain_stage(args, get_tokenizer(args.data.tokenizer), run_dir, w)
+    note(f"loading {args.base.init_from}")
     base = load_base(args, args.base.init_from, w.device)
+    note(f"reading {corpus}")
     if kind == "select":
         return select_stage(args, run_dir, w, base)
     if kind == "continue":

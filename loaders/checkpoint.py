@@ -527,9 +527,10 @@ def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:
 
 class GracefulStop:
     """Lets a step end before a signal does. In `with GracefulStop() as stop`, the first SIGINT or
-    SIGTERM sets `stop.signal`, so that the trainer saves once at the next step boundary and exits
-    with `stop.exit_code`; the second raises KeyboardInterrupt. Handlers are put back at the end.
-    Outside the main thread, where Python allows no handlers, it does nothing."""
+    SIGTERM is answered by a line and sets `stop.signal`, so that the trainer saves once at the next
+    step boundary and exits with `stop.exit_code`; the second raises KeyboardInterrupt. Handlers are
+    put back at the end. Outside the main thread, where Python allows no handlers, it does
+    nothing."""
 
     def __init__(self):
         self.signal: int | None = None
@@ -544,6 +545,8 @@ class GracefulStop:
         if self.signal is not None:
             raise KeyboardInterrupt(f"signal {signum} after signal {self.signal}")
         self.signal = int(signum)
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step\n")  # print may be what was interrupted
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():

@@ -17,7 +17,7 @@ import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
-from cli import exit_on_bad_input, parse_args
+from cli import exit_on_bad_input, note, parse_args
 from config import BaseConfig
 from settings.places import check_fresh, check_inputs
 from settings.train import ExportConfig
@@ -203,6 +203,7 @@ def main() -> None:
     """Export the model that the command line names, and say in one line what was written."""
     cfg: ExportConfig = ARGS.export
     base: BaseConfig = ARGS.base
+    note(f"loading {base.place(cfg.out_dir)}")
     run = load_run(base.place(cfg.out_dir), "cpu", **base.options(cfg.out_dir))
     folder = export(run, cfg.to)
     n = sum(p.numel() for p in run.model.parameters())

@@ -904,7 +904,7 @@ def test_program_exports_a_model_as_a_user_would(folder, tmp_path):
     )
     done = python(*command)
     n = sum(p.numel() for p in load_run(folder).model.parameters())
-    assert (done.returncode, done.err) == (0, "") and done.out.startswith(
+    assert (done.returncode, done.err) == (0, f"loading {folder} ...\n") and done.out.startswith(
         f"{tmp_path}/out: {n:,} parameters in torch.bfloat16, tokenizer m-"
     )
     x = ids("x", 261, 2, 23)
@@ -930,7 +930,8 @@ def test_program_offline_with_an_empty_cache_says_so(tmp_path, monkeypatch):
         "--revision=v1",
         f"--to={tmp_path / 'out'}",
     )
-    assert (done.returncode, done.out) == (2, "") and done.err.count("\n") == 1
+    assert (done.returncode, done.out) == (2, "")
+    assert done.err.startswith("loading hf:org/name ...\n") and done.err.count("\n") == 2
     assert (
         "hf:org/name at revision v1 cannot be had" in done.err and not (tmp_path / "out").exists()
     )

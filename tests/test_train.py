@@ -244,6 +244,7 @@ def test_signal_saves_once_and_resume_continues(name, tmp_path, text, run_stage)
     assert (
         "Traceback" not in err
         and "stopped by a signal" in err
+        and "stopping after this step\n" in err
         and f"--resume --out_dir={tmp_path / 'run'}" in err
     )
     saved = [q.name for q in stage.iterdir() if q.is_dir()]
@@ -586,7 +587,7 @@ def test_stage_says_what_it_does_and_what_came_out(tmp_path, run_stage, capsys):
     assert str(stage) in first
     loss = checkpoint.read_jsonl(stage / "metrics.jsonl")[-1]["val_loss"]
     assert any(f"validation loss {loss:.4f} after" in line for line in lines[begin + 3 :])
-    assert lines[-2].endswith(f"python eval.py --out_dir={stage}")
+    assert f"  next: python eval.py --out_dir={stage}" in lines
 
 
 def test_log_file_gets_few_lines(tmp_path, run_stage, capsys):

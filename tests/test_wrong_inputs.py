@@ -260,7 +260,8 @@ def tree(d: Path) -> dict[str, tuple[int, int]]:
 
 
 def answer(wrong: Wrong, d: Path) -> tuple[int, str, str]:
-    """Run a program's main in this process: (exit code, stdout, stderr)."""
+    """Run a program's main in this process: (exit code, stdout, stderr without the lines that say
+    what is loaded, read or calibrated)."""
     module = PROGRAMS[wrong.program]
     argv = wrong.flags.format(d=d).split()
     if wrong.program == "bench":
@@ -282,7 +283,13 @@ def answer(wrong: Wrong, d: Path) -> tuple[int, str, str]:
             cli.exit_on_bad_input(main)
         except SystemExit as e:
             code = e.code
-    return code, out.getvalue(), err.getvalue()
+    said = [line for line in err.getvalue().splitlines(keepends=True) if not waits(line)]
+    return code, out.getvalue(), "".join(said)
+
+
+def waits(line: str) -> bool:
+    """Whether a line says what takes a while now."""
+    return line.endswith(" ...\n")
 
 
 def flags_of(program: str) -> set[str]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import kv_router
 import lora
+from cli import note
 from config import AdapterConfig, KVConfig, ModelConfig, check
 from data import prepare_splits, same_text, sequential, whole_split
 from loaders import checkpoint
@@ -130,6 +131,8 @@ def attach_value_groups(base: Run, what: Adaptation, text, window: int, w: World
     sha256 of whose file is returned."""
     if what.kv_from and what.kv.kv != "dense":
         return start_from(base.model, what.kv, what.kv_from, base.base_sha256)
+    if what.kv.kv != "dense":
+        note("calibrating value groups")
     batches = calibration_batches(
         text, what.seed, batches=2, batch_size=16, window=window, device=w.device
     )

@@ -299,6 +299,7 @@ class Trainer:
             stage.params = shard(stage.model, stage.params, w, bfloat16)
         self.opt = make_optimizer(stage.params, cfg)
         self.step = 0
+        self.first = 0  # step that was not done before this start
         self.best = math.inf
         self.val = math.nan  # the newest validation loss
         self.forward = torch.compile(stage.model) if cfg.compile else stage.model
@@ -329,6 +330,7 @@ class Trainer:
                 if last and not stopping:
                     stopping = self.w.any(stop.signal is not None)
                 if stopping:
+                    bar.close()
                     self.say_stopped()
                     raise SystemExit(stop.exit_code or 130)
 
@@ -364,6 +366,8 @@ class Trainer:
             return interval > 0 and self.step % interval == 0
 
         if due(self.cfg.eval_interval) or last:
+            if last and self.w.main:
+                tqdm.write(f"{self.s.name}: validating ...", file=sys.stderr)
             self.evaluate()
         if due(self.cfg.sample_interval) or (last and self.s.kind == "pretrain"):
             self.show_sample()
@@ -410,14 +414,14 @@ class Trainer:
 
     def say_stopped(self) -> None:
         """Say that a signal ended the run, and how to continue it."""
-        if not self.w.main:
-            return
         end = f"{self.s.name}: stopped by a signal"
-        if self.s.folder is not None:
-            end += (
-                f", saved step {self.step}; continue with --resume --out_dir={self.s.folder.parent}"
-            )
-        print(end, file=sys.stderr)
+        if self.s.folder is None:
+            self.say([end])
+        elif self.step == self.s.steps and self.cfg.stage != "all":
+            self.say([f"{end} after the last of {self.step} steps", *end_of(self)])
+        else:
+            folder = self.s.folder.parent
+            self.say([f"{end}, saved step {self.step}; continue with --resume --out_dir={folder}"])
 
     # -- what lies in the stage's folder
 
@@ -475,7 +479,7 @@ class Trainer:
         )
         self.s.restore(saved.tensors)
         load_optimizer(self.opt, saved.state["optimizer"])
-        self.step = saved.step
+        self.step = self.first = saved.step
         self.best = saved.state["best"]
         self.trim_metrics()
         self.say([f"{self.s.name}: resumed from {path}"])
@@ -483,6 +487,8 @@ class Trainer:
             more = f"{before} steps become {self.s.steps}, and the rate is that of so many"
             self.say([f"{self.s.name}: {more} from here"])
         elif self.step == self.s.steps:
+            log = checkpoint.read_jsonl(self.metrics) if self.metrics.is_file() else []
+            self.val = [math.nan, *(r["val_loss"] for r in log if "val_loss" in r)][-1]
             self.say([f"{self.s.name}: all {before} steps are done"])
         return True
 
@@ -526,23 +532,33 @@ def start_of(stage: Stage, cfg: TrainConfig, w: World) -> list[str]:
 def end_of(trainer: Trainer) -> list[str]:
     """What came out of a stage, how long it took, where it lies, and what to run next."""
     stage = trainer.s
-    took = trainer.clock() - trainer.began
-    lines = [
-        f"{stage.name}: validation loss {trainer.val:.4f} after {took:.0f} s, in {stage.folder}"
-    ]
-    if trainer.cfg.stage != "all":  # there the next stage follows by itself
-        folder = shlex.quote(str(stage.folder))
-        lines += [f"  next: {command}" for command in next_commands(stage.kind, folder)]
+    took = f" after {trainer.clock() - trainer.began:.0f} s" if trainer.first < stage.steps else ""
+    lines = [f"{stage.name}: validation loss {trainer.val:.4f}{took}, in {stage.folder}"]
+    if trainer.cfg.stage == "all":  # there the next stage follows by itself
+        return lines
+    lines += [f"  next: {command}" for command in next_commands(stage)]
+    if stage.kind == "adapt" and not can_be_exported(stage):
+        lines.append("  (for transformers: of adapters, those of --adapter=lora can be exported)")
     return lines
 
 
-def next_commands(kind: str, folder: str) -> list[str]:
+def next_commands(stage: Stage) -> list[str]:
     """What can be run on a trained stage."""
-    if kind == "pretrain":
+    folder = shlex.quote(str(stage.folder))
+    if stage.kind == "pretrain":
         return [f"python train.py --stage=adapt --init_from={folder}"]
-    if kind == "adapt":
-        return [f"python eval.py --out_dir={folder}", f"python sample.py --out_dir={folder}"]
-    return [f"python eval.py --out_dir={folder}"]
+    commands = [f"python eval.py --out_dir={folder}"]
+    if stage.kind == "adapt":
+        commands.append(f"python sample.py --out_dir={folder}")
+        if can_be_exported(stage):
+            to = shlex.quote(f"{stage.folder}-exported")
+            commands.append(f"python -m loaders.export --out_dir={folder} --to={to}")
+    return commands
+
+
+def can_be_exported(stage: Stage) -> bool:
+    """Whether transformers can represent what was adapted: plain LoRA over whole values."""
+    return stage.adapter.adapter == "lora" and stage.kv.kv == "dense"
 
 
 def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
@@ -554,11 +570,9 @@ def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
         trainer = Trainer(stage, cfg, w)
         if cfg.resume:
             trainer.resume()
-        began = trainer.step
         trainer.say(start_of(stage, cfg, w))
         trainer.run()
-        if began < stage.steps:
-            trainer.say(end_of(trainer))
+        trainer.say(end_of(trainer))
 
 
 @contextmanager

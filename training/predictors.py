@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cli import note
 from config import KVConfig, SelectConfig, check, comma_list
 from loaders.runs import Run, attach_storage
 from selection.training import fit_statistics
@@ -47,6 +48,7 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
     batches = calibration_batches(
         corpus.train, cfg.seed, batches=6, batch_size=4, window=window, device=w.device
     )
+    note("calibrating value groups and signals")
     model.requires_grad_(False)
     attach_storage(model, kv, select, batches, cfg.seed)
     began = ""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from baselines import align, shared_heads
+from cli import note
 from config import SHARED, KVConfig, MixConfig, check
 from data import TokenFile, batch
 from loaders.runs import Run
@@ -75,6 +76,7 @@ def share_heads(
     model = base.model
     torch.manual_seed(seed)
     if kv.kv != "dense":
+        note(f"calibrating {kv.kv}")
         device = model.norm.weight.device
         seen = []
         for i in range(BATCHES):

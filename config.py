@@ -200,7 +200,13 @@ KEY_BLOCKS = (16, 32, 64, 128)
 class KVConfig:
     """How keys and values are stored (ST 3.1.2 and this project's additions)."""
 
-    kv: str = opt("value_groups", "the KV path", KVS)
+    kv: str = opt(
+        "value_groups",
+        "how keys and values are stored; not given: train.py's stages select and continue take "
+        "select and mixsga, sample.py stores as trained, and a base dense unless another flag of "
+        "value groups is given",
+        KVS,
+    )
     n_groups: int = opt(4, "value groups S per head", GROUPS)
     topk_groups: int = opt(2, "groups K kept per token", least=1)
     value_basis: str = opt(

@@ -23,6 +23,7 @@ settings, and torch.load with weights_only=True for the state.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -546,7 +547,8 @@ class GracefulStop:
             raise KeyboardInterrupt(f"signal {signum} after signal {self.signal}")
         self.signal = int(signum)
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step\n")  # print may be what was interrupted
+            with contextlib.suppress(OSError):  # not print: that may be what was interrupted
+                os.write(2, b"\nstopping after this step\n")
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():

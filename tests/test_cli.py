@@ -24,7 +24,7 @@ import sample
 import train
 from loaders import checkpoint, export, token_files
 from loaders.tokenizer import get_tokenizer
-from measure_config import check_eval_flags
+from measure_config import check_eval_flags, storage_flags
 from settings import measuring, stages
 from settings.begin import program_name
 from settings.train import DataConfig
@@ -183,6 +183,16 @@ def test_help_shows_the_flags_of_the_choice(name, value, capsys):
         for f in dataclasses.fields(cls)
         if choice.reads(value or choice.usual, key, f.name)
     }
+
+
+def test_help_of_sample_says_what_it_does_without_kv(capsys):
+    """sample.py --help, which shows the flags of --kv=dense, says that a base without flags is
+    dense; and so it is: no flag of a storage is given then."""
+    with pytest.raises(SystemExit):
+        cli.parse_args(sample.CONFIGS, ["--help"], "sample.py", sample.__doc__)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sample.py stores as trained, and a base dense unless another flag of value" in said
+    assert storage_flags(cli.parse_args(sample.CONFIGS, ["--init_from=x"]).given) == set()
 
 
 def test_help_of_export_begins_with_its_command(capsys):

@@ -228,8 +228,8 @@ def find_checkpoint(folder: str | os.PathLike) -> Path:
     """Find the checkpoint meant by a folder: itself; of a stage, the best, else the newest valid;
     of a run, that of its first stage routed-s*, else of its only stage, else of pretrain. Raises
     ValueError that says what was found instead."""
-    folder = Path(folder)
     check_model(folder)
+    folder = Path(folder)
     _refuse_file(folder)
     if (folder / checkpoint.MANIFEST).is_file():
         return folder

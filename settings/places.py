@@ -35,7 +35,7 @@ def check_model(where: str | os.PathLike) -> None:
     if HUB_NAME.fullmatch(str(where)) and not Path(where).parent.exists():
         do += f", or hf:{where} for a model of the hub"
     what = "no such folder"
-    if Path(where).suffix:
+    if str(where).lower().endswith(".gguf"):
         what = "no such file"
         do = "give a .gguf file, a model's folder or one that train.py wrote"
     check(Path(where).exists(), f"{where}", what, do)

@@ -178,7 +178,7 @@ EARLY = (
     Wrong("eval", "--tasks=perplexity", "give --out_dir=DIR or --init_from=PATH"),
     Wrong("eval", "--out_dir={d}/missing", "{d}/missing: no such folder"),
     Wrong("eval", "--out_dir={d}/run --dataset=text:{d}/missing", "no such file or folder"),
-    Wrong("eval", "--init_from=HuggingFaceTB/SmolLM2-135M", "or hf:HuggingFaceTB/SmolLM2-135M"),
+    Wrong("eval", "--init_from=HuggingFaceTB/SmolLM2-1.7B", "or hf:HuggingFaceTB/SmolLM2-1.7B"),
     Wrong("sample", "--prompt=hi", "give --out_dir=DIR or --init_from=PATH"),
     Wrong("sample", "--init_from={d}/missing.gguf", "missing.gguf: no such file"),
     Wrong("sample", "--out_dir={d}/run --init_from=nothere.gguf", "nothere.gguf: no such file"),

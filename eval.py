@@ -499,15 +499,15 @@ def results_of(name: str) -> list[dict]:
 def write_results(
     folder: Path, run: Run, rows: list[dict], beside: list[dict], shown: Shown, *, own: bool
 ) -> list[str]:
-    """Leave results.json and the pictures in the folder, which show means over texts; returns their
-    names. own: the run is one of train.py's, whose curves are shown."""
+    """Leave results.json and the pictures in the folder, bytes.png of means over texts; returns
+    their names. own: the run is one of train.py's, whose curves are shown."""
     metrics = run.path.parent / "metrics.jsonl"
     curves = {}
     if own and metrics.is_file():
         curves[run.path.parent.name] = checkpoint.read_jsonl(metrics)
     names = ["results.json", "report.png"]
     means = mean_over_texts(rows)
-    report_figure(folder, means, curves, shown.masks)
+    report_figure(folder, rows, curves, shown.masks)
     if shown.choice is not None:
         groups_figure(folder, shown.choice, shown.rule)
         names.append("groups.png")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 from torch import Tensor
 
-from report.tables import share_of_dense
+from report.tables import share_of_dense, text_hash
 from selector import Selection
+from storage.layout import cdiv
 
+MARKERS = "osv^D<>Pp*X"
 SWEEP = ", other K (sweep)"  # ends the name of rows that are one model with other Ks
 
 
@@ -29,48 +33,51 @@ def pyplot():
 def report_figure(
     folder: Path, rows: list[dict], curves: dict[str, list[dict]], masks: Tensor | None
 ) -> None:
-    """Draw report.png: loss curves, the first task's metric against whole-model KV kept, and which
-    groups each token kept."""
+    """Draw report.png: the loss curves that there are, the first task's metric against whole-model
+    KV kept, and where tokens kept groups, which."""
+    before = {name: points for name, points in curves.items() if name == "pretrain"}
+    after = {name: points for name, points in curves.items() if name != "pretrain"}
+    panels = [partial(draw_curves, curves=part) for part in (before, after) if part]
+    panels.append(partial(draw_metric, rows=[r for r in rows if r["task"] == rows[0]["task"]]))
+    if masks is not None:
+        panels.append(partial(draw_masks, masks=masks))
     plt = pyplot()
-    fig, ((first, second), (third, fourth)) = plt.subplots(
-        2, 2, figsize=(14, 9), layout="constrained"
-    )
-    draw_curves(first, second, curves)
-    draw_metric(third, [r for r in rows if r["task"] == rows[0]["task"]])
-    for ax in (first, second, third):
-        if ax.lines:
-            ax.legend(fontsize=8)
-    if masks is None:
-        fourth.text(0.5, 0.5, "dense: every token keeps everything", ha="center")
-        fourth.set_axis_off()
-    else:
-        draw_masks(fourth, masks)
+    height = cdiv(len(panels), 2)
+    width = min(2, len(panels))
+    size = (7 * width, 4.5 * height)
+    fig, axes = plt.subplots(height, width, figsize=size, layout="constrained", squeeze=False)
+    for ax, draw in itertools.zip_longest(axes.flat, panels, fillvalue=lambda ax: ax.remove()):
+        draw(ax)
     fig.savefig(folder / "report.png", dpi=100)
     plt.close(fig)
 
 
-def draw_curves(first, second, curves: dict[str, list[dict]]) -> None:
-    """Training losses, each the mean of 5 steps: of pretraining, and of what came after it."""
+def draw_curves(ax, curves: dict[str, list[dict]]) -> None:
+    """Training losses of pretraining, or of what came after it: at each step, the first of them 1,
+    the mean of the last 5."""
     for name, points in curves.items():
         steps = [p for p in points if "loss" in p]
         losses = [p["loss"] for p in steps]
         smooth = [mean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
-        ax = first if name == "pretrain" else second
-        ax.plot([p["step"] for p in steps], smooth, label=name, lw=1)
-    predicts = any(name.startswith("select") for name in curves)
-    nats = "training loss, nats per token"
-    first.set(xlabel="step", ylabel=nats, title="Pretraining (one seed)")
-    second.set(
-        xlabel="step",
-        ylabel="training loss" if predicts else nats,
-        title="Predictors of relevance (one seed)" if predicts else "Adaptation (one seed)",
-    )
+        ax.plot([p["step"] + 1 for p in steps], smooth, label=name, lw=1)
+    title = "Adaptation"
+    unit = ", nats per token"
+    if "pretrain" in curves:
+        title = "Pretraining"
+    elif any(name.startswith("select") for name in curves):
+        title = "Predictors of relevance"
+        unit = ""
+    loss = f"training loss{unit}, mean of 5 steps"
+    ax.set(xlabel="step", ylabel=loss, title=f"{title} (one seed)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize=8)
+    widen(ax)
 
 
 def draw_metric(ax, rows: list[dict]) -> None:
     """One task's metric against the KV kept in the whole model: of rows of several seeds the mean,
-    with a bar of one standard deviation; a sweep over K joined with the row that it belongs to. A
-    base far above the others is named, not drawn."""
+    with a bar of one standard deviation; of several texts each by itself; a sweep over K joined
+    with the row that it belongs to. A base far above the others is named, not drawn."""
     by_name: dict[str, list[dict]] = {}
     for r in rows:
         by_name.setdefault(r.get("name", setting_of(r)), []).append(r)
@@ -80,13 +87,19 @@ def draw_metric(ax, rows: list[dict]) -> None:
     if len(by_name) > 1 and "base" in by_name:
         base = by_name.pop("base")
         beside = f" (base without adapter: {base[0]['value']:.2f})"
+    texts = {text_hash(r): r["text"]["corpus"] for r in rows if "text" in r}
     for name, mine in by_name.items():
         if SWEEP in name:
             draw_sweep(ax, name, mine + by_name[name.removesuffix(SWEEP)])
-        elif "name" in mine[0]:
+        elif "name" in mine[0] and len(texts) < 2:
             draw_seeds(ax, name, mine)
         else:
-            ax.plot(*points_of(mine), "o", ms=5, label=name)
+            draw_texts(ax, name, mine, [*texts])
+    if len(texts) > 1:
+        for marker, text in zip(itertools.cycle(MARKERS), texts.values(), strict=False):
+            ax.plot([], [], marker, color="grey", label=text)
+    ax.legend(fontsize=8)
+    widen(ax)
     ax.set(
         xlabel="KV kept in the whole model, %",
         ylabel=metric if metric == task else f"{metric} ({task})",
@@ -98,6 +111,26 @@ def points_of(rows: list[dict]) -> tuple[list[float], list[float]]:
     """The KV kept in the whole model in % and the metric's value of every row, the least first."""
     rows = sorted(rows, key=lambda r: r["kv_kept_model"])
     return [100 * r["kv_kept_model"] for r in rows], [r["value"] for r in rows]
+
+
+def draw_texts(ax, name: str, rows: list[dict], texts: list[str]) -> None:
+    """The rows of one setting in one colour, those of each text with its own marker. texts: their
+    sha256; empty where the task has none."""
+    colour = None
+    for marker, text in zip(itertools.cycle(MARKERS), texts or [""], strict=False):
+        mine = points_of([r for r in rows if text_hash(r) == text])
+        label = name if colour is None else None
+        (line,) = ax.plot(*mine, marker, ms=5, color=colour, label=label)
+        colour = line.get_color()
+
+
+def widen(ax) -> None:
+    """Let the axis of a metric span 1 % of its value at least, so that noise does not look like an
+    effect."""
+    low, high = ax.get_ylim()
+    middle = (low + high) / 2
+    half = max(high - low, 0.01 * abs(middle)) / 2
+    ax.set_ylim(middle - half, middle + half)
 
 
 def draw_seeds(ax, name: str, rows: list[dict]) -> None:
@@ -138,7 +171,7 @@ def setting_of(r: dict) -> str:
 def draw_masks(ax, masks: Tensor) -> None:
     """Which groups each token kept. masks: (layers, T, S), shares of heads."""
     L, T, S = masks.shape
-    ax.imshow(
+    image = ax.imshow(
         masks.transpose(1, 2).reshape(L * S, T).numpy(),
         aspect="auto",
         cmap="Blues",
@@ -146,13 +179,15 @@ def draw_masks(ax, masks: Tensor) -> None:
         vmax=1,
         interpolation="nearest",
     )
+    named = range(0, L, cdiv(L, 12))  # more would not be legible
     ax.set(
         xlabel="token",
-        ylabel="layer (its value groups top to bottom)",
-        title="Groups kept by each token (share of heads)",
-        yticks=[S * i + (S - 1) / 2 for i in range(L)],
-        yticklabels=[str(i) for i in range(L)],
+        ylabel="compressed layer (its value groups top to bottom)",
+        title="Groups kept by each token",
+        yticks=[S * i + (S - 1) / 2 for i in named],
+        yticklabels=[str(i) for i in named],
     )
+    ax.figure.colorbar(image, ax=ax, label="share of heads that kept it")
     for i in range(1, L):
         ax.axhline(S * i - 0.5, color="k", lw=0.5)
 
@@ -225,7 +260,8 @@ def bits_of(r: dict) -> str:
 
 def bytes_figure(folder: Path, rows: list[dict]) -> None:
     """Draw bytes.png: loss over dense against bytes held, of all rows of the first task whose
-    metric is a loss, and their lower envelope."""
+    metric is a loss (of several texts the means), and the lower envelope of three points or
+    more."""
     rows = [r for r in rows if r["metric"] == "loss"]
     rows = [r for r in rows if r["task"] == rows[0]["task"]]
     series: dict[str, list[tuple[float, float]]] = {}
@@ -236,15 +272,16 @@ def bytes_figure(folder: Path, rows: list[dict]) -> None:
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(11, 7), layout="constrained")
     for i, (name, mine) in enumerate(series.items()):
-        marker = "osv^D<>Pp*X"[i % 11]
+        marker = MARKERS[i % len(MARKERS)]
         ax.plot(*zip(*sorted(mine), strict=True), marker=marker, ls="-", lw=0.6, ms=6, label=name)
-    best = zip(*envelope(points), strict=True)
-    ax.plot(*best, color="k", lw=3, alpha=0.25, label="lower envelope")
+    best = envelope(points)
+    if len(best) > 2:
+        ax.plot(*zip(*best, strict=True), color="k", lw=3, alpha=0.25, label="lower envelope")
     scale_axes(ax, points)
     ax.grid(alpha=0.3)
     ax.set(
         xlabel="bytes held, % of dense (scales, masks, offsets and whole tokens included)",
-        ylabel="loss over dense, nats",
+        ylabel="loss over dense, nats (of several texts the mean)",
         title="Loss against bytes",
     )
     ax.legend(fontsize=8)
@@ -256,7 +293,9 @@ def scale_axes(ax, points: list[tuple[float, float]]) -> None:
     """Logarithmic axes, with ticks at the shares of bytes that are usual."""
     ax.set_xscale("log")
     ax.set_yscale("symlog", linthresh=0.002)
-    ax.set_ylim(bottom=min(-0.0005, 1.2 * min(loss for _, loss in points)))
+    losses = [loss for _, loss in points]
+    ax.set_ylim(min(-0.0005, 1.5 * min(losses)), max(0.001, 1.5 * max(losses)))
+    ax.margins(x=0.05)
     least = 0.8 * min(held for held, _ in points)
     usual = (3, 4, 6.25, 9, 12.5, 16, 19, 22, 28, 40, 50, 75, 100)
     ticks = [t for t in usual if least <= t <= 101]

@@ -19,6 +19,7 @@ from config import AdapterConfig, KVConfig
 from data import content_hash, documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
+from report.figures import bytes_figure, pyplot, report_figure
 from report.plan import Asked
 from report.rows import RowAbout, measure_row, sweep
 from report.tables import mean_over_texts, result_table
@@ -466,6 +467,51 @@ def test_table_of_texts_names_the_mean_and_the_worst():
     assert "worst" not in result_table(dense)
     no_text = [{k: v for k, v in r.items() if k != "text"} for r in rows]
     assert mean_over_texts(no_text) == no_text and len(mean_over_texts(rows + rows)) == 2
+
+
+def drawn(monkeypatch, draw, *args) -> list:
+    """The axes that a function of report/figures.py draws."""
+    made = []
+    subplots = pyplot().subplots
+    kept = lambda *a, **k: made.append(subplots(*a, **k)) or made[-1]
+    monkeypatch.setattr(pyplot(), "subplots", kept)
+    draw(*args)
+    return made[0][0].axes
+
+
+def test_report_shows_what_there_is(tmp_path, monkeypatch, pictures):
+    """Without curves and masks one panel is left; each text of a setting is a point of its own, in
+    one colour; values that differ by a thousandth fill a tenth of their axis. Curves begin at step
+    1; of 30 layers ten are named, beside a bar of colours."""
+    named = (("a", 2.0, "pca"), ("b", 2.002, "pca"), ("a", 2.001, "native"))
+    rows = [some_row(text, value, basis=basis) for text, value, basis in named]
+    (ax,) = drawn(monkeypatch, report_figure, tmp_path, rows, {}, None)
+    points = [line for line in ax.lines if len(line.get_ydata())]
+    assert [(*line.get_ydata(),) for line in points] == [(2.0,), (2.002,), (2.001,)]
+    assert points[0].get_color() == points[1].get_color() != points[2].get_color()
+    assert points[0].get_marker() == points[2].get_marker() != points[1].get_marker()
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["pca, S = 4", "native, S = 4", "a", "b"]
+    low, high = ax.get_ylim()
+    assert high - low == pytest.approx(0.01 * 2.001, rel=1e-3)
+    curves = {"lora-s0": [{"step": i, "loss": float(i)} for i in range(7)]}
+    axes = drawn(monkeypatch, report_figure, tmp_path, rows[:1], curves, torch.ones(30, 9, 4))
+    assert [ax.get_title() for ax in axes[:2]] == ["Adaptation (one seed)", "Loss against KV kept"]
+    assert len(axes) == 4 and axes[3].get_ylabel() == "share of heads that kept it"
+    (line,) = axes[0].lines
+    assert [*line.get_xdata()] == [1, 2, 3, 4, 5, 6, 7]
+    assert [*line.get_ydata()] == [0, 0.5, 1, 1.5, 2, 3, 4]
+    assert [text.get_text() for text in axes[2].get_yticklabels()] == [*map(str, range(0, 30, 3))]
+
+
+def test_bytes_picture_has_room_for_its_points(tmp_path, monkeypatch, pictures):
+    """The highest loss lies within the axes, and two points have no envelope; three have."""
+    rows = [some_row("a", 2.0 + i / 9, of_dense=1 - i / 4) for i in range(3)]
+    for n in (2, 3):
+        (ax,) = drawn(monkeypatch, bytes_figure, tmp_path, rows[:n])
+        assert ax.get_ylim()[1] > 1.2 * (n - 1) / 9
+        labels = [line.get_label() for line in ax.lines]
+        assert ("lower envelope" in labels) == (n == 3)
 
 
 def test_bases_are_calibrated_apart_from_what_is_measured(base, text, tmp_path, monkeypatch):

@@ -233,6 +233,7 @@ class ValueGroupPath(nn.Module):
             sizes = (self.Hkv, self.D, self.S, self.mask_heads)
             self.reconstructor = MLPReconstructor(*sizes, cfg.recon_hidden)
         self.losses: dict[str, Tensor] = {}
+        self.whole = False  # see set_kept
         self.record = False
         self.last_mask: Tensor | None = None  # of the last uncached forward while `record` is on
 
@@ -310,9 +311,9 @@ class ValueGroupPath(nn.Module):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None
     ) -> Tensor:
         self.losses = {}
-        if self.cfg.ints and not self.training and not self.record:
+        if self.cfg.ints and not (self.training or self.record or self.whole):
             return self._through_cache(x, q, k, v, pad)
-        whole = self.keep_all and not self.cfg.ints
+        whole = self.whole or (self.keep_all and not self.cfg.ints)
         if whole and not self.record:
             return attend(q, k, v, pad, self.cap)
         z = self.maps().encode(v)
@@ -326,6 +327,12 @@ class ValueGroupPath(nn.Module):
             return attend(q, k, v, pad, self.cap)
         kept = self._routed(logits, mask, z)
         if self.cfg.ints:
+            check(
+                pad is None,
+                "training over integers with padding",
+                "keys are rounded by blocks that begin with a sequence",
+                "give rows of one length",
+            )
             return self._attend_window(q, k, v, *self._rounded(k, v, kept, mask), pad)
         routed = self.maps().decode(kept)
         if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
@@ -683,12 +690,15 @@ def paths(model: nn.Module) -> dict[str, ValueGroupPath]:
     return {name: m for name, m in model.named_modules() if isinstance(m, ValueGroupPath)}
 
 
-def set_kept(model: nn.Module, k: int) -> None:
+def set_kept(model: nn.Module, k: int, whole: bool = False) -> None:
     """Let every value-group path keep k groups per token in caches made from now on, and in
-    forward. Raises ValueError out of 1..S."""
+    forward. Raises ValueError out of 1..S.
+
+    whole: forward reads keys and values as they come, not even rounded"""
     for path in paths(model).values():
         check(1 <= k <= path.S, f"K={k}", f"1..{path.S}", "choose a K in that range")
         path.k = k
+        path.whole = whole
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

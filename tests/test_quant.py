@@ -262,6 +262,41 @@ def test_training_over_integers_passes_gradients_straight_through():
     assert float(inputs[0].grad.abs().min()) > 0
 
 
+def test_whole_means_not_even_rounded():
+    """What a teacher and a warm-up read is what came, whatever is stored, in training and measuring;
+    padding is refused where keys are rounded by blocks of a row."""
+    idx = tokens(2, 60)
+    want = tiny_model()(idx)
+    kv = KVConfig(topk_groups=4, key_bits=4, value_bits=4, key_block=16)
+    model = kv_router.attach(tiny_model(), kv, [idx])
+    for mode in (model.train, model.eval):
+        mode()
+        kv_router.set_kept(model, 4, whole=True)
+        torch.testing.assert_close(model(idx), want, rtol=1e-9, atol=1e-9)
+        kv_router.set_kept(model, 4)
+        assert not torch.allclose(model(idx), want, rtol=1e-3, atol=1e-3)
+    pad = torch.tensor([0, 3])
+    assert "training over integers with padding" in error_line(model.train(), idx, pad)
+
+
+def test_routers_learn_over_integers_as_over_numbers():
+    """With --lm_to_router a router's gradient over 8 bits is that over whole numbers but for
+    rounding: dropped groups have a part in it, too."""
+    how = dict(n_groups=4, topk_groups=2, value_router="linear", lm_to_router=True, kv_tail=1)
+    storage = (dict(kv_tail_block=16), dict(key_bits=8, value_bits=8, key_block=16, kv_sinks=0))
+    model_cfg = TINY.__class__(**{**TINY.__dict__, "head_dim": 32})
+    q = normal(1, 6, 60, 32).double()
+    k, v = normal(2, 1, 3, 60, 32, seed=1).double()
+    x = normal(1, 60, TINY.n_embd, seed=3).double()
+    grads = []
+    for stored in storage:
+        torch.manual_seed(1)
+        path = kv_router.ValueGroupPath(model_cfg, KVConfig(**how, **stored)).double().train()
+        (path(x, q, k, v) * normal(1, 6, 60, 32, seed=2)).sum().backward()
+        grads.append(path.router.weight.grad.flatten())
+    assert torch.cosine_similarity(*grads, 0) > 0.99
+
+
 def test_planes_of_three_bits_are_not_formed_in_graphs():
     """A graph needs a kernel for the block that forms, and 3 bits have none: generate takes the
     other way then."""

@@ -184,8 +184,11 @@ class Stage:
 
     def groups_kept(self, step: int) -> int:
         """Value groups kept per token in a training step: all of them while warming up."""
-        warm = step < self.kv.kv_warmup * self.steps
-        return self.kv.n_groups if warm else self.kv.topk_groups
+        return self.kv.n_groups if self.warming(step) else self.kv.topk_groups
+
+    def warming(self, step: int) -> bool:
+        """Whether a training step reads whole values, before what is stored is read."""
+        return step < self.kv.kv_warmup * self.steps
 
     def loss(self, forward, x: Tensor, y: Tensor) -> Tensor:
         """What is minimised over x, y (B, T), a mean over sequences: by objective lm, distill or
@@ -202,7 +205,7 @@ def distillation_loss(stage: Stage, forward, x: Tensor) -> Tensor:
     """Mean KL in nats from the model that reads whole values (no gradient) to itself with routed
     ones, over the tokens of x (B, T)."""
     with torch.no_grad():
-        kv_router.set_kept(stage.model, stage.kv.n_groups)
+        kv_router.set_kept(stage.model, stage.kv.n_groups, whole=True)
         target = at_least_float32(forward(x)).log_softmax(-1)
         kv_router.set_kept(stage.model, stage.kv.topk_groups)
     got = at_least_float32(forward(x)).log_softmax(-1)
@@ -341,7 +344,7 @@ class Trainer:
         lr = learning_rate(self.step, s.steps, s.lr, self.cfg.warmup)
         set_rate(self.opt, lr)
         self.opt.zero_grad(set_to_none=True)
-        kv_router.set_kept(s.model, s.groups_kept(self.step))
+        kv_router.set_kept(s.model, s.groups_kept(self.step), whole=s.warming(self.step))
         loss, norm, stopping = gradients(
             s, self.forward, self.step, self.cfg, self.w, stop.signal is not None
         )

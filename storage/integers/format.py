@@ -247,13 +247,13 @@ def keys_as_read(k: Tensor, bits: int, block: int) -> Tensor:
 
 
 def values_as_read(z: Tensor, mask: Tensor, bits: int) -> Tensor:
-    """Return values z (..., D) as they are read once groups mask (..., S) of them are stored, with
-    the gradient of what is kept (straight through); zeros where a group is dropped."""
+    """Return values z (..., D) as they are read once groups mask (..., S) of them are stored, zeros
+    where a group is dropped, with the gradient of z itself (straight through)."""
     kept = mask.repeat_interleave(z.size(-1) // mask.size(-1), -1)
     rows, scale = quantise_values(z.detach(), mask, bits)
     scale = scale.unsqueeze(-2).expand(*rows.shape[:-1], 2)
     read = dequantise_values(rows, scale, bits, z.dtype).flatten(-2)
-    return (read + (z - z.detach())) * kept
+    return read * kept + (z - z.detach())
 
 
 # -------------------- values, every group at its level

@@ -46,7 +46,7 @@ from loaders.fetch import download
 from loaders.json_lines import fields_of, json_objects
 from loaders.token_files import TokenFile, open_tokens, write_tokens
 from loaders.tokenizer import encoded, one_line
-from settings.places import check_text
+from settings.places import check_text, read_text
 from settings.train import DataConfig, check_corpora, check_corpus
 
 # name: (file, sha256, URLs tried in order)
@@ -174,14 +174,7 @@ def _text(where: str, text_field: str = "text") -> list[str]:
     check_text(f"text:{where}")
     docs = []
     for path in _visible_files(root) if root.is_dir() else [root]:
-        try:
-            # not read_text, which would change the line ends; -sig: without a byte order mark
-            text = path.read_bytes().decode("utf-8-sig")
-        except (UnicodeDecodeError, OSError) as e:
-            raise ValueError(
-                f"{path} cannot be read as UTF-8 text ({one_line(e)}): text:PATH needs that; "
-                "convert it or move it"
-            ) from None
+        text = read_text(path)
         if path.suffix.lower() in JSON_LINES:
             docs += json_lines(text, path, text_field)
         else:
@@ -328,8 +321,9 @@ def same_text(a: str, b: str) -> bool:
 
 def _same_part(a: str, b: str) -> bool:
     """Whether two corpora share text."""
-    if a.startswith("text:") and b.startswith("text:"):
-        one, other = (Path(part[5:]).expanduser().resolve() for part in (a, b))
+    kind = a.partition(":")[0]
+    if kind in ("text", "instruct") and b.startswith(f"{kind}:"):
+        one, other = (Path(part.partition(":")[2]).expanduser().resolve() for part in (a, b))
         return one.is_relative_to(other) or other.is_relative_to(one)
     return a == b or {a, b} <= set(WIKITEXT_FOLDERS)
 
@@ -489,7 +483,7 @@ def prepare_splits(
         docs = documents(corpus, cfg)
         content = _content_hash(docs)
         sample = docs["train"][0][:4096]
-    label = ",".join(label_of(part) for part in comma_list(corpus))
+    label = label_of(corpus)
     files = []
     for split in splits:
         path = _token_path(corpus, cfg, tokenizer, content, sample, split)
@@ -513,9 +507,12 @@ def prepare_splits(
 
 
 def label_of(corpus: str) -> str:
-    """A corpus's name without the folders that a text lies in."""
-    kind, _, path = corpus.partition(":")
-    return f"{kind}:{Path(path).name}" if path else corpus
+    """The name of a corpus or mixture without the folders that texts lie in."""
+    names = []
+    for part in comma_list(corpus):
+        kind, _, path = part.partition(":")
+        names.append(f"{kind}:{Path(path).name}" if path else part)
+    return ",".join(names)
 
 
 def content_hash(corpus: str, cfg: DataConfig) -> str:

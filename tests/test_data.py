@@ -890,12 +890,21 @@ def test_only_selection_trains_on_a_mixture_unless_told():
 
 def test_same_text_looks_at_every_part(tmp_path):
     """Two lists share text where any two parts do: the same name, a path spelled otherwise, a file
-    in the other's folder, both WikiText."""
+    in the other's folder, both WikiText; and instructions where they are one file."""
     a = f"text:{tmp_path / 'a'}"
     assert data.same_text(f"pydocs,{a}", f"markup, text:{tmp_path}/b/../a")
     assert data.same_text(f"{a}/one.txt,pycode", a) and data.same_text(a, f"pycode,{a}/one.txt")
     assert data.same_text("wikitext2,pydocs", "markup,wikitext103")
     assert not data.same_text(f"pydocs,{a}", f"markup,pycode,text:{tmp_path}/ab")
+    assert data.same_text("instruct:a", "instruct:./a")
+    assert not data.same_text("instruct:a", "instruct:b")
+
+
+def test_a_label_has_every_part_without_its_folders():
+    """Of a mixture no part is lost, and none keeps the folders that it lies in."""
+    mixture = "wikitext2,text:a/b.txt, text:c/d.txt,pydocs"
+    assert data.label_of(mixture) == "wikitext2,text:b.txt,text:d.txt,pydocs"
+    assert data.label_of("instruct:a/b.jsonl") == "instruct:b.jsonl"
 
 
 GENERATED_HASHES = {  # sha256 over the documents, on every machine

@@ -27,6 +27,10 @@ def check_inputs(args, *models: str) -> None:
     for flag in CORPORA:
         for corpus in comma_list(named.get(flag, "")):
             check_text(corpus)
+            kind, _, name = corpus.partition(":")
+            path = Path(name).expanduser()
+            if kind == "text" and path.is_file():  # the files of a folder are read later
+                check(bool(read_text(path)), corpus, "it holds no text", "give another file")
 
 
 def check_model(where: str | os.PathLike) -> None:
@@ -57,6 +61,18 @@ def check_text(corpus: str) -> None:
         what = "there is no such file"
     check(there, corpus, what, do)
     check(os.access(path, os.R_OK), corpus, "you have no permission to read it", do)
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text, its line ends as they are, without a byte order mark. ValueError where
+    it is no UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError) as e:
+        raise ValueError(
+            f"{path} cannot be read as UTF-8 text ({e}): text:PATH needs that; convert it or move "
+            "it"
+        ) from None
 
 
 def read_prompt(name: str) -> str:

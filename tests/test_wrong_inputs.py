@@ -172,6 +172,8 @@ EARLY = (
     Wrong("train", BASE + "--dataset=text:{d}/missing", "no such file or folder"),
     Wrong("train", BASE + "--dataset=instruct:{d}/texts", "there is no such file"),
     Wrong("train", "--test_dataset=text:{d}/missing", "no such file or folder"),
+    Wrong("train", BASE + "--dataset=text:{d}/latin", "cannot be read as UTF-8 text"),
+    Wrong("sample", "--init_from={d}/run --kv=select --calibrate=text:{d}/empty", "holds no text"),
     Wrong("train", "--out_dir={d}/texts", "is not empty; give --resume"),
     Wrong("train", "--out_dir={d}/busy", "another run is at work in it"),
     Wrong("train", "--resume --out_dir={d}/texts", "there is no checkpoint in it"),

@@ -10,6 +10,7 @@ figures can be compared.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,8 @@ def read_items(path: Path) -> list[Item]:
         fields = f"{where}, has {fields_of(row)}"
         make = next((f for needed, f in FORMATS.items() if {*needed} <= {*row}), None)
         check(make is not None, fields, "no known data set has these", ITEMS_FILE)
+        if make is plain_item:
+            check_plain(row, where)
         try:
             item = make(row, path.stem)
         except (KeyError, ValueError, TypeError, AttributeError, IndexError):
@@ -60,6 +63,24 @@ def read_items(path: Path) -> list[Item]:
         items.append(item)
     check(bool(items), f"{path}", "there is no item in it", ITEMS_FILE)
     return items
+
+
+def check_plain(row: dict, where: str) -> None:
+    """Raise ValueError unless the plain form's answers are texts and the right one is a number."""
+    choices = row["choices"]
+    right = row["answer"]
+    check(
+        isinstance(choices, list) and all(isinstance(text, str) for text in choices),
+        f"{where}, choices={json.dumps(choices)}",
+        "a list of texts is needed",
+        'give for example ["lions", "bunnies"]',
+    )
+    check(
+        type(right) is int,  # True is none
+        f"{where}, answer={json.dumps(right)}",
+        "a whole number is needed, the place of the right one of choices",
+        "count from 0",
+    )
 
 
 def same_before(context: str, question: str, answers: list[str], right: int) -> Item:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tasks.items import Item, Option, read_items
 from tasks.zero_shot import Request, accuracies, request, score_requests, zero_shot
 from tasks.zero_shot import Scored as S
 
+# By format: a line, its context, question and answers, and which is right.
 LINES = {
     "hellaswag": (
         {
@@ -25,12 +27,14 @@ LINES = {
             "endings": ["pours it [title] slowly.", "flies."],
             "label": "0",
         },
-        "Tea: A man boils water. He waits. The man",
+        "Tea: A man boils water. He waits.",
+        " The man",
         ["pours it.  slowly.".replace("  ", " "), "flies."],
         0,
     ),
     "piqa": (
         {"goal": "Open a jar.", "sol1": "Twist.", "sol2": "Sing.", "label": 1},
+        "",
         "Question: Open a jar.\nAnswer:",
         ["Twist.", "Sing."],
         1,
@@ -44,7 +48,8 @@ LINES = {
             },
             "answerKey": "B",
         },
-        "Question: It rains. What falls?\nAnswer:",
+        "Question: It rains.",
+        " What falls?\nAnswer:",
         ["water", "sand"],
         1,
     ),
@@ -54,13 +59,15 @@ LINES = {
             "choices": {"text": ["grass", "mice"], "label": ["1", "2"]},
             "answerKey": "2",
         },
+        "",
         "Predators eat",
         ["grass", "mice"],
         1,
     ),
     "boolq": (
         {"passage": "Ice is cold.", "question": "is ice cold", "answer": True, "title": "Ice"},
-        "Ice is cold.\nQuestion: is ice cold?\nAnswer:",
+        "Ice is cold.",
+        "\nQuestion: is ice cold?\nAnswer:",
         ["no", "yes"],
         1,
     ),
@@ -72,17 +79,19 @@ LINES = {
             "question": "effect",
             "label": 1,
         },
+        "",
         "It rained therefore",
         ["he sang.", "the road got wet."],
         1,
     ),
     "piqa_plain": (
         {"question": "Open a jar.", "choices": ["Twist.", "Sing."], "answer": 0},
+        "",
         "Question: Open a jar.\nAnswer:",
         ["Twist.", "Sing."],
         0,
     ),
-    "lambada": ({"text": "He sat. Then he stood up "}, "He sat. Then he stood", ["up"], 0),
+    "lambada": ({"text": "He sat. Then he stood up "}, "He sat.", " Then he stood", ["up"], 0),
 }
 
 
@@ -96,13 +105,11 @@ def write(folder: Path, name: str, *rows: dict) -> Path:
 def test_items_are_asked_as_the_harness_does(name, tmp_path):
     """A line of every data set gives the harness's prompt, answers and right one; the context is
     the part of the prompt before its last sentence."""
-    row, prompt, answers, right = LINES[name]
+    row, context, question, answers, right = LINES[name]
     (item,) = read_items(write(tmp_path, name, row))
     assert item.right == right and [o.answer for o in item.options] == answers
     for option in item.options:
-        assert option.context + option.question == prompt
-    contexts = {"boolq": "Ice is cold.", "lambada": "He sat.", "columns": ""}
-    assert item.options[0].context == contexts.get(name, item.options[0].context)
+        assert (option.context, option.question) == (context, question)
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -135,6 +142,26 @@ def test_wrong_items_are_named_by_their_line(line, tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text('\n{"text": "two words"}\n' + line)
     with pytest.raises(ValueError, match=r"f\.jsonl, line 3"):
+        read_items(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("answer", "1", "a whole number is needed"),
+        ("answer", 1.0, "a whole number is needed"),
+        ("answer", True, "a whole number is needed"),
+        ("choices", "xy", "a list of texts is needed"),
+        ("choices", ["x", 1], "a list of texts is needed"),
+    ],
+)
+def test_a_plain_field_of_another_type_is_said(field, value, what, tmp_path):
+    """The plain form's answer is a whole number and its choices a list of texts: another names the
+    line, the field and what came."""
+    row = {"question": "Which?", "choices": ["x", "y"], "answer": 1} | {field: value}
+    path = write(tmp_path, "f", row)
+    shown = re.escape(f"f.jsonl, line 1, {field}={json.dumps(value)}: {what}")
+    with pytest.raises(ValueError, match=shown):
         read_items(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from data import batch, sequential
 from measure_config import EvalConfig
@@ -45,12 +46,28 @@ def make_tasks(
         elif name in MAKERS:
             tasks.append(ruler(name, *common))
         elif name == "zero_shot":
-            tasks += [zero_shot(*common, path, cfg.question) for path in comma_list(cfg.items)]
+            tasks += [zero_shot(*common, path, cfg.question) for path in item_files(cfg)]
         elif name == "instruct":
             tasks.append(instruct(*common, cfg.dataset, template, cfg.answer_tokens))
         else:
             tasks.append(multiple_choice(*common, cfg.questions, cfg.shots, cfg.shots_from))
     return tasks
+
+
+def item_files(cfg: EvalConfig) -> list[str]:
+    """Return the files of cfg.items. ValueError where two tasks would have one name."""
+    files = comma_list(cfg.items)
+    named = {name: f"the task {name}" for name in comma_list(cfg.tasks) if name != "zero_shot"}
+    for path in files:
+        stem = Path(path).stem
+        check(
+            stem not in named,
+            f"items={cfg.items}",
+            f"{named.get(stem)} and {path} would both be the task {stem!r}",
+            "rename one of them, or measure it apart",
+        )
+        named[stem] = path
+    return files
 
 
 def continuation(cfg: EvalConfig, T: int, text: Text) -> Continuation:

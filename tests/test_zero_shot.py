@@ -13,7 +13,9 @@ import torch
 from helpers import TINY, grouped_model, tiny_model
 
 from loaders.tokenizer import ByteTokenizer
+from measure_config import EvalConfig
 from tasks.items import Item, Option, read_items
+from tasks.make import item_files, make_tasks
 from tasks.zero_shot import Request, accuracies, request, score_requests, zero_shot
 from tasks.zero_shot import Scored as S
 
@@ -277,3 +279,22 @@ def test_value_is_the_same_for_any_batch_size(tmp_path):
         assert values[0][1] == pytest.approx(accuracies(task.items, loop)["right_nats"])
     with pytest.raises(ValueError, match="an item of"):
         zero_shot(ByteTokenizer(), 20, 7, 0, 3, str(path), "seen")
+
+
+def test_files_of_one_name_are_refused(tmp_path):
+    """Two files of one stem, or one named as another task, would share a name and so a dense value:
+    refused before they are read. Other files are tasks of their own."""
+    one = tmp_path / "easy/test.jsonl"
+    other = tmp_path / "challenge/test.jsonl"
+    for items, tasks, what in (
+        (f"{one},{other}", "zero_shot", f"{one} and {other} would both be the task 'test'"),
+        ("copy.jsonl", "copy,zero_shot", "the task copy and copy.jsonl would both be"),
+    ):
+        cfg = EvalConfig(tasks=tasks, items=items)
+        with pytest.raises(ValueError, match=re.escape(what)):
+            item_files(cfg)
+    cfg = EvalConfig(tasks="zero_shot,needle", items=f"{one}, zero_shot.jsonl")
+    assert item_files(cfg) == [str(one), "zero_shot.jsonl"]
+    with pytest.raises(ValueError, match="both be the task"):
+        cfg = EvalConfig(tasks="zero_shot", items=f"{one},{other}")
+        make_tasks(cfg, ByteTokenizer(), 99, [])

@@ -251,7 +251,7 @@ def generate(
     prefill_tokens: int = 0,
     compiled: bool = False,
     cache: KVCache | None = None,
-    on_token: Callable[[list[int]], None] | None = None,
+    on_token: Callable[[list[int]], object] | None = None,
 ) -> tuple[list[list[int]], KVCache]:
     """Continue every prompt: the new tokens of each row (without a stop token), and the cache used,
     which has read all of them but one that ended a row or came last.
@@ -264,7 +264,8 @@ def generate(
     prefill_tokens: how many tokens of the prompts are processed at a time, 0 for all (see prefill)
     compiled: torch.compile around attention
     cache: what the prompts follow; it is filled further
-    on_token: gets the new ids of all rows after each step, stop tokens included
+    on_token: gets the new ids of all rows after each step, stop tokens included; where what it
+        returns is true, no step follows
 
     On a GPU the steps are CUDA graphs where the storage has kernels (see DecodeGraph). ValueError:
     see check_request; and where logits stop being finite, with the first layer that does."""
@@ -311,14 +312,13 @@ def generate(
         if broken:
             raise not_finite(model, prompts)
         out = [next_ids]
-        if on_token is not None:
-            on_token(next_ids[:, 0].tolist())
+        told_to_stop = on_token is not None and on_token(next_ids[:, 0].tolist())
         done = torch.isin(next_ids[:, 0], ends) if stops else None
         graph = None
         if DecodeGraph.possible(model) and max_new_tokens - 1 > DecodeGraph.WARM:
             graph = DecodeGraph(model, cache, next_ids, pick, max_new_tokens - 1, compiled)
         for step in range(1, max_new_tokens):
-            if done is not None and done.all():
+            if told_to_stop or (done is not None and done.all()):
                 break
             if graph is not None:
                 next_ids = graph.next().clone()
@@ -328,8 +328,7 @@ def generate(
             if (graph is None or on_token is not None) and broken:
                 raise not_finite(model, prompts)
             out.append(next_ids)
-            if on_token is not None:
-                on_token(next_ids[:, 0].tolist())
+            told_to_stop = on_token is not None and on_token(next_ids[:, 0].tolist())
             if done is not None:
                 done |= torch.isin(next_ids[:, 0], ends)
         if broken:

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by o
     begin_program()
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
     exit_on_bad_input(lambda: check_sample_flags(ARGS.given, ARGS.sample, ARGS.kv.kv))
     exit_on_bad_input(lambda: check_places(ARGS))
 
+import kv_router
 from generate import generate
 from loaders.chat import LEAST_WHOLE, Conversation, Turn
 from loaders.compress import stored_as_asked
@@ -158,7 +160,7 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
     say(
         f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} "
         f"bytes for {cache.length} tokens a row, "
-        f"{share:.1%} of a dense one's where both have 16 bits for whole numbers"
+        f"{share:.1%} of a dense one's (floats counted with 16 bits in both)"
     )
 
 
@@ -166,36 +168,77 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
 
 
 def chat(run: Run, talk: Conversation, first: str) -> None:
-    """Talk until the input ends or Ctrl-C. first: the first message, "" to ask for it."""
-    say("chat: one message a line; Ctrl-D or Ctrl-C ends it")
-    if selector_of(run.model) is not None:
-        say(
-            f"kv=select chooses from the first message; once more than that, and {LEAST_WHOLE} "
-            "tokens, stand whole after it, all is read anew and chosen from"
-        )
+    """Talk until the user leaves, the input ends or Ctrl-C. first: the first message, "" to ask for
+    it."""
+    say("chat: one message a line; /quit, exit or Ctrl-D ends it; Ctrl-C stops an answer")
+    what = what_is_compressed(run)
+    if what:
+        say(what)
     with contextlib.suppress(KeyboardInterrupt, EOFError):
         for message in messages(first):
-            turn = talk.say(message, show)
+            with noted_interrupt() as noted:
+                turn = talk.say(message, show, lambda noted=noted: bool(noted))
             print(flush=True)
-            say(status(run, talk, turn))
+            say(status(run, talk, turn, bool(noted)))
     print()
 
 
+def what_is_compressed(run: Run) -> str:
+    """Say in a line what of a conversation is stored in part; "" where all is whole."""
+    if selector_of(run.model) is not None:
+        return (
+            "kv=select: the first message is compressed, what follows is kept whole; once the "
+            f"whole part is the longer one, and longer than {LEAST_WHOLE} tokens, the conversation "
+            "is read again from its beginning and all of it is compressed"
+        )
+    path = next(iter(kv_router.paths(run.model).values()), None)
+    if path is None:
+        return ""
+    kv = path.cfg
+    bits = f", in {kv.key_bits} bits" if kv.ints else ""
+    return (
+        f"kv=value_groups: of every message, all but the newest {kv.kv_tail} tokens keep "
+        f"{path.k} of {path.S} groups of each value, and whole keys{bits}"
+    )
+
+
+@contextlib.contextmanager
+def noted_interrupt() -> Iterator[list]:
+    """A first Ctrl-C is only noted, in the list that this yields, so that an answer ends between
+    two tokens and the cache holds what was said; a second one is a KeyboardInterrupt."""
+    noted: list = []
+
+    def note(signum, _frame) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(signum)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def messages(first: str) -> Iterator[str]:
-    """Yield what the user says, empty lines left out, until the input ends (EOFError)."""
+    """Yield what the user says, empty lines left out, until /quit, exit or the input's end
+    (EOFError)."""
     if first.strip():
         yield first
     while True:
         message = input("> " if sys.stdin.isatty() else "")
+        if message.strip() in ("/quit", "exit"):
+            return
         if message.strip():
             yield message
 
 
-def status(run: Run, talk: Conversation, turn: Turn) -> str:
+def status(run: Run, talk: Conversation, turn: Turn, stopped: bool) -> str:
     """Say in a line what an answer took, and what the cache holds after it."""
     cache = talk.cache
     n = cache.length
-    cut = "" if turn.ended else " (cut: --max_new_tokens)"
+    why = "Ctrl-C" if stopped else "--max_new_tokens"
+    cut = "" if turn.ended else f" (cut: {why})"
     anew = " anew" if turn.anew else ""
     n_whole = talk.n_whole()
     whole = "" if n_whole is None else f", {n_whole} of them whole"

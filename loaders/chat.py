@@ -33,8 +33,8 @@ LEAST_WHOLE = 256  # fewer are left whole: dropping some of them loses the threa
 
 class Turn(NamedTuple):
     """What an answer took. n_read: tokens processed before it; n_new: tokens generated; seconds:
-    of both; ended: whether the model ended it, not --max_new_tokens; anew: whether the whole
-    conversation was processed, to choose from it."""
+    of both; ended: whether the model ended it, not --max_new_tokens or the user; anew: whether the
+    whole conversation was processed, to choose from it."""
 
     n_read: int
     n_new: int
@@ -84,9 +84,15 @@ class Conversation:
         """Say whether so much is whole that a selecting path chooses anew."""
         return any(int(c.n_window) > max(int(c.n_context), LEAST_WHOLE) for c in self.selected())
 
-    def say(self, text: str, show: Callable[[str], None]) -> Turn:
-        """Answer a user's message; show gets the answer's text, piece by piece as it comes. Raises
-        ValueError where the context has no room for it."""
+    def say(
+        self,
+        text: str,
+        show: Callable[[str], None],
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> Turn:
+        """Answer a user's message; show gets the answer's text, piece by piece as it comes, and
+        after each token is_stopped() says whether it was the last. Raises ValueError where the
+        context has no room for it."""
         start = time.perf_counter()
         ids = self.prompt(text)
         anew = self.outgrown()
@@ -103,9 +109,10 @@ class Conversation:
         )
         stream = TextStream(self.tokenizer, ids[-CONTEXT_SHOWN:])
 
-        def shown(new: list[int]) -> None:
+        def shown(new: list[int]) -> bool:
             if new[0] not in self.template.ends:
                 show(stream.add(new))
+            return is_stopped()
 
         turn = len(self.messages) // 2
         options = {**self.options, "seed": self.options.get("seed", 0) + turn}

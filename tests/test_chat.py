@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import signal
 import sys
 from dataclasses import replace
 
@@ -445,12 +446,63 @@ def test_program_chats(folder, corpus, monkeypatch, capsys):
         io_ = capsys.readouterr()
         lines = [line for line in io_.err.splitlines() if "tokens/s" in line]
         assert len(lines) == 2 and "% of dense]" in lines[0] and "Traceback" not in io_.err
-        assert "kv=select chooses from the first message" in io_.err
+        assert "kv=select: the first message is compressed" in io_.err
         assert re.search(r"bytes for \d+ tokens, \d+ of them whole, ", lines[0])
         assert float(lines[0].split("whole, ")[-1].split("%")[0]) < 70
     typed(monkeypatch)
     runs.call(sample, *flags, "--prompt=hello")
     assert capsys.readouterr().err.count("tokens/s") == 1
+
+
+def test_a_word_ends_the_chat(folder, corpus, monkeypatch, capsys):
+    """/quit and exit, alone on a line, end it, and no message comes from them; what value groups
+    compress is said."""
+    flags = ["--chat", f"--init_from={folder}", "--max_new_tokens=3", corpus]
+    flags += ["--kv=value_groups", "--n_groups=2", "--topk_groups=1", "--kv_tail=7"]
+    for word in ("/quit", " exit "):
+        typed(monkeypatch, "exit or not?", word, "never")
+        runs.call(sample, *flags)
+        err = capsys.readouterr().err
+        assert err.count("tokens/s") == 1 and "/quit, exit or Ctrl-D ends it" in err
+        assert "all but the newest 7 tokens keep 1 of 2 groups of each value" in err
+
+
+def test_an_interrupt_stops_the_answer_only(folder, monkeypatch, capsys):
+    """Ctrl-C during an answer leaves the conversation as --max_new_tokens would, and the next
+    message is answered as then; a second one in one answer, or one at the prompt, ends the
+    chat."""
+    talks = []
+    pieces = []
+    real = Conversation.say
+
+    def begun(talk, *args):
+        talks.append(talk)
+        pieces.clear()
+        return real(talk, *args)
+
+    def chat(n: int, times: int) -> str:
+        """Say three messages, each answer interrupted so often after its fourth token."""
+
+        def show(text: str) -> None:
+            pieces.append(text)
+            for _ in range(times if len(pieces) == 4 else 0):
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(sample, "show", show)
+        typed(monkeypatch, "hello", "and then?", "so?", KeyboardInterrupt, "never")
+        flags = ["--chat", f"--init_from={folder}", "--temperature=9", f"--max_new_tokens={n}"]
+        runs.call(sample, *flags)
+        return capsys.readouterr().err
+
+    monkeypatch.setattr(Conversation, "say", begun)
+    assert "Ctrl-C)" not in chat(4, 0)
+    err = chat(50, 1)
+    assert err.count("tokens/s") == 3 and "(cut: Ctrl-C)" in err
+    assert len(talks) == 6 and talks[-1].ids == talks[0].ids
+    assert talks[-1].messages == talks[0].messages and talks[-1].pending == talks[0].pending
+    lines = [line for line in err.splitlines() if "tokens/s" in line]
+    n_before = ["Ctrl-C)" in line for line in lines].index(True)
+    assert chat(50, 2).count("tokens/s") == n_before and len(talks) == 7 + n_before
 
 
 def test_program_survives_a_terminal_without_the_characters(folder, monkeypatch, tmp_path):

@@ -985,10 +985,11 @@ def test_adapter_without_its_base(run, capsys):
 
 
 def test_damaged_checkpoint_of_a_process(run, here):
-    """A true process of sample.py on a flipped byte: one line, exit 2."""
+    """A true process of sample.py on a flipped byte: one line after that of loading, exit 2."""
     damage(run / "pretrain" / "step-00000002" / "model.safetensors", "flipped")
     code, out, err, _ = program("sample", f"--out_dir={run / 'pretrain'}", cwd=here)
-    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert (code, out, err.count("\n")) == (2, "", 2), err
+    assert err.startswith("loading ")
     assert "model.safetensors is damaged" in err, err
     assert tree(here) == {}
 

@@ -16,17 +16,19 @@ learns from repetition (KVzip, arXiv 2505.23416, repeats the whole context in or
 cannot be guessed: names, numbers. Who learns from questions looks where the query region points.
 cfg.recall is the share of the last two kinds, two of recall for one of question; a window's kind
 and its passages depend on its own tokens alone. How much of a context a token gets depends on how
-long that is, so a batch is first cut into windows of one of many lengths, from the whole to
+long that is, so a window is first cut into shorter ones, of a length between its own and
 cfg.shortest tokens. Letters: selector.py."""
 
 from __future__ import annotations
 
+import itertools
 import random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from config import check
+from config import SelectConfig, check
 from model import Transformer
 from selection.relevance import Prompt
 from selector import Selector, selector_of
@@ -53,13 +55,19 @@ def training_example(
     return s.look(model, idx, n_context, n_prompt)
 
 
-def cut(idx: Tensor, shortest: int) -> Tensor:
-    """Return windows idx (B, T) as they are, or each cut into 2, 4, 8, ... windows of at least
-    `shortest` tokens, drawn by their tokens; 0: always as they are."""
-    most = (idx.size(1) // shortest).bit_length() if shortest else 1
-    parts = 2 ** random.Random(f"cut {idx.tolist()}").randrange(max(1, most))
-    length = idx.size(1) // parts
-    return idx[:, : parts * length].reshape(-1, length)
+def parts_at_most(length: int, shortest: int) -> int:
+    """Return into how many windows of at least `shortest` tokens one of `length` is cut at most, a
+    power of 2; 0: not at all."""
+    return 2 ** max(0, (length // shortest).bit_length() - 1) if shortest else 1
+
+
+def cut(window: Tensor, shortest: int) -> Tensor:
+    """Return a window (T,) whole or cut into 2, 4, 8, ... of one length, at least `shortest` tokens
+    (0: whole), drawn by its tokens: (n, T // n)."""
+    halvings = parts_at_most(len(window), shortest).bit_length()
+    parts = 2 ** random.Random(f"cut {window.tolist()}").randrange(halvings)
+    length = len(window) // parts
+    return window[: parts * length].view(parts, length)
 
 
 def window_kind(window: Tensor, recall: float) -> str:
@@ -103,20 +111,34 @@ def question_window(window: Tensor, region: int) -> Tensor:
     return torch.cat((window[:-n_asked], window[start : start + n_asked]))
 
 
-def training_windows(idx: Tensor, recall: float, region: int, readers: int) -> list:
-    """Return the windows that are made of idx (B, T), as pairs of (windows of one kind (b, T),
-    their number of readers)."""
-    n_readers = {"continuation": readers, "recall": cdiv(idx.size(1), 2), "question": PASSAGE}
-    made: dict[str, list[Tensor]] = {kind: [] for kind in n_readers}
-    for window in idx.cpu():  # their own tokens are asked for on the host
-        kind = window_kind(window, recall)
-        if kind == "recall":
-            window = recall_window(window, region)
-        elif kind == "question":
-            window = question_window(window, region)
-        made[kind].append(window)
-    made = {kind: torch.stack(windows).to(idx.device) for kind, windows in made.items() if windows}
-    return [(windows, n_readers[kind]) for kind, windows in made.items()]
+class Made(NamedTuple):
+    """Training windows of one kind and length."""
+
+    windows: Tensor  # (b, t)
+    readers: int
+    share: float  # of all that a loss is a mean over
+
+
+def training_windows(idx: Tensor, cfg: SelectConfig, region: int) -> list[Made]:
+    """Return the windows that are made of idx (B, T). Each of the B counts alike, however it is
+    cut: no window's part in the mean depends on the others."""
+    made: dict[tuple[str, int], list[Tensor]] = {}
+    for whole in idx.cpu():  # their own tokens are asked for on the host
+        pieces = cut(whole, cfg.shortest)
+        for window in pieces:
+            kind = window_kind(window, cfg.recall)
+            if kind == "recall":
+                window = recall_window(window, region)
+            elif kind == "question":
+                window = question_window(window, region)
+            made.setdefault((kind, len(pieces)), []).append(window)
+    out = []
+    for (kind, parts), windows in made.items():
+        half = cdiv(len(windows[0]), 2)
+        readers = {"continuation": cfg.readers, "recall": half, "question": PASSAGE}[kind]
+        share = len(windows) / parts / len(idx)
+        out.append(Made(torch.stack(windows).to(idx.device), readers, share))
+    return out
 
 
 def targets(selector: Selector, prompt: Prompt, alpha: Tensor) -> dict[str, Tensor]:
@@ -131,20 +153,19 @@ def targets(selector: Selector, prompt: Prompt, alpha: Tensor) -> dict[str, Tens
 
 
 def predictor_loss(model: Transformer, idx: Tensor) -> Tensor:
-    """Return the sum of the predictors' losses on windows idx (B, T), a mean over those that they
-    are cut into, of which about cfg.recall are made to repeat themselves."""
+    """Return the sum of the predictors' losses on windows idx (B, T), a mean over them, each a mean
+    over what it is cut into, of which about cfg.recall are made to repeat themselves."""
     s = selector_of(model)
-    idx = cut(idx, s.cfg.shortest)
     total = 0.0
     region = max(s.kv.kv_tail, s.cfg.observers)
-    for windows, readers in training_windows(idx, s.cfg.recall, region, s.cfg.readers):
+    for windows, readers, share in training_windows(idx, s.cfg, region):
         prompt, alpha = training_example(model, windows, readers)
         with torch.autocast(idx.device.type, enabled=False):
             target = targets(s, prompt, alpha)
             for name, predictor in s.predictors.items():
                 how = s.cfg if name == "predictor_query" else s.cfg.predictor_loss
-                total = total + predictor.loss(prompt, target[name], how) * len(windows)
-    return total / len(idx)
+                total = total + predictor.loss(prompt, target[name], how) * share
+    return total
 
 
 @torch.no_grad()
@@ -159,8 +180,8 @@ def fit_statistics(model: Transformer, batches: list[Tensor]) -> None:
         return
     prompts = []
     wanted = []
-    for idx in batches[:4]:
-        prompt, alpha = training_example(model, cut(idx, s.cfg.shortest))
+    for window in itertools.chain(*batches[:4]):
+        prompt, alpha = training_example(model, cut(window, s.cfg.shortest))
         prompts.append(prompt)
         wanted.append(targets(s, prompt, alpha))
     for name, predictor in s.predictors.items():

@@ -44,7 +44,7 @@ from tasks import prompts as tasks
 from tasks.text import Continuation
 from training import loop as trainer
 from training.base import load_base
-from training.predictors import select_stage
+from training.predictors import check_shortest, select_stage
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ALL = "predictor,expected_attention,predictor_query"
@@ -500,6 +500,21 @@ def test_an_adapter_is_no_base(tmp_path, text, base, run_stage):
         "a base model is adapted" in error_line(select, tmp_path / "no", text, adapted)
         and not (tmp_path / "no").exists()
     )
+
+
+def test_parts_of_windows_too_short_are_refused_before_training():
+    """The least --shortest that the message names is enough for every kind of window, and one less
+    is not."""
+    kv = KVConfig(kv="select", kv_tail=16)
+    for cfg, needed in (
+        (SelectConfig(shortest=64, observers=40), 145),
+        (SelectConfig(shortest=64, observers=60, readers=20), 184),
+        (SelectConfig(shortest=64, recall=0.0), 145),
+    ):
+        assert f"give --shortest={needed} or more" in error_line(check_shortest, kv, cfg, 256)
+        assert error_line(check_shortest, kv, replace(cfg, shortest=needed - 1), 2 * needed - 2)
+        check_shortest(kv, replace(cfg, shortest=needed), 2 * needed)
+    check_shortest(kv, SelectConfig(shortest=64), 100)  # is never cut
 
 
 def test_a_window_too_short_for_its_readers(tmp_path, text, base):

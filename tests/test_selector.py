@@ -951,11 +951,12 @@ def test_statistics_are_those_of_the_first_four_batches(scope):
     before = {name: t.clone() for name, t in s.state_dict().items()}
     batches = [tokens(2, 70, seed=5), tokens(1, 47, seed=6)]
     batches += [tokens(1, 70, seed=seed) for seed in (7, 8, 9)]
-    assert {cut(idx, 33).size(1) for idx in batches[:4]} == {70, 47, 35}
+    windows = [window for idx in batches[:4] for window in idx]
+    assert {cut(window, 33).size(1) for window in windows} == {70, 47, 35}
     fit_statistics(m, batches)
     wanted = {name: [] for name in s.predictors}
-    for idx in batches[:4]:
-        prompt, alpha = training_example(m, cut(idx, 33))
+    for window in windows:
+        prompt, alpha = training_example(m, cut(window, 33))
         for name, t in targets(s, prompt, alpha).items():
             if name != "predictor_query":  # (Lm, B, Hm, C, n) -> (Lm, tokens, Hm n)
                 wanted[name].append(t.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2))
@@ -1081,21 +1082,17 @@ def test_the_tokens_observed_are_those_asked_for(prefill, monkeypatch):
 
 
 def test_windows_are_cut_into_equal_parts_down_to_the_shortest():
-    """A batch is read in order, in windows of one length: the whole, or a half, a quarter, ... of it
-    that has at least `shortest` tokens; every one of these turns up, the same for the same batch;
+    """A window is read in order, in parts of one length: the whole, or a half, a quarter, ... of it
+    that has at least `shortest` tokens; every one of these turns up, the same for the same window;
     with 0 only the whole."""
     lengths = set()
-    for seed in range(60):
-        idx = tokens(2, 50, seed=seed)
-        made = cut(idx, 12)
+    for window in tokens(60, 50):
+        made = cut(window, 12)
         lengths.add(made.size(1))
-        parts = len(made) // 2
-        assert parts * made.size(1) <= 50 < parts * (made.size(1) + 1)
-        for b in range(2):
-            row = made[b * parts : (b + 1) * parts].flatten().tolist()
-            assert row == idx[b, : len(row)].tolist()
-        assert torch.equal(made, cut(idx, 12))
-        assert torch.equal(cut(idx, 0), idx) and torch.equal(cut(idx, 26), idx)
+        assert made.numel() <= 50 < made.numel() + len(made)
+        assert made.flatten().tolist() == window[: made.numel()].tolist()
+        assert torch.equal(made, cut(window, 12))
+        assert torch.equal(cut(window, 0)[0], window) and torch.equal(cut(window, 26)[0], window)
     assert lengths == {50, 25, 12}
 
 
@@ -1112,30 +1109,35 @@ def test_window_kinds_are_shares_by_their_own_tokens():
 
 
 def test_predictor_loss_is_the_mean_over_windows_of_all_kinds():
-    """Each window counts alike, whichever kind it is of and however a batch is cut: the loss of a
-    batch is the mean of those of its windows, made one by one, in which the right tokens read."""
-    m = selecting("head", cfg=config(recall=0.75), fold=False)
-    idx = tokens(9, 91, seed=5)
+    """Each window counts alike, whichever kinds it is cut into and however a batch is split: the loss
+    of a batch is the mean of those of its windows, each the mean of its parts, made one by one, in
+    which the right tokens read."""
+    model = tiny_model(cfg=replace(TINY, block_size=200))
+    m = selecting("head", model=model, cfg=config(recall=0.75, shortest=90), fold=False)
+    idx = tokens(7, 182, seed=5)
     seen = Counter()
-    want = []
-    for window in idx:
-        kind = window_kind(window, 0.75)
-        seen[kind] += 1
-        if kind == "recall":
-            window = recall_window(window, W)
-        elif kind == "question":
-            window = question_window(window, W)
-        n_prompt = {"recall": 45, "question": 91 - PASSAGE, "continuation": 71}[kind]
-        prompt, alpha = training_example(m, window[None], 91 - n_prompt)
-        assert n_prompt == prompt.T and prompt.n_context == n_prompt - W
-        wanted = targets(m.selector, prompt, alpha)
-        parts = []
-        for name, p in m.selector.predictors.items():
-            how = m.selector.cfg if name == "predictor_query" else "mse"
-            parts.append(p.loss(prompt, wanted[name], how))
-        want.append(sum(parts))
-    assert len(seen) == 3, seen
-    torch.testing.assert_close(predictor_loss(m, idx), sum(want) / 9)
-    halves = predictor_loss(m, idx[:2]) * 2 + predictor_loss(m, idx[2:]) * 7
-    torch.testing.assert_close(predictor_loss(m, idx), halves / 9)
-    assert sum(len(w) for w, _ in training_windows(idx, 0.75, W, 20)) == 9
+    want = 0.0
+    for whole in idx:
+        windows = cut(whole, 90)
+        for window in windows:
+            kind = window_kind(window, 0.75)
+            seen[kind, len(windows)] += 1
+            if kind == "recall":
+                window = recall_window(window, W)
+            elif kind == "question":
+                window = question_window(window, W)
+            readers = {"recall": len(window) // 2, "question": PASSAGE, "continuation": 20}[kind]
+            readers += kind == "recall" and len(window) % 2
+            prompt, alpha = training_example(m, window[None], readers)
+            assert len(window) - readers == prompt.T == prompt.n_context + W
+            wanted = targets(m.selector, prompt, alpha)
+            for name, p in m.selector.predictors.items():
+                how = m.selector.cfg if name == "predictor_query" else "mse"
+                want = want + p.loss(prompt, wanted[name], how) / len(windows) / 7
+    assert len(seen) > 4, seen
+    torch.testing.assert_close(predictor_loss(m, idx), want)
+    halves = predictor_loss(m, idx[:2]) * 2 + predictor_loss(m, idx[2:]) * 5
+    torch.testing.assert_close(predictor_loss(m, idx), halves / 7)
+    made = training_windows(idx, m.selector.cfg, W)
+    assert sum(part.share for part in made) == pytest.approx(1)
+    assert sum(len(part.windows) for part in made) == sum(seen.values())

@@ -14,7 +14,7 @@ import torch
 from cli import note
 from config import KVConfig, SelectConfig, check, comma_list
 from loaders.runs import Run, attach_storage
-from selection.training import fit_statistics
+from selection.training import PASSAGE, fit_statistics, parts_at_most
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from training.base import (
@@ -49,6 +49,7 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
         corpus.train, cfg.seed, batches=6, batch_size=4, window=window, device=w.device
     )
     note("calibrating value groups and signals")
+    check_shortest(kv, select, window)
     model.requires_grad_(False)
     attach_storage(model, kv, select, batches, cfg.seed)
     began = ""
@@ -81,6 +82,23 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
             **text_record(args, name, corpus),
             **base_record(args, base, folder),
         },
+    )
+
+
+def check_shortest(kv: KVConfig, select: SelectConfig, window: int) -> None:
+    """Raise ValueError where a part of a window would be too short for its readers, a passage that
+    is repeated, or a question."""
+    parts = parts_at_most(window, select.shortest)
+    region = max(kv.kv_tail, select.observers)
+    needed = kv.kv_tail + select.readers + 1
+    if select.recall:
+        needed = max(needed, 2 * (region + PASSAGE))
+    check(
+        parts == 1 or window // parts >= needed,
+        f"shortest={select.shortest} with windows of {window}, kv_tail={kv.kv_tail}, "
+        f"observers={select.observers}, readers={select.readers}, recall={select.recall:g}",
+        f"every part needs {needed} tokens",
+        f"give --shortest={needed} or more",
     )
 
 

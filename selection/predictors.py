@@ -5,7 +5,7 @@ so what it keeps is the same for every question. `expected_attention` is the sam
 (not the closed form of arXiv 2510.00636: that is `expected_attention_closed` in
 baselines/tokens.py). `predictor_query` is ours: per layer and KV head a small network over what the
 prompt already shows (observed and future attention, norms, distance), plus the token's hidden
-state, plus a product of its key with a summary of the query region.
+state, plus a product of its key with a summary of the asking tokens (Prompt.asking).
 
 Letters: selection/relevance.py."""
 
@@ -122,11 +122,11 @@ class HiddenPredictor(nn.Module):
 class QueryPredictor(nn.Module):
     """Ours: log-scores of context tokens per layer and KV head,
 
-        alpha = softmax(log-scores) * (attention the query region gave the context).
+        alpha = softmax(log-scores) * (attention the asking tokens gave the context).
 
     They are a sum: a two-layer GELU network over the features below, a linear map of them, a
     network on the token's hidden state, and key . u / sqrt(D), u a map of the mean hidden state of
-    the query region. All start at 0 but the linear map, which starts at feature 1: observed
+    the asking tokens. All start at 0 but the linear map, which starts at feature 1: observed
     attention. Trained by the KL divergence from the shares of attention that the tokens which
     follow give."""
 

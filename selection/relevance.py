@@ -1,8 +1,9 @@
 """How much will each token of a prompt be read by what follows? The signals behind selector.py,
 from none to trained ones.
 
-`observed` is the attention of the query region, the prompt's last tokens. `oracle` is that of the
-tokens that follow, from a pass that has seen them: an upper bound, not a method. `future` lets the
+`observed` is the attention of the asking tokens: the prompt's last, the query region or as many as
+--observers says. `oracle` is that of the tokens that follow, from a pass that has seen them: no
+method (and where nothing follows, of the query region, no upper bound). `future` lets the
 queries of earlier tokens stand for those to come, moved to the positions after the prompt
 (training-free; compare Expected Attention, arXiv 2510.00636). Rivals that drop whole tokens stand
 in baselines/tokens.py.
@@ -44,7 +45,8 @@ TINY = 1e-9  # below this a share of attention counts as none
 class Prompt:
     """What the compressed layers saw of a prompt: lists with a tensor per layer.
 
-    The last W = T - n_context columns are the query region."""
+    The last W = T - n_context columns are the query region. The asking tokens, whose attention is
+    observed, are these or the last `observers`."""
 
     x: Sequence[Tensor]  # (B, T, E)
     q: Sequence[Tensor]  # (B, H, T, D)
@@ -285,7 +287,7 @@ def oracle(prompt: Prompt, cfg: SelectConfig) -> Tensor:
 
 
 def observed(prompt: Prompt, cfg: SelectConfig) -> Tensor:
-    """Attention of the query region, max-pooled over cfg.pool tokens."""
+    """Attention of the asking tokens, max-pooled over cfg.pool tokens."""
     return pooled(prompt.observed, cfg.pool)
 
 

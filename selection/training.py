@@ -8,12 +8,12 @@ prompt alone. There are three kinds of windows:
     continuation   the text goes on: its last cfg.readers tokens read what came before
     recall         the first half is the prompt, and the readers repeat its context, cut into
                    passages of PASSAGE tokens, in an order that nobody could guess
-    question       the query region is the beginning of some passage of the context, and the
+    question       the asking tokens are the beginning of some passage of the context, and the
                    readers are the PASSAGE tokens that follow it there
 
 What goes on from a text looks at little of it; what is asked of it later may be anything. Who
 learns from repetition (KVzip, arXiv 2505.23416, repeats the whole context in order) keeps what
-cannot be guessed: names, numbers. Who learns from questions looks where the query region points.
+cannot be guessed: names, numbers. Who learns from questions looks where these point.
 cfg.recall is the share of the last two kinds, two of recall for one of question; a window's kind
 and its passages depend on its own tokens alone. How much of a context a token gets depends on how
 long that is, so a window is first cut into shorter ones, of a length between its own and

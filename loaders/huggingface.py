@@ -266,7 +266,7 @@ def open_folder(folder: Path) -> ModelFiles:
         with safe_open(path, "pt") as f:
             t = f.get_slice(theirs)[slice(*rows)] if rows else f.get_tensor(theirs)
         more = norm_offset(config, name)
-        return t.float() + more if more and t.is_floating_point() else t
+        return t.double() + more if more and t.is_floating_point() else t
 
     definition = None
     if (folder / "tokenizer.json").is_file():

@@ -612,6 +612,8 @@ def test_rows_take_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch)
 
     def trained(args, run_dir, w, where, what):
         tried.append(what)
+        if what.lr not in lowest:
+            raise trainer.NonFinite("loss nan", "try a lower rate")
         folder = run_dir / what.name
         folder.mkdir()
         log = [{"step": 0, "loss": 0.5}, *({"val_loss": loss} for loss in lowest[what.lr])]
@@ -633,6 +635,13 @@ def test_rows_take_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch)
     asked = SimpleNamespace(train=cfg)
     best = adapters.at_best_rate(asked, tmp_path, None, "base", what)
     assert best == replace(what, lr=0.01)
+    asked.train = TrainConfig(adapt_rates="0.3,0.1")
+    shutil.rmtree(tmp_path / "lora-rate0.1")
+    assert adapters.at_best_rate(asked, tmp_path, None, "base", what) == replace(what, lr=0.1)
+    asked.train = TrainConfig(adapt_rates="0.3,0.4")
+    with pytest.raises(trainer.NonFinite):
+        adapters.at_best_rate(asked, tmp_path, None, "base", what)
+    del tried[3:]
     names = ["lora-rate0.1", "lora-rate0.01", "lora-rate0.001"]
     assert tried == [replace(what, name=n, lr=r) for n, r in zip(names, cfg.rates, strict=True)]
     asked = SimpleNamespace(train=TrainConfig())

@@ -46,7 +46,7 @@ from training.base import (
     start_from,
     text_record,
 )
-from training.loop import Stage, train
+from training.loop import NonFinite, Stage, train
 from training.world import World, share_parameters
 
 # -- one adaptation
@@ -320,11 +320,17 @@ def distilled(args, run_dir: Path, w: World, where: str | Path) -> Path | str:
 
 def at_best_rate(args, run_dir: Path, w: World, where: str | Path, what: Adaptation) -> Adaptation:
     """A row at the one of --adapt_rates that gives it the lowest validation loss with the first
-    seed; as it is where none are given."""
+    seed; as it is where none are given. A rate at which a loss is not finite is out, unless all
+    are."""
     losses = {}
     for rate in args.train.rates:
         tried = replace(what, name=f"{what.adapter.adapter}-rate{rate:g}", lr=rate)
-        stage = adapted(args, run_dir, w, where, tried)
+        try:
+            stage = adapted(args, run_dir, w, where, tried)
+        except NonFinite:
+            if rate == args.train.rates[-1] and not losses:
+                raise
+            continue
         log = checkpoint.read_jsonl(stage.folder / "metrics.jsonl")
         losses[rate] = min(r["val_loss"] for r in log if "val_loss" in r)
     return replace(what, lr=min(losses, key=losses.get)) if losses else what

@@ -140,7 +140,7 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     texts = []
     if {*comma_list(cfg.tasks)} & {*READING}:  # the other tasks make their own text
         texts = read_texts(run, asked)
-    todo = make_tasks(cfg, run.tokenizer, window, texts, asked.data.template)
+    todo = make_tasks(cfg, run, window, texts, asked.data.template)
     say_where_few(todo, cfg.sequences)
     if "select" in methods:
         check_contexts(todo, cfg.query)

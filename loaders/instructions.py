@@ -10,7 +10,8 @@ A prompt is written by the model's own chat template, as a user's message, or pl
     Answer: OUTPUT<end>
 
 In training whole examples follow one another in a window, in one order; only the tokens of outputs,
-and the one that ends each, are learned. An example that is longer than a window is left out.
+and the one that ends each, are learned, but objective=distill and stage=select learn from every
+token. An example that is longer than a window is left out.
 """
 
 from __future__ import annotations
@@ -73,6 +74,16 @@ def read_examples(corpus: str) -> list[Example]:
     return examples
 
 
+def split_examples(
+    examples: list[Example], val_fraction: float
+) -> tuple[list[Example], list[Example]]:
+    """Part examples into those that are trained on and those held out, as data.split_documents
+    does."""
+    lines = [json.dumps(example) for example in examples]
+    train, val = split_documents(lines, val_fraction)
+    return [Example(*json.loads(s)) for s in train], [Example(*json.loads(s)) for s in val]
+
+
 class Template:
     """How a tokenizer's model is asked.
 
@@ -119,10 +130,9 @@ def instruct_corpus(corpus: str, cfg: DataConfig, tokenizer, block_size: int) ->
     """Return the training and validation examples of instruct:PATH for windows of block_size
     tokens. ValueError where too few are as short."""
     template = Template(tokenizer, cfg.template)
-    lines = [json.dumps(example) for example in read_examples(corpus)]
+    parts = split_examples(read_examples(corpus), cfg.val_fraction)
     splits = {}
-    for split, part in zip(("train", "val"), split_documents(lines, cfg.val_fraction), strict=True):
-        examples = [Example(*json.loads(line)) for line in part]
+    for split, examples in zip(("train", "val"), parts, strict=True):
         random.Random("instructions").shuffle(examples)
         header = {"corpus": label_of(corpus), "split": split}
         splits[split] = joined(examples, template, block_size, header)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 from generate import generate
-from loaders.instructions import Example, Template, read_examples
+from loaders.instructions import Example, Template, read_examples, split_examples
 from model import Transformer
 from settings.fields import check
 from tasks.common import Prompts, ThroughCache, decoded
@@ -27,20 +27,22 @@ class Instruct(Prompts):
 
     ends: ids that end an answer
     left_out: examples that were too long
+    split: val: of the part that the run's training held out; all: of the whole file
     found: scores of the last call by the examples' tasks"""
 
     room: int
     ends: list[int]
     left_out: int
+    split: str = "all"
     found: dict[str, list[float]] = field(default_factory=dict, compare=False, repr=False)
     name = "instruct"
     metric = "ROUGE-L"
 
     @property
     def also(self) -> dict:
-        """by_task: means of the last call; left_out."""
+        """by_task: means of the last call; left_out; split."""
         means = {task: mean(scores) for task, scores in sorted(self.found.items())}
-        return {"by_task": means, "left_out": self.left_out}
+        return {"by_task": means, "left_out": self.left_out, "split": self.split}
 
     def value(
         self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
@@ -65,12 +67,24 @@ class Instruct(Prompts):
 
 
 def instruct(
-    tokenizer, length: int, n: int, seed: int, query: int, corpus: str, template: str, room: int
+    tokenizer,
+    length: int,
+    n: int,
+    seed: int,
+    query: int,
+    corpus: str,
+    template: str,
+    room: int,
+    held_out: float = 0.0,
 ) -> Instruct:
     """Draw at most n examples of instruct:PATH by the seed, of those whose prompts leave `room` of
-    `length` tokens. ValueError where there is none."""
+    `length` tokens. ValueError where there is none.
+
+    held_out: share of the file that training held out, and all that is drawn from; 0: all of it"""
     asking = Template(tokenizer, template)
     examples = read_examples(corpus)
+    if held_out:
+        _, examples = split_examples(examples, held_out)
     every = [(asking.prompt(example), example) for example in examples]
     short = [(ids, example) for ids, example in every if len(ids) + room <= length]
     check(
@@ -89,4 +103,5 @@ def instruct(
         room=room,
         ends=asking.ends,
         left_out=len(every) - len(short),
+        split="val" if held_out else "all",
     )

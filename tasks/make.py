@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import batch, sequential
+from data import batch, same_text, sequential
+from loaders.runs import Run
 from measure_config import EvalConfig
 from settings.fields import check, comma_list
 from tasks.choices import multiple_choice
@@ -21,12 +22,12 @@ READING = ("perplexity", "continuation", "copy")  # the tasks that need a corpus
 
 
 def make_tasks(
-    cfg: EvalConfig, tokenizer, T: int, texts: Sequence[Text], template: str = "auto"
+    cfg: EvalConfig, run: Run, T: int, texts: Sequence[Text], template: str = "auto"
 ) -> list[Task]:
     """Make the tasks named by cfg.tasks, in that order, in contexts of T tokens, those in READING
     once for each of the texts. template: how instructions are written."""
     tasks: list[Task] = []
-    common = (tokenizer, T, cfg.sequences, cfg.seed, cfg.query)
+    common = (run.tokenizer, T, cfg.sequences, cfg.seed, cfg.query)
     for name in comma_list(cfg.tasks):
         if name == "perplexity":
             for text in texts:
@@ -48,10 +49,18 @@ def make_tasks(
         elif name == "zero_shot":
             tasks += [zero_shot(*common, path, cfg.question) for path in item_files(cfg)]
         elif name == "instruct":
-            tasks.append(instruct(*common, cfg.dataset, template, cfg.answer_tokens))
+            held_out = held_out_of(run, cfg.dataset)
+            tasks.append(instruct(*common, cfg.dataset, template, cfg.answer_tokens, held_out))
         else:
             tasks.append(multiple_choice(*common, cfg.questions, cfg.shots, cfg.shots_from))
     return tasks
+
+
+def held_out_of(run: Run, corpus: str) -> float:
+    """Return the share of a corpus that the run's training held out; 0 where it is another's."""
+    if not same_text(corpus, run.config.get("corpus", "")):
+        return 0.0
+    return run.config["data"]["val_fraction"]
 
 
 def item_files(cfg: EvalConfig) -> list[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,16 +28,17 @@ from measure_config import EvalConfig
 from runs import arguments, call, losses, pretrain
 from settings.train import DataConfig
 from tasks.instruct import instruct
+from tasks.make import make_tasks
 from tasks.rouge import rouge_l, words
 from tasks.text import answers_loss, mean_loss
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
-def write(folder: Path, n: int = 40) -> str:
-    """instruct:PATH of n examples of many lengths."""
+def write(folder: Path, n: int = 40, first: int = 0) -> str:
+    """instruct:PATH of n examples of many lengths, numbered from `first`."""
     rows = []
-    for i in range(n):
+    for i in range(first, first + n):
         row = {"instruction": f"Say {i}{'!' * (i % 7)}", "output": f"{i} " * (1 + i % 5)}
         if i % 2:
             row |= {"input": f"about {i}", "task": f"odd{i % 3}"}
@@ -268,6 +270,27 @@ def test_right_answers_score_one(tmp_path, monkeypatch):
     assert task.value(tiny_model(), 7, "float32") == 1
 
 
+def test_a_run_is_asked_what_its_training_held_out(tmp_path):
+    """Of the file that a run was trained on, its path spelled otherwise, every prompt is in the
+    held-out tokens and none in those trained on; of another's all are asked."""
+    where = write(tmp_path)
+    data = DataConfig(val_fraction=0.3)
+    corpus = instruct_corpus(where, data, ByteTokenizer(), 90)
+    config = {"corpus": f"instruct:{tmp_path}/../{tmp_path.name}/lines.jsonl", "data": vars(data)}
+    cfg = EvalConfig(tasks="instruct", dataset=where, sequences=99, answer_tokens=1)
+    run = SimpleNamespace(tokenizer=ByteTokenizer(), config=config)
+    (task,) = make_tasks(cfg, run, 90, [])
+
+    def inside(prompt: list[int], examples: Examples) -> bool:
+        return bytes(prompt) in bytes(i for i in examples.ids.tolist() if i < 256)
+
+    assert task.also["split"] == "val" and task.n == len(corpus.val.starts) > 5
+    assert all(inside(p, corpus.val) and not inside(p, corpus.train) for p in task.prompts)
+    run.config = {"corpus": f"instruct:{tmp_path}/others.jsonl"}
+    (task,) = make_tasks(cfg, run, 90, [])
+    assert task.also["split"] == "all" and task.n == 40
+
+
 # ----------------------------------------------------------------------------- the programs
 
 
@@ -296,10 +319,11 @@ def test_stages_train_on_instructions_and_eval_scores_them(tmp_path, capsys):
         found = losses(stage)
         assert float(found[-1][1]) < float(found[0][1])
         results = tmp_path / f"r-{name}"
-        call(evaluation, f"--out_dir={out}", "--tasks=instruct", f"--dataset={where}", "--sequences=5",
+        call(evaluation, f"--out_dir={out}", "--tasks=instruct", f"--dataset={where}", "--sequences=9",
              "--answer_tokens=4", f"--results={results}", "--query=3", "--block_size=96")  # fmt: skip
         (row,) = json.loads((results / "results.json").read_text())
-        assert (row["task"], row["metric"], row["n"]) == ("instruct", "ROUGE-L", 5)
+        assert (row["task"], row["metric"], row["split"]) == ("instruct", "ROUGE-L", "val")
+        assert 0 < row["n"] < 9
         assert set(row) >= {"by_task", "left_out"} and 0 <= row["value"] <= 1
     for asked, why in (
         (dict(dataset=where), "the task instruct, alone"),
@@ -316,20 +340,22 @@ def test_stages_train_on_instructions_and_eval_scores_them(tmp_path, capsys):
 
 def test_mixsga_rows_answer_instructions(tmp_path):
     """The table trained on instructions: perplexity of the answers, and ROUGE-L of what every row
-    generates, that of the first row's model as the task alone gives it."""
+    generates, to another file than is trained on."""
     where = write(tmp_path)
+    others = tmp_path / "others"
+    others.mkdir()
     text = f"text:{tmp_path / 'text.txt'}"
     (tmp_path / "text.txt").write_text("Some words to begin with. " * 900)
     base = pretrain(tmp_path / "base", text, "--pretrain_steps=2", "--block_size=96")
     results = tmp_path / "r"
+    common = [f"--out_dir={base}", "--tasks=mixsga", f"--dataset={where}", "--mixes=1-2@1:3"]
+    with pytest.raises(ValueError, match="its answers are trained on"):
+        call(evaluation, *common, f"--answered={others}/../lines.jsonl")
     call(
         evaluation,
-        f"--out_dir={base}",
-        "--tasks=mixsga",
-        f"--dataset={where}",
-        f"--answered={where.removeprefix('instruct:')}",
+        *common,
+        f"--answered={write(others, 40, 100).removeprefix('instruct:')}",
         "--answer_tokens=4",
-        "--mixes=1-2@1:3",
         "--steps=2",
         "--h2o=",
         f"--results={results}",

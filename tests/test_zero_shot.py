@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,4 +298,4 @@ def test_files_of_one_name_are_refused(tmp_path):
     assert item_files(cfg) == [str(one), "zero_shot.jsonl"]
     with pytest.raises(ValueError, match="both be the task"):
         cfg = EvalConfig(tasks="zero_shot", items=f"{one},{other}")
-        make_tasks(cfg, ByteTokenizer(), 99, [])
+        make_tasks(cfg, SimpleNamespace(tokenizer=ByteTokenizer()), 99, [])

@@ -34,7 +34,7 @@ from torch import Tensor
 import mixsga
 from baselines import shared_heads
 from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, check, comma_list
-from data import Corpus, prepare, sequential
+from data import Corpus, prepare, same_text, sequential
 from loaders import checkpoint
 from loaders.device import pick_device
 from loaders.instructions import instruct_corpus
@@ -347,6 +347,13 @@ def experiment_of(
     train = TrainConfig(dtype=cfg.dtype, warmup=0.1, adapt_lr=cfg.lr)
     if place:
         base = dense_base(place, options, w.device)
+        trained_on = f"{cfg.dataset},{base.config.get('corpus', '')}"
+        check(
+            not cfg.answered or not same_text(f"instruct:{cfg.answered}", trained_on),
+            f"answered={cfg.answered}",
+            "its answers are trained on",
+            "give a file of others",
+        )
         rows_of(cfg, kv, base.model.cfg)
         longest = base.model.cfg.block_size
         name = cfg.dataset or base.config.get("corpus", "pycode")

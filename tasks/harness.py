@@ -7,32 +7,33 @@
     fold(attach_storage(run.model, kv, select, [ids]))      # or nothing: whole keys and values
     print(simple_evaluate(CachedModel(run.model, run.tokenizer), tasks=["hellaswag"])["results"])
 
-A context goes into the cache once, as a prompt does, and is compressed there; its answers are read
-after it token by token, each stored as a generated token is. Rolling log-likelihoods have no
-context: windows of a text are read at once, every position as decoding would read it, with values
-whole where the storage chooses from a prompt (kv=select).
+A context but for its last token goes into the cache once, as a prompt does, and is compressed
+there; that token, which predicts the first of an answer, and the answers are read after it token by
+token, each stored as a generated token is. Rolling log-likelihoods have no context: windows of a
+text are read at once, every position as decoding would read it, with values whole where the storage
+chooses from a prompt (kv=select).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from tqdm import tqdm
 
 from generate import generate, prefill
 from loaders.device import autocast
-from loaders.runs import load_run
 from loaders.tokenizer import decode_after, encoded, end_tokens
 from model import Transformer, evaluating
+from settings.fields import check
 from storage.layout import at_least_float32
+from tasks.common import ThroughCache
 
 MAX_NEW_TOKENS = 256  # of an answer, where the task does not say
+PIECE = 256  # tokens of a window whose logits are float32 at a time
 
 
-@register_model("subtoken")
 class CachedModel(TemplateLM):
     """A model and its tokenizer, as the harness asks for them.
 
@@ -45,13 +46,6 @@ class CachedModel(TemplateLM):
         self.dtype = dtype
         self.rows = rows
         self._device = model.norm.weight.device
-
-    @classmethod
-    def create_from_arg_dict(cls, arg_dict: dict, additional_config: dict | None = None):
-        """Load the model at `path` on `device`, as a run stores it: the harness's --model_args."""
-        settings = {k: v for k, v in arg_dict.items() if k in ("dtype", "rows")}
-        run = load_run(arg_dict["path"], arg_dict.get("device", "cpu"))
-        return cls(run.model, run.tokenizer, **settings)
 
     @property
     def eot_token_id(self) -> int:
@@ -79,6 +73,12 @@ class CachedModel(TemplateLM):
         groups: dict[tuple, list[int]] = {}
         for i, (_, context, continuation) in enumerate(requests):
             room = longest - len(continuation) + 1  # the last token is predicted only
+            check(
+                room > 0,
+                f"an answer of {len(continuation)} tokens",
+                f"the model reads {longest} tokens, one of them of the context",
+                "leave the task out",
+            )
             groups.setdefault(tuple(context[-room:]), []).append(i)
         out: list = [None for _ in requests]
         for context, members in tqdm(groups.items(), disable=kwargs.get("disable_tqdm", False)):
@@ -90,18 +90,27 @@ class CachedModel(TemplateLM):
         return out
 
     def scores(self, context: list[int], answers: list[list[int]]) -> list[tuple[float, bool]]:
-        """Return (log-probability, whether greedy) of each answer after one context, which is read
-        once."""
+        """Return (log-probability, whether greedy) of each answer after one context, all but the
+        last token of which is read once."""
+        n = len(answers)
         T = max(map(len, answers))
+        lengths = torch.tensor([len(a) for a in answers], device=self._device)
         padded = torch.tensor([a + [0] * (T - len(a)) for a in answers], device=self._device)
+        total = torch.zeros(n, dtype=torch.float64, device=self._device)
+        greedy = torch.ones(n, dtype=torch.bool, device=self._device)
         with evaluating(self.model), autocast(self._device, self.dtype):
             idx = torch.tensor([context], device=self._device)
-            logits, cache = prefill(self.model, idx, len(context) + T - 1)
+            logits, cache = prefill(ThroughCache(self.model), idx, len(context) + T - 1)
             cache = cache.select_sequences([0 for _ in answers])
-            steps = [logits.expand(len(answers), -1)]
-            for t in range(T - 1):
-                steps.append(self.model.decode(padded[:, t : t + 1], cache)[:, -1])
-        return score_rows(torch.stack(steps, 1), padded, answers)
+            logits = logits.expand(n, -1)
+            for t in range(T):
+                if t > 0:
+                    logits = self.model.decode(padded[:, t - 1 : t], cache)[:, -1]
+                counts = t < lengths
+                log_p = at_least_float32(logits).log_softmax(-1)  # (n, vocab)
+                total += torch.where(counts, log_p.gather(1, padded[:, t : t + 1])[:, 0], 0.0)
+                greedy &= ~counts | (log_p.argmax(-1) == padded[:, t])
+        return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each whole text, in windows as long as the context."""
@@ -118,9 +127,11 @@ class CachedModel(TemplateLM):
         """Return the log-probability of a text after a context, all positions read at once."""
         idx = torch.tensor([context + text[:-1]], device=self._device)
         with evaluating(self.model), autocast(self._device, self.dtype):
-            logits = self.model(idx)[:, len(context) - 1 :]
-        target = torch.tensor([text], device=self._device)
-        return score_rows(logits, target, [text])[0][0]
+            logits = self.model(idx)[0, len(context) - 1 :]  # (tokens of the text, vocab)
+        targets = torch.tensor(text, device=self._device)
+        pieces = zip(logits.split(PIECE), targets.split(PIECE), strict=True)
+        losses = [F.cross_entropy(at_least_float32(p), y, reduction="sum") for p, y in pieces]
+        return -sum(map(float, losses))
 
     # -- answers
 
@@ -133,7 +144,14 @@ class CachedModel(TemplateLM):
         stops = settings.get("until") or []
         stops = [stops] if isinstance(stops, str) else stops
         n = int(settings.get("max_gen_toks", MAX_NEW_TOKENS))
-        ids = self.tok_encode(context)[-(self.model.cfg.block_size - n) :] or [self.prefix_token_id]
+        longest = self.model.cfg.block_size
+        check(
+            0 < n < longest,
+            f"max_gen_toks={n}",
+            f"the model reads {longest} tokens, one of them of the context",
+            "give a smaller max_gen_toks, at least 1",
+        )
+        ids = self.tok_encode(context)[n - longest :] or [self.prefix_token_id]
         temperature = float(settings.get("temperature", 0.0))
         new: list[int] = []
 
@@ -145,7 +163,7 @@ class CachedModel(TemplateLM):
         try:
             with autocast(self._device, self.dtype):
                 rows, _ = generate(
-                    self.model,
+                    ThroughCache(self.model),
                     [ids],
                     n,
                     temperature=temperature if settings.get("do_sample") else 0.0,
@@ -161,20 +179,3 @@ class CachedModel(TemplateLM):
 
 class Stopped(Exception):
     """A stop string has come."""
-
-
-def score_rows(
-    logits: Tensor, targets: Tensor, answers: list[list[int]]
-) -> list[tuple[float, bool]]:
-    """Return the summed log-probability of each answer and whether all of it is the likeliest.
-
-    logits   (n, T, vocab), of every token of the answers, padded on the right
-    targets  (n, T) int64, the answers, padded on the right"""
-    log_p = at_least_float32(logits).log_softmax(-1)
-    taken = log_p.gather(-1, targets[..., None])[..., 0]  # (n, T)
-    greedy = log_p.argmax(-1) == targets
-    lengths = [len(a) for a in answers]
-    return [
-        (float(taken[i, :n].double().sum()), bool(greedy[i, :n].all()))
-        for i, n in enumerate(lengths)
-    ]

@@ -178,8 +178,7 @@ def say_where_whole(task: Task, kv: KVConfig, ways: list[SelectConfig]) -> None:
         if 2 * n > kv_bytes * length:
             say(
                 f"{task.name}: the {n} tokens that stay whole take {n / length:.1%} of the "
-                f"{kv_bytes:.1%} of {length} tokens' bytes: give a smaller --query, such as 4, or "
-                "longer contexts"
+                f"{kv_bytes:.1%} of {length} tokens' bytes: give --query=4, or longer contexts"
             )
 
 
@@ -389,8 +388,7 @@ def measure_ks(work: Work, setting: Setting) -> tuple[list[dict], Shown | None]:
             dense = dense_value(work, task, stored)
             if setting.tried:
                 about = about_row(work.run, cfg, stored)
-                begin = partial(row_of, work, task)
-                got = sweep(model, task, setting.tried, about, dense, begin)
+                got = sweep(model, task, setting.tried, about, dense, partial(row_of, work, task))
                 if is_trained(work.run) and "dense" in work.methods:
                     got[0]["name"] = "whole"  # all groups of a model that was trained to keep K
                 rows += got

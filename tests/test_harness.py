@@ -85,6 +85,9 @@ def test_answers_are_scored_as_generation_reads_them(make, harness):
     long = [i % 20 for i in range(model.cfg.block_size + 9)]
     requests = [(first, [7, 8]), (long, [3]), (first, [2, 9, 11, 4]), (first, [6]), (long, [5, 1])]
     requests.append(([26], [4, 4, 2]))
+    with evaluating(model):
+        likeliest = int(read_context(model, first, 1)[0][0, -1].argmax())
+    requests.insert(0, (first, [likeliest]))  # greedy, padded beside a longer one
     got = asked._loglikelihood_tokens([(None, *r) for r in requests], disable_tqdm=True)
     for (context, answer), (score, greedy) in zip(requests, got, strict=True):
         context = context[-(model.cfg.block_size - len(answer) + 1) :]
@@ -98,6 +101,7 @@ def test_answers_are_scored_as_generation_reads_them(make, harness):
                 if len(likeliest) < len(answer):
                     logits = model.decode(torch.tensor([[i]]), cache)
         assert score == pytest.approx(want, rel=1e-9) and greedy == all(likeliest)
+    assert got[0][1]
 
 
 def test_an_answer_of_one_token_comes_from_what_is_kept(harness):

@@ -79,7 +79,8 @@ class CachedModel(TemplateLM):
                 f"the model reads {longest} tokens, one of them of the context",
                 "leave the task out",
             )
-            groups.setdefault(tuple(context[-room:]), []).append(i)
+            read = tuple(context[-room:]) or (self.prefix_token_id,)  # blanks may have no token
+            groups.setdefault(read, []).append(i)
         out: list = [None for _ in requests]
         for context, members in tqdm(groups.items(), disable=kwargs.get("disable_tqdm", False)):
             for at in range(0, len(members), self.rows):

@@ -102,6 +102,8 @@ def test_answers_are_scored_as_generation_reads_them(make, harness):
                     logits = model.decode(torch.tensor([[i]]), cache)
         assert score == pytest.approx(want, rel=1e-9) and greedy == all(likeliest)
     assert got[0][1]
+    (blank,) = asked._loglikelihood_tokens([(None, [], [4, 4, 2])], disable_tqdm=True)
+    assert blank == got[-1]
 
 
 def test_an_answer_of_one_token_comes_from_what_is_kept(harness):

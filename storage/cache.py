@@ -145,6 +145,10 @@ class LayerCacheBase(Protocol):
         """Return where the segments of a flat tensor start, and their slots: (B, h) int64 twice."""
         raise KeyError(owner)
 
+    def fit(self, n_tokens: int) -> None:
+        """Give up room beyond that for n_tokens more, and take what is missing of that; a subclass
+        that takes no room ahead does nothing."""
+
     def set_bases(self) -> None:
         """Work out anew what follows from the other tensors: how many sequences there are, and, in
         a subclass, every tensor whose owner is "base"."""
@@ -521,11 +525,10 @@ class KVCache:
             layer.reserve(n_tokens)
 
     def fit(self, n_tokens: int) -> None:
-        """Give every window that keeps all it gets room for n_tokens more, no less and no more: the
-        bytes it holds are those of its tokens then. Other layers give tokens up by themselves."""
+        """Give every layer room for n_tokens more, no less and no more: the bytes it holds are those
+        of its tokens then."""
         for layer in self.layers:
-            if isinstance(layer, DenseCache):
-                layer.fit(n_tokens)
+            layer.fit(n_tokens)
 
     def check_usable(self) -> None:
         """Raise ValueError after a step that failed half-way (its layers no longer agree), and

@@ -388,18 +388,22 @@ class PackedCache(WindowCache):
 
     def _grow(self, need: int, exact: bool = False) -> None:
         """Have room for `need` packed tokens in every segment."""
-        old_cap = self.cap
-        if need <= old_cap:
-            return
+        if need > self.cap:
+            self._resize(need if exact else max(need, self.cap + self.cap // 4))
+
+    def _resize(self, cap: int) -> None:
+        """Have room for `cap` packed tokens in every segment, of whole blocks."""
         names = [*self.codec.owners, "bits"]
         old = {name: getattr(self, name) for name in names}
-        self._allocate(need if exact else max(need, old_cap + old_cap // 4))
+        self._allocate(cap)
         for name, t in old.items():
-            if t.numel():
+            new = getattr(self, name)
+            if t.numel() and new.numel():
                 heads = self.mask_heads if name == "bits" else self.Hkv
-                new = getattr(self, name)
                 before = t.view(self.batch * heads, -1, *t.shape[1:])
-                new.view(self.batch * heads, -1, *t.shape[1:])[:, : before.size(1)] = before
+                after = new.view(self.batch * heads, -1, *t.shape[1:])
+                n = min(before.size(1), after.size(1))
+                after[:, :n] = before[:, :n]
 
     def reserve(self, n_tokens: int) -> None:
         longest = int((self.n_packed + self.n_window).max()) if self.batch else 0
@@ -407,6 +411,12 @@ class PackedCache(WindowCache):
         self.room = self.cap + self.window - longest
         if self.sinks_open:
             self.sinks_open = bool((self.n_sink < self.codec.n_sinks).any())
+
+    def fit(self, n_tokens: int) -> None:
+        longest = int((self.n_packed + self.n_window).max())
+        need = max(int(self.n_packed.max()), longest + n_tokens - self.window)
+        self._resize(need)
+        self.room = self.cap + self.window - longest
 
     # ---- reading
 

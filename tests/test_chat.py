@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from foreign import needs_smol, random_model, run_of, smol
-from helpers import TINY, tiny_model, tokens
+from helpers import TINY, grouped_model, tiny_model, tokens
 from test_parity import elsewhere
 from test_tokenizer import sentencepiece, small
 
@@ -278,6 +278,27 @@ def test_token_after_an_answer_ends_it():
 
 
 # ----------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("n_tokens", [3, 30, 61])
+def test_packed_caches_fit_their_tokens(bits, n_tokens):
+    """After fit(0) a cache of value groups has the bytes of one made for its tokens alone, however
+    much room it was made with, and reads on as before; after fit(n) n more go in without growing."""
+    model = grouped_model(key_bits=bits, value_bits=bits, key_block=16, kv_tail=4, prefill="exact")
+    idx = tokens(2, n_tokens + 20, seed=2)
+    caches = [model.new_cache(2, most) for most in (n_tokens, 150)]
+    with torch.no_grad():
+        for cache in caches:
+            model.prefill(idx[:, :n_tokens], cache)
+        caches[1].fit(0)
+        assert caches[1].nbytes() == caches[0].nbytes()
+        caches[1].fit(20)
+        held = caches[1].nbytes()
+        for t in range(n_tokens, n_tokens + 20):
+            one, other = (model.decode(idx[:, t : t + 1], cache) for cache in caches)
+            assert torch.equal(one, other)
+        assert caches[1].nbytes() == held
 
 
 @pytest.mark.parametrize("window", [0, 5, 14, 40])

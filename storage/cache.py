@@ -525,8 +525,8 @@ class KVCache:
             layer.reserve(n_tokens)
 
     def fit(self, n_tokens: int) -> None:
-        """Give every layer room for n_tokens more, no less and no more: the bytes it holds are those
-        of its tokens then."""
+        """Give every layer room for n_tokens more, no less and no more: the bytes it holds are
+        those of its tokens then."""
         for layer in self.layers:
             layer.fit(n_tokens)
 

@@ -94,6 +94,37 @@ def test_first_bucket_leaves_before_the_last_gradient_is_there(monkeypatch):
     assert len(sent) == 5  # and the numbers; a later pass sends nothing
 
 
+# -- a rank that leaves
+
+TWO_ENDS = """
+import os, socket, sys, time
+from training import world as ranks
+ranks.NOTICE_SECONDS = 0.1
+ends = socket.socketpair()
+rank = int(not os.fork())  # the child is rank 1
+ends[1 - rank].close()
+ranks.Peers._host = ranks.Peers._join = lambda self: [ends[rank]]
+peers = ranks.Peers(rank, 2)
+if rank == 0:
+    time.sleep(1)
+elif sys.argv[1] == "killed":
+    os._exit(1)
+peers.say_goodbye()
+peers.leave()
+"""
+
+
+@pytest.mark.parametrize("how, code", [("done", 0), ("killed", ranks.PEER_GONE)])
+def test_rank_that_is_done_leaves_the_others_at_work(how, code):
+    """Rank 1 ends at once, rank 0 works ten times as long as it has to end by itself: it comes to
+    its end where rank 1 had come to its own, and ends with PEER_GONE where rank 1 was killed; no
+    thread of either ends by an error."""
+    p = python("-c", TWO_ENDS, how)
+    assert p.returncode == code, p.err
+    assert ("another process of this job is gone" in p.err) == (how == "killed")
+    assert "Exception in thread" not in p.err
+
+
 # -- weights shared out
 
 

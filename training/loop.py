@@ -6,7 +6,7 @@ needs no stored generator state to repeat itself bit for bit. Gradients are summ
 and ranks with the weight each sequence has in the global batch, while the backward pass runs
 (training/world.py): any split of a batch, uneven or empty shares too, means the same step.
 
-    torchrun --nproc_per_node=2 train.py --stage=pretrain
+    torchrun --nproc_per_node=2 -- train.py --stage=pretrain
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def gradients(
         share = len(xb) / stage.batch_size
         with autocast(w.device, cfg.dtype):
             loss = stage.loss(forward, xb, yb)
-        if i == len(parts) - 1 and len(whole) == len(stage.params):
+        if i == len(parts) - 1 and not cfg.shard:  # where blocks are gathered meanwhile
             sums.start()
         (with_side_losses(stage, loss) * share).backward()
         numbers[0] += loss.detach().double() * share

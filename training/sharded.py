@@ -10,7 +10,7 @@ A stage is built whole on each device before its weights are shared out: 4 bytes
 fit one. A checkpoint is that of one process and loads on any number of ranks: rank 0 puts it
 together in its host's memory, 12 bytes a parameter that is trained.
 
-    torchrun --nproc_per_node=2 train.py --stage=pretrain --shard
+    torchrun --nproc_per_node=2 -- train.py --stage=pretrain --shard
 """
 
 from __future__ import annotations

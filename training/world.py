@@ -1,6 +1,6 @@
 """This process among its peers: torchrun's variables decide, and one process is a world of its own.
 
-torchrun --nproc_per_node=2 train.py --stage=pretrain
+torchrun --nproc_per_node=2 -- train.py --stage=pretrain
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from model import Transformer
 
 BUCKET_BYTES = 32 * 2**20  # of gradients that are summed at once
 NOTICE_SECONDS = 1.0  # that a process has to end by itself after a peer went
+GOODBYE = b"."  # what a process that has done its part sends
 PEER_GONE = 4  # exit code of a process that ends because another did
 
 
@@ -70,6 +71,7 @@ def world(device_name: str):
     peers = Peers(rank, size)
     try:
         yield World(rank, size, device)
+        peers.say_goodbye()
     except RuntimeError:
         # If a peer went, the watch says so and ends this process meanwhile; torchrun's signal,
         # which comes then, would end it unsaid.
@@ -85,8 +87,9 @@ class Peers:
     """Ends this process soon after another one of the job was killed, with one line, instead of
     waiting in a collective for what will not come.
 
-    Every process holds a connection to rank 0, over which nothing is sent: the system closes it
-    when either process ends, however it does. Rank 0 notices the others, and they notice it."""
+    Every process holds a connection to rank 0, which the system closes when either process ends,
+    however it does; one that has done its part says goodbye over it first, and the other works on.
+    Rank 0 notices the others, and they notice it."""
 
     def __init__(self, rank: int, size: int):
         self.rank = rank
@@ -114,10 +117,12 @@ class Peers:
         return [socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=60)]
 
     def _watch(self, link: socket.socket) -> None:
-        """Wait until the other end is closed, and end this process unless it is ending itself."""
-        link.settimeout(None)
+        """Wait until the other end says goodbye or is closed; where it is closed without, end this
+        process unless it is ending itself."""
         with suppress(OSError):
-            link.recv(1)
+            link.settimeout(None)
+            if link.recv(1) == GOODBYE:
+                return
         time.sleep(NOTICE_SECONDS)  # where all end by one error, each says its own
         if not self.leaving:
             print(
@@ -127,6 +132,12 @@ class Peers:
                 flush=True,
             )
             os._exit(PEER_GONE)
+
+    def say_goodbye(self) -> None:
+        """Tell the others that this process has done its part: its end is no reason for theirs."""
+        for link in self.links:
+            with suppress(OSError):
+                link.sendall(GOODBYE)
 
     def leave(self) -> None:
         """Close the connections: the end is meant."""

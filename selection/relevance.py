@@ -16,7 +16,7 @@ padding columns mean nothing, and selector.py never keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -113,19 +113,28 @@ class Prompt:
     @cached_property
     def observed(self) -> Tensor:
         """Mean attention of the asking tokens on the context: (L, B, Hkv, C)."""
-        return self._asked()
+        return self._asked[0]
 
     @cached_property
     def strongest(self) -> Tensor:
         """Largest attention of an asking token and query head on the context: (L, B, Hkv, C)."""
-        return self._asked(most=True)
+        return self._asked[1]
 
-    def _asked(self, most: bool = False) -> Tensor:
-        """Attention of the asking tokens, their mean or the largest."""
+    @cached_property
+    def _asked(self) -> tuple[Tensor, Tensor]:
+        """Attention of the asking tokens, the mean and the largest, from one pass over the keys."""
         if not len(self.asking):
             raise ValueError(NOBODY_ASKS)
-        weight = None if self.pad is None else self.real[:, self.asking].float()
-        return self.causal(self.asking, weight, most)
+        q = self.queries(self.asking)
+        there = self.real[:, self.asking].float()  # (B, Q)
+        weight = self.weights(q, None if self.pad is None else there)
+        mean = []
+        largest = []
+        for shares in self.shares(q, self.before(self.asking)):
+            mean.append(weighed(weight, shares))
+            largest.append((shares * (weight.mT > 0)).amax(-2))
+        valid = self.valid[:, None]
+        return torch.cat(mean) * valid, torch.cat(largest) * valid
 
     @cached_property
     def asking(self) -> Tensor:
@@ -133,11 +142,15 @@ class Prompt:
         n = min(self.observers, self.T) or self.T - self.n_context
         return self.column[self.T - n :]
 
-    def causal(self, rows: Tensor, weight: Tensor | None = None, most: bool = False) -> Tensor:
+    def before(self, rows: Tensor) -> Tensor:
+        """Mark what neighbouring columns `rows` (Q,) read of the columns from the first of them on:
+        (Q, V) bool."""
+        return self.column[rows[0] :] <= rows[:, None]
+
+    def causal(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Attention of neighbouring columns `rows` on the context, each reading what came before
         it: see attention."""
-        visible = self.column[rows[0] :] <= rows[:, None]
-        return self.attention(self.queries(rows), visible, weight, most)
+        return self.attention(self.queries(rows), self.before(rows), weight)
 
     def queries(self, columns: Tensor) -> Tensor:
         """Queries of some columns (Q,), or of each row's own (B, Q): (L, B, H, Q, D)."""
@@ -146,11 +159,7 @@ class Prompt:
         return torch.stack([q.take_along_dim(columns[:, None, :, None], 2) for q in self.q])
 
     def attention(
-        self,
-        q: Tensor,
-        visible: Tensor | None = None,
-        weight: Tensor | None = None,
-        most: bool = False,
+        self, q: Tensor, visible: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
         """Return the mean attention on each context token, (L, B, Hkv, C): over the query heads of
         a KV head and over queries.
@@ -158,17 +167,26 @@ class Prompt:
         q        (L, B, H, Q, D)
         visible  (Q, V) bool, what a query may read of the prompt's last V columns; earlier columns
                  always; None: all
-        weight   (B, Q), of each query in the mean
-        most     the largest instead of the mean, of queries whose weight is not 0"""
+        weight   (B, Q), of each query in the mean"""
+        weight = self.weights(q, weight)
+        out = [weighed(weight, shares) for shares in self.shares(q, visible)]
+        return torch.cat(out) * self.valid[:, None]
+
+    def weights(self, q: Tensor, weight: Tensor | None) -> Tensor:
+        """Return the part of each query head and query in a mean: (B, 1, 1, n Q); see attention."""
+        _, B, H, Q, _ = q.shape
+        n = H // self.keys.size(2)
+        if weight is None:
+            weight = torch.full((B, Q), 1 / Q, device=q.device)
+        else:
+            weight = weight / weight.sum(-1, keepdim=True).clamp_min(TINY)
+        return weight.repeat(1, n)[:, None, None] / n
+
+    def shares(self, q: Tensor, visible: Tensor | None) -> Iterator[Tensor]:
+        """Yield attention on the context of some layers at a time, (l, B, Hkv, n Q, C) float32, the
+        query heads of a KV head in turn; see attention."""
         L, B, H, Q, D = q.shape
         n = H // self.keys.size(2)
-        out = []
-        weight = (
-            torch.full((B, Q), 1 / Q, device=q.device)
-            if weight is None
-            else weight / weight.sum(-1, keepdim=True).clamp_min(TINY)
-        )
-        weight = weight.repeat(1, n)[:, None, None] / n  # (B, 1, 1, n Q)
         step = max(1, CHUNK // (B * H * Q * self.T))
         for i in range(0, L, step):
             scaled = (q[i : i + step] * D**-0.5).unflatten(2, (-1, n)).flatten(3, 4)
@@ -179,13 +197,7 @@ class Prompt:
                 p[..., self.T - visible.size(1) :].masked_fill_(~visible.repeat(n, 1), NEVER)
             if self.pad is not None:
                 p.masked_fill_(~self.real[:, None, None], NEVER)
-            with torch.autocast(p.device.type, enabled=False):  # the sum in float32
-                shares = p.softmax(-1)[..., : self.n_context]
-                if most:
-                    out.append((shares * (weight.mT > 0)).amax(-2))
-                else:
-                    out.append((weight @ shares).squeeze(-2))
-        return torch.cat(out) * self.valid[:, None]
+            yield p.softmax(-1)[..., : self.n_context]
 
     def moved(self, columns: Tensor, ahead: int) -> Tensor:
         """queries(columns) as if their tokens came `ahead` after the prompt: RoPE turns them
@@ -236,6 +248,12 @@ class Prompt:
         return self.attention(
             self.moved(columns, cfg.ahead), weight=self.real.gather(1, columns).float()
         )
+
+
+def weighed(weight: Tensor, shares: Tensor) -> Tensor:
+    """Sum shares (l, B, Hkv, n Q, C) by weight (B, 1, 1, n Q), in float32: (l, B, Hkv, C)."""
+    with torch.autocast(shares.device.type, enabled=False):
+        return (weight @ shares).squeeze(-2)
 
 
 def norms(t: Tensor) -> Tensor:

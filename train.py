@@ -134,11 +134,10 @@ def run_stages(args, run_dir: Path, w: World) -> None:
         base = args.base.init_from
         fresh = base == "scratch"
         note(f"reading {args.train.corpus('pretrain')}" if fresh else f"loading {base}")
-        text = run_table(args, run_dir, w)
+        text, stage = run_table(args, run_dir, w)
         if w.main:
             write_record(run_dir, device_name(w.device), began, texts_of(args))
             print(f"\n{text}")
-            stage = run_dir / f"routed-s{args.train.seed}"
             print(f"next: python sample.py --out_dir={shlex.quote(str(stage))}", file=sys.stderr)
     else:
         train(stage_of(args, run_dir, w), args.train, w)

@@ -635,14 +635,15 @@ def test_rows_take_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch)
     asked = SimpleNamespace(train=cfg)
     best = adapters.at_best_rate(asked, tmp_path, None, "base", what)
     assert best == replace(what, lr=0.01)
+    assert adapters.named(best, cfg).name == "lora-s4-rate0.01"  # its first seed is trained once
     asked.train = TrainConfig(adapt_rates="0.3,0.1")
-    shutil.rmtree(tmp_path / "lora-rate0.1")
+    shutil.rmtree(tmp_path / "lora-s4-rate0.1")
     assert adapters.at_best_rate(asked, tmp_path, None, "base", what) == replace(what, lr=0.1)
     asked.train = TrainConfig(adapt_rates="0.3,0.4")
     with pytest.raises(trainer.NonFinite):
         adapters.at_best_rate(asked, tmp_path, None, "base", what)
     del tried[3:]
-    names = ["lora-rate0.1", "lora-rate0.01", "lora-rate0.001"]
+    names = ["lora-s4-rate0.1", "lora-s4-rate0.01", "lora-s4-rate0.001"]
     assert tried == [replace(what, name=n, lr=r) for n, r in zip(names, cfg.rates, strict=True)]
     asked = SimpleNamespace(train=TrainConfig())
     assert adapters.at_best_rate(asked, tmp_path, None, "base", what) is what and len(tried) == 3

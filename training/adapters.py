@@ -237,9 +237,9 @@ class Table:
     masks: Tensor | None = None
 
 
-def run_table(args, run_dir: Path, w: World) -> str:
+def run_table(args, run_dir: Path, w: World) -> tuple[str, Path]:
     """Pretrain or load the base, adapt every row with every seed that time allows, measure, write
-    results.json and report.png; returns the table as text."""
+    results.json and report.png; returns the table as text, and the sub-token row's first folder."""
     begin = time.time()
     cfg: TrainConfig = args.train
     where, curves = base_of_table(args, run_dir, w)
@@ -260,16 +260,17 @@ def run_table(args, run_dir: Path, w: World) -> str:
         rows[row.name] = at_best_rate(args, run_dir, w, where, what)
     for seed in seeds_in_time(cfg, w, begin):
         for name, row in rows.items():
-            what = replace(row, name=f"{row.adapter.adapter}-s{seed}", seed=seed)
+            what = named(replace(row, seed=seed), cfg)
             add_row(table, name, adapted(args, run_dir, w, where, what), task, cfg)
     if w.main:
         write_table(table, run_dir)
     text = cfg.test_dataset or f"{cfg.corpus('adapt')} validation"
-    return (
+    shown = (
         f"{result_table(table.rows)}\n\n{finding(table.rows)}\n{text}, {task.n:,} tokens; "
         f"decode mode; cache of 4 sequences of {task.x.size(1)} tokens; {run_dir}/results.json, "
         f"{run_dir}/report.png; {time.time() - begin:.0f} s"
     )
+    return shown, run_dir / named(rows["sub-token"], cfg).name
 
 
 def base_of_table(args, run_dir: Path, w: World) -> tuple[str | Path, dict[str, Path]]:
@@ -324,7 +325,7 @@ def at_best_rate(args, run_dir: Path, w: World, where: str | Path, what: Adaptat
     are."""
     losses = {}
     for rate in args.train.rates:
-        tried = replace(what, name=f"{what.adapter.adapter}-rate{rate:g}", lr=rate)
+        tried = named(replace(what, lr=rate), args.train)
         try:
             stage = adapted(args, run_dir, w, where, tried)
         except NonFinite:
@@ -334,6 +335,13 @@ def at_best_rate(args, run_dir: Path, w: World, where: str | Path, what: Adaptat
         log = checkpoint.read_jsonl(stage.folder / "metrics.jsonl")
         losses[rate] = min(r["val_loss"] for r in log if "val_loss" in r)
     return replace(what, lr=min(losses, key=losses.get)) if losses else what
+
+
+def named(what: Adaptation, cfg: TrainConfig) -> Adaptation:
+    """A row's adaptation, its folder named by adapter and seed, and by its rate where rates are
+    compared: so the first seed is trained once at each."""
+    rate = f"-rate{what.lr:g}" if cfg.rates else ""
+    return replace(what, name=f"{what.adapter.adapter}-s{what.seed}{rate}")
 
 
 def adapted(args, run_dir: Path, w: World, where: str | Path, what: Adaptation) -> Stage:

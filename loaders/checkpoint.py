@@ -2,8 +2,8 @@
 they are read.
 
 A stage folder holds checkpoint folders `step-00000200` and perhaps `best`. A checkpoint folder
-holds any of `model.safetensors`, `adapter.safetensors`, `config.json` and `state.pt` (optimizer,
-RNG), and always `manifest.json`:
+holds any of `model.safetensors`, `adapter.safetensors`, `config.json`, `tokenizer.json` (where the
+model was trained with one) and `state.pt` (optimizer, RNG), and always `manifest.json`:
 
     {"format": 1, "step": int, "files": {name: {"bytes": int, "sha256": hex}}, "sha256": hex}
 
@@ -55,13 +55,14 @@ _STATE_LEAVES = (int, float, bool, str, type(None), Tensor, torch.nn.Parameter)
 @dataclass
 class Checkpoint:
     """Holds what a checkpoint folder held: `tensors` maps a file's stem ('model', 'adapter') to its
-    state dict."""
+    state dict; `definition` is tokenizer.json, parsed."""
 
     path: Path
     step: int
     tensors: dict[str, dict[str, Tensor]]
     config: dict
     state: dict | None
+    definition: dict | None = None
 
 
 def step_name(step: int) -> str:
@@ -180,7 +181,7 @@ def _contiguous(sd: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     return out
 
 
-def _contents(tensors: dict, config: dict, state: dict | None):
+def _contents(tensors: dict, config: dict, state: dict | None, definition: dict | None):
     """Yield (file name, bytes), one file in memory at a time."""
     for stem, sd in tensors.items():
         if not _NAME.fullmatch(stem):
@@ -190,6 +191,8 @@ def _contents(tensors: dict, config: dict, state: dict | None):
             )
         yield f"{stem}.safetensors", safetensors.torch.save(_contiguous(sd, stem))
     yield "config.json", _dump(config, "config")
+    if definition is not None:
+        yield "tokenizer.json", _dump(definition, "tokenizer", indent=None)
     if state is not None:
         _check_plain(state, "state", state=True)
         buffer = io.BytesIO()
@@ -205,6 +208,7 @@ def save(
     tensors: dict[str, dict[str, Tensor]],
     config: dict,
     state: dict | None = None,
+    definition: dict | None = None,
 ) -> Path:
     """Write checkpoint `name` (`step_name(step)` or 'best', say) and return its folder. Killed at
     any moment, the earlier checkpoint of that name or this one is whole on disk (after `clean`).
@@ -224,7 +228,7 @@ def save(
     temp.mkdir()
     try:
         entries = {}
-        for file, data in _contents(tensors, config, state):
+        for file, data in _contents(tensors, config, state, definition):
             entries[file] = entry(data)
             _write(temp / file, data)
         _write(temp / MANIFEST, manifest_bytes(step, entries))
@@ -331,7 +335,7 @@ def _decode(name: str, data: bytes, device: str):
     """Parse one checked file without running anything in it. Raises ValueError with a short
     reason."""
     try:
-        if name == "config.json":
+        if name.endswith(".json"):
             value = _parse(data)
         elif name == "state.pt":
             # CPU: generators take their states from there
@@ -350,7 +354,7 @@ def _decode(name: str, data: bytes, device: str):
 
 def _is_read(name: str) -> bool:
     """Say whether `load` parses a file of this name; others are only verified."""
-    return name in ("config.json", "state.pt") or name.endswith(".safetensors")
+    return name in ("config.json", "tokenizer.json", "state.pt") or name.endswith(".safetensors")
 
 
 def load(ckpt_dir, *, device: str = "cpu") -> Checkpoint:
@@ -372,7 +376,12 @@ def load(ckpt_dir, *, device: str = "cpu") -> Checkpoint:
         n.removesuffix(".safetensors"): v for n, v in values.items() if n.endswith(".safetensors")
     }
     return Checkpoint(
-        path, m["step"], tensors, values.get("config.json", {}), values.get("state.pt")
+        path=path,
+        step=m["step"],
+        tensors=tensors,
+        config=values.get("config.json", {}),
+        state=values.get("state.pt"),
+        definition=values.get("tokenizer.json"),
     )
 
 

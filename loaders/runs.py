@@ -28,7 +28,7 @@ from loaders.fetch import refuse_pointers
 from loaders.gguf import all_parts, is_gguf, open_gguf
 from loaders.huggingface import model_config, open_folder, read_json
 from loaders.peft_folder import is_peft, open_peft
-from loaders.templates import folder_chat, take_chat
+from loaders.templates import folder_chat, take_chat, take_entry
 from loaders.tokenizer import get_tokenizer
 from loaders.tokenizer_json import from_definition
 from loaders.weights import (
@@ -137,7 +137,7 @@ def _base_run(ckpt: checkpoint.Checkpoint, device: torch.device | str, weights: 
     place(model, device, getattr(torch, weights))
     return Run(
         model=model.eval(),
-        tokenizer=get_tokenizer(ckpt.config["tokenizer"]),
+        tokenizer=_tokenizer_in(ckpt),
         path=ckpt.path,
         config=ckpt.config,
         adapter=from_dict(AdapterConfig, ckpt.config["adapter"]),
@@ -145,6 +145,23 @@ def _base_run(ckpt: checkpoint.Checkpoint, device: torch.device | str, weights: 
         base=str(ckpt.path),
         base_sha256=checkpoint.tensor_hash(ckpt.path),
     )
+
+
+def _tokenizer_in(ckpt: checkpoint.Checkpoint):
+    """Make the tokenizer that a whole model was trained with: of the checkpoint's tokenizer.json,
+    where it has one. Raises ValueError where it is another than its config names."""
+    name = ckpt.config["tokenizer"]
+    if ckpt.definition is None:
+        return get_tokenizer(name)
+    tokenizer = from_definition(ckpt.definition, name.rpartition("-")[0])
+    check(
+        tokenizer.name == name,
+        f"{ckpt.path} was trained with the tokenizer {name}",
+        f"its tokenizer.json is that of {tokenizer.name}",
+        "restore the folder from a copy",
+    )
+    take_entry(tokenizer, ckpt.config, f"{ckpt.path}/config.json")
+    return tokenizer
 
 
 def _added_run(

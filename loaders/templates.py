@@ -113,6 +113,27 @@ def take_chat(tokenizer, chat: ChatFiles) -> None:
     tokenizer.ends = tuple(i for i in chat.ends if 0 <= i < tokenizer.vocab_size)
 
 
+def chat_entry(tokenizer) -> dict:
+    """Return the entry of a checkpoint's config that says what its tokenizer knows of
+    conversations, in JSON types; empty where it knows nothing."""
+    chat = getattr(tokenizer, "chat", None)
+    return {} if chat is None else {"chat": chat._asdict()}
+
+
+def take_entry(tokenizer, config: dict, where: str) -> None:
+    """Let a tokenizer know what a checkpoint's config says of conversations, if anything. Raises
+    ValueError for what chat_entry does not write."""
+    entry = config.get("chat")
+    if entry is None:
+        return
+    kinds = {"template": str, "names": dict, "ends": list}
+    fits = isinstance(entry, dict) and set(entry) == set(kinds)
+    fits = fits and all(isinstance(entry[name], kind) for name, kind in kinds.items())
+    fits = fits and all(type(i) is int for i in entry["ends"])
+    check(fits, f"{where}: its chat", "is no template, names and ids", COPY)
+    take_chat(tokenizer, ChatFiles(**entry))
+
+
 # ----------------------------------------------------------------------------- rendering
 
 

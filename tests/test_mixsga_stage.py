@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from foreign import TEXT, config_json, write_folder
+from helpers import error_line, remake
 
+import cli
 import eval as evaluation
 import mixsga
 import sample
@@ -181,6 +185,83 @@ def test_wrong_flags_of_the_stage_get_one_line(flags, said, tmp_path, text, base
         go_on(tmp_path / "run", text, base, *flags)
     assert said in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory) -> Path:
+    """A model of others: a folder with a tokenizer of 261 ids, a chat template and end tokens."""
+    folder = write_folder(tmp_path_factory.mktemp("theirs") / "model", config_json())
+    about = {"chat_template": "{{ messages[0].content }}!", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 260]}')
+    return folder
+
+
+def train_theirs(text: str, *flags) -> None:
+    """Train on a text with these flags."""
+    own = ["--device=cpu", "--eval_sequences=3", "--adapt_batch_size=2", f"--dataset={text}"]
+    train.run(cli.parse_args(train.CONFIGS, [*own, *map(str, flags)]))
+
+
+@pytest.mark.parametrize("kv", ["dense", "mixsga"])
+def test_a_continued_model_of_others_keeps_its_tokenizer(
+    kv, tmp_path, text, theirs, trainers, capsys
+):
+    """The run alone, its base gone, loads with the ids, end tokens and chat template that it was
+    trained with and gives the trained model's logits; it is resumed, sampled from, measured,
+    adapted in windows of its own length, and exported with its tokenizer."""
+    copy = shutil.copytree(theirs, tmp_path / "copy" / "model")
+    its = load_run(theirs).tokenizer
+    flags = ["--stage=continue", f"--init_from={copy}", f"--kv={kv}", "--block_size=16"]
+    flags += [f"--out_dir={tmp_path / 'run'}", *(EXPERTS if kv == "mixsga" else [])]
+    flags += ["--kv_tail=3"] if kv == "mixsga" else []
+    train_theirs(text, *flags, "--adapt_steps=2")
+    train_theirs(text, *flags, "--adapt_steps=3", "--resume")
+    assert [trainer.first for trainer in trainers] == [0, 2]
+    shutil.rmtree(copy)
+    stage = tmp_path / "run" / f"{kv}-s0"
+    run = load_run(stage)
+    assert run.tokenizer.name == its.name and run.tokenizer.encode(TEXT) == its.encode(TEXT)
+    assert run.tokenizer.ends == its.ends == (257, 260) and run.tokenizer.chat == its.chat
+    x = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(run.model(x), trainers[-1].s.model.eval()(x))
+    call(sample, f"--out_dir={stage}", "--prompt=hello", "--max_new_tokens=4", "--temperature=0")
+    out = capsys.readouterr().out
+    assert (
+        out.startswith("hello")
+        and "hello"
+        + run.tokenizer.decode(generate(run.model, [its.encode("hello")], 4, stop=[257, 260])[0][0])
+        in out
+    )
+    call(evaluation, f"--out_dir={stage}", "--sequences=2", f"--results={tmp_path / 'rows'}")
+    if kv == "dense":
+        to_adapt = [f"--init_from={stage}", f"--out_dir={tmp_path / 'on top'}", "--adapt_steps=1"]
+        train_theirs(text, "--stage=adapt", "--adapter=lora", *to_adapt)
+        assert trainers[-1].s.window == 16
+        assert load_run(tmp_path / "on top").tokenizer.name == its.name
+        folder = export(run, tmp_path / "exported")
+        assert json.loads((folder / "tokenizer.json").read_text()) == its.definition
+        assert load_run(folder).tokenizer.chat == its.chat
+
+
+def test_a_changed_tokenizer_of_a_run_is_refused(tmp_path, text, theirs):
+    """Another tokenizer.json than the run was trained with, or words about conversations that are
+    not ours, get one line, though the manifest fits them."""
+    train_theirs(
+        text,
+        *["--stage=continue", f"--init_from={theirs}", "--kv=dense", "--adapt_steps=1"],
+        f"--out_dir={tmp_path / 'run'}",
+    )
+    path = find_checkpoint(tmp_path / "run")
+    files = {p.name: p.read_bytes() for p in path.iterdir() if p.name != checkpoint.MANIFEST}
+    spec = json.loads(files["tokenizer.json"])
+    spec["model"]["merges"].pop()
+    other = remake(tmp_path / "a", **files | {"tokenizer.json": json.dumps(spec).encode()})
+    assert "its tokenizer.json is that of model-" in error_line(load_run, other)
+    config = json.loads(files["config.json"]) | {"chat": {"template": 1, "names": {}, "ends": []}}
+    other = remake(tmp_path / "b", **files | {"config.json": json.dumps(config).encode()})
+    assert "config.json: its chat" in error_line(load_run, other)
 
 
 @pytest.fixture(scope="module")

@@ -118,8 +118,8 @@ def load_base(args, where: str | Path, device: torch.device) -> Run:
 
 
 def adapt_window(args, base: Run) -> int:
-    """Tokens in a training sequence: --block_size (or the preset's), else what the base was trained
-    with; LONGEST for a pretrained model."""
+    """Tokens in a training sequence: --block_size (or the preset's), else those of the base's own
+    training; LONGEST for a pretrained model."""
     longest = base.model.cfg.block_size
     if "block_size" in args.given or args.train.preset == "paper":
         asked = args.model.block_size
@@ -130,7 +130,8 @@ def adapt_window(args, base: Run) -> int:
             f"give --block_size={longest} or less",
         )
         return asked
-    return min(LONGEST, longest) if is_foreign(base.path) else longest
+    usual = min(LONGEST, longest) if is_foreign(base.path) else longest
+    return base.config.get("block_size", usual)
 
 
 def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256: str) -> str:

@@ -445,6 +445,8 @@ class Trainer:
                 tensors=tensors,
                 config=self.config,
                 state={"optimizer": moments, "best": self.best},
+                # an adapter has its base's
+                definition=self.s.tokenizer.definition if self.s.trains_all else None,
             )
             checkpoint.prune(self.s.folder, self.cfg.keep_checkpoints)
 

@@ -16,6 +16,7 @@ from cli import note
 from config import SHARED, KVConfig, MixConfig, check
 from data import TokenFile, batch
 from loaders.runs import Run
+from loaders.templates import chat_entry
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from training.base import adapt_window, corpus_of, text_record
@@ -63,6 +64,7 @@ def continue_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
         about={
             "mix": to_dict(args.mix),
             "base_sha256": base.base_sha256,
+            **chat_entry(base.tokenizer),
             **text_record(args, text, corpus),
         },
     )

@@ -248,7 +248,8 @@ class GroupedHeads(SharingPath):
         if by == "score":
             return logits.argmax(-1)
         index = expert_choice(logits.detach(), self.ratios, valid)
-        self.agreement = (index == logits.argmax(-1))[valid].float().mean()
+        agrees = (index == logits.argmax(-1)) & valid
+        self.agreement = agrees.sum() / valid.sum()
         return index
 
     # ---- without a cache: masked execution
@@ -300,7 +301,8 @@ class GroupedHeads(SharingPath):
         by = self.by or ("choice" if self.training else "score")
         index = self.chosen(logits, by, valid)
         if self.training and torch.is_grad_enabled() and self.router is not None:
-            loss = F.cross_entropy(logits[valid], index[valid])
+            chosen = index.masked_fill(~valid, -100)  # cross_entropy leaves that out
+            loss = F.cross_entropy(logits.flatten(0, 1), chosen.flatten())
             self.losses["consistency"] = self.mix.consistency_weight * loss
         return self.read_masked(q, k, v, index, logits, pad)
 

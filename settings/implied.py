@@ -17,6 +17,7 @@ FREE = (
     "data_dir",
     "device",
     "compile",
+    "capture",
     "shard",
     "accumulation",
     "eval_interval",

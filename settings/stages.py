@@ -63,23 +63,23 @@ class Reads(NamedTuple):
 
 READS = {
     "pretrain": Reads(
-        ("model", "data"), (*RUN, *LOOP, *PRETRAIN, "compile", "shard"), ("vocab_size",)
+        ("model", "data"), (*RUN, *LOOP, *PRETRAIN, "compile", "capture", "shard"), ("vocab_size",)
     ),
     "adapt": Reads(
         ("model", "data", "base", "adapter", "kv"),
-        (*RUN, *LOOP, *ADAPT, "compile", "shard", "kv_from", "objective"),
+        (*RUN, *LOOP, *ADAPT, "compile", "capture", "shard", "kv_from", "objective"),
     ),
     "select": Reads(
         ("model", "data", "base", "kv", "select"), (*RUN, *LOOP, *SELECT, "kv_from"), FIXED_K
     ),
     "continue": Reads(
         ("model", "data", "base", "kv", "mix"),
-        (*RUN, *LOOP, *ADAPT, "compile", "shard"),
+        (*RUN, *LOOP, *ADAPT, "compile", "capture", "shard"),
         (*FIXED_K, *BY_EXPERTS),
     ),
     "all": Reads(
         ("model", "data", "base", "adapter", "kv"),
-        (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile"),
+        (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile", "capture"),
         ("adapter", "vocab_size", "template"),
     ),
 }

@@ -156,6 +156,11 @@ class TrainConfig:
         DTYPES,
     )
     compile: bool = opt(False, "torch.compile the model")
+    capture: bool = opt(
+        True,
+        "on one GPU: record an optimizer step as a CUDA graph and replay it; losses are logged a "
+        "few steps late. false: kernel by kernel",
+    )
     shard: bool = opt(
         False,
         "under torchrun: share weights, gradients and moments out over the ranks (FSDP2), instead "

@@ -18,7 +18,7 @@ from loaders.tokenizer import get_tokenizer
 from runs import adapt_arguments, arguments, call, pretrain
 from settings.fields import to_dict
 from settings.train import DataConfig
-from training.loop import entry
+from training.same_run import entry
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

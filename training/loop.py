@@ -12,7 +12,6 @@ and ranks with the weight each sequence has in the global batch, while the backw
 from __future__ import annotations
 
 import math
-import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -30,27 +29,31 @@ import lora
 from config import (
     AdapterConfig,
     KVConfig,
-    MixConfig,
-    ModelConfig,
-    SelectConfig,
-    check,
-    comma_list,
 )
-from data import Corpus, batch, label_of, sequential
+from data import Corpus, batch, sequential
 from generate import generate
 from loaders import checkpoint
-from loaders.device import autocast, device_name, in_bfloat16
+from loaders.device import autocast, in_bfloat16
 from loaders.examples import Examples
 from loaders.runs import added_state, load_added_state
 from loaders.weights import model_state
 from model import Transformer, lm_loss
 from report.progress import progress
 from selection.training import predictor_loss
-from settings.fields import from_dict, to_dict
-from settings.train import DataConfig, TrainConfig
+from settings.fields import to_dict
+from settings.train import TrainConfig
 from storage.layout import at_least_float32
 from tasks.text import answers_loss, mean_loss
-from training.optimizer import learning_rate, make_optimizer, optimizer_settings, set_rate
+from training.captured import CapturedStep, Result
+from training.messages import end_of, start_of
+from training.optimizer import (
+    learning_rate,
+    make_optimizer,
+    optimizer_settings,
+    optimizer_state,
+    set_rate,
+)
+from training.same_run import check_same_run
 from training.sharded import (
     check_shares,
     clip,
@@ -61,47 +64,6 @@ from training.sharded import (
     shard,
 )
 from training.world import GradientSums, World
-
-# What a checkpoint says of its run that a resumed one must say, too. Entries that a kind of stage
-# lacks are lacking on both sides.
-SAME_WHEN_RESUMED = (
-    "model",
-    "tokenizer",
-    "adapter",
-    "kv",
-    "seed",
-    "batch_size",
-    "block_size",
-    "lr",
-    "corpus",
-    "objective",
-    "kv_from",
-    "select",
-    "mix",
-    "optimizer",
-    "data",
-    "tokens",
-    "weights",
-    "base_sha256",
-)
-# the classes of those that are settings
-SETTINGS = {
-    "model": ModelConfig,
-    "adapter": AdapterConfig,
-    "kv": KVConfig,
-    "select": SelectConfig,
-    "mix": MixConfig,
-    "data": DataConfig,
-}
-
-
-def entry(config: dict, key: str):
-    """Return an entry of a checkpoint's config, with the settings that an older one does not
-    name."""
-    value = config.get(key)
-    if key not in SETTINGS or not value:
-        return value
-    return to_dict(from_dict(SETTINGS[key], value))
 
 
 class NonFinite(Exception):
@@ -229,41 +191,69 @@ def micro_batches(x: Tensor, y: Tensor, n: int):
     return zip(x.tensor_split(n), y.tensor_split(n), strict=True)
 
 
+def training_batch(stage: Stage, step: int, w: World) -> tuple[Tensor, Tensor]:
+    """This rank's share x, y (b, T) of a training step's batch, on the CPU."""
+    sizes = (stage.batch_size, stage.window)
+    return batch(stage.corpus.train, "train", stage.seed, step, *sizes, w.rank, w.size)
+
+
+def dropout_seed(stage: Stage, step: int, w: World) -> int:
+    """What the generators are seeded with at a training step."""
+    return (stage.seed * 1_000_003 + step) * 4099 + w.rank
+
+
+def add_gradients(
+    stage: Stage, forward, x: Tensor, y: Tensor, cfg: TrainConfig, before_last=None
+) -> Tensor:
+    """Add to .grad what x, y (b, T), on the device, have in the gradient of the global batch's mean
+    loss; returns their part of the loss, () float64. before_last: called ahead of the last
+    micro-batch's backward pass."""
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    parts = list(micro_batches(x, y, cfg.accumulation))
+    for i, (xb, yb) in enumerate(parts):
+        share = len(xb) / stage.batch_size
+        with autocast(x.device, cfg.dtype):
+            loss = stage.loss(forward, xb, yb)
+        if before_last is not None and i == len(parts) - 1:
+            before_last()
+        (with_side_losses(stage, loss) * share).backward()
+        total += loss.detach().double() * share
+    return total
+
+
 def gradients(
     stage: Stage, forward, step: int, cfg: TrainConfig, w: World, stop: bool
 ) -> tuple[float, float, bool]:
     """Fill .grad with the gradient of the global batch's mean loss; returns (loss, gradient norm
     after the sum, any rank's stop)."""
-    torch.manual_seed((stage.seed * 1_000_003 + step) * 4099 + w.rank)  # dropout
-    x, y = batch(
-        stage.corpus.train,
-        "train",
-        stage.seed,
-        step,
-        stage.batch_size,
-        stage.window,
-        w.rank,
-        w.size,
-    )
+    torch.manual_seed(dropout_seed(stage, step, w))
+    x, y = training_batch(stage, step, w)
     numbers = torch.zeros(2, dtype=torch.float64, device=w.device)  # loss, stop
     numbers[1] = float(stop)
-    whole = [p for p in stage.params if not is_sharded(p)]
-    sums = GradientSums(whole, w)
-    parts = list(micro_batches(x.to(w.device), y.to(w.device), cfg.accumulation))
-    for i, (xb, yb) in enumerate(parts):
-        share = len(xb) / stage.batch_size
-        with autocast(w.device, cfg.dtype):
-            loss = stage.loss(forward, xb, yb)
-        if i == len(parts) - 1 and not cfg.shard:  # where blocks are gathered meanwhile
-            sums.start()
-        (with_side_losses(stage, loss) * share).backward()
-        numbers[0] += loss.detach().double() * share
+    sums = GradientSums([p for p in stage.params if not is_sharded(p)], w)
+    # of a sharded model blocks are gathered meanwhile
+    before_last = None if cfg.shard else sums.start
+    on_device = (x.to(w.device), y.to(w.device))
+    numbers[0] = add_gradients(stage, forward, *on_device, cfg, before_last)
     numbers = sums.finish(numbers)
     norm = clip(stage.params, cfg.grad_clip or math.inf, w)
     # the step's one wait for the device
     norm, total, stopped, *has = torch.cat([norm.double()[None], numbers]).tolist()
     sums.drop(has)
     return total, norm, bool(stopped)
+
+
+def why_not_captured(stage: Stage, cfg: TrainConfig, w: World) -> str:
+    """Why a stage's steps are not CUDA graphs, in words; "" where they are."""
+    if w.device.type != "cuda":
+        return "there is no GPU"
+    if not cfg.capture:
+        return "--capture=false"
+    if w.size > 1:
+        return "sums over processes are not captured"
+    if stage.objective == "select":
+        return "the host cuts windows by their tokens"
+    return ""
 
 
 def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
@@ -306,6 +296,12 @@ class Trainer:
         self.best = math.inf
         self.val = math.nan  # the newest validation loss
         self.forward = torch.compile(stage.model) if cfg.compile else stage.model
+        self.bar: tqdm | None = None
+        self.why_not_captured = why_not_captured(stage, cfg, w)
+        self.captured: CapturedStep | None = None
+        if not self.why_not_captured:
+            shape = (stage.batch_size, stage.window)
+            self.captured = CapturedStep(self.device_gradients, self.opt, shape, w.device)
 
     @property
     def config(self) -> dict:
@@ -322,10 +318,10 @@ class Trainer:
         self.s.model.train()
         if self.w.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.w.device)
-        bar = progress(self.s.name, self.s.steps, "step", begin=self.step, shown=self.w.main)
-        with checkpoint.GracefulStop() as stop, bar:
+        self.bar = progress(self.s.name, self.s.steps, "step", begin=self.step, shown=self.w.main)
+        with checkpoint.GracefulStop() as stop, self.bar:
             while self.step < self.s.steps:
-                stopping = self.one_step(stop, bar)
+                stopping = self.one_step(stop)
                 last = self.step == self.s.steps
                 if self.s.folder is not None:
                     self.keep(last, stopping)
@@ -333,48 +329,104 @@ class Trainer:
                 if last and not stopping:
                     stopping = self.w.any(stop.signal is not None)
                 if stopping:
-                    bar.close()
+                    self.bar.close()
                     self.say_stopped()
                     raise SystemExit(stop.exit_code or 130)
+            self.settle()
 
-    def one_step(self, stop: checkpoint.GracefulStop, bar: tqdm) -> bool:
-        """One optimizer step, logged. Returns whether any rank was told to stop."""
-        s = self.s
+    def one_step(self, stop: checkpoint.GracefulStop) -> bool:
+        """One optimizer step; a captured one is only begun. Returns whether any rank was told to
+        stop."""
+        lr = learning_rate(self.step, self.s.steps, self.s.lr, self.cfg.warmup)
+        stopping = stop.signal is not None
+        if self.captured is None:
+            stopping = self.eager_step(lr, stopping)
+        else:
+            self.begin_step(lr)
+        self.step += 1
+        self.bar.update()
+        return stopping
+
+    def eager_step(self, lr: float, stop: bool) -> bool:
+        """One optimizer step, kernel by kernel. Returns whether any rank was told to stop."""
         start = self.clock()
-        lr = learning_rate(self.step, s.steps, s.lr, self.cfg.warmup)
         set_rate(self.opt, lr)
         self.opt.zero_grad(set_to_none=True)
+        self.set_kept()
+        loss, norm, stop = gradients(self.s, self.forward, self.step, self.cfg, self.w, stop)
+        self.check_finite(self.step, lr, loss, norm)
+        self.opt.step()
+        self.note(Result(self.step, lr, loss, norm, self.clock() - start))
+        return stop
+
+    def begin_step(self, lr: float) -> None:
+        """Begin a captured step, and log one begun some steps ago."""
+        s = self.s
+        x, y = training_batch(s, self.step, self.w)
+        if self.captured.is_full:
+            self.take()
+        phase = (s.groups_kept(self.step), s.warming(self.step))
+        seed = dropout_seed(s, self.step, self.w)
+        self.captured.begin(x, y, step=self.step, lr=lr, seed=seed, phase=phase)
+
+    def device_gradients(self, x: Tensor, y: Tensor) -> Tensor:
+        """Fill .grad from x, y on the device, clipped: loss and norm, (2,) float64, for
+        CapturedStep."""
+        self.set_kept()
+        loss = add_gradients(self.s, self.forward, x, y, self.cfg)
+        norm = clip(self.s.params, self.cfg.grad_clip or math.inf, self.w)
+        return torch.stack((loss, norm.double()))
+
+    def set_kept(self) -> None:
+        """Let the model read what this step reads: value groups, or whole values."""
+        s = self.s
         kv_router.set_kept(s.model, s.groups_kept(self.step), whole=s.warming(self.step))
-        loss, norm, stopping = gradients(
-            s, self.forward, self.step, self.cfg, self.w, stop.signal is not None
-        )
+
+    def take(self) -> None:
+        """Check and log the oldest step that has begun."""
+        r = self.captured.take()
+        self.check_finite(r.step, r.lr, r.loss, r.norm)
+        self.note(r)
+
+    def settle(self) -> None:
+        """Check and log all steps that have begun."""
+        while self.captured is not None and self.captured.under_way:
+            self.take()
+
+    def check_finite(self, step: int, lr: float, loss: float, norm: float) -> None:
+        """Raise NonFinite for a step by which nothing was updated."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFinite(
-                f"{s.name}: step {self.step}: loss {loss}, gradient norm {norm}, learning rate "
+                f"{self.s.name}: step {step}: loss {loss}, gradient norm {norm}, learning rate "
                 f"{lr:.3g}",
                 f"nothing was updated; {self.last_good()}; try a lower rate or --grad_clip",
             )
-        self.opt.step()
-        speed = s.batch_size * s.window / max(self.clock() - start, 1e-9)
-        self.log(step=self.step, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=speed)
-        self.step += 1
-        bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-        bar.update()
-        return stopping
+
+    def note(self, r: Result) -> None:
+        """Log a step, and show it."""
+        speed = self.s.batch_size * self.s.window / max(r.seconds, 1e-9)
+        self.log(step=r.step, loss=r.loss, lr=r.lr, grad_norm=r.norm, tokens_per_s=speed)
+        self.bar.set_postfix_str(f"loss {r.loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
 
     def keep(self, last: bool, stopping: bool) -> None:
-        """After a step: evaluate, sample and save where their intervals say so."""
+        """After a step: evaluate, sample and save where their intervals say so, once all steps are
+        known to be good."""
 
         def due(interval: int) -> bool:
             return interval > 0 and self.step % interval == 0
 
-        if due(self.cfg.eval_interval) or last:
+        evaluates = due(self.cfg.eval_interval) or last
+        samples = due(self.cfg.sample_interval) or (last and self.s.kind == "pretrain")
+        saves = due(self.cfg.save_interval) or last or stopping
+        if evaluates or samples or saves:
+            self.settle()
+        if evaluates:
             if last and self.w.main:
                 tqdm.write(f"{self.s.name}: validating ...", file=sys.stderr)
             self.evaluate()
-        if due(self.cfg.sample_interval) or (last and self.s.kind == "pretrain"):
+        if samples:
             self.show_sample()
-        if due(self.cfg.save_interval) or last or stopping:
+        if saves:
             self.save()
 
     def evaluate(self) -> None:
@@ -436,7 +488,7 @@ class Trainer:
     def save(self, name: str | None = None) -> None:
         """Write a checkpoint, named by the step unless it has a name, and drop the oldest ones."""
         tensors = gathered(self.s.tensors(), self.w.main)
-        moments = gathered(self.opt.state_dict(), self.w.main)
+        moments = gathered(optimizer_state(self.opt), self.w.main)
         if self.w.main:
             checkpoint.save(
                 self.s.folder,
@@ -467,21 +519,8 @@ class Trainer:
             self.trim_metrics()
             return False
         saved = checkpoint.load(path)
-        here = self.config
-        for key in SAME_WHEN_RESUMED:
-            check(
-                entry(saved.config, key) == entry(here, key),
-                f"{path} was trained with {key}={saved.config.get(key)}",
-                f"this run says {here.get(key)}",
-                "resume with the same flags",
-            )
+        check_same_run(path, saved.config, self.config)
         before = saved.config["steps"]
-        check(
-            before <= self.s.steps,
-            f"{path} was trained for steps={before}",
-            f"this run says {self.s.steps}",
-            "give as many or more",
-        )
         self.s.restore(saved.tensors)
         load_optimizer(self.opt, saved.state["optimizer"])
         self.step = self.first = saved.step
@@ -514,56 +553,7 @@ class Trainer:
                 print(line, file=sys.stderr)
 
 
-# -- what a stage says
-
-
-def start_of(stage: Stage, cfg: TrainConfig, w: World) -> list[str]:
-    """What a stage will do: on what, with how many parameters and which text, and where."""
-    dtype = "bfloat16" if in_bfloat16(w.device, cfg.dtype) else "float32"
-    ranks = f", {w.size} processes" if w.size > 1 else ""
-    every = sum(p.numel() for p in {*stage.model.parameters(), *stage.params})
-    trained = sum(p.numel() for p in stage.params)
-    text = " and ".join(label_of(name) for name in comma_list(stage.about["corpus"]))
-    held_out = len(stage.corpus.val)
-    return [
-        f"{stage.name}: {every:,} parameters, {trained:,} of them trained, in {dtype} on "
-        f"{device_name(w.device)}{ranks}",
-        f"  text: {text}, {len(stage.corpus.train):,} tokens and {held_out:,} held out",
-        f"  {stage.steps} steps of {stage.batch_size} sequences of {stage.window} tokens, into "
-        f"{stage.folder}",
-    ]
-
-
-def end_of(trainer: Trainer) -> list[str]:
-    """What came out of a stage, how long it took, where it lies, and what to run next."""
-    stage = trainer.s
-    took = f" after {trainer.clock() - trainer.began:.0f} s" if trainer.first < stage.steps else ""
-    lines = [f"{stage.name}: validation loss {trainer.val:.4f}{took}, in {stage.folder}"]
-    if trainer.cfg.stage == "all":  # there the next stage follows by itself
-        return lines
-    lines += [f"  next: {command}" for command in next_commands(stage)]
-    if stage.kind == "adapt" and not can_be_exported(stage):
-        lines.append("  (for transformers: of adapters, those of --adapter=lora can be exported)")
-    return lines
-
-
-def next_commands(stage: Stage) -> list[str]:
-    """What can be run on a trained stage."""
-    folder = shlex.quote(str(stage.folder))
-    if stage.kind == "pretrain":
-        return [f"python train.py --stage=adapt --init_from={folder}"]
-    commands = [f"python eval.py --out_dir={folder}"]
-    if stage.kind == "adapt":
-        commands.append(f"python sample.py --out_dir={folder}")
-        if can_be_exported(stage):
-            to = shlex.quote(f"{stage.folder}-exported")
-            commands.append(f"python -m loaders.export --out_dir={folder} --to={to}")
-    return commands
-
-
-def can_be_exported(stage: Stage) -> bool:
-    """Whether transformers can represent what was adapted: plain LoRA over whole values."""
-    return stage.adapter.adapter == "lora" and stage.kv.kv == "dense"
+# -- a whole stage
 
 
 def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
@@ -575,7 +565,7 @@ def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
         trainer = Trainer(stage, cfg, w)
         if cfg.resume:
             trainer.resume()
-        trainer.say(start_of(stage, cfg, w))
+        trainer.say(start_of(trainer))
         trainer.run()
         trainer.say(end_of(trainer))
 

@@ -41,3 +41,12 @@ def optimizer_settings(cfg: TrainConfig) -> dict:
     """The settings besides a stage's own that a resumed run must share with the unbroken one."""
     names = ("warmup", "weight_decay", "beta1", "beta2", "grad_clip", "dtype")
     return {name: getattr(cfg, name) for name in names}
+
+
+def optimizer_state(opt: torch.optim.Optimizer) -> dict:
+    """What a checkpoint keeps of an optimizer: its state, rates as numbers, which captured steps
+    hold in tensors."""
+    state = opt.state_dict()
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+    return state

@@ -1,0 +1,208 @@
+"""The optimizer step as one CUDA graph, looked at some steps later.
+
+The problem: a step of a small model is thousands of kernels, and starting one costs the host more
+time than running it costs the device. The host waits, too, for the loss of every step before it
+begins the next. The idea: all steps do the same to other numbers. So one of them is recorded, from
+the first micro-batch to the last moment of AdamW, and replayed: the host starts one graph a step.
+
+A replay runs no Python, so whatever differs between steps has to lie on the device:
+
+    batch, rates    in tensors that the graph reads, filled from pinned memory before a replay
+    dropout         the graph reads the seed of PyTorch's generator, which is set before a replay:
+                    the masks are those of the same step run kernel by kernel
+    what is found   loss and gradient norm are copied to pinned memory, with an event behind them;
+                    the host reads them once LATE more steps have begun
+    whether it is   a loss or norm that is not finite sets `bad`, which stays set: from then on the
+    good            optimizer's kernels leave weights, moments and step counters as they are
+
+What Python decides (how many value groups are kept, say) is the step's phase: another phase is
+another graph. On a CPU the same step runs without a graph.
+
+    step = CapturedStep(gradients, opt, shape=(8, 512), device=device)
+    for i in range(100):
+        if step.is_full:
+            print(step.take())                       # the result of step i - LATE
+        step.begin(*batch(i), step=i, lr=1e-3, seed=i)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LATE = 4  # steps that have begun and not been looked at, at most
+WARM = 3  # steps before the one that is recorded: kernels are loaded and compiled, moments made
+
+
+class Result(NamedTuple):
+    """What came out of an optimizer step."""
+
+    step: int
+    lr: float
+    loss: float
+    norm: float  # of the gradient, before clipping
+    seconds: float  # since the step before it, or since it began
+
+
+class HostEvent:
+    """What a CUDA event is, for steps that run on the host."""
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class Flight:
+    """The host's side of a step that is under way: pinned memory for what goes in and comes out,
+    and the events around it."""
+
+    step: int
+    lr: float
+
+    def __init__(self, shape: tuple[int, int], n_rates: int, on_gpu: bool):
+        self.x = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
+        self.y = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
+        self.rates = torch.empty(n_rates, pin_memory=on_gpu)
+        self.numbers = torch.empty(2, dtype=torch.float64, pin_memory=on_gpu)
+        self.new_event = partial(torch.cuda.Event, enable_timing=True) if on_gpu else HostEvent
+
+    def mark(self):
+        """Return an event behind all that the device was asked to do."""
+        event = self.new_event()
+        event.record()
+        return event
+
+
+class CapturedStep:
+    """Optimizer steps of one shape, begun without waiting for the device.
+
+    gradients(x, y) fills .grad from x, y (B, T) int64 and returns loss and gradient norm, (2,)
+        float64; it does the same in every step of a phase, and never waits for the device
+    opt: fused AdamW of training/optimizer.py"""
+
+    def __init__(
+        self,
+        gradients: Callable[[Tensor, Tensor], Tensor],
+        opt: torch.optim.AdamW,
+        shape: tuple[int, int],
+        device: torch.device,
+    ):
+        self.gradients = gradients
+        self.opt = opt
+        self.on_gpu = device.type == "cuda"
+        self.x = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.y = torch.zeros_like(self.x)
+        self.rates = torch.zeros(len(opt.param_groups), device=device)
+        self.numbers = torch.zeros(2, dtype=torch.float64, device=device)
+        self.bad = torch.zeros((), device=device)  # 1 once a loss or norm was not finite
+        # One stream for warming up and recording: autograd remembers where gradients were added.
+        self.stream = torch.cuda.Stream(device) if self.on_gpu else None
+        self.phase: Hashable = self  # none yet
+        self.run: Callable[[], None] = self.once
+        self.free = [Flight(shape, len(self.rates), self.on_gpu) for _ in range(LATE)]
+        self.under_way: deque[Flight] = deque()
+
+    # -- what the device does
+
+    def once(self) -> None:
+        """Do the whole step, on the device alone: this is what is recorded."""
+        self.opt.zero_grad(set_to_none=True)
+        self.numbers.copy_(self.gradients(self.x, self.y))
+        self.bad.copy_(self.bad.bool() | ~self.numbers.isfinite().all())
+        self.opt.step()
+
+    def prepare(self) -> None:
+        """Make self.run do the step of the phase that begins. Steps that warm up are bad ones, so
+        they change nothing. ValueError where the step asks the device for something."""
+        for group, rate in zip(self.opt.param_groups, self.rates, strict=True):
+            group["lr"] = rate
+        self.opt.found_inf = self.bad
+        was_bad = self.bad.clone()
+        self.bad.fill_(1)
+        if self.on_gpu:
+            self.run = self.record()
+        else:
+            self.warm_up()
+        self.bad.copy_(was_bad)
+
+    def warm_up(self) -> None:
+        for _ in range(WARM):
+            self.once()
+
+    def record(self) -> Callable[[], None]:
+        """Record the step; returns what replays it."""
+        torch.cuda.synchronize()
+        self.run = self.once  # the last phase's graph goes, and its memory
+        with torch.cuda.stream(self.stream):
+            self.warm_up()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self.set_in_groups(capturable=True)
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.once()
+            self.set_in_groups(capturable=False)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            why = str(e.__context__ or e).splitlines()[0]
+            raise ValueError(
+                f"the step cannot be recorded as a CUDA graph ({why}): it asks the device for "
+                "something; give --capture=false"
+            ) from e
+        return graph.replay
+
+    def set_in_groups(self, **settings) -> None:
+        for group in self.opt.param_groups:
+            group.update(settings)
+
+    # -- what the host does
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a result must be taken before another step begins."""
+        return not self.free
+
+    def begin(
+        self, x: Tensor, y: Tensor, *, step: int, lr: float, seed: int, phase: Hashable = None
+    ) -> None:
+        """Begin an optimizer step on x, y (B, T) at rate lr; seed: of its dropout."""
+        flight = self.free.pop()
+        flight.step = step
+        flight.lr = lr
+        flight.since = self.under_way[-1].end if self.under_way else flight.mark()
+        if phase != self.phase:
+            self.prepare()
+            self.phase = phase
+        flight.x.copy_(x)
+        flight.y.copy_(y)
+        for i, group in enumerate(self.opt.param_groups):
+            flight.rates[i] = lr * group["rate"]
+        self.x.copy_(flight.x, non_blocking=True)
+        self.y.copy_(flight.y, non_blocking=True)
+        self.rates.copy_(flight.rates, non_blocking=True)
+        torch.manual_seed(seed)
+        self.run()
+        flight.numbers.copy_(self.numbers, non_blocking=True)
+        flight.end = flight.mark()
+        self.under_way.append(flight)
+
+    def take(self) -> Result:
+        """Return the result of the oldest step under way, once the device has done it."""
+        flight = self.under_way.popleft()
+        flight.end.synchronize()
+        loss, norm = flight.numbers.tolist()
+        seconds = flight.since.elapsed_time(flight.end) / 1e3
+        self.free.append(flight)
+        return Result(flight.step, flight.lr, loss, norm, seconds)

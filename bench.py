@@ -34,7 +34,7 @@ import time
 from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args, print_rows
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig, check
+from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
 from measure_config import BenchConfig, check_bench_flags
 from settings.places import check_inputs
 
@@ -106,12 +106,12 @@ def main() -> None:
     began = time.time()
     cfg: BenchConfig = ARGS.bench
     check_bench_flags(ARGS)
-    folder = Path(cfg.results)
-    check(folder.is_dir() or not folder.exists(), f"results={folder}", "is a file", "name a folder")
+    check_inputs(ARGS, "init_from", "out_dir")
     rows = measure(ARGS)
     for row in rows:
         print(line_of(row), file=sys.stderr)
     if cfg.results:
+        folder = Path(cfg.results)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "results.json", rows)
         write_record(folder, device_name(pick_device(cfg.device)), began)

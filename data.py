@@ -43,10 +43,11 @@ from config import check, comma_list
 from corpora import dialogue, markup, records
 from loaders.examples import LEFT_OUT, Examples
 from loaders.fetch import download
-from loaders.json_lines import fields_of, json_objects
 from loaders.token_files import TokenFile, open_tokens, write_tokens
-from loaders.tokenizer import encoded, one_line
-from settings.places import check_text, read_text
+from loaders.tokenizer import encoded
+from settings.fields import one_line
+from settings.files import texts_of, visible_files
+from settings.places import TEXT, check_text
 from settings.train import DataConfig, check_corpora, check_corpus
 
 # name: (file, sha256, URLs tried in order)
@@ -82,7 +83,6 @@ WIKITEXT_FILES = {
     "test": "wiki.test.tokens",
 }
 WIKITEXT_FOLDERS = {"wikitext2": "wikitext-2", "wikitext103": "wikitext-103"}
-JSON_LINES = (".jsonl", ".ndjson")
 MIN_PIECE = 8192  # characters in a piece of a text that has no headings
 # The most that one corpus adds to a mixture, in bytes of UTF-8: as much as all of WikiText-2's
 # validation text.
@@ -169,44 +169,11 @@ def _cheaders() -> list[str]:
 def _text(where: str, text_field: str = "text") -> list[str]:
     """A file, cut into documents, or the files of a folder, hidden ones left out; of JSONL the
     text_field of each line is a document."""
-    root = Path(where).expanduser()
-    do = "give text:PATH of a UTF-8 text file or a folder of them"
     check_text(f"text:{where}")
-    docs = []
-    for path in _visible_files(root) if root.is_dir() else [root]:
-        text = read_text(path)
-        if path.suffix.lower() in JSON_LINES:
-            docs += json_lines(text, path, text_field)
-        else:
-            docs.append(text)
-    docs = [d for d in docs if d]
-    check(bool(docs), f"text:{where}", "it holds no text", do)
+    files = visible_files(Path(where).expanduser())
+    docs = [d for path in files for d in texts_of(path, text_field) if d]
+    check(bool(docs), f"text:{where}", "it holds no text", TEXT)
     return split_text(docs[0]) if len(docs) == 1 else docs
-
-
-def json_lines(text: str, path: Path, text_field: str) -> list[str]:
-    """The documents of JSONL: the text of each line's field. ValueError names the line that is no
-    object with such a text."""
-    docs = []
-    for number, entry in json_objects(path, text, ", or name the file .txt"):
-        check(
-            isinstance(entry.get(text_field), str),
-            f"{path}, line {number}, has {fields_of(entry)}",
-            f"a text in {text_field!r} is needed",
-            "name its field by --text_field",
-        )
-        docs.append(entry[text_field])
-    return docs
-
-
-def _visible_files(root: Path) -> list[Path]:
-    """The files below a folder, by path, without those whose name or folder begins with a dot."""
-    files = sorted(Path(folder, n) for folder, _, names in os.walk(root) for n in names)
-    return [
-        f
-        for f in files
-        if f.is_file() and not any(p.startswith(".") for p in f.relative_to(root).parts)
-    ]
 
 
 def _pinned(corpus: str, cfg: DataConfig) -> list[str]:

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by o
     begin_program()
 
 import itertools
-import json
 import os
 import sys
 import time
@@ -38,8 +37,11 @@ from typing import NamedTuple
 from cli import exit_on_bad_input, parse_args, print_rows
 from config import SHARED, BaseConfig, KVConfig, SelectConfig, check, comma_list
 from measure_config import EvalConfig, check_eval_flags, with_task
-from settings.places import check_inputs
+from report.tables import rows_beside
+from settings.places import check_folder, check_inputs
 from settings.train import DataConfig
+from tasks.items import item_files, read_items
+from tasks.questions import subjects
 
 CONFIGS = {
     "eval": EvalConfig,
@@ -51,10 +53,21 @@ CONFIGS = {
 
 
 def check_places(args) -> None:
-    """Raise ValueError where a model is needed and none is named, or it or a text is not there."""
-    if comma_list(args.eval.tasks) != ["mixsga"]:
-        args.base.place(args.eval.out_dir)
+    """Raise ValueError where a model is needed and none is named, it or what is read besides is not
+    there or not what it should be, or results cannot be written."""
+    cfg: EvalConfig = args.eval
+    if comma_list(cfg.tasks) != ["mixsga"]:
+        args.base.place(cfg.out_dir)
     check_inputs(args, "init_from", "out_dir")
+    folder = cfg.out_dir or "out"  # where results are left, unless a flag says otherwise
+    if not cfg.results and not Path(folder).is_file():
+        check_folder("results", folder)
+    for name in comma_list(cfg.beside):
+        rows_beside(name)
+    for path in item_files(cfg):
+        read_items(Path(path))
+    if cfg.questions:
+        list(subjects(cfg.questions, cfg.shots, cfg.shots_from))
 
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
@@ -471,29 +484,6 @@ def results_folder(cfg: EvalConfig, run: Run) -> Path:
     return folder
 
 
-def results_of(name: str) -> list[dict]:
-    """The rows that an earlier call wrote, of its folder. Raises ValueError where there are
-    none."""
-    try:
-        rows = json.loads((Path(name) / "results.json").read_text())
-        fits = isinstance(rows, list) and all(
-            {"task", "metric", "value", "dense_value", "cache_bytes", "dense_bytes"} <= set(r)
-            for r in rows
-        )
-    except (OSError, ValueError, TypeError) as err:
-        raise ValueError(
-            f"beside={name}: {err}; a folder with eval.py's results.json is needed; give "
-            "--results of another call"
-        ) from None
-    check(
-        fits,
-        f"beside={name}",
-        "its results.json is not eval.py's",
-        "give --results of another call",
-    )
-    return rows
-
-
 def write_results(
     folder: Path, run: Run, rows: list[dict], beside: list[dict], shown: Shown, *, own: bool
 ) -> list[str]:
@@ -522,10 +512,7 @@ def measure_run(args) -> None:
     cfg: EvalConfig = args.eval
     device = pick_device(cfg.device)
     check_weights(args.base.weights, device, cfg.dtype)
-    results = Path(cfg.results or ".")
-    check(
-        results.is_dir() or not results.exists(), f"results={results}", "is a file", "name a folder"
-    )
+    check_places(args)
     check(
         not (cfg.out_dir and is_foreign(cfg.out_dir)),
         f"out_dir={cfg.out_dir}",
@@ -534,7 +521,7 @@ def measure_run(args) -> None:
     )
     say(f"loading {args.base.place(cfg.out_dir)} ...")
     run = load_run(args.base.place(cfg.out_dir), device, **args.base.options(cfg.out_dir))
-    beside = [r for name in comma_list(cfg.beside) for r in mean_over_texts(results_of(name))]
+    beside = [r for name in comma_list(cfg.beside) for r in mean_over_texts(rows_beside(name))]
     rows, shown = evaluate(run, asked_of(run, args))
     folder = results_folder(cfg, run)
     names = write_results(folder, run, rows, beside, shown, own=bool(cfg.out_dir))

@@ -159,7 +159,8 @@ class EvalConfig:
         "", "zero_shot: JSONL files, a list: HellaSwag, PIQA, ARC and others as they are published"
     )
     answered: str = opt(
-        "", "mixsga with --dataset=instruct:PATH: JSONL whose instructions every row answers, too"
+        "",
+        "mixsga with --dataset=instruct:PATH: JSONL file, whose instructions every row answers",
     )
     answer_tokens: int = opt(64, "instruct: tokens of an answer, at most", least=1)
     mixes: str = opt(

@@ -34,8 +34,26 @@ def check_places(args) -> None:
     there."""
     args.base.place(args.sample.out_dir)
     check_inputs(args, "init_from", "out_dir")
-    if args.sample.prompt_file:
-        read_prompt(args.sample.prompt_file)
+    first_prompt(args)
+
+
+def first_prompt(args) -> str:
+    """Return the text to begin with: of --prompt_file or --prompt; in a chat "" where neither is
+    given. Raises ValueError where there is none, or a file cannot be read as text."""
+    cfg: SampleConfig = args.sample
+    given = args.given & {"prompt", "prompt_file"}
+    check(len(given) < 2, "prompt and prompt_file", "there is one prompt", "give one of them")
+    if cfg.prompt_file:
+        return read_prompt(cfg.prompt_file)
+    if cfg.chat:
+        return cfg.prompt if given else ""
+    check(
+        bool(cfg.prompt),
+        "an empty prompt",
+        "a text to continue is needed",
+        "give --prompt=TEXT, or leave it out",
+    )
+    return cfg.prompt
 
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
@@ -64,7 +82,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # what a terminal cannot show
     device = devices_of(cfg.devices or cfg.device)[0]
     check_weights(ARGS.base.weights, device, cfg.dtype)
-    prompt = first_prompt(cfg)
+    prompt = first_prompt(ARGS)
     note(f"loading {ARGS.base.place(cfg.out_dir)}")
     loaded_to = "cpu" if cfg.devices else device
     run = load_run(ARGS.base.place(cfg.out_dir), loaded_to, **ARGS.base.options(cfg.out_dir))
@@ -92,16 +110,6 @@ def main() -> None:
             chat(run, talk, prompt)
         else:
             sample(run, cfg, prompt)
-
-
-def first_prompt(cfg: SampleConfig) -> str:
-    """Return the text to begin with: of --prompt_file or --prompt; in a chat "" where neither is
-    given. Raises ValueError for a file that cannot be read as text."""
-    given = ARGS.given & {"prompt", "prompt_file"}
-    check(len(given) < 2, "prompt and prompt_file", "there is one prompt", "give one of them")
-    if not cfg.prompt_file:
-        return cfg.prompt if given or not cfg.chat else ""
-    return read_prompt(cfg.prompt_file)
 
 
 def options_of(cfg: SampleConfig) -> dict:

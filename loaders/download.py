@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from config import check
-from loaders.tokenizer import one_line
+from settings.fields import one_line
 
 # no file that can run code is asked for
 WANTED = [

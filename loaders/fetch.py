@@ -1,5 +1,4 @@
-"""Files that appear whole or not at all, downloads against a pinned sha256, and files that are not
-there yet: Git LFS pointers."""
+"""Files that appear whole or not at all, and downloads against a pinned sha256."""
 
 from __future__ import annotations
 
@@ -10,33 +9,13 @@ import http.client
 import os
 import urllib.request
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from config import check
-from loaders.tokenizer import one_line
+from settings.fields import one_line
 
 OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def is_pointer(path: Path) -> bool:
-    """Say whether a file is what Git LFS leaves in place of a large one that was not fetched."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as f:
-        return f.read(len(POINTER)) == POINTER
-
-
-def refuse_pointers(paths: Iterable[Path]) -> None:
-    """Raise ValueError for the first of some files that is a Git LFS pointer."""
-    for path in paths:
-        check(
-            not is_pointer(path),
-            f"{path}",
-            "a Git LFS pointer, not the file itself",
-            f"run git lfs pull in {path.parent}, or download the file again",
-        )
 
 
 @contextlib.contextmanager

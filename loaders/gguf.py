@@ -19,8 +19,8 @@ from torch import Tensor
 from config import check
 from loaders.gguf_tokenizer import gguf_definition
 from loaders.templates import gguf_chat
-from loaders.tokenizer import one_line
 from loaders.weights import ModelFiles
+from settings.fields import one_line
 from storage.state import few
 
 OUR_NAMES = {

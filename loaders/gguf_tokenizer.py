@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from config import check
-from loaders.tokenizer import one_line
+from settings.fields import one_line
 
 AGAIN = "get the file again"
 THE_FOLDER = "load the model's Hugging Face folder instead"

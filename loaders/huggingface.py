@@ -18,8 +18,8 @@ from torch import Tensor
 
 from config import LONGEST_CONTEXT, ROPE_SCALINGS, ModelConfig, check
 from loaders.families import FAMILIES, USE, Family, check_supported, norm_offset, our_parts
-from loaders.tokenizer import one_line
 from loaders.weights import ModelFiles
+from settings.fields import one_line
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 MOST_JSON = 2**28  # bytes: the largest tokenizers take some thirty million

@@ -27,9 +27,9 @@ import numpy as np
 from config import check
 from data import Corpus, check_length, label_of, split_documents
 from loaders.examples import Examples
-from loaders.json_lines import fields_of, json_objects
 from loaders.templates import ChatTemplate
 from loaders.tokenizer import encode_after, encoded, end_tokens
+from settings.files import fields_of, json_objects
 from settings.places import check_text
 from settings.train import DataConfig
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from config import TARGETS, AdapterConfig, check
 from loaders.huggingface import read_json
-from loaders.tokenizer import one_line
+from settings.fields import one_line
 from settings.places import HUB_NAME
 
 CONFIG = "adapter_config.json"

@@ -24,7 +24,6 @@ from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, Sele
 from loaders import checkpoint
 from loaders.device import place
 from loaders.download import hub_folder
-from loaders.fetch import refuse_pointers
 from loaders.gguf import all_parts, is_gguf, open_gguf
 from loaders.huggingface import model_config, open_folder, read_json
 from loaders.peft_folder import is_peft, open_peft
@@ -41,6 +40,7 @@ from loaders.weights import (
 )
 from model import Transformer
 from settings.fields import from_dict, to_dict
+from settings.files import refuse_pointers
 from settings.places import check_model
 from storage.state import few
 
@@ -118,7 +118,7 @@ def _refuse_base(where: str | os.PathLike, base: str) -> None:
 def _files_at(where: Path) -> list[Path]:
     """List the files of a model: a .gguf file's parts, or what lies in its folder."""
     if where.is_dir():
-        kinds = (".json", ".safetensors", ".gguf")
+        kinds = (".json", ".jinja", ".safetensors", ".gguf")
         return sorted(p for p in where.iterdir() if p.suffix.lower() in kinds)
     return all_parts(where) if where.is_file() and is_gguf(where) else [where]
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 from config import check
 from loaders.huggingface import read_json
-from loaders.tokenizer import encode_after, one_line
+from loaders.tokenizer import encode_after
+from settings.fields import one_line
 
 # special tokens that a template may name, and what GGUF calls them
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

@@ -14,7 +14,8 @@ import numpy as np
 
 from config import check
 from loaders.fetch import new_file
-from loaders.tokenizer import check_ids, one_line
+from loaders.tokenizer import check_ids
+from settings.fields import one_line
 
 MAGIC = b"subtoken tokens 1\n"
 HEADER_BYTES = 4096

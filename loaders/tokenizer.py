@@ -16,11 +16,7 @@ import numpy as np
 import torch
 
 from config import check
-
-
-def one_line(e: object) -> str:
-    """Write str(e) on one line, for messages that quote somebody else's error."""
-    return " ".join(str(e).split()) or type(e).__name__
+from settings.fields import one_line
 
 
 def check_ids(ids, vocab_size: int) -> None:

@@ -12,7 +12,8 @@ import hashlib
 import json
 
 from config import check
-from loaders.tokenizer import known_ids, one_line, valid_text
+from loaders.tokenizer import known_ids, valid_text
+from settings.fields import one_line
 
 # what ends a document, the first that is there
 ENDS = (

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from config import ModelConfig, check
-from loaders.tokenizer import one_line
 from model import Transformer
+from settings.fields import one_line
 from storage.state import copy_tensors, listed
 
 

@@ -1,15 +1,18 @@
-"""Tables of results as text: the one printer, and the table of results that train.py and eval.py
-print."""
+"""Tables of results as text: the one printer, the table of results that train.py and eval.py print,
+and the rows that such a call left."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 from measure_config import RIVALS
+from settings.fields import check
 
 # Numbers of rows that have a mean over texts.
 MEANT = (
@@ -51,6 +54,29 @@ def with_spread(values: list[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{mean(values):.4f} +- {stdev(values):.4f}"
+
+
+def rows_beside(name: str) -> list[dict]:
+    """The rows that an earlier call of eval.py left in a folder. ValueError where there are
+    none."""
+    try:
+        rows = json.loads((Path(name) / "results.json").read_text())
+        fits = isinstance(rows, list) and all(
+            {"task", "metric", "value", "dense_value", "cache_bytes", "dense_bytes"} <= set(r)
+            for r in rows
+        )
+    except (OSError, ValueError, TypeError) as err:
+        raise ValueError(
+            f"beside={name}: {err}; a folder with eval.py's results.json is needed; give "
+            "--results of another call"
+        ) from None
+    check(
+        fits,
+        f"beside={name}",
+        "its results.json is not eval.py's",
+        "give --results of another call",
+    )
+    return rows
 
 
 def result_table(rows: list[dict]) -> str:

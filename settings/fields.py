@@ -22,6 +22,8 @@ PATHS = (
     "prompt_file",
     "questions",
     "shots_from",
+    "items",
+    "answered",
     "dataset",
     "adapt_dataset",
     "test_dataset",
@@ -53,6 +55,11 @@ def check(ok: bool, came: str, allowed: str, do: str) -> None:
     """Raise the one-line ValueError every setting uses: what came, what is allowed, what to do."""
     if not ok:
         raise ValueError(f"{came}: {allowed}; {do}")
+
+
+def one_line(e: object) -> str:
+    """Return str(e) on one line, for messages that quote somebody else's error."""
+    return " ".join(str(e).split()) or type(e).__name__
 
 
 def check_fields(settings) -> None:

@@ -9,14 +9,26 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 from settings.fields import check, comma_list, to_dict
+from settings.files import (
+    LINE_END,
+    json_objects,
+    read_text,
+    refuse_pointers,
+    texts_of,
+    visible_files,
+)
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 CORPORA = ("dataset", "adapt_dataset", "test_dataset", "calibrate")
+WRITTEN = ("results", "data_dir", "to")  # folders that are made where they are missing
+TEXT = "give text:PATH of a UTF-8 text file or a folder of them"
+INSTRUCTIONS = "give instruct:PATH of JSONL"
 
 
 def check_inputs(args, *models: str) -> None:
-    """Raise ValueError for a model, or a text of one's own, that is not there. args: a program's
-    settings by group; models: the flags that name models."""
+    """Raise ValueError for a model, or a text of one's own, that is not there, for a text whose
+    beginning is not what it should be, and for a folder that cannot be written to. args: a
+    program's settings by group; models: the flags that name models."""
     named: dict = {}
     for settings in vars(args).values():
         named |= to_dict(settings) if is_dataclass(settings) else {}
@@ -24,13 +36,17 @@ def check_inputs(args, *models: str) -> None:
         where = named[flag]
         if where not in ("", "scratch") and not where.startswith("hf:"):
             check_model(where)
+    for flag in WRITTEN:
+        if named.get(flag):
+            check_folder(flag, named[flag])
     for flag in CORPORA:
         for corpus in comma_list(named.get(flag, "")):
             check_text(corpus)
-            kind, _, name = corpus.partition(":")
-            path = Path(name).expanduser()
-            if kind == "text" and path.is_file():  # the files of a folder are read later
-                check(bool(read_text(path)), corpus, "it holds no text", "give another file")
+            check_beginning(corpus, named.get("text_field", "text"))
+    if named.get("answered"):
+        corpus = f"instruct:{named['answered']}"
+        check_text(corpus)
+        check_beginning(corpus, "")
 
 
 def check_model(where: str | os.PathLike) -> None:
@@ -43,6 +59,7 @@ def check_model(where: str | os.PathLike) -> None:
         what = "no such file"
         do = "give a .gguf file, a model's folder or one that train.py wrote"
     check(Path(where).exists(), f"{where}", what, do)
+    refuse_pointers([Path(where)])
 
 
 def check_text(corpus: str) -> None:
@@ -52,39 +69,65 @@ def check_text(corpus: str) -> None:
     if not name:
         return
     path = Path(name).expanduser()
-    do = "give text:PATH of a UTF-8 text file or a folder of them"
+    do = TEXT
     there = path.exists()
     what = "there is no such file or folder"
     if kind == "instruct":
-        do = "give instruct:PATH of JSONL"
+        do = INSTRUCTIONS
         there = path.is_file()
         what = "there is no such file"
     check(there, corpus, what, do)
     check(os.access(path, os.R_OK), corpus, "you have no permission to read it", do)
 
 
-def read_text(path: Path) -> str:
-    """Return a file's text, its line ends as they are, without a byte order mark. ValueError where
-    it is no UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError) as e:
-        raise ValueError(
-            f"{path} cannot be read as UTF-8 text ({e}): text:PATH needs that; convert it or move "
-            "it"
-        ) from None
+def check_beginning(corpus: str, text_field: str) -> None:
+    """Raise ValueError where text:PATH or instruct:PATH, which is there, holds nothing, a Git LFS
+    pointer, or a first line that is not JSONL's. Of a folder's files the contents are read later.
+
+    text_field: the field of a line of JSONL that holds its text"""
+    kind, _, name = corpus.partition(":")
+    path = Path(name).expanduser()
+    if kind == "instruct":
+        first = next(json_objects(path), None)
+        check(first is not None, corpus, "there is no line in it", INSTRUCTIONS)
+    elif kind == "text" and path.is_dir():
+        files = visible_files(path)
+        refuse_pointers(files)
+        check(any(file.stat().st_size for file in files), corpus, "it holds no text", TEXT)
+    elif kind == "text":
+        check(any(texts_of(path, text_field)), corpus, "it holds no text", TEXT)
 
 
 def read_prompt(name: str) -> str:
-    """Return the text of --prompt_file. ValueError where it is none, or blank."""
+    """Return the text of --prompt_file, its line ends as one. ValueError where it is none, or
+    blank."""
     path = Path(name).expanduser()
-    do = "a file of UTF-8 text is needed"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"prompt_file={path}: {e}; {do}") from None
-    check(bool(text.strip()), f"prompt_file={path}", "it holds no text", do)
+        text = "\n".join(LINE_END.split(read_text(path)))
+    except ValueError as e:
+        raise ValueError(f"prompt_file={e}") from None
+    check(
+        bool(text.strip()),
+        f"prompt_file={path}",
+        "it holds no text",
+        "a file of UTF-8 text is needed",
+    )
     return text
+
+
+def check_folder(flag: str, name: str | os.PathLike) -> None:
+    """Raise ValueError where the folder that a flag names is a file, or cannot be written to, or
+    be made where it is missing."""
+    path = Path(name).expanduser()
+    place = f"{flag}={name}"
+    check(path.is_dir() or not path.exists(), place, "is a file", f"give --{flag}=DIR")
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    check(
+        above.is_dir() and os.access(above, os.W_OK | os.X_OK),
+        place,
+        f"nothing can be written in {above}",
+        f"give --{flag}=DIR of another folder",
+    )
 
 
 def check_fresh(folder: str | os.PathLike) -> None:

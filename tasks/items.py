@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from loaders.json_lines import fields_of, json_objects
-from settings.fields import check
+from measure_config import EvalConfig
+from settings.fields import check, comma_list
+from settings.files import fields_of, json_objects
 
 ASKED = "Question: {}\nAnswer:"
 # Of the plain form, by how a file's name begins: what stands around its question.
@@ -41,6 +42,22 @@ class Item(NamedTuple):
 
     options: list[Option]
     right: int
+
+
+def item_files(cfg: EvalConfig) -> list[str]:
+    """Return the files of cfg.items. ValueError where two tasks would have one name."""
+    files = comma_list(cfg.items)
+    named = {name: f"the task {name}" for name in comma_list(cfg.tasks) if name != "zero_shot"}
+    for path in files:
+        stem = Path(path).stem
+        check(
+            stem not in named,
+            f"items={cfg.items}",
+            f"{named.get(stem)} and {path} would both be the task {stem!r}",
+            "rename one of them, or measure it apart",
+        )
+        named[stem] = path
+    return files
 
 
 def read_items(path: Path) -> list[Item]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from data import batch, same_text, sequential
 from loaders.runs import Run
@@ -12,6 +11,7 @@ from settings.fields import check, comma_list
 from tasks.choices import multiple_choice
 from tasks.common import Task
 from tasks.instruct import instruct
+from tasks.items import item_files
 from tasks.prompts import needle, variable_tracking
 from tasks.recall import copying, needles
 from tasks.ruler import MAKERS, ruler
@@ -61,22 +61,6 @@ def held_out_of(run: Run, corpus: str) -> float:
     if not same_text(corpus, run.config.get("corpus", "")):
         return 0.0
     return run.config["data"]["val_fraction"]
-
-
-def item_files(cfg: EvalConfig) -> list[str]:
-    """Return the files of cfg.items. ValueError where two tasks would have one name."""
-    files = comma_list(cfg.items)
-    named = {name: f"the task {name}" for name in comma_list(cfg.tasks) if name != "zero_shot"}
-    for path in files:
-        stem = Path(path).stem
-        check(
-            stem not in named,
-            f"items={cfg.items}",
-            f"{named.get(stem)} and {path} would both be the task {stem!r}",
-            "rename one of them, or measure it apart",
-        )
-        named[stem] = path
-    return files
 
 
 def continuation(cfg: EvalConfig, T: int, text: Text) -> Continuation:

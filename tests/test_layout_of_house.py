@@ -26,7 +26,6 @@ RANK = {
     "kernels": 2,
     "loaders.tokenizer": 2,
     "loaders.fetch": 3,
-    "loaders.json_lines": 3,
     "loaders.examples": 4,
     "loaders.token_files": 4,
     "data": 5,

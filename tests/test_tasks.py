@@ -26,7 +26,7 @@ from measure_config import EvalConfig
 from report.plan import Asked
 from report.tables import result_table
 from runs import call, pretrain, python
-from tasks.choices import MultipleChoice, multiple_choice, read_questions
+from tasks.choices import MultipleChoice, multiple_choice
 from tasks.common import Generated, ThroughCache, decoded
 from tasks.prompts import (
     FILLER,
@@ -38,6 +38,7 @@ from tasks.prompts import (
     needle,
     variable_tracking,
 )
+from tasks.questions import read_questions
 from tasks.recall import (
     COPIED,
     NAMES,
@@ -920,8 +921,7 @@ def test_bad_row_is_named_by_its_line(bad, why, tmp_path):
     assert (
         why in line
         and str(path) in line
-        and ("line 8" in line or why == "utf-8")
-        and "give MMLU's CSV" in line
+        and (why == "utf-8" or ("line 8" in line and "give MMLU's CSV" in line))
     ), line
 
 

@@ -115,7 +115,7 @@ TABLE = (
     Wrong(
         "train",
         "--stage=pretrain --out_dir={d}/note.txt/a",
-        "note.txt/a: not a directory; mend the path",
+        "note.txt/a: nothing can be written in {d}/note.txt",
     ),
     Wrong("train", "--stage=pretrain --out_dir={d}/texts", "is not empty"),
     Wrong("train", "--stage=pretrain --out_dir={d}/busy", "another run is at work in it"),
@@ -141,6 +141,10 @@ TABLE = (
     Wrong("train", "--stage=pretrain --dataset=text:{d}/deep.jsonl", "deep.jsonl, line 1"),
     Wrong("train", "--stage=pretrain --dataset=text:{d}/body.jsonl", "--text_field"),
     Wrong("sample", "--out_dir={d}/run --prompt_file={d}/latin", "prompt_file={d}/latin"),
+    Wrong("train", "--stage=pretrain --dataset=text:{d}/mixed", "mixed/b.txt: a Git LFS pointer"),
+    Wrong(
+        "export", "--init_from={d}/pointer_template --to={d}/a", "chat_template.jinja: a Git LFS"
+    ),
     Wrong("sample", "--init_from={d}/begun", "begun: a run of train.py that has no checkpoint yet"),
     Wrong("sample", "--init_from={d}/cut.gguf", "cut.gguf cannot be read as GGUF"),
     Wrong("sample", "--init_from={d}/absurd.gguf", "absurd.gguf cannot be read as GGUF"),
@@ -165,6 +169,8 @@ TABLE = (
 )
 
 
+ITEMS = "--init_from={d}/run --tasks=zero_shot --items="
+QUESTIONS = "--init_from={d}/run --tasks=multiple_choice --shots=0 --questions="
 # What is answered before torch is loaded.
 EARLY = (
     Wrong("train", BASE.replace("run", "missing"), "{d}/missing: no such folder"),
@@ -189,6 +195,31 @@ EARLY = (
     Wrong("export", "--to={d}/new", "give --out_dir=DIR or --init_from=PATH"),
     Wrong("export", "--init_from={d}/missing --to={d}/new", "{d}/missing: no such folder"),
     Wrong("export", "--out_dir={d}/run --to={d}/texts", "is not an empty folder"),
+    Wrong("train", "--data_dir={d}/note.txt", "data_dir={d}/note.txt: is a file; give --data_dir"),
+    Wrong("train", "--out_dir={d}/note.txt/a", "nothing can be written in {d}/note.txt"),
+    Wrong("train", BASE + "--dataset=text:{d}/hidden", "hidden: it holds no text"),
+    Wrong("train", BASE + "--dataset=text:{d}/body.jsonl", "has 'body': a text in 'text' is"),
+    Wrong("train", BASE + "--dataset=text:{d}/pointer.gguf", "pointer.gguf: a Git LFS pointer"),
+    Wrong("train", BASE + "--dataset=text:{d}/mixed", "mixed/b.txt: a Git LFS pointer"),
+    Wrong("train", BASE + "--dataset=instruct:{d}/deep.jsonl", "deep.jsonl, line 1: "),
+    Wrong("train", BASE + "--dataset=instruct:{d}/pointer.gguf", "run git lfs pull in {d}, or"),
+    Wrong("sample", "--init_from={d}/run --prompt=", "an empty prompt: a text to continue"),
+    Wrong("sample", "--init_from={d}/run --prompt_file={d}/pointer.gguf", "a Git LFS pointer"),
+    Wrong("sample", "--init_from={d}/pointer.gguf", "{d}/pointer.gguf: a Git LFS pointer"),
+    Wrong("eval", "--init_from={d}/run --results={d}/note.txt", "results={d}/note.txt: is a file"),
+    Wrong("eval", "--init_from={d}/run --beside={d}/missing", "beside={d}/missing: "),
+    Wrong("eval", ITEMS + "{d}/missing", "{d}/missing: no such file; give JSONL of HellaSwag"),
+    Wrong("eval", ITEMS + "{d}/body.jsonl", "line 1, has 'body': no known data set has these"),
+    Wrong("eval", ITEMS + "{d}/pointer.gguf", "{d}/pointer.gguf: a Git LFS pointer"),
+    Wrong("eval", QUESTIONS + "{d}/missing", "{d}/missing: no such file or folder"),
+    Wrong("eval", QUESTIONS + "{d}/note.txt", "note.txt, line 1: 1 fields where 6 are needed"),
+    Wrong("eval", QUESTIONS + "{d}/pointer.gguf", "{d}/pointer.gguf: a Git LFS pointer"),
+    Wrong(
+        "eval",
+        "--tasks=mixsga --dataset=instruct:{d}/told.jsonl --answered={d}/deep.jsonl",
+        "deep.jsonl, line 1: ",
+    ),
+    Wrong("bench", "memory --results={d}/note.txt", "results={d}/note.txt: is a file"),
     Wrong("bench", "generate --init_from={d}/missing", "{d}/missing: no such folder"),
 )
 
@@ -210,6 +241,11 @@ def make_files(d: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     next((d / "pointer_run").rglob("model.safetensors")).write_text(pointer)
+    for name in ("hidden", "mixed", "pointer_template"):
+        (d / name).mkdir()
+    (d / "hidden" / ".a.txt").write_text("no document")
+    (d / "mixed" / "a.txt").write_text("a document")
+    (d / "mixed" / "b.txt").write_text(pointer)
     for name in ("busy", "empty_run", "no_config", "pickled", "pointers", "tokenizer", "untyped"):
         (d / name).mkdir()
     save_file({"a": torch.zeros(1)}, d / "no_config" / "model.safetensors")
@@ -217,6 +253,8 @@ def make_files(d: Path) -> None:
     (d / "pickled" / "pytorch_model.bin").write_bytes(b"PK")
     (d / "pointers" / "model.safetensors").write_text(pointer)
     (d / "pointers" / "config.json").write_text('{"model_type": "llama"}')
+    (d / "pointer_template" / "config.json").write_text('{"model_type": "llama"}')
+    (d / "pointer_template" / "chat_template.jinja").write_text(pointer)
     (d / "tokenizer" / "tokenizer.json").write_text("{}")
     (d / "untyped" / "config.json").write_text("{}")
     (d / "begun").mkdir()
@@ -227,6 +265,7 @@ def make_files(d: Path) -> None:
     (d / "latin").write_bytes(b"caf\xe9")
     (d / "bad.jsonl").write_text('{"text": "a"}\n{"text": ')
     (d / "deep.jsonl").write_text(deep)
+    (d / "told.jsonl").write_text('{"instruction": "a", "output": "b"}')
     (d / "body.jsonl").write_text('{"body": "a"}\n{"body": "b"}')
     (d / "cut.gguf").write_bytes(b"GGUF\3\0\0\0")
     (d / "absurd.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 10**12, 10**12) + bytes(64))
@@ -394,7 +433,7 @@ def test_every_flag_of_a_path_expands_home(monkeypatch):
         for cls in program.CONFIGS.values()
         for f in fields(cls)
         if str(f.type) == "str"
-        and re.search(r"\b(folders?|files?|corp(us|ora)|run) ", f.metadata["help"])
+        and re.search(r"\b(folders?|files?|corp(us|ora)|run)[ ,]", f.metadata["help"])
     }
     assert set(PATHS) == told
     monkeypatch.setenv("HOME", "/home/me")

@@ -15,8 +15,8 @@ from helpers import TINY, grouped_model, tiny_model
 
 from loaders.tokenizer import ByteTokenizer
 from measure_config import EvalConfig
-from tasks.items import Item, Option, read_items
-from tasks.make import item_files, make_tasks
+from tasks.items import Item, Option, item_files, read_items
+from tasks.make import make_tasks
 from tasks.zero_shot import Request, accuracies, request, score_requests, zero_shot
 from tasks.zero_shot import Scored as S
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from settings.fields import check
+from settings.places import check_folder
 
 try:
     import fcntl
@@ -46,10 +47,11 @@ def lock(handle: int, folder: Path) -> None:
 
 
 def check_run_dir(folder: Path, resume: bool, main: bool = True) -> None:
-    """Raise ValueError unless a new run may have a folder, which is missing or empty then, or with
-    resume there is something to continue. main: whether to look for an owner, too."""
+    """Raise ValueError unless a new run may have a folder, which can be written to, and is missing
+    or empty then, or with resume there is something to continue. main: whether to look for an
+    owner, too."""
     place = f"out_dir={folder}"
-    check(not folder.exists() or folder.is_dir(), place, "is a file", "name a folder")
+    check_folder("out_dir", folder)
     if resume:
         check(
             is_begun(folder),

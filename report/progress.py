@@ -27,6 +27,19 @@ class Lines:
         self.stream.flush()
 
 
+class InLines(tqdm):
+    """A bar of a log file. Each number of units is a line once: the last one is not said again
+    when the bar is closed, nor the first where nothing is left to do."""
+
+    said = None
+
+    def display(self, *args, **kwargs) -> None:
+        """Write a line, unless one of as many units was the last."""
+        if self.n != self.said:
+            self.said = self.n
+            super().display(*args, **kwargs)
+
+
 def progress(
     name: str,
     total: int,
@@ -44,4 +57,4 @@ def progress(
     if stream.isatty():
         return tqdm(file=stream, mininterval=0.5, **settings)
     settings |= dict(delay=silence, mininterval=EVERY, bar_format=LINE)
-    return tqdm(file=Lines(stream), **settings)
+    return InLines(file=Lines(stream), **settings)

@@ -9,6 +9,7 @@ import pytest
 
 import cli
 from loaders import checkpoint, export
+from report import progress as reporting
 from runs import call_main
 from training import loop as trainer
 
@@ -42,6 +43,7 @@ def test_finished_run_says_its_loss_and_what_is_next(tmp_path, run_stage, capsys
     (command,) = next_lines(capsys)
     run_stage("pretrain", tmp_path / "run", *flags, "--resume")
     said = capsys.readouterr().err
+    assert said.count("2 of 2 steps") == 1  # in the log, where the bar is opened and closed at once
     assert "all 2 steps are done" in said and f"{last_loss(stage)}, in {stage}\n" in said
     assert f"  next: {command}\n" in said
     assert command == f"python train.py --stage=adapt --init_from={stage}"
@@ -98,3 +100,17 @@ def test_interrupt_before_the_first_step_leaves_nothing(tmp_path, text, run_stag
     with pytest.raises(KeyboardInterrupt):
         run_stage("pretrain", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_log_has_each_number_of_steps_once(monkeypatch, capsys):
+    """Where every step is slow enough for a line of its own, closing the bar says no step twice; a
+    bar that begins at its end is one line."""
+    monkeypatch.setattr(reporting, "EVERY", 0)
+    for begin in (0, 3):
+        with reporting.progress("name", 3, "step", begin=begin) as bar:
+            for _ in range(3 - begin):
+                bar.update()
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(",")[0] for line in lines] == [
+            f"name: {n} of 3 steps" for n in range(begin, 4)
+        ]

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 from cli import exit_on_bad_input, parse_args
-from config import ADAPTERS, AdapterConfig, KVConfig, ModelConfig
+from config import ADAPTERS, AdapterConfig, ModelConfig
 from settings.fields import DTYPES, check, check_fields, opt
 from settings.train import TrainConfig
 
@@ -59,16 +59,12 @@ CONFIGS = {"ranks": RanksConfig, "model": ModelConfig}
 if __name__ == "__main__":
     ARGS = parse_args(CONFIGS, description=__doc__)
 
-import numpy as np
 import torch
 
-import lora
-from data import Corpus
+from benchmarks.step import Case, LoggedTrainer, random_model, stage_of
 from generate import generate
-from loaders.device import autocast, device_name, place
+from loaders.device import autocast, device_name
 from loaders.split import devices_of, layers_by_device, split
-from model import Transformer
-from training.loop import Stage, Trainer
 from training.world import share_parameters, world
 
 
@@ -111,39 +107,17 @@ def write(cfg: RanksConfig, row: dict) -> None:
 def train_row(cfg: RanksConfig, shape: ModelConfig) -> None:
     """Train for cfg.steps steps: tokens per second (median), memory of rank 0, and every loss."""
 
-    class Logged(Trainer):
-        def log(self, **entry):
-            rows.append(entry)
-
-    rows: list[dict] = []
-    rng = np.random.default_rng(0)
-    walk = (rng.integers(0, 8, 400_000).cumsum() % shape.vocab_size).astype(np.int64)
+    case = Case(AdapterConfig(adapter=cfg.adapter), weights=cfg.weights)
     with world(cfg.device) as w:
-        model = random_model(shape, w.device, cfg.weights)
-        adapter = AdapterConfig(adapter=cfg.adapter)
-        if cfg.adapter != "none":
-            lora.attach(model, adapter)
-        share_parameters(model, w)
-        stage = Stage(
-            kind="pretrain" if cfg.adapter == "none" else "adapt",
-            name=cfg.name,
-            folder=None,
-            model=model,
-            params=[p for p in model.parameters() if p.requires_grad],
-            tokenizer=None,
-            corpus=Corpus(walk, walk),
-            window=shape.block_size,
-            steps=cfg.steps,
-            batch_size=cfg.batch_size,
-            lr=3e-4,
-            seed=0,
-            kv=KVConfig(kv="dense"),
-            adapter=adapter,
-        )
+        sizes = dict(batch_size=cfg.batch_size, steps=cfg.steps, device=w.device)
+        stage = stage_of(case, shape, **sizes, name=cfg.name)
+        share_parameters(stage.model, w)
         asked = TrainConfig(
             stage=stage.kind, shard=cfg.shard, dtype=cfg.dtype, eval_sequences=2 * w.size
         )
-        Logged(stage, asked, w).run()
+        trainer = LoggedTrainer(stage, asked, w)
+        trainer.run()
+        rows = trainer.rows
         on_gpu = w.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         if w.main:
@@ -157,14 +131,6 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> None:
                 "losses": [row["loss"] for row in rows],
             }
             write(cfg, row)
-
-
-def random_model(shape: ModelConfig, device, weights: str):
-    """Return a model of random weights, made on the device, the same in every process."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Transformer(shape)
-    return place(model, device, getattr(torch, weights))
 
 
 # -- a rank that is lost

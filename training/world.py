@@ -61,6 +61,8 @@ def world(device_name: str):
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
+    if device.index is not None:  # streams and graphs are made where the model is
+        torch.cuda.set_device(device)
     if size == 1:
         yield World(rank, size, device)
         return

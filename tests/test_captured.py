@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import train
@@ -55,11 +56,15 @@ KINDS = {  # flags by kind of step; the first word is the stage
 }
 
 
+def steps_flag(kind: str, n: int) -> str:
+    return f"--{'pretrain' if kind == 'pretrain' else 'adapt'}_steps={n}"
+
+
 def run(kind: str, out, text: str, base, *flags):
     """Train one stage of KINDS; its folder."""
     stage, *own = KINDS[kind]
-    steps = "pretrain" if stage == "pretrain" else "adapt"
-    flags = [f"--{steps}_steps=20", f"--{steps}_batch_size=8", *own, *flags]
+    size = steps_flag(kind, 8).replace("steps", "batch_size")
+    flags = [steps_flag(kind, 20), size, *own, *flags]
     if stage == "adapt":
         args = adapt_arguments(out, text, base, *flags)
     else:
@@ -269,6 +274,42 @@ def test_a_new_phase_changes_nothing_by_itself():
         assert step.bad == bad
 
 
+class Questions(TorchDispatchMode):
+    """Collects the names of operators that wait for the device, or copy Python numbers to it."""
+
+    WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh"}
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in self.WAIT or str(function) == "aten.repeat_interleave.Tensor":
+            self.asked.append(name)
+        if name in ("index", "index_put", "index_put_"):
+            by = [t.dtype for t in args[1] if t is not None]
+            self.asked += [f"{name} by a mask" for t in by if t in (torch.bool, torch.uint8)]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_asks_the_device_nothing(kind, tmp_path, text, base, captured, monkeypatch):
+    """No operator between the first micro-batch and the last moment has a result whose size or
+    value the host must know: what recording a graph would fail by."""
+    questions = Questions()
+    once = CapturedStep.once
+
+    def watched(self):
+        with questions:
+            once(self)
+
+    monkeypatch.setattr(CapturedStep, "once", watched)
+    captured(True)
+    run(kind, tmp_path / "run", text, base, steps_flag(kind, 1))
+    assert questions.asked == []
+
+
 def test_why_steps_are_not_captured(stage_of):
     """Captured are steps of one process on a GPU, unless a flag says no or the host has a part in
     the loss; why not is said in words."""
@@ -292,10 +333,6 @@ def gpu_case(function):
     for mark in on_gpu:
         function = mark(function)
     return function
-
-
-def steps_flag(kind: str, n: int) -> str:
-    return f"--{'pretrain' if kind == 'pretrain' else 'adapt'}_steps={n}"
 
 
 @gpu_case
@@ -371,7 +408,6 @@ def test_replays_never_wait_for_the_device(tmp_path, text, base, monkeypatch):
 def test_first_step_comes_soon(monkeypatch):
     """LoRA on SmolLM2-135M's shape, 8 x 512 tokens: three replays have run within 10 seconds."""
     from benchmarks.step import CASES, stage_of
-
     from config import ModelConfig
 
     shape = ModelConfig(

@@ -288,6 +288,16 @@ class QuestPath(ValueGroupPath):
 # -------------------- attaching
 
 
+def check_whole_layers(whole_layers: int, n_layer: int) -> None:
+    """Raise ValueError where no layer is left that picks pages."""
+    check(
+        whole_layers < n_layer,
+        f"{whole_layers} layers that read everything",
+        f"the model has {n_layer}",
+        f"give --quest_whole of at most {n_layer - 1}",
+    )
+
+
 def attach(
     model: nn.Module,
     kv: KVConfig,
@@ -301,13 +311,7 @@ def attach(
 
     kv: how many value groups are kept, of which basis; all of them: values stay whole
     batches: token ids (B, T) that calibrate the basis"""
-    n_layer = model.cfg.n_layer
-    check(
-        whole_layers < n_layer,
-        f"{whole_layers} layers that read everything",
-        f"the model has {n_layer}",
-        f"give --quest_whole of at most {n_layer - 1}",
-    )
+    check_whole_layers(whole_layers, model.cfg.n_layer)
     if kv.topk_groups == kv.n_groups:
         kv = replace(kv, kv_layers=f"from:{whole_layers}")
         batches = None

@@ -15,7 +15,7 @@ from measure_config import SELECTING, EvalConfig, check_eval_flags
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
-STORED_AS = ("key_bits", "value_bits", "key_block", "kv_sinks")
+STORED_AS = ("key_bits", "value_bits", "key_block", "kv_sinks", "prefill")
 # Flags that only a base, which is calibrated here, can be asked.
 UNTRAINED = {"bases", "groups", "splits", "calibrate", "calibration"}
 # Flags of a choice of tokens first and groups then, which one budget for both does not make.

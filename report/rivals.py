@@ -61,6 +61,7 @@ def ways_to_read(run: Run, asked: Asked) -> list[Rival]:
         "shares of the prompt's tokens that a step reads",
         "give --token_budgets=0.25",
     )
+    quest.check_whole_layers(asked.eval.quest_whole, run.model.cfg.n_layer)
     budgets = comma_list(asked.eval.budgets) or ["1"]
     stored = []
     for kv in grid_of(run, asked):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's own selection on SmolLM2-135M: native basis, S = 4, one mask for all layers from layer
-# 22 on, routed prefill, its predictor. The lines were put together from the settings that the
-# table names; the time was not noted.
+# The paper's own selection on SmolLM2-135M: native basis, S = 4, one mask for all layers from a
+# layer on, routed prefill; with its predictor from layer 22 on, and without one from layers 22 and
+# 24 on, where K adapts to the token and where it is fixed.
 # usage: runs/paper_selection.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
@@ -17,10 +17,20 @@ python train.py --stage=select --init_from="$MODEL" --dataset="text:$VALID" --de
 
 # continuation on test text
 python eval.py --out_dir="$OUT" --tasks=continuation --methods=dense,select \
-  --dataset="text:$TEST" --split=all --detokenize --sequences=48 --block_size=2048 \
-  --batch_size=8 --dtype=float32 --relevances=predictor --budgets=0.75,0.5,0.25 \
-  --results="$OUT/continuation"
+  --dataset="text:$TEST" --split=all --sequences=48 --block_size=2048 --batch_size=24 \
+  --dtype=float32 --relevances=predictor --budgets=0.75,0.5,0.25 --results="$OUT/continuation"
 
-# one needle in 2,048 tokens, 48 prompts
+# one needle in 2,048 tokens
 python eval.py --out_dir="$OUT" --tasks=needle --methods=dense,select --relevances=predictor \
-  --budgets=0.75,0.5,0.25 --sequences=48 --block_size=2048 --results="$OUT/needle"
+  --budgets=0.75,0.5,0.25 --sequences=100 --block_size=2048 --batch_size=25 \
+  --results="$OUT/needle"
+
+# as many groups of a token as its observed relevance asks for, or K = 3, 2 or 1 of every token
+for K in adaptive fixed; do
+  python eval.py --init_from="$MODEL" --tasks=continuation --methods=dense,select \
+    --mask_scope=shared --value_basis=native --n_groups=4 --prefill=routed --sinks=0 --hedge=1 \
+    --relevances=observed --splits=22,24 --budgets=0.25,0.5,0.75 \
+    --fixed_k=$([[ $K == fixed ]] && echo true || echo false) --detokenize \
+    --dataset="text:$TEST" --split=all --calibrate="text:$VALID" --calibration=8 --sequences=48 \
+    --block_size=2048 --batch_size=24 --dtype=float32 --results="$OUT/$K"
+done

@@ -14,6 +14,10 @@ python train.py --stage=adapt --init_from="$MODEL" --adapter=none --n_groups=16 
   --adapt_steps=700 --adapt_lr=3e-3 --adapt_batch_size=8 --block_size=1024 --eval_sequences=16 \
   --out_dir="$OUT"
 
-# the loss of the 128 tokens after a compressed context, the windows of runs/value_groups.sh
-python eval.py --out_dir="$OUT" --tasks=continuation --dataset="text:$TEST" --split=all \
-  --detokenize --sequences=48 --block_size=2048 --batch_size=8 --dtype=float32
+# the loss of the 128 tokens after a compressed context, the windows of runs/value_groups.sh; the
+# context processed with whole values, and as training reads it, each token over routed ones
+for PREFILL in exact routed; do
+  python eval.py --out_dir="$OUT" --tasks=continuation --dataset="text:$TEST" --split=all \
+    --detokenize --sequences=48 --block_size=2048 --batch_size=24 --dtype=float32 \
+    --prefill=$PREFILL --results="$OUT/$PREFILL"
+done

@@ -29,7 +29,7 @@ BASH = shutil.which("bash")
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
 NOTED = ("python", "python3", "torchrun")
-STAND_INS = (*NOTED, "bash", "pip", "ln")
+STAND_INS = (*NOTED, "bash", "pip", "ln", "cp")
 END = "\x1e"  # after the last argument of a call
 STAND_IN = """#!/bin/sh
 printf '%s\\0' "${0##*/}" "$@" "$END" >> "$NOTES"

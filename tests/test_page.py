@@ -281,11 +281,11 @@ def test_all_runs_each_script_once_for_each_code(scripts):
     folder, run = scripts
     names = [name for name, *_ in LISTED]
     assert run()[1] == [*names, "page"]
-    for name, filled in (("adapters", "adapters"), ("selection", "select")):
+    for name, filled in (("adapters", "adapters"), ("trained_basis", "basis")):
         assert (folder / "out" / f"{filled}.state").read_text() == f"key-1-{name}\n"
     assert run()[1] == ["page"]
-    shutil.rmtree(folder / "out" / "needle")
-    assert run()[1] == ["needle", "page"]
+    shutil.rmtree(folder / "out" / "recall")
+    assert run()[1] == ["recall", "page"]
     (folder / "out" / "bits" / "x").write_text("of before")
     (folder / "runs" / "bits.sh").write_text("mkdir out/bits\nexit 3\n")
     done, notes = run(CODE="2")
@@ -295,7 +295,7 @@ def test_all_runs_each_script_once_for_each_code(scripts):
     assert (folder / "out" / "bits.before-1" / "x").read_text() == "of before"
     assert run(CODE="2")[0].returncode == 1  # tried again, alone
     assert (folder / "out" / "bits.before-2").is_dir() and not (
-        folder / "out/bits_kl.before-2"
+        folder / "out/published.before-2"
     ).exists()
     assert len(run(CODE="2", FORCE="1")[1]) == len(names)
 

@@ -125,6 +125,8 @@ def test_captured_steps_train_as_plain_ones(kind, tmp_path, text, base, captured
     assert [r.get("after", r["step"]) for r in log if "val_loss" in r] == [7, 14, 20]
     assert [r["step"] for r in log] == sorted(r["step"] for r in log)
     assert all(0 < r["tokens_per_s"] < math.inf for r in log if "loss" in r)
+    groups = checkpoint.load(got / "step-00000020").state["optimizer"]["param_groups"]
+    assert all(type(g["lr"]) is float and not g["capturable"] for g in groups)
 
 
 @pytest.mark.parametrize("kind", ["moe_lora, warming up", "lora"])
@@ -257,6 +259,21 @@ def test_a_bad_step_ends_all_updates():
     assert all(torch.equal(kept[i], kept[2]) for i in range(3, 9))
     (state,) = step.opt.state.values()
     assert state["step"] == 3
+
+
+def test_each_phase_is_prepared_once(tmp_path, text, base, captured, monkeypatch):
+    """Of 20 steps 8 read whole values: the step is prepared before the first and before step 8."""
+    prepare = CapturedStep.prepare
+    begun = []
+
+    def counted(self):
+        begun.append(self.opt.state_dict()["state"][0]["step"].item() if begun else 0)
+        prepare(self)
+
+    monkeypatch.setattr(CapturedStep, "prepare", counted)
+    captured(True)
+    run("moe_lora, warming up", tmp_path / "run", text, base)
+    assert begun == [0, 8]
 
 
 def test_a_new_phase_changes_nothing_by_itself():

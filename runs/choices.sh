@@ -9,7 +9,8 @@
 # usage: [MORE=FLAGS] [N=500] [APART=FILES] runs/choices.sh [ITEMS] [MODEL] [OUT] [RUN]
 #   RUN: of train.py --stage=select, such as that of runs/mixture.sh; trained here where not given
 set -euo pipefail
-ITEMS="${1:-hellaswag.jsonl,piqa.jsonl,boolq.jsonl,lambada.jsonl}"
+ALL="hellaswag.jsonl,piqa.jsonl,winogrande.jsonl,arc_easy.jsonl,arc_challenge.jsonl"
+ITEMS="${1:-$ALL,openbookqa.jsonl,boolq.jsonl,copa.jsonl,lambada.jsonl}"
 MODEL="${2:-SmolLM2-135M-Instruct.Q4_1.gguf}"
 OUT="${3:-out/choices}"
 RUN="${4:-}"

@@ -12,16 +12,16 @@ TEST="${4:-wikitext2.test.txt}"
 
 python train.py --stage=select --init_from="$MODEL" --detokenize --block_size=8192 --n_groups=8 \
   --dataset="pydocs,pycode,dialogue,markup,shakespeare,text:$VALID" --eval_sequences=8 \
-  --kv_tail=4 --observers=16 --predictors=predictor_query,predictor --select_steps=800 \
+  --kv_tail=4 --observers=16 --predictors=predictor_query --select_steps=800 \
   --select_batch_size=2 --out_dir="$OUT"
 
 # texts of which nothing was trained on
 python eval.py --out_dir="$OUT" --tasks=continuation --methods=dense,select --sequences=16 \
   --dataset="text:$TEST,cheaders,records" --split=all --block_size=2048 --batch_size=16 --query=4 \
-  --relevances=predictor_query --kv_byte_budgets=0.22,0.125,0.0625,0.04 --results="$OUT/others"
+  --kv_byte_budgets=0.22,0.125,0.0625,0.04 --results="$OUT/others"
 
 # what was held out of the texts that were trained on
 python eval.py --out_dir="$OUT" --tasks=continuation --methods=dense,select --sequences=16 \
   --dataset=shakespeare,pydocs,pycode,markup,dialogue --split=val --block_size=2048 \
-  --batch_size=16 --query=4 --relevances=predictor_query \
+  --batch_size=16 --query=4 \
   --kv_byte_budgets=0.22,0.125,0.0625,0.04 --results="$OUT/held_out"

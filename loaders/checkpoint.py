@@ -538,7 +538,8 @@ def tensor_hash(ckpt_dir, file: str = "model.safetensors") -> str:
 class GracefulStop:
     """Lets a step end before a signal does. In `with GracefulStop() as stop`, the first SIGINT or
     SIGTERM is answered by a line and sets `stop.signal`, so that the trainer saves once at the next
-    step boundary and exits with `stop.exit_code`; the second raises KeyboardInterrupt. Handlers are
+    step boundary and exits with `stop.exit_code`; the second raises KeyboardInterrupt. Of several
+    ranks each names itself, but at SIGINT, which a terminal sends to all, only rank 0. Handlers are
     put back at the end. Outside the main thread, where Python allows no handlers, it does
     nothing."""
 
@@ -555,9 +556,11 @@ class GracefulStop:
         if self.signal is not None:
             raise KeyboardInterrupt(f"signal {signum} after signal {self.signal}")
         self.signal = int(signum)
-        if os.environ.get("RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or signum == signal.SIGTERM:
+            who = f"rank {rank}: {signal.Signals(signum).name}, " if "RANK" in os.environ else ""
             with contextlib.suppress(OSError):  # not print: that may be what was interrupted
-                os.write(2, b"\nstopping after this step\n")
+                os.write(2, f"\n{who}stopping after this step\n".encode())
 
     def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():

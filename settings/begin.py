@@ -1,9 +1,14 @@
-"""What a program does before it imports anything else, so that Ctrl-C is answered by one line from
-then on. Nothing is imported here that a Python which has just begun has not loaded already."""
+"""What a program does before it imports anything else, so that Ctrl-C, and under torchrun SIGTERM,
+is answered by one line from then on. Nothing is imported here that a Python which has just begun
+has not loaded already."""
 
 import os
 import sys
-from _signal import SIGINT, signal  # of the interpreter itself: signal.py loads ten modules first
+from _signal import (
+    SIGINT,
+    SIGTERM,
+    signal,
+)  # of the interpreter itself: signal.py loads ten modules first
 
 
 def program_name() -> str:
@@ -16,8 +21,10 @@ def program_name() -> str:
 
 def begin_program() -> None:
     """Let this process survive a terminal that cannot show a character, and end by one line at
-    Ctrl-C while modules are loaded."""
+    Ctrl-C, and a rank at SIGTERM, while modules are loaded."""
     signal(SIGINT, leave)
+    if "RANK" in os.environ:
+        signal(SIGTERM, end_rank)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -28,3 +35,10 @@ def leave(*_) -> None:
     it."""
     print(f"{program_name()}: interrupted", file=sys.stderr, flush=True)
     os._exit(130)
+
+
+def end_rank(*_) -> None:
+    """End the process, one of torchrun's, at SIGTERM."""
+    rank = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+    print(f"{rank}: ended by SIGTERM", file=sys.stderr, flush=True)
+    os._exit(128 + SIGTERM)

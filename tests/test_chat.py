@@ -573,7 +573,7 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
         ("--kv=mixsga", "train.py --stage=continue"),
         ("--kv=select --relevance=predictor", "has not been trained"),
         ("--prompt=a --prompt_file=b", "give one of them"),
-        ("--prompt_file=/nowhere/x", "a file of UTF-8 text is needed"),
+        ("--prompt_file=/nowhere/x", "prompt_file=/nowhere/x cannot be read as UTF-8 text"),
         ("--chat --num_samples=2", "one answer a turn"),
         ("--calibrate=nothing", "calibrate"),
     ],

@@ -2,14 +2,17 @@
 what happens where a rank is lost."""
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from loaders.checkpoint import read_jsonl
+from loaders.checkpoint import GracefulStop, read_jsonl
 from loaders.runs import find_checkpoint
 from runs import arguments, python, tensors
 from training import world as ranks
@@ -123,6 +126,52 @@ def test_rank_that_is_done_leaves_the_others_at_work(how, code):
     assert p.returncode == code, p.err
     assert ("another process of this job is gone" in p.err) == (how == "killed")
     assert "Exception in thread" not in p.err
+
+
+TOLD_TO_END = """
+import os, signal, threading
+from datetime import timedelta
+from torch.distributed import TCPStore
+from training.world import ended_by_sigterm
+store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+with ended_by_sigterm():
+    store.wait(["never"], timedelta(seconds=20))
+"""
+
+
+def test_rank_that_is_told_to_end_says_so():
+    """SIGTERM before the first step, while a rank waits for the others where no handler of Python's
+    runs, ends it at once, with one line that names rank and signal, and exit code 143."""
+    start = time.monotonic()
+    p = python("-c", TOLD_TO_END, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
+    assert (p.returncode, p.err) == (143, "rank 1 of 2: ended by SIGTERM\n")
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize(
+    "rank, name, said",
+    [
+        ("1", "SIGTERM", "rank 1: SIGTERM, stopping after this step"),
+        ("1", "SIGINT", ""),
+        ("0", "SIGINT", "rank 0: SIGINT, stopping after this step"),
+        (None, "SIGTERM", "stopping after this step"),
+    ],
+)
+def test_rank_names_itself_and_the_signal_in_a_step(rank, name, said, monkeypatch, capfd):
+    """A rank that is to end after its step says so by its number; Ctrl-C, which a terminal sends
+    to all ranks, is answered by the first one alone; a process of no job has no number. The
+    answer to SIGTERM is that of the step, not that of the job around it."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with ranks.ended_by_sigterm(), GracefulStop() as stop:
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(0.05)
+    assert stop.signal == getattr(signal, name)
+    assert capfd.readouterr().err.split("\n") == (["", said, ""] if said else [""])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 # -- weights shared out

@@ -470,6 +470,16 @@ def test_interrupted_at_its_first_import_ends_by_one_line(program, tmp_path):
     assert (p.returncode, p.out, p.err) == (130, "", f"{CALLED[program]}: interrupted\n")
 
 
+def test_rank_that_is_told_to_end_while_loading_says_so(tmp_path):
+    """SIGTERM to one of torchrun's processes while the first module is loaded: one line with its
+    number, exit 143."""
+    source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    (tmp_path / "argparse.py").write_text(source)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "RANK": "1", "WORLD_SIZE": "2"}
+    p = runs.python("train.py", "--help", env=env, wait=30)
+    assert (p.returncode, p.out, p.err) == (143, "", "rank 1 of 2: ended by SIGTERM\n")
+
+
 def test_output_survives_a_terminal_of_ascii():
     """What an ASCII terminal cannot show of a line is replaced."""
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"}

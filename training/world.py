@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loaders.device import pick_device
 from model import Transformer
+from settings.begin import end_rank
 
 BUCKET_BYTES = 32 * 2**20  # of gradients that are summed at once
 NOTICE_SECONDS = 1.0  # that a process has to end by itself after a peer went
@@ -57,7 +58,7 @@ class World:
 @contextmanager
 def world(device_name: str):
     """This process's World: torchrun's variables decide; the process group lives inside the
-    `with`, and in it a process whose peer is killed says so and ends."""
+    `with`, and in it a process whose peer is killed, or that is told to end, says so and ends."""
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(device_name)
@@ -69,10 +70,12 @@ def world(device_name: str):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    peers = Peers(rank, size)
+    with ended_by_sigterm():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        peers = Peers(rank, size)
     try:
-        yield World(rank, size, device)
+        with ended_by_sigterm():
+            yield World(rank, size, device)
         peers.say_goodbye()
     except RuntimeError:
         # If a peer went, the watch says so and ends this process meanwhile; torchrun's signal,
@@ -83,6 +86,37 @@ def world(device_name: str):
     finally:
         peers.leave()
         dist.destroy_process_group()
+
+
+@contextmanager
+def ended_by_sigterm():
+    """Let SIGTERM, inside the `with`, end this process by one line at once, even where it waits in
+    a collective, which no handler of Python's would end. While another handler is installed, that
+    one answers; afterwards none does, for the process has said its end then."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
+        yield
+        return
+    told, tell = socket.socketpair()
+    tell.setblocking(False)
+
+    def wait(*_) -> None:
+        """Do nothing as a handler: the thread acts."""
+
+    def watch() -> None:
+        with told:
+            for signum in iter(lambda: told.recv(1), b""):
+                if signum[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is wait:
+                    end_rank()
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGTERM, wait)
+    wakeup = signal.set_wakeup_fd(tell.fileno())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(wakeup)
+        tell.close()
 
 
 class Peers:

@@ -158,8 +158,7 @@ class CapturedStep:
         except RuntimeError as e:
             why = str(e.__context__ or e).splitlines()[0]
             raise ValueError(
-                f"the step cannot be recorded as a CUDA graph ({why}): it asks the device for "
-                "something; give --capture=false"
+                f"the step cannot be recorded as a CUDA graph: {why}; give --capture=false"
             ) from e
         return graph.replay
 

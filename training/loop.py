@@ -4,7 +4,8 @@ What is random is a pure function of (seed, step, rank): batches, and the dropou
 seeded anew at every step. So evaluation and sampling cannot change training, and a resumed run
 needs no stored generator state to repeat itself bit for bit. Gradients are summed over micro-steps
 and ranks with the weight each sequence has in the global batch, while the backward pass runs
-(training/world.py): any split of a batch, uneven or empty shares too, means the same step.
+(training/world.py): any split of a batch, uneven or empty shares too, means the same step. On one
+GPU a step is a CUDA graph, and what it logs comes a few steps late (training/captured.py).
 
     torchrun --nproc_per_node=2 -- train.py --stage=pretrain
 """
@@ -319,20 +320,28 @@ class Trainer:
         if self.w.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.w.device)
         self.bar = progress(self.s.name, self.s.steps, "step", begin=self.step, shown=self.w.main)
-        with checkpoint.GracefulStop() as stop, self.bar:
-            while self.step < self.s.steps:
-                stopping = self.one_step(stop)
-                last = self.step == self.s.steps
-                if self.s.folder is not None:
-                    self.keep(last, stopping)
-                # A signal may have come since; and no rank goes on before rank 0 has saved.
-                if last and not stopping:
-                    stopping = self.w.any(stop.signal is not None)
-                if stopping:
-                    self.bar.close()
-                    self.say_stopped()
-                    raise SystemExit(stop.exit_code or 130)
-            self.settle()
+        try:
+            with checkpoint.GracefulStop() as stop, self.bar:
+                self.run_steps(stop)
+        finally:
+            self.opt.zero_grad()
+            self.captured = None  # its graph goes, and its memory
+
+    def run_steps(self, stop: checkpoint.GracefulStop) -> None:
+        """Do the steps that are left, and what is due after each."""
+        while self.step < self.s.steps:
+            stopping = self.one_step(stop)
+            last = self.step == self.s.steps
+            if self.s.folder is not None:
+                self.keep(last, stopping)
+            # A signal may have come since; and no rank goes on before rank 0 has saved.
+            if last and not stopping:
+                stopping = self.w.any(stop.signal is not None)
+            if stopping:
+                self.bar.close()
+                self.say_stopped()
+                raise SystemExit(stop.exit_code or 130)
+        self.settle()
 
     def one_step(self, stop: checkpoint.GracefulStop) -> bool:
         """One optimizer step; a captured one is only begun. Returns whether any rank was told to

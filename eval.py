@@ -525,7 +525,7 @@ def measure_run(args) -> None:
     rows, shown = evaluate(run, asked_of(run, args))
     folder = results_folder(cfg, run)
     names = write_results(folder, run, rows, beside, shown, own=bool(cfg.out_dir))
-    write_record(folder, device_name(device), began)
+    write_record(folder, device_name(device), began, args)
     names.append("made.json")
     files = ", ".join(f"{folder}/{name}" for name in names)
     print(f"{result_table(rows)}{reuse_note(rows)}\n{files}", file=sys.stderr)
@@ -567,7 +567,7 @@ def train_table(args) -> None:
         options=args.base.options(cfg.out_dir),
         folder=folder,
     )
-    write_record(folder, device_name(pick_device(cfg.device)), began)
+    write_record(folder, device_name(pick_device(cfg.device)), began, args)
     print_rows(rows, cfg.json)
 
 

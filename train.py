@@ -136,7 +136,7 @@ def run_stages(args, run_dir: Path, w: World) -> None:
         note(f"reading {args.train.corpus('pretrain')}" if fresh else f"loading {base}")
         text, stage = run_table(args, run_dir, w)
         if w.main:
-            write_record(run_dir, device_name(w.device), began, texts_of(args))
+            write_record(run_dir, device_name(w.device), began, args, texts_of(args))
             print(f"\n{text}")
             print(f"next: python sample.py --out_dir={shlex.quote(str(stage))}", file=sys.stderr)
     else:

@@ -18,14 +18,20 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from settings.files import visible_files
+from settings.places import texts_named
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def write_record(folder: Path, device: str, began: float, texts: list[dict] | None = None) -> None:
+def write_record(
+    folder: Path, device: str, began: float, args=None, texts: list[dict] | None = None
+) -> None:
     """Leave made.json beside the results.json that this call wrote: the command (absolute paths cut
     to their last part), code, commit, versions, device, seeds, texts with their sha256 (those that
-    the rows name, unless given), seconds since `began` (time.time()), and the sha256 of the
-    results, so that a record of other rows is known."""
+    the rows name, unless given), files and folders of texts that flags name, each with its own,
+    seconds since `began` (time.time()), and the sha256 of the results, so that a record of other
+    rows is known. args: the program's settings by group."""
     results = (folder / "results.json").read_bytes()
     rows = json.loads(results)
     read = [r["text"] for r in rows if "text" in r] if texts is None else texts
@@ -39,6 +45,10 @@ def write_record(folder: Path, device: str, began: float, texts: list[dict] | No
         "triton": version("triton"),
         "seeds": sorted({r["seed"] for r in rows if "seed" in r}),
         "texts": [text for i, text in enumerate(read) if text not in read[:i]],
+        "files": [
+            {"flag": flag, "name": path.name, "sha256": sha256_of(path)}
+            for flag, path in ([] if args is None else texts_named(args))
+        ],
         "seconds": round(time.time() - began, 1),
         "results": hashlib.sha256(results).hexdigest(),
     }
@@ -70,6 +80,18 @@ def without_folders(word: str) -> str:
     """A word of a command line, the absolute paths in it (alone, in a list, behind a = or a :) cut
     to their last part."""
     return re.sub(r"(^|[=:,])~?/(?:[^=:,]*/)?([^=:,/]+)/?(?=[=:,]|$)", r"\1\2", word)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, or over the names and sha256 of a folder's files, hidden ones left
+    out."""
+    if path.is_dir():
+        whole = hashlib.sha256()
+        for file in visible_files(path):
+            whole.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+        return whole.hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def version(package: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from settings.files import (
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # ORG/NAME
 CORPORA = ("dataset", "adapt_dataset", "test_dataset", "calibrate")
+TEXT_FILES = ("questions", "shots_from", "items", "answered")
 WRITTEN = ("results", "data_dir", "to")  # folders that are made where they are missing
 TEXT = "give text:PATH of a UTF-8 text file or a folder of them"
 INSTRUCTIONS = "give instruct:PATH of JSONL"
@@ -29,9 +31,7 @@ def check_inputs(args, *models: str) -> None:
     """Raise ValueError for a model, or a text of one's own, that is not there, for a text whose
     beginning is not what it should be, and for a folder that cannot be written to. args: a
     program's settings by group; models: the flags that name models."""
-    named: dict = {}
-    for settings in vars(args).values():
-        named |= to_dict(settings) if is_dataclass(settings) else {}
+    named = settings_by_name(args)
     for flag in models:
         where = named[flag]
         if where not in ("", "scratch") and not where.startswith("hf:"):
@@ -47,6 +47,25 @@ def check_inputs(args, *models: str) -> None:
         corpus = f"instruct:{named['answered']}"
         check_text(corpus)
         check_beginning(corpus, "")
+
+
+def settings_by_name(args) -> dict:
+    """Return all settings of a program by their flags' names. args: its settings by group."""
+    named: dict = {}
+    for settings in vars(args).values():
+        named |= to_dict(settings) if is_dataclass(settings) else {}
+    return named
+
+
+def texts_named(args) -> Iterator[tuple[str, Path]]:
+    """Yield flag and path of every text that a file or folder holds and that flags name."""
+    named = settings_by_name(args)
+    for flag in (*CORPORA, *TEXT_FILES):
+        for entry in comma_list(named.get(flag, "")):
+            name = entry if flag in TEXT_FILES else entry.partition(":")[2]
+            path = Path(name).expanduser()
+            if name and path.exists():
+                yield flag, path
 
 
 def check_model(where: str | os.PathLike) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import bench
+import cli
+import eval as evaluation
 from report import made, page
 from runs import call
 
@@ -357,6 +359,34 @@ def test_bench_leaves_rows_and_how_they_were_made(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["bench.py"])
     with pytest.raises(ValueError, match="is a file"):
         call(bench, "--what=decode", f"--results={folder / 'made.json'}")
+
+
+def test_record_tells_texts_of_one_name_apart(tmp_path, monkeypatch):
+    """Every file and folder of texts that a flag names has its flag, its own name and a sha256,
+    of a folder one that changes with its files' contents and names; no folder of the machine is
+    in the record, and corpora without a file have no entry."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("a/t.txt", "b/t.txt", "c/t/one.txt", "d/t/one.txt", "e/t/two.txt", "q.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"of {name[0]}" if name[0] != "e" else "of d")
+    (tmp_path / "d/t/.hidden").write_text("no text")
+    texts = ",".join(f"text:{tmp_path / at}" for at in ("a/t.txt", "b/t.txt", "c/t", "d/t", "e/t"))
+    flags = [f"--dataset={texts}", "--calibrate=pydocs,text:~/a/t.txt", "--tasks=zero_shot"]
+    flags.append(f"--items={tmp_path / 'q.jsonl'}")
+    args = cli.parse_args(evaluation.CONFIGS, flags)
+    (tmp_path / "results.json").write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+    made.write_record(tmp_path, "cpu", 0.0, args)
+    assert str(tmp_path) not in (tmp_path / "made.json").read_text()
+    files = made.read_record(tmp_path / "results.json")["files"]
+    told = [(f["flag"], f["name"]) for f in files]
+    names = ["t.txt", "t.txt", "t", "t", "t"]
+    assert told == [*(("dataset", n) for n in names), ("calibrate", "t.txt"), ("items", "q.jsonl")]
+    sha256 = [f["sha256"] for f in files]
+    assert sha256[0] == sha256[5] == hashlib.sha256(b"of a").hexdigest()
+    assert len(set(sha256)) == 6
+    one = hashlib.sha256(b"of c").hexdigest()
+    assert sha256[2] == hashlib.sha256(f"one.txt {one}\n".encode()).hexdigest()
 
 
 def test_code_version_is_of_the_sources_alone(tmp_path, monkeypatch):

@@ -324,8 +324,9 @@ class Trainer:
             with checkpoint.GracefulStop() as stop, self.bar:
                 self.run_steps(stop)
         finally:
-            self.opt.zero_grad()
-            self.captured = None  # its graph goes, and its memory
+            if self.captured is not None:  # its memory goes with it
+                self.opt.zero_grad()
+                self.captured = None
 
     def run_steps(self, stop: checkpoint.GracefulStop) -> None:
         """Do the steps that are left, and what is due after each."""

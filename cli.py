@@ -203,6 +203,14 @@ def note(line: str) -> None:
         print(f"{line} ...", file=sys.stderr, flush=True)
 
 
+def say_fewer(what: str, there: int, asked: int) -> None:
+    """Say on stderr, under torchrun once for all ranks, where a text has fewer sequences than are
+    asked for."""
+    if there < asked and os.environ.get("RANK", "0") == "0":
+        line = f"{what}: {there} sequences, all there are, not {asked}"
+        print(line, file=sys.stderr, flush=True)
+
+
 def print_rows(rows: list[dict], asked: bool) -> None:
     """Print rows as a line of JSON where --json asks for it, and where stdout is no terminal but
     another program."""

@@ -590,6 +590,13 @@ def batch(
     return _windows(tokens, starts[first : first + each + (rank < extra)], block_size)
 
 
+def count_windows(tokens: Tokens, block_size: int) -> int:
+    """How many windows sequential has at most."""
+    if isinstance(tokens, Examples):
+        return len(tokens.apart(block_size))
+    return (len(tokens) - 1) // block_size
+
+
 def sequential(tokens: Tokens, n: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """min(n, as many as fit) windows (x, y), int64 (b, block_size), evenly spaced from the first
     token to the last, no target in two of them; the same on every call. ValueError for n < 1 or
@@ -601,6 +608,6 @@ def sequential(tokens: Tokens, n: int, block_size: int) -> tuple[torch.Tensor, t
         places = np.linspace(0, len(starts) - 1, min(n, len(starts))).astype(np.int64)
         return _windows(tokens, starts[places], block_size)
     last = len(tokens) - 1 - block_size
-    n = min(n, (len(tokens) - 1) // block_size)
+    n = min(n, count_windows(tokens, block_size))
     starts = np.array([i * last // max(n - 1, 1) for i in range(n)], dtype=np.int64)
     return _windows(tokens, starts, block_size)

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import exit_on_bad_input, parse_args, print_rows
+from cli import exit_on_bad_input, parse_args, print_rows, say_fewer
 from config import SHARED, BaseConfig, KVConfig, SelectConfig, check, comma_list
 from measure_config import EvalConfig, check_eval_flags, with_task
 from report.tables import rows_beside
@@ -174,13 +174,11 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
 
 
 def say_where_few(todo: list[Task], asked: int) -> None:
-    """Say in a line where a text, or a file of questions, has fewer sequences than are asked
-    for."""
+    """Say where a text, or a file of questions, has fewer sequences than are asked for."""
     for task in todo:
         n = len(task.prompts if isinstance(task, (Prompts, ZeroShot)) else task.x)
         where = f" of {task.text['corpus']}, {task.text['split']}" if task.text else ""
-        if n < asked:
-            say(f"{task.name}{where}: {n} sequences, all there are, not {asked}")
+        say_fewer(f"{task.name}{where}", n, asked)
 
 
 def say_where_whole(task: Task, kv: KVConfig, ways: list[SelectConfig]) -> None:

@@ -8,9 +8,14 @@ import signal
 import pytest
 
 import cli
+import eval as evaluation
+import train
+from data import prepare
 from loaders import checkpoint, export
+from loaders.tokenizer import ByteTokenizer
 from report import progress as reporting
-from runs import call_main
+from runs import arguments, call, call_main
+from settings.train import DataConfig
 from training import loop as trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -114,3 +119,28 @@ def test_a_log_has_each_number_of_steps_once(monkeypatch, capsys):
         assert [line.split(",")[0] for line in lines] == [
             f"name: {n} of 3 steps" for n in range(begin, 4)
         ]
+
+
+def test_fewer_sequences_than_asked_for_are_said(tmp_path, text, base, run_stage, capsys):
+    """A stage, the table and the mixSGA table each say once that a text has fewer windows than are
+    asked for, how many there are, and nothing where there are as many; the numbers are counted
+    from the tokens."""
+    val = prepare(text, DataConfig(), ByteTokenizer()).val
+    n = (len(val) - 1) // 32
+    flags = ["--adapter=lora", "--kv=dense", "--adapt_steps=1"]
+    for asked, said in ((n + 1, [f"lora-s0: validation: {n}"]), (n, [])):
+        run_stage("adapt", tmp_path / f"{asked}", *flags, f"--eval_sequences={asked}")
+        assert fewer(capsys) == [f"{line} sequences, all there are, not {asked}" for line in said]
+    table = [f"--dataset={text}", f"--adapt_dataset={text}", f"--out_dir={tmp_path / 'table'}"]
+    short = ["--pretrain_steps=1", "--adapt_steps=1", "--seeds=1", "--test_sequences=999"]
+    train.run(arguments(*table, *short))
+    assert fewer(capsys) == [f"the table's text: {n} sequences, all there are, not 999"]
+    mix = ["--tasks=mixsga", "--steps=1", "--ablations=False", "--h2o=", "--mixes=1-2@1:1"]
+    rows = [f"--dataset={text}", f"--out_dir={base}", f"--results={tmp_path / 'rows'}"]
+    call(evaluation, *mix, *rows, "--sequences=999", "--batch_size=4")
+    assert fewer(capsys) == [f"the table's text: {n} sequences, all there are, not 999"]
+
+
+def fewer(capsys) -> list[str]:
+    """The lines that say that there is less than was asked for."""
+    return [line for line in capsys.readouterr().err.splitlines() if "all there are" in line]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import kv_router
 import lora
-from cli import note
+from cli import note, say_fewer
 from config import AdapterConfig, KVConfig, ModelConfig, check
 from data import prepare_splits, same_text, sequential, whole_split
 from loaders import checkpoint
@@ -246,6 +246,7 @@ def run_table(args, run_dir: Path, w: World) -> tuple[str, Path]:
     base = load_base(args, where, w.device)
     window = adapt_window(args, base)
     task = measured_text(args, base.tokenizer, window)
+    say_fewer("the table's text", len(task.x), cfg.test_sequences)
     shape = base.model.cfg
     args.kv.check_model(shape)
     corpus_of(args, cfg.corpus("adapt"), base.tokenizer, window)

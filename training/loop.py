@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 import kv_router
 import lora
+from cli import say_fewer
 from config import (
     AdapterConfig,
     KVConfig,
 )
-from data import Corpus, batch, sequential
+from data import Corpus, batch, count_windows, sequential
 from generate import generate
 from loaders import checkpoint
 from loaders.device import autocast, in_bfloat16
@@ -576,6 +577,8 @@ def train(stage: Stage, cfg: TrainConfig, w: World) -> None:
         if cfg.resume:
             trainer.resume()
         trainer.say(start_of(trainer))
+        there = count_windows(stage.corpus.val, stage.window)
+        say_fewer(f"{stage.name}: validation", there, cfg.eval_sequences)
         trainer.run()
         trainer.say(end_of(trainer))
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 import mixsga
 from baselines import shared_heads
+from cli import say_fewer
 from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, check, comma_list
 from data import Corpus, prepare, same_text, sequential
 from loaders import checkpoint
@@ -367,6 +368,7 @@ def experiment_of(
         base, corpus = mini_base(cfg, train, data, w)
     longest = base.model.cfg.block_size
     x, y = sequential(corpus.val, cfg.sequences, min(cfg.block_size or longest, longest))
+    say_fewer("the table's text", len(x), cfg.sequences)
     weights = copy.deepcopy(base.model.state_dict())
     answered = None
     if cfg.answered:

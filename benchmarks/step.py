@@ -10,6 +10,7 @@ as it is made; all are left in RESULTS/results.json.
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def stage_of(
 def measured(cfg: StepConfig, shape: ModelConfig, name: str, capture: bool) -> dict:
     """Train a case for cfg.steps steps; return its row, losses included."""
     device = pick_device(cfg.device)
+    gc.collect()  # the model of the row before
     torch.cuda.empty_cache()
     stage = stage_of(
         CASES[name], shape, batch_size=cfg.batch_size, steps=cfg.steps, device=device, name=name

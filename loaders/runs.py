@@ -42,6 +42,7 @@ from model import Transformer
 from settings.fields import from_dict, to_dict
 from settings.files import refuse_pointers
 from settings.places import check_model
+from settings.train import TOKENIZERS
 from storage.state import few
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # endings of files that can run code
@@ -152,6 +153,12 @@ def _tokenizer_in(ckpt: checkpoint.Checkpoint):
     where it has one. Raises ValueError where it is another than its config names."""
     name = ckpt.config["tokenizer"]
     if ckpt.definition is None:
+        check(
+            name in TOKENIZERS,
+            f"{ckpt.path} was trained with the tokenizer {name}",
+            "no tokenizer.json is kept with it",
+            "train it again: newer runs keep theirs",
+        )
         return get_tokenizer(name)
     tokenizer = from_definition(ckpt.definition, name.rpartition("-")[0])
     check(

@@ -246,8 +246,8 @@ def test_a_continued_model_of_others_keeps_its_tokenizer(
 
 
 def test_a_changed_tokenizer_of_a_run_is_refused(tmp_path, text, theirs):
-    """Another tokenizer.json than the run was trained with, or words about conversations that are
-    not ours, get one line, though the manifest fits them."""
+    """Another tokenizer.json than the run was trained with, none, as in runs of before, or words
+    about conversations that are not ours, get one line, though the manifest fits them."""
     train_theirs(
         text,
         *["--stage=continue", f"--init_from={theirs}", "--kv=dense", "--adapt_steps=1"],
@@ -259,6 +259,10 @@ def test_a_changed_tokenizer_of_a_run_is_refused(tmp_path, text, theirs):
     spec["model"]["merges"].pop()
     other = remake(tmp_path / "a", **files | {"tokenizer.json": json.dumps(spec).encode()})
     assert "its tokenizer.json is that of model-" in error_line(load_run, other)
+    bare = {name: data for name, data in files.items() if name != "tokenizer.json"}
+    assert "no tokenizer.json is kept with it" in error_line(
+        load_run, remake(tmp_path / "c", **bare)
+    )
     config = json.loads(files["config.json"]) | {"chat": {"template": 1, "names": {}, "ends": []}}
     other = remake(tmp_path / "b", **files | {"config.json": json.dumps(config).encode()})
     assert "config.json: its chat" in error_line(load_run, other)

@@ -69,8 +69,8 @@ class EvalConfig:
     )
     kv_byte_budgets: str = opt(
         "",
-        "select: bytes held of a prompt as shares of 16 bits a number, a list: bits are routed, "
-        "too (empty: --kv_bytes)",
+        "select: bytes that compressed layers hold of a prompt as shares of 16 bits a number, a "
+        "list: bits are routed, too (empty: --kv_bytes)",
     )
     kv_bits: str = opt(
         "",

@@ -524,8 +524,8 @@ class SelectConfig:
     )
     kv_bytes: float = opt(
         0.0,
-        "bytes that compressed layers hold of a prompt, all counted, as a share of 16 bits a number: "
-        "tokens, groups and bits are routed; 0: off",
+        "bytes that compressed layers hold of a prompt, all counted, as a share of 16 bits a "
+        "number: tokens, groups and bits are routed; 0: off",
         least=0,
         most=1,
     )

@@ -59,9 +59,8 @@ def check_places(args) -> None:
     if comma_list(cfg.tasks) != ["mixsga"]:
         args.base.place(cfg.out_dir)
     check_inputs(args, "init_from", "out_dir")
-    folder = cfg.out_dir or "out"  # where results are left, unless a flag says otherwise
-    if not cfg.results and not Path(folder).is_file():
-        check_folder("results", folder)
+    if not cfg.results and not Path(cfg.out_dir).is_file():
+        check_folder("results", cfg.out_dir or "out")  # where they are left then
     for name in comma_list(cfg.beside):
         rows_beside(name)
     for path in item_files(cfg):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,27 +41,31 @@ def packed_attention_cpu(
     Slots that hold no token are not read, whatever lies in them."""
     B, H, T, D = q.shape
     Hkv = (packed.token_base if packed else window.k).size(1)
-    scaled = (q * D**-0.5).reshape(B, Hkv, -1, D)
-    out = torch.zeros_like(scaled)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.zeros_like(scaled[..., 0], dtype=wide)
-    for b in range(B):
-        newest = filled_slots(window, b) if window else []
-        whole = [(window.k[b, :, at], window.v[b, :, at]) for at in newest]
-        older = packed_sequence(packed, b) if packed else None
-        out[b], lse[b] = read_sequence(scaled[b], older, whole, T, cap)
+    out = q.new_empty(B, Hkv, H // Hkv * T, D)
+    lse = q.new_empty(out.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    with torch.inference_mode():  # of short work, what a gradient would need is a fifth
+        scaled = (q * D**-0.5).reshape(out.shape)
+        older = packed_sequences(packed) if packed else B * [None]
+        newest = filled_slots(window) if window else B * [()]
+        for b in range(B):
+            whole = [(window.k[b, :, at], window.v[b, :, at]) for at in newest[b]]
+            out[b], lse[b] = read_sequence(scaled[b], older[b], whole, T, cap)
     return out.view(B, H, T, D), lse.view(B, H, T)
 
 
-def filled_slots(window: WindowView, b: int) -> list[slice]:
-    """Return the slots that hold tokens of sequence b, oldest first: one slice, or two where they
-    reach around the ring's end; none where it is empty."""
+def filled_slots(window: WindowView) -> list[list[slice]]:
+    """Return, for every sequence, the slots that hold tokens, oldest first: one slice, or two where
+    they reach around the ring's end; none where it is empty."""
     W = window.k.size(2)
-    count = int(window.count[b])
-    first = 0 if window.first is None else int(window.first[b]) % max(W, 1)
-    around = max(0, first + count - W)
-    both = (slice(first, first + count - around), slice(0, around))
-    return [at for at in both if at.stop > at.start]
+    counts = window.count.tolist()
+    firsts = len(counts) * [0] if window.first is None else window.first.tolist()
+    slots = []
+    for count, slot in zip(counts, firsts, strict=True):
+        first = slot % max(W, 1)
+        around = max(0, first + count - W)
+        both = (slice(first, first + count - around), slice(0, around))
+        slots.append([at for at in both if at.stop > at.start])
+    return slots
 
 
 def read_sequence(
@@ -75,74 +79,101 @@ def read_sequence(
     (Hkv, ., D), oldest first, up to their own token.
 
     Returns out (Hkv, M, D) in at least float32 and lse (Hkv, M)."""
-    edges = [0, *accumulate(k.size(1) for k, _ in whole)]
-    n_whole = edges[-1]  # these come first: they are as many in every head
-    longest = older.longest if older else 0
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = torch.full((*q.shape[:2], n_whole + longest), float("-inf"), dtype=dtype)
-    for (k, _), (a, b) in zip(whole, pairwise(edges), strict=True):
-        logits[..., a:b] = q @ k.mT
-    if longest:
-        older.put_logits(q, logits[..., n_whole:])
+    parts = [q @ k.mT for k, _ in whole]
+    if older and older.longest:
+        parts.append(older.logits(q))
+    if not parts:
+        return torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
+    widths = [part.size(-1) for part in parts]
+    logits = torch.cat(parts, -1).to(dtype)
+    n_whole = sum(widths[: len(whole)])
     if cap:
         none = logits.isneginf()  # what holds no token
         logits = soft_cap(logits, cap).masked_fill_(none, float("-inf"))
     if T > 1:
-        later = torch.arange(n_whole) > n_whole - T + torch.arange(T).unsqueeze(-1)
-        by_token = logits.unflatten(1, (-1, T))[..., :n_whole]
-        by_token.masked_fill_(later, float("-inf"))
-    if not logits.size(-1):
-        return torch.zeros_like(q, dtype=dtype), logits.sum(-1) + float("-inf")
-    top = logits.amax(-1, keepdim=True)
-    top.clamp_min_(torch.finfo(dtype).min)  # -inf where there is nothing to read
-    p = logits.sub_(top).exp_()
-    total = p.sum(-1, keepdim=True)
-    out = torch.zeros_like(q, dtype=dtype)
-    for (_, v), (a, b) in zip(whole, pairwise(edges), strict=True):
-        out += p[..., a:b].to(v.dtype) @ v
-    if longest:
-        older.add_values(p[..., n_whole:], out)
-    out /= total.clamp_min(torch.finfo(dtype).tiny)
-    return out, (top + total.log()).squeeze(-1)
+        hide_later(logits, T, n_whole)
+    p = logits.softmax(-1)
+    top = logits.amax(-1)
+    lse = top - p.amax(-1).log()  # of the largest, p is 1 / sum of exp(logit - top)
+    if n_whole < T:  # else every query reads its own token at least
+        nothing = top.isneginf()
+        p.masked_fill_(nothing.unsqueeze(-1), 0)
+        lse.masked_fill_(nothing, float("-inf"))
+    weights = p.split(widths, -1)
+    read = [weight.to(v.dtype) @ v for (_, v), weight in zip(whole, weights, strict=False)]
+    if older and older.longest:
+        read.append(older.values(weights[-1]))
+    return sum(read[1:], read[0]), lse
+
+
+def hide_later(logits: Tensor, T: int, n_whole: int) -> None:
+    """Put -inf where a query would read a later token: logits (Hkv, M, tokens), M the newest T
+    tokens' of some heads; the first n_whole tokens end with these T."""
+    later = torch.arange(n_whole) > n_whole - T + torch.arange(T).unsqueeze(-1)
+    by_token = logits.unflatten(1, (-1, T))[..., :n_whole]
+    by_token.masked_fill_(later, float("-inf"))
 
 
 # -------------------- packed tokens
 
 
-def packed_sequence(view: PackedView, b: int) -> PackedSequence:
-    """Return what sequence b has packed."""
-    if view.ints is None:
-        return PackedSequence(view, b)
-    from storage.integers.cpu import int_sequence  # loaded where there are integers only
+def packed_sequences(view: PackedView) -> list[PackedSequence]:
+    """Return what each sequence has packed."""
+    kind = PackedSequence
+    segments = [view.n, view.token_base, view.row_base, view.mask_base]
+    if view.ints:
+        from storage.integers.cpu import kind_of  # loaded where there are integers only
 
-    return int_sequence(view, b)
+        kind = kind_of(view)
+        segments.append(view.ints.block_base)
+    numbers = [of.expand_as(view.token_base).tolist() for of in segments]
+    return [kind(view, *own) for own in zip(*numbers, strict=True)]
 
 
 class PackedSequence:
     """What one sequence has packed, in all heads."""
 
-    def __init__(self, view: PackedView, b: int):
-        Hkv = view.token_base.size(1)
+    def __init__(
+        self,
+        view: PackedView,
+        counts: list[int],
+        token_base: list[int],
+        row_base: list[int],
+        mask_base: list[int],
+    ):
+        """counts: tokens of each head; the others are the view's fields, of each head."""
         self.view = view
-        self.counts = view.n[b].expand(Hkv).tolist()  # tokens of each head
-        self.token_base = view.token_base[b].tolist()
-        self.row_base = view.row_base[b].tolist()
-        self.mask_base = view.mask_base[b].expand(Hkv).tolist()
-        self.longest = max(self.counts, default=0)
+        self.counts = counts
+        self.token_base = token_base
+        self.row_base = row_base
+        self.mask_base = mask_base
+        self.longest = max(counts, default=0)
         self.S = view.n_groups
         self.all_kept = view.k == view.n_groups
 
-    def put_logits(self, q: Tensor, out: Tensor) -> None:
-        """Write q . key for q (Hkv, M, D) into out (Hkv, M, longest), which holds -inf."""
-        for h, n in enumerate(self.counts):
-            first = self.token_base[h]
-            out[h, :, :n] = q[h] @ self.view.keys[first : first + n].T
+    def logits(self, q: Tensor) -> Tensor:
+        """Return q . key for q (Hkv, M, D): (Hkv, M, longest), -inf past a head's tokens."""
+        keys = self.view.keys
+        tokens = slice(0, self.longest)
+        if is_even(self.token_base, self.counts, tokens):
+            return q @ gather(keys, self.token_base, self.counts, tokens).mT
+        out = q.new_full((*q.shape[:2], self.longest), float("-inf"))
+        for own, own_q, first, n in zip(out, q, self.token_base, self.counts, strict=True):
+            own[:, :n] = own_q @ keys[first : first + n].T
+        return out
 
-    def add_values(self, p: Tensor, out: Tensor) -> None:
-        """Add the sum of values by weights p (Hkv, M, longest) to out (Hkv, M, D)."""
+    def values(self, p: Tensor) -> Tensor:
+        """Return the sum of values by weights p (Hkv, M, longest): (Hkv, M, D)."""
+        D = self.view.ints.key_scale.size(-1) if self.view.ints else self.view.keys.size(-1)
         row = list(self.row_base)  # the next one of each head
-        for heads, tokens in work(len(row), self.longest, out.size(-1)):
-            out[heads] += self.block_values(p[heads, :, tokens], heads, tokens, row)
+        blocks = list(work(len(row), self.longest, D))
+        if len(blocks) == 1:
+            return self.block_values(p, *blocks[0], row)
+        out = p.new_zeros(*p.shape[:2], D)
+        for heads, tokens in blocks:
+            out[heads].add_(self.block_values(p[heads, :, tokens], heads, tokens, row))
+        return out
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """Return the sum of one block's values by weights p (G, M, width): (G, M, D). Its rows
@@ -153,7 +184,7 @@ class PackedSequence:
     def place(self, heads: slice, tokens: slice, row: list[int]) -> tuple[Tensor, Tensor | None]:
         """Bring the rows of one block into place.
 
-        Returns (G, width, S, x), zeros where a group was dropped, and (G, width, S) int32, ones
+        Returns (G, width, S, x), zeros where a group was dropped, and (G, width, S) uint8, ones
         where it was kept; None where all are."""
         if self.all_kept:
             counts = [n * self.S for n in self.counts[heads]]
@@ -162,18 +193,20 @@ class PackedSequence:
             return rows.unflatten(1, (-1, self.S)), None
         bits = self.gather(self.view.bits, self.mask_base[heads], heads, tokens)
         kept = expand_bits(bits, self.S)
-        number = kept.flatten().cumsum(0, dtype=torch.int32).view_as(kept)
-        rows = self.next_rows(number[:, -1, -1].tolist(), heads, row)
+        number = count_up(kept)
+        rows = self.next_rows(number, heads, row)
         return take_rows(rows, number * kept), kept
 
-    def next_rows(self, ends: list[int], heads: slice, row: list[int]) -> Tensor:
+    def next_rows(self, number: Tensor, heads: slice, row: list[int]) -> Tensor:
         """Return `none` and the next rows of the heads, one head's after the other's: as many as
-        ends (G,) count up to. `row` moves past them."""
-        rows = self.view.rows
+        number (G, width, S) counts. `row` moves past them."""
         parts = [self.none]
-        for h, (a, b) in enumerate(pairwise([0, *ends]), heads.start):
-            parts.append(rows[row[h] : row[h] + b - a])
-            row[h] += b - a
+        before = 0
+        for h, last in enumerate(number[:, -1, -1].tolist(), heads.start):
+            stop = row[h] + last - before
+            parts.append(self.view.rows[row[h] : stop])
+            row[h] = stop
+            before = last
         return torch.cat(parts)
 
     @property
@@ -191,19 +224,26 @@ def gather(flat: Tensor, base: list[int], counts: list[int], at: slice) -> Tenso
     """Gather the entries `at` of segments that begin at base (G,) of a flat tensor (slots, ...) and
     have counts (G,) of them: (G, width, ...), zeros past a segment's end."""
     width = at.stop - at.start
-    stops = [min(n, at.stop) for n in counts]
-    apart = base[1] - base[0] if len(base) > 1 else 0
-    even = all(b - a == apart for a, b in pairwise(base))
-    if even and apart >= 0 and min(stops) == at.stop:  # a view
+    if is_even(base, counts, at):  # a view
+        apart = base[1] - base[0] if len(base) > 1 else 0
         size = (len(base), width, *flat.shape[1:])
         stride = (apart * flat.stride(0), *flat.stride())
-        first = flat[base[0] + at.start :]
-        return first.as_strided(size, stride)
+        offset = flat.storage_offset() + (base[0] + at.start) * flat.stride(0)
+        return flat.as_strided(size, stride, offset)
     out = flat.new_zeros(len(base), width, *flat.shape[1:])
-    for own, first, stop in zip(out, base, stops, strict=True):
+    for own, first, n in zip(out, base, counts, strict=True):
+        stop = min(n, at.stop)
         if stop > at.start:
             own[: stop - at.start] = flat[first + at.start : first + stop]
     return out
+
+
+def is_even(base: list[int], counts: list[int], at: slice) -> bool:
+    """Say whether segments lie evenly apart, the later ones behind, and all have entries up to
+    at.stop."""
+    apart = base[1] - base[0] if len(base) > 1 else 0
+    even = all(b - a == apart for a, b in pairwise(base))
+    return even and apart >= 0 and min(counts) >= at.stop
 
 
 def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, slice]]:
@@ -217,17 +257,22 @@ def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, sli
             yield slice(h, min(h + G, n_heads)), slice(a, min(a + width, n_tokens))
 
 
+def count_up(x: Tensor) -> Tensor:
+    """Sum x (G, width, S) up, from its first number to its last: int32."""
+    return x.flatten().cumsum(0, dtype=torch.int32).view(x.shape)
+
+
 @cache
 def bit_table(width: int) -> Tensor:
-    """Return the lowest `width` bits of every byte: (256, width) int32."""
-    byte = torch.arange(256, dtype=torch.int32).unsqueeze(-1)
-    return byte >> torch.arange(width, dtype=torch.int32) & 1
+    """Return the lowest `width` bits of every byte: (256, width) uint8."""
+    byte = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
+    return byte >> torch.arange(width, dtype=torch.uint8) & 1
 
 
 def expand_bits(bits: Tensor, n_bits: int) -> Tensor:
-    """Turn masks (...) into ones and zeros (..., n_bits) int32, byte by byte, lowest byte first."""
-    number = bits.contiguous().view(torch.uint8).flatten().int()
-    return take_rows(bit_table(min(n_bits, 8)), number).view(*bits.shape, n_bits)
+    """Turn masks (...) into ones and zeros (..., n_bits) uint8, byte by byte, lowest byte first."""
+    byte = bits.contiguous().view(torch.uint8).int()
+    return take_rows(bit_table(min(n_bits, 8)), byte).view(*bits.shape, n_bits)
 
 
 def take_rows(rows: Tensor, number: Tensor) -> Tensor:

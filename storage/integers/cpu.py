@@ -24,7 +24,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from storage.cpu import PackedSequence, expand_bits, gather, take_rows, work
+from storage.cpu import PackedSequence, count_up, expand_bits, gather, take_rows, work
 from storage.integers.format import (
     LEVEL_BITS,
     LEVEL_PLANES,
@@ -36,15 +36,15 @@ from storage.integers.format import (
 from storage.layout import PackedView, cdiv
 
 
-def int_sequence(view: PackedView, b: int) -> IntSequence:
-    """Return what sequence b has packed in integers."""
-    return LevelSequence(view, b) if view.levelled else IntSequence(view, b)
+def kind_of(view: PackedView) -> type[IntSequence]:
+    """Return the class of what a sequence has packed in integers."""
+    return LevelSequence if view.levelled else IntSequence
 
 
 @cache
 def half_bytes(bits: int, size: int) -> Tensor:
-    """Return `size` bytes of codes 2^(bits-1): (size,) uint8."""
-    codes = torch.full((size * 8 // bits,), 1 << bits - 1, dtype=torch.uint8)
+    """Return `size` bytes of codes 2^(bits-1): (1, size) uint8."""
+    codes = torch.full((1, size * 8 // bits), 1 << bits - 1, dtype=torch.uint8)
     return pack_bits(codes, bits)
 
 
@@ -59,7 +59,8 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
         return
     m = packed.size(-1)
     floats = torch.empty(packed.shape, dtype=dtype)
-    packed = packed ^ int(half_bytes(bits, 1))
+    highest = sum(1 << i for i in range(bits - 1, 8, bits))  # bits of the codes
+    packed = packed ^ highest  # what is below the middle gets a sign
     for i in range(8 // bits):
         above = 8 - bits * (i + 1)
         part = packed << above if above else packed
@@ -71,63 +72,65 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
 class IntSequence(PackedSequence):
     """What one sequence has packed in integers, all values of the same number of bits."""
 
-    def __init__(self, view: PackedView, b: int):
-        super().__init__(view, b)
+    def __init__(self, view: PackedView, *segments: list[int]):
+        """segments: PackedSequence's, and the first block of each head's keys."""
+        super().__init__(view, *segments[:-1])
+        self.block_base = segments[-1]
         self.ints = view.ints
         self.fmt = view.ints.fmt
-        # first blocks and blocks of each head
-        self.block_base = view.ints.block_base[b].tolist()
         self.n_blocks = [cdiv(n, self.fmt.block) for n in self.counts]
 
-    def put_logits(self, q: Tensor, out: Tensor) -> None:
-        """See PackedSequence.put_logits; by (1)."""
-        q = q.to(out.dtype)
-        block = self.fmt.block
-        for heads, blocks in work(len(q), max(self.n_blocks), q.size(-1) * block):
-            tokens = slice(blocks.start * block, blocks.stop * block)
-            logits = self.block_logits(q[heads], heads, blocks, tokens)
-            widths = [max(0, min(n, tokens.stop) - tokens.start) for n in self.counts[heads]]
-            to = out[heads, :, tokens]
-            if min(widths) == max(widths):  # in one copy
-                to[..., : widths[0]] = logits[..., : widths[0]]
-                continue
-            for own, own_logits, width in zip(to, logits, widths, strict=True):
-                own[:, :width] = own_logits[:, :width]
+    def logits(self, q: Tensor) -> Tensor:
+        """See PackedSequence.logits; by (1)."""
+        q = q.to(torch.promote_types(q.dtype, torch.float32))
+        n_blocks = max(self.n_blocks)
+        groups = {}  # by their first head: what its blocks of work give, oldest first
+        for heads, blocks in work(len(q), n_blocks, q.size(-1) * self.fmt.block):
+            part = self.block_logits(q[heads], heads, blocks)
+            groups.setdefault(heads.start, []).append(part)
+        out = torch.cat([torch.cat(parts, -1) for parts in groups.values()])[..., : self.longest]
+        for h, n in enumerate(self.counts):
+            if n < self.longest:
+                out[h, :, n:] = float("-inf")
+        return out
 
-    def block_logits(self, q: Tensor, heads: slice, blocks: slice, tokens: slice) -> Tensor:
+    def block_logits(self, q: Tensor, heads: slice, blocks: slice) -> Tensor:
         """Return q . key for q (G, M, D) and the tokens of some blocks: (G, M, width)."""
         bits = self.fmt.key_bits
+        block = self.fmt.block
+        tokens = slice(blocks.start * block, blocks.stop * block)
         keys = self.gather(self.view.keys, self.token_base[heads], heads, tokens)
-        keys = keys.unflatten(1, (-1, self.fmt.block))  # (G, blocks, block, bytes)
-        base = self.block_base[heads]
-        scale = gather(self.ints.key_scale, base, self.n_blocks[heads], blocks)
-        scale = scale.to(q.dtype)  # (G, blocks, 2, D)
-        q = q.unsqueeze(1)
-        logits = q @ scale[:, :, 1].unsqueeze(-1)  # (G, blocks, M, 1)
-        q = q / 2 ** (8 - bits) * scale[:, :, :1]  # (G, blocks, M, D)
+        keys = keys.reshape(-1, block, keys.size(-1))  # (blocks of all heads, block, bytes)
+        scale = gather(self.ints.key_scale, self.block_base[heads], self.n_blocks[heads], blocks)
+        step, middle = scale.to(q.dtype).unbind(2)  # (G, blocks, D)
+        logits = (middle @ q.mT).view(len(keys), -1, 1)  # (., M, 1)
+        scaled = (q.unsqueeze(1) * step.unsqueeze(2)).flatten(0, 1)  # (., M, D)
         for part, at in fields(keys, bits, q.dtype):
-            logits = logits + q[..., at] @ part.mT
-        return logits.transpose(1, 2).flatten(2)
+            logits = torch.baddbmm(logits, scaled[..., at], part.mT, alpha=2.0 ** (bits - 8))
+        return logits.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2)
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """See PackedSequence.block_values; by (2)."""
         bits = self.fmt.value_bits
         placed, kept = self.place(heads, tokens, row)  # (G, width, S, bytes)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
-        step, middle = scale.mT.to(p.dtype).unsqueeze(2).unbind(1)  # (G, 1, width)
+        scale = scale.to(p.dtype).mT.contiguous()  # (G, 2, width)
+        stepped, middles = (p.unsqueeze(1) * scale.unsqueeze(2)).unbind(1)  # (G, M, width)
         if kept is None:
-            middles = (p * middle).sum(-1, keepdim=True)
+            middles = middles.sum(-1, keepdim=True)
         else:
-            middles = (p * middle) @ kept.to(p.dtype)  # (G, M, S)
-        p = p * step
-        read = [p @ part.flatten(2) for part, _ in fields(placed, bits, p.dtype)]
-        total = torch.cat([x.unflatten(-1, (self.S, -1)) for x in read], -1)  # (G, M, S, d)
-        return (total / 2 ** (8 - bits) + middles.unsqueeze(-1)).flatten(2)
+            middles = middles @ kept.to(p.dtype)  # (G, M, S)
+        total = torch.stack(
+            [stepped @ part.flatten(2) for part, _ in fields(placed, bits, p.dtype)], -2
+        )  # (G, M, fields, S bytes)
+        total = total.unflatten(-1, (self.S, -1)).transpose(-2, -3)
+        middles = middles.view(*middles.shape, 1, 1)
+        return torch.add(middles, total, alpha=2.0 ** (bits - 8)).flatten(2)
 
     @property
     def none(self) -> Tensor:
         """The bytes of a row of zeros."""
-        return half_bytes(self.fmt.value_bits, self.view.rows.size(-1)).unsqueeze(0)
+        return half_bytes(self.fmt.value_bits, self.view.rows.size(-1))
 
 
 @cache
@@ -139,8 +142,9 @@ def spread_table() -> Tensor:
 
 @cache
 def level_units(dtype: torch.dtype) -> Tensor:
-    """Return the units of levels 0 to 3 for codes in a byte's highest bits: (4,)."""
-    return torch.tensor(LEVEL_STEPS, dtype=dtype) * 2.0 ** (torch.tensor(LEVEL_BITS) - 8)
+    """Return the units of levels 0 to 3 for codes in a byte's highest bits: (4, 1)."""
+    steps = torch.tensor(LEVEL_STEPS, dtype=dtype) * 2.0 ** (torch.tensor(LEVEL_BITS) - 8)
+    return steps.unsqueeze(-1)
 
 
 @cache
@@ -163,27 +167,24 @@ class LevelSequence(IntSequence):
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """See PackedSequence.block_values; by (3)."""
-        S = self.S
         bits = self.gather(self.view.bits, self.mask_base[heads], heads, tokens)
-        low, high = expand_bits(bits, 2 * S).split(S, -1)
+        halves = expand_bits(bits, 2 * self.S).unflatten(-1, (2, -1))
+        low, high = halves.permute(2, 0, 1, 3).contiguous()
         level = torch.add(low, high, alpha=2)  # (G, width, S)
-        planes = level.addcmul(low, high)
-        number = planes.flatten().cumsum(0, dtype=torch.int32).view_as(planes)
-        rows = self.next_rows(number[:, -1, -1].tolist(), heads, row)
+        number = count_up(level.addcmul(low, high))  # of a group's last plane
+        joined = join_planes(self.next_rows(number, heads, row))
+        code = take_rows(joined, number).view(torch.uint8)  # (G, width, S, d)
+        level = level.int()
+        own, turn = level_bytes(code.size(-1))
+        code = code & take_rows(own, level) ^ take_rows(turn, level)
+        unit = take_rows(level_units(p.dtype), level)  # (G, width, S, 1)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
         p = p * scale.mT.to(p.dtype)  # (G, M, width)
-        # groups before tokens, so that a group's weights meet its numbers: (G, S, width)
-        level = level.mT.contiguous()
-        number = number.mT.contiguous()  # of a group's last plane
-        joined = take_rows(join_planes(rows), number).view(torch.uint8)  # (G, S, width, d)
-        own, turn = level_bytes(joined.size(-1))
-        code = joined & take_rows(own, level) ^ take_rows(turn, level)
-        code = code.view(torch.int8).to(p.dtype)
-        w = p.unsqueeze(1) * take(level_units(p.dtype), level).unsqueeze(2)  # (G, S, M, width)
-        total = w @ code  # (G, S, M, d), codes of a byte side by side
-        total = total.unflatten(-1, (-1, 4)).mT.flatten(-2)  # as format.pack_bits has them
-        gain = self.fmt.gain[heads].unsqueeze(1).to(p.dtype)
-        return total.transpose(1, 2).flatten(2) * gain
+        total = p @ (code.view(torch.int8) * unit).flatten(2)  # codes of a byte side by side
+        total = total.view(*p.shape[:2], self.S, -1, 4).mT.flatten(
+            2
+        )  # as format.pack_bits has them
+        return total * self.fmt.gain[heads].unsqueeze(1).to(p.dtype)
 
     @property
     def none(self) -> Tensor:
@@ -195,11 +196,6 @@ def join_planes(rows: Tensor) -> Tensor:
     """Join every row of planes (n, x) uint8 with the three after it, whose bits are higher.
 
     Returns (n - 3, x) int32: a code of 8 bits in every byte."""
-    one = take(spread_table(), rows.int())
+    one = spread_table().index_select(0, rows.int().flatten()).view(rows.shape)
     two = torch.add(one[:-1], one[1:], alpha=1 << 2)
     return torch.add(two[:-2], two[2:], alpha=1 << 4)
-
-
-def take(table: Tensor, number: Tensor) -> Tensor:
-    """Return table[number], number int32 of any shape: much faster than indexing."""
-    return table.index_select(0, number.flatten()).view(number.shape)

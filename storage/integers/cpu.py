@@ -103,10 +103,11 @@ class IntSequence(PackedSequence):
         keys = keys.reshape(-1, block, keys.size(-1))  # (blocks of all heads, block, bytes)
         scale = gather(self.ints.key_scale, self.block_base[heads], self.n_blocks[heads], blocks)
         step, middle = scale.to(q.dtype).unbind(2)  # (G, blocks, D)
-        logits = (middle @ q.mT).view(len(keys), -1, 1)  # (., M, 1)
+        middles = (middle @ q.mT).view(len(keys), -1, 1)  # (., M, 1)
+        logits = middles.expand(-1, -1, block).contiguous()  # (., M, block)
         scaled = (q.unsqueeze(1) * step.unsqueeze(2)).flatten(0, 1)  # (., M, D)
         for part, at in fields(keys, bits, q.dtype):
-            logits = torch.baddbmm(logits, scaled[..., at], part.mT, alpha=2.0 ** (bits - 8))
+            logits.baddbmm_(scaled[..., at], part.mT, alpha=2.0 ** (bits - 8))
         return logits.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2)
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
@@ -114,7 +115,7 @@ class IntSequence(PackedSequence):
         bits = self.fmt.value_bits
         placed, kept = self.place(heads, tokens, row)  # (G, width, S, bytes)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
-        scale = scale.to(p.dtype).mT.contiguous()  # (G, 2, width)
+        scale = scale.mT.contiguous().to(p.dtype)  # (G, 2, width)
         stepped, middles = (p.unsqueeze(1) * scale.unsqueeze(2)).unbind(1)  # (G, M, width)
         if kept is None:
             middles = middles.sum(-1, keepdim=True)
@@ -131,13 +132,6 @@ class IntSequence(PackedSequence):
     def none(self) -> Tensor:
         """The bytes of a row of zeros."""
         return half_bytes(self.fmt.value_bits, self.view.rows.size(-1))
-
-
-@cache
-def spread_table() -> Tensor:
-    """Return, for every byte, its four codes of 2 bits as the bytes of one number: (256,) int32."""
-    codes = unpack_bits(torch.arange(256, dtype=torch.uint8).unsqueeze(-1), 2)
-    return codes.contiguous().view(torch.int32).flatten()
 
 
 @cache
@@ -196,6 +190,14 @@ def join_planes(rows: Tensor) -> Tensor:
     """Join every row of planes (n, x) uint8 with the three after it, whose bits are higher.
 
     Returns (n - 3, x) int32: a code of 8 bits in every byte."""
-    one = spread_table().index_select(0, rows.int().flatten()).view(rows.shape)
+    one = spread_codes(rows)
     two = torch.add(one[:-1], one[1:], alpha=1 << 2)
     return torch.add(two[:-2], two[2:], alpha=1 << 4)
+
+
+def spread_codes(rows: Tensor) -> Tensor:
+    """Give each of the four codes of 2 bits in bytes (n, x) uint8 a byte of its own: (n, x) int32,
+    the lowest code in the lowest byte."""
+    word = rows.int()
+    word = torch.add(word, word, alpha=1 << 12).bitwise_and_(0x000F000F)  # two codes, two codes
+    return torch.add(word, word, alpha=1 << 6).bitwise_and_(0x03030303)

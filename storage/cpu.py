@@ -80,7 +80,7 @@ def read_sequence(
 
     Returns out (Hkv, M, D) in at least float32 and lse (Hkv, M)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    parts = [q @ k.mT for k, _ in whole]
+    parts = [torch.bmm(q, k.mT) for k, _ in whole]
     if older and older.longest:
         parts.append(older.logits(q))
     if not parts:
@@ -101,7 +101,9 @@ def read_sequence(
         p.masked_fill_(nothing.unsqueeze(-1), 0)
         lse.masked_fill_(nothing, float("-inf"))
     weights = p.split(widths, -1)
-    read = [weight.to(v.dtype) @ v for (_, v), weight in zip(whole, weights, strict=False)]
+    read = [
+        torch.bmm(weight.to(v.dtype), v) for (_, v), weight in zip(whole, weights, strict=False)
+    ]
     if older and older.longest:
         read.append(older.values(weights[-1]))
     return sum(read[1:], read[0]), lse
@@ -157,7 +159,7 @@ class PackedSequence:
         keys = self.view.keys
         tokens = slice(0, self.longest)
         if is_even(self.token_base, self.counts, tokens):
-            return q @ gather(keys, self.token_base, self.counts, tokens).mT
+            return torch.bmm(q, gather(keys, self.token_base, self.counts, tokens).mT)
         out = q.new_full((*q.shape[:2], self.longest), float("-inf"))
         for own, own_q, first, n in zip(out, q, self.token_base, self.counts, strict=True):
             own[:, :n] = own_q @ keys[first : first + n].T
@@ -242,8 +244,8 @@ def is_even(base: list[int], counts: list[int], at: slice) -> bool:
     """Say whether segments lie evenly apart, the later ones behind, and all have entries up to
     at.stop."""
     apart = base[1] - base[0] if len(base) > 1 else 0
-    even = all(b - a == apart for a, b in pairwise(base))
-    return even and apart >= 0 and min(counts) >= at.stop
+    even = apart >= 0 and base == [base[0] + h * apart for h in range(len(base))]
+    return even and min(counts) >= at.stop
 
 
 def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, slice]]:

@@ -59,7 +59,7 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
         return
     m = packed.size(-1)
     floats = torch.empty(packed.shape, dtype=dtype)
-    highest = sum(1 << i for i in range(bits - 1, 8, bits))  # bits of the codes
+    highest = 255 // (2**bits - 1) << bits - 1  # the highest bit of each code
     packed = packed ^ highest  # what is below the middle gets a sign
     for i in range(8 // bits):
         above = 8 - bits * (i + 1)
@@ -103,7 +103,7 @@ class IntSequence(PackedSequence):
         keys = keys.reshape(-1, block, keys.size(-1))  # (blocks of all heads, block, bytes)
         scale = gather(self.ints.key_scale, self.block_base[heads], self.n_blocks[heads], blocks)
         step, middle = scale.to(q.dtype).unbind(2)  # (G, blocks, D)
-        middles = (middle @ q.mT).view(len(keys), -1, 1)  # (., M, 1)
+        middles = torch.bmm(middle, q.mT).view(len(keys), -1, 1)  # (., M, 1)
         logits = middles.expand(-1, -1, block).contiguous()  # (., M, block)
         scaled = (q.unsqueeze(1) * step.unsqueeze(2)).flatten(0, 1)  # (., M, D)
         for part, at in fields(keys, bits, q.dtype):
@@ -120,9 +120,9 @@ class IntSequence(PackedSequence):
         if kept is None:
             middles = middles.sum(-1, keepdim=True)
         else:
-            middles = middles @ kept.to(p.dtype)  # (G, M, S)
+            middles = torch.bmm(middles, kept.to(p.dtype))  # (G, M, S)
         total = torch.stack(
-            [stepped @ part.flatten(2) for part, _ in fields(placed, bits, p.dtype)], -2
+            [torch.bmm(stepped, part.flatten(2)) for part, _ in fields(placed, bits, p.dtype)], -2
         )  # (G, M, fields, S bytes)
         total = total.unflatten(-1, (self.S, -1)).transpose(-2, -3)
         middles = middles.view(*middles.shape, 1, 1)
@@ -173,8 +173,10 @@ class LevelSequence(IntSequence):
         code = code & take_rows(own, level) ^ take_rows(turn, level)
         unit = take_rows(level_units(p.dtype), level)  # (G, width, S, 1)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
-        p = p * scale.mT.to(p.dtype)  # (G, M, width)
-        total = p @ (code.view(torch.int8) * unit).flatten(2)  # codes of a byte side by side
+        p = p * scale.mT  # (G, M, width)
+        total = torch.bmm(
+            p, (code.view(torch.int8) * unit).flatten(2)
+        )  # codes of a byte side by side
         total = total.view(*p.shape[:2], self.S, -1, 4).mT.flatten(
             2
         )  # as format.pack_bits has them

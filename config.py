@@ -566,7 +566,7 @@ class SelectConfig:
         least=0,
     )
     observers: int = opt(
-        0,
+        16,
         "a prompt's last tokens whose attention is observed (0: those that stay whole, --kv_tail)",
         least=0,
     )

@@ -536,6 +536,8 @@ def asked_of(run: Run, args) -> Asked:
     cfg: EvalConfig = args.eval
     if run.kv.kv == "select" and "tasks" not in args.given:
         cfg = replace(cfg, tasks="continuation")
+    if is_trained(run) and "query" not in args.given:
+        cfg = replace(cfg, query=run.kv.kv_tail)
     return Asked(
         eval=cfg,
         kv=args.kv,

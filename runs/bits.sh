@@ -21,7 +21,7 @@ done
 # tokens and groups, and tokens alone, in 16 and in 4 bits
 for KIND in kv_budgets token_budgets; do
   python eval.py --out_dir="$RUN" --tasks=continuation --dataset="text:$TEST" --split=all \
-    --sequences=48 --block_size=2048 --batch_size=48 --query=4 --methods=dense,select \
+    --sequences=48 --block_size=2048 --batch_size=48 --methods=dense,select \
     --relevances=predictor_query --$KIND=0.5,0.22,0.125,0.0625 --budgets=1 --kv_bits=16,4 \
     --results="$OUT/$KIND"
 done
@@ -29,7 +29,7 @@ done
 # routed bits by bytes, in bfloat16 and in float32; draws docs/bytes.png's picture
 for DTYPE in float32 bfloat16; do
   python eval.py --out_dir="$RUN" --tasks=continuation --dataset="text:$TEST" --split=all \
-    --sequences=48 --block_size=2048 --batch_size=48 --query=4 --methods=dense,select \
+    --sequences=48 --block_size=2048 --batch_size=48 --methods=dense,select \
     --relevances=predictor_query --kv_byte_budgets=0.28,0.22,0.19,0.15,0.125,0.1,0.0625,0.04 \
     --beside="$OUT/nearest,$OUT/queries,$OUT/kv_budgets,$OUT/token_budgets" --dtype=$DTYPE \
     --results="$OUT/routed-$DTYPE"

@@ -11,7 +11,7 @@ VALID="${3:-wikitext2.valid.txt}"
 for HEDGE in 0.5 0.75 1; do
   python eval.py --out_dir="$RUN" --tasks=continuation --methods=dense,select \
     --dataset="text:$VALID,pycode,markup" --split=val --sequences=16 --block_size=2048 \
-    --batch_size=16 --query=4 --kv_budgets=0.25,0.125,0.0625 --kv_bits=16 \
+    --batch_size=16 --kv_budgets=0.25,0.125,0.0625 --kv_bits=16 \
     --kv_byte_budgets=0.125,0.0625 --relevances=predictor_query --hedge="$HEDGE" \
     --results="$OUT/$HEDGE"
 done

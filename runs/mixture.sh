@@ -17,11 +17,11 @@ python train.py --stage=select --init_from="$MODEL" --detokenize --block_size=81
 
 # texts of which nothing was trained on
 python eval.py --out_dir="$OUT" --tasks=continuation --methods=dense,select --sequences=16 \
-  --dataset="text:$TEST,cheaders,records" --split=all --block_size=2048 --batch_size=16 --query=4 \
+  --dataset="text:$TEST,cheaders,records" --split=all --block_size=2048 --batch_size=16 \
   --kv_byte_budgets=0.22,0.125,0.0625,0.04 --results="$OUT/others"
 
 # what was held out of the texts that were trained on
 python eval.py --out_dir="$OUT" --tasks=continuation --methods=dense,select --sequences=16 \
   --dataset=shakespeare,pydocs,pycode,markup,dialogue --split=val --block_size=2048 \
-  --batch_size=16 --query=4 \
+  --batch_size=16 \
   --kv_byte_budgets=0.22,0.125,0.0625,0.04 --results="$OUT/held_out"

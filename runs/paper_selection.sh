@@ -13,7 +13,7 @@ TEST="${4:-wikitext2.test.txt}"
 python train.py --stage=select --init_from="$MODEL" --dataset="text:$VALID" --detokenize \
   --block_size=2048 --eval_sequences=8 --predictors=predictor --relevance=predictor \
   --mask_scope=shared --value_basis=native --n_groups=4 --prefill=routed --sinks=0 \
-  --kv_layers=from:22 --select_steps=300 --out_dir="$OUT"
+  --kv_layers=from:22 --kv_tail=16 --select_steps=300 --out_dir="$OUT"
 
 # continuation on test text
 python eval.py --out_dir="$OUT" --tasks=continuation --methods=dense,select \

@@ -13,7 +13,7 @@ PROMPTS="${PROMPTS:-100}"
 measure() {  # measure NAME FLAGS...: dense, and a prompt in these shares of its bytes
   name="$1"
   shift
-  python eval.py --out_dir="$RUN" --methods=dense,select --relevances=predictor_query --query=4 \
+  python eval.py --out_dir="$RUN" --methods=dense,select --relevances=predictor_query \
     --kv_byte_budgets=0.25,0.125,0.0625 --sequences="$PROMPTS" --results="$OUT/$name" "$@"
 }
 

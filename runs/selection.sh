@@ -17,7 +17,7 @@ python train.py --stage=select --init_from="$MODEL" --detokenize --block_size=81
   --out_dir="$OUT/run"
 
 groups() {  # groups RUN SIGNALS NAME: tokens and groups under one budget
-  python eval.py --out_dir="$1" --tasks=continuation --methods=dense,select --query=4 \
+  python eval.py --out_dir="$1" --tasks=continuation --methods=dense,select \
     --dataset="text:$TEST" --split=all --sequences=48 --block_size=2048 --batch_size=24 \
     --dtype=float32 --kv_bits=16 --kv_budgets=0.5,0.25,0.125,0.0625 --relevances="$2" \
     --results="$OUT/$3"
@@ -27,6 +27,6 @@ groups "$OUT/run" predictor paper
 
 # whole tokens alone
 python eval.py --out_dir="$RUN" --tasks=continuation --methods=dense,select \
-  --dataset="text:$TEST" --split=all --sequences=48 --block_size=2048 --batch_size=24 --query=4 \
+  --dataset="text:$TEST" --split=all --sequences=48 --block_size=2048 --batch_size=24 \
   --dtype=float32 --token_budgets=0.5,0.25,0.125,0.0625 --budgets=1 \
   --relevances=predictor_query --results="$OUT/tokens"

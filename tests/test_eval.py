@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helpers import TINY, coordinates, error_line, grouped_model, routed_value, 
 
 import eval as evaluation
 import kv_router
-from config import AdapterConfig, KVConfig
+from config import AdapterConfig, KVConfig, SelectConfig
 from data import content_hash, documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
@@ -225,6 +226,24 @@ def test_nothing_dropped_costs_nothing(name):
         assert rows[0]["basis"] == setting.get("value_basis", "output") + (
             "+" if setting.get("learn_basis") else ""
         )
+
+
+@pytest.mark.parametrize(
+    "kv, given, query",
+    [
+        (KVConfig(kv="select", kv_tail=3), [], 3),
+        (KVConfig(kv="value_groups", kv_tail=3), [], 3),
+        (KVConfig(kv="select", kv_tail=3), ["query"], EvalConfig.query),
+        (KVConfig(kv="dense", kv_tail=3), [], EvalConfig.query),
+    ],
+)
+def test_a_trained_run_is_measured_with_its_own_window(kv, given, query):
+    """Unless --query says otherwise, what a prompt leaves whole is what the run was trained to."""
+    run = SimpleNamespace(kv=kv, config={}, select=SelectConfig())
+    args = SimpleNamespace(
+        eval=EvalConfig(), kv=KVConfig(), select=SelectConfig(), data=DataConfig(), given=set(given)
+    )
+    assert evaluation.asked_of(run, args).eval.query == query
 
 
 @pytest.mark.parametrize("scope", ["layer", "head"])

@@ -82,7 +82,7 @@ def selecting(name: str, dtype: torch.dtype) -> torch.nn.Module:
     """tiny_model that selects as SELECT says, folded."""
     kv, cfg = SELECT[name]
     kv = KVConfig(kv="select", n_groups=4, kv_tail=5, **kv)
-    cfg = SelectConfig(**cfg, relevance="future", readers=20, past=16)
+    cfg = SelectConfig(**cfg, relevance="future", readers=20, past=16, observers=0)
     model = tiny_model(dtype=dtype)
     return kv_router.fold(selector.attach(model, kv, cfg, [tokens(2, 70, seed=1)]))
 

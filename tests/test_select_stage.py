@@ -338,7 +338,7 @@ def test_which_predictors_are_trained(flags, want, tmp_path, text, base):
         list(stage.model.selector.predictors) == want
         and stage.config["select"]["predictors"].split(",") == want
     )
-    assert stage.kv.kv_tail == 16 and not any(
+    assert stage.kv.kv_tail == 4 and not any(
         p.requires_grad for n, p in stage.model.named_parameters() if not n.startswith("selector.")
     )
 
@@ -836,7 +836,7 @@ def test_a_row_equals_its_oracle(selected, measure, text):
             ["--predictors=predictor", "--relevances=predictor", "--kv_budgets=0.5"],
             "measuring trains nothing; leave it out, or train with train.py --predictors",
         ),
-        ("base", ["--kv_budgets=0.5", "--query=0"], "--query"),
+        ("base", ["--kv_budgets=0.5", "--query=0", "--observers=0"], "--query"),
         ("base", ["--kv_budgets=0.5", "--query=0", "--relevances=oracle"], "--query"),
         ("base", ["--splits=2", "--kv_budgets=0.5"], "layers are 0..1"),
         ("base", ["--kv_budgets=0.5", "--learn_basis"], "train.py --learn_basis"),

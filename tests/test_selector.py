@@ -62,6 +62,7 @@ def config(**cfg) -> SelectConfig:
                 relevance="observed",
                 predictors=PREDICTORS,
                 readers=20,
+                observers=0,
                 recall=0.0,
                 sinks=2,
                 hedge=0.4,

@@ -29,7 +29,7 @@ from training.loop import Stage
 from training.world import World, share_parameters
 
 # A selection's own defaults, where no flag says otherwise.
-STORAGE = dict(kv_tail=16, reconstructor="zero", value_router="norm")
+STORAGE = dict(kv_tail=4, reconstructor="zero", value_router="norm")
 PAPER_STORAGE = dict(mask_scope="shared")
 PAPER_RULE = dict(sinks=0, hedge=1.0, recall=0.0, shortest=0)
 

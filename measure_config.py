@@ -116,8 +116,8 @@ class EvalConfig:
     )
     query: int = opt(
         16,
-        "continuation and prompts: tokens at the end of the context that are never compressed (of a "
-        "trained run where this is not given: its own --kv_tail)",
+        "continuation and prompts: tokens at the end of the context that are never compressed "
+        "(where this is not given, of a trained run: its own --kv_tail)",
         least=0,
     )
     continuation: int = opt(

@@ -28,6 +28,9 @@ FREE = (
     "seeds",
     "max_minutes",
 )
+# Peak rates for what is pretrained, which the default for a small new model would ruin.
+RATE = 1e-3
+WHOLE_RATE = 1e-4  # of all weights
 MORE = ("pretrain_steps", "adapt_steps", "select_steps")  # may grow
 
 
@@ -42,7 +45,21 @@ def implied(given: dict, configs: dict[str, type]) -> tuple[dict, set[str]]:
         chosen.setdefault("kv", "dense")  # plain LoRA: whole values
     if given.get("preset") == "paper":
         chosen = PAPER | chosen
+    if is_pretrained(given.get("init_from", "")):
+        chosen.setdefault("adapt_lr", WHOLE_RATE if given.get("stage") == "continue" else RATE)
     return chosen, set(given)
+
+
+def is_pretrained(where: str) -> bool:
+    """Whether --init_from names a model that another project wrote, by its name or by a folder's
+    config.json."""
+    if where.startswith("hf:") or where.lower().endswith(".gguf"):
+        return True
+    try:
+        found = json.loads((Path(where).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # it is refused, or read, where it is loaded
+    return isinstance(found, dict) and "model_type" in found
 
 
 def resumed(saved: Path, given: dict, configs: dict[str, type]) -> tuple[dict, set[str]]:

@@ -177,7 +177,12 @@ class TrainConfig:
     )
     accumulation: int = opt(1, "micro-steps a rank splits its share of the batch into", least=1)
     pretrain_lr: float = opt(3e-3, "peak learning rate of pretraining", above=0)
-    adapt_lr: float = opt(5e-3, "peak learning rate of adaptation", above=0)
+    adapt_lr: float = opt(
+        5e-3,
+        "peak learning rate of adaptation (a pretrained model's where this is not given: 1e-3, and "
+        "1e-4 where all weights are trained)",
+        above=0,
+    )
     adapt_rates: str = opt(
         "",
         "stage=all: peak learning rates, a list, each tried with a row's first seed; all of its "

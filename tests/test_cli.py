@@ -747,6 +747,25 @@ def test_lora_alone_adapts_over_whole_values():
     assert stored("--stage=adapt") == stored() == "value_groups"
 
 
+def test_a_pretrained_model_is_adapted_at_a_rate_of_its_own(tmp_path):
+    """Without --adapt_lr a model of another project is trained at 1e-3, all of its weights at 1e-4;
+    one of ours, and what somebody or a preset says, stays as it is."""
+
+    def rate(*flags) -> float:
+        return cli.parse_args(train.CONFIGS, [*flags]).train.adapt_lr
+
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    (ours / "config.json").write_text('{"train": {}}')
+    for where in ("hf:a/b", "x.GGUF", tmp_path):
+        assert rate(f"--init_from={where}") == rate(f"--init_from={where}", "--stage=adapt") == 1e-3
+        assert rate(f"--init_from={where}", "--stage=continue") == 1e-4
+        assert rate(f"--init_from={where}", "--adapt_lr=0.5", "--stage=continue") == 0.5
+        assert rate(f"--init_from={where}", "--preset=paper") == 5e-4
+    assert rate(f"--init_from={ours}") == rate("--init_from=missing") == rate() == 5e-3
+
+
 @pytest.mark.parametrize(
     "flags, why",
     [

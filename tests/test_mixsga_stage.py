@@ -420,3 +420,14 @@ def test_an_adapter_is_no_base_for_the_table(tmp_path, text, base, capsys):
     with pytest.raises(ValueError, match="dense base"):
         table(tmp_path / "t", text, stage, capsys, "--mixes=1:1")
     assert checkpoint.load(find_checkpoint(stage)).config["mix"]["expert_ratios"] == "1:3"
+
+
+@pytest.mark.parametrize("damaged", ["[1, 2", "{}", "\xff", "[" * 100_000])
+def test_damaged_results_of_before_are_named_and_stay(damaged, tmp_path, text, eight, capsys):
+    """One line that names the file, before anything is trained; the file is as it was."""
+    (tmp_path / "t").mkdir()
+    path = tmp_path / "t" / "results.json"
+    path.write_bytes(damaged.encode("latin-1"))
+    message = error_line(table, tmp_path / "t", text, eight, capsys, "--mixes=1:1")
+    assert str(path) in message and "move it away" in message
+    assert path.read_bytes() == damaged.encode("latin-1")

@@ -395,12 +395,16 @@ def settings_of(shared: Experiment, kv: KVConfig) -> dict:
     }
 
 
-def earlier_rows(path: Path, settings: dict) -> list[dict]:
-    """The rows that an earlier call with the same settings left in its results.json."""
+def earlier_rows(path: Path) -> list[dict]:
+    """The rows that an earlier call left in its results.json. ValueError where it is damaged."""
     if not path.is_file():
         return []
-    found = json.loads(path.read_text())
-    return [r for r in found if isinstance(r, dict) and r.get("settings") == settings]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    check(isinstance(found, list), f"{path}", "it is damaged", "move it away, or give --results=DIR")
+    return [r for r in found if isinstance(r, dict)]
 
 
 def new_row(shared: Experiment, row: Row, key: dict, settings: dict) -> dict:
@@ -427,10 +431,11 @@ def run_table(
     Rows that `folder`/results.json holds from the same settings are not trained again; it is
     written after every row."""
     begin = time.time()
+    path = folder / "results.json"
+    done = earlier_rows(path)
     shared = experiment_of(cfg, kv, data, place, options)
     settings = settings_of(shared, kv)
-    path = folder / "results.json"
-    done = earlier_rows(path, settings)
+    done = [r for r in done if r.get("settings") == settings]
     out: list[dict] = []
     for row, key in keys_of(cfg, kv, shared.base.model.cfg):
         known = next((r for r in done if all(r.get(k) == v for k, v in key.items())), None)

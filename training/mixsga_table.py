@@ -403,7 +403,9 @@ def earlier_rows(path: Path) -> list[dict]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         found = None
-    check(isinstance(found, list), str(path), "it is damaged", "move it away, or give --results=DIR")
+    check(
+        isinstance(found, list), str(path), "it is damaged", "move it away, or give --results=DIR"
+    )
     return [r for r in found if isinstance(r, dict)]
 
 

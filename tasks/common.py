@@ -14,6 +14,7 @@ from loaders.device import autocast
 from model import Transformer, evaluating
 from selector import with_oracle
 from storage.cache import KVCache
+from storage.layout import at_least_float32
 
 
 class Task(Protocol):
@@ -70,6 +71,35 @@ class ThroughCache:
         if self.last == 1 and C > 0:
             return self.model.decode(idx, cache)
         return self.model.prefill(idx, cache, n_pad)
+
+
+def score_given(
+    model: Transformer,
+    cache: KVCache,
+    ids: Tensor,
+    first: Tensor,
+    last: Tensor,
+    logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read given tokens after a prompt, one of every sequence at a time, each stored as a generated
+    token is. Return the log-probability (B,) float64 in nats of those from `first` to `last`, and
+    whether each of them is the likeliest, (B,) bool.
+
+    ids: (B, T) int64; first, last: (B,) int64; logits: (B, vocab) of the first token, where it is
+    scored"""
+    total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
+    greedy = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    for t in range(ids.size(1)):
+        if t > 0:
+            logits = model.decode(ids[:, t - 1 : t], cache)[:, -1]
+        if logits is None:
+            continue
+        logits = at_least_float32(logits)
+        counts = (first <= t) & (t < last)
+        found = logits.log_softmax(-1).gather(1, ids[:, t : t + 1])[:, 0]
+        total += torch.where(counts, found, 0.0)
+        greedy &= ~counts | (logits.argmax(-1) == ids[:, t])
+    return total, greedy
 
 
 @dataclass(frozen=True)

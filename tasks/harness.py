@@ -28,7 +28,7 @@ from loaders.tokenizer import decode_after, encoded, end_tokens
 from model import Transformer, evaluating
 from settings.fields import check
 from storage.layout import at_least_float32
-from tasks.common import ThroughCache
+from tasks.common import ThroughCache, score_given
 
 MAX_NEW_TOKENS = 256  # of an answer, where the task does not say
 PIECE = 256  # tokens of a window whose logits are float32 at a time
@@ -97,20 +97,13 @@ class CachedModel(TemplateLM):
         T = max(map(len, answers))
         lengths = torch.tensor([len(a) for a in answers], device=self._device)
         padded = torch.tensor([a + [0] * (T - len(a)) for a in answers], device=self._device)
-        total = torch.zeros(n, dtype=torch.float64, device=self._device)
-        greedy = torch.ones(n, dtype=torch.bool, device=self._device)
+        first = torch.zeros_like(lengths)
         with evaluating(self.model), autocast(self._device, self.dtype):
             idx = torch.tensor([context], device=self._device)
             logits, cache = prefill(ThroughCache(self.model), idx, len(context) + T - 1)
             cache = cache.select_sequences([0 for _ in answers])
-            logits = logits.expand(n, -1)
-            for t in range(T):
-                if t > 0:
-                    logits = self.model.decode(padded[:, t - 1 : t], cache)[:, -1]
-                counts = t < lengths
-                log_p = at_least_float32(logits).log_softmax(-1)  # (n, vocab)
-                total += torch.where(counts, log_p.gather(1, padded[:, t : t + 1])[:, 0], 0.0)
-                greedy &= ~counts | (log_p.argmax(-1) == padded[:, t])
+            about = (padded, first, lengths, logits.expand(n, -1))
+            total, greedy = score_given(self.model, cache, *about)
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:

@@ -25,8 +25,7 @@ from loaders.device import autocast
 from loaders.tokenizer import encoded
 from model import Transformer, evaluating
 from settings.fields import check
-from storage.layout import at_least_float32
-from tasks.common import shortest_ends
+from tasks.common import score_given, shortest_ends
 from tasks.items import Item, Option, read_items
 from tasks.recall import compressed
 
@@ -150,14 +149,7 @@ def score_requests(model: Transformer, requests: list[Request]) -> list[Scored]:
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
     first = torch.tensor([len(r.given) for r in requests], device=device)  # of the answer's tokens
     last = torch.tensor([len(row) for row in rows], device=device)
-    total = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    greedy = torch.ones(len(rows), dtype=torch.bool, device=device)
-    for t in range(1, T):
-        logits = at_least_float32(model.decode(ids[:, t - 1 : t], cache)[:, -1])  # (B, vocab)
-        counts = (first <= t) & (t < last)
-        found = logits.log_softmax(-1).gather(1, ids[:, t : t + 1])[:, 0]
-        total += torch.where(counts, found, 0.0)
-        greedy &= ~counts | (logits.argmax(-1) == ids[:, t])
+    total, greedy = score_given(model, cache, ids, first, last)
     return [Scored(s, g) for s, g in zip(total.tolist(), greedy.tolist(), strict=True)]
 
 

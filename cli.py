@@ -48,7 +48,7 @@ def _to_float(text: str) -> float:
     except ValueError:
         x = math.nan
     if not math.isfinite(x):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number, such as 0.125")
     return x
 
 

@@ -187,8 +187,9 @@ def say_where_whole(task: Task, kv: KVConfig, ways: list[SelectConfig]) -> None:
         n = kv.kv_tail + planned(kv, kv_bytes).kv_sinks
         if 2 * n > kv_bytes * length:
             say(
-                f"{task.name}: the {n} tokens that stay whole take {n / length:.1%} of the "
-                f"{kv_bytes:.1%} of {length} tokens' bytes: give --query=4, or longer contexts"
+                f"{task.name}: {n} tokens stay whole, {kv.kv_tail} newest and {n - kv.kv_tail} "
+                f"first ones; that is {n / length:.1%} of a context of {length} tokens, where "
+                f"{kv_bytes:.1%} of the bytes are asked for: give --query=4, or longer contexts"
             )
 
 
@@ -320,7 +321,8 @@ def calibration_windows(run: Run, asked: Asked, window: int, texts: list[Text]) 
         "give another, or leave it out to calibrate on the training split",
     )
     split = whole_split(cfg.calibrate, "train") if cfg.calibrate else "train"
-    say(f"calibrating on {cfg.calibrate or corpus} ...")
+    n = cfg.calibration
+    say(f"calibrating on {cfg.calibrate or corpus}, {n} sequences (--calibration) ...")
     (text,) = prepare_splits(cfg.calibrate or corpus, asked.data, run.tokenizer, [split])
     return windows_of(text, run, cfg.seed, cfg.calibration, window, cfg.batch_size)
 

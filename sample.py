@@ -101,7 +101,8 @@ def main() -> None:
         options = options_of(cfg)
         talk = Conversation(run.model, run.tokenizer, cfg.max_new_tokens, **options)
     if run.kv.kv == "dense" and ARGS.kv.kv != "dense" and storage_flags(ARGS.given):
-        note(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate}")
+        n = cfg.calibration
+        note(f"calibrating kv={ARGS.kv.kv} on {cfg.calibrate}, {n} sequences (--calibration)")
     with stored, autocast(device, cfg.dtype):
         if cfg.devices:
             attached = run.kv.kv == "dense" and storage_flags(ARGS.given)
@@ -167,7 +168,7 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
     share = run.model.share_of_dense(cache.length * len(rows), cache)
     say(
         f"{sum(map(len, rows))} tokens in {seconds:.2f} s; the cache held {cache.nbytes():,} "
-        f"bytes for {cache.length} tokens a row, "
+        f"bytes for {cache.length} tokens{' a row' if len(rows) > 1 else ''}, "
         f"{share:.1%} of a dense one's (floats counted with 16 bits in both)"
     )
 
@@ -234,7 +235,10 @@ def messages(first: str) -> Iterator[str]:
     if first.strip():
         yield first
     while True:
-        message = input("> " if sys.stdin.isatty() else "")
+        asked = sys.stdin.isatty()
+        message = input("> " if asked else "")
+        if not asked:  # in a log, too, it stands what is answered
+            print(f"> {message}", flush=True)
         if message.strip() in ("/quit", "exit"):
             return
         if message.strip():

@@ -90,7 +90,7 @@ class Case:
         if self.token_keep < 1:
             words.append(f"tokens={self.token_keep:g}")
         if self.key_bits < 16:
-            words.append(f"K{self.key_bits} V{self.value_bits or 'routed'}")
+            words.append(f"keys:{self.key_bits} values:{self.value_bits or 'routed'}")
         return " ".join(words)
 
     def fill(self, k: Tensor, v: Tensor, fixed: bool) -> tuple[PackedCache | RaggedCache, Tensor]:

@@ -107,7 +107,7 @@ def kept_name(kv: KVConfig, select: SelectConfig) -> str:
     else:
         kept = f"{kv.kv} S={kv.n_groups} {select.described()}"
     if kv.ints:
-        kept += f" K{kv.key_bits} V{kv.value_bits}"
+        kept += f" keys:{kv.key_bits} values:{kv.value_bits}"
     return kept
 
 

@@ -209,6 +209,7 @@ def main() -> None:
     n = sum(p.numel() for p in run.model.parameters())
     dtype = run.model.norm.weight.dtype
     print(f"{folder}: {n:,} parameters in {dtype}, tokenizer {run.tokenizer.name}")
+    note(f"next, in Python: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
 
 
 if __name__ == "__main__":

@@ -220,14 +220,15 @@ def setting_of(
         words += [basis_of(method, kv), f"S={kv.n_groups}", f"K={kept}"]
     elif method == "select":
         how = model.selector.cfg.allocation
-        words += [basis_of(method, kv), f"S={kv.n_groups}", kv.mask_scope, how]
+        words += [basis_of(method, kv), f"S={kv.n_groups}"]
+        words += [f"mask:{kv.mask_scope}", f"budget:{how}"]
     elif shared_heads.shares(model):
         words.append(shared_heads.described(model))
     key_bits, value_bits = stored_bits(model, method, kv)
     if key_bits < 16:
         block = (model.selector.stored if method == "select" else kv).key_block
         apart = "" if block == KVConfig.key_block else f"/{block}"
-        words += [f"K{key_bits}{apart}", f"V{value_bits or 'routed'}"]
+        words += [f"keys:{key_bits}{apart}", f"values:{value_bits or 'routed'}"]
         if method == "select" and model.selector.cfg.key_rounding == "nearest":
             words.append("nearest")
     if grouped and kv.kv_layers != "all":

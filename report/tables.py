@@ -107,7 +107,7 @@ def table_of_task(rows: list[dict]) -> str:
         *text_columns(names),
         Column("trainable", 10),
         Column("KV kept", 8),
-        Column("whole", 7),
+        Column("whole model", 11),
         Column("cache bytes", 14),
         Column("of dense", 9),
         Column(rows[0]["metric"], 19),

@@ -41,6 +41,8 @@ def read_text(path: Path) -> str:
     try:
         refuse_pointers([path])
         return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file; give another") from None
     except (UnicodeDecodeError, OSError) as e:
         raise ValueError(
             f"{path} cannot be read as UTF-8 text ({one_line(e)}); convert it, or give another file"

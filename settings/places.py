@@ -70,13 +70,12 @@ def texts_named(args) -> Iterator[tuple[str, Path]]:
 
 def check_model(where: str | os.PathLike) -> None:
     """Raise ValueError where nothing lies at the place of a model."""
-    do = "give a folder that train.py wrote"
+    do = "give a folder that train.py wrote, a model's folder or a .gguf file"
     if HUB_NAME.fullmatch(str(where)) and not Path(where).parent.exists():
         do += f", or hf:{where} for a model of the hub"
     what = "no such folder"
     if str(where).lower().endswith(".gguf"):
         what = "no such file"
-        do = "give a .gguf file, a model's folder or one that train.py wrote"
     check(Path(where).exists(), f"{where}", what, do)
     refuse_pointers([Path(where)])
 

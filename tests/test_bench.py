@@ -100,9 +100,9 @@ def test_cases_of_integers():
     rows = bench_decode(cfg, shape)
     ours = [r for r in rows if r["impl"].startswith("packed")]
     assert [r["impl"][7:] for r in ours] == [
-        "S=4 K=4 K4 V4",
-        "S=4 rho=0.5 tokens=0.5 K8 V2",
-        "S=8 rho=0.75 tokens=0.5 K4 Vrouted",
+        "S=4 K=4 keys:4 values:4",
+        "S=4 rho=0.5 tokens=0.5 keys:8 values:2",
+        "S=8 rho=0.75 tokens=0.5 keys:4 values:routed",
     ]
     # float32; blocks form in the tail
     whole = [n * 32 * 8 for n in (WINDOW + BLOCK, WINDOW, WINDOW)]

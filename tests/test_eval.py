@@ -662,7 +662,9 @@ def test_flags_of_a_selection_choose_what_is_measured(base, text, tmp_path, caps
         starts = [line.split(" of text:")[0] for line in lines if " of 2: " in line]
         way = "selection, future bytes=0.9 hedge=0.75"
         assert starts == ["row 1 of 2: dense, continuation", f"row 2 of 2: {way}, continuation"]
-        said = "the 15 tokens that stay whole take 62.5% of the 90.0% of 24 tokens' bytes" in err
+        said = (
+            "that is 62.5% of a context of 24 tokens, where 90.0% of the bytes are asked for" in err
+        )
         assert said == (query == 11) == ("stay whole" in err)
 
 

@@ -549,7 +549,7 @@ def test_sample_prints_text_and_bytes(copy_of, capsys):
         )
         io = capsys.readouterr()
         assert io.out.count("def f(") >= 2 and io.out.count("-" * 20) >= 2
-        said = r"held ([\d,]+) bytes for (\d+) tokens a row, ([\d.]+)% of a dense one's"
+        said = r"held ([\d,]+) bytes for (\d+) tokens(?: a row)?, ([\d.]+)% of a dense one's"
         held, tokens, share = re.search(said, io.err).groups()
         held = int(held.replace(",", ""))
         dense = 2 * 4 * 2 * int(tokens) * 2 * 16 * 2  # float32

@@ -657,7 +657,7 @@ def test_rows_of_rivals_say_what_they_hold_and_read(wide, text, own_cache):
     for r in groups:
         assert r["of_dense"] < 0.85 and r["n_groups"] == 4 and "output S=4 K=2" in r["setting"]
     assert [(r["key_bits"], r["value_bits"]) for r in rows[5:]] == [(4, 4), (2, 2)]
-    assert "groups of 32, 128 whole K2 V2" in rows[6]["setting"]
+    assert "groups of 32, 128 whole keys:2 values:2" in rows[6]["setting"]
     table = result_table(rows)
     assert all(r["setting"] in table for r in rows[1:])
     assert f"{rows[6]['value'] - dense['value']:+.4f}" in table.splitlines()[-1]

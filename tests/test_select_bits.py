@@ -440,8 +440,8 @@ def test_rows_of_bits(base, measure):
     ]
     assert (
         all(r["dense_value"] == rows[0]["value"] for r in rows)
-        and "K4 V2" in rows[5]["setting"]
-        and "K8/128 Vrouted" in rows[1]["setting"]
+        and "keys:4 values:2" in rows[5]["setting"]
+        and "keys:8/128 values:routed" in rows[1]["setting"]
     )
     assert (
         rows[1]["cache_bytes"] > rows[2]["cache_bytes"]
@@ -528,7 +528,7 @@ def test_levels_by_flags(base, measure):
         "--kv_byte_budgets=0.5",
     ]
     assert measure(*common, "--kv_bits=4:4", "--key_rounding=nearest")[0]["setting"].endswith(
-        "K4 V4 nearest"
+        "keys:4 values:4 nearest"
     )
     rows = [
         measure(*common, *flags)[0]

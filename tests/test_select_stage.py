@@ -639,7 +639,7 @@ def test_rows_of_a_joint_grid(base, measure, text):
             "pca",
             4,
             "exact",
-            "pca S=4 head global",
+            "pca S=4 mask:head budget:global",
         )
         assert (
             abs(r["value"] - dense["value"]) > 1e-4
@@ -693,7 +693,7 @@ def test_rows_of_two_shares(base, measure):
     for i, r in enumerate(rows):
         late = i >= len(texts)
         kept_by_hand(r, layers=1 if late else 2, masks=2)  # the heads of a layer share a budget
-        assert r["setting"] == f"output S=4 head layer layers from:{int(late)}"
+        assert r["setting"] == f"output S=4 mask:head budget:layer layers from:{int(late)}"
     routed = measure(
         f"--init_from={base}",
         *COMMON,
@@ -703,7 +703,7 @@ def test_rows_of_two_shares(base, measure):
         "--mask_scope=shared",
     )
     assert [(r["prefill"], r["setting"]) for r in routed] == [
-        ("routed", "output S=4 shared global routed")
+        ("routed", "output S=4 mask:shared budget:global routed")
     ]
     kept_by_hand(routed[0], layers=2, masks=1)
 
@@ -1139,7 +1139,7 @@ def test_sample_from_a_select_run(selected, capsys):
             "--temperature=0",
         )
         io = capsys.readouterr()
-        said = r"(\d+) tokens in .* held ([\d,]+) bytes for (\d+) tokens a row, ([\d.]+)% of"
+        said = r"(\d+) tokens in .* held ([\d,]+) bytes for (\d+) tokens(?: a row)?, ([\d.]+)% of"
         n, held, length, share = re.search(said, io.err.strip()).groups()
         held = int(held.replace(",", ""))
         dense = 2 * 4 * int(length) * 2 * 16 * 2  # float32

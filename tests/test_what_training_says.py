@@ -37,7 +37,7 @@ def test_each_wait_is_announced(tmp_path, text, run_stage, capsys):
     assert others == [
         f"reading {text} ...",
         "calibrating value groups ...",
-        f"{stage.name}: validating ...",
+        f"{stage.name}: validating 6 sequences ...",
     ]
 
 

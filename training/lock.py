@@ -57,7 +57,7 @@ def check_run_dir(folder: Path, resume: bool, main: bool = True) -> None:
             is_begun(folder),
             f"resume from {folder}",
             "there is no checkpoint in it",
-            "leave --resume out to start anew",
+            "name the folder of a run, or leave --resume out and name one that is empty",
         )
         return
     if main and folder.is_dir():

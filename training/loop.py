@@ -433,7 +433,8 @@ class Trainer:
             self.settle()
         if evaluates:
             if last and self.w.main:
-                tqdm.write(f"{self.s.name}: validating ...", file=sys.stderr)
+                n = min(self.cfg.eval_sequences, len(self.s.corpus.val) // self.s.window)
+                tqdm.write(f"{self.s.name}: validating {n} sequences ...", file=sys.stderr)
             self.evaluate()
         if samples:
             self.show_sample()

@@ -26,6 +26,7 @@ def start_of(trainer) -> list[str]:
         f"  text: {text}, {len(stage.corpus.train):,} tokens and {held_out:,} held out",
         f"  {stage.steps} steps of {stage.batch_size} sequences of {stage.window} tokens, into "
         f"{stage.folder}",
+        f"  a checkpoint every {cfg.save_interval} steps, at the end, and when stopped",
     ]
     if w.device.type == "cuda":
         why = trainer.why_not_captured

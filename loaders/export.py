@@ -14,6 +14,7 @@ if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by o
 import json
 import os
 import shutil
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -209,7 +210,8 @@ def main() -> None:
     n = sum(p.numel() for p in run.model.parameters())
     dtype = run.model.norm.weight.dtype
     print(f"{folder}: {n:,} parameters in {dtype}, tokenizer {run.tokenizer.name}")
-    note(f"next, in Python: transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    load = f"transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    print(f"next, in Python: {load}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ GROUPS = (2, 4, 8, 16, 32, 64)
 BASES = ("native", "random", "pca", "output")
 ROUTERS = ("linear", "norm", "static")
 SCOPES = ("shared", "layer", "head")
-RECONSTRUCTORS = ("zero", "mlp")
+RECONSTRUCTORS = ("zero", "mlp", "keys")
 PREFILLS = ("exact", "routed")
 INT_BITS = (16, 8, 4, 3, 2)
 KEY_BLOCKS = (16, 32, 64, 128)
@@ -228,7 +228,10 @@ class KVConfig:
         SCOPES,
     )
     reconstructor: str = opt(
-        "zero", "what stands for a dropped group when it is read", RECONSTRUCTORS
+        "zero",
+        "what stands for a dropped group when it is read; keys: what a linear map makes of the "
+        "token's keys, and groups hold the rest",
+        RECONSTRUCTORS,
     )
     recon_hidden: int = opt(0, "hidden width of the MLP reconstructor; 0 means Hkv * D", least=0)
     aux_weight: float = opt(0.1, "weight of the reconstruction loss L_aux", least=0)

@@ -56,8 +56,10 @@ from torch import Tensor
 
 from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
-from model import DensePath, attend, attention_mask, evaluating, record_layers
+from model import DensePath, attend, attention_mask, evaluating, record_layers, rope_table
+from reconstruct import MLPReconstructor, Moments, fit_router
 from storage.cache import CacheView, NewTokens, change_coordinates
+from storage.from_keys import FromKeys, attend_predicted
 from storage.integers.codecs import codec_of
 from storage.integers.format import keys_as_read, values_as_read
 from storage.layout import (
@@ -167,35 +169,6 @@ def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
                 p.data = change(p.data)
 
 
-# -------------------- what stands for a dropped group
-
-
-class MLPReconstructor(nn.Module):
-    """The paper's R (equation 7): a two-layer GELU MLP from a layer's kept groups, zeros elsewhere,
-    and its mask bits to its whole value, run for every cached token at every read."""
-
-    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, hidden: int):
-        super().__init__()
-        width = n_kv_head * head_dim
-        self.up = nn.Linear(width + mask_heads * n_groups, hidden or width)
-        self.down = nn.Linear(hidden or width, width)
-        nn.init.zeros_(self.down.weight)  # starts as zero fill
-        nn.init.zeros_(self.down.bias)
-
-    def forward(self, kept: Tensor, mask: Tensor, constant: bool = False) -> Tensor:
-        """Rebuild values from kept (B, Hkv, T, D), zeros where dropped, and mask (B, Hm, T, S).
-
-        constant: whether no gradient reaches the weights (that of `kept` passes)."""
-        B, Hkv, T, D = kept.shape
-        values = kept.transpose(1, 2).flatten(2)
-        bits = mask.transpose(1, 2).flatten(2).to(kept.dtype)
-        weights = [self.up.weight, self.up.bias, self.down.weight, self.down.bias]
-        if constant:
-            weights = [w.detach() for w in weights]
-        hidden = F.gelu(F.linear(torch.cat((values, bits), -1), *weights[:2]))
-        return F.linear(hidden, *weights[2:]).view(B, T, Hkv, D).transpose(1, 2)
-
-
 # -------------------- the KV path
 
 
@@ -232,10 +205,20 @@ class ValueGroupPath(nn.Module):
         if cfg.reconstructor == "mlp":
             sizes = (self.Hkv, self.D, self.S, self.mask_heads)
             self.reconstructor = MLPReconstructor(*sizes, cfg.recon_hidden)
+        self.key_map = None  # (Hkv*D, Hkv*D), keys before RoPE to value coordinates
+        if cfg.reconstructor == "keys":
+            width = self.Hkv * self.D
+            self.key_map = nn.Parameter(torch.zeros(width, width))
+            self.share_rope(*rope_table(model_cfg))
         self.losses: dict[str, Tensor] = {}
         self.whole = False  # see set_kept
         self.record = False
         self.last_mask: Tensor | None = None  # of the last uncached forward while `record` is on
+
+    def share_rope(self, cos: Tensor, sin: Tensor) -> None:
+        """Take the tables (positions, D/2) by which keys are turned back."""
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
 
     # ---- the value basis
 
@@ -288,9 +271,12 @@ class ValueGroupPath(nn.Module):
 
     def own_maps(self) -> ValueBasis:
         """Return the maps that are not folded into the projections."""
+        from_keys = None
+        if self.key_map is not None:
+            from_keys = FromKeys(self.key_map, self.cos, self.sin)
         if not self.folded:
-            return ValueBasis(self.enc, self.dec)
-        return ValueBasis(self.enc if self.cfg.learn_basis else None, None)
+            return ValueBasis(self.enc, self.dec, from_keys)
+        return ValueBasis(self.enc if self.cfg.learn_basis else None, None, from_keys)
 
     # ---- the router
 
@@ -317,12 +303,19 @@ class ValueGroupPath(nn.Module):
         if whole and not self.record:
             return attend(q, k, v, pad, self.cap)
         z = self.maps().encode(v)
+        told = self._told(k, pad)
+        whole_z = z
+        if told is not None:  # what is routed is the residual
+            z = whole_z - told
         logits = self.scores(x, z)
         mask = top_k_mask(logits.detach(), self.k)
         if self.record:
             self.last_mask = mask
         if self.training and torch.is_grad_enabled():
-            self.losses["aux"] = self._aux_loss(logits, mask, z)
+            rest = whole_z.detach()
+            if told is not None:
+                rest = rest - self._told(k.detach(), pad, constant=False)
+            self.losses["aux"] = self._aux_loss(logits, mask, rest)
         if whole:
             return attend(q, k, v, pad, self.cap)
         kept = self._routed(logits, mask, z)
@@ -334,7 +327,7 @@ class ValueGroupPath(nn.Module):
                 "give rows of one length",
             )
             return self._attend_window(q, k, v, *self._rounded(k, v, kept, mask), pad)
-        routed = self.maps().decode(kept)
+        routed = self.maps().decode(kept if told is None else kept + told)
         if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
             return self._attend_window(q, k, v, k, routed, pad)
         return attend(q, k, routed, pad, self.cap)
@@ -364,6 +357,22 @@ class ValueGroupPath(nn.Module):
             return torch.where(kept, z, self._rebuild(z * kept, mask))
         return torch.where(kept, z, self.reconstructor(z * kept, mask, constant=True))
 
+    def _told(self, k: Tensor, pad: Tensor | None, constant: bool | None = None) -> Tensor | None:
+        """Return the coordinates (B, Hkv, T, D) that a sequence's keys tell; None where keys are
+        not asked.
+
+        constant: whether the map gets no gradient; None: unless the language-model loss trains
+        it"""
+        from_keys = self.maps().from_keys
+        if from_keys is None:
+            return None
+        if constant is None:
+            constant = not (self.cfg.lm_to_router or self.cfg.learn_basis)
+        if constant:
+            from_keys = from_keys._replace(weight=from_keys.weight.detach())
+        position = torch.arange(k.size(2), device=k.device)[None]
+        return from_keys.predict(k, position if pad is None else position - pad[:, None])
+
     def _rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
         """Return what stands for dropped groups."""
         if self.reconstructor is None:
@@ -371,9 +380,8 @@ class ValueGroupPath(nn.Module):
         return self.reconstructor(kept, mask)
 
     def _aux_loss(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-        """Return L_aux (15), in the value basis; gradients reach the router straight through top-K,
-        and the reconstructor."""
-        z = z.detach()
+        """Return L_aux (15) of coordinates z that v gets no gradient from; gradients reach the
+        router straight through top-K, and the reconstructor or the map from keys."""
         rebuilt = self._rebuild(z * expand_mask(mask, self.D), mask)
         m = mask.to(z.dtype) if self.router is None else straight_through(logits, mask)
         m = expand_mask(m, self.D)
@@ -465,7 +473,7 @@ class ValueGroupPath(nn.Module):
         codec = codec_of(self.cfg)
         shape = (batch, max_len, self.Hkv, self.D)
         maps = self.maps()
-        if self.cfg.learn_basis:  # training writes into them
+        if self.cfg.learn_basis or self.key_map is not None:  # training writes into them
             maps = maps.copied()
         return PackedCache(*shape, self.cfg, self.k, like, maps, codec)
 
@@ -489,14 +497,16 @@ class ValueGroupPath(nn.Module):
 
     def decode(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad, self._route(x, v, cache)))
-        if cache.basis.dec is None and self.reconstructor is None:
+        basis = cache.basis
+        if basis.dec is None and basis.from_keys is None and self.reconstructor is None:
             return attend_view(q, cache.view(), self.cap)[0]  # rows are read as they are
         return self._read(q, cache.view(), cache)
 
     def graph_safe(self) -> bool:
         by_kernel = codec_of(self.cfg).one_by_one(self.D, self.cfg.kv_tail)
         maps_fold = self.keep_all or self.folded
-        return by_kernel and maps_fold and self.reconstructor is None
+        rows_only = self.reconstructor is None and self.maps().from_keys is None
+        return by_kernel and maps_fold and rows_only
 
     def _read(self, q: Tensor, view: CacheView, cache: PackedCache) -> Tensor:
         """Attend to what a cache shows: packed values as they are read, whole ones as they are."""
@@ -506,9 +516,13 @@ class ValueGroupPath(nn.Module):
             z = torch.where(expand_mask(mask, self.D), z, self.reconstructor(z, mask))
             packed = PackedView.of_whole(k, cache.basis.decode(z), packed.n)
             return attend_view(q, view._replace(packed=(packed,)), self.cap)[0]
-        if cache.basis.dec is None:
+        from_keys = cache.basis.from_keys
+        if cache.basis.dec is None and from_keys is None:
             return attend_view(q, view, self.cap)[0]
-        y, lse = packed_attention(q, packed, None, cap=self.cap)
+        if from_keys is None:
+            y, lse = packed_attention(q, packed, None, cap=self.cap)
+        else:
+            y, lse = attend_predicted(q, packed, from_keys, self.cap)
         y = cache.basis.decode(y.reshape(len(q), self.Hkv, -1, self.D)).view(q.shape)
         if view.window.k.size(2) == 0 and view.sinks is None:
             return y
@@ -544,10 +558,10 @@ class ValueGroupPath(nn.Module):
         whole = number >= boundary[:, None, :, None]  # (B, 1, T, N)
         whole = torch.cat((whole, window_mask(seen, cache.window, cache.block)), -1)
         whole = whole.repeat(1, 1, H // self.Hkv, 1)
-        # packed rows are coordinates already, the window's values are not
+        # packed rows are stored already, the window's values are not
         packed = (number < cache.n_packed[:, None])[:, None, :, None]
-        old_z = torch.where(packed, old_v, cache.basis.encode(old_v))
-        new_z = cache.basis.encode(new.v)
+        old_z = torch.where(packed, old_v, cache.basis.to_store(old_k, old_v, number[None]))
+        new_z = cache.basis.to_store(new.k, new.v, cache.positions(new))
         z = torch.cat((old_z, new_z), 2)
         route = new.route
         if route is None:
@@ -555,6 +569,10 @@ class ValueGroupPath(nn.Module):
         mask = torch.cat((old_mask, route), 2)
         kept = expand_mask(mask, self.D)
         routed = torch.where(kept, z, self._rebuild(z * kept, mask))
+        if cache.basis.from_keys is not None:
+            old_told = cache.basis.from_keys.predict(old_k, number[None])
+            new_told = cache.basis.from_keys.predict(new.k, cache.positions(new))
+            routed = routed + torch.cat((old_told, new_told), 2)
         v = torch.cat((old_v, new.v), 2)
         return (cache.basis.decode((p * ~whole) @ routed) + (p * whole) @ v).view(q.shape)
 
@@ -573,26 +591,6 @@ def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 # -------------------- attaching, saving, loading
-
-
-class _Moments:
-    """Second moments that calibration adds up for one layer."""
-
-    def __init__(self, path: ValueGroupPath):
-        self.path = path
-        self.cov = 0.0  # (Hkv, D, D) of v @ enc
-        self.xx = 0.0  # (n_embd + 1, n_embd + 1) of the layer's input and a one
-        self.xe = 0.0  # (n_embd + 1, Hm*S) of that and the group energies
-
-    def add(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Take what a path got."""
-        z = (v @ self.path.enc.to(v.dtype)).double()
-        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", z, z)
-        ones = torch.cat((x, torch.ones_like(x[..., :1])), -1).double().flatten(0, 1)
-        energy = group_energy(z, self.path.S, self.path.mask_heads)
-        energy = energy.transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
-        self.xx = self.xx + ones.T @ ones
-        self.xe = self.xe + ones.T @ energy
 
 
 @torch.no_grad()
@@ -620,44 +618,37 @@ def attach(
     dtype = at_least_float32(model.norm.weight).dtype
     device = model.norm.weight.device
     paths = [(make or ValueGroupPath)(model.cfg, cfg).to(device, dtype) for _ in chosen]
+    for path in paths:
+        if path.key_map is not None:
+            path.share_rope(model.rope_cos, model.rope_sin)  # one table for all layers
     if batches is not None:
         moments = _observe(model, chosen, paths, batches)
         for i, (attn, seen) in enumerate(zip(chosen, moments, strict=True)):
-            maps = value_basis(cfg.value_basis, seen.cov, attn.o_proj.weight, seed * 1000 + i)
+            cov = seen.cov
+            key_map = None
+            if paths[i].key_map is not None:  # the basis is that of what keys do not tell
+                key_map, cov = seen.from_keys()
+            maps = value_basis(cfg.value_basis, cov, attn.o_proj.weight, seed * 1000 + i)
             paths[i].set_basis(*maps)
+            if key_map is not None:
+                paths[i].key_map.copy_(key_map @ torch.block_diag(*maps[0]))
         if any(path.router is not None for path in paths):
             moments = _observe(model, chosen, paths, batches)  # again, in the new basis
             for path, seen in zip(paths, moments, strict=True):
-                _fit_router(path.router, seen.xx, seen.xe)
+                fit_router(path.router, seen.xx, seen.xe)
     for attn, path in zip(chosen, paths, strict=True):
         change_coordinates(attn.kv_path, "attach")
         attn.kv_path = path.train(model.training)
     return model
 
 
-def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[_Moments]:
+def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[Moments]:
     """Run batches through the model as it is, and add up what the new paths would see."""
-    moments = [_Moments(path) for path in paths]
+    moments = [Moments(path) for path in paths]
     with evaluating(model), record_layers(chosen, lambda i, *seen: moments[i].add(*seen)):
         for idx in batches:
             model(idx, last_only=True)
     return moments
-
-
-def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
-    """Return the weights of a ridge regression from its moments, X^T X (n, n) and X^T Y (n, ...).
-    The ridge is `strength` times the mean of the diagonal."""
-    ridge = strength * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-    return torch.linalg.solve(xx + ridge, xy)
-
-
-def _fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
-    """Fit a router by ridge regression of group energies, in units of their mean, on the layer's
-    input: it starts near the norm rule."""
-    w = ridge_solve(xx, xe, 1e-4)  # (n_embd + 1, Hm*S)
-    w = w / (xe[-1] / xx[-1, -1]).mean().clamp_min(1e-30)
-    router.weight.copy_(w[:-1].T)
-    router.bias.copy_(w[-1])
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -29,9 +29,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from config import check
-from kv_router import ridge_solve
 from mixsga import GroupedHeads, attend_window
 from model import Attention, DensePath, evaluating, lm_loss, record_layers
+from reconstruct import ridge_solve
 from storage.cache import change_coordinates
 from storage.experts import averaged
 

@@ -31,6 +31,7 @@ from storage.cache import (
     check_range,
     check_truncation,
 )
+from storage.from_keys import FromKeys
 from storage.kernel_base import use_triton
 from storage.layout import (
     PackedView,
@@ -52,19 +53,29 @@ class ValueBasis(NamedTuple):
 
     enc: Tensor | None = None  # (Hkv, D, D), z = v @ enc
     dec: Tensor | None = None  # (Hkv, D, D), v = z @ dec
+    from_keys: FromKeys | None = None  # what is stored is what keys do not tell
 
     def constants(self) -> dict[str, Tensor]:
         """Return the maps that there are, by name."""
         maps = {"maps into the basis": self.enc, "maps out of the basis": self.dec}
+        if self.from_keys is not None:
+            maps["maps from keys to values"] = self.from_keys.weight
         return {name: t for name, t in maps.items() if t is not None}
 
     def copied(self) -> ValueBasis:
         """Return the same maps, apart from what trains them."""
-        return ValueBasis(*(None if t is None else t.detach().clone() for t in self))
+        maps = (None if t is None else t.detach().clone() for t in (self.enc, self.dec))
+        return ValueBasis(*maps, self.from_keys and self.from_keys.copied())
 
     def encode(self, v: Tensor) -> Tensor:
         """Map values (B, Hkv, T, D) to coordinates."""
         return v if self.enc is None else v @ self.enc.to(v.dtype)
+
+    def to_store(self, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """Map values (B, Hkv, T, D) of tokens with keys k (B, Hkv, T, D) at positions (B or 1, T)
+        to what is cut into groups: coordinates, less what keys tell of them."""
+        z = self.encode(v)
+        return z if self.from_keys is None else z - self.from_keys.predict(k, position)
 
     def decode(self, z: Tensor) -> Tensor:
         """Map what is read of coordinates (B, Hkv, ., D) back to values."""
@@ -316,7 +327,7 @@ class PackedCache(WindowCache):
         self._allocate(max(0, max_len - self.window))
         self.room = self.cap + self.window
         # whether single tokens are appended by a kernel, on the device alone
-        by_kernel = self.codec.one_by_one(head_dim, self.window)
+        by_kernel = self.codec.one_by_one(head_dim, self.window) and basis.from_keys is None
         self.by_kernel = by_kernel and use_triton("auto", like.device, like.dtype)
 
     # ---- what the base asks for
@@ -482,6 +493,12 @@ class PackedCache(WindowCache):
             self._append_many(new)
         self.fresh = False
 
+    def positions(self, new: NewTokens) -> Tensor:
+        """Return the numbers in their sequence of tokens that are to be appended, (B, T) int64."""
+        column = torch.arange(new.k.size(2), device=new.k.device)
+        first = self.lengths if new.n_pad is None else self.lengths - new.n_pad
+        return first[:, None] + column
+
     def _append_one(self, new: NewTokens) -> None:
         """Append one token of each sequence on the device alone (a Triton kernel)."""
         view = self.view()
@@ -504,8 +521,8 @@ class PackedCache(WindowCache):
         """Append T tokens: those that leave the window are packed, the others stay in it."""
         mask = new.route
         if mask is None:
-            energy = group_energy(self.basis.encode(new.v), self.S, self.mask_heads)
-            mask = top_k_mask(energy, self.k)
+            z = self.basis.to_store(new.k, new.v, self.positions(new))
+            mask = top_k_mask(group_energy(z, self.S, self.mask_heads), self.k)
         tokens = {"window_k": new.k, "window_v": new.v, "window_bits": mask_to_bits(mask)}
         gone, leaves = self.push(tokens, new.n_pad)
         if gone["window_k"].size(2):
@@ -519,7 +536,9 @@ class PackedCache(WindowCache):
         least, first, last, need = facts.tolist()
         self._grow(need)
         width = k.size(2)
-        packed = self.codec.pack(k, self.basis.encode(v), bits, self.S, self.k)
+        position = begin[:, None] + torch.arange(width, device=k.device)
+        z = self.basis.to_store(k, v, position)
+        packed = self.codec.pack(k, z, bits, self.S, self.k)
         for name, new in {**packed, "bits": bits}.items():  # (B, heads, width / each, ...)
             heads = new.size(1)
             each = width // new.size(2)  # tokens to an entry

@@ -32,6 +32,7 @@ RANK = {
     "model": 3,
     "generate": 4,
     "lora": 5,
+    "reconstruct": 4,
     "kv_router": 5,
     "selection": 5,
     "baselines.pages": 5,

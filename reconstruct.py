@@ -1,0 +1,103 @@
+"""What stands for a dropped group when it is read, and how that and routers are fitted.
+
+* `zero`: nothing, and no code.
+* `mlp`, the paper's equation 7: a network from the groups kept.
+* `keys`: a linear map from the keys of all KV heads of the layer before RoPE. Groups of what it
+  leaves, the residual, are routed and stored (storage/from_keys.py says how they are read).
+
+    seen = Moments(path)
+    seen.add(x, q, k, v)                             # what the path got
+    weight, rest = seen.from_keys()                  # rest: second moment of what weight leaves
+
+Letters: storage/layout.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from storage.layout import group_energy
+
+
+class MLPReconstructor(nn.Module):
+    """The paper's R (equation 7): a two-layer GELU MLP from a layer's kept groups, zeros elsewhere,
+    and its mask bits to its whole value, run for every cached token at every read."""
+
+    def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, hidden: int):
+        super().__init__()
+        width = n_kv_head * head_dim
+        self.up = nn.Linear(width + mask_heads * n_groups, hidden or width)
+        self.down = nn.Linear(hidden or width, width)
+        nn.init.zeros_(self.down.weight)  # starts as zero fill
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, kept: Tensor, mask: Tensor, constant: bool = False) -> Tensor:
+        """Rebuild values from kept (B, Hkv, T, D), zeros where dropped, and mask (B, Hm, T, S).
+
+        constant: whether no gradient reaches the weights (that of `kept` passes)."""
+        B, Hkv, T, D = kept.shape
+        values = kept.transpose(1, 2).flatten(2)
+        bits = mask.transpose(1, 2).flatten(2).to(kept.dtype)
+        weights = [self.up.weight, self.up.bias, self.down.weight, self.down.bias]
+        if constant:
+            weights = [w.detach() for w in weights]
+        hidden = F.gelu(F.linear(torch.cat((values, bits), -1), *weights[:2]))
+        return F.linear(hidden, *weights[2:]).view(B, T, Hkv, D).transpose(1, 2)
+
+
+class Moments:
+    """Second moments, in float64, that calibration adds up for one layer's ValueGroupPath."""
+
+    def __init__(self, path: nn.Module):
+        self.path = path
+        self.cov = 0.0  # (Hkv, D, D) of v @ enc
+        self.xx = 0.0  # (n_embd + 1, n_embd + 1) of the layer's input and a one
+        self.xe = 0.0  # (n_embd + 1, Hm*S) of that and the group energies
+        self.kk = 0.0  # (Hkv*D, Hkv*D) of keys before RoPE, all heads beside one another
+        self.kz = 0.0  # (Hkv*D, Hkv*D) of those and v @ enc
+
+    def add(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Take what a path got."""
+        z = (v @ self.path.enc.to(v.dtype)).double()
+        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", z, z)
+        from_keys = self.path.own_maps().from_keys
+        if from_keys is not None:
+            position = torch.arange(k.size(2), device=k.device)[None]
+            raw = from_keys.turn_back(k, position).double().flatten(0, 1)
+            self.kk = self.kk + raw.T @ raw
+            self.kz = self.kz + raw.T @ z.transpose(1, 2).reshape(raw.shape)
+            z = z - from_keys.predict(k, position).double()
+        ones = torch.cat((x, torch.ones_like(x[..., :1])), -1).double().flatten(0, 1)
+        energy = group_energy(z, self.path.S, self.path.mask_heads)
+        energy = energy.transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
+        self.xx = self.xx + ones.T @ ones
+        self.xe = self.xe + ones.T @ energy
+
+    def from_keys(self) -> tuple[Tensor, Tensor]:
+        """Return the map (Hkv*D, Hkv*D) from keys by least squares with a little ridge, and the
+        second moment (Hkv, D, D) per head of what it leaves. The metric in which values are
+        measured makes no difference to a map that has all coefficients."""
+        weight = ridge_solve(self.kk, self.kz, 1e-4)
+        told = self.kz.T @ weight
+        change = weight.T @ self.kk @ weight - told - told.T
+        heads = change.unflatten(0, self.cov.shape[:2]).unflatten(2, self.cov.shape[:2])
+        return weight, self.cov + torch.einsum("hdhe->hde", heads)
+
+
+def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
+    """Return the weights of a ridge regression from its moments, X^T X (n, n) and X^T Y (n, ...).
+    The ridge is `strength` times the mean of the diagonal."""
+    ridge = strength * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    return torch.linalg.solve(xx + ridge, xy)
+
+
+def fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
+    """Fit a router by ridge regression of group energies, in units of their mean, on the layer's
+    input: it starts near the norm rule."""
+    w = ridge_solve(xx, xe, 1e-4)  # (n_embd + 1, Hm*S)
+    w = w / (xe[-1] / xx[-1, -1]).mean().clamp_min(1e-30)
+    router.weight.copy_(w[:-1].T)
+    router.bias.copy_(w[-1])

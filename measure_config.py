@@ -386,6 +386,16 @@ def refuse_unread(unread: dict[str, Collection[str]], flag: str, value: str) -> 
     )
 
 
+def check_fitted(kv: KVConfig) -> None:
+    """Raise ValueError where value groups that are calibrated alone would need training."""
+    check(
+        kv.reconstructor != "mlp",
+        "reconstructor=mlp",
+        "measuring trains nothing",
+        "give --reconstructor=keys, or train with train.py --reconstructor=mlp and give --out_dir",
+    )
+
+
 def storage_flags(given: Collection[str]) -> set[str]:
     """Return the flags given that say how keys and values are stored."""
     return {name for name in given if name in GROUP_OF}

@@ -13,7 +13,13 @@ import selector
 from config import KVConfig, SelectConfig, check
 from data import TokenFile, batch, prepare_splits
 from loaders.runs import Run, attach_storage
-from measure_config import SELECT_FLAGS, EvalConfig, check_storage_flags, storage_flags
+from measure_config import (
+    SELECT_FLAGS,
+    EvalConfig,
+    check_fitted,
+    check_storage_flags,
+    storage_flags,
+)
 from settings.train import DataConfig
 
 # what may be changed of a run that was trained to store in some way
@@ -48,6 +54,7 @@ def stored_as_asked(
     if own == "dense":
         if kv.kv == "select" and "kv_tail" not in given:
             kv = replace(kv, kv_tail=QUERY)
+        check_fitted(kv)
         if kv.kv == "select":
             selector.check_trained(select, ())  # before calibration, which takes a while
         if kv.kv != "dense":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import selector
 from config import PUBLISHED, SHARED, KVConfig, SelectConfig, check, comma_list, count_kept
 from loaders.runs import Run
-from measure_config import SELECTING, EvalConfig, check_eval_flags
+from measure_config import SELECTING, EvalConfig, check_eval_flags, check_fitted
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
@@ -172,6 +172,7 @@ def grid_of(run: Run, asked: Asked) -> list[KVConfig]:
         return [run.kv]
     cfg = asked.eval
     kv = asked.kv
+    check_fitted(kv)
     bases = comma_list(cfg.bases) or [kv.value_basis]
     groups = [int(n) for n in comma_list(cfg.groups)] or [kv.n_groups]
     layers = [f"from:{n}" for n in comma_list(cfg.splits)] or [kv.kv_layers]

@@ -13,7 +13,6 @@ from settings.stages import Choice
 # What only training reads, or what leaves a part that has to be trained.
 TRAINED = (
     "learn_basis",
-    "reconstructor",
     "recon_hidden",
     "aux_weight",
     "lm_to_router",
@@ -24,7 +23,8 @@ TRAINED = (
     "shortest",
     "predictor_loss",
 )
-FIXED_K = ("topk_groups", "value_router", "kv_tail_block")  # a selection reads none of them
+# a selection reads none of them
+FIXED_K = ("topk_groups", "value_router", "reconstructor", "kv_tail_block")
 STORAGES = ("dense", "value_groups", "select")
 
 
@@ -87,6 +87,7 @@ OF_METHODS = {
     ),
     "kv_bits": ("value_groups", "select", "kivi", *SHARED),
     "topk_groups": ("value_groups",),
+    "reconstructor": ("value_groups",),
     "value_router": ("value_groups", "quest"),
     **dict.fromkeys(
         ("key_bits", "value_bits", "key_block", "kv_sinks"), ("value_groups", "select", *SHARED)

@@ -581,7 +581,7 @@ def test_out_of_range(name, f, capsys, here):
         (["--lora_targets=q,z"], "lora_targets='q,z'"),
         (["--lora_targets="], "a list of q,k,v"),
         (["--value_basis=svd"], "native, random"),
-        (["--reconstructor=linear"], "one of zero, mlp"),
+        (["--reconstructor=linear"], "one of zero, mlp, keys"),
         (["--kv_layers=2,x"], "kv_layers='2,x'"),
         (["--kv_layers=deepest:0"], "(0, 1]"),
         (["--kv_layers=deepest:1.5"], "(0, 1]"),

@@ -1,0 +1,357 @@
+"""Values predicted from keys (--reconstructor=keys): the fit, the path masked and packed, what is
+stored, saved and refused, against loops in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    BY_NORM,
+    TINY,
+    error_line,
+    grouped_model,
+    randomise,
+    read_in_pieces,
+    tiny_model,
+    tokens,
+)
+
+import kv_router
+import runs
+from config import KVConfig
+from loaders import checkpoint
+from loaders.runs import load_run
+from measure_config import check_fitted
+from model import apply_rope, rope_table
+from reconstruct import Moments
+from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
+from storage.layout import top_k_mask
+
+KEYS = dict(reconstructor="keys", value_basis="output")
+SETTINGS = {
+    "norm": dict(BY_NORM, n_groups=4, topk_groups=2, kv_tail=3),
+    "one mask, blocks": dict(
+        n_groups=8,
+        topk_groups=3,
+        value_router="norm",
+        mask_scope="layer",
+        kv_tail=2,
+        kv_tail_block=5,
+    ),
+    "linear, no tail": dict(
+        n_groups=16, topk_groups=5, value_router="linear", mask_scope="layer", kv_tail=0
+    ),
+    "maps": dict(BY_NORM, n_groups=8, topk_groups=1, kv_tail=1, learn_basis=True),
+}
+each = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def predicting(fold: bool = True, cfg=TINY, **kv):
+    """grouped_model whose maps from keys are not those that were fitted."""
+    model = grouped_model(fold=False, cfg=cfg, **{**KEYS, **kv})
+    for path in kv_router.paths(model).values():
+        torch.nn.init.normal_(path.key_map, std=0.2)
+    return kv_router.fold(model) if fold else model
+
+
+def by_loops(model, x: torch.Tensor, exact_until: int = 0) -> list[torch.Tensor]:
+    """What each layer's path of an unfolded model returns, (B, H, T, D), for the inputs it gets
+    while tokens x are read: token by token and head by head. The first exact_until tokens read
+    whole values."""
+    seen = []
+    paths = list(kv_router.paths(model).values())
+    for path in paths:
+        path.register_forward_pre_hook(lambda _, args: seen.append(args[:4]))
+    model(x)
+    out = []
+    for path, (h, q, k, v) in zip(paths, seen, strict=True):
+        B, H, T, D = q.shape
+        n = H // path.Hkv
+        d = D // path.S
+        half = D // 2
+        cos, sin = rope_table(TINY)
+        y = torch.zeros_like(q)
+        for b in range(B):
+            read = torch.zeros(T, path.Hkv, D, dtype=q.dtype)
+            for t in range(T):
+                raw = torch.zeros(path.Hkv, D, dtype=q.dtype)
+                for head in range(path.Hkv):
+                    for i in range(half):
+                        c, s = float(cos[t, i]), float(sin[t, i])
+                        one, other = k[b, head, t, i], k[b, head, t, i + half]
+                        raw[head, i] = one * c + other * s
+                        raw[head, i + half] = other * c - one * s
+                told = (raw.flatten() @ path.key_map).view(path.Hkv, D)
+                z = torch.stack([v[b, j, t] @ path.enc[j] for j in range(path.Hkv)])
+                rest = z - told
+                energy = rest.view(path.Hkv, path.S, d).square().sum(-1)
+                if path.router is not None:
+                    energy = path.router(h[b, t]).view(path.mask_heads, path.S)
+                elif path.mask_heads == 1:
+                    energy = energy.sum(0, keepdim=True)
+                for head in range(path.Hkv):
+                    row = energy[head % path.mask_heads]
+                    best = sorted(range(path.S), key=lambda g, row=row: (-float(row[g]), g))
+                    z_read = told[head].clone()
+                    for g in best[: path.k]:
+                        z_read[g * d : (g + 1) * d] = z[head, g * d : (g + 1) * d]
+                    read[t, head] = z_read @ path.dec[head]
+            for t in range(T):
+                tail, leaves = path.cfg.kv_tail, path.cfg.kv_tail_block
+                packed = max(0, (t + 1 - tail) // leaves * leaves)
+                for head in range(H):
+                    j = head // n
+                    p = (k[b, j, : t + 1] @ q[b, head, t] / D**0.5).softmax(0)
+                    whole = t < exact_until
+                    values = [
+                        v[b, j, i] if whole or i >= packed else read[i, j] for i in range(t + 1)
+                    ]
+                    y[b, head, t] = sum(p[i] * values[i] for i in range(t + 1))
+        out.append(y)
+    return out
+
+
+def test_keys_are_turned_back_to_what_was_projected():
+    """turn_back undoes apply_rope at every sequence's own positions, and puts all heads beside one
+    another."""
+    cos, sin = (t.double() for t in rope_table(TINY))
+    raw = torch.randn(2, 3, 7, 16, dtype=torch.float64)
+    position = torch.tensor([[0], [91]]) + torch.arange(7)
+    k = apply_rope(raw, cos[position][:, None], sin[position][:, None])
+    got = FromKeys(torch.eye(48), cos, sin).turn_back(k, position)
+    assert (got - raw.transpose(1, 2).flatten(2)).abs().max() < 1e-6
+    assert (k - raw).abs().max() > 0.1
+
+
+@each
+@torch.no_grad()
+def test_forward_equals_the_loops(setting):
+    """The masked path gives, to 1e-10, what loops over tokens, heads and groups give: kept groups
+    as they are, others as the token's turned-back keys tell."""
+    model = predicting(fold=False, **setting)
+    x = tokens(2, 13)
+    got = []
+    for path in kv_router.paths(model).values():
+        path.register_forward_hook(lambda _, args, y: got.append(y))
+    want = by_loops(model, x)
+    for a, b in zip(got[:2], want, strict=True):
+        assert (a - b).abs().max() < 1e-10
+
+
+@each
+@pytest.mark.parametrize("fold", [True, False])
+def test_routed_prefill_and_decoding_equal_the_masked_model(setting, fold):
+    """A prompt at once, in pieces, and token by token give the logits of the masked model, with
+    padding: what is stored is the residual, what is read is the value."""
+    model = predicting(fold=fold, **{**setting, "prefill": "routed"})
+    x = tokens(2, 33)
+    pad = torch.tensor([0, 5])
+    with torch.no_grad():
+        want = model(x, pad)
+    for sizes in ([33], [1] * 33, [7, 13] + [1] * 13):
+        got = read_in_pieces(model, x, model.new_cache(2, 40), sizes, pad)
+        for b, first in enumerate(pad.tolist()):
+            assert (got - want)[b, first:].abs().max() < 1e-10
+    dense = tiny_model()(x)
+    assert (want[0] - dense[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_decoding_after_an_exact_prompt_equals_the_loops():
+    """After an exact prefill of one layer, that reads itself whole, decoding reads what was packed
+    as predicted: the loops' values."""
+    cfg = replace(TINY, n_layer=1)
+    model = predicting(fold=False, cfg=cfg, **SETTINGS["norm"])
+    x = tokens(2, 13)
+    got = []
+    (path,) = kv_router.paths(model).values()
+    (want,) = by_loops(model, x, exact_until=9)
+    for verb in ("prefill", "decode"):
+        run = getattr(path, verb)
+        setattr(path, verb, lambda *a, run=run: got.append(run(*a)) or got[-1])
+    read_in_pieces(model, x, model.new_cache(2, 13), [9, 1, 1, 1, 1])
+    assert (torch.cat(got, 2) - want).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@torch.no_grad()
+def test_summing_keys_equals_writing_values_out(scope, cap):
+    """Equation (1), one sum of keys, equals attention over values that are written out: several
+    queries, sequences of other lengths, and slots behind the last token that hold old ones."""
+    model = predicting(**{**SETTINGS["norm"], "mask_scope": scope})
+    cache = model.new_cache(3, 40)
+    read_in_pieces(model, tokens(3, 29), cache, [29], torch.tensor([0, 3, 29]))
+    layer = cache.layers[1]
+    layer.keys *= 200  # old keys, too large for exp where they are not left out
+    layer.truncate(torch.tensor([21, 26, 0]))
+    layer.keys.view(3, 3, -1, 16)[:, :, :21] /= 200
+    packed = layer.view().packed[0]
+    assert layer.n_packed.tolist() == [21, 23, 0]
+    q = torch.randn(3, 6, 2, 16, dtype=torch.float64)
+    want, want_lse = attend_predicted_ref(q, packed, layer.basis.from_keys, cap)
+    got, lse = attend_predicted(q, packed, layer.basis.from_keys, cap)
+    assert (got - want).abs().max() < 1e-10 and torch.equal(lse, want_lse)
+    assert got[0].abs().max() > 0.1 and not got[2].any()
+
+
+def test_the_map_is_the_ridge_regression_and_its_residual():
+    """What calibration fits solves the normal equations, and the second moment it says is left is
+    that of the residuals."""
+    path = kv_router.ValueGroupPath(TINY, KVConfig(**KEYS)).double()
+    moments = Moments(path)
+    xs, vs = [], []
+    for seed in range(2):
+        g = torch.Generator().manual_seed(seed)
+        k, v = torch.randn(2, 2, 3, 31, 16, generator=g, dtype=torch.float64)
+        moments.add(torch.randn(2, 31, 40, generator=g, dtype=torch.float64), k, k, v)
+        xs.append(path.own_maps().from_keys.turn_back(k, torch.arange(31)[None]).flatten(0, 1))
+        vs.append(v.transpose(1, 2).flatten(2).flatten(0, 1))
+    x, v = torch.cat(xs), torch.cat(vs)
+    weight, left = moments.from_keys()
+    ridge = 1e-4 * x.square().sum() / 48
+    rest = v - x @ weight
+    assert (x.T @ rest - ridge * weight).abs().max() < 1e-9
+    for h in range(3):
+        r = rest[:, h * 16 : (h + 1) * 16]
+        assert (left[h] - r.T @ r).abs().max() < 1e-9
+
+
+def test_attach_fits_maps_that_tell_values():
+    """Values that are linear in the keys before RoPE are told by them but for the ridge, in the
+    basis that is chosen, folded or not: with one group of 16 kept the logits are nearly dense."""
+    model = tiny_model()
+    for layer in model.layers:
+        attn = layer.self_attn
+        attn.v_proj.weight.data = attn.k_proj.weight.flip(0).contiguous()
+        attn.v_proj.bias.data = attn.k_proj.bias.flip(0).contiguous()
+    x = tokens(2, 40)
+    want = model(x)
+    kv = dict(BY_NORM, n_groups=16, topk_groups=1, kv_tail=0)
+    lost = {}
+    for kind in ("zero", "keys"):
+        fitted = tiny_model()
+        fitted.load_state_dict(model.state_dict())
+        cfg = KVConfig(**kv, reconstructor=kind, value_basis="pca")
+        kv_router.attach(fitted, cfg, [tokens(4, 150, seed=3)])
+        lost[kind] = float((fitted(x) - want).abs().max().detach())
+        assert (kv_router.fold(fitted)(x) - want).abs().max() < lost[kind] + 1e-9
+    assert lost["keys"] < 0.02 * lost["zero"]
+
+
+@pytest.mark.parametrize("prefill", ["exact", "routed"])
+def test_all_groups_kept_is_dense(prefill):
+    """K = S is the dense model, bit for bit, and its cache asks no map. With fewer, the cache is as
+    large as without prediction: maps are weights."""
+    x = tokens(2, 21)
+    model = predicting(fold=False, n_groups=8, topk_groups=8, prefill=prefill)
+    dense = tiny_model()
+    assert torch.equal(model(x), dense(x))
+    cache = model.new_cache(2, 21)
+    assert cache.layers[0].basis.from_keys is None
+    assert (read_in_pieces(model, x, cache, [12] + [1] * 9) - dense(x)).abs().max() < 1e-9
+    sizes = []
+    for kind in ("zero", "keys"):
+        fewer = grouped_model(**{**KEYS, "reconstructor": kind}, **SETTINGS["norm"])
+        held = fewer.new_cache(2, 21)
+        fewer.prefill(x, held)
+        sizes.append(held.nbytes())
+    assert sizes[0] == sizes[1]
+
+
+def test_layers_that_slide_stay_as_they_are():
+    """Beside sliding layers only the others predict, with a window of the newest tokens: token by
+    token gives what the masked model gives."""
+    cfg = replace(TINY, sliding_window=6, global_every=2)
+    model = predicting(cfg=cfg, **{**SETTINGS["norm"], "prefill": "routed"})
+    assert len(kv_router.paths(model)) == 1
+    x = tokens(1, 27)
+    with torch.no_grad():
+        want = model(x)
+    assert (read_in_pieces(model, x, model.new_cache(1, 27), [1] * 27) - want).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_losses_reach_the_map(learned):
+    """L_aux trains the map, by the gradient of finite differences; the language-model loss trains
+    it where it trains the basis, else not."""
+    settings = {**SETTINGS["norm"], "learn_basis": learned}
+    model = predicting(fold=False, **settings).train()
+    path = next(iter(kv_router.paths(model).values()))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 7, 40, generator=g, dtype=torch.float64)
+    q = torch.randn(1, 6, 7, 16, generator=g, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 3, 7, 16, generator=g, dtype=torch.float64)
+
+    def run(weight: torch.Tensor, what: str) -> torch.Tensor:
+        y = torch.func.functional_call(path, {"key_map": weight}, (x, q, k, v))
+        return path.losses["aux"] if what == "aux" else y
+
+    weight = path.key_map.detach().clone().requires_grad_(True)
+    for what in ("aux", "lm"):
+        if what == "aux" or learned:
+            assert torch.autograd.gradcheck(lambda w, s=what: run(w, s), weight, fast_mode=True)
+    kv_router.trainable(model)
+    model(tokens(2, 21)).square().mean().backward()
+    assert (path.key_map.grad is not None) == learned
+
+
+def test_a_cache_keeps_the_map_it_was_packed_with():
+    """Training writes into the map; a cache that exists reads on as it was packed."""
+    model = predicting(**SETTINGS["norm"])
+    x = tokens(1, 23)
+    want = read_in_pieces(model, x, model.new_cache(1, 23), [20, 1, 1, 1])
+    cache = model.new_cache(1, 23)
+    before = read_in_pieces(model, x[:, :20], cache, [20])
+    for path in kv_router.paths(model).values():
+        randomise(torch.nn.ParameterList([path.key_map]))
+    after = read_in_pieces(model, x[:, 20:], cache, [1, 1, 1])
+    assert torch.equal(torch.cat((before, after), 1), want)
+
+
+def test_a_run_is_saved_loaded_and_resumed(tmp_path):
+    """An adaptation with maps from keys, stopped and resumed, ends with the bits of one that was
+    not stopped; its maps have learned and come back with the run."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"line {i} of a text, {i * i % 97} and so on" for i in range(900)))
+    base = runs.pretrain(tmp_path / "base", f"text:{text}", "--steps=2", "--batch_size=2")
+    flags = ("--kv=value_groups", "--reconstructor=keys", "--adapter=lora", "--batch_size=2")
+    ends = []
+    for name, stops in (("whole", [6]), ("parts", [3, 6])):
+        for steps in stops:
+            more = ("--steps=6", f"--stop_at={steps}") if steps < 6 else ("--steps=6",)
+            args = runs.adapt_arguments(
+                tmp_path / name, f"text:{text}", base, *flags, *more, "--save_every=3"
+            )
+            runs.train.run(args)
+        ends.append(checkpoint.newest(tmp_path / name / "adapt")[0])
+    whole, parts = (runs.tensors(path) for path in ends)
+    runs.assert_equal(whole, parts)
+    loaded = kv_router.paths(load_run(ends[0]).model)
+    assert all(path.key_map.abs().max() > 0 for path in loaded.values())
+
+
+def test_what_is_not_built_is_refused():
+    """Integers, selection and training's own reconstructor say so in one line."""
+    ints = error_line(KVConfig, reconstructor="keys", key_bits=4, value_bits=4)
+    assert "reconstructor=keys" in ints and "leave those out" in ints
+    assert "leave both out" in error_line(KVConfig, kv="select", reconstructor="keys")
+    assert "give --reconstructor=keys" in error_line(check_fitted, KVConfig(reconstructor="mlp"))
+    check_fitted(KVConfig(reconstructor="keys"))
+
+
+def test_routers_see_the_residual():
+    """The groups that are stored are those of the largest residual, not of the largest value."""
+    model = predicting(**SETTINGS["norm"])
+    path = next(iter(kv_router.paths(model).values()))
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 3, 9, 16, generator=g, dtype=torch.float64)
+    cache = path.new_cache(1, 20, k)
+    cache.append(kv_router.NewTokens(k, v, None, None))
+    _, _, mask = cache.unpack()
+    told = path.own_maps().from_keys.predict(k, torch.arange(9)[None])
+    by_rest, by_value = ((z.unflatten(-1, (4, 4)).square().sum(-1)) for z in (v - told, v))
+    assert torch.equal(mask, top_k_mask(by_rest, 2))
+    assert not torch.equal(mask, top_k_mask(by_value, 2))

@@ -271,7 +271,9 @@ class KVConfig:
         "--kv_bytes that picks the bits takes what goes with them for 64",
         KEY_BLOCKS,
     )
-    kv_sinks: int = opt(4, "fewer than 16 bits: first tokens that stay whole", least=0)
+    kv_sinks: int = opt(
+        4, "fewer than 16 bits, reconstructor=keys: first tokens that stay whole", least=0
+    )
 
     def __post_init__(self):
         check_fields(self)

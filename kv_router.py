@@ -71,7 +71,7 @@ from storage.layout import (
     soft_cap,
     top_k_mask,
 )
-from storage.packed import PackedCache, ValueBasis, packed_count
+from storage.packed import FloatCodec, PackedCache, ValueBasis, packed_count
 from storage.state import check_fit
 
 # queries at a time where attention weights are formed in full
@@ -265,6 +265,13 @@ class ValueGroupPath(nn.Module):
         """Whether every group is kept."""
         return self.k == self.S
 
+    @property
+    def n_sinks(self) -> int:
+        """First tokens that stay whole: where keys tell values, they tell those least, and most of
+        the attention is on them."""
+        predicts = self.key_map is not None and not self.keep_all
+        return self.cfg.kv_sinks if self.cfg.ints or predicts else 0
+
     def maps(self) -> ValueBasis:
         """Return the maps that this path applies itself; none where every group is kept."""
         return ValueBasis() if self.keep_all else self.own_maps()
@@ -328,6 +335,8 @@ class ValueGroupPath(nn.Module):
             )
             return self._attend_window(q, k, v, *self._rounded(k, v, kept, mask), pad)
         routed = self.maps().decode(kept if told is None else kept + told)
+        if self.n_sinks:
+            routed = torch.where(self._position(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
         if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
             return self._attend_window(q, k, v, k, routed, pad)
         return attend(q, k, routed, pad, self.cap)
@@ -370,8 +379,14 @@ class ValueGroupPath(nn.Module):
             constant = not (self.cfg.lm_to_router or self.cfg.learn_basis)
         if constant:
             from_keys = from_keys._replace(weight=from_keys.weight.detach())
+        return from_keys.predict(k, self._position(k, pad))
+
+    @staticmethod
+    def _position(k: Tensor, pad: Tensor | None) -> Tensor:
+        """Return the numbers in their sequence of tokens k (B, Hkv, T, D): (B or 1, T); negative in
+        padding."""
         position = torch.arange(k.size(2), device=k.device)[None]
-        return from_keys.predict(k, position if pad is None else position - pad[:, None])
+        return position if pad is None else position - pad[:, None]
 
     def _rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
         """Return what stands for dropped groups."""
@@ -399,8 +414,7 @@ class ValueGroupPath(nn.Module):
         visible = attention_mask(T, T, pad, q.device)
         window = (self.cfg.kv_tail, self.cfg.tail_leaves)
         seen = torch.arange(1, T + 1, device=q.device)[None]  # (1 or B, T)
-        if self.cfg.ints:
-            seen = seen - self.cfg.kv_sinks  # those are whole in any case
+        seen = seen - self.n_sinks  # those are whole in any case
         if pad is not None:
             seen = seen - pad[:, None]
         in_window = window_mask(seen, *window)
@@ -470,7 +484,7 @@ class ValueGroupPath(nn.Module):
     # ---- with a cache: packed execution
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
-        codec = codec_of(self.cfg)
+        codec = codec_of(self.cfg) if self.cfg.ints else FloatCodec(self.n_sinks)
         shape = (batch, max_len, self.Hkv, self.D)
         maps = self.maps()
         if self.cfg.learn_basis or self.key_map is not None:  # training writes into them
@@ -522,7 +536,7 @@ class ValueGroupPath(nn.Module):
         if from_keys is None:
             y, lse = packed_attention(q, packed, None, cap=self.cap)
         else:
-            y, lse = attend_predicted(q, packed, from_keys, self.cap)
+            y, lse = attend_predicted(q, packed, from_keys, cache.codec.n_sinks, self.cap)
         y = cache.basis.decode(y.reshape(len(q), self.Hkv, -1, self.D)).view(q.shape)
         if view.window.k.size(2) == 0 and view.sinks is None:
             return y
@@ -543,25 +557,29 @@ class ValueGroupPath(nn.Module):
         """Let every query of a piece read as routed what has left the window by then: the prompt is
         processed as decoding token by token would."""
         B, H, T, _ = q.shape
-        n_old = cache.lengths
-        n_pad = torch.zeros_like(n_old) if new.n_pad is None else new.n_pad
+        n_pad = torch.zeros_like(cache.lengths) if new.n_pad is None else new.n_pad
+        sink_k, sink_v, sinks = cache.sinks()
         old_k, old_v, old_mask = cache.unpack()
         number = torch.arange(old_k.size(2), device=q.device)
-        old = number < n_old[:, None]  # (B, N)
-        old = old[:, None, None].expand(-1, -1, T, -1)  # (B, 1, T, N)
+        old = number < (cache.n_packed + cache.n_window)[:, None]  # (B, N)
+        old = torch.cat((sinks, old), -1)[:, None, None].expand(-1, -1, T, -1)
         own = attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)
-        logits = self._logits(q, torch.cat((old_k, new.k), 2))
+        logits = self._logits(q, torch.cat((sink_k, old_k, new.k), 2))
         p = self._weights(logits, torch.cat((old, own), -1)).to(new.v.dtype)
         # what is in the window when query i reads it
-        seen = n_old[:, None] + torch.arange(1, T + 1, device=q.device) - n_pad[:, None]
+        first = cache.codec.n_sinks
+        new_position = cache.positions(new)  # (B, T)
+        seen = new_position + 1 - first
         boundary = packed_count(seen, cache.window, cache.block).maximum(cache.n_packed[:, None])
-        whole = number >= boundary[:, None, :, None]  # (B, 1, T, N)
-        whole = torch.cat((whole, window_mask(seen, cache.window, cache.block)), -1)
-        whole = whole.repeat(1, 1, H // self.Hkv, 1)
+        old_position = torch.arange(first + len(number), device=q.device)[None]
+        position = torch.cat((old_position.expand(B, -1), new_position), 1)[:, None]
+        whole = (position >= first + boundary.unsqueeze(-1)) | (position < first)  # (B, T, columns)
+        whole = whole[:, None].repeat(1, 1, H // self.Hkv, 1)
         # packed rows are stored already, the window's values are not
         packed = (number < cache.n_packed[:, None])[:, None, :, None]
-        old_z = torch.where(packed, old_v, cache.basis.to_store(old_k, old_v, number[None]))
-        new_z = cache.basis.to_store(new.k, new.v, cache.positions(new))
+        old_position = old_position[:, first:]
+        old_z = torch.where(packed, old_v, cache.basis.to_store(old_k, old_v, old_position))
+        new_z = cache.basis.to_store(new.k, new.v, new_position)
         z = torch.cat((old_z, new_z), 2)
         route = new.route
         if route is None:
@@ -570,10 +588,11 @@ class ValueGroupPath(nn.Module):
         kept = expand_mask(mask, self.D)
         routed = torch.where(kept, z, self._rebuild(z * kept, mask))
         if cache.basis.from_keys is not None:
-            old_told = cache.basis.from_keys.predict(old_k, number[None])
-            new_told = cache.basis.from_keys.predict(new.k, cache.positions(new))
+            old_told = cache.basis.from_keys.predict(old_k, old_position)
+            new_told = cache.basis.from_keys.predict(new.k, new_position)
             routed = routed + torch.cat((old_told, new_told), 2)
-        v = torch.cat((old_v, new.v), 2)
+        routed = torch.cat((torch.zeros_like(sink_v), routed), 2)
+        v = torch.cat((sink_v, old_v, new.v), 2)
         return (cache.basis.decode((p * ~whole) @ routed) + (p * whole) @ v).view(q.shape)
 
 

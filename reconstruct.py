@@ -61,11 +61,15 @@ class Moments:
 
     def add(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Take what a path got."""
+        first = 0 if self.path.key_map is None else self.path.cfg.kv_sinks  # those stay whole
+        x = x[:, first:]
+        k = k[:, :, first:]
+        v = v[:, :, first:]
         z = (v @ self.path.enc.to(v.dtype)).double()
         self.cov = self.cov + torch.einsum("bhtd,bhte->hde", z, z)
         from_keys = self.path.own_maps().from_keys
         if from_keys is not None:
-            position = torch.arange(k.size(2), device=k.device)[None]
+            position = first + torch.arange(k.size(2), device=k.device)[None]
             raw = from_keys.turn_back(k, position).double().flatten(0, 1)
             self.kk = self.kk + raw.T @ raw
             self.kz = self.kz + raw.T @ z.transpose(1, 2).reshape(raw.shape)

@@ -13,7 +13,7 @@ the sequence.
 
     from_keys = FromKeys(weight, cos, sin)
     r = z - from_keys.predict(k, position)           # what is cut into groups and stored
-    out, lse = attend_predicted(q, cache.view().packed[0], from_keys)
+    out, lse = attend_predicted(q, cache.view().packed[0], from_keys, first=4)
 
 Letters: storage/layout.py.
 """
@@ -60,21 +60,22 @@ class FromKeys(NamedTuple):
 
 
 def attend_predicted_ref(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, cap: float = 0.0
+    q: Tensor, packed: PackedView, from_keys: FromKeys, first: int, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Compute attend_predicted by writing every predicted value out."""
     k, r, _, _ = packed.unpack()
-    z = r + from_keys.predict(k, torch.arange(k.size(2), device=k.device)[None])
+    z = r + from_keys.predict(k, first + torch.arange(k.size(2), device=k.device)[None])
     return packed_attention(q, PackedView.of_whole(k, z, packed.n), None, cap=cap)
 
 
 def attend_predicted(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, cap: float = 0.0
+    q: Tensor, packed: PackedView, from_keys: FromKeys, first: int, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Let queries q (B, H, T, D) read all packed tokens, whose rows are residuals, by equation (1):
     one attention over rows, one sum of keys.
 
     packed: of whole keys, with the same room for every segment, as PackedCache has it
+    first: the position of a segment's first packed token
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
@@ -88,7 +89,7 @@ def attend_predicted(
     logits = soft_cap(at_least_float32(queries @ k.mT), cap).masked_fill(~seen, float("-inf"))
     finite = lse.clamp_min(torch.finfo(lse.dtype).min).view(B, Hkv, -1, 1)
     p = (logits - finite).exp()  # (B, Hkv, n*T, N)
-    raw = from_keys.turn_back(k * seen.mT, number[None])  # (B, N, Hkv*D)
+    raw = from_keys.turn_back(k * seen.mT, first + number[None])  # (B, N, Hkv*D)
     told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
     weight = from_keys.weight.to(raw.dtype).unflatten(-1, (Hkv, D)).transpose(0, 1)
     told = told.view(B, Hkv, -1, Hkv * D) @ weight

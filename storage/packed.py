@@ -89,9 +89,11 @@ class FloatCodec:
     and what turns it back (`ints`, None here)."""
 
     owners = {"keys": "token", "rows": "row"}
-    n_sinks = 0  # first tokens of a sequence that stay whole
     block = 1  # tokens that are written together
     levelled = False  # whether every group has a number of bits of its own
+
+    def __init__(self, n_sinks: int = 0):
+        self.n_sinks = n_sinks  # first tokens of a sequence that stay whole
 
     def settings(self) -> dict[str, Any]:
         return {"bits": "16"}
@@ -493,6 +495,15 @@ class PackedCache(WindowCache):
             self._append_many(new)
         self.fresh = False
 
+    def sinks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the first tokens that stay whole, k and v (B, Hkv, n, D), and which of the n slots
+        hold one, (B, n) bool; n may be 0."""
+        if not self.codec.n_sinks:
+            none = self.window_k[:, :, :0]
+            return none, none, none.new_zeros(self.batch, 0, dtype=torch.bool)
+        number = torch.arange(self.codec.n_sinks, device=self.n_sink.device)
+        return self.sink_k, self.sink_v, number < self.n_sink[:, None]
+
     def positions(self, new: NewTokens) -> Tensor:
         """Return the numbers in their sequence of tokens that are to be appended, (B, T) int64."""
         column = torch.arange(new.k.size(2), device=new.k.device)
@@ -536,7 +547,7 @@ class PackedCache(WindowCache):
         least, first, last, need = facts.tolist()
         self._grow(need)
         width = k.size(2)
-        position = begin[:, None] + torch.arange(width, device=k.device)
+        position = begin[:, None] + torch.arange(width, device=k.device) + self.codec.n_sinks
         z = self.basis.to_store(k, v, position)
         packed = self.codec.pack(k, z, bits, self.S, self.k)
         for name, new in {**packed, "bits": bits}.items():  # (B, heads, width / each, ...)

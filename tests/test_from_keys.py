@@ -3,6 +3,8 @@ stored, saved and refused, against loops in float64."""
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -21,7 +23,6 @@ from helpers import (
 import kv_router
 import runs
 from config import KVConfig
-from loaders import checkpoint
 from loaders.runs import load_run
 from measure_config import check_fitted
 from model import apply_rope, rope_table
@@ -29,9 +30,10 @@ from reconstruct import Moments
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.layout import top_k_mask
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 KEYS = dict(reconstructor="keys", value_basis="output")
 SETTINGS = {
-    "norm": dict(BY_NORM, n_groups=4, topk_groups=2, kv_tail=3),
+    "norm": dict(BY_NORM, n_groups=4, topk_groups=2, kv_tail=3, kv_sinks=2),
     "one mask, blocks": dict(
         n_groups=8,
         topk_groups=3,
@@ -41,7 +43,7 @@ SETTINGS = {
         kv_tail_block=5,
     ),
     "linear, no tail": dict(
-        n_groups=16, topk_groups=5, value_router="linear", mask_scope="layer", kv_tail=0
+        n_groups=16, topk_groups=5, value_router="linear", mask_scope="layer", kv_tail=0, kv_sinks=0
     ),
     "maps": dict(BY_NORM, n_groups=8, topk_groups=1, kv_tail=1, learn_basis=True),
 }
@@ -100,13 +102,15 @@ def by_loops(model, x: torch.Tensor, exact_until: int = 0) -> list[torch.Tensor]
                     read[t, head] = z_read @ path.dec[head]
             for t in range(T):
                 tail, leaves = path.cfg.kv_tail, path.cfg.kv_tail_block
-                packed = max(0, (t + 1 - tail) // leaves * leaves)
+                first = path.cfg.kv_sinks
+                packed = first + max(0, (t + 1 - first - tail) // leaves * leaves)
                 for head in range(H):
                     j = head // n
                     p = (k[b, j, : t + 1] @ q[b, head, t] / D**0.5).softmax(0)
                     whole = t < exact_until
                     values = [
-                        v[b, j, i] if whole or i >= packed else read[i, j] for i in range(t + 1)
+                        v[b, j, i] if whole or i >= packed or i < first else read[i, j]
+                        for i in range(t + 1)
                     ]
                     y[b, head, t] = sum(p[i] * values[i] for i in range(t + 1))
         out.append(y)
@@ -187,28 +191,29 @@ def test_summing_keys_equals_writing_values_out(scope, cap):
     layer = cache.layers[1]
     layer.keys *= 200  # old keys, too large for exp where they are not left out
     layer.truncate(torch.tensor([21, 26, 0]))
-    layer.keys.view(3, 3, -1, 16)[:, :, :21] /= 200
+    layer.keys.view(3, 3, -1, 16)[:, :, :19] /= 200
     packed = layer.view().packed[0]
-    assert layer.n_packed.tolist() == [21, 23, 0]
+    assert layer.n_packed.tolist() == [19, 21, 0]
     q = torch.randn(3, 6, 2, 16, dtype=torch.float64)
-    want, want_lse = attend_predicted_ref(q, packed, layer.basis.from_keys, cap)
-    got, lse = attend_predicted(q, packed, layer.basis.from_keys, cap)
+    want, want_lse = attend_predicted_ref(q, packed, layer.basis.from_keys, 2, cap)
+    got, lse = attend_predicted(q, packed, layer.basis.from_keys, 2, cap)
     assert (got - want).abs().max() < 1e-10 and torch.equal(lse, want_lse)
     assert got[0].abs().max() > 0.1 and not got[2].any()
 
 
 def test_the_map_is_the_ridge_regression_and_its_residual():
-    """What calibration fits solves the normal equations, and the second moment it says is left is
-    that of the residuals."""
-    path = kv_router.ValueGroupPath(TINY, KVConfig(**KEYS)).double()
+    """What calibration fits solves the normal equations over all tokens but the first, and the
+    second moment it says is left is that of the residuals."""
+    path = kv_router.ValueGroupPath(TINY, KVConfig(**KEYS, kv_sinks=2)).double()
     moments = Moments(path)
     xs, vs = [], []
     for seed in range(2):
         g = torch.Generator().manual_seed(seed)
         k, v = torch.randn(2, 2, 3, 31, 16, generator=g, dtype=torch.float64)
         moments.add(torch.randn(2, 31, 40, generator=g, dtype=torch.float64), k, k, v)
-        xs.append(path.own_maps().from_keys.turn_back(k, torch.arange(31)[None]).flatten(0, 1))
-        vs.append(v.transpose(1, 2).flatten(2).flatten(0, 1))
+        raw = path.own_maps().from_keys.turn_back(k, torch.arange(31)[None])
+        xs.append(raw[:, 2:].flatten(0, 1))
+        vs.append(v[:, :, 2:].transpose(1, 2).flatten(2).flatten(0, 1))
     x, v = torch.cat(xs), torch.cat(vs)
     weight, left = moments.from_keys()
     ridge = 1e-4 * x.square().sum() / 48
@@ -243,8 +248,8 @@ def test_attach_fits_maps_that_tell_values():
 
 @pytest.mark.parametrize("prefill", ["exact", "routed"])
 def test_all_groups_kept_is_dense(prefill):
-    """K = S is the dense model, bit for bit, and its cache asks no map. With fewer, the cache is as
-    large as without prediction: maps are weights."""
+    """K = S is the dense model, bit for bit, and its cache asks no map and holds no more. With
+    fewer, the cache grows by the first tokens' whole keys and values alone: maps are weights."""
     x = tokens(2, 21)
     model = predicting(fold=False, n_groups=8, topk_groups=8, prefill=prefill)
     dense = tiny_model()
@@ -252,13 +257,16 @@ def test_all_groups_kept_is_dense(prefill):
     cache = model.new_cache(2, 21)
     assert cache.layers[0].basis.from_keys is None
     assert (read_in_pieces(model, x, cache, [12] + [1] * 9) - dense(x)).abs().max() < 1e-9
-    sizes = []
-    for kind in ("zero", "keys"):
-        fewer = grouped_model(**{**KEYS, "reconstructor": kind}, **SETTINGS["norm"])
-        held = fewer.new_cache(2, 21)
-        fewer.prefill(x, held)
-        sizes.append(held.nbytes())
-    assert sizes[0] == sizes[1]
+    n_sinks = (8 + 2 * 3 * 2 * 16 * 8) * 2 * 2  # a count, keys and values; two sequences and layers
+    for K, more in ((2, n_sinks), (4, 0)):
+        sizes = []
+        for kind in ("zero", "keys"):
+            cfg = {**SETTINGS["norm"], "topk_groups": K, "reconstructor": kind}
+            fewer = grouped_model(value_basis="output", **cfg)
+            held = fewer.new_cache(2, 21)
+            fewer.prefill(x, held)
+            sizes.append(held.nbytes())
+        assert sizes[1] - sizes[0] == more
 
 
 def test_layers_that_slide_stay_as_they_are():
@@ -311,26 +319,24 @@ def test_a_cache_keeps_the_map_it_was_packed_with():
     assert torch.equal(torch.cat((before, after), 1), want)
 
 
-def test_a_run_is_saved_loaded_and_resumed(tmp_path):
-    """An adaptation with maps from keys, stopped and resumed, ends with the bits of one that was
-    not stopped; its maps have learned and come back with the run."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"line {i} of a text, {i * i % 97} and so on" for i in range(900)))
-    base = runs.pretrain(tmp_path / "base", f"text:{text}", "--steps=2", "--batch_size=2")
-    flags = ("--kv=value_groups", "--reconstructor=keys", "--adapter=lora", "--batch_size=2")
-    ends = []
-    for name, stops in (("whole", [6]), ("parts", [3, 6])):
-        for steps in stops:
-            more = ("--steps=6", f"--stop_at={steps}") if steps < 6 else ("--steps=6",)
-            args = runs.adapt_arguments(
-                tmp_path / name, f"text:{text}", base, *flags, *more, "--save_every=3"
-            )
-            runs.train.run(args)
-        ends.append(checkpoint.newest(tmp_path / name / "adapt")[0])
-    whole, parts = (runs.tensors(path) for path in ends)
-    runs.assert_equal(whole, parts)
-    loaded = kv_router.paths(load_run(ends[0]).model)
-    assert all(path.key_map.abs().max() > 0 for path in loaded.values())
+def test_a_run_is_saved_loaded_and_resumed(tmp_path, run_stage, monkeypatch):
+    """Steps, SIGTERM and --resume end with the losses and tensors of steps unbroken; the maps have
+    learned, and the run that is loaded has them."""
+    flags = ["--kv=value_groups", "--reconstructor=keys", "--adapter=lora", "--learn_basis"]
+    flags += ["--adapt_steps=6", "--eval_interval=3"]
+    whole = run_stage("adapt", tmp_path / "whole", *flags)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        runs.before_step(m, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run_stage("adapt", tmp_path / "broken", *flags)
+    broken = run_stage("adapt", tmp_path / "broken", *flags, "--resume")
+    assert runs.losses(broken) == runs.losses(whole) and len(runs.losses(whole)) == 6
+    ends = [runs.tensors(stage / "step-00000006") for stage in (whole, broken)]
+    runs.assert_equal(*ends)
+    first = runs.tensors(whole / "step-00000003")
+    for name, path in kv_router.paths(load_run(whole / "step-00000006").model).items():
+        saved = ends[0][f"model.{name}.key_map"]
+        assert torch.equal(path.key_map, saved)
+        assert not torch.equal(saved, first[f"model.{name}.key_map"])
 
 
 def test_what_is_not_built_is_refused():
@@ -352,6 +358,7 @@ def test_routers_see_the_residual():
     cache.append(kv_router.NewTokens(k, v, None, None))
     _, _, mask = cache.unpack()
     told = path.own_maps().from_keys.predict(k, torch.arange(9)[None])
-    by_rest, by_value = ((z.unflatten(-1, (4, 4)).square().sum(-1)) for z in (v - told, v))
+    packed = [z[:, :, 2:].unflatten(-1, (4, 4)).square().sum(-1) for z in (v - told, v)]
+    by_rest, by_value = packed
     assert torch.equal(mask, top_k_mask(by_rest, 2))
     assert not torch.equal(mask, top_k_mask(by_value, 2))

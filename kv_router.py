@@ -35,6 +35,8 @@ Beyond the paper:
   from a ridge regression of group energies on the layer's input, not from noise.
 * learn_basis: the maps into and out of the basis are trained, each for itself, so that what is read
   is the best linear guess of the value from the groups kept. They still fold.
+* reconstructor `keys`: dropped groups are what a linear map of the token's keys says, groups hold
+  what it leaves (storage/from_keys.py); kv_sinks first tokens stay whole.
 
 Open in the paper, our reading: top-K is passed by a straight-through softmax; v is detached in
 L_aux, and so is the router's input; the language-model loss sees router and reconstructor as
@@ -57,9 +59,9 @@ from torch import Tensor
 from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers, rope_table
-from reconstruct import MLPReconstructor, Moments, fit_router
+from reconstruct import MLPReconstructor, Moments, fit_router, straight_through
 from storage.cache import CacheView, NewTokens, change_coordinates
-from storage.from_keys import FromKeys, attend_predicted
+from storage.from_keys import FromKeys, attend_predicted, numbers
 from storage.integers.codecs import codec_of
 from storage.integers.format import keys_as_read, values_as_read
 from storage.layout import (
@@ -267,8 +269,8 @@ class ValueGroupPath(nn.Module):
 
     @property
     def n_sinks(self) -> int:
-        """First tokens that stay whole: where keys tell values, they tell those least, and most of
-        the attention is on them."""
+        """First tokens that stay whole: keys tell their values least, and attention rests on
+        them."""
         predicts = self.key_map is not None and not self.keep_all
         return self.cfg.kv_sinks if self.cfg.ints or predicts else 0
 
@@ -309,17 +311,15 @@ class ValueGroupPath(nn.Module):
         whole = self.whole or (self.keep_all and not self.cfg.ints)
         if whole and not self.record:
             return attend(q, k, v, pad, self.cap)
-        z = self.maps().encode(v)
+        coords = self.maps().encode(v)
         told = self._told(k, pad)
-        whole_z = z
-        if told is not None:  # what is routed is the residual
-            z = whole_z - told
+        z = coords if told is None else coords - told  # what is routed is the residual
         logits = self.scores(x, z)
         mask = top_k_mask(logits.detach(), self.k)
         if self.record:
             self.last_mask = mask
         if self.training and torch.is_grad_enabled():
-            rest = whole_z.detach()
+            rest = coords.detach()
             if told is not None:
                 rest = rest - self._told(k.detach(), pad, constant=False)
             self.losses["aux"] = self._aux_loss(logits, mask, rest)
@@ -336,7 +336,7 @@ class ValueGroupPath(nn.Module):
             return self._attend_window(q, k, v, *self._rounded(k, v, kept, mask), pad)
         routed = self.maps().decode(kept if told is None else kept + told)
         if self.n_sinks:
-            routed = torch.where(self._position(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
+            routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
         if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
             return self._attend_window(q, k, v, k, routed, pad)
         return attend(q, k, routed, pad, self.cap)
@@ -367,11 +367,9 @@ class ValueGroupPath(nn.Module):
         return torch.where(kept, z, self.reconstructor(z * kept, mask, constant=True))
 
     def _told(self, k: Tensor, pad: Tensor | None, constant: bool | None = None) -> Tensor | None:
-        """Return the coordinates (B, Hkv, T, D) that a sequence's keys tell; None where keys are
-        not asked.
+        """Return the coordinates (B, Hkv, T, D) that keys tell; None where they are not asked.
 
-        constant: whether the map gets no gradient; None: unless the language-model loss trains
-        it"""
+        constant: whether the map gets no gradient; None: unless L_LM trains it"""
         from_keys = self.maps().from_keys
         if from_keys is None:
             return None
@@ -379,14 +377,7 @@ class ValueGroupPath(nn.Module):
             constant = not (self.cfg.lm_to_router or self.cfg.learn_basis)
         if constant:
             from_keys = from_keys._replace(weight=from_keys.weight.detach())
-        return from_keys.predict(k, self._position(k, pad))
-
-    @staticmethod
-    def _position(k: Tensor, pad: Tensor | None) -> Tensor:
-        """Return the numbers in their sequence of tokens k (B, Hkv, T, D): (B or 1, T); negative in
-        padding."""
-        position = torch.arange(k.size(2), device=k.device)[None]
-        return position if pad is None else position - pad[:, None]
+        return from_keys.predict(k, numbers(k, pad))
 
     def _rebuild(self, kept: Tensor, mask: Tensor) -> Tensor:
         """Return what stands for dropped groups."""
@@ -601,12 +592,6 @@ def window_mask(seen: Tensor, window: int, block: int) -> Tensor:
     (B, 1, T, T) bool. seen (B, T): tokens up to each new one; window, block: see packed_count."""
     packed = packed_count(seen, window, block)
     return (seen[:, None, :] > packed[:, :, None])[:, None]
-
-
-def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
-    """Return the hard mask with the gradient of the softmax of logits: float like logits."""
-    soft = logits.softmax(-1)
-    return mask + soft - soft.detach()
 
 
 # -------------------- attaching, saving, loading

@@ -48,6 +48,12 @@ class MLPReconstructor(nn.Module):
         return F.linear(hidden, *weights[2:]).view(B, T, Hkv, D).transpose(1, 2)
 
 
+def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the hard mask with the gradient of the softmax of logits: float like logits."""
+    soft = logits.softmax(-1)
+    return mask + soft - soft.detach()
+
+
 class Moments:
     """Second moments, in float64, that calibration adds up for one layer's ValueGroupPath."""
 

@@ -29,6 +29,13 @@ from kernels import packed_attention
 from storage.layout import PackedView, at_least_float32, soft_cap
 
 
+def numbers(k: Tensor, pad: Tensor | None) -> Tensor:
+    """Return the numbers in their sequence of tokens k (B, Hkv, T, D), the first pad (B,) of which
+    are padding: (B or 1, T) int64; negative in padding."""
+    number = torch.arange(k.size(2), device=k.device)[None]
+    return number if pad is None else number - pad[:, None]
+
+
 class FromKeys(NamedTuple):
     """The linear map of one layer from keys before RoPE to value coordinates."""
 

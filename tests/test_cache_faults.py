@@ -71,6 +71,7 @@ PATHS = {
     "not folded": lambda: grouped_model(**EXACT, kv_tail=2, fold=False),
     "routed prefill": lambda: grouped_model(kv_tail=2, kv_tail_block=2),
     "rebuilt": lambda: grouped_model(**EXACT, kv_tail=1, reconstructor="mlp"),
+    "from keys": lambda: grouped_model(**EXACT, kv_tail=1, kv_sinks=2, reconstructor="keys"),
     "last layer": lambda: grouped_model(**EXACT, kv_tail=2, kv_layers="1"),
     "integers": lambda: grouped_model(**EXACT, **INT4, kv_tail=2),
     "integers, no tail": lambda: grouped_model(**EXACT, **INT4, kv_tail=0, topk_groups=4),
@@ -808,6 +809,7 @@ FOREIGN = {  # who saved, who loads, what the line must name
     "smaller tail": (lambda: grouped_model(**EXACT, kv_tail=8), VALUE_GROUPS(), "kv_tail"),
     "block": (VALUE_GROUPS(kv_tail_block=4), VALUE_GROUPS(), "block"),
     "router": (VALUE_GROUPS(), VALUE_GROUPS(reconstructor="mlp"), "weights"),
+    "keys": (VALUE_GROUPS(), VALUE_GROUPS(reconstructor="keys", kv_sinks=0), "maps from keys"),
     "bits": (lambda: grouped_model(**INTS), VALUE_GROUPS(), "bits"),
     "more bits": (
         lambda: grouped_model(**INTS),

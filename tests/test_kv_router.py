@@ -206,7 +206,7 @@ def test_fitted_router_is_the_least_squares_solution():
     ones = torch.cat((x, torch.ones(500, 1, dtype=torch.float64)), 1)
     router = torch.nn.Linear(7, 4).double()
     with torch.no_grad():
-        kv_router._fit_router(router, ones.T @ ones, ones.T @ e)
+        kv_router.fit_router(router, ones.T @ ones, ones.T @ e)
     want = torch.linalg.lstsq(ones, e / e.mean()).solution
     assert (router.weight.T - want[:-1]).abs().max() < 1e-3 and (
         router.bias - want[-1]

@@ -27,6 +27,7 @@ from loaders.runs import load_run
 from measure_config import check_fitted
 from model import apply_rope, rope_table
 from reconstruct import Moments
+from report.rows import setting_of
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.layout import top_k_mask
 
@@ -346,6 +347,18 @@ def test_what_is_not_built_is_refused():
     assert "leave both out" in error_line(KVConfig, kv="select", reconstructor="keys")
     assert "give --reconstructor=keys" in error_line(check_fitted, KVConfig(reconstructor="mlp"))
     check_fitted(KVConfig(reconstructor="keys"))
+
+
+def test_a_row_says_that_keys_tell():
+    """A row of a table names the way, so that it is not taken for one of zeros."""
+    shares = dict(value_keep=0.5)
+    said = [
+        setting_of(
+            None, "value_groups", KVConfig(**{**KEYS, "reconstructor": kind}), shares, True, 9
+        )
+        for kind in ("zero", "keys")
+    ]
+    assert said == ["output S=4 K=2", "output S=4 K=2 from keys"]
 
 
 def test_routers_see_the_residual():

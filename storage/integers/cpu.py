@@ -65,7 +65,7 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
         above = 8 - bits * (i + 1)
         part = packed << above if above else packed
         if i:
-            part = part & 256 - (1 << 8 - bits)  # others lie below it
+            part.bitwise_and_(256 - (1 << 8 - bits))  # others lie below it
         yield floats.copy_(part.view(torch.int8)), slice(i * m, (i + 1) * m)
 
 
@@ -170,16 +170,15 @@ class LevelSequence(IntSequence):
         code = take_rows(joined, number).view(torch.uint8)  # (G, width, S, d)
         level = level.int()
         own, turn = level_bytes(code.size(-1))
-        code = code & take_rows(own, level) ^ take_rows(turn, level)
+        code.bitwise_and_(take_rows(own, level))  # in place: memory at hand is written faster
+        code.bitwise_xor_(take_rows(turn, level))
         unit = take_rows(level_units(p.dtype), level)  # (G, width, S, 1)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
         p = p * scale.mT  # (G, M, width)
-        total = torch.bmm(
-            p, (code.view(torch.int8) * unit).flatten(2)
-        )  # codes of a byte side by side
-        total = total.view(*p.shape[:2], self.S, -1, 4).mT.flatten(
-            2
-        )  # as format.pack_bits has them
+        numbers = code.view(torch.int8) * unit
+        total = torch.bmm(p, numbers.flatten(2))  # codes of a byte side by side
+        total = total.view(*p.shape[:2], self.S, -1, 4)
+        total = total.mT.flatten(2)  # as format.pack_bits has them
         return total * self.fmt.gain[heads].unsqueeze(1).to(p.dtype)
 
     @property

@@ -892,8 +892,8 @@ def test_own_base_in_bfloat16_keeps_its_table_of_positions(tmp_path):
 
 
 def test_program_exports_a_model_as_a_user_would(folder, tmp_path):
-    """python -m loaders.export --init_from=A --to=B: one line, exit code 0, a folder that loads; again:
-    one line, exit code 2."""
+    """python -m loaders.export --init_from=A --to=B: one line and how to load it, exit code 0, a folder
+    that loads; again: one line, exit code 2."""
     command = (
         "-m",
         "loaders.export",
@@ -904,9 +904,10 @@ def test_program_exports_a_model_as_a_user_would(folder, tmp_path):
     )
     done = python(*command)
     n = sum(p.numel() for p in load_run(folder).model.parameters())
-    assert (done.returncode, done.err) == (0, f"loading {folder} ...\n") and done.out.startswith(
-        f"{tmp_path}/out: {n:,} parameters in torch.bfloat16, tokenizer m-"
-    )
+    loading, after = done.err.splitlines()
+    assert done.returncode == 0 and loading == f"loading {folder} ..."
+    assert after.endswith(f"transformers.AutoModelForCausalLM.from_pretrained('{tmp_path}/out')")
+    assert done.out.startswith(f"{tmp_path}/out: {n:,} parameters in torch.bfloat16, tokenizer m-")
     x = ids("x", 261, 2, 23)
     rounded = load_run(folder, weights="bfloat16").model.float()
     assert torch.equal(logits(load_run(tmp_path / "out").model, x), logits(rounded, x))

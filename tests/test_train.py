@@ -649,3 +649,17 @@ def test_rows_take_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch)
     assert adapters.at_best_rate(asked, tmp_path, None, "base", what) is what and len(tried) == 3
     for text in ("0", "1e-3,fast", "nan", "1e-3,-1"):
         assert "give for example 5e-4" in error_line(TrainConfig, adapt_rates=text)
+
+
+def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base):
+    """A call from the beginning takes a row's first seed at its best rate from the comparison of
+    rates: no log has a step twice."""
+    flags = [f"--init_from={base}", f"--adapt_dataset={text}", "--adapt_steps=2", "--seeds=1"]
+    flags += ["--adapt_rates=1e-3,1e-4", "--adapt_batch_size=1", "--eval_sequences=1"]
+    train.run(arguments(*flags, f"--out_dir={tmp_path / 'run'}"))
+    logs = sorted((tmp_path / "run").glob("*/metrics.jsonl"))
+    kinds = ("lora", "moe_lora", "routed")
+    names = {f"{kind}-s0-rate{rate}" for kind in kinds for rate in ("0.001", "0.0001")}
+    assert {log.parent.name for log in logs} == names
+    for log in logs:
+        assert [r["step"] for r in checkpoint.read_jsonl(log) if "loss" in r] == [0, 1], log

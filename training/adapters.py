@@ -348,7 +348,10 @@ def named(what: Adaptation, cfg: TrainConfig) -> Adaptation:
 def adapted(args, run_dir: Path, w: World, where: str | Path, what: Adaptation) -> Stage:
     """The stage of an adaptation of the base at `where`, trained now or found trained."""
     stage = adapt_stage(args, run_dir, w, load_base(args, where, w.device), what)
-    train(stage, args.train, w)
+    cfg = args.train
+    if cfg.rates:  # the first seed at its best rate lies there from the comparison of rates
+        cfg = replace(cfg, resume=True, out_dir=str(run_dir))
+    train(stage, cfg, w)
     return stage
 
 

@@ -433,7 +433,8 @@ class Trainer:
             self.settle()
         if evaluates:
             if last and self.w.main:
-                n = min(self.cfg.eval_sequences, len(self.s.corpus.val) // self.s.window)
+                there = count_windows(self.s.corpus.val, self.s.window)
+                n = min(self.cfg.eval_sequences, there)
                 tqdm.write(f"{self.s.name}: validating {n} sequences ...", file=sys.stderr)
             self.evaluate()
         if samples:

@@ -433,8 +433,7 @@ class Trainer:
             self.settle()
         if evaluates:
             if last and self.w.main:
-                there = count_windows(self.s.corpus.val, self.s.window)
-                n = min(self.cfg.eval_sequences, there)
+                n = min(self.cfg.eval_sequences, count_windows(self.s.corpus.val, self.s.window))
                 tqdm.write(f"{self.s.name}: validating {n} sequences ...", file=sys.stderr)
             self.evaluate()
         if samples:

@@ -292,10 +292,18 @@ class KVConfig:
             "give --topk_groups=1 or more, or --reconstructor=keys",
         )
         check(
-            self.kv != "select" or (self.reconstructor == "zero" and self.value_router == "norm"),
+            self.kv != "select" or (self.reconstructor != "mlp" and self.value_router == "norm"),
             f"kv=select with reconstructor={self.reconstructor}, value_router={self.value_router}",
-            "relevance and norms choose, nothing is rebuilt",
-            "leave both out",
+            "relevance and norms choose, no network rebuilds",
+            "leave both out, or give --reconstructor=keys",
+        )
+        told = self.kv == "select" and self.reconstructor == "keys"
+        check(
+            not told or (self.prefill == "exact" and self.mask_scope != "shared"),
+            f"kv=select with reconstructor=keys, prefill={self.prefill}, "
+            f"mask_scope={self.mask_scope}",
+            "a head's own keys tell its values, after an exact prefill",
+            "leave out --prefill, and give --mask_scope=head or layer",
         )
         self.check_bits()
         self.layers(10**4)  # whether it can be read; models have fewer
@@ -308,7 +316,8 @@ class KVConfig:
             "both are integers or neither",
             "give both",
         )
-        as_read = (self.reconstructor, self.prefill, self.kv_tail_block) == ("zero", "exact", 1)
+        rows_only = self.reconstructor == "zero" or self.kv == "select"
+        as_read = rows_only and (self.prefill, self.kv_tail_block) == ("exact", 1)
         check(
             as_read or not self.ints,
             f"key_bits={self.key_bits} with reconstructor={self.reconstructor}, "

@@ -59,9 +59,9 @@ from torch import Tensor
 from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers, rope_table
-from reconstruct import MLPReconstructor, Moments, fit_router, straight_through
+from reconstruct import MLPReconstructor, Moments, as_held, fit_router, straight_through
 from storage.cache import CacheView, NewTokens, change_coordinates
-from storage.from_keys import FromKeys, attend_predicted, numbers
+from storage.from_keys import FromKeys, ValueBasis, attend_predicted, numbers
 from storage.integers.codecs import codec_of
 from storage.integers.format import keys_as_read, values_as_read
 from storage.layout import (
@@ -73,7 +73,7 @@ from storage.layout import (
     soft_cap,
     top_k_mask,
 )
-from storage.packed import FloatCodec, PackedCache, ValueBasis, packed_count
+from storage.packed import FloatCodec, PackedCache, packed_count
 from storage.state import check_fit
 
 # queries at a time where attention weights are formed in full
@@ -207,10 +207,13 @@ class ValueGroupPath(nn.Module):
         if cfg.reconstructor == "mlp":
             sizes = (self.Hkv, self.D, self.S, self.mask_heads)
             self.reconstructor = MLPReconstructor(*sizes, cfg.recon_hidden)
-        self.key_map = None  # (Hkv*D, Hkv*D), keys before RoPE to value coordinates
+        self.key_map = None  # keys before RoPE to value coordinates: FromKeys.weight
         if cfg.reconstructor == "keys":
             width = self.Hkv * self.D
-            self.key_map = nn.Parameter(torch.zeros(width, width))
+            shape = (width, width)
+            if cfg.kv == "select":  # heads keep different tokens: each by its own keys
+                shape = (self.Hkv, self.D, self.D)
+            self.key_map = nn.Parameter(torch.zeros(shape))
             self.share_rope(*rope_table(model_cfg))
         self.losses: dict[str, Tensor] = {}
         self.whole = False  # see set_kept
@@ -527,7 +530,7 @@ class ValueGroupPath(nn.Module):
         if from_keys is None:
             y, lse = packed_attention(q, packed, None, cap=self.cap)
         else:
-            y, lse = attend_predicted(q, packed, from_keys, cache.codec.n_sinks, self.cap)
+            y, lse = attend_predicted(q, packed, from_keys, cache.packed_positions(), self.cap)
         y = cache.basis.decode(y.reshape(len(q), self.Hkv, -1, self.D)).view(q.shape)
         if view.window.k.size(2) == 0 and view.sinks is None:
             return y
@@ -635,7 +638,7 @@ def attach(
             maps = value_basis(cfg.value_basis, cov, attn.o_proj.weight, seed * 1000 + i)
             paths[i].set_basis(*maps)
             if key_map is not None:
-                paths[i].key_map.copy_(key_map @ torch.block_diag(*maps[0]))
+                paths[i].key_map.copy_(as_held(paths[i], key_map @ torch.block_diag(*maps[0])))
         if any(path.router is not None for path in paths):
             moments = _observe(model, chosen, paths, batches)  # again, in the new basis
             for path, seen in zip(paths, moments, strict=True):

@@ -87,14 +87,28 @@ class Moments:
         self.xe = self.xe + ones.T @ energy
 
     def from_keys(self) -> tuple[Tensor, Tensor]:
-        """Return the map (Hkv*D, Hkv*D) from keys by least squares with a little ridge, and the
-        second moment (Hkv, D, D) per head of what it leaves. The metric in which values are
-        measured makes no difference to a map that has all coefficients."""
-        weight = ridge_solve(self.kk, self.kz, 1e-4)
+        """Return the map (Hkv*D, Hkv*D) from keys by least squares with a little ridge, of own
+        heads in blocks on its diagonal, and the second moment (Hkv, D, D) per head of what it
+        leaves. The metric in which values are measured makes no difference to a map that has all
+        coefficients."""
+        if self.path.key_map.ndim == 3:  # own heads
+            both = (as_held(self.path, t) for t in (self.kk, self.kz))
+            own = [ridge_solve(kk, kz, 1e-4) for kk, kz in zip(*both, strict=True)]
+            weight = torch.block_diag(*own)
+        else:
+            weight = ridge_solve(self.kk, self.kz, 1e-4)
         told = self.kz.T @ weight
         change = weight.T @ self.kk @ weight - told - told.T
         heads = change.unflatten(0, self.cov.shape[:2]).unflatten(2, self.cov.shape[:2])
         return weight, self.cov + torch.einsum("hdhe->hde", heads)
+
+
+def as_held(path: nn.Module, weight: Tensor) -> Tensor:
+    """Return of a map (Hkv*D, Hkv*D) what a path holds: all of it, or own heads (Hkv, D, D)."""
+    if path.key_map.ndim == 2:
+        return weight
+    heads = (path.Hkv, path.D)
+    return torch.einsum("hdhe->hde", weight.unflatten(0, heads).unflatten(2, heads))
 
 
 def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:

@@ -69,6 +69,7 @@ from selection.calibration import layer_sensitivity, value_statistics
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.relevance import NOBODY_ASKS, PLAIN, Prompt
 from storage.cache import NewTokens, PromptState
+from storage.from_keys import numbers
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask, top_k_mask
 from storage.packing import select_joint, select_top_m
@@ -174,6 +175,12 @@ class Selector(nn.Module):
             "levels need a budget of bytes",
             "give --kv_bytes=0.125",
         )
+        check(
+            self.kv.reconstructor != "keys" or "predictor" not in (cfg.relevance, cfg.tokens_by),
+            "relevance=predictor with reconstructor=keys",
+            "it scores groups of whole values, and what keys leave of them is stored",
+            "give --relevance=predictor_query",
+        )
         self.cfg = cfg
         self.stored.check_model(self.model_cfg)
 
@@ -262,13 +269,13 @@ class Selector(nn.Module):
         sink = valid & (valid.cumsum(-1) <= cfg.sinks)
         token = self.token_scores(prompt, alpha)
         token = token.masked_fill(sink, float("inf")).masked_fill(~valid, float("-inf"))
-        pair = self.pair_scores(prompt, alpha)
+        pair = self.pair_scores(prompt.stored, alpha)
         if cfg.kv_keep:
             pair = pair.square()  # errors of many tokens add up so
         pair = pair.masked_fill(sink.unsqueeze(-1), float("inf"))
         pair = pair.masked_fill(~valid.unsqueeze(-1), float("-inf"))
         if cfg.kv_keep:
-            return self._choose_jointly(prompt, token, pair)
+            return self._choose_jointly(prompt, token, pair, alpha)
         return self._choose_in_turn(prompt, token, pair)
 
     def _everything(self, prompt: Prompt) -> Selection:
@@ -281,13 +288,36 @@ class Selector(nn.Module):
         layers = 1 if self.kv.mask_scope == "shared" else prompt.L
         return {"head": 1, "layer": self.Hm, "global": layers * self.Hm}[self.cfg.allocation]
 
-    def _choose_jointly(self, prompt: Prompt, token: Tensor, pair: Tensor) -> Selection:
+    def _choose_jointly(
+        self, prompt: Prompt, token: Tensor, pair: Tensor, alpha: Tensor
+    ) -> Selection:
         """Spend one budget on tokens and groups: a token pays for its key as for S groups."""
         share = self.cfg.kv_keep
         masks = self._sharing(prompt)
         budget = row_budgets(prompt, lambda n: count_kept(share, 2 * self.S * n * masks, 1))
-        mask = within_budget(pair, budget, self.cfg.allocation, select_joint)
-        return Selection(mask.any(-1), mask, token)
+        cost = torch.ones(self.S, dtype=torch.int64, device=pair.device)
+        worth, cost, key = self._with_told(prompt, alpha, pair, cost, self.S)
+
+        def best(score: Tensor, m: Tensor) -> Tensor:
+            return select_joint(score, m, key=key, cost=cost)
+
+        taken = within_budget(worth, budget, self.cfg.allocation, best)
+        return Selection(taken.any(-1), taken[..., : self.S], token)
+
+    def _with_told(
+        self, prompt: Prompt, alpha: Tensor, worth: Tensor, cost: Tensor, key: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """Let a key be worth what it tells of its value, where keys do: a part of each token that
+        costs 1 of the key's price, and comes before all others.
+
+        worth (Lm, B, Hm, C, parts), cost (parts,), key: see select_joint. Returns them."""
+        if prompt.left is None:
+            return worth, cost, key
+        whole = self.pair_scores(prompt, alpha).square().sum(-1, keepdim=True)
+        left = self.pair_scores(prompt.stored, alpha).square().sum(-1, keepdim=True)
+        first = (worth / cost).amax(-1, keepdim=True)
+        told = (whole - left).maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
+        return torch.cat((worth, told), -1), torch.cat((cost, cost.new_ones(1))), key - 1
 
     def _choose_in_turn(self, prompt: Prompt, token: Tensor, pair: Tensor) -> Selection:
         """Spend token_keep on tokens, then value_keep on the survivors' groups."""
@@ -318,7 +348,7 @@ class Selector(nn.Module):
         """Spend one budget of bytes on tokens, groups and, where values have no bits of their own,
         levels 0 to 3. First tokens stay whole and are no part of it."""
         kv = self.stored
-        pair = self.pair_scores(prompt, alpha)
+        pair = self.pair_scores(prompt.stored, alpha)
         heads = self.output_gain.size(1) // self.Hm  # KV heads of a mask
         D = prompt.values.size(-1)
         price = prices(kv, D, heads, pair.device)
@@ -328,19 +358,19 @@ class Selector(nn.Module):
         worth = worth.masked_fill(~there.unsqueeze(-1), float("-inf"))
         region = prompt.T - prompt.n_context
         masks = self._sharing(prompt)
-        budget = row_budgets(
-            prompt,
-            lambda n: half_bytes_for(self.cfg.kv_bytes, n, region, kv.kv_sinks, D, heads) * masks,
-        )
+        about = (region, kv.kv_sinks, D, heads, prompt.left is not None)
+        budget = row_budgets(prompt, lambda n: half_bytes_for(self.cfg.kv_bytes, n, *about) * masks)
         cost = price.step.repeat(self.S)
+        n_steps = len(cost)
+        worth, cost, key = self._with_told(prompt, alpha, worth, cost, price.key)
 
         def best(score: Tensor, m: Tensor) -> Tensor:
-            return select_joint(score, m, key=price.key, cost=cost)
+            return select_joint(score, m, key=key, cost=cost)
 
         taken = within_budget(worth, budget, self.cfg.allocation, best)
-        levels = taken.unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
+        levels = taken[..., :n_steps].unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
         mask = levels > 0 if kv.value_bits else levels
-        return Selection((levels > 0).any(-1), mask, pair.square().sum(-1).sqrt())
+        return Selection(taken.any(-1), mask, pair.square().sum(-1).sqrt())
 
     # -------------------- prompts
 
@@ -351,11 +381,15 @@ class Selector(nn.Module):
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
         ints = self.stored.ints
-        _, x, q, k, _, z, caches = columns
-        about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap)
+        paths, x, q, k, _, z, caches = columns
+        left = None
+        if self.kv.reconstructor == "keys" and not self.cfg.whole:
+            parts = zip(paths, k, z, strict=True)
+            left = [path.untold(k, z, n_pad) for path, k, z in parts]
+        about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
-        if self.kv.mask_scope != "shared" and not ints:
+        if self.kv.mask_scope != "shared" and not ints and left is None:
             # all layers at once: thirty times fewer kernels
             keys = prompt.keys[..., :C, :]
             pack_layers(caches, keys, prompt.values, selection.keep, selection.mask, prompt.valid)
@@ -412,7 +446,13 @@ class Selector(nn.Module):
         metrics = torch.stack([kv_router.read_metric(attn) for attn in layers])
         # a pass holds what every layer saw: two windows at a time
         few = (part for idx in batches for part in idx.split(2))
-        values = (self.see_layers(model, part)[3] for part in few)
+
+        def values_of(part: Tensor) -> list[Tensor]:
+            _, _, keys, values = self.see_layers(model, part)
+            seen = zip(layers, keys, values, strict=True)
+            return [attn.kv_path.untold(k, z) for attn, k, z in seen]
+
+        values = (values_of(part) for part in few)
         gain, rms = value_statistics(values, metrics, self.kv.kv_sinks)
         self.output_gain = gain.to(self.output_gain)
         self.rms = rms.to(self.rms)
@@ -485,8 +525,19 @@ class SelectPath(ValueGroupPath):
         selection, C = self.selector.replayed
         maps = self.maps()
         keep, mask = selection.layer(self.index)
-        routed = maps.decode(maps.encode(v[:, :, :C]) * expand_mask(mask, self.D))
+        z = maps.encode(v[:, :, :C])
+        left = z if maps.from_keys is None else self.untold(k, z, pad)
+        routed = maps.decode(z - left + left * expand_mask(mask, self.D))
         return self._masked(q, k, v, routed, keep, pad)
+
+    def untold(self, k: Tensor, z: Tensor, pad: Tensor | None = None) -> Tensor:
+        """Return what keys (B, Hkv, T, D) do not tell of the coordinates z (B, Hkv, C, D) of the
+        first C tokens: z itself where they are not asked."""
+        from_keys = self.own_maps().from_keys
+        if from_keys is None:
+            return z
+        k = k[:, :, : z.size(2)]
+        return z - from_keys.predict(k, numbers(k, pad))
 
     def prefill(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         C = q.size(2) - self.cfg.kv_tail
@@ -596,12 +647,15 @@ class SelectPath(ValueGroupPath):
 
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         cache.append(NewTokens(k, v, n_pad))
-        if cache.basis.dec is None or not len(cache.keys):  # rows are read as they are, or none
+        basis = cache.basis
+        as_it_is = basis.dec is None and basis.from_keys is None
+        if as_it_is or not len(cache.keys):  # rows are read as they are, or none
             return attend_view(q, cache.view(), self.cap)[0]
         return self._read(q, cache.view(), cache)
 
     def graph_safe(self) -> bool:
-        return can_append(self.D) and (self.keep_all or self.folded)
+        reads_rows = self.keep_all or (self.folded and self.key_map is None)
+        return can_append(self.D) and reads_rows
 
 
 # -------------------- attaching, looking, saving

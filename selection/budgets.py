@@ -88,18 +88,26 @@ def level_worth(energy: Tensor, error: tuple[float, ...]) -> Tensor:
 
 
 def half_bytes_for(
-    kv_bytes: float, n: int, region: int, n_sinks: int, head_dim: int, heads: int
+    kv_bytes: float,
+    n: int,
+    region: int,
+    n_sinks: int,
+    head_dim: int,
+    heads: int,
+    placed: bool = False,
 ) -> int:
     """Return the half bytes that a mask of `heads` KV heads may spend on n context tokens, when a
     prompt of n + region tokens may hold kv_bytes of 16 bits a number. What stays whole, blocks that
-    are not full, counts and starts are paid for, too.
+    are not full, counts and starts are paid for, too; placed: and a bit a token that says where it
+    stood.
 
     So the bytes held are never above the budget, unless what stays whole is. Below it they are by
     the price of a token at most, and in each layer and head by 4 head_dim + 80 bytes (a block's
     scales, counts) and half a byte a token; or by all that everything kept does not need."""
     whole = min(n, n_sinks) + region
     numbers = 4 * head_dim * (kv_bytes * (n + region) - whole) - 4 * head_dim - 80
-    return max(0, math.floor(2 * heads * numbers))
+    places = 2 * math.ceil(n / 8) if placed else 0
+    return max(0, math.floor(2 * heads * numbers) - places)
 
 
 def within_budget(

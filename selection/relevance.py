@@ -17,7 +17,7 @@ padding columns mean nothing, and selector.py never keeps them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -60,6 +60,12 @@ class Prompt:
     n_groups: int = 1  # groups that a value is cut into
     observers: int = 0  # tokens whose queries are observed; 0: the query region
     cap: float = 0.0  # of attention logits: see storage.layout.soft_cap
+    left: Sequence[Tensor] | None = None  # (B, Hkv, C, D), what keys do not tell of z
+
+    @cached_property
+    def stored(self) -> Prompt:
+        """The same prompt with values that are what is stored of them: what keys do not tell."""
+        return self if self.left is None else replace(self, z=self.left, left=None)
 
     @cached_property
     def L(self) -> int:

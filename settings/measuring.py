@@ -24,7 +24,7 @@ TRAINED = (
     "predictor_loss",
 )
 # a selection reads none of them
-FIXED_K = ("topk_groups", "value_router", "reconstructor", "kv_tail_block")
+FIXED_K = ("topk_groups", "value_router", "kv_tail_block")
 STORAGES = ("dense", "value_groups", "select")
 
 
@@ -87,7 +87,7 @@ OF_METHODS = {
     ),
     "kv_bits": ("value_groups", "select", "kivi", *SHARED),
     "topk_groups": ("value_groups",),
-    "reconstructor": ("value_groups",),
+    "reconstructor": ("value_groups", "select"),
     "value_router": ("value_groups", "quest"),
     **dict.fromkeys(
         ("key_bits", "value_bits", "key_block", "kv_sinks"), ("value_groups", "select", *SHARED)

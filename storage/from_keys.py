@@ -9,11 +9,12 @@ needs no predicted value,
 
 m_j the mask of token j: beside what it has, attention adds up keys, and multiplies once a step.
 Keys are those that are stored, turned back by their positions; a token's position is its number in
-the sequence.
+the sequence. Where heads keep different tokens (selection) each head's values are told by its own
+keys: W has a block for each.
 
     from_keys = FromKeys(weight, cos, sin)
     r = z - from_keys.predict(k, position)           # what is cut into groups and stored
-    out, lse = attend_predicted(q, cache.view().packed[0], from_keys, first=4)
+    out, lse = attend_predicted(q, cache.view().packed[0], from_keys, cache.packed_positions())
 
 Letters: storage/layout.py.
 """
@@ -39,7 +40,8 @@ def numbers(k: Tensor, pad: Tensor | None) -> Tensor:
 class FromKeys(NamedTuple):
     """The linear map of one layer from keys before RoPE to value coordinates."""
 
-    weight: Tensor  # (Hkv*D, Hkv*D): keys of all heads to coordinates of all heads
+    # (Hkv*D, Hkv*D): keys of all heads to coordinates of all heads; (Hkv, D, D): of each head's own
+    weight: Tensor
     cos: Tensor  # (positions, D/2) of RoPE's angles
     sin: Tensor
 
@@ -47,47 +49,112 @@ class FromKeys(NamedTuple):
         """Return the same map, apart from what trains it."""
         return self._replace(weight=self.weight.detach().clone())
 
-    def turn_back(self, k: Tensor, position: Tensor) -> Tensor:
-        """Undo RoPE: the keys k (B, Hkv, T, D) at positions (B or 1, T), as they were projected,
-        of all heads beside one another: (B, T, Hkv*D), float32 at least. Positions past the table
-        are those of slots without a token."""
+    @property
+    def own_head(self) -> bool:
+        """Whether a head's values are told by its own keys alone."""
+        return self.weight.ndim == 3
+
+    def before_rope(self, k: Tensor, position: Tensor) -> Tensor:
+        """Undo RoPE: the keys k (..., D) at positions of that shape or broadcast to it, as they
+        were projected, float32 at least. Positions past the table are those of slots without a
+        token."""
         position = position.clamp(0, len(self.cos) - 1)
-        cos = self.cos[position][:, None]  # (B, 1, T, D/2)
-        sin = self.sin[position][:, None]
+        cos = self.cos[position]
+        sin = self.sin[position]
         a, b = at_least_float32(k).chunk(2, -1)
-        raw = torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
-        return raw.transpose(1, 2).flatten(2)
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+    def turn_back(self, k: Tensor, position: Tensor) -> Tensor:
+        """Undo RoPE: the keys k (B, Hkv, T, D) at positions (B or 1, T), of all heads beside one
+        another: (B, T, Hkv*D)."""
+        return self.before_rope(k, position[:, None]).transpose(1, 2).flatten(2)
 
     def predict(self, k: Tensor, position: Tensor) -> Tensor:
         """Return the coordinates (B, Hkv, T, D) that keys k (B, Hkv, T, D) at positions (B or 1, T)
         tell, in their dtype."""
+        if self.own_head:
+            raw = self.before_rope(k, position[:, None])
+            return (raw @ self.weight.to(raw.dtype)).to(k.dtype)
         raw = self.turn_back(k, position)
         z = (raw @ self.weight.to(raw.dtype)).unflatten(-1, (k.size(1), -1))
         return z.transpose(1, 2).to(k.dtype)
 
+    def predict_each(self, k: Tensor, head: Tensor, position: Tensor) -> Tensor:
+        """Return the coordinates (n, D) that keys k (n, D) of heads head (n,) at positions (n,)
+        tell, each those of its own head, in their dtype."""
+        raw = self.before_rope(k, position)
+        out = torch.empty_like(raw)
+        for h, weight in enumerate(self.weight):
+            out[head == h] = raw[head == h] @ weight.to(raw.dtype)
+        return out.to(k.dtype)
+
+
+class ValueBasis(NamedTuple):
+    """The maps of a value into the coordinates that are cut into groups, and back.
+
+    None: nothing to do, since W_v or W_o hold the map, or since every group is kept."""
+
+    enc: Tensor | None = None  # (Hkv, D, D), z = v @ enc
+    dec: Tensor | None = None  # (Hkv, D, D), v = z @ dec
+    from_keys: FromKeys | None = None  # what is stored is what keys do not tell
+
+    def constants(self) -> dict[str, Tensor]:
+        """Return the maps that there are, by name."""
+        maps = {"maps into the basis": self.enc, "maps out of the basis": self.dec}
+        if self.from_keys is not None:
+            maps["maps from keys to values"] = self.from_keys.weight
+        return {name: t for name, t in maps.items() if t is not None}
+
+    def copied(self) -> ValueBasis:
+        """Return the same maps, apart from what trains them."""
+        maps = (None if t is None else t.detach().clone() for t in (self.enc, self.dec))
+        return ValueBasis(*maps, self.from_keys and self.from_keys.copied())
+
+    def encode(self, v: Tensor) -> Tensor:
+        """Map values (B, Hkv, T, D) to coordinates."""
+        return v if self.enc is None else v @ self.enc.to(v.dtype)
+
+    def to_store(self, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        """Map values (B, Hkv, T, D) of tokens with keys k (B, Hkv, T, D) at positions (B or 1, T)
+        to what is cut into groups: coordinates, less what keys tell of them."""
+        z = self.encode(v)
+        return z if self.from_keys is None else z - self.from_keys.predict(k, position)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Map what is read of coordinates (B, Hkv, ., D) back to values."""
+        return z if self.dec is None else z @ self.dec.to(z.dtype)
+
 
 def attend_predicted_ref(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, first: int, cap: float = 0.0
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Compute attend_predicted by writing every predicted value out."""
     k, r, _, _ = packed.unpack()
-    z = r + from_keys.predict(k, first + torch.arange(k.size(2), device=k.device)[None])
+    if from_keys.own_head:
+        raw = from_keys.before_rope(k, position)
+        z = r + raw @ from_keys.weight.to(raw.dtype)
+    else:
+        z = r + from_keys.predict(k, position)
     return packed_attention(q, PackedView.of_whole(k, z, packed.n), None, cap=cap)
 
 
 def attend_predicted(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, first: int, cap: float = 0.0
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Let queries q (B, H, T, D) read all packed tokens, whose rows are residuals, by equation (1):
     one attention over rows, one sum of keys.
 
-    packed: of whole keys, with the same room for every segment, as PackedCache has it
-    first: the position of a segment's first packed token
+    packed: of N tokens in the longest segment; maps of all heads want whole keys, with the same
+        room for every segment, as PackedCache has it
+    position: of the tokens of a segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
-    N = int(packed.n.max()) if packed.n.numel() else 0
-    k = packed.keys.view(B, Hkv, -1, D)[:, :, :N]
+    N = position.size(-1)
+    if from_keys.own_head:
+        k = packed.unpack(q.dtype)[0]
+    else:
+        k = packed.keys.view(B, Hkv, -1, D)[:, :, :N]
     number = torch.arange(N, device=q.device)
     n = packed.n if packed.n.size(1) == Hkv else packed.n.expand(-1, Hkv)
     seen = number < n[..., None, None]  # (B, Hkv, 1, N)
@@ -100,8 +167,14 @@ def attend_predicted(
         rows, lse = packed_attention(q, packed, None, cap=cap)
     finite = lse.clamp_min(torch.finfo(lse.dtype).min).view(B, Hkv, -1, 1)
     p = (logits - finite).exp()  # (B, Hkv, n*T, N)
-    raw = from_keys.turn_back(k * seen.mT, first + number[None])  # (B, N, Hkv*D)
-    told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
-    weight = from_keys.weight.to(raw.dtype).unflatten(-1, (Hkv, D)).transpose(0, 1)
-    told = told.view(B, Hkv, -1, Hkv * D) @ weight
+    weight = from_keys.weight
+    if from_keys.own_head:
+        raw = from_keys.before_rope(k, position)  # (B, Hkv, N, D)
+        told = p.to(raw.dtype) @ raw
+    else:
+        raw = from_keys.turn_back(k * seen.mT, position)  # (B, N, Hkv*D)
+        told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
+        told = told.view(B, Hkv, -1, Hkv * D)
+        weight = weight.unflatten(-1, (Hkv, D)).transpose(0, 1)
+    told = told @ weight.to(told.dtype)
     return rows + told.view(q.shape).to(q.dtype), lse

@@ -15,6 +15,7 @@ Letters: storage/layout.py; C columns of a context.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,16 +31,19 @@ from storage.cache import (
     check_range,
     check_truncation,
 )
+from storage.from_keys import ValueBasis
 from storage.layout import (
     PackedView,
     WindowView,
+    bits_to_mask,
     cdiv,
     mask_dtype,
+    mask_to_bits,
     segment_starts,
     starts,
     tile_size,
 )
-from storage.packed import FloatCodec, ValueBasis
+from storage.packed import FloatCodec
 from storage.packing import pack_values
 
 SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows")  # by layers of one mask
@@ -64,6 +68,10 @@ class RaggedCache(DenseCache):
     window_k    (B, Hkv, W, D), of which each sequence fills the first n_window slots
     window_v    (B, Hkv, W, D), whole values
     n_window    (B,) int64
+
+    Where keys tell values (maps.from_keys) their positions are held, too:
+
+    place       (bytes,) uint8, a bit for each of a segment's n_context tokens: whether it survived
 
     Keys and rows are those of FloatCodec here; IntCodec holds them as bytes, and scales beside
     them. Where tokens stood is not kept, so the context cannot be truncated."""
@@ -106,6 +114,9 @@ class RaggedCache(DenseCache):
         }
         if "key_scale" in self.owners:
             self.owners["block_base"] = "base"
+        if maps.from_keys is not None:
+            self.owners["place"] = "place"
+            self.place = torch.zeros(0, dtype=torch.uint8, device=like.device)
         for name, t in self.codec.empty(0, 1, n_groups, head_dim, like[:0]).items():
             setattr(self, name, t)
         device = like.device
@@ -152,6 +163,9 @@ class RaggedCache(DenseCache):
             return self.row_base, self.n_rows.expand(-1, self.Hkv)
         if owner == "mask":
             return self.mask_base, self.n_packed
+        if owner == "place":
+            count = cdiv(self.n_context, 8)[:, None].expand(-1, self.mask_heads)
+            return starts(count), count
         if owner == "tile":
             return self.tile_base, cdiv(self.n_packed, self.tile)
         return self.block_base, cdiv(tokens, self.codec.block)
@@ -206,7 +220,13 @@ class RaggedCache(DenseCache):
         mask = mask * keep.unsqueeze(-1)
         k = k.to(self.dtype)
         z = z.to(self.dtype)
-        held, index = self.codec.pack_ragged(k, z, keep, mask, query_moment)
+        told = None
+        if self.basis.from_keys is not None:
+            number = torch.arange(valid.size(1), device=k.device) - (~valid).sum(-1, keepdim=True)
+            b, head, column = keep.expand(-1, self.Hkv, -1).nonzero(as_tuple=True)
+            told = partial(self.basis.from_keys.predict_each, head=head, position=number[b, column])
+            self._place(keep, valid)
+        held, index = self.codec.pack_ragged(k, z, keep, mask, query_moment, told)
         for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
             setattr(self, name, t)
         self.n_context = valid.sum(-1)
@@ -218,6 +238,33 @@ class RaggedCache(DenseCache):
         if not self.codec.n_sinks:  # else move_to_window says how many more
             self.reserve(self.max_len)
         self.fresh = False
+
+    def _place(self, keep: Tensor, valid: Tensor) -> None:
+        """Hold which tokens after the first ones keep (B, Hm, C) marks."""
+        n_first = self.codec.n_sinks
+        n = valid.sum(-1)  # (B,)
+        C = valid.size(1)
+        column = torch.arange(cdiv(C, 8) * 8, device=n.device) + (C - n + n_first)[:, None]
+        there = keep.take_along_dim(column.clamp_max(C - 1)[:, None], -1) & (column < C)[:, None]
+        held = mask_to_bits(there.unflatten(-1, (-1, 8)))  # (B, Hm, bytes)
+        count = cdiv((n - n_first).clamp_min(0), 8)[:, None, None]
+        self.place = held[(torch.arange(held.size(-1), device=n.device) < count).expand_as(held)]
+
+    def packed_positions(self) -> Tensor:
+        """Return the numbers in their sequence of the survivors, left-aligned: (B, Hm, N) int64, 0
+        in slots without a token. Where keys tell values."""
+        base, count = self.segments("place")
+        width = int(count.max()) if count.numel() else 0
+        slot = torch.arange(width, device=base.device)
+        real = slot < count.unsqueeze(-1)
+        held = torch.zeros(real.shape, dtype=torch.uint8, device=base.device)
+        held[real] = self.place
+        b, h, number = bits_to_mask(held, 8).flatten(-2).nonzero(as_tuple=True)
+        out = torch.zeros(*self.n_packed.shape, self.longest, dtype=torch.int64, device=base.device)
+        first = starts(self.n_packed)[b, h]
+        rank = torch.arange(len(number), device=base.device) - first
+        out[b, h, rank] = number + self.codec.n_sinks
+        return out
 
     @staticmethod
     def check_codec(fits: bool) -> None:

@@ -199,8 +199,10 @@ def test_summing_keys_equals_writing_values_out(scope, cap, K):
     packed = layer.view().packed[0]
     assert layer.n_packed.tolist() == [19, 21, 0]
     q = torch.randn(3, 6, 2, 16, dtype=torch.float64)
-    want, want_lse = attend_predicted_ref(q, packed, layer.basis.from_keys, 2, cap)
-    got, lse = attend_predicted(q, packed, layer.basis.from_keys, 2, cap)
+    want, want_lse = attend_predicted_ref(
+        q, packed, layer.basis.from_keys, layer.packed_positions(), cap
+    )
+    got, lse = attend_predicted(q, packed, layer.basis.from_keys, layer.packed_positions(), cap)
     assert (got - want).abs().max() < 1e-10 and torch.allclose(lse, want_lse, rtol=0, atol=1e-12)
     assert got[0].abs().max() > 0.1 and not got[2].any()
 
@@ -371,10 +373,9 @@ def test_a_run_is_saved_loaded_and_resumed(tmp_path, run_stage, monkeypatch):
 
 
 def test_what_is_not_built_is_refused():
-    """Integers, selection and training's own reconstructor say so in one line."""
+    """Integers, no groups without keys, and training's own reconstructor say so in one line."""
     ints = error_line(KVConfig, reconstructor="keys", key_bits=4, value_bits=4)
     assert "reconstructor=keys" in ints and "leave those out" in ints
-    assert "leave both out" in error_line(KVConfig, kv="select", reconstructor="keys")
     assert "nothing would tell a value" in error_line(KVConfig, topk_groups=0)
     with pytest.raises(ValueError, match=r"1\.\.4"):
         kv_router.set_kept(grouped_model(**BY_NORM, n_groups=4), 0)

@@ -10,6 +10,7 @@ Letters: storage/layout.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from storage.integers.format import (
     IntFormat,
     Ints,
     bit_planes,
+    dequantise_keys,
     quantise_keys,
     quantise_levels,
     quantise_values,
@@ -130,15 +132,24 @@ class IntCodec:
     # ---- for RaggedCache
 
     def pack_ragged(
-        self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, query_moment: Tensor | None
+        self,
+        k: Tensor,
+        z: Tensor,
+        keep: Tensor,
+        mask: Tensor,
+        query_moment: Tensor | None,
+        told: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """See FloatCodec.pack_ragged; mask (B, Hm, C, S) holds the groups kept, or their
         levels 0 to 3, uint8."""
         Hkv = k.size(1)
         here = keep.expand(-1, Hkv, -1)  # (B, Hkv, C)
-        keys, key_scale = self._keys(k[here], here.sum(-1), query_moment)
+        keys, key_scale, block = self._keys(k[here], here.sum(-1), query_moment)
         mine = mask.expand(-1, Hkv, -1, -1)[here]  # (n, S)
         values = z[here]  # (n, D)
+        if told is not None:  # by the keys that will be read
+            read = dequantise_keys(keys, key_scale, block, self.fmt.key_bits, z.dtype)
+            values = values - told(read)
         if self.levelled:
             planes = bit_planes(mine).sum(-1)
             first = planes.cumsum(0) - planes
@@ -158,8 +169,9 @@ class IntCodec:
         held = {"keys": keys, "rows": rows, "key_scale": key_scale, "value_scale": scale}
         return held, (mask_to_bits(word[keep]), *index, n_packed, count.sum(-1))
 
-    def _keys(self, k: Tensor, n: Tensor, query_moment: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Quantise keys k (tokens, D) of segments with n (B, Hkv) each, in blocks of their own."""
+    def _keys(self, k: Tensor, n: Tensor, query_moment: Tensor | None) -> tuple[Tensor, ...]:
+        """Quantise keys k (tokens, D) of segments with n (B, Hkv) each, in blocks of their own.
+        Returns bytes and scales, and the block (tokens,) of each."""
         blocks = cdiv(n, self.block)
         segment_start = starts(n).flatten().repeat_interleave(n.flatten())
         number = torch.arange(int(n.sum()), device=n.device) - segment_start
@@ -167,4 +179,5 @@ class IntCodec:
         rounding = to_codes  # to the nearest
         if query_moment is not None:
             rounding = partial(gptq_round, QueryMoments(query_moment.flatten(0, 1), n.flatten()))
-        return quantise_keys(k, block, int(blocks.sum()), self.fmt.key_bits, rounding)
+        held = quantise_keys(k, block, int(blocks.sum()), self.fmt.key_bits, rounding)
+        return *held, block

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import TINY, error_line, tiny_model, tokens
 from test_select_bits import greedy
+from test_select_stage import base, measure  # noqa: F401 (fixtures)
 from test_selector import PAD, X, Y, config, real, run, selecting
 
 import kv_router
@@ -208,6 +209,19 @@ def test_keys_that_tell_everything_leave_the_bytes_to_tokens():
         kept[kind] = int(choice.keep.sum())
     assert (choice.keep & ~choice.mask.any(-1)).any()  # keys alone
     assert kept["keys"] > 1.1 * kept["zero"] and off["keys"] < 0.9 * off["zero"]
+
+
+def test_rows_of_eval_say_where_values_come_from(base, measure):
+    """eval.py measures both ways at the same budgets; rows from keys say so."""
+    rows = {}
+    for kind in ("zero", "keys"):
+        flags = ["--tasks=continuation", "--query=6", "--continuation=9", "--block_size=61"]
+        flags += ["--sequences=3", "--methods=select", "--relevances=observed"]
+        flags += ["--kv_byte_budgets=0.6", "--kv_budgets=0.3", f"--reconstructor={kind}"]
+        rows[kind] = measure(f"--init_from={base}", *flags)
+    for zero, keys in zip(*rows.values(), strict=True):
+        assert "from keys" in keys["setting"] and "from keys" not in zero["setting"]
+        assert keys["value"] != zero["value"]
 
 
 def test_what_is_not_built_is_refused():

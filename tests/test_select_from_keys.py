@@ -4,19 +4,22 @@ and read, against loops in float64."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import TINY, error_line, tiny_model, tokens
 from test_select_bits import greedy
-from test_select_stage import base, measure  # noqa: F401 (fixtures)
+from test_select_stage import base, measure, select  # noqa: F401 (fixtures)
 from test_selector import PAD, X, Y, config, real, run, selecting
 
 import kv_router
 import selector
 from config import KVConfig
+from loaders.runs import find_checkpoint, load_run
 from model import rope_table
 from report.rows import filled_cache
+from runs import tensors
 from selection.budgets import half_bytes_for, prices
 from selection.relevance import pooled
 from storage.cache import KVCache
@@ -222,6 +225,22 @@ def test_rows_of_eval_say_where_values_come_from(base, measure):
     for zero, keys in zip(*rows.values(), strict=True):
         assert "from keys" in keys["setting"] and "from keys" not in zero["setting"]
         assert keys["value"] != zero["value"]
+
+
+def test_a_trained_run_has_its_maps(tmp_path, text, base):
+    """train.py --stage=select fits maps of own heads, and the run that is loaded has them: what is
+    left by them is smaller than the values."""
+    run_dir = select(tmp_path, text, base, "--reconstructor=keys", "--select_steps=1")
+    model = load_run(run_dir).model
+    saved = tensors(find_checkpoint(run_dir))
+    file = Path(text.removeprefix("text:")) / "00.txt"
+    read = list(file.read_bytes()[:400])
+    _, _, k, z = model.selector.see_layers(model, torch.tensor([read]))
+    for i, (name, path) in enumerate(kv_router.paths(model).items()):
+        (key,) = (n for n in saved if n.endswith(f"{name}.key_map"))
+        assert torch.equal(path.key_map, saved[key]) and path.key_map.ndim == 3
+        whole, left = z[i][:, :, 4:], path.untold(k[i], z[i])[:, :, 4:]
+        assert float(left.square().sum()) < 0.95 * float(whole.square().sum())
 
 
 def test_what_is_not_built_is_refused():

@@ -145,8 +145,8 @@ class Recall(Prompts):
 
 
 def compressed(model: Transformer, prompts: list[list[int]], more: int) -> tuple[Tensor, KVCache]:
-    """Process prompts of any lengths, padded on the left: logits (B, vocab) after them, and the
-    cache that holds them, with room for `more` tokens."""
+    """Process prompts of any lengths, padded on the left: logits (B, 1, vocab) after them, and
+    the cache that holds them, with room for `more` tokens."""
     T = max(map(len, prompts))
     device = model.norm.weight.device
     idx = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)  # (B, T)
@@ -154,7 +154,7 @@ def compressed(model: Transformer, prompts: list[list[int]], more: int) -> tuple
     n_pad = pad if pad.any() else None
     cache = model.new_cache(len(prompts), T + more)
     with with_oracle(model, idx, T, n_pad):
-        logits = model.prefill(idx, cache, n_pad)[:, -1]
+        logits = model.prefill(idx, cache, n_pad)
     return logits, cache
 
 

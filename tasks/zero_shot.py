@@ -149,7 +149,7 @@ def score_requests(model: Transformer, requests: list[Request]) -> list[Scored]:
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
     first = torch.tensor([len(r.given) for r in requests], device=device)  # of the answer's tokens
     last = torch.tensor([len(row) for row in rows], device=device)
-    total, greedy = score_given(model, cache, ids, first, last, logits)
+    total, greedy = score_given(model, cache, ids, first, last, logits[:, -1])
     return [Scored(s, g) for s, g in zip(total.tolist(), greedy.tolist(), strict=True)]
 
 

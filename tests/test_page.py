@@ -51,6 +51,11 @@ between
 (Measured by hand.)
 
 <!-- end -->
+<!-- table nothing: runs/b.sh out/b -->
+
+(not measured yet)
+
+<!-- end -->
 """
 AFTER = """# Results
 
@@ -80,6 +85,13 @@ between
 |---|
 
 (Measured by hand.)
+
+(not run again on this code)
+
+<!-- end -->
+<!-- table nothing: runs/b.sh out/b -->
+
+(not measured yet)
 
 <!-- end -->
 """
@@ -168,6 +180,13 @@ def test_page_takes_up_results_and_leaves_the_rest(place):
     page.main()
     assert page.PAGE.read_text() == AFTER
     assert os.listdir("docs") == ["results.md"]
+
+
+def test_page_shows_a_measured_zero():
+    """An agreement of 0 and no trainable parameters are numbers; what some rows lack is none."""
+    row = ROW | STORED | dict(value=1.0, agreement=0.0, trainable_parameters=0, kl=0.0)
+    cells = page.cells_of([row, row | dict(kl=None)])
+    assert (cells["agreement"], cells["trainable"], cells["KL"]) == ("0.0%", "0", "")
 
 
 def test_page_tells_results_of_other_code_and_without_a_record(place):

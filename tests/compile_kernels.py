@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from views import packed_view, window_view
 
 import kernels
-from storage import append, packing, pieces
+from storage import append, gates, packing, pieces
 from storage.integers import append as int_append
 from storage.integers import attention, rounding, words
 from storage.integers.format import IntFormat
@@ -154,9 +154,14 @@ def others() -> None:
     moments = rounding.QueryMoments(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
     step = torch.ones(40, 64).half()
     rounding.gptq_round(moments, torch.randn(40, 64), step, 0 * step, 4, impl="triton")
+    for n, dtype in ((8, torch.bfloat16), (5, torch.float32)):
+        h = torch.randn(2, 67, n * 3, dtype=dtype, requires_grad=True)
+        bias = torch.randn(n, requires_grad=True)
+        weighed, _, probs = gates.gate_and_weigh(h, bias, 2, 2, 1.0)
+        (weighed.sum() + probs.sum()).backward()
 
 
-for module in (kernels, append, packing, pieces, int_append, attention, words, rounding):
+for module in (kernels, append, gates, packing, pieces, int_append, attention, words, rounding):
     for name, fn in [*vars(module).items()]:
         if name.endswith("_kernel"):
             setattr(module, name, Compiled(fn))

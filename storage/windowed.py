@@ -78,7 +78,10 @@ def causal_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, rest
 
 def in_blocks(x: Tensor, C: int) -> Tensor:
     """Cut x (..., T, D) into blocks (..., N, C, D), zeros at the end."""
-    return F.pad(x, (0, 0, 0, -x.size(-2) % C)).unflatten(-2, (-1, C))
+    missing = -x.size(-2) % C
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.unflatten(-2, (-1, C))
 
 
 def query_blocks(q: Tensor, Hkv: int, C: int) -> Tensor:
@@ -103,22 +106,24 @@ def of_tokens(dx: Tensor, T: int) -> Tensor:
     return (own + F.pad(before[:, :, 1:], (0, 0, 0, 0, 0, 1))).flatten(2, 3)[:, :, :T]
 
 
-def band_mask(T: int, C: int, window: Window, device) -> Tensor:
-    """Mark where a query of a block reads a key of its two blocks whole: (N, C, 2 C) bool."""
-    i = torch.arange(cdiv(T, C) * C, device=device).view(-1, C, 1)
-    j = i[:, :1] + torch.arange(-C, C, device=device)
+def band_bias(T: int, C: int, window: Window, device) -> Tensor:
+    """Return 0 where a query of a block reads a key of its two blocks whole, else -inf: (N, 1, C,
+    2 C) float32, for all query heads."""
+    i = torch.arange(cdiv(T, C) * C, device=device).view(-1, 1, C, 1)
+    j = i[:, :, :1] + torch.arange(-C, C, device=device)
     # keys before the first token are none of a window: a count is never negative
-    return (j <= i) & (j >= packed_count(i + 1, *window))
+    routed = (j > i) | (j < packed_count(i + 1, *window))
+    # filled, since numbers of the host cannot be copied while a graph is captured
+    return torch.zeros(routed.shape, device=device).masked_fill_(routed, float("-inf"))
 
 
-def band_weights(q: Tensor, k: Tensor, lse: Tensor, mask: Tensor) -> Tensor:
+def band_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor) -> Tensor:
     """Return p (B, Hkv, N, n*C, 2 C) of queries and keys in blocks, 0 outside the windows; lse (B,
     H, T)."""
-    C = mask.size(1)
+    C = bias.size(2)
     lse = query_blocks(lse.unsqueeze(-1), q.size(1), C)
     logits = at_least_float32((q * q.size(-1) ** -0.5) @ k.mT) - lse
-    bias = torch.zeros_like(mask, dtype=logits.dtype).masked_fill_(~mask, float("-inf"))
-    return (logits + bias.repeat(1, q.size(3) // C, 1)).exp_().to(q.dtype)
+    return (logits.unflatten(3, (-1, C)) + bias).exp_().flatten(3, 4).to(q.dtype)
 
 
 class WindowedAttention(torch.autograd.Function):
@@ -128,15 +133,15 @@ class WindowedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, routed, window: Window):
         ctx.n = q.size(1) // k.size(1)
         ctx.C = max(window.size + window.block - 1, LEAST_BLOCK)
-        ctx.window = window
         heads = WindowedAttention.per_query_head
         y, rest = causal(q, heads(k, ctx.n), heads(routed, ctx.n))
         lost = with_block_before(v - routed, ctx.C)
-        _, _, p = WindowedAttention.band(ctx, q, k, rest[0])
+        bias = band_bias(q.size(2), ctx.C, window, q.device)
+        _, _, p = WindowedAttention.band(ctx.C, q, k, rest[0], bias)
         y = y + of_queries(p @ lost, ctx.n, q.size(2))
         ctx.others = [t for t in rest if not isinstance(t, Tensor)]
         ctx.is_tensor = [isinstance(t, Tensor) for t in rest]
-        ctx.save_for_backward(q, k, v, routed, y, *(t for t in rest if isinstance(t, Tensor)))
+        ctx.save_for_backward(q, k, v, routed, y, bias, *(t for t in rest if isinstance(t, Tensor)))
         return y
 
     @staticmethod
@@ -145,17 +150,16 @@ class WindowedAttention(torch.autograd.Function):
         return x if x.device.type == "cpu" else x.repeat_interleave(n, 1)
 
     @staticmethod
-    def band(ctx, q: Tensor, k: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys in blocks, and the weights between them."""
-        T = q.size(2)
-        q = query_blocks(q, k.size(1), ctx.C)
-        k = with_block_before(k, ctx.C)
-        mask = band_mask(T, ctx.C, ctx.window, q.device)
-        return q, k, band_weights(q, k, lse[:, :, :T], mask)  # some calls pad their sums
+    def band(C: int, q: Tensor, k: Tensor, lse: Tensor, bias: Tensor):
+        """Return queries and keys in blocks of C, and the weights between them."""
+        lse = lse[:, :, : q.size(2)]  # some calls pad their sums
+        q = query_blocks(q, k.size(1), C)
+        k = with_block_before(k, C)
+        return q, k, band_weights(q, k, lse, bias)
 
     @staticmethod
     def backward(ctx, dy):
-        q, k, v, routed, y, *tensors = ctx.saved_tensors
+        q, k, v, routed, y, bias, *tensors = ctx.saved_tensors
         left = (iter(ctx.others), iter(tensors))
         rest = tuple(next(left[is_tensor]) for is_tensor in ctx.is_tensor)
         T = q.size(2)
@@ -167,7 +171,7 @@ class WindowedAttention(torch.autograd.Function):
             drouted = drouted.unflatten(1, (-1, ctx.n)).sum(2)
         lost = with_block_before(v - routed, ctx.C)
         dy = query_blocks(dy, k.size(1), ctx.C)
-        queries, keys, p = WindowedAttention.band(ctx, q, k, rest[0])
+        queries, keys, p = WindowedAttention.band(ctx.C, q, k, rest[0], bias)
         ds = p * (dy @ lost.mT) * q.size(-1) ** -0.5
         dq = dq + of_queries(ds @ keys, ctx.n, T)
         dk = dk + of_tokens(ds.mT @ queries, T)

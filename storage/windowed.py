@@ -32,10 +32,12 @@ LEAST_BLOCK = 32  # queries: a product of fewer rows is not worth its launch
 
 
 class Window(NamedTuple):
-    """At least the newest `size` tokens are whole; `block` leave at a time (packed_count)."""
+    """At least the newest `size` tokens are whole, and `block` leave at a time (packed_count); the
+    first n_sinks never have (in routed values they are as in v), and do not count."""
 
     size: int
     block: int
+    n_sinks: int = 0
 
 
 def is_fused(q: Tensor) -> bool:
@@ -112,7 +114,9 @@ def band_bias(T: int, C: int, window: Window, device) -> Tensor:
     i = torch.arange(cdiv(T, C) * C, device=device).view(-1, 1, C, 1)
     j = i[:, :, :1] + torch.arange(-C, C, device=device)
     # keys before the first token are none of a window: a count is never negative
-    routed = (j > i) | (j < packed_count(i + 1, *window))
+    size, block, n_sinks = window
+    left = n_sinks + packed_count(i + 1 - n_sinks, size, block)
+    routed = (j > i) | (j < left)
     # filled, since numbers of the host cannot be copied while a graph is captured
     return torch.zeros(routed.shape, device=device).masked_fill_(routed, float("-inf"))
 

@@ -5,7 +5,13 @@ import torch
 
 import lora
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    ],
+)
 
 
 def outputs(layer, x, weight):

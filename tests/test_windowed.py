@@ -8,37 +8,45 @@ import kv_router
 from config import KVConfig, ModelConfig
 from storage.windowed import Window, windowed_attention
 
-CASES = {  # query heads, KV heads, tokens, window, how many leave at a time
-    "no window but blocks": (4, 4, 37, 0, 3),
-    "one token": (6, 2, 41, 1, 1),
-    "several blocks": (9, 3, 101, 16, 1),
-    "wider than a block": (4, 2, 131, 40, 5),
-    "shorter than the window": (3, 1, 7, 16, 1),
+CASES = {  # query heads, KV heads, tokens, window, how many leave at a time, first that are whole
+    "no window but blocks": (4, 4, 37, 0, 3, 0),
+    "one token": (6, 2, 41, 1, 1, 0),
+    "several blocks": (9, 3, 101, 16, 1, 0),
+    "wider than a block": (4, 2, 131, 40, 5, 0),
+    "shorter than the window": (3, 1, 7, 16, 1, 0),
+    "first tokens whole": (4, 2, 79, 9, 4, 3),
 }
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
-def path_of(tail: int, leaves: int) -> kv_router.ValueGroupPath:
+def path_of(tail: int, leaves: int, n_sinks: int = 0) -> kv_router.ValueGroupPath:
     cfg = ModelConfig(n_head=3, n_kv_head=1, head_dim=16, n_embd=48)
     block = {} if leaves == 1 else {"kv_tail_block": leaves}
+    if n_sinks:
+        block |= {"reconstructor": "keys", "kv_sinks": n_sinks}
     return kv_router.ValueGroupPath(cfg, KVConfig(n_groups=4, topk_groups=2, kv_tail=tail, **block))
 
 
-def both(case: str, dtype: torch.dtype, autocast: bool = False):
+def both(case: str, dtype: torch.dtype, autocast: bool = False, device: str = "cpu"):
     """Outputs and gradients of q, k, v and routed values: fused ones, and the plain form's."""
-    H, Hkv, T, tail, leaves = CASES[case]
-    path = path_of(tail, leaves)
+    H, Hkv, T, *sizes = CASES[case]
+    path = path_of(*sizes)
     path.Hkv = Hkv
     g = torch.Generator().manual_seed(0)
     shapes = [(2, H, T, 16)] + [(2, Hkv, T, 16)] * 3 + [(2, H, T, 16)]
-    *inputs, weight = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+    drawn = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+    *inputs, weight = (t.to(device) for t in drawn)
 
     def run(attention, dtype):
         q, k, v, routed = leaf = [t.to(dtype).requires_grad_(True) for t in inputs]
         y = attention(q, k, v, routed)
         return [y, *torch.autograd.grad((y * weight.to(y.dtype)).sum(), leaf)]
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        window = Window(tail, leaves)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        window = Window(*sizes)
         got = run(lambda q, k, v, r: windowed_attention(q, k, v, r, window), dtype)
     want = run(lambda q, k, v, r: path._attend_window(q, k, v, k, r, None), torch.float64)
     return got, want
@@ -46,14 +54,19 @@ def both(case: str, dtype: torch.dtype, autocast: bool = False):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    "dtype, autocast, tol",
-    [(torch.float64, False, 1e-12), (torch.float32, False, 2e-6), (torch.float32, True, 0.03)],
-    ids=["float64", "float32", "autocast"],
+    "dtype, autocast, tol, device",
+    [
+        pytest.param(torch.float64, False, 1e-12, "cpu", id="float64"),
+        pytest.param(torch.float32, False, 2e-6, "cpu", id="float32"),
+        pytest.param(torch.float32, True, 0.03, "cpu", id="autocast"),
+        pytest.param(torch.float32, False, 2e-5, "cuda", id="float32 on a GPU", marks=ON_GPU),
+        pytest.param(torch.float32, True, 0.03, "cuda", id="autocast on a GPU", marks=ON_GPU),
+    ],
 )
-def test_fused_window_equals_the_plain_form(case, dtype, autocast, tol):
+def test_fused_window_equals_the_plain_form(case, dtype, autocast, tol, device):
     """Outputs and gradients agree with float64's plain form: largest difference over the largest
     number of all, to rounding of the type computed in."""
-    got, want = both(case, dtype, autocast)
+    got, want = both(case, dtype, autocast, device)
     assert case.startswith("shorter") == (want[4].abs().max() == 0)  # of routed values
     scale = max(t.abs().max() for t in want)
     for ours, plain in zip(got, want, strict=True):
@@ -102,6 +115,6 @@ def test_path_takes_the_fused_form(monkeypatch):
     assert not calls
     monkeypatch.setattr(kv_router, "is_fused", lambda q: True)
     monkeypatch.setattr(kv_router, "windowed_attention", fused)
-    assert (path(*inputs) - want).abs().max() < 1e-12 and calls == [(3, 1)]
+    assert (path(*inputs) - want).abs().max() < 1e-12 and calls == [(3, 1, 0)]
     path(*inputs, torch.tensor([2]))
     assert len(calls) == 1

@@ -72,7 +72,7 @@ from storage.cache import NewTokens, PromptState
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask, top_k_mask
 from storage.packing import select_joint, select_top_m
-from storage.ragged import RaggedCache, pack_layers
+from storage.ragged import RaggedCache, fill_windows, pack_layers
 from storage.state import copy_tensors
 
 WITHOUT_TRAINING = {**PLAIN, **TOKEN_LEVEL}
@@ -350,22 +350,26 @@ class Selector(nn.Module):
         state.seen = []
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
-        ints = self.stored.ints
-        _, x, q, k, _, z, caches = columns
+        _, x, q, k, v, z, caches = columns
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
-        if self.kv.mask_scope != "shared" and not ints:
-            # all layers at once: thirty times fewer kernels
-            keys = prompt.keys[..., :C, :]
-            pack_layers(caches, keys, prompt.values, selection.keep, selection.mask, prompt.valid)
-        rounded = ints and self.cfg.key_rounding == "queries"
-        first = None
-        for i, layer in enumerate(seen):
-            moment = prompt.moment(i) if rounded else None
-            layer.path.store(layer, selection, n_pad, first, moment)
-            if self.kv.mask_scope == "shared":
+        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
+        moments = prompt.moments() if rounded else None
+        if self.kv.mask_scope == "shared":  # masks are those of the first layer
+            first = None
+            for i, layer in enumerate(seen):
+                moment = None if moments is None else moments[i]
+                layer.path.store(layer, selection, n_pad, first, moment)
                 first = first or layer.cache
+            return
+        keep = selection.keep
+        n_sinks = caches[0].codec.n_sinks
+        if n_sinks:  # first tokens go to the window
+            keep = keep & (prompt.valid.cumsum(-1) > n_sinks)[:, None]
+        keys = prompt.keys[..., :C, :]
+        pack_layers(caches, keys, prompt.values, keep, selection.mask, prompt.valid, moments)
+        fill_windows(caches, k, v, C, n_pad)
 
     def see_layers(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
         """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx

@@ -226,15 +226,22 @@ class Prompt:
             :, None, :, None
         ]
 
-    def moment(self, layer: int) -> Tensor:
-        """Return the second moment of a layer's queries to come, (B, Hkv, D, D) float64.
+    def moments(self) -> Tensor:
+        """Return the second moments of the layers' queries to come, (L, B, Hkv, D, D) float64.
 
-        It is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
+        Each is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
         queries, as if they came among the READ tokens after it, or as many as fit the model's
         context (RoPE turns them further)."""
         turn, weight = self._to_come
-        q = apply_rope(self.q[layer][:, :, -SPAN:].float(), *turn).double()  # (B, H, Q, D)
-        return ((q * weight).mT @ q).unflatten(1, (self.k[layer].size(1), -1)).mean(2)
+        last = [q[:, :, -SPAN:] for q in self.q]  # (B, H, Q, D)
+        step = max(1, (CHUNK >> 2) // max(1, last[0].numel()))
+        out = []
+        for i in range(0, self.L, step):
+            q = torch.stack(last[i : i + step]).float()
+            q = apply_rope(q, *turn).double()
+            mean = ((q * weight).mT @ q).unflatten(2, (self.k[0].size(1), -1)).mean(3)
+            out.append(mean)
+        return torch.cat(out)
 
     def past(self, cfg: SelectConfig) -> Tensor:
         """Attention on the context of cfg.past queries of its last tokens, moved ahead: (L, B, Hkv,

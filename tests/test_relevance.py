@@ -233,7 +233,7 @@ def test_moments_are_of_queries_to_come(pad, monkeypatch):
     READ tokens to come stands, none past the context; every row as if alone."""
     p, raw = prompt_of(pad)
     monkeypatch.setattr(relevance, "SPAN", 30)
-    got = [p.moment(i) for i in range(L)]
+    got = p.moments()
     D = TINY.head_dim
     n = TINY.n_head // TINY.n_kv_head
     for i in range(L):

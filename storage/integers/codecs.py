@@ -10,6 +10,7 @@ Letters: storage/layout.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ from storage.integers.rounding import QueryMoments, gptq_round
 from storage.layout import bits_to_mask, cdiv, mask_to_bits, starts, tile_size
 from storage.packed import FloatCodec, kept_rows
 from storage.packing import tile_index
+
+LARGE = 1 << 26  # numbers of keys or values that are turned into integers at a time
 
 
 def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec:
@@ -129,31 +132,44 @@ class IntCodec:
 
     # ---- for RaggedCache
 
-    def pack_ragged(
-        self, k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, query_moment: Tensor | None
+    def layers_at_once(self, k: Tensor) -> int:
+        """See FloatCodec.layers_at_once: what is computed of them has LARGE numbers at most."""
+        return max(1, LARGE // max(1, k[0].numel()))
+
+    @staticmethod
+    def pack_sequences(
+        codecs: Sequence[IntCodec],
+        k: Tensor,
+        z: Tensor,
+        keep: Tensor,
+        mask: Tensor,
+        query_moment: Tensor | None,
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """See FloatCodec.pack_ragged; mask (B, Hm, C, S) holds the groups kept, or their
+        """See FloatCodec.pack_sequences; mask (L*B, Hm, C, S) holds the groups kept, or their
         levels 0 to 3, uint8."""
+        codec = codecs[0]
         Hkv = k.size(1)
-        here = keep.expand(-1, Hkv, -1)  # (B, Hkv, C)
-        keys, key_scale = self._keys(k[here], here.sum(-1), query_moment)
+        here = keep.expand(-1, Hkv, -1)  # (L*B, Hkv, C)
+        keys, key_scale = codec._keys(k[here], here.sum(-1), query_moment)
         mine = mask.expand(-1, Hkv, -1, -1)[here]  # (n, S)
         values = z[here]  # (n, D)
-        if self.levelled:
+        if codec.levelled:
             planes = bit_planes(mine).sum(-1)
             first = planes.cumsum(0) - planes
-            gain = self.fmt.gain[:, None].expand(-1, z.size(2), -1).expand(len(z), -1, -1, -1)[here]
+            gain = torch.stack([c.fmt.gain for c in codecs])  # (L, Hkv, D)
+            gain = gain.repeat_interleave(len(k) // len(codecs), 0)[:, :, None]
+            gain = gain.expand(-1, -1, k.size(2), -1)[here]
             rows, scale = quantise_levels(values, mine, first, int(planes.sum()), gain)
             count = bit_planes(mask).sum(-1)
             word = split_levels(mask)
         else:
-            all_rows, scale = quantise_values(values, mine, self.fmt.value_bits)
+            all_rows, scale = quantise_values(values, mine, codec.fmt.value_bits)
             rows = all_rows[mine]
             count = mask.sum(-1)
             word = mask
         n_packed = keep.sum(-1)
         before = (count.cumsum(-1) - count)[keep]
-        tile = tile_size(mask.size(-1), self.levelled)
+        tile = tile_size(mask.size(-1), codec.levelled)
         index = tile_index(before, n_packed, tile)
         held = {"keys": keys, "rows": rows, "key_scale": key_scale, "value_scale": scale}
         return held, (mask_to_bits(word[keep]), *index, n_packed, count.sum(-1))

@@ -122,8 +122,9 @@ class FloatCodec:
     def check_cut(self, n_packed: Tensor) -> None:
         """Raise ValueError where packed tokens cannot be cut after the first n_packed (B,)."""
 
-    def layers_at_once(self, k: Tensor) -> int:
-        """Return how many of the layers of keys k (L, B, Hkv, C, D) are packed together."""
+    def layers_at_once(self, k: Tensor, S: int) -> int:
+        """Return how many of the layers of keys k (L, B, Hkv, C, D), their values in S groups, are
+        packed together."""
         return len(k)
 
     @staticmethod

@@ -332,7 +332,7 @@ def pack_layers(
     mask = mask * keep.unsqueeze(-1)
     k = k.to(caches[0].dtype)
     z = z.to(caches[0].dtype)
-    at_once = codec.layers_at_once(k)
+    at_once = codec.layers_at_once(k, mask.size(-1))
     for a in range(0, len(caches), at_once):
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]

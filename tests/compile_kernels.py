@@ -22,7 +22,7 @@ from views import packed_view, window_view
 import kernels
 from storage import append, gates, packing, pieces
 from storage.integers import append as int_append
-from storage.integers import attention, rounding, words
+from storage.integers import attention, contexts, rounding, words
 from storage.integers.format import IntFormat
 from storage.layout import mask_dtype, top_k_mask
 
@@ -154,6 +154,11 @@ def others() -> None:
     moments = rounding.QueryMoments(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
     step = torch.ones(40, 64).half()
     rounding.gptq_round(moments, torch.randn(40, 64), step, 0 * step, 4, impl="triton")
+    levels = torch.ones(2, 2, 272, 8, dtype=torch.uint8)
+    moment = torch.eye(64, dtype=torch.float64).expand(2, 2, 64, 64)
+    for bits, seen in ((4, moment), (3, None)):
+        fmt = IntFormat(bits, 0, 64, torch.ones(2, 64))
+        contexts.pack_context([fmt], k, v, levels[..., 0] > 0, levels, seen, impl="triton")
     for n, dtype in ((8, torch.bfloat16), (5, torch.float32)):
         h = torch.randn(2, 67, n * 3, dtype=dtype, requires_grad=True)
         bias = torch.randn(n, requires_grad=True)
@@ -161,7 +166,9 @@ def others() -> None:
         (weighed.sum() + probs.sum()).backward()
 
 
-for module in (kernels, append, gates, packing, pieces, int_append, attention, words, rounding):
+WITH_KERNELS = (kernels, append, gates, packing, pieces)
+FOR_INTEGERS = (int_append, attention, contexts, rounding, words)
+for module in WITH_KERNELS + FOR_INTEGERS:
     for name, fn in [*vars(module).items()]:
         if name.endswith("_kernel"):
             setattr(module, name, Compiled(fn))

@@ -65,6 +65,8 @@ def test_every_kernel_compiles_for_a_gpu(compiled):
         "_gptq_kernel",
         "_merge_kernel",
         "_pack_kernel",
+        "_pack_keys_kernel",
+        "_pack_levels_kernel",
         "_quantise_block_kernel",
         "_search_kernel",
         "_take_kernel",

@@ -64,13 +64,14 @@ from model import (
     evaluating,
     record_layers,
 )
-from selection.budgets import half_bytes_for, level_worth, planned, prices, within_budget
+from selection.budgets import half_bytes_for, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.relevance import NOBODY_ASKS, PLAIN, Prompt
 from storage.cache import NewTokens, PromptState
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask, top_k_mask
+from storage.levels import choose_levels
 from storage.packing import select_joint, select_top_m
 from storage.ragged import RaggedCache, fill_windows, pack_layers
 from storage.state import copy_tensors
@@ -321,24 +322,21 @@ class Selector(nn.Module):
         pair = self.pair_scores(prompt, alpha)
         heads = self.output_gain.size(1) // self.Hm  # KV heads of a mask
         D = prompt.values.size(-1)
-        price = prices(kv, D, heads, pair.device)
-        worth = level_worth(pair.square(), price.error)  # (Lm, B, Hm, C, S steps)
+        price = prices(kv, D, heads)
         valid = prompt.valid[None, :, None]
         there = valid & (valid.cumsum(-1) > kv.kv_sinks)
-        worth = worth.masked_fill(~there.unsqueeze(-1), float("-inf"))
+        energy = pair.square().masked_fill(~there.unsqueeze(-1), float("-inf"))
         region = prompt.T - prompt.n_context
         masks = self._sharing(prompt)
         budget = row_budgets(
             prompt,
             lambda n: half_bytes_for(self.cfg.kv_bytes, n, region, kv.kv_sinks, D, heads) * masks,
         )
-        cost = price.step.repeat(self.S)
 
-        def best(score: Tensor, m: Tensor) -> Tensor:
-            return select_joint(score, m, key=price.key, cost=cost)
+        def best(energy: Tensor, m: Tensor) -> Tensor:
+            return choose_levels(energy, m, price.gain, price.step, price.key)
 
-        taken = within_budget(worth, budget, self.cfg.allocation, best)
-        levels = taken.unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
+        levels = within_budget(energy, budget, self.cfg.allocation, best)
         mask = levels > 0 if kv.value_bits else levels
         return Selection((levels > 0).any(-1), mask, pair.square().sum(-1).sqrt())
 
@@ -426,11 +424,12 @@ class Selector(nn.Module):
 
 def row_budgets(prompt: Prompt, f: Callable[[int], int]) -> Tensor:
     """Return f(number of context tokens) of every row, 0 for a row without context: (B,) int64."""
+    device = prompt.k[0].device
     if prompt.pad is None:  # known without asking the device
-        n_tokens = [prompt.n_context] * len(prompt.k[0])
-    else:
-        n_tokens = prompt.valid.sum(1).tolist()
-    return torch.tensor([f(n) if n else 0 for n in n_tokens], device=prompt.k[0].device)
+        n = prompt.n_context
+        return torch.full((len(prompt.k[0]),), f(n) if n else 0, device=device)
+    n_tokens = prompt.valid.sum(1).tolist()
+    return torch.tensor([f(n) if n else 0 for n in n_tokens], device=device)
 
 
 def check_trained(cfg: SelectConfig, has: Container[str]) -> None:

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from config import SelectConfig, check
 from model import apply_rope
+from selection.received import received
+from storage.kernel_base import use_triton
 from storage.layout import soft_cap
 
 SPAN = 1024  # last tokens whose queries are drawn: of the context by `future`, of all by `moment`
@@ -60,6 +62,7 @@ class Prompt:
     n_groups: int = 1  # groups that a value is cut into
     observers: int = 0  # tokens whose queries are observed; 0: the query region
     cap: float = 0.0  # of attention logits: see storage.layout.soft_cap
+    impl: str = "auto"  # of received: see storage/kernel_base.py
 
     @cached_property
     def L(self) -> int:
@@ -125,16 +128,8 @@ class Prompt:
         """Attention of the asking tokens, the mean and the largest, from one pass over the keys."""
         if not len(self.asking):
             raise ValueError(NOBODY_ASKS)
-        q = self.queries(self.asking)
-        there = self.real[:, self.asking].float()  # (B, Q)
-        weight = self.weights(q, None if self.pad is None else there)
-        mean = []
-        largest = []
-        for shares in self.shares(q, self.before(self.asking)):
-            mean.append(weighed(weight, shares))
-            largest.append((shares * (weight.mT > 0)).amax(-2))
-        valid = self.valid[:, None]
-        return torch.cat(mean) * valid, torch.cat(largest) * valid
+        there = None if self.pad is None else self.real[:, self.asking].float()  # (B, Q)
+        return self.received(self.queries(self.asking), self.asking, there, with_largest=True)
 
     @cached_property
     def asking(self) -> Tensor:
@@ -142,15 +137,10 @@ class Prompt:
         n = min(self.observers, self.T) or self.T - self.n_context
         return self.column[self.T - n :]
 
-    def before(self, rows: Tensor) -> Tensor:
-        """Mark what neighbouring columns `rows` (Q,) read of the columns from the first of them on:
-        (Q, V) bool."""
-        return self.column[rows[0] :] <= rows[:, None]
-
     def causal(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Attention of neighbouring columns `rows` on the context, each reading what came before
-        it: see attention."""
-        return self.attention(self.queries(rows), self.before(rows), weight)
+        it: see received."""
+        return self.received(self.queries(rows), rows, weight)[0]
 
     def queries(self, columns: Tensor) -> Tensor:
         """Queries of some columns (Q,), or of each row's own (B, Q): (L, B, H, Q, D)."""
@@ -158,22 +148,42 @@ class Prompt:
             return torch.stack([q.index_select(2, columns) for q in self.q])
         return torch.stack([q.take_along_dim(columns[:, None, :, None], 2) for q in self.q])
 
-    def attention(
-        self, q: Tensor, visible: Tensor | None = None, weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the mean attention on each context token, (L, B, Hkv, C): over the query heads of
-        a KV head and over queries.
+    def received(
+        self,
+        q: Tensor,
+        last: Tensor | None = None,
+        weight: Tensor | None = None,
+        with_largest: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the attention on each context token, (L, B, Hkv, C): its mean over the query heads
+        of a KV head and over queries, and if asked for (else anything) the largest of those that
+        count in the mean.
 
-        q        (L, B, H, Q, D)
-        visible  (Q, V) bool, what a query may read of the prompt's last V columns; earlier columns
-                 always; None: all
-        weight   (B, Q), of each query in the mean"""
+        q       (L, B, H, Q, D)
+        last    (Q,) rising, the last column that each query reads; None: all
+        weight  (B, Q), of each query in the mean"""
         weight = self.weights(q, weight)
-        out = [weighed(weight, shares) for shares in self.shares(q, visible)]
-        return torch.cat(out) * self.valid[:, None]
+        if use_triton(self.impl, q.device, q.dtype) and not q.requires_grad:
+            seen = (last, self.pad, self.n_context, self.cap)
+            return received(self.scaled(q), self.keys, weight, *seen)
+        visible = None if last is None else self.column[last[0] :] <= last[:, None]
+        mean = []
+        largest = []
+        for shares in self.shares(q, visible):
+            mean.append(weighed(weight, shares))
+            if with_largest:
+                largest.append((shares * (weight.mT > 0)).amax(-2))
+        valid = self.valid[:, None]
+        mean = torch.cat(mean) * valid
+        return mean, torch.cat(largest) * valid if with_largest else mean
+
+    def scaled(self, q: Tensor) -> Tensor:
+        """Return queries (L, B, H, Q, D) by KV head, ready for products: (L, B, Hkv, n Q, D)."""
+        by_head = (q * q.size(-1) ** -0.5).unflatten(2, (self.keys.size(2), -1))
+        return by_head.flatten(3, 4)
 
     def weights(self, q: Tensor, weight: Tensor | None) -> Tensor:
-        """Return the part of each query head and query in a mean: (B, 1, 1, n Q); see attention."""
+        """Return the part of each query head and query in a mean: (B, 1, 1, n Q); see received."""
         _, B, H, Q, _ = q.shape
         n = H // self.keys.size(2)
         if weight is None:
@@ -184,12 +194,13 @@ class Prompt:
 
     def shares(self, q: Tensor, visible: Tensor | None) -> Iterator[Tensor]:
         """Yield attention on the context of some layers at a time, (l, B, Hkv, n Q, C) float32, the
-        query heads of a KV head in turn; see attention."""
-        L, B, H, Q, D = q.shape
+        query heads of a KV head in turn. visible: (Q, V) bool, what a query reads of the prompt's
+        last V columns; earlier columns always; None: all."""
+        L, B, H, Q, _ = q.shape
         n = H // self.keys.size(2)
         step = max(1, CHUNK // (B * H * Q * self.T))
         for i in range(0, L, step):
-            scaled = (q[i : i + step] * D**-0.5).unflatten(2, (-1, n)).flatten(3, 4)
+            scaled = self.scaled(q[i : i + step])
             p = (scaled @ self.keys[i : i + step].mT).float()  # (l, B, Hkv, n Q, T)
             if self.cap:
                 p = soft_cap(p, self.cap)
@@ -252,9 +263,8 @@ class Prompt:
         columns = (
             self.n_context - 1 - self.column[: min(cfg.past, self.n_context)] * every
         ).clamp_min(0)
-        return self.attention(
-            self.moved(columns, cfg.ahead), weight=self.real.gather(1, columns).float()
-        )
+        there = self.real.gather(1, columns).float()
+        return self.received(self.moved(columns, cfg.ahead), weight=there)[0]
 
 
 def weighed(weight: Tensor, shares: Tensor) -> Tensor:

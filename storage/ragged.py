@@ -164,7 +164,7 @@ class RaggedCache(DenseCache):
         if "block_base" in self.owners:
             blocks = cdiv(self.n_packed.expand(-1, self.Hkv), self.codec.block)
             self.block_base = starts(blocks)
-        self.longest = int(self.n_packed.max()) if self.n_packed.numel() else 0
+        self.longest = int(self.n_packed.max()) if len(self.bits) else 0
         self.ints = self.codec.ints(self)
 
     def check_counts(self) -> None:

@@ -428,8 +428,7 @@ def tried(device: torch.device) -> Tensor:
 
 
 def as_dimensions(order: Tensor, share: Tensor) -> Tensor:
-    """Return the shares (G, D, D) of error_feedback with dimensions in their own order, 0 for those
-    that have been rounded."""
+    """Return the shares (G, D, D) of error_feedback with dimensions in their own order."""
     rank = order.argsort(-1)
-    share = share.tril(-1).take_along_dim(rank.unsqueeze(-1), -2)
+    share = share.take_along_dim(rank.unsqueeze(-1), -2)
     return share.take_along_dim(rank.unsqueeze(-2), -1).contiguous()

@@ -146,7 +146,8 @@ class Prompt:
         """Queries of some columns (Q,), or of each row's own (B, Q): (L, B, H, Q, D)."""
         if columns.ndim == 1:
             return torch.stack([q.index_select(2, columns) for q in self.q])
-        return torch.stack([q.take_along_dim(columns[:, None, :, None], 2) for q in self.q])
+        index = columns[:, None, :, None].expand(-1, self.q[0].size(1), -1, self.q[0].size(3))
+        return torch.stack([q.gather(2, index) for q in self.q])
 
     def received(
         self,

@@ -158,13 +158,20 @@ class RaggedCache(DenseCache):
     def set_bases(self) -> None:
         """Let segments follow each other without gaps."""
         super().set_bases()
-        bases = segment_starts(self.n_packed, self.n_rows, self.Hkv, self.tile)
+        if len(self.bits):
+            bases = segment_starts(self.n_packed, self.n_rows, self.Hkv, self.tile)
+            if "block_base" in self.owners:
+                blocks = cdiv(self.n_packed.expand(-1, self.Hkv), self.codec.block)
+                bases["block_base"] = starts(blocks)
+            self.longest = int(self.n_packed.max())
+        else:  # nothing to ask the device
+            heads = {"mask_base": self.mask_heads, "tile_base": self.mask_heads}
+            names = [name for name, owner in self.owners.items() if owner == "base"]
+            shape = {name: (self.batch, heads.get(name, self.Hkv)) for name in names}
+            bases = {name: self.n_packed.new_zeros(shape[name]) for name in names}
+            self.longest = 0
         for name, base in bases.items():
             setattr(self, name, base)
-        if "block_base" in self.owners:
-            blocks = cdiv(self.n_packed.expand(-1, self.Hkv), self.codec.block)
-            self.block_base = starts(blocks)
-        self.longest = int(self.n_packed.max()) if len(self.bits) else 0
         self.ints = self.codec.ints(self)
 
     def check_counts(self) -> None:
@@ -337,9 +344,9 @@ def pack_layers(
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]
         _pack_some(caches[some], k[some], z[some], keep[some], mask[some], moment)
-    n_context = valid.sum(-1)
-    for cache in caches:
-        cache.n_context = n_context.clone()
+    n_context = valid.sum(-1).repeat(len(caches), 1)
+    for cache, own in zip(caches, n_context, strict=True):
+        cache.n_context = own
         cache.max_len -= valid.size(1)
         cache.fresh = False
 
@@ -406,17 +413,18 @@ def fill_windows(
     after = slot - n_sinks[:, None]  # slots from the region's first on
     column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, slots)
     there = (column < T)[:, None, :, None]
-    column = column.clamp_max(T - 1)[:, None, :, None]
+    column = column.clamp_max(T - 1)[:, None, :, None].expand(-1, k[0].size(1), -1, k[0].size(3))
     W = max(caches[0].max_len + n_first, len(slot))
     room = (0, 0, 0, W - len(slot))
     for name, ts in (("window_k", k), ("window_v", v)):
-        whole = torch.stack([t.take_along_dim(column, 2) for t in ts]).to(caches[0].dtype)
+        whole = torch.stack([t.gather(2, column) for t in ts]).to(caches[0].dtype)
         whole = F.pad(whole.masked_fill_(~there, 0), room)
         for cache, own in zip(caches, whole, strict=True):
             setattr(cache, name, own)
-    n_window = n_sinks + T - region
-    for cache in caches:
-        cache.n_window = n_window.clone()
-        cache.n_context = cache.n_context - n_sinks
+    n_window = (n_sinks + T - region).repeat(len(caches), 1)
+    n_context = torch.stack([cache.n_context for cache in caches]) - n_sinks
+    for i, cache in enumerate(caches):
+        cache.n_window = n_window[i]
+        cache.n_context = n_context[i]
         cache.max_len += n_first
         cache.room = W - len(slot)

@@ -42,6 +42,7 @@ class RanksConfig:
     same_as: str = opt("", "earlier row: the greatest difference from its losses or tokens is said")
     ranks: int = opt(1, "train, lost: processes", least=1)
     shard: bool = opt(False, "train, lost: as in train.py")
+    capture: bool = opt(False, "train: as in train.py; of one process alone")
     adapter: str = opt("none", "train: what is trained; none: all weights", ADAPTERS)
     weights: str = opt("float32", "dtype of the weights", ("float32", "bfloat16"))
     batch_size: int = opt(32, "sequences in a step of all ranks, or prompts", least=1)
@@ -113,7 +114,11 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> None:
         stage = stage_of(case, shape, **sizes, name=cfg.name)
         share_parameters(stage.model, w)
         asked = TrainConfig(
-            stage=stage.kind, shard=cfg.shard, dtype=cfg.dtype, eval_sequences=2 * w.size
+            stage=stage.kind,
+            shard=cfg.shard,
+            capture=cfg.capture,
+            dtype=cfg.dtype,
+            eval_sequences=2 * w.size,
         )
         trainer = LoggedTrainer(stage, asked, w)
         trainer.run()

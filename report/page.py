@@ -53,6 +53,7 @@ NUMBERS = (
     ("gb_per_s", "GB/s", "{:,.0f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
     ("peak_memory_bytes", "peak memory, bytes", "{:,.0f}"),
+    ("first_step_s", "first step, s", "{:.1f}"),
 )
 
 

@@ -18,7 +18,7 @@ measure() {  # measure NAME FLAGS...: dense, and a prompt in these shares of its
 }
 
 for length in 600 2048 8000; do
-  about="--block_size=$length --batch_size=$((200000 / length))"
+  about="--block_size=$length --batch_size=$((100000 / length))"
   for question in unseen seen; do
     # one needle, and a passage
     measure "one_${question}_$length" --tasks=needle,copy --question=$question $about

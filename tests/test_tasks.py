@@ -835,7 +835,7 @@ def test_questions_read_what_generation_reads(query):
             wanted[b, j] = said
     with kv_router.storing(model, kv_tail=query, kv_tail_block=1), torch.no_grad():
         for rows in ([0, 1, 2], [1], [2, 0]):
-            cache = compressed(model, [prompts[b] for b in rows], 12)
+            _, cache = compressed(model, [prompts[b] for b in rows], 12)
             before = cache.snapshot()
             for j in (0, 1, 0):
                 cache.restore(before)

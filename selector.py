@@ -68,7 +68,7 @@ from selection.budgets import half_bytes_for, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.relevance import NOBODY_ASKS, PLAIN, Prompt
-from storage.cache import NewTokens, PromptState
+from storage.cache import NewTokens, PromptState, valid_columns
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask, top_k_mask
 from storage.levels import choose_levels
@@ -544,37 +544,21 @@ class SelectPath(ValueGroupPath):
         first: RaggedCache | None = None,
         query_moment: Tensor | None = None,
     ) -> None:
-        """Pack the chosen part of the context, unless that is done, and append the query region
-        whole.
+        """Pack the chosen part of the context, and hold first tokens and the query region whole.
 
         first: the cache whose masks this one shares; query_moment: see RaggedCache.pack."""
         cache = seen.cache
         C = seen.z.size(2)
-        B = len(seen.k)
-        if n_pad is None:
-            pad = torch.zeros(B, dtype=torch.int64, device=seen.k.device)
-        else:
-            pad = n_pad
-        if cache.fresh:
-            valid = torch.arange(C, device=pad.device) >= pad[:, None]
-            keep, mask = selection.layer(self.index)
-            n_first = min(cache.codec.n_sinks, C)
-            if n_first:  # first tokens go to the window
-                keep = keep & (valid.cumsum(-1) > n_first)[:, None]
-            context = seen.k[:, :, :C]
-            cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
-            if n_first:
-                # rows with fewer tokens than that: theirs come last
-                few = (pad + n_first - C).clamp(0, n_first)
-                at = (pad - few)[:, None] + torch.arange(n_first, device=pad.device)
-                at = at.clamp(0, C - 1)[:, None, :, None]
-                cache.move_to_window(
-                    seen.k.take_along_dim(at, 2), seen.v.take_along_dim(at, 2), few
-                )
-            if first is not None:
-                cache.n_context = first.n_context  # an equal one, held once
-        region_pad = None if n_pad is None else (pad - C).clamp_min(0)
-        cache.append(NewTokens(seen.k[:, :, C:], seen.v[:, :, C:], region_pad))
+        none = torch.zeros(len(seen.k), dtype=torch.int64, device=seen.k.device)
+        valid = valid_columns(C, none if n_pad is None else n_pad)
+        keep, mask = selection.layer(self.index)
+        if cache.codec.n_sinks:  # first tokens go to the window
+            keep = keep & (valid.cumsum(-1) > cache.codec.n_sinks)[:, None]
+        context = seen.k[:, :, :C]
+        cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
+        fill_windows([cache], [seen.k], [seen.v], C, n_pad)
+        if first is not None:
+            cache.n_context = first.n_context  # an equal one, held once
 
     def _masked(self, q, k, v, routed: Tensor, keep: Tensor, pad: Tensor | None) -> Tensor:
         """Attend, full-size and differentiable, to values of the context as they are read, routed

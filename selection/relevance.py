@@ -226,17 +226,13 @@ class Prompt:
         return tuple(t[place].unsqueeze(-3) for t in self.rope)
 
     @cached_property
-    def _to_come(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """How `moment` turns the prompt's last queries, and their weights in the mean (B, 1, Q, 1),
-        of padding 0."""
+    def _to_come(self) -> tuple[Tensor, Tensor]:
+        """How `moments` turns the prompt's last queries: see turn."""
         columns = self.column[-SPAN:]
         room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
         # counted from the end: rows are as if alone
         ahead = ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long()
-        real = self.real[:, columns].double()  # (B, Q)
-        return self.turn(columns, ahead), (real / real.sum(-1, keepdim=True).clamp_min(1))[
-            :, None, :, None
-        ]
+        return self.turn(columns, ahead)
 
     def moments(self) -> Tensor:
         """Return the second moments of the layers' queries to come, (L, B, Hkv, D, D) float64.
@@ -244,15 +240,17 @@ class Prompt:
         Each is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
         queries, as if they came among the READ tokens after it, or as many as fit the model's
         context (RoPE turns them further)."""
-        turn, weight = self._to_come
         last = [q[:, :, -SPAN:] for q in self.q]  # (B, H, Q, D)
+        real = self.real[:, -SPAN:, None].double()  # (B, Q, 1)
+        n = real.sum(1).clamp_min(1)[:, None, None]  # (B, 1, 1, 1)
         step = max(1, (CHUNK >> 2) // max(1, last[0].numel()))
         out = []
         for i in range(0, self.L, step):
             q = torch.stack(last[i : i + step]).float()
-            q = apply_rope(q, *turn).double()
-            mean = ((q * weight).mT @ q).unflatten(2, (self.k[0].size(1), -1)).mean(3)
-            out.append(mean)
+            q = apply_rope(q, *self._to_come).double()
+            read = q if self.pad is None else q * real[:, None]
+            of_heads = (read.mT @ q).unflatten(2, (self.k[0].size(1), -1))
+            out.append(of_heads.mean(3) / n)
         return torch.cat(out)
 
     def past(self, cfg: SelectConfig) -> Tensor:

@@ -26,7 +26,6 @@ from config import check
 from storage.cache import (
     CacheView,
     DenseCache,
-    NewTokens,
     check_range,
     check_truncation,
 )
@@ -222,7 +221,7 @@ class RaggedCache(DenseCache):
         else:
             self._share(bits_from)
         self.max_len -= valid.size(1)
-        if not self.codec.n_sinks:  # else move_to_window says how many more
+        if not self.codec.n_sinks:  # else fill_windows says how many more
             self.reserve(self.max_len)
         self.fresh = False
 
@@ -250,13 +249,6 @@ class RaggedCache(DenseCache):
         if not self.codec.levelled:
             return int(self.n_rows.sum())
         return int((self.view().packed[0].masks()[0] > 0).sum())
-
-    def move_to_window(self, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
-        """Store first tokens of the context, k, v (B, Hkv, n, D), in the window, before all else;
-        n_pad (B,) of them are padding. The context must have been packed without them."""
-        self.max_len += k.size(2)
-        self.append(NewTokens(k, v, n_pad))
-        self.n_context = self.n_context - (k.size(2) - n_pad)
 
     # ---- the window
 
@@ -399,10 +391,10 @@ def fill_windows(
     n_pad: Tensor | None,
 ) -> None:
     """Let L layers that have packed a context of C columns hold the rest of its prompt whole: its
-    first tokens, as many as the codec says, and what follows it. Nothing waits for the device.
+    first tokens, as many as the codec says and without which it was packed, and what follows it.
+    Nothing waits for the device.
 
-    k, v (B, Hkv, T, D) of each layer, n_pad (B,) of the columns padding. RaggedCache.move_to_window
-    and append do it layer by layer."""
+    k, v (B, Hkv, T, D) of each layer, n_pad (B,) of the columns padding."""
     B, _, T, _ = k[0].shape
     device = k[0].device
     n_first = min(caches[0].codec.n_sinks, C)

@@ -409,10 +409,10 @@ CODECS = {  # bits of keys and values, tokens of a block, first tokens that stay
 @pytest.mark.parametrize("name", CODECS)
 def test_layers_packed_at_once_are_those_packed_one_by_one(name, pad, large, monkeypatch):
     """pack_layers and fill_windows give every layer, of other tokens and pairs each, the very
-    tensors that pack, move_to_window and append give it, in views of common ones: all layers' bytes
+    tensors that pack and append give it, first tokens before all else, in views of common ones: all layers' bytes
     are those of the layers apart. Padding leaves whole contexts, fewer tokens than stay whole, or
     none."""
-    monkeypatch.setattr(codecs, "LARGE", large)
+    monkeypatch.setitem(codecs.LARGE, "cpu", large)
     C, T, S, L = 83, 90, 4, 3
     bits = CODECS[name]
     n_first = bits[3] if bits else 0
@@ -451,7 +451,9 @@ def test_layers_packed_at_once_are_those_packed_one_by_one(name, pad, large, mon
         args = (k[i, :, :, :C], v[i, :, :, :C], keep[i], mask[i], valid)
         cache.pack(*args, query_moment=None if moment is None else moment[i])
         if n_first:
-            cache.move_to_window(k[i].take_along_dim(at, 2), v[i].take_along_dim(at, 2), few)
+            cache.max_len += n_first
+            append(cache, k[i].take_along_dim(at, 2), v[i].take_along_dim(at, 2), few.tolist())
+            cache.n_context = cache.n_context - (n_first - few)
         region_pad = None if n_pad is None else (n_pad - C).clamp_min(0)
         cache.append(NewTokens(k[i, :, :, C:], v[i, :, :, C:], region_pad))
     at_once = [new(i) for i in range(L)]

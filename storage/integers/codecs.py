@@ -30,7 +30,8 @@ from storage.integers.format import (
 from storage.layout import bits_to_mask
 from storage.packed import FloatCodec, kept_rows
 
-LARGE = 1 << 26  # numbers of keys or values that are turned into integers at a time
+# numbers of keys or values that are turned into integers at a time, without kernels
+LARGE = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec:
@@ -131,7 +132,7 @@ class IntCodec:
         """See FloatCodec.layers_at_once: without kernels as many as have LARGE numbers at most."""
         if kernels_pack(self.fmt, k, S, "auto"):
             return len(k)
-        return max(1, LARGE // max(1, k[0].numel()))
+        return max(1, LARGE[k.device.type] // max(1, k[0].numel()))
 
     @staticmethod
     def pack_sequences(

@@ -413,10 +413,10 @@ def fill_windows(
         whole = F.pad(whole.masked_fill_(~there, 0), room)
         for cache, own in zip(caches, whole, strict=True):
             setattr(cache, name, own)
-    n_window = (n_sinks + T - region).repeat(len(caches), 1)
+    n_window = n_sinks + T - region
     n_context = torch.stack([cache.n_context for cache in caches]) - n_sinks
     for i, cache in enumerate(caches):
-        cache.n_window = n_window[i]
+        cache.n_window = n_window.clone()  # kernels count in it
         cache.n_context = n_context[i]
         cache.max_len += n_first
         cache.room = W - len(slot)

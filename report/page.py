@@ -51,10 +51,12 @@ NUMBERS = (
     ("sequences", "sequences that fit", "{:,.0f}"),
     ("ms", "ms", "{:.4f}"),
     ("ratio", "of the peer", "{:.3f}"),
+    ("largest_difference", "losses differ by at most", "{:.1e}"),
     ("gb_per_s", "GB/s", "{:,.0f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
     ("peak_memory_bytes", "peak memory, bytes", "{:,.0f}"),
     ("first_step_s", "first step, s", "{:.1f}"),
+    ("ended_after_s", "ended after, s", "{:.1f}"),
 )
 
 

@@ -91,7 +91,7 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     for compiled in asked["compiled"]:
         if asked["device"] != "cpu":
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(asked["device"])
         print(json.dumps(measured(asked, compiled)), flush=True)
 
 

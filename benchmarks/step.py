@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -34,7 +35,7 @@ class StepConfig:
     results: str = opt("out/steps", "folder of results.json")
     cases: str = opt("", "the cases measured, a list (empty: all)")
     batch_size: int = opt(8, "sequences in a step", least=1)
-    steps: int = opt(24, "steps of each kind; the first quarter is not counted", least=4)
+    steps: int = opt(24, "steps of each measurement; the first quarter is not counted", least=4)
     accumulation: int = opt(1, "micro-steps of a step", least=1)
     compile: bool = opt(False, "torch.compile the model")
     peers: bool = opt(False, "PEFT's LoRA, too; needs the case LoRA")
@@ -43,6 +44,12 @@ class StepConfig:
 
     def __post_init__(self):
         check_fields(self)
+        check(
+            not self.peers or (self.accumulation == 1 and not self.compile),
+            f"peers with accumulation={self.accumulation}, compile={self.compile}",
+            "peers take whole steps, eager and compiled",
+            "leave the others out",
+        )
 
 
 CONFIGS = {"step": StepConfig, "model": ModelConfig}
@@ -142,7 +149,6 @@ def measured(cfg: StepConfig, shape: ModelConfig, name: str, capture: bool) -> d
     device = pick_device(cfg.device)
     gc.collect()  # the model of the row before
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     stage = stage_of(
         CASES[name], shape, batch_size=cfg.batch_size, steps=cfg.steps, device=device, name=name
     )
@@ -175,7 +181,8 @@ def measured(cfg: StepConfig, shape: ModelConfig, name: str, capture: bool) -> d
 
 def peer_rows(cfg: StepConfig, shape: ModelConfig) -> list[dict]:
     """Return rows of PEFT's LoRA, measured by a process of its own. ValueError where it fails."""
-    asked = asdict(shape) | dict(batch_size=cfg.batch_size, steps=cfg.steps, device="cuda")
+    asked = asdict(shape) | dict(batch_size=cfg.batch_size, steps=cfg.steps)
+    asked["device"] = str(pick_device(cfg.device))
     asked["dtype"] = "bfloat16" if cfg.dtype == "auto" else cfg.dtype
     asked["compiled"] = [False, True]
     program = Path(__file__).with_name("peft_step.py")
@@ -186,9 +193,19 @@ def peer_rows(cfg: StepConfig, shape: ModelConfig) -> list[dict]:
         job.returncode == 0,
         "peers",
         said[-1] if said else f"exit code {job.returncode}",
-        "pip install peft transformers, or leave --peers out",
+        "leave --peers out",
     )
     return [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
+
+
+def check_peers(cfg: StepConfig, names: list[str]) -> None:
+    """Raise ValueError where peers are asked for and cannot be measured."""
+    if not cfg.peers:
+        return
+    check("LoRA" in names, f"cases={cfg.cases}", "peers train LoRA", "add LoRA")
+    absent = [package for package in ("peft", "transformers") if find_spec(package) is None]
+    needed = f"needs {' and '.join(absent)}"
+    check(not absent, "peers", needed, "pip install peft transformers")
 
 
 def main() -> None:
@@ -202,7 +219,7 @@ def main() -> None:
     names = comma_list(cfg.cases) or list(CASES)
     for name in names:
         check(name in CASES, f"cases={name}", f"one of {', '.join(CASES)}", "choose one")
-    check(not cfg.peers or "LoRA" in names, f"cases={cfg.cases}", "peers train LoRA", "add LoRA")
+    check_peers(cfg, names)
     rows = []
     plain = {}  # the case kernel by kernel, by its name
 

@@ -5,8 +5,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from helpers import error_line
+
+from benchmarks import step as comparison
+from config import ModelConfig
 
 PROGRAM = Path(__file__).parents[1] / "benchmarks" / "peft_step.py"
 TINY = dict(vocab_size=64, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_kv_head=2, head_dim=8)
@@ -31,3 +36,32 @@ def test_steps_of_peft_train_every_parameter_of_its_lora(tmp_path):
     job = run(1)
     assert job.returncode != 0
     assert "lora_A" in job.stderr and "no gradient after 1 steps" in job.stderr
+
+
+def test_peers_that_cannot_be_measured_are_refused_before_anything_is(monkeypatch):
+    """Settings that PEFT's step does not have, cases without LoRA, and packages that are not here:
+    one line each."""
+    for flags in (dict(accumulation=2), dict(compile=True)):
+        assert "peers take whole steps" in error_line(comparison.StepConfig, peers=True, **flags)
+    cfg = comparison.StepConfig(peers=True)
+    here = {}
+    monkeypatch.setattr(comparison, "find_spec", here.get)
+    for package, why in (("peft", "needs peft and transf"), ("transformers", "needs transf")):
+        assert why in error_line(comparison.check_peers, cfg, ["LoRA"])
+        here[package] = "found"
+    comparison.check_peers(cfg, ["LoRA"])
+    assert "add LoRA" in error_line(comparison.check_peers, cfg, ["pretraining"])
+
+
+def test_peers_are_measured_on_the_device_that_is_asked_for(monkeypatch):
+    """The process is told --device, and its lines of JSON are the rows."""
+    asked = {}
+
+    def run(command, **settings):
+        asked.update(json.loads(command[-1]))
+        return SimpleNamespace(returncode=0, stderr="", stdout='a warning\n{"name": "LoRA"}\n')
+
+    monkeypatch.setattr(comparison.subprocess, "run", run)
+    rows = comparison.peer_rows(comparison.StepConfig(device="cpu", steps=5), ModelConfig())
+    assert rows == [{"name": "LoRA"}]
+    assert (asked["device"], asked["steps"], asked["compiled"]) == ("cpu", 5, [False, True])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Query-aware selection on SmolLM2-135M: which tokens of a prompt, and which of their groups, by every
-# signal of relevance, and by whole tokens alone. Numbers stay in 16 bits.
+# Query-aware selection on SmolLM2-135M: which tokens of a prompt, and which of their groups, by
+# every signal of relevance, and by whole tokens alone. Numbers stay in 16 bits.
 # Needs the run of runs/mixture.sh.
 # usage: runs/selection.sh [MODEL] [RUN] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail

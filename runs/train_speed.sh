@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Steps of adaptation and pretraining at SmolLM2-135M's shape, 8 sequences of 512 tokens: as one CUDA
-# graph, kernel by kernel, and PEFT's LoRA beside them. One quiet GPU; pip install peft transformers.
+# Steps of adaptation and pretraining at SmolLM2-135M's shape, 8 sequences of 512 tokens: as one
+# CUDA graph, kernel by kernel, and PEFT's LoRA beside them. One quiet GPU; pip install peft
+# transformers.
 # usage: runs/train_speed.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/train_speed}"

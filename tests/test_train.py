@@ -651,6 +651,13 @@ def test_rows_take_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch)
         assert "give for example 5e-4" in error_line(TrainConfig, adapt_rates=text)
 
 
+def test_dense_values_draw_no_text():
+    """Over dense values nothing is calibrated or loaded, and there is nothing to name."""
+    args = adapt_arguments("x", "text:x", "y", "--adapter=lora", "--kv=dense")
+    what = adapters.adaptation(args, kv_from="no/where")
+    assert adapters.attach_value_groups(None, what, None, 8, None) == ""
+
+
 def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base, monkeypatch):
     """A call from the beginning takes a row's first seed at its best rate from the comparison of
     rates: no log has a step twice. Whether another seed has time is asked with half of what two

@@ -24,7 +24,7 @@ from config import AdapterConfig, KVConfig
 from loaders import checkpoint
 from loaders.runs import find_checkpoint
 from model import Transformer, lm_loss
-from runs import (
+from runs import adapt_arguments, (
     TABLE,
     TINY,
     arguments,

@@ -24,9 +24,10 @@ from config import AdapterConfig, KVConfig
 from loaders import checkpoint
 from loaders.runs import find_checkpoint
 from model import Transformer, lm_loss
-from runs import adapt_arguments, (
+from runs import (
     TABLE,
     TINY,
+    adapt_arguments,
     arguments,
     assert_equal,
     before_step,

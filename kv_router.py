@@ -60,6 +60,7 @@ from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers, rope_table
 from reconstruct import MLPReconstructor, Moments, fit_router, straight_through
+from storage.banded import Window, banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.from_keys import FromKeys, attend_predicted, numbers
 from storage.integers.codecs import codec_of
@@ -318,7 +319,8 @@ class ValueGroupPath(nn.Module):
         mask = top_k_mask(logits.detach(), self.k)
         if self.record:
             self.last_mask = mask
-        if self.training and torch.is_grad_enabled():
+        learns = (self.router, self.reconstructor, self.key_map) != (None, None, None)
+        if learns and self.training and torch.is_grad_enabled():
             rest = coords.detach()
             if told is not None:
                 rest = rest - self._told(k.detach(), pad, constant=False)
@@ -337,9 +339,13 @@ class ValueGroupPath(nn.Module):
         routed = self.maps().decode(kept if told is None else kept + told)
         if self.n_sinks:
             routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
-        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
-            return self._attend_window(q, k, v, k, routed, pad)
-        return attend(q, k, routed, pad, self.cap)
+        window = Window(self.cfg.kv_tail, self.cfg.tail_leaves, self.n_sinks)
+        if window.reach == 0:  # a query reads its own token as routed, too
+            return attend(q, k, routed, pad, self.cap)
+        # padding and caps take the plain form, as integers do: their keys differ in the window
+        if pad is None and not self.cap and is_banded(q):
+            return banded_attention(q, k, v, routed, window)
+        return self._attend_window(q, k, v, k, routed, pad)
 
     def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as they are read once they have left the window: integers, but of

@@ -297,7 +297,7 @@ class ValueGroupPath(nn.Module):
             order = -torch.arange(self.S, device=z.device, dtype=z.dtype)
             return order.expand(z.size(0), self.mask_heads, z.size(2), -1)
         if self.router is None:
-            return group_energy(z, self.S, self.mask_heads)
+            return group_energy(z.detach(), self.S, self.mask_heads)
         logits = self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S))
         return logits.transpose(1, 2)
 
@@ -367,7 +367,7 @@ class ValueGroupPath(nn.Module):
             m = expand_mask(straight_through(logits, mask), self.D)
             return m * z + (1 - m) * self._rebuild(z * kept, mask)
         if self.reconstructor is None:
-            return z * kept
+            return z * kept.to(z.dtype)  # a CPU multiplies numbers by numbers faster
         if self.cfg.lm_to_router:
             return torch.where(kept, z, self._rebuild(z * kept, mask))
         return torch.where(kept, z, self.reconstructor(z * kept, mask, constant=True))

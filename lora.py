@@ -37,6 +37,7 @@ from torch import Tensor
 
 from config import AdapterConfig, check
 from model import evaluating
+from storage.cpu_gates import gate_and_weigh, is_gated_here
 from storage.layout import at_least_float32, top_k_mask
 from storage.state import copy_tensors
 
@@ -120,13 +121,18 @@ class LoRALinear(nn.Linear):
 
 class RoutedLoRALinear(LoRALinear):
     """Routed subspace LoRA: the projection's own router weighs its S subspaces per token (eq 3).
-    Router and A read x in one product."""
+    Router and A read x in one product; on a CPU one step of autograd does what follows."""
 
     def down(self, x: Tensor) -> Tensor:
-        u, logits = F.linear(x, torch.cat((self.lora_A, self.gate.linear.weight))).split(
-            [self.n * self.r, self.n], dim=-1
-        )
-        return self.weigh(u, self.gate.route(logits + self.gate.linear.bias))
+        gate = self.gate
+        h = F.linear(x, torch.cat((self.lora_A, gate.linear.weight)))
+        if gate.counts is None and is_gated_here(h):
+            u, balance = gate_and_weigh(h, gate.linear.bias, self.r, gate.k)
+            if self.training and torch.is_grad_enabled():
+                gate.balance = balance
+            return u
+        u, logits = h.split([self.n * self.r, self.n], dim=-1)
+        return self.weigh(u, gate.route(logits + gate.linear.bias))
 
 
 class MoELoRALinear(LoRALinear):

@@ -55,7 +55,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Mark the k largest of the last dimension: bool like scores (..., n), exactly k of them.
 
     Of equal scores the lower index wins."""
-    if scores.device.type == "cpu" and scores.size(-1) <= FEW and not torch.compiler.is_compiling():
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
         mask = scores >= kth_largest(scores, k)
         if int(mask.sum()) * scores.size(-1) == k * scores.numel():  # no ties, all are numbers
             return mask
@@ -64,7 +64,9 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
 
 def kth_largest(scores: Tensor, k: int) -> Tensor:
-    """Return the k-th largest of the last dimension (..., 1), found by comparing whole columns."""
+    """Return the k-th largest of the last dimension (..., 1), few by comparing whole columns."""
+    if scores.size(-1) > FEW:
+        return scores.sort(dim=-1, descending=True).values[..., k - 1 : k]
     columns = list(scores.unbind(-1))
     for i in range(k):  # the largest of what is left rises to place i
         for j in range(len(columns) - 1, i, -1):

@@ -60,6 +60,7 @@ from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers, rope_table
 from reconstruct import MLPReconstructor, Moments, fit_router, straight_through
+from storage.banded import banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.from_keys import FromKeys, attend_predicted, numbers
 from storage.integers.codecs import codec_of
@@ -297,7 +298,7 @@ class ValueGroupPath(nn.Module):
             order = -torch.arange(self.S, device=z.device, dtype=z.dtype)
             return order.expand(z.size(0), self.mask_heads, z.size(2), -1)
         if self.router is None:
-            return group_energy(z, self.S, self.mask_heads)
+            return group_energy(z.detach(), self.S, self.mask_heads)
         logits = self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S))
         return logits.transpose(1, 2)
 
@@ -319,7 +320,8 @@ class ValueGroupPath(nn.Module):
         mask = top_k_mask(logits.detach(), self.k)
         if self.record:
             self.last_mask = mask
-        if self.training and torch.is_grad_enabled():
+        learns = (self.router, self.reconstructor, self.key_map) != (None, None, None)
+        if learns and self.training and torch.is_grad_enabled():
             rest = coords.detach()
             if told is not None:
                 rest = rest - self._told(k.detach(), pad, constant=False)
@@ -339,11 +341,14 @@ class ValueGroupPath(nn.Module):
         if self.n_sinks:
             routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
         window = Window(self.cfg.kv_tail, self.cfg.tail_leaves, self.n_sinks)
-        if window.size + window.block == 1:  # a query reads its own token as routed, too
+        if window.reach == 0:  # a query reads its own token as routed, too
             return attend(q, k, routed, pad, self.cap)
         # padding and caps take the plain form, as integers do: their keys differ in the window
-        if pad is None and not self.cap and is_fused(q):
-            return windowed_attention(q, k, v, routed, window)
+        if pad is None and not self.cap:
+            if is_banded(q):
+                return banded_attention(q, k, v, routed, window)
+            if is_fused(q):
+                return windowed_attention(q, k, v, routed, window)
         return self._attend_window(q, k, v, k, routed, pad)
 
     def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,7 +371,7 @@ class ValueGroupPath(nn.Module):
             m = expand_mask(straight_through(logits, mask), self.D)
             return m * z + (1 - m) * self._rebuild(z * kept, mask)
         if self.reconstructor is None:
-            return z * kept
+            return z * kept.to(z.dtype)  # a CPU multiplies numbers by numbers faster
         if self.cfg.lm_to_router:
             return torch.where(kept, z, self._rebuild(z * kept, mask))
         return torch.where(kept, z, self.reconstructor(z * kept, mask, constant=True))

@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ from torch import Tensor
 
 from config import AdapterConfig, check
 from model import evaluating
-from storage.gates import gate_and_weigh
+from storage import cpu_gates
+from storage import gates as gate_kernels
 from storage.kernel_base import use_triton
 from storage.layout import at_least_float32, top_k_mask
 from storage.state import copy_tensors
@@ -129,21 +131,29 @@ class LoRALinear(nn.Linear):
 
 class RoutedLoRALinear(LoRALinear):
     """Routed subspace LoRA: the projection's own router weighs its S subspaces per token (eq 3).
-    Router and A read x in one product; on a GPU one kernel does what follows."""
+    Router and A read x in one product; on a GPU one kernel does what follows, on a CPU one step of
+    autograd."""
 
     impl = "auto"  # of gates: see storage/kernel_base.py
 
     def down(self, x: Tensor) -> Tensor:
         gate = self.gate
         h = F.linear(x, torch.cat((self.lora_A, gate.linear.weight)))
-        if gate.counts is None and use_triton(self.impl, h.device, h.dtype):
+        fused = self.fused_gates(h)
+        if gate.counts is None and fused is not None:
             sizes = (self.r, gate.k, self.scaling)
-            u, routed, probs = gate_and_weigh(h, gate.linear.bias, *sizes)
+            u, routed, probs = fused(h, gate.linear.bias, *sizes)
             if self.training and torch.is_grad_enabled():
                 gate.balance_of(routed, probs, h.size(1))
             return u
         u, logits = h.split([self.n * self.r, self.n], dim=-1)
         return self.weigh(u, gate.route(logits + gate.linear.bias))
+
+    def fused_gates(self, h: Tensor) -> Callable | None:
+        """What chooses, weighs and counts at once for such activations, where there is anything."""
+        if use_triton(self.impl, h.device, h.dtype):
+            return gate_kernels.gate_and_weigh
+        return cpu_gates.gate_and_weigh if cpu_gates.is_gated_here(h) else None
 
 
 class MoELoRALinear(LoRALinear):

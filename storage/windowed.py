@@ -39,6 +39,11 @@ class Window(NamedTuple):
     block: int
     n_sinks: int = 0
 
+    @property
+    def reach(self) -> int:
+        """Tokens that a window may hold."""
+        return self.size + self.block - 1
+
 
 def is_fused(q: Tensor) -> bool:
     """Say whether windowed_attention is for such queries: on a GPU, in types and sizes that have a
@@ -108,11 +113,11 @@ def of_tokens(dx: Tensor, T: int) -> Tensor:
     return (own + F.pad(before[:, :, 1:], (0, 0, 0, 0, 0, 1))).flatten(2, 3)[:, :, :T]
 
 
-def band_bias(T: int, C: int, window: Window, device) -> Tensor:
-    """Return 0 where a query of a block reads a key of its two blocks whole, else -inf: (N, 1, C,
-    2 C) float32, for all query heads."""
+def band_bias(T: int, C: int, R: int, window: Window, device) -> Tensor:
+    """Return 0 where a query of a block reads a key of its block and of the R tokens before it
+    whole, else -inf: (N, 1, C, R + C) float32, for all query heads."""
     i = torch.arange(cdiv(T, C) * C, device=device).view(-1, 1, C, 1)
-    j = i[:, :, :1] + torch.arange(-C, C, device=device)
+    j = i[:, :, :1] + torch.arange(-R, C, device=device)
     # keys before the first token are none of a window: a count is never negative
     size, block, n_sinks = window
     left = n_sinks + packed_count(i + 1 - n_sinks, size, block)
@@ -136,11 +141,11 @@ class WindowedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, routed, window: Window):
         ctx.n = q.size(1) // k.size(1)
-        ctx.C = max(window.size + window.block - 1, LEAST_BLOCK)
+        ctx.C = max(window.reach, LEAST_BLOCK)
         heads = WindowedAttention.per_query_head
         y, rest = causal(q, heads(k, ctx.n), heads(routed, ctx.n))
         lost = with_block_before(v - routed, ctx.C)
-        bias = band_bias(q.size(2), ctx.C, window, q.device)
+        bias = band_bias(q.size(2), ctx.C, ctx.C, window, q.device)
         _, _, p = WindowedAttention.band(ctx.C, q, k, rest[0], bias)
         y = y + of_queries(p @ lost, ctx.n, q.size(2))
         ctx.others = [t for t in rest if not isinstance(t, Tensor)]

@@ -16,11 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import kv_router
 import train
 from loaders import checkpoint
 from model import lm_loss
 from runs import adapt_arguments, arguments, assert_equal, before_step, copies, losses, tensors
 from settings.train import TrainConfig
+from storage import cpu_gates, layout
 from training import loop as trainer
 from training.captured import LATE, CapturedStep
 from training.optimizer import make_optimizer
@@ -352,6 +354,12 @@ def test_a_step_asks_the_device_nothing(kind, tmp_path, text, base, captured, mo
             once(self)
 
     monkeypatch.setattr(CapturedStep, "once", watched)
+    for room, name in (
+        (layout, "is_read_here"),
+        (kv_router, "is_banded"),
+        (cpu_gates, "is_gated_here"),
+    ):
+        monkeypatch.setattr(room, name, lambda x: False)  # what a CPU alone does
     captured(True)
     run(kind, tmp_path / "run", text, base, steps_flag(kind, 3))
     assert questions.asked == reads.asked == []

@@ -113,6 +113,7 @@ def test_path_takes_the_fused_form(monkeypatch):
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     want = path(*inputs)
     assert not calls
+    monkeypatch.setattr(kv_router, "is_banded", lambda q: False)
     monkeypatch.setattr(kv_router, "is_fused", lambda q: True)
     monkeypatch.setattr(kv_router, "windowed_attention", fused)
     assert (path(*inputs) - want).abs().max() < 1e-12 and calls == [(3, 1, 0)]

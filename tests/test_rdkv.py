@@ -97,6 +97,57 @@ def test_water_level_is_the_best_of_every_way_to_give_bits(seed):
     assert "bits for a layer" in error_line(rdkv.fill, d, torch.tensor([-1.0]).double())
 
 
+def test_everything_takes_what_is_cheapest_at_the_water_level():
+    """At a water level a token takes the level of least distortion plus the level times its bits,
+    and a channel, too, of the tokens that are kept; what is filled is the most that fits."""
+    torch.manual_seed(1)
+    there = torch.ones(2, 2, 6, dtype=torch.bool)
+    there[1, :, 4:] = False
+    d = Distortion(falling(2, 2, 6), falling(2, 2, 6, 4), there[:, :1])
+    needed = []
+    for theta in torch.linspace(-9, 3, 60).double().exp().tolist():
+        got, bits = rdkv.at_water_level(d, torch.tensor([theta] * 2).double())
+        needed.append(bits)
+        for b in range(2):
+            total = 0
+            for h in range(2):
+                kept = []
+                for j in range(6):
+                    costs = [n * 4 + 32 * (0 < n < 16) for n in BITS]
+                    taken = [float(d.tokens[b, h, j, i]) + theta * costs[i] for i in range(5)]
+                    best = taken.index(min(taken)) if there[b, h, j] else 0
+                    assert int(got.tokens[b, h, j]) == best
+                    total += costs[best]
+                    if best:
+                        kept.append(j)
+                for c in range(4):
+                    costs = [16, *(32 + len(kept) * n for n in BITS[1:4]), len(kept) * 16]
+                    errors = [sum(float(d.channels[b, h, j, c, i]) for j in kept) for i in range(5)]
+                    taken = [e + theta * n for e, n in zip(errors, costs, strict=True)]
+                    best = taken.index(min(taken))
+                    assert int(got.channels[b, h, c]) == best
+                    total += costs[best]
+            assert int(bits[b]) == total
+    for budget in (500.0, 900.0, 1200.0):
+        limit = torch.tensor([budget] * 2).double()
+        filled = rdkv.fill(d, limit)
+        for b in range(2):
+            fit = max(float(bits[b]) for bits in needed if float(bits[b]) <= budget)
+            assert fit <= bits_of(filled, b) <= budget
+
+
+def bits_of(levels: rdkv.Levels, b: int) -> int:
+    """The bits that a sequence's levels need, of 4 channels."""
+    bits = 0
+    for h in range(levels.tokens.size(1)):
+        own = [BITS[i] for i in levels.tokens[b, h].tolist()]
+        kept = sum(n > 0 for n in own)
+        bits += sum(n * 4 + 32 * (0 < n < 16) for n in own)
+        for n in (BITS[i] for i in levels.channels[b, h].tolist()):
+            bits += 16 if n == 0 else kept * n + 32 * (n < 16)
+    return bits
+
+
 def test_bits_go_where_they_are_felt_and_unread_tokens_are_dropped():
     """A token that nobody reads is dropped, and its key's errors count no more; one that is not
     there never has a level; more bytes never leave more."""
@@ -105,7 +156,7 @@ def test_bits_go_where_they_are_felt_and_unread_tokens_are_dropped():
     there[1, :, 4:] = False
     d = Distortion(falling(2, 1, 6), falling(2, 1, 6, 4), there)
     d.tokens[:, :, 2] = 0
-    d.channels[:, :, 2] = 1e6
+    d.channels[:, :, 2] *= 1e6
     left = []
     for budget in (300.0, 500.0, 900.0):
         got = rdkv.fill(d, torch.tensor([budget] * 2).double())

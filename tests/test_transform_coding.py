@@ -61,8 +61,9 @@ def every_way(n: int, first: int, errors, dropped):
     for (size, b), of_kind in errors.items():
         if first + size <= n and of_kind[first] < math.inf:
             group = kvtc.Group(first, size, b)
+            cost = b if size == 1 else size * b + 16
             for bits, error, groups in every_way(n, first + size, errors, dropped):
-                yield bits + group.cost, error + float(of_kind[first]), [group, *groups]
+                yield bits + cost, error + float(of_kind[first]), [group, *groups]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -73,7 +74,7 @@ def test_bits_are_the_best_of_every_way_to_give_them(seed):
     n = 7
     errors = {(1, 16): torch.rand(n).double() * 0.01}
     for size, b in itertools.product((2, 4), (2, 4)):
-        errors[size, b] = torch.rand(n).double() * size / b
+        errors[size, b] = torch.rand(n).double() * 3 * size / b
         errors[size, b][1::2] = math.inf
     dropped = torch.rand(n).double() * 3
     ways = list(every_way(n, 0, errors, dropped))
@@ -87,7 +88,8 @@ def test_bits_are_the_best_of_every_way_to_give_them(seed):
                 assert left[i] is not None
                 left[i] = None
         error += sum(e for e in left if e is not None)
-        assert sum(g.cost for g in groups) <= budget
+        cost = sum(g.bits if g.size == 1 else g.size * g.bits + 16 for g in groups)
+        assert cost <= budget
         assert error == pytest.approx(min(e for bits, e, _ in ways if bits <= budget))
 
 
@@ -199,7 +201,7 @@ def test_a_plan_has_the_share_that_is_asked_for_on_its_calibration(streams):
         plan = kvtc.planned(streams, bits)
         written = zlib.compress(kvtc.write([s.sample for s in streams], plan))
         got = 8 * len(written) / len(streams[0].sample)
-        assert 0.8 * bits < got <= bits
+        assert 0.95 * bits < got <= bits
         left = 0.0
         for stream, groups in zip(streams, plan, strict=True):
             coded_bits = sum(float(stream.errors[g.size, g.bits][g.first]) for g in groups)
@@ -381,7 +383,8 @@ def base(tmp_path_factory, text):
 def test_rows_of_coded_prompts_say_their_bytes(base, text, own_cache):
     """Each share is a row, with the bytes that it holds, the size of what lies apart and a
     divergence; the base's own value is what it is compared with."""
-    rows = measured(base, text, methods="dense,kvtc,rdkv", kv_byte_budgets="0.5,0.3", query=3)
+    asked = dict(methods="dense,kvtc,rdkv", kv_byte_budgets="0.5,0.3", query=3)
+    rows = measured(base, text, {"kv_byte_budgets", "methods", "calibration"}, **asked)
     assert [r["method"] for r in rows] == ["dense", "kvtc", "kvtc", "rdkv", "rdkv"]
     for r, share in zip(rows[1:], (0.5, 0.3, 0.5, 0.3), strict=True):
         assert r["dense_value"] == rows[0]["value"] and r["kl"] > 0 and r["prefill"] == "exact"

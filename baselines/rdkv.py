@@ -39,6 +39,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.coded import (
@@ -47,17 +48,14 @@ from baselines.coded import (
     Decoded,
     Kept,
     Middle,
-    Reader,
     check_kept,
     coded_layers,
-    pack_codes,
-    to_bytes,
 )
 from baselines.kivi import dequantise, quantise
 from config import check
 from model import Transformer, attention_mask
 from selection.relevance import pooled
-from storage.layout import at_least_float32, soft_cap
+from storage.layout import at_least_float32, cdiv, soft_cap
 
 BITS = (0, 2, 4, 8, 16)
 CODED = (1, 2, 3)  # levels that have codes and a step
@@ -200,76 +198,154 @@ def rounded_channels(k: Tensor, there: Tensor, level: int) -> Tensor:
 
 # -------------------- bytes
 
-
-def write(k: Tensor, v: Tensor, tokens: Tensor, channels: Tensor) -> Tensor:
-    """Return the bytes (n,) uint8 of one sequence.
-
-    k, v      (Hkv, M, D)
-    tokens    (Hkv, M) uint8 levels
-    channels  (Hkv, D) uint8 levels"""
-    parts = [pack_codes(channels, LEVEL_BITS), pack_codes(tokens, LEVEL_BITS)]
-    for head in range(len(k)):
-        kept = k[head][tokens[head] > 0].T  # (D, kept)
-        if not kept.size(1):
-            continue
-        own = channels[head]
-        parts.append(to_bytes(kept[own == 0].mean(-1).half()))
-        for level in CODED:
-            parts += coded_rows(kept[own == level], BITS[level])
-        parts.append(to_bytes(kept[own == 4].half()))
-    for level in CODED:
-        parts += coded_rows(v[tokens == level], BITS[level])
-    parts.append(to_bytes(v[tokens == 4].half()))
-    return torch.cat(parts)
+# A sequence's string is its levels, then a row for each key channel and one for each token's
+# values. A row with codes has its step and its least number before them, 2 bytes each.
 
 
-def coded_rows(x: Tensor, bits: int) -> list[Tensor]:
-    """Return rows x (rows, n) as bytes: steps, least numbers, codes."""
-    if not x.numel():
-        return []
-    codes, step, low = quantise(x, bits)
-    return [to_bytes(step), to_bytes(low), pack_codes(codes, bits)]
+class Layout(NamedTuple):
+    """Where the bytes of a batch of sequences lie, in rows as wide as the widest."""
+
+    header: int  # bytes of the levels of the longest sequence
+    channel_width: int
+    token_width: int
+    there: Tensor  # (B, bytes) bool, those that are stored
 
 
-def read_rows(reader: Reader, rows: int, n: int, bits: int) -> Tensor:
-    """Return the rows (rows, n) float32 that coded_rows has written."""
-    step = reader.halves(rows)
-    low = reader.halves(rows)
-    codes = reader.codes(rows * n, bits).view(rows, n)
-    return dequantise(codes, step, low, torch.float32)
+def pack_in_order(codes: Tensor, bits: int) -> Tensor:
+    """Return codes (..., n) as bytes: the first n' of them are in the first cdiv(n' bits, 8)."""
+    each = 8 // bits
+    codes = F.pad(codes, (0, -codes.size(-1) % each)).unflatten(-1, (-1, each))
+    shifts = bits * torch.arange(each, device=codes.device)
+    return (codes.long() << shifts).sum(-1).to(torch.uint8)
 
 
-def read(data: Tensor, Hkv: int, M: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what bytes (n,) of one sequence of M tokens stand for: k, v (Hkv, M, D) float32, 0
-    where a token was dropped, and which were kept, (Hkv, M) bool."""
-    reader = Reader(data)
-    channels = reader.codes(Hkv * D, LEVEL_BITS).view(Hkv, D)
-    tokens = reader.codes(Hkv * M, LEVEL_BITS).view(Hkv, M)
+def unpack_in_order(data: Tensor, bits: int, n: int) -> Tensor:
+    """Return the first n codes (..., n) uint8 of bytes that pack_in_order has packed."""
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=data.device)
+    codes = data.unsqueeze(-1) >> shifts & (1 << bits) - 1
+    return codes.flatten(-2)[..., :n]
+
+
+def row_bytes(levels: Tensor, n: Tensor, of_mean: int) -> Tensor:
+    """Count the bytes of rows of n (...) numbers with these levels (...), none of rows without
+    numbers. of_mean: bytes of a row without bits."""
+    bits = torch.tensor(BITS, device=levels.device)[levels.long()]
+    extra = torch.tensor([of_mean, 4, 4, 4, 0], device=levels.device)[levels.long()]
+    return (cdiv(n * bits, 8) + extra) * (n > 0)
+
+
+def layout_of(levels: Levels, n_coded: Tensor) -> Layout:
+    """Return where the bytes of sequences of n_coded (B,) tokens lie."""
+    _, Hkv, M = levels.tokens.shape
+    D = levels.channels.size(2)
+    n_kept = (levels.tokens > 0).sum(-1, keepdim=True)
+    of_header = cdiv(Hkv * (D + n_coded), 2)
+    of_channels = row_bytes(levels.channels, n_kept.expand(-1, -1, D), 2)
+    of_tokens = row_bytes(levels.tokens, torch.full_like(levels.tokens, D).long(), 0)
+    header = cdiv(Hkv * (D + M), 2)
+    widths = (4 + 2 * M, 4 + 2 * D)
+    masks = [torch.arange(header, device=n_coded.device) < of_header[:, None]]
+    for sizes, width in zip((of_channels, of_tokens), widths, strict=True):
+        place = torch.arange(width, device=n_coded.device)
+        masks.append((place < sizes.unsqueeze(-1)).flatten(1))
+    return Layout(header, *widths, torch.cat(masks, 1))
+
+
+def as_rows(x: Tensor, levels: Tensor, width: int, mean: Tensor | None = None) -> Tensor:
+    """Return rows of numbers x (..., n) as bytes (..., width) uint8, with the bits of their levels
+    (...); mean (...): of those without bits."""
+    out = torch.zeros(*levels.shape, width, dtype=torch.uint8, device=x.device)
+    if mean is not None:
+        out[..., :2] = mean.half().unsqueeze(-1).view(torch.uint8)
+    for level in (*CODED, 4):
+        if level == 4:
+            row = in_a_row(x.half()).view(torch.uint8)
+        else:
+            codes, step, low = quantise(x, BITS[level])
+            scale = torch.stack((step, low), -1).view(torch.uint8)
+            row = torch.cat((scale, pack_in_order(codes, BITS[level])), -1)
+        row = F.pad(row, (0, width - row.size(-1)))
+        out = torch.where((levels == level).unsqueeze(-1), row, out)
+    return out
+
+
+def in_a_row(x: Tensor) -> Tensor:
+    """Return x with its numbers one after the other in memory, as a view of another size wants."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def halves(data: Tensor) -> Tensor:
+    """Return the float16 numbers (..., n) in bytes (..., 2 n) as float32."""
+    return in_a_row(data).view(torch.float16).float()
+
+
+def from_rows(data: Tensor, levels: Tensor, n: int, means: bool) -> Tensor:
+    """Return the numbers (..., n) float32 that as_rows has written; 0 without bits, or with `means`
+    the mean."""
+    out = torch.zeros(*levels.shape, n, device=data.device)
+    if means:
+        out = halves(data[..., :2]).expand_as(out)
+    for level in (*CODED, 4):
+        if level == 4:
+            row = halves(data[..., : 2 * n])
+        else:
+            step, low = in_a_row(data[..., :4]).view(torch.float16).unbind(-1)
+            codes = unpack_in_order(data[..., 4 : 4 + cdiv(n * BITS[level], 8)], BITS[level], n)
+            row = dequantise(codes, step, low, torch.float32)
+        out = torch.where((levels == level).unsqueeze(-1), row, out)
+    return out
+
+
+def kept_first(tokens: Tensor) -> Tensor:
+    """Return the order (B, Hkv, M) in which kept tokens come first, else as they were."""
+    return (tokens == 0).to(torch.uint8).sort(dim=-1, stable=True).indices
+
+
+def write(k: Tensor, v: Tensor, levels: Levels, n_coded: Tensor) -> list[Tensor]:
+    """Return the strings (bytes,) uint8 of sequences of n_coded (B,) tokens, k, v (B, Hkv, M,
+    D)."""
+    layout = layout_of(levels, n_coded)
+    every = torch.cat((levels.channels.flatten(1), levels.tokens.mT.flatten(1)), 1)
+    order = kept_first(levels.tokens)
+    kept = at_least_float32(k).take_along_dim(order.unsqueeze(-1), 2).mT  # (B, Hkv, D, M)
+    n_kept = (levels.tokens > 0).sum(-1)[:, :, None, None]
+    there = torch.arange(kept.size(-1), device=k.device) < n_kept
+    mean = (kept * there).sum(-1) / n_kept[..., 0].clamp_min(1)
+    kept = torch.where(there, kept, kept[..., :1])  # they widen no step
+    parts = (
+        pack_in_order(every, LEVEL_BITS),
+        as_rows(kept, levels.channels, layout.channel_width, mean).flatten(1),
+        as_rows(at_least_float32(v), levels.tokens, layout.token_width).flatten(1),
+    )
+    data = torch.cat(parts, 1)[layout.there]
+    return list(data.split(layout.there.sum(1).tolist()))
+
+
+def read(strings: list[Tensor], n_coded: Tensor, Hkv: int, D: int) -> Decoded:
+    """Return what strings of sequences of n_coded (B,) tokens stand for, 0 where a token was
+    dropped."""
+    B = len(strings)
+    M = int(n_coded.max())
+    header = cdiv(Hkv * (D + M), 2)
+    first = [F.pad(s[:header], (0, max(0, header - len(s)))) for s in strings]
+    every = unpack_in_order(torch.stack(first), LEVEL_BITS, Hkv * (D + M))
+    channels = every[:, : Hkv * D].view(B, Hkv, D)
+    tokens = every[:, Hkv * D :].view(B, M, Hkv).mT
+    column = torch.arange(M, device=n_coded.device)
+    tokens = tokens * (column < n_coded[:, None])[:, None]
+    levels = Levels(tokens, channels)
+    layout = layout_of(levels, n_coded)
+    data = torch.zeros(layout.there.shape, dtype=torch.uint8, device=n_coded.device)
+    data[layout.there] = torch.cat(strings)
+    sizes = (header, Hkv * D * layout.channel_width, Hkv * M * layout.token_width)
+    _, of_channels, of_tokens = data.split(sizes, 1)
+    rows = of_channels.view(B, Hkv, D, layout.channel_width)
+    sorted_k = from_rows(rows, channels, M, means=True).mT  # (B, Hkv, M, D)
+    order = kept_first(tokens).unsqueeze(-1).expand_as(sorted_k)
     kept = tokens > 0
-    k = torch.zeros(Hkv, M, D, device=data.device)
-    v = torch.zeros_like(k)
-    count = kept.sum(-1).tolist()
-    sizes = level_counts(channels).tolist()
-    for head, n in enumerate(count):
-        if not n:
-            continue
-        of_head = torch.zeros(D, n, device=data.device)
-        own = channels[head]
-        of_head[own == 0] = reader.halves(sizes[head][0]).float().unsqueeze(-1)
-        for level in CODED:
-            of_head[own == level] = read_rows(reader, sizes[head][level], n, BITS[level])
-        of_head[own == 4] = reader.halves(sizes[head][4] * n).float().view(-1, n)
-        k[head, kept[head]] = of_head.T
-    rows = level_counts(tokens).sum(0).tolist()
-    for level in CODED:
-        v[tokens == level] = read_rows(reader, rows[level], D, BITS[level])
-    v[tokens == 4] = reader.halves(rows[4] * D).float().view(-1, D)
-    return k, v, kept
-
-
-def level_counts(levels: Tensor) -> Tensor:
-    """Count how often each level is among levels (..., n): (..., 5) int64."""
-    return torch.stack([(levels == i).sum(-1) for i in range(len(BITS))], -1)
+    k = torch.zeros_like(sorted_k).scatter(2, order, sorted_k) * kept.unsqueeze(-1)
+    v = from_rows(of_tokens.view(B, Hkv, M, layout.token_width), tokens, D, means=False)
+    return Decoded(k, v, kept)
 
 
 class RdkvCodec:
@@ -292,20 +368,20 @@ class RdkvCodec:
         _, Hkv, _, D = cache.window_k.shape
         whole = 2 * 16 * Hkv * D  # bits of a token
         n = cache.lengths.double()
-        levels = LEVEL_BITS * Hkv * (cache.n_coded + D + 1)
-        return self.kept.share * n * whole - cache.n_window * whole - levels - 8 * 64
+        levels = LEVEL_BITS * Hkv * (cache.n_coded + D)
+        filled_up = 8 * Hkv * D  # a channel's last byte
+        counts = 64 * 4
+        held = cache.n_window * whole + levels + filled_up + counts
+        return self.kept.share * n * whole - held
 
     def read(self, cache: CodedCache) -> None:
-        """Decode the strings of a layer's cache: kept tokens from slot 0 on, of each head."""
-        B, Hkv, _, D = cache.window_k.shape
-        counts = cache.n_coded.tolist()
-        device = cache.n_coded.device
-        k = torch.zeros(B, Hkv, max(counts, default=0), D, device=device)
-        v = torch.zeros_like(k)
-        kept = torch.zeros_like(k[..., 0], dtype=torch.bool)
-        for b, (data, n) in enumerate(zip(cache.strings(), counts, strict=True)):
-            if n:
-                k[b, :, :n], v[b, :, :n], kept[b, :, :n] = read(data, Hkv, n, D)
+        """Decode the strings of a layer's cache."""
+        _, Hkv, _, D = cache.window_k.shape
+        if not cache.n_coded.any():
+            none = cache.window_k[:, :, :0]
+            cache.middle = Decoded(none, none, none[..., 0].bool())
+            return
+        k, v, kept = read(cache.strings(), cache.n_coded, Hkv, D)
         cache.middle = Decoded(k.to(cache.dtype), v.to(cache.dtype), kept)
 
 
@@ -326,11 +402,7 @@ class RdkvPath(CodedPath):
         by_head = [t.unflatten(1, (self.Hkv, -1)) for t in (q[:, :, -W:], p, y[:, :, -W:])]
         measured = distortion(middle, *map(at_least_float32, by_head))
         levels = fill(measured, self.codec.budget(cache))
-        strings = []
-        for b, n in enumerate(cache.n_coded.tolist()):
-            numbers = (middle.k[b, :, :n], middle.v[b, :, :n])
-            strings.append(write(*numbers, levels.tokens[b, :, :n], levels.channels[b]))
-        cache.set_payload(strings)
+        cache.set_payload(write(middle.k, middle.v, levels, cache.n_coded))
 
 
 def attach(model: Transformer, kept: Kept) -> Transformer:

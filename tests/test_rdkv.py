@@ -173,34 +173,38 @@ def test_bits_go_where_they_are_felt_and_unread_tokens_are_dropped():
 def test_strings_hold_levels_steps_and_codes(M):
     """What is read of a string are each kept token's values and each channel's keys, rounded with
     their bits, a channel without bits its mean; the string is as long as levels, steps and codes
-    are, filled up to bytes."""
+    are, each row filled up to bytes; sequences of other lengths are coded beside it."""
     torch.manual_seed(M)
-    Hkv, D = 2, 8
-    k = torch.randn(Hkv, M, D)
-    v = torch.randn(Hkv, M, D)
-    tokens = torch.randint(0, 5, (Hkv, M)).to(torch.uint8)
-    tokens[0, 0] = 1
-    channels = torch.arange(Hkv * D).view(Hkv, D).remainder(5).to(torch.uint8)
-    data = rdkv.write(k, v, tokens, channels)
-    got_k, got_v, kept = rdkv.read(data, Hkv, M, D)
-    assert torch.equal(kept, tokens > 0)
-    size = math.ceil(Hkv * D / 2) + math.ceil(Hkv * M / 2)
-    for level in range(1, 5):
-        n = int((tokens == level).sum())
-        size += 4 * n * (level < 4) + math.ceil(n * D * BITS[level] / 8)
-    for h in range(Hkv):
-        own = [j for j in range(M) if tokens[h, j]]
-        if own:
-            for level in range(5):
-                n = int((channels[h] == level).sum())
-                size += 2 * n if level == 0 else 4 * n * (level < 4)
-                size += math.ceil(n * len(own) * BITS[level] / 8)
-        for d in range(D):
-            want = rounded(k[h, own, d].tolist(), BITS[channels[h, d]]) if own else []
-            torch.testing.assert_close(got_k[h, own, d], torch.tensor(want), rtol=0, atol=1e-3)
-        for j in range(M):
-            bits = BITS[tokens[h, j]]
-            want = rounded(v[h, j].tolist(), bits) if bits else [0.0] * D
-            torch.testing.assert_close(got_v[h, j], torch.tensor(want), rtol=0, atol=1e-3)
-            assert bits or not got_k[h, j].any()
-    assert len(data) == size
+    B, Hkv, D = 3, 2, 8
+    n_coded = torch.tensor([M, max(1, M - 4), 0])
+    k = torch.randn(B, Hkv, M, D)
+    v = torch.randn(B, Hkv, M, D)
+    tokens = torch.randint(0, 5, (B, Hkv, M)).to(torch.uint8)
+    tokens[0, 0, 0] = 1
+    tokens = tokens * (torch.arange(M) < n_coded[:, None])[:, None]
+    channels = torch.arange(B * Hkv * D).view(B, Hkv, D).remainder(5).to(torch.uint8)
+    strings = rdkv.write(k, v, rdkv.Levels(tokens, channels), n_coded)
+    got = rdkv.read(strings, n_coded, Hkv, D)
+    assert torch.equal(got.there, tokens > 0)
+    for b in range(B):
+        size = math.ceil(Hkv * (D + int(n_coded[b])) / 2)
+        for h in range(Hkv):
+            own = [j for j in range(M) if tokens[b, h, j]]
+            for d in range(D):
+                bits = BITS[channels[b, h, d]]
+                want = rounded(k[b, h, own, d].tolist(), bits) if own else []
+                near = dict(rtol=0, atol=1e-3)
+                torch.testing.assert_close(got.k[b, h, own, d], torch.tensor(want), **near)
+                size += (bytes_of(len(own), bits) + 2 * (bits == 0)) if own else 0
+            for j in range(M):
+                bits = BITS[tokens[b, h, j]]
+                want = rounded(v[b, h, j].tolist(), bits) if bits else [0.0] * D
+                torch.testing.assert_close(got.v[b, h, j], torch.tensor(want), rtol=0, atol=1e-3)
+                assert bits or not got.k[b, h, j].any()
+                size += bytes_of(D, bits)
+        assert len(strings[b]) == size
+
+
+def bytes_of(n: int, bits: int) -> int:
+    """The bytes of a row of n numbers, its step and least number included."""
+    return math.ceil(n * bits / 8) + 4 * (0 < bits < 16)

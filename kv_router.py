@@ -75,6 +75,7 @@ from storage.layout import (
 )
 from storage.packed import FloatCodec, PackedCache, ValueBasis, packed_count
 from storage.state import check_fit
+from storage.windowed import Window, is_fused, windowed_attention
 
 # queries at a time where attention weights are formed in full
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}
@@ -337,9 +338,13 @@ class ValueGroupPath(nn.Module):
         routed = self.maps().decode(kept if told is None else kept + told)
         if self.n_sinks:
             routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
-        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
-            return self._attend_window(q, k, v, k, routed, pad)
-        return attend(q, k, routed, pad, self.cap)
+        window = Window(self.cfg.kv_tail, self.cfg.tail_leaves, self.n_sinks)
+        if window.size + window.block == 1:  # a query reads its own token as routed, too
+            return attend(q, k, routed, pad, self.cap)
+        # padding and caps take the plain form, as integers do: their keys differ in the window
+        if pad is None and not self.cap and is_fused(q):
+            return windowed_attention(q, k, v, routed, window)
+        return self._attend_window(q, k, v, k, routed, pad)
 
     def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as they are read once they have left the window: integers, but of

@@ -339,9 +339,7 @@ def test_flags_that_torchrun_takes_for_its_own_are_noted():
     taken = [name for name in ours if any(option.startswith(f"--{name}") for option in theirs)]
     assert taken == ["r"]
     readme = (runs.ROOT / "README.md").read_text()
-    (command,) = re.findall(
-        r"`torchrun ([^`]+)`\.\nThe `--` keeps torchrun from taking `--r`", readme
-    )
+    (command,) = re.findall(r"`torchrun ([^`]+)` \(the `--` keeps `--r` ours\)", readme)
     read = parser.parse_args([*command.split(), "--r=4"])
     assert (read.nproc_per_node, read.training_script) == ("2", "train.py")
     assert read.training_script_args[-1] == "--r=4"

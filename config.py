@@ -208,7 +208,9 @@ class KVConfig:
         KVS,
     )
     n_groups: int = opt(4, "value groups S per head", GROUPS)
-    topk_groups: int = opt(2, "groups K kept per token", least=1)
+    topk_groups: int = opt(
+        2, "groups K kept per token; 0 with reconstructor=keys: keys alone", least=0
+    )
     value_basis: str = opt(
         "output", "basis in which values are cut into groups, folded into W_v and W_o", BASES
     )
@@ -282,6 +284,12 @@ class KVConfig:
             f"topk_groups={self.topk_groups} with n_groups={self.n_groups}",
             "needs 1 <= K <= S",
             f"give --topk_groups of at most {self.n_groups}",
+        )
+        check(
+            self.topk_groups > 0 or self.reconstructor == "keys",
+            f"topk_groups=0 with reconstructor={self.reconstructor}",
+            "nothing would tell a value",
+            "give --topk_groups=1 or more, or --reconstructor=keys",
         )
         check(
             self.kv != "select" or (self.reconstructor == "zero" and self.value_router == "norm"),

@@ -697,11 +697,12 @@ def paths(model: nn.Module) -> dict[str, ValueGroupPath]:
 
 def set_kept(model: nn.Module, k: int, whole: bool = False) -> None:
     """Let every value-group path keep k groups per token in caches made from now on, and in
-    forward. Raises ValueError out of 1..S.
+    forward. Raises ValueError out of 1..S; 0 is allowed where keys tell values.
 
     whole: forward reads keys and values as they come, not even rounded"""
     for path in paths(model).values():
-        check(1 <= k <= path.S, f"K={k}", f"1..{path.S}", "choose a K in that range")
+        least = 0 if path.key_map is not None else 1
+        check(least <= k <= path.S, f"K={k}", f"{least}..{path.S}", "choose a K in that range")
         path.k = k
         path.whole = whole
 

@@ -187,7 +187,7 @@ def grid_of(run: Run, asked: Asked) -> list[KVConfig]:
             value_basis=basis,
             n_groups=S,
             kv_layers=which,
-            topk_groups=max(1, S * kv.topk_groups // kv.n_groups),
+            topk_groups=max(min(1, kv.topk_groups), S * kv.topk_groups // kv.n_groups),
             mask_scope="layer" if kv.mask_scope == "shared" else kv.mask_scope,
         )
         for basis, S, which in itertools.product(bases, groups, layers)

@@ -86,7 +86,6 @@ def attend_predicted(
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
-    rows, lse = packed_attention(q, packed, None, cap=cap)
     N = int(packed.n.max()) if packed.n.numel() else 0
     k = packed.keys.view(B, Hkv, -1, D)[:, :, :N]
     number = torch.arange(N, device=q.device)
@@ -94,10 +93,15 @@ def attend_predicted(
     seen = number < n[..., None, None]  # (B, Hkv, 1, N)
     queries = (q * D**-0.5).reshape(B, Hkv, H // Hkv * T, D)
     logits = soft_cap(at_least_float32(queries @ k.mT), cap).masked_fill(~seen, float("-inf"))
+    if packed.keys_alone:
+        rows = 0
+        lse = logits.logsumexp(-1).view(B, H, T)
+    else:
+        rows, lse = packed_attention(q, packed, None, cap=cap)
     finite = lse.clamp_min(torch.finfo(lse.dtype).min).view(B, Hkv, -1, 1)
     p = (logits - finite).exp()  # (B, Hkv, n*T, N)
     raw = from_keys.turn_back(k * seen.mT, first + number[None])  # (B, N, Hkv*D)
     told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
     weight = from_keys.weight.to(raw.dtype).unflatten(-1, (Hkv, D)).transpose(0, 1)
     told = told.view(B, Hkv, -1, Hkv * D) @ weight
-    return rows + told.view(q.shape).to(rows.dtype), lse
+    return rows + told.view(q.shape).to(q.dtype), lse

@@ -188,7 +188,7 @@ class PackedView(NamedTuple):
     mask_base: Tensor  # (B, Hm) int64
     tile_base: Tensor  # (B, Hm) int64
     n_groups: int
-    k: int  # groups every token keeps; 0: before and tile_rows tell
+    k: int  # groups every token keeps; 0: before and tile_rows tell, or keys are alone
     longest: int  # no segment holds more tokens
     held: int  # tokens of all segments: what work is divided by
     exact: bool = False  # whether `held` counts tokens, and not the slots there are for them
@@ -201,6 +201,11 @@ class PackedView(NamedTuple):
         return self.ints is not None and self.ints.levelled
 
     @property
+    def keys_alone(self) -> bool:
+        """Whether no token has rows, or a mask."""
+        return self.k == 0 and self.before is None
+
+    @property
     def tile(self) -> int:
         """Tokens per entry of tile_rows."""
         return tile_size(self.n_groups, self.levelled)
@@ -210,6 +215,8 @@ class PackedView(NamedTuple):
         (B, Hm, N) bool, the slots that hold a token."""
         N = int(self.n.max()) if self.n.numel() else 0
         valid = torch.arange(N, device=self.n.device) < self.n.unsqueeze(-1)
+        if self.keys_alone:
+            return valid.new_zeros(*valid.shape, self.n_groups), valid
         b, h, t = valid.nonzero(as_tuple=True)
         word = self.bits[self.mask_base[b, h] + t]
         if self.levelled:
@@ -225,7 +232,7 @@ class PackedView(NamedTuple):
         masks."""
         offset = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
         b, h, t = valid.nonzero(as_tuple=True)
-        if self.k:
+        if self.k or self.keys_alone:
             offset[b, h, t] = t * self.k
         else:
             tile = self.tile_rows[self.tile_base[b, h] + t // self.tile]

@@ -285,7 +285,7 @@ class PackedCache(WindowCache):
 
     keys        (token slots, D)
     rows        (row slots, D/S), K of every token
-    bits        (mask slots,) of mask_dtype(S), one mask per token
+    bits        (mask slots,) of mask_dtype(S), one mask per token; none where K = 0
     token_base  (B, Hkv) int64, where a segment's keys start
     row_base    (B, Hkv) int64, where its rows start
     mask_base   (B, Hm) int64, where its masks start
@@ -377,6 +377,8 @@ class PackedCache(WindowCache):
     def set_bases(self) -> None:
         super().set_bases()
         self.cap = len(self.bits) // max(1, self.batch * self.mask_heads)  # tokens of a segment
+        if not self.k:  # there are no masks
+            self.cap = len(self.keys) // max(1, self.batch * self.Hkv)
         self.token_base, _ = self.segments("token")
         self.row_base, _ = self.segments("row")
         self.mask_base, _ = self.segments("mask")
@@ -407,7 +409,7 @@ class PackedCache(WindowCache):
         parts = self.codec.empty(B * self.Hkv * cap, self.k, self.S, self.D, self.window_k[:0])
         for name, t in parts.items():
             setattr(self, name, t)
-        n_masks = B * self.mask_heads * cap
+        n_masks = B * self.mask_heads * cap if self.k else 0
         self.bits = torch.zeros(n_masks, dtype=mask_dtype(self.S), device=self.n_packed.device)
         self.set_bases()
 
@@ -562,7 +564,8 @@ class PackedCache(WindowCache):
         position = begin[:, None] + torch.arange(width, device=k.device) + self.codec.n_sinks
         z = self.basis.to_store(k, v, position)
         packed = self.codec.pack(k, z, bits, self.S, self.k)
-        for name, new in {**packed, "bits": bits}.items():  # (B, heads, width / each, ...)
+        packed |= {"bits": bits} if self.k else {}
+        for name, new in packed.items():  # (B, heads, width / each, ...)
             heads = new.size(1)
             each = width // new.size(2)  # tokens to an entry
             cells = getattr(self, name).view(self.batch, heads, self.cap // each, *new.shape[3:])

@@ -28,6 +28,7 @@ from measure_config import check_fitted
 from model import apply_rope, rope_table
 from reconstruct import Moments
 from report.rows import setting_of
+from storage.cache import KVCache
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.layout import top_k_mask
 
@@ -47,6 +48,7 @@ SETTINGS = {
         n_groups=16, topk_groups=5, value_router="linear", mask_scope="layer", kv_tail=0, kv_sinks=0
     ),
     "maps": dict(BY_NORM, n_groups=8, topk_groups=1, kv_tail=1, learn_basis=True),
+    "keys alone": dict(BY_NORM, n_groups=4, topk_groups=0, kv_tail=3, kv_sinks=1),
 }
 each = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 
@@ -180,13 +182,14 @@ def test_decoding_after_an_exact_prompt_equals_the_loops():
     assert (torch.cat(got, 2) - want).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("K", [0, 2])
 @pytest.mark.parametrize("scope", ["head", "layer"])
 @pytest.mark.parametrize("cap", [0.0, 5.0])
 @torch.no_grad()
-def test_summing_keys_equals_writing_values_out(scope, cap):
+def test_summing_keys_equals_writing_values_out(scope, cap, K):
     """Equation (1), one sum of keys, equals attention over values that are written out: several
     queries, sequences of other lengths, and slots behind the last token that hold old ones."""
-    model = predicting(**{**SETTINGS["norm"], "mask_scope": scope})
+    model = predicting(**{**SETTINGS["norm"], "mask_scope": scope, "topk_groups": K})
     cache = model.new_cache(3, 40)
     read_in_pieces(model, tokens(3, 29), cache, [29], torch.tensor([0, 3, 29]))
     layer = cache.layers[1]
@@ -198,7 +201,7 @@ def test_summing_keys_equals_writing_values_out(scope, cap):
     q = torch.randn(3, 6, 2, 16, dtype=torch.float64)
     want, want_lse = attend_predicted_ref(q, packed, layer.basis.from_keys, 2, cap)
     got, lse = attend_predicted(q, packed, layer.basis.from_keys, 2, cap)
-    assert (got - want).abs().max() < 1e-10 and torch.equal(lse, want_lse)
+    assert (got - want).abs().max() < 1e-10 and torch.allclose(lse, want_lse, rtol=0, atol=1e-12)
     assert got[0].abs().max() > 0.1 and not got[2].any()
 
 
@@ -268,6 +271,33 @@ def test_all_groups_kept_is_dense(prefill):
             fewer.prefill(x, held)
             sizes.append(held.nbytes())
         assert sizes[1] - sizes[0] == more
+
+
+@torch.no_grad()
+def test_keys_alone_are_half_of_the_bytes(tmp_path):
+    """With K = 0 a packed token holds its keys and nothing beside, no mask; sequences that are
+    joined, picked, saved and loaded, cut and read on give what each gave alone."""
+    model = predicting(**SETTINGS["keys alone"])
+    sizes = []
+    for n in (20, 120):
+        cache = model.new_cache(2, n)
+        model.prefill(tokens(2, n), cache)
+        sizes.append(cache.nbytes())
+    keys_of_a_token = 2 * 2 * 3 * 16 * 8  # sequences, layers, heads, numbers, float64
+    assert sizes[1] - sizes[0] == 100 * keys_of_a_token
+    x = tokens(2, 30)
+    want = [read_in_pieces(model, row[None], model.new_cache(1, 30), [25] + [1] * 5) for row in x]
+    halves = []
+    for row in x:
+        halves.append(model.new_cache(1, 25))
+        model.prefill(row[None, :25], halves[-1])
+    both = KVCache.cat(halves)
+    both.save(tmp_path / "cache")
+    both = KVCache.load(tmp_path / "cache", model)
+    both = both.select_sequences([1, 0])
+    for i in range(25, 30):
+        got = model.decode(x.flip(0)[:, i : i + 1], both)[:, 0]
+        assert (got - torch.cat([w[:, i] for w in want]).flip(0)).abs().max() < 1e-10
 
 
 def test_layers_that_slide_stay_as_they_are():
@@ -345,6 +375,9 @@ def test_what_is_not_built_is_refused():
     ints = error_line(KVConfig, reconstructor="keys", key_bits=4, value_bits=4)
     assert "reconstructor=keys" in ints and "leave those out" in ints
     assert "leave both out" in error_line(KVConfig, kv="select", reconstructor="keys")
+    assert "nothing would tell a value" in error_line(KVConfig, topk_groups=0)
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        kv_router.set_kept(grouped_model(**BY_NORM, n_groups=4), 0)
     assert "give --reconstructor=keys" in error_line(check_fitted, KVConfig(reconstructor="mlp"))
     check_fitted(KVConfig(reconstructor="keys"))
 

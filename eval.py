@@ -157,7 +157,7 @@ def evaluate(run: Run, asked: Asked) -> tuple[list[dict], Shown]:
     if "select" in methods:
         check_contexts(todo, cfg.query)
     calibration = None
-    if (plan or any(rival.cuts_values for rival in rivals)) and not is_trained(run):
+    if (plan or any(rival.calibrated for rival in rivals)) and not is_trained(run):
         calibration = calibration_windows(run, asked, window, texts)
     work = Work(run, asked, methods, todo, texts, {})
     work = work._replace(bar=bar_of(work, plan, rivals))

@@ -60,6 +60,7 @@ from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
 from model import DensePath, attend, attention_mask, evaluating, record_layers, rope_table
 from reconstruct import MLPReconstructor, Moments, as_held, fit_router, straight_through
+from storage.banded import banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.from_keys import FromKeys, ValueBasis, attend_predicted, numbers
 from storage.integers.codecs import codec_of
@@ -75,6 +76,7 @@ from storage.layout import (
 )
 from storage.packed import FloatCodec, PackedCache, packed_count
 from storage.state import check_fit
+from storage.windowed import Window, is_fused, windowed_attention
 
 # queries at a time where attention weights are formed in full
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}
@@ -299,7 +301,7 @@ class ValueGroupPath(nn.Module):
             order = -torch.arange(self.S, device=z.device, dtype=z.dtype)
             return order.expand(z.size(0), self.mask_heads, z.size(2), -1)
         if self.router is None:
-            return group_energy(z, self.S, self.mask_heads)
+            return group_energy(z.detach(), self.S, self.mask_heads)
         logits = self.router(x.detach()).unflatten(-1, (self.mask_heads, self.S))
         return logits.transpose(1, 2)
 
@@ -321,7 +323,8 @@ class ValueGroupPath(nn.Module):
         mask = top_k_mask(logits.detach(), self.k)
         if self.record:
             self.last_mask = mask
-        if self.training and torch.is_grad_enabled():
+        learns = (self.router, self.reconstructor, self.key_map) != (None, None, None)
+        if learns and self.training and torch.is_grad_enabled():
             rest = coords.detach()
             if told is not None:
                 rest = rest - self._told(k.detach(), pad, constant=False)
@@ -340,9 +343,16 @@ class ValueGroupPath(nn.Module):
         routed = self.maps().decode(kept if told is None else kept + told)
         if self.n_sinks:
             routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
-        if self.cfg.kv_tail + self.cfg.tail_leaves > 1:
-            return self._attend_window(q, k, v, k, routed, pad)
-        return attend(q, k, routed, pad, self.cap)
+        window = Window(self.cfg.kv_tail, self.cfg.tail_leaves, self.n_sinks)
+        if window.reach == 0:  # a query reads its own token as routed, too
+            return attend(q, k, routed, pad, self.cap)
+        # padding and caps take the plain form, as integers do: their keys differ in the window
+        if pad is None and not self.cap:
+            if is_banded(q):
+                return banded_attention(q, k, v, routed, window)
+            if is_fused(q):
+                return windowed_attention(q, k, v, routed, window)
+        return self._attend_window(q, k, v, k, routed, pad)
 
     def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as they are read once they have left the window: integers, but of
@@ -364,7 +374,7 @@ class ValueGroupPath(nn.Module):
             m = expand_mask(straight_through(logits, mask), self.D)
             return m * z + (1 - m) * self._rebuild(z * kept, mask)
         if self.reconstructor is None:
-            return z * kept
+            return z * kept.to(z.dtype)  # a CPU multiplies numbers by numbers faster
         if self.cfg.lm_to_router:
             return torch.where(kept, z, self._rebuild(z * kept, mask))
         return torch.where(kept, z, self.reconstructor(z * kept, mask, constant=True))

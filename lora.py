@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,6 +38,9 @@ from torch import Tensor
 
 from config import AdapterConfig, check
 from model import evaluating
+from storage import cpu_gates
+from storage import gates as gate_kernels
+from storage.kernel_base import use_triton
 from storage.layout import at_least_float32, top_k_mask
 from storage.state import copy_tensors
 
@@ -69,12 +73,18 @@ class Gate(nn.Module):
         kept = top_k_mask(logits.detach(), self.k).movedim(-1, 0)  # (n, B, T)
         probs = at_least_float32(logits).movedim(-1, 0).contiguous().softmax(0)
         if self.training and torch.is_grad_enabled():
-            share = kept.to(probs.dtype).mean(-1) / self.k  # (n, B), sums to 1 over n
-            self.balance = self.n * (share * probs.mean(-1)).sum(0).mean()
+            self.balance_of(kept.sum(-1), probs.sum(-1), logits.size(1))
         if self.counts is not None:
             self.counts += kept.flatten(1).sum(1)
         gates = probs * kept  # softmax over the kept ones, after the division
         return (gates / gates.sum(0)).movedim(0, -1).to(logits.dtype)
+
+    def balance_of(self, routed: Tensor, probs: Tensor, T: int) -> None:
+        """Record the load-balance loss, of tokens routed and probabilities summed over the T
+        tokens of every sequence, per branch (n, B) or (B, n)."""
+        B = routed.numel() // self.n
+        # share routed x mean probability, times n, the mean over sequences
+        self.balance = (routed * probs).sum() * (self.n / (self.k * T * T * B))
 
 
 class LoRALinear(nn.Linear):
@@ -104,29 +114,46 @@ class LoRALinear(nn.Linear):
             self.gate = gate
 
     def down(self, x: Tensor) -> Tensor:
-        """The low-rank activations of x (B, T, d_in) after dropout, gated where there is a gate:
-        (B, T, n*r)."""
-        return F.linear(x, self.lora_A)
+        """The low-rank activations of x (B, T, d_in) after dropout, gated where there is a gate and
+        scaled: (B, T, n*r)."""
+        return F.linear(x, self.lora_A) * self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
         u = self.down(F.dropout(as_trained(x, self.lora_A), self.p, self.training))
-        return y + F.linear(u * self.scaling, self.lora_B).to(y.dtype)  # the narrow side is scaled
+        return y + F.linear(u, self.lora_B).to(y.dtype)
 
     def weigh(self, u: Tensor, gates: Tensor) -> Tensor:
-        """Branch activations u (B, T, n*r) times gates (B, T, n)."""
-        return (u.unflatten(-1, (self.n, self.r)) * gates.unsqueeze(-1)).flatten(-2)
+        """Branch activations u (B, T, n*r) times gates (B, T, n), scaled."""
+        gates = (gates * self.scaling).unsqueeze(-1)
+        return (u.unflatten(-1, (self.n, self.r)) * gates).flatten(-2)
 
 
 class RoutedLoRALinear(LoRALinear):
     """Routed subspace LoRA: the projection's own router weighs its S subspaces per token (eq 3).
-    Router and A read x in one product."""
+    Router and A read x in one product; on a GPU one kernel does what follows, on a CPU one step of
+    autograd."""
+
+    impl = "auto"  # of gates: see storage/kernel_base.py
 
     def down(self, x: Tensor) -> Tensor:
-        u, logits = F.linear(x, torch.cat((self.lora_A, self.gate.linear.weight))).split(
-            [self.n * self.r, self.n], dim=-1
-        )
-        return self.weigh(u, self.gate.route(logits + self.gate.linear.bias))
+        gate = self.gate
+        h = F.linear(x, torch.cat((self.lora_A, gate.linear.weight)))
+        fused = self.fused_gates(h)
+        if gate.counts is None and fused is not None:
+            sizes = (self.r, gate.k, self.scaling)
+            u, routed, probs = fused(h, gate.linear.bias, *sizes)
+            if self.training and torch.is_grad_enabled():
+                gate.balance_of(routed, probs, h.size(1))
+            return u
+        u, logits = h.split([self.n * self.r, self.n], dim=-1)
+        return self.weigh(u, gate.route(logits + gate.linear.bias))
+
+    def fused_gates(self, h: Tensor) -> Callable | None:
+        """What chooses, weighs and counts at once for such activations, where there is anything."""
+        if use_triton(self.impl, h.device, h.dtype):
+            return gate_kernels.gate_and_weigh
+        return cpu_gates.gate_and_weigh if cpu_gates.is_gated_here(h) else None
 
 
 class MoELoRALinear(LoRALinear):

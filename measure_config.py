@@ -14,7 +14,8 @@ from settings.measuring import BENCHES, TASKS
 from settings.train import check_corpora
 
 SPLITS = ("val", "train", "test", "all")
-RIVALS = ("quest", "kivi")  # as published, each with a path of its own
+CODED = ("kvtc", "rdkv")  # code a prompt in a share of its bytes
+RIVALS = ("quest", "kivi", *CODED)  # as published, each with a path of its own
 METHODS = ("dense", "value_groups", "select", *RIVALS)
 QUESTIONS = ("seen", "unseen")
 ANSWERS = ("digit", "number", "name")
@@ -69,8 +70,8 @@ class EvalConfig:
     )
     kv_byte_budgets: str = opt(
         "",
-        "select: bytes that compressed layers hold of a prompt as shares of 16 bits a number, a "
-        "list: bits are routed, too (empty: --kv_bytes)",
+        "bytes that compressed layers hold of a prompt as shares of 16 bits a number, a list "
+        "(select: bits are routed, too; empty: --kv_bytes; kvtc, rdkv: what their codes may take)",
     )
     kv_bits: str = opt(
         "",
@@ -358,7 +359,7 @@ def check_eval_flags(
         "measuring trains nothing",
         f"leave it out, or train with train.py --{min(training, default='')} and give --out_dir",
     )
-    cuts = not trained and (not methods or {*methods} & {*measuring.CUT})
+    cuts = not trained and (not methods or {*methods} & {*measuring.CALIBRATED})
     calibrated_on = measuring.CORPUS if cuts and "calibrate" not in given else ()
     by_tasks: dict[str, Collection[str]] = {}  # what no task reads, and the tasks that do
     by_methods: dict[str, Collection[str]] = {}

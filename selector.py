@@ -64,16 +64,17 @@ from model import (
     evaluating,
     record_layers,
 )
-from selection.budgets import half_bytes_for, level_worth, planned, prices, within_budget
+from selection.budgets import half_bytes_for, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.relevance import NOBODY_ASKS, PLAIN, Prompt
-from storage.cache import NewTokens, PromptState
+from storage.cache import NewTokens, PromptState, valid_columns
 from storage.from_keys import numbers
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask, top_k_mask
+from storage.levels import choose_levels
 from storage.packing import select_joint, select_top_m
-from storage.ragged import RaggedCache, pack_layers
+from storage.ragged import RaggedCache, fill_windows, pack_layers
 from storage.state import copy_tensors
 
 WITHOUT_TRAINING = {**PLAIN, **TOKEN_LEVEL}
@@ -295,29 +296,32 @@ class Selector(nn.Module):
         share = self.cfg.kv_keep
         masks = self._sharing(prompt)
         budget = row_budgets(prompt, lambda n: count_kept(share, 2 * self.S * n * masks, 1))
-        cost = torch.ones(self.S, dtype=torch.int64, device=pair.device)
-        worth, cost, key = self._with_told(prompt, alpha, pair, cost, self.S)
-
-        def best(score: Tensor, m: Tensor) -> Tensor:
-            return select_joint(score, m, key=key, cost=cost)
-
-        taken = within_budget(worth, budget, self.cfg.allocation, best)
-        return Selection(taken.any(-1), taken[..., : self.S], token)
-
-    def _with_told(
-        self, prompt: Prompt, alpha: Tensor, worth: Tensor, cost: Tensor, key: int
-    ) -> tuple[Tensor, Tensor, int]:
-        """Let a key be worth what it tells of its value, where keys do: a part of each token that
-        costs 1 of the key's price, and comes before all others.
-
-        worth (Lm, B, Hm, C, parts), cost (parts,), key: see select_joint. Returns them."""
         if prompt.left is None:
-            return worth, cost, key
+            mask = within_budget(pair, budget, self.cfg.allocation, select_joint)
+            return Selection(mask.any(-1), mask, token)
+        cost = torch.ones(self.S, dtype=torch.int64, device=pair.device)
+        taken = self._choose_with_told(prompt, alpha, pair, budget, cost, self.S)
+        return Selection(taken.any(-1), taken[..., :-1], token)
+
+    def _choose_with_told(
+        self, prompt: Prompt, alpha: Tensor, worth: Tensor, budget: Tensor, cost: Tensor, key: int
+    ) -> Tensor:
+        """Choose parts by select_joint where a key is worth what it tells of its value: a last part
+        of each token that costs 1 of the key's price, and comes before all others.
+
+        worth (Lm, B, Hm, C, parts), cost (parts,), key: see select_joint. Returns what is taken,
+        (Lm, B, Hm, C, parts + 1) bool."""
         whole = self.pair_scores(prompt, alpha).square().sum(-1, keepdim=True)
         left = self.pair_scores(prompt.stored, alpha).square().sum(-1, keepdim=True)
         first = (worth / cost).amax(-1, keepdim=True)
         told = (whole - left).maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
-        return torch.cat((worth, told), -1), torch.cat((cost, cost.new_ones(1))), key - 1
+        worth = torch.cat((worth, told), -1)
+        cost = torch.cat((cost, cost.new_ones(1)))
+
+        def best(score: Tensor, m: Tensor) -> Tensor:
+            return select_joint(score, m, key=key - 1, cost=cost)
+
+        return within_budget(worth, budget, self.cfg.allocation, best)
 
     def _choose_in_turn(self, prompt: Prompt, token: Tensor, pair: Tensor) -> Selection:
         """Spend token_keep on tokens, then value_keep on the survivors' groups."""
@@ -351,26 +355,29 @@ class Selector(nn.Module):
         pair = self.pair_scores(prompt.stored, alpha)
         heads = self.output_gain.size(1) // self.Hm  # KV heads of a mask
         D = prompt.values.size(-1)
-        price = prices(kv, D, heads, pair.device)
-        worth = level_worth(pair.square(), price.error)  # (Lm, B, Hm, C, S steps)
+        price = prices(kv, D, heads)
         valid = prompt.valid[None, :, None]
         there = valid & (valid.cumsum(-1) > kv.kv_sinks)
-        worth = worth.masked_fill(~there.unsqueeze(-1), float("-inf"))
+        energy = pair.square().masked_fill(~there.unsqueeze(-1), float("-inf"))
         region = prompt.T - prompt.n_context
         masks = self._sharing(prompt)
         about = (region, kv.kv_sinks, D, heads, prompt.left is not None)
         budget = row_budgets(prompt, lambda n: half_bytes_for(self.cfg.kv_bytes, n, *about) * masks)
-        cost = price.step.repeat(self.S)
-        n_steps = len(cost)
-        worth, cost, key = self._with_told(prompt, alpha, worth, cost, price.key)
+        if prompt.left is None:
 
-        def best(score: Tensor, m: Tensor) -> Tensor:
-            return select_joint(score, m, key=key, cost=cost)
+            def best(energy: Tensor, m: Tensor) -> Tensor:
+                return choose_levels(energy, m, price.gain, price.step, price.key)
 
-        taken = within_budget(worth, budget, self.cfg.allocation, best)
-        levels = taken[..., :n_steps].unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
+            levels = within_budget(energy, budget, self.cfg.allocation, best)
+            keep = (levels > 0).any(-1)
+        else:
+            worth = (energy.unsqueeze(-1) * energy.new_tensor(price.gain)).flatten(-2)
+            cost = torch.tensor(price.step, device=energy.device).repeat(self.S)
+            taken = self._choose_with_told(prompt, alpha, worth, budget, cost, price.key)
+            keep = taken.any(-1)
+            levels = taken[..., :-1].unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
         mask = levels > 0 if kv.value_bits else levels
-        return Selection(taken.any(-1), mask, pair.square().sum(-1).sqrt())
+        return Selection(keep, mask, pair.square().sum(-1).sqrt())
 
     # -------------------- prompts
 
@@ -380,8 +387,7 @@ class Selector(nn.Module):
         state.seen = []
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
-        ints = self.stored.ints
-        paths, x, q, k, _, z, caches = columns
+        paths, x, q, k, v, z, caches = columns
         left = None
         if self.kv.reconstructor == "keys" and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
@@ -389,17 +395,24 @@ class Selector(nn.Module):
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
-        if self.kv.mask_scope != "shared" and not ints and left is None:
-            # all layers at once: thirty times fewer kernels
-            keys = prompt.keys[..., :C, :]
-            pack_layers(caches, keys, prompt.values, selection.keep, selection.mask, prompt.valid)
-        rounded = ints and self.cfg.key_rounding == "queries"
-        first = None
-        for i, layer in enumerate(seen):
-            moment = prompt.moment(i) if rounded else None
-            layer.path.store(layer, selection, n_pad, first, moment)
-            if self.kv.mask_scope == "shared":
-                first = first or layer.cache
+        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
+        moments = prompt.moments() if rounded else None
+        shared = self.kv.mask_scope == "shared"
+        if shared or left is not None:  # one by one
+            first = None
+            for i, layer in enumerate(seen):
+                moment = None if moments is None else moments[i]
+                layer.path.store(layer, selection, n_pad, first, moment)
+                if shared:  # masks are those of the first layer
+                    first = first or layer.cache
+            return
+        keep = selection.keep
+        n_sinks = caches[0].codec.n_sinks
+        if n_sinks:  # first tokens go to the window
+            keep = keep & (prompt.valid.cumsum(-1) > n_sinks)[:, None]
+        keys = prompt.keys[..., :C, :]
+        pack_layers(caches, keys, prompt.values, keep, selection.mask, prompt.valid, moments)
+        fill_windows(caches, k, v, C, n_pad)
 
     def see_layers(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
         """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
@@ -462,11 +475,12 @@ class Selector(nn.Module):
 
 def row_budgets(prompt: Prompt, f: Callable[[int], int]) -> Tensor:
     """Return f(number of context tokens) of every row, 0 for a row without context: (B,) int64."""
+    device = prompt.k[0].device
     if prompt.pad is None:  # known without asking the device
-        n_tokens = [prompt.n_context] * len(prompt.k[0])
-    else:
-        n_tokens = prompt.valid.sum(1).tolist()
-    return torch.tensor([f(n) if n else 0 for n in n_tokens], device=prompt.k[0].device)
+        n = prompt.n_context
+        return torch.full((len(prompt.k[0]),), f(n) if n else 0, device=device)
+    n_tokens = prompt.valid.sum(1).tolist()
+    return torch.tensor([f(n) if n else 0 for n in n_tokens], device=device)
 
 
 def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
@@ -592,37 +606,21 @@ class SelectPath(ValueGroupPath):
         first: RaggedCache | None = None,
         query_moment: Tensor | None = None,
     ) -> None:
-        """Pack the chosen part of the context, unless that is done, and append the query region
-        whole.
+        """Pack the chosen part of the context, and hold first tokens and the query region whole.
 
         first: the cache whose masks this one shares; query_moment: see RaggedCache.pack."""
         cache = seen.cache
         C = seen.z.size(2)
-        B = len(seen.k)
-        if n_pad is None:
-            pad = torch.zeros(B, dtype=torch.int64, device=seen.k.device)
-        else:
-            pad = n_pad
-        if cache.fresh:
-            valid = torch.arange(C, device=pad.device) >= pad[:, None]
-            keep, mask = selection.layer(self.index)
-            n_first = min(cache.codec.n_sinks, C)
-            if n_first:  # first tokens go to the window
-                keep = keep & (valid.cumsum(-1) > n_first)[:, None]
-            context = seen.k[:, :, :C]
-            cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
-            if n_first:
-                # rows with fewer tokens than that: theirs come last
-                few = (pad + n_first - C).clamp(0, n_first)
-                at = (pad - few)[:, None] + torch.arange(n_first, device=pad.device)
-                at = at.clamp(0, C - 1)[:, None, :, None]
-                cache.move_to_window(
-                    seen.k.take_along_dim(at, 2), seen.v.take_along_dim(at, 2), few
-                )
-            if first is not None:
-                cache.n_context = first.n_context  # an equal one, held once
-        region_pad = None if n_pad is None else (pad - C).clamp_min(0)
-        cache.append(NewTokens(seen.k[:, :, C:], seen.v[:, :, C:], region_pad))
+        none = torch.zeros(len(seen.k), dtype=torch.int64, device=seen.k.device)
+        valid = valid_columns(C, none if n_pad is None else n_pad)
+        keep, mask = selection.layer(self.index)
+        if cache.codec.n_sinks:  # first tokens go to the window
+            keep = keep & (valid.cumsum(-1) > cache.codec.n_sinks)[:, None]
+        context = seen.k[:, :, :C]
+        cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
+        fill_windows([cache], [seen.k], [seen.v], C, n_pad)
+        if first is not None:
+            cache.n_context = first.n_context  # an equal one, held once
 
     def _masked(self, q, k, v, routed: Tensor, keep: Tensor, pad: Tensor | None) -> Tensor:
         """Attend, full-size and differentiable, to values of the context as they are read, routed

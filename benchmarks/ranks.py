@@ -7,7 +7,7 @@ whether their losses agree, how soon a job ends that loses a rank, and a model t
     python -m benchmarks.ranks --what=generate --name=split --devices=cuda:0,cuda:1 --results=out/x
 
 Text is random walks over the vocabulary, weights are random. Every measurement is a row, printed
-and left in RESULTS/NAME.json.
+and left in RESULTS/NAME/results.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from cli import exit_on_bad_input, parse_args
 from config import ADAPTERS, AdapterConfig, ModelConfig
@@ -39,9 +39,10 @@ class RanksConfig:
     )
     name: str = opt("row", "name of the row")
     results: str = opt("out/ranks", "folder of the rows")
-    same_as: str = opt("", "earlier row: the greatest difference from its losses or tokens is said")
+    same_as: str = opt("", "earlier row: how far its losses or tokens are from these is said")
     ranks: int = opt(1, "train, lost: processes", least=1)
     shard: bool = opt(False, "train, lost: as in train.py")
+    capture: bool = opt(False, "train: as in train.py; of one process alone")
     adapter: str = opt("none", "train: what is trained; none: all weights", ADAPTERS)
     weights: str = opt("float32", "dtype of the weights", ("float32", "bfloat16"))
     batch_size: int = opt(32, "sequences in a step of all ranks, or prompts", least=1)
@@ -61,24 +62,26 @@ if __name__ == "__main__":
 
 import torch
 
+from benchmarks.common import shape_name
 from benchmarks.step import Case, LoggedTrainer, random_model, stage_of
 from generate import generate
-from loaders.device import autocast, device_name
+from loaders import checkpoint
+from loaders.device import autocast, device_name, pick_device
 from loaders.split import devices_of, layers_by_device, split
+from report.made import write_record
 from training.world import share_parameters, world
 
 
 def main() -> None:
-    """Measure what the flags ask, in as many processes."""
+    """Measure what the flags ask, in as many processes, the first of which leaves the row."""
+    began = time.time()
     cfg: RanksConfig = ARGS.ranks
-    if cfg.what == "lost":
-        write(cfg, lose_a_rank())
-    elif cfg.what == "generate":
-        write(cfg, generate_row(cfg, ARGS.model))
-    elif cfg.ranks > 1 and "RANK" not in os.environ:
+    if cfg.what == "train" and cfg.ranks > 1 and "RANK" not in os.environ:
         raise SystemExit(subprocess.call(torchrun(cfg, sys.argv[1:])))
-    else:
-        train_row(cfg, ARGS.model)
+    measure = {"train": train_row, "lost": lost_row, "generate": generate_row}[cfg.what]
+    row = measure(cfg, ARGS.model)
+    if row is not None:
+        write(cfg, ARGS.model, row, began)
 
 
 def torchrun(cfg: RanksConfig, flags: list[str]) -> list[str]:
@@ -87,59 +90,85 @@ def torchrun(cfg: RanksConfig, flags: list[str]) -> list[str]:
     return [sys.executable, *launch, "-m", "benchmarks.ranks", *flags]
 
 
-def write(cfg: RanksConfig, row: dict) -> None:
+def write(cfg: RanksConfig, shape: ModelConfig, row: dict, began: float) -> None:
     """Compare a row with an earlier one, print it without its lists, and keep it."""
-    folder = Path(cfg.results)
-    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "name": cfg.name,
+        "task": cfg.what,
+        "impl": how_it_ran(cfg),
+        "shape": shape_name(cfg.batch_size, shape.block_size, shape),
+    }
+    row = about | row
     if cfg.same_as:
-        other = json.loads((folder / f"{cfg.same_as}.json").read_text())
-        key = "losses" if "losses" in row else "tokens"
-        pairs = zip(row[key], other[key], strict=True)
-        row[f"difference from {cfg.same_as}"] = max(abs(a - b) for a, b in pairs)
-    row = {"name": cfg.name} | row
-    (folder / f"{cfg.name}.json").write_text(json.dumps(row) + "\n")
+        (peer,) = json.loads(Path(cfg.results, cfg.same_as, "results.json").read_bytes())
+        row |= {"peer": cfg.same_as} | compared(row, peer)
+    folder = Path(cfg.results, cfg.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "results.json", [row])
+    write_record(folder, row["device"], began)
     print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
+
+
+def how_it_ran(cfg: RanksConfig) -> str:
+    """Return what a row is called beside others."""
+    if cfg.what == "generate":
+        return cfg.devices
+    if cfg.ranks > 1:
+        return f"{cfg.ranks} processes, {'sharded' if cfg.shard else 'DDP'}"
+    return "CUDA graph" if cfg.capture else "kernel by kernel"
+
+
+def compared(row: dict, peer: dict) -> dict:
+    """Return a row's time for a token over its peer's, and the greatest relative difference of
+    their losses, or the share of their tokens that are the same."""
+    found = {"ratio": round(peer["tokens_per_s"] / row["tokens_per_s"], 4)}
+    if "losses" in row:
+        pairs = zip(row["losses"], peer["losses"], strict=True)
+        return found | {"largest_difference": max(abs(a / b - 1) for a, b in pairs)}
+    pairs = zip(row["tokens"], peer["tokens"], strict=True)
+    return found | {"agreement": mean(float(a == b) for a, b in pairs)}
 
 
 # -- training
 
 
-def train_row(cfg: RanksConfig, shape: ModelConfig) -> None:
-    """Train for cfg.steps steps: tokens per second (median), memory of rank 0, and every loss."""
-
+def train_row(cfg: RanksConfig, shape: ModelConfig) -> dict | None:
+    """Train for cfg.steps steps. Return tokens per second (median), memory of rank 0 and every
+    loss; None in other ranks."""
     case = Case(AdapterConfig(adapter=cfg.adapter), weights=cfg.weights)
     with world(cfg.device) as w:
         sizes = dict(batch_size=cfg.batch_size, steps=cfg.steps, device=w.device)
         stage = stage_of(case, shape, **sizes, name=cfg.name)
         share_parameters(stage.model, w)
         asked = TrainConfig(
-            stage=stage.kind, shard=cfg.shard, dtype=cfg.dtype, eval_sequences=2 * w.size
+            stage=stage.kind,
+            shard=cfg.shard,
+            capture=cfg.capture,
+            dtype=cfg.dtype,
+            eval_sequences=2 * w.size,
         )
         trainer = LoggedTrainer(stage, asked, w)
         trainer.run()
-        rows = trainer.rows
         on_gpu = w.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
-        if w.main:
-            speed = median(row["tokens_per_s"] for row in rows)
-            row = {
-                "device": f"{w.size} x {device_name(w.device)}",
-                "tokens_per_s": round(speed),
-                "ms": round(1e3 * cfg.batch_size * shape.block_size / speed, 2),
-                "peak_gb": round(peak / 1e9, 2),
-                "last_loss": rows[-1]["loss"],
-                "losses": [row["loss"] for row in rows],
-            }
-            write(cfg, row)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    if not w.main:
+        return None
+    speed = median(row["tokens_per_s"] for row in trainer.rows)
+    return {
+        "device": f"{w.size} x {device_name(w.device)}",
+        "tokens_per_s": round(speed),
+        "ms": round(1e3 * cfg.batch_size * shape.block_size / speed, 2),
+        "peak_memory_bytes": peak,
+        "losses": [row["loss"] for row in trainer.rows],
+    }
 
 
 # -- a rank that is lost
 
 
-def lose_a_rank() -> dict:
-    """Kill the last rank of a job that trains: seconds until the job has ended, and what the others
-    said."""
-    cfg: RanksConfig = ARGS.ranks
+def lost_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
+    """Kill the last rank of a job that trains. Return seconds until the job has ended, and what the
+    others said."""
     flags = [flag for flag in sys.argv[1:] if not flag.startswith(("--what", "--steps"))]
     command = torchrun(cfg, [*flags, "--what=train", "--steps=1000000"])
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -154,7 +183,12 @@ def lose_a_rank() -> dict:
     seconds = time.perf_counter() - start
     lines = [line for line in said if "another process of this job is gone" in line]
     check(job.returncode != 0 and bool(lines), "\n".join(said), "one line of why", "see above")
-    return {"seconds": round(seconds, 2), "exit": job.returncode, "said": " / ".join(lines)}
+    return {
+        "device": f"{cfg.ranks} x {device_name(pick_device(cfg.device))}",
+        "ended_after_s": round(seconds, 2),
+        "exit": job.returncode,
+        "said": " / ".join(lines),
+    }
 
 
 def rank_of(parent: int, rank: int) -> int:
@@ -175,8 +209,8 @@ def rank_of(parent: int, rank: int) -> int:
 
 
 def generate_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
-    """Generate greedily from random prompts: tokens per second of the second run, bytes on each
-    device, and the tokens."""
+    """Generate greedily from random prompts. Return tokens per second of the second run, bytes on
+    the devices, and the tokens."""
     places = devices_of(cfg.devices)
     model = random_model(shape, places[0], cfg.weights)
     if len(places) > 1:
@@ -191,7 +225,9 @@ def generate_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
         seconds = time.perf_counter() - start
     gpus = [place for place in dict.fromkeys(places) if place.type == "cuda"]
     return {
+        "device": f"{len(set(places))} x {device_name(places[0])}",
         "tokens_per_s": round(cfg.batch_size * cfg.new_tokens / seconds, 1),
+        "peak_memory_bytes": max(map(torch.cuda.max_memory_allocated, gpus), default=None),
         "cache_gb": round(cache.nbytes() / 1e9, 3),
         "layers": layers_by_device(model) if len(places) > 1 else {str(places[0]): shape.n_layer},
         "held_gb": {str(g): round(torch.cuda.memory_allocated(g) / 1e9, 2) for g in gpus},

@@ -1,19 +1,23 @@
 """A step of train.py as one CUDA graph, and kernel by kernel: milliseconds, tokens per second, peak
 memory, the time until the first loss, and whether their losses agree; of adapters and pretraining.
+--peers: PEFT's LoRA beside them, eager and compiled (pip install peft transformers).
 
     python -m benchmarks.step --vocab_size=49152 --n_layer=30 --n_embd=576 --n_head=9 \\
         --n_kv_head=3 --head_dim=64 --n_inner=1536 --block_size=512 --results=out/steps
 
 Text is random walks over the vocabulary, weights are random. Every measurement is a row, printed
-as it is made; all are left in RESULTS/results.json.
+as it is made, its ratio to the same case kernel by kernel; all are left in RESULTS/results.json.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,14 +35,21 @@ class StepConfig:
     results: str = opt("out/steps", "folder of results.json")
     cases: str = opt("", "the cases measured, a list (empty: all)")
     batch_size: int = opt(8, "sequences in a step", least=1)
-    steps: int = opt(24, "steps of each kind; the first quarter is not counted", least=4)
+    steps: int = opt(24, "steps of each measurement; the first quarter is not counted", least=4)
     accumulation: int = opt(1, "micro-steps of a step", least=1)
     compile: bool = opt(False, "torch.compile the model")
+    peers: bool = opt(False, "PEFT's LoRA, too; needs the case LoRA")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", DTYPES)
 
     def __post_init__(self):
         check_fields(self)
+        check(
+            not self.peers or (self.accumulation == 1 and not self.compile),
+            f"peers with accumulation={self.accumulation}, compile={self.compile}",
+            "peers take whole steps, eager and compiled",
+            "leave the others out",
+        )
 
 
 CONFIGS = {"step": StepConfig, "model": ModelConfig}
@@ -51,8 +62,10 @@ import torch
 import kv_router
 import lora
 from data import Corpus
+from loaders import checkpoint
 from loaders.device import device_name, pick_device, place
 from model import Transformer
+from report.made import write_record
 from training.loop import Stage, Trainer
 from training.world import World
 
@@ -159,34 +172,81 @@ def measured(cfg: StepConfig, shape: ModelConfig, name: str, capture: bool) -> d
         "device": device_name(device),
         "ms": round(1e3 * tokens / speed, 2),
         "tokens_per_s": round(speed),
-        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
         "first_step_s": round(tokens / speeds[0], 2),
         "all_steps_s": round(seconds, 2),
         "losses": [row["loss"] for row in trainer.rows],
     }
 
 
+def peer_rows(cfg: StepConfig, shape: ModelConfig) -> list[dict]:
+    """Return rows of PEFT's LoRA, measured by a process of its own. ValueError where it fails."""
+    asked = asdict(shape) | dict(batch_size=cfg.batch_size, steps=cfg.steps)
+    asked["device"] = str(pick_device(cfg.device))
+    asked["dtype"] = "bfloat16" if cfg.dtype == "auto" else cfg.dtype
+    asked["compiled"] = [False, True]
+    program = Path(__file__).with_name("peft_step.py")
+    command = [sys.executable, "-P", str(program), json.dumps(asked)]
+    job = subprocess.run(command, capture_output=True, text=True)
+    said = job.stderr.strip().splitlines()
+    check(
+        job.returncode == 0,
+        "peers",
+        said[-1] if said else f"exit code {job.returncode}",
+        "leave --peers out",
+    )
+    return [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
+
+
+def check_peers(cfg: StepConfig, names: list[str]) -> None:
+    """Raise ValueError where peers are asked for and cannot be measured."""
+    if not cfg.peers:
+        return
+    check("LoRA" in names, f"cases={cfg.cases}", "peers train LoRA", "add LoRA")
+    absent = [package for package in ("peft", "transformers") if find_spec(package) is None]
+    needed = f"needs {' and '.join(absent)}"
+    check(not absent, "peers", needed, "pip install peft transformers")
+
+
 def main() -> None:
     """Measure every case both ways, print the rows without their losses, and keep all of them."""
+    began = time.time()
     cfg: StepConfig = ARGS.step
-    on_gpu = pick_device(cfg.device).type == "cuda"
-    check(on_gpu, f"device={cfg.device}", "CUDA graphs are measured", "run it on a GPU")
+    device = pick_device(cfg.device)
+    check(
+        device.type == "cuda", f"device={cfg.device}", "CUDA graphs are measured", "run it on a GPU"
+    )
     names = comma_list(cfg.cases) or list(CASES)
     for name in names:
         check(name in CASES, f"cases={name}", f"one of {', '.join(CASES)}", "choose one")
+    check_peers(cfg, names)
     rows = []
+    plain = {}  # the case kernel by kernel, by its name
+
+    def keep(row: dict) -> None:
+        peer = plain[row["name"]]
+        row |= {
+            "task": row["name"],
+            "peer": peer["impl"],
+            "ratio": round(row["ms"] / peer["ms"], 4),
+        }
+        print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)
+        rows.append(row)
+
     for name in names:
         graph = measured(cfg, ARGS.model, name, capture=True)
-        plain = measured(cfg, ARGS.model, name, capture=False)
-        pairs = zip(graph["losses"], plain["losses"], strict=True)
-        graph["ratio"] = round(graph["ms"] / plain["ms"], 4)
+        plain[name] = measured(cfg, ARGS.model, name, capture=False)
+        pairs = zip(graph["losses"], plain[name]["losses"], strict=True)
         graph["largest_difference"] = max(abs(a / b - 1) for a, b in pairs)
-        for row in (graph, plain):
-            print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)
-            rows.append(row)
+        keep(graph)
+        keep(plain[name])
+    if cfg.peers:
+        for row in peer_rows(cfg, ARGS.model):
+            keep(row)
     folder = Path(cfg.results)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(rows) + "\n")
+    checkpoint.write_json(folder / "results.json", rows)
+    write_record(folder, device_name(device), began)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ the folders whose results it shows with all that lies in them, and fields that a
 
 What stands between them is replaced by a table of those results and a line that says how they were
 made. Where a folder has no results, what stands there stays. Either way a table that was not made
-by the code as it is now says so in its last line.
+by the code as it is now says so in its last line; one that ends in "(not measured yet)" need not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from report.tables import label_of, share_of_dense, text_hash, with_spread
 
 PAGE = Path("docs/results.md")
 OLD = "(not run again on this code)"
+ABSENT = "(not measured yet)"
 TABLE = re.compile(
     r"^<!-- table (?P<name>\w+): (?P<script>runs/\w+\.sh)(?P<words>( \S+)*) -->\n"
     r"(?P<body>.*?)^<!-- end -->$",
@@ -50,9 +51,12 @@ NUMBERS = (
     ("sequences", "sequences that fit", "{:,.0f}"),
     ("ms", "ms", "{:.4f}"),
     ("ratio", "of the peer", "{:.3f}"),
+    ("largest_difference", "losses differ by at most", "{:.1e}"),
     ("gb_per_s", "GB/s", "{:,.0f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
     ("peak_memory_bytes", "peak memory, bytes", "{:,.0f}"),
+    ("first_step_s", "first step, s", "{:.1f}"),
+    ("ended_after_s", "ended after, s", "{:.1f}"),
 )
 
 
@@ -69,7 +73,7 @@ class Mark(NamedTuple):
 
 
 def read_rows(path: Path, only: dict[str, str]) -> list[dict]:
-    """The rows of a results file that have these fields. ValueError where it is damaged."""
+    """The rows of a results file that have these fields. ValueError where it holds no rows."""
     try:
         rows = json.loads(path.read_bytes())
         for r in rows:
@@ -77,7 +81,7 @@ def read_rows(path: Path, only: dict[str, str]) -> list[dict]:
         fits = isinstance(rows, list)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         fits = False
-    check(fits, f"{path}", "it is damaged: rows of eval.py, train.py or bench.py", "make it again")
+    check(fits, f"{path}", "not rows of eval.py, train.py or bench.py", "make it again")
 
     def is_asked(r: dict) -> bool:
         return all(str(r.get(name)) == value for name, value in only.items())
@@ -159,7 +163,7 @@ def cells_of(same: list[dict]) -> dict[str, str]:
     cells["text"] = r["text"]["corpus"] if "text" in r else ""
     for field, title, form in NUMBERS:
         numbers = [row.get(field) for row in same]
-        cells[title] = form.format(mean(numbers)) if all(numbers) else ""
+        cells[title] = "" if None in numbers else form.format(mean(numbers))
     cells["peer"] = r.get("peer", "")
     if "metric" in r:
         values = [row["value"] for row in same]
@@ -230,15 +234,12 @@ def how_made(paths: list[Path], mark: Mark) -> str:
 
 def with_note(body: str, code: str) -> str:
     """What stands between two marks, with OLD as its last line unless the line before says that it
-    was made by this code, or, without naming one, how it was measured."""
+    was made by this code, or that there is nothing to be made again."""
     lines = [line for line in body.splitlines() if line != OLD]
     text = "\n".join(lines).strip()
     last = text.rsplit("\n", 1)[-1]
     named = re.search(r"; code ([^;]*);", last)
-    if named:
-        current = named[1] == code[:12]
-    else:
-        current = last.startswith("(")
+    current = named[1] == code[:12] if named else last == ABSENT
     if not current:
         text = f"{text}\n\n{OLD}"
     return f"\n{text}\n\n"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import selector
 from config import PUBLISHED, SHARED, KVConfig, SelectConfig, check, comma_list, count_kept
 from loaders.runs import Run
-from measure_config import SELECTING, EvalConfig, check_eval_flags, check_fitted
+from measure_config import CODED, SELECTING, EvalConfig, check_eval_flags, check_fitted
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
@@ -140,6 +140,8 @@ def check_methods(run: Run, asked: Asked, methods: list[str]) -> None:
     selecting = select_flags(asked)
     if "quest" in methods and selecting == ["token_budgets"]:
         selecting = []  # shares that it reads
+    if {*CODED} & {*methods} and selecting == ["kv_byte_budgets"]:
+        selecting = []  # shares that its codes may take
     check(
         not selecting or "select" in methods,
         f"{', '.join(selecting)}",

@@ -1,5 +1,5 @@
-"""Rivals with a path of their own, Quest and KIVI (baselines/): which of them the flags ask for,
-and how each is put into a model while it is measured."""
+"""Rivals with a path of their own, Quest, KIVI, KVTC and RDKV (baselines/): which of them the flags
+ask for, and how each is put into a model while it is measured."""
 
 from __future__ import annotations
 
@@ -11,13 +11,26 @@ from typing import NamedTuple
 from torch import Tensor
 
 import selector
-from baselines import kivi, quest
+from baselines import coded, kivi, kvtc, quest, rdkv
 from config import KVConfig, check, comma_list, count_kept
 from loaders.runs import Run
-from measure_config import RIVALS
+from measure_config import CODED, RIVALS
 from model import Transformer
 from report.plan import Asked, grid_of, is_trained, numbers
 from tasks.common import Task
+
+
+class Components:
+    """What KVTC finds on calibration text, once for all shares."""
+
+    def __init__(self):
+        self.streams: list[kvtc.Stream] = []
+
+    def of(self, model: Transformer, batches: list[Tensor]) -> list[kvtc.Stream]:
+        """Return them; model: with dense paths."""
+        if not self.streams:
+            self.streams = kvtc.calibrate(model, batches)
+        return self.streams
 
 
 class Rival(NamedTuple):
@@ -26,6 +39,13 @@ class Rival(NamedTuple):
     method: str  # of RIVALS
     kv: KVConfig  # quest: value groups, all kept: values stay whole; kivi: bits
     read_keep: float = 1.0  # quest: share of a prompt's tokens that a step reads
+    share: float = 1.0  # kvtc, rdkv: of a prompt's bytes
+    components: Components | None = None  # kvtc
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has a basis that is calibrated."""
+        return self.cuts_values or self.method == "kvtc"
 
     @property
     def cuts_values(self) -> bool:
@@ -48,6 +68,7 @@ def rivals_of(run: Run, asked: Asked, methods: list[str]) -> list[Rival]:
         out += ways_to_read(run, asked)
     if "kivi" in named:
         out += ways_to_code(run, asked)
+    out += shares_to_code(asked, [name for name in named if name in CODED])
     return out
 
 
@@ -91,6 +112,30 @@ def ways_to_code(run: Run, asked: Asked) -> list[Rival]:
     return [Rival("kivi", KVConfig(kv="dense", key_bits=int(b), value_bits=int(b))) for b in bits]
 
 
+def shares_to_code(asked: Asked, named: list[str]) -> list[Rival]:
+    """KVTC and RDKV, those named, with every share of --kv_byte_budgets."""
+    shares = numbers(asked.eval.kv_byte_budgets)
+    check(
+        bool(shares) or not named,
+        f"methods={','.join(named)} without kv_byte_budgets",
+        "shares of a prompt's bytes that its codes may take",
+        "give --kv_byte_budgets=0.125",
+    )
+    check(
+        not named or "perplexity" not in comma_list(asked.eval.tasks),
+        f"perplexity with {','.join(named)}",
+        "they code prompts",
+        "give --tasks=continuation or another",
+    )
+    for share in shares if named else ():
+        coded.check_kept(coded.Kept(share))
+    whole = KVConfig(kv="dense")
+    components = Components()
+    return [
+        Rival(name, whole, share=share, components=components) for name in named for share in shares
+    ]
+
+
 @contextmanager
 def in_place(
     model: Transformer,
@@ -113,6 +158,13 @@ def in_place(
         finally:
             kivi.detach(model)
         return
+    if rival.method in CODED:
+        code_prompts(model, rival, task, batches)
+        try:
+            yield rival.kv
+        finally:
+            coded.detach(model)
+        return
     kv = rival.kv
     if rival.cuts_values and task.query is not None:
         kv = replace(kv, kv_tail=task.query, kv_tail_block=1)
@@ -123,3 +175,14 @@ def in_place(
         yield kv
     finally:
         selector.detach(model)
+
+
+def code_prompts(
+    model: Transformer, rival: Rival, task: Task, batches: list[Tensor] | None
+) -> None:
+    """Let the model code prompts as KVTC or RDKV does, the task's query whole."""
+    kept = coded.Kept(rival.share, tail=task.query)
+    if rival.method == "rdkv":
+        rdkv.attach(model, kept)
+        return
+    kvtc.attach(model, rival.components.of(model, batches), kept, task.stored.size(1))

@@ -19,11 +19,11 @@ from torch import Tensor
 
 import kv_router
 import selector
-from baselines import kivi, quest, shared_heads
+from baselines import coded, kivi, quest, shared_heads
 from config import AdapterConfig, KVConfig, SelectConfig
 from loaders.device import autocast
 from lora import count_trainable
-from measure_config import RIVALS
+from measure_config import CODED, RIVALS
 from model import Transformer, evaluating
 from settings.fields import to_dict
 from storage.cache import KVCache
@@ -150,12 +150,15 @@ def kept_shares(model: Transformer, cache: KVCache) -> dict[str, float]:
 
 
 def method_of(model: Transformer, kv: KVConfig) -> str:
-    """How a model stores its keys and values: dense, value_groups, select, quest, kivi, mixsga, gqa
-    or cla."""
+    """How a model stores its keys and values: dense, value_groups, select, one of RIVALS, mixsga,
+    gqa or cla."""
     if quest.paths(model):
         return "quest"
     if kivi.format_of(model):
         return "kivi"
+    codec = coded.codec_of(model)
+    if codec is not None:
+        return codec.name
     chooser = selector.selector_of(model)
     if chooser is not None:
         keeps_all = chooser.cfg.whole and not chooser.stored.ints
@@ -215,6 +218,8 @@ def setting_of(
         words.append(f"head reads {quest.reads(model, n_tokens):.1%}")
     elif method == "kivi":
         words.append("groups of {0.group}, {0.residual} whole".format(kivi.format_of(model)))
+    elif method in CODED:
+        words.append(coded.codec_of(model).described())
     if method != "select" and grouped:
         kept = round(shares["value_keep"] * kv.n_groups)
         words += [basis_of(method, kv), f"S={kv.n_groups}", f"K={kept}"]

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Every table of docs/results.md: the scripts in order, then the page from what they left.
 # Left out, with a line that says so: a script whose results this code has made, unless FORCE=1 is
-# set, and one that needs a GPU, the model (runs/prepare.sh) or a file where there is none. Results of
-# before are not lost: they are moved to FOLDER.before-N.
+# set, and one that needs a GPU, the model (runs/prepare.sh) or a file where there is none. Results
+# of before are not lost: they are moved to FOLDER.before-N.
 # usage: [FORCE=1] runs/all.sh
 set -euo pipefail
 trap 'exit 130' INT TERM
 
-KEYS=$'\n'"$(python -m report.made)" # a line for each script: its name, and a key of it and the code
+# a line for each script: its name, and a key of it and the code
+KEYS=$'\n'"$(python -m report.made)"
 FAILED=""
 
-# table NAME FOLDER NEEDS WHAT: run a script, which fills FOLDER. FOLDER.state then says "begun", and
-# when all is there the script's key.
+# table NAME FOLDER NEEDS WHAT: run a script, which fills FOLDER. FOLDER.state then says "begun",
+# and when all is there the script's key.
 table() {
   local name="$1" folder="$2" needs="$3" key n=1
   echo "runs/$name.sh ($needs): $4"
@@ -54,6 +55,10 @@ table() {
   fi
 }
 
+# the files that choices.sh reads
+ITEMS="hellaswag.jsonl, piqa.jsonl, winogrande.jsonl, arc_easy.jsonl, arc_challenge.jsonl, \
+openbookqa.jsonl, boolq.jsonl, copa.jsonl, lambada.jsonl"
+
 table default_table out/default_table CPU "LoRA, MoE-LoRA and the sub-token row, small model"
 table adapters out/adapters CPU "adapters over whole and routed values, nine seeds"
 table levers out/levers CPU "what each part of the storage is worth"
@@ -63,19 +68,20 @@ table paper_table1 out/paper_table1 "GPU, model" "the paper's table 1, five seed
 table value_groups out/value_groups "GPU, model" "value groups without training"
 table trained_basis out/basis "GPU, model" "value groups with trained maps"
 table mixture out/mixture "GPU, model" "predictors of a mixture of texts, measured on eight texts"
-table selection out/selection "GPU, model" "which tokens and groups stay, by signal, after mixture.sh"
+table selection out/selection "GPU, model" "which tokens and groups stay, after mixture.sh"
 table hedge out/hedge "GPU, model" "the exponent on relevance, after mixture.sh"
 table recall out/recall "GPU, model" "needles asked of a compressed cache, after mixture.sh"
 table bits out/bits "GPU, model" "loss and divergence against bytes, after mixture.sh"
 table published out/published "GPU, model" "rivals as they were published"
 table paper_selection out/paper_selection "GPU, model" "the paper's own selection"
-table choices out/choices "GPU, model, hellaswag.jsonl" "zero-shot choices over compressed caches"
-table instruct out/instruct "GPU, model, train.jsonl" "instructions by ROUGE-L: mixSGA, GQA, CLA"
+table choices out/choices "GPU, model, $ITEMS" "zero-shot choices over compressed caches"
+table instruct out/instruct "GPU, model, train.jsonl, test.jsonl" "instructions by ROUGE-L"
 table mixsga out/mixsga CPU "mixSGA, GQA and CLA, small model"
 table mixsga_miniature out/mixsga_miniature CPU "the same in miniature"
 table mixsga_gpu out/mixsga_gpu GPU "the same by how long is trained on"
 table decode_speed out/decode_speed GPU "attention of one token over a packed cache"
 table step_speed out/step_speed CPU "training steps beside a plain loop's and LoRA's"
+table train_speed out/train_speed GPU "training steps as one CUDA graph, beside PEFT's"
 table generate_speed out/generate_speed "GPU, model" "tokens per second of the whole model"
 table two_gpus out/two_gpus "two GPUs" "training and generation over two GPUs"
 table memory out/memory GPU "how many sequences fit"

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Instructions: ROUGE-L of a model as it is, then of mixSGA, GQA and CLA at 50 % and 35 % of keys and
-# values, trained on instructions for equal steps, also without what was added to the paper, without
-# the consistency loss and with a random router; and of a prompt in 25, 12.5 and 6.25 % of its bytes.
+# Instructions: ROUGE-L of a model as it is, then of mixSGA, GQA and CLA at 50 % and 35 % of keys
+# and values, trained on instructions for equal steps, also without what was added to the paper,
+# without the consistency loss and with a random router; and of a prompt in 25, 12.5 and 6.25 % of
+# its bytes.
 # SmolLM2 has three KV heads (groups of 1 and 3), the model pretrained here eight (1, 2 and 4).
 # TRAIN, TEST: JSONL of instruction, input, output, of tasks that are not in both. Not run yet.
-# usage: [STEPS="50 200"] [SEEDS=2] [MORE=FLAGS] [PARTS="base smollm2 eight long"] \
+# usage: [STEPS="50 200"] [SEEDS=2] [MORE=FLAGS] [PARTS="base smollm2 eight long"] [SHAPE=FLAGS] \
+#   [PRETRAIN_STEPS=3000] [CONTINUE_STEPS=1000] [SELECT_STEPS=400] [LONGEST=2048] [ANSWERS=400] \
 #   runs/instruct.sh [TRAIN] [TEST] [MODEL] [OUT]
 set -euo pipefail
 TRAIN="${1:-train.jsonl}"
@@ -48,8 +50,8 @@ if [[ " $PARTS " == *" eight "* ]]; then
   python train.py --stage=continue --kv=dense --init_from="$OUT/eight/pretrain" \
     --dataset="instruct:$TRAIN" --adapt_steps="${CONTINUE_STEPS:-1000}" --adapt_batch_size=32 \
     --adapt_lr=5e-4 --out_dir="$OUT/eight-tuned" $MORE
-  rows eight --out_dir="$OUT/eight-tuned/dense-s0" --mixes=3:1:6,1:1:8 --batch_size=32 --sequences=64 \
-    --answer_tokens=200
+  rows eight --out_dir="$OUT/eight-tuned/dense-s0" --mixes=3:1:6,1:1:8 --batch_size=32 \
+    --sequences=64 --answer_tokens=200
 fi
 
 # long inputs, of the file that nothing of this part was trained on: selection by predictors

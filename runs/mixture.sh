@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Predictors of relevance trained on a mixture of texts, in windows of many lengths (512 to 8,192
-# tokens) that go on, repeat their own passages or ask for one (--recall), and what they lose on texts
-# of that kind and of others: C headers and records are kinds that no predictor was trained on. The
-# last 16 tokens are observed, the last 4 stay whole. Other scripts measure the run that this makes.
+# tokens) that go on, repeat their own passages or ask for one (--recall), and what they lose on
+# texts of that kind and of others: C headers and records are kinds that no predictor was trained
+# on. The last 16 tokens are observed, the last 4 stay whole. Other scripts measure the run that
+# this makes.
 # usage: runs/mixture.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

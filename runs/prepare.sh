@@ -17,5 +17,6 @@ python -c "
 import config, data
 texts = data.documents('wikitext2', config.DataConfig())
 for name, split in (('valid', 'val'), ('test', 'test')):
-    open(f'wikitext2.{name}.txt', 'w').write(''.join(texts[split]))
+    with open(f'wikitext2.{name}.txt', 'w', encoding='utf-8') as f:
+        f.write(''.join(texts[split]))
 "

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Recall: needles asked of a cache that was compressed before the question was known, one and four
 # of them, digits, numbers and names, and passages copied from what was held out of each text that
-# the run was trained on; 600, 2,048 and 8,000 tokens. With the question seen before compressing, for
-# comparison, and with distractors, a second question and variables to follow.
+# the run was trained on; 600, 2,048 and 8,000 tokens. With the question seen before compressing,
+# for comparison, and with distractors, a second question and variables to follow.
 # Needs the run of runs/mixture.sh, and the text that it was trained on.
 # usage: [PROMPTS=100] runs/recall.sh [RUN] [OUT]
 set -euo pipefail
@@ -18,7 +18,7 @@ measure() {  # measure NAME FLAGS...: dense, and a prompt in these shares of its
 }
 
 for length in 600 2048 8000; do
-  about="--block_size=$length --batch_size=$((200000 / length))"
+  about="--block_size=$length --batch_size=$((100000 / length))"
   for question in unseen seen; do
     # one needle, and a passage
     measure "one_${question}_$length" --tasks=needle,copy --question=$question $about

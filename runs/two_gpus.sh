@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One GPU, two with DDP, two with sharded weights; a rank that is lost; 7 billion parameters.
-# Two H100s; the time has not been noted yet. Rows lie in OUT, one file each.
+# Two H100s; the time has not been noted yet. Every row has its own folder in OUT.
 # usage: runs/two_gpus.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/two_gpus}"
@@ -9,8 +9,10 @@ SMOL="--n_layer=30 --n_embd=576 --n_head=9 --n_kv_head=3 --head_dim=64 --n_inner
 SEVEN="--n_layer=32 --n_embd=4096 --n_head=32 --n_kv_head=32 --head_dim=128 --n_inner=11008
   --block_size=1024 --vocab_size=32000 --tie_embeddings=false"
 
-# tokens per second of SmolLM2's shape: one GPU, half its batch, DDP, FSDP2
+# tokens per second of SmolLM2's shape: one GPU, kernel by kernel as several do, and as one graph;
+# half its batch, DDP, FSDP2
 python -m benchmarks.ranks $SMOL --results="$OUT" --name=one
+python -m benchmarks.ranks $SMOL --results="$OUT" --name=graph --capture --same_as=one
 python -m benchmarks.ranks $SMOL --results="$OUT" --name=half --batch_size=16
 python -m benchmarks.ranks $SMOL --results="$OUT" --name=ddp --ranks=2 --same_as=one
 python -m benchmarks.ranks $SMOL --results="$OUT" --name=fsdp --ranks=2 --shard --same_as=one

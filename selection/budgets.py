@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -54,11 +55,11 @@ class Prices(NamedTuple):
     """What a kept token and its groups cost, in half bytes."""
 
     key: int  # a token that is kept
-    step: Tensor  # (steps,) int64: from each level of a group to the next
-    error: tuple[float, ...]  # squared error left at each level of a group of variance 1
+    step: tuple[int, ...]  # from each level of a group to the next
+    gain: tuple[float, ...]  # of it: squared error that it takes off a group of variance 1
 
 
-def prices(kv: KVConfig, head_dim: int, heads: int, device) -> Prices:
+def prices(kv: KVConfig, head_dim: int, heads: int) -> Prices:
     """Return the prices of a mask that `heads` KV heads share."""
     S = kv.n_groups
     if kv.value_bits:
@@ -77,14 +78,14 @@ def prices(kv: KVConfig, head_dim: int, heads: int, device) -> Prices:
     per_head = row_bytes(head_dim, kv.key_bits) + 4 * head_dim / kv.key_block + scale
     key = math.ceil(2 * (heads * per_head + per_mask))
     row = [2 * heads * row_bytes(head_dim // S, b) for b in bits]
-    return Prices(key, torch.tensor(row, device=device).diff(), error)
+    step = (b - a for a, b in pairwise(row))
+    return Prices(key, tuple(step), level_gains(error))
 
 
-def level_worth(energy: Tensor, error: tuple[float, ...]) -> Tensor:
-    """Return what each step up is worth: the squared error it takes away, if a group's numbers are
-    Gaussian. energy (..., S) -> (..., S * steps)."""
-    gain = -energy.new_tensor(error).diff()
-    return (energy.unsqueeze(-1) * gain).flatten(-2)
+def level_gains(error: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the squared error that each step up takes away of a group of variance 1, if its
+    numbers are Gaussian, given what is left at each level; differences of float32."""
+    return tuple((-torch.tensor(error).diff()).tolist())
 
 
 def half_bytes_for(

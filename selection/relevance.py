@@ -26,6 +26,8 @@ from torch import Tensor
 
 from config import SelectConfig, check
 from model import apply_rope
+from selection.received import received
+from storage.kernel_base import use_triton
 from storage.layout import soft_cap
 
 SPAN = 1024  # last tokens whose queries are drawn: of the context by `future`, of all by `moment`
@@ -61,6 +63,7 @@ class Prompt:
     observers: int = 0  # tokens whose queries are observed; 0: the query region
     cap: float = 0.0  # of attention logits: see storage.layout.soft_cap
     left: Sequence[Tensor] | None = None  # (B, Hkv, C, D), what keys do not tell of z
+    impl: str = "auto"  # of received: see storage/kernel_base.py
 
     @cached_property
     def stored(self) -> Prompt:
@@ -131,16 +134,8 @@ class Prompt:
         """Attention of the asking tokens, the mean and the largest, from one pass over the keys."""
         if not len(self.asking):
             raise ValueError(NOBODY_ASKS)
-        q = self.queries(self.asking)
-        there = self.real[:, self.asking].float()  # (B, Q)
-        weight = self.weights(q, None if self.pad is None else there)
-        mean = []
-        largest = []
-        for shares in self.shares(q, self.before(self.asking)):
-            mean.append(weighed(weight, shares))
-            largest.append((shares * (weight.mT > 0)).amax(-2))
-        valid = self.valid[:, None]
-        return torch.cat(mean) * valid, torch.cat(largest) * valid
+        there = None if self.pad is None else self.real[:, self.asking].float()  # (B, Q)
+        return self.received(self.queries(self.asking), self.asking, there, with_largest=True)
 
     @cached_property
     def asking(self) -> Tensor:
@@ -148,38 +143,54 @@ class Prompt:
         n = min(self.observers, self.T) or self.T - self.n_context
         return self.column[self.T - n :]
 
-    def before(self, rows: Tensor) -> Tensor:
-        """Mark what neighbouring columns `rows` (Q,) read of the columns from the first of them on:
-        (Q, V) bool."""
-        return self.column[rows[0] :] <= rows[:, None]
-
     def causal(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Attention of neighbouring columns `rows` on the context, each reading what came before
-        it: see attention."""
-        return self.attention(self.queries(rows), self.before(rows), weight)
+        it: see received."""
+        return self.received(self.queries(rows), rows, weight)[0]
 
     def queries(self, columns: Tensor) -> Tensor:
         """Queries of some columns (Q,), or of each row's own (B, Q): (L, B, H, Q, D)."""
         if columns.ndim == 1:
             return torch.stack([q.index_select(2, columns) for q in self.q])
-        return torch.stack([q.take_along_dim(columns[:, None, :, None], 2) for q in self.q])
+        index = columns[:, None, :, None].expand(-1, self.q[0].size(1), -1, self.q[0].size(3))
+        return torch.stack([q.gather(2, index) for q in self.q])
 
-    def attention(
-        self, q: Tensor, visible: Tensor | None = None, weight: Tensor | None = None
-    ) -> Tensor:
-        """Return the mean attention on each context token, (L, B, Hkv, C): over the query heads of
-        a KV head and over queries.
+    def received(
+        self,
+        q: Tensor,
+        last: Tensor | None = None,
+        weight: Tensor | None = None,
+        with_largest: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the attention on each context token, (L, B, Hkv, C): its mean over the query heads
+        of a KV head and over queries, and if asked for (else anything) the largest of those that
+        count in the mean.
 
-        q        (L, B, H, Q, D)
-        visible  (Q, V) bool, what a query may read of the prompt's last V columns; earlier columns
-                 always; None: all
-        weight   (B, Q), of each query in the mean"""
+        q       (L, B, H, Q, D)
+        last    (Q,) rising, the last column that each query reads; None: all
+        weight  (B, Q), of each query in the mean"""
         weight = self.weights(q, weight)
-        out = [weighed(weight, shares) for shares in self.shares(q, visible)]
-        return torch.cat(out) * self.valid[:, None]
+        if use_triton(self.impl, q.device, q.dtype) and not q.requires_grad:
+            seen = (last, self.pad, self.n_context, self.cap)
+            return received(self.scaled(q), self.keys, weight, *seen)
+        visible = None if last is None else self.column[last[0] :] <= last[:, None]
+        mean = []
+        largest = []
+        for shares in self.shares(q, visible):
+            mean.append(weighed(weight, shares))
+            if with_largest:
+                largest.append((shares * (weight.mT > 0)).amax(-2))
+        valid = self.valid[:, None]
+        mean = torch.cat(mean) * valid
+        return mean, torch.cat(largest) * valid if with_largest else mean
+
+    def scaled(self, q: Tensor) -> Tensor:
+        """Return queries (L, B, H, Q, D) by KV head, ready for products: (L, B, Hkv, n Q, D)."""
+        by_head = (q * q.size(-1) ** -0.5).unflatten(2, (self.keys.size(2), -1))
+        return by_head.flatten(3, 4)
 
     def weights(self, q: Tensor, weight: Tensor | None) -> Tensor:
-        """Return the part of each query head and query in a mean: (B, 1, 1, n Q); see attention."""
+        """Return the part of each query head and query in a mean: (B, 1, 1, n Q); see received."""
         _, B, H, Q, _ = q.shape
         n = H // self.keys.size(2)
         if weight is None:
@@ -190,12 +201,13 @@ class Prompt:
 
     def shares(self, q: Tensor, visible: Tensor | None) -> Iterator[Tensor]:
         """Yield attention on the context of some layers at a time, (l, B, Hkv, n Q, C) float32, the
-        query heads of a KV head in turn; see attention."""
-        L, B, H, Q, D = q.shape
+        query heads of a KV head in turn. visible: (Q, V) bool, what a query reads of the prompt's
+        last V columns; earlier columns always; None: all."""
+        L, B, H, Q, _ = q.shape
         n = H // self.keys.size(2)
         step = max(1, CHUNK // (B * H * Q * self.T))
         for i in range(0, L, step):
-            scaled = (q[i : i + step] * D**-0.5).unflatten(2, (-1, n)).flatten(3, 4)
+            scaled = self.scaled(q[i : i + step])
             p = (scaled @ self.keys[i : i + step].mT).float()  # (l, B, Hkv, n Q, T)
             if self.cap:
                 p = soft_cap(p, self.cap)
@@ -220,27 +232,32 @@ class Prompt:
         return tuple(t[place].unsqueeze(-3) for t in self.rope)
 
     @cached_property
-    def _to_come(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """How `moment` turns the prompt's last queries, and their weights in the mean (B, 1, Q, 1),
-        of padding 0."""
+    def _to_come(self) -> tuple[Tensor, Tensor]:
+        """How `moments` turns the prompt's last queries: see turn."""
         columns = self.column[-SPAN:]
         room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
         # counted from the end: rows are as if alone
         ahead = ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long()
-        real = self.real[:, columns].double()  # (B, Q)
-        return self.turn(columns, ahead), (real / real.sum(-1, keepdim=True).clamp_min(1))[
-            :, None, :, None
-        ]
+        return self.turn(columns, ahead)
 
-    def moment(self, layer: int) -> Tensor:
-        """Return the second moment of a layer's queries to come, (B, Hkv, D, D) float64.
+    def moments(self) -> Tensor:
+        """Return the second moments of the layers' queries to come, (L, B, Hkv, D, D) float64.
 
-        It is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
+        Each is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
         queries, as if they came among the READ tokens after it, or as many as fit the model's
         context (RoPE turns them further)."""
-        turn, weight = self._to_come
-        q = apply_rope(self.q[layer][:, :, -SPAN:].float(), *turn).double()  # (B, H, Q, D)
-        return ((q * weight).mT @ q).unflatten(1, (self.k[layer].size(1), -1)).mean(2)
+        last = [q[:, :, -SPAN:] for q in self.q]  # (B, H, Q, D)
+        real = self.real[:, -SPAN:, None].double()  # (B, Q, 1)
+        n = real.sum(1).clamp_min(1)[:, None, None]  # (B, 1, 1, 1)
+        step = max(1, (CHUNK >> 2) // max(1, last[0].numel()))
+        out = []
+        for i in range(0, self.L, step):
+            q = torch.stack(last[i : i + step]).float()
+            q = apply_rope(q, *self._to_come).double()
+            read = q if self.pad is None else q * real[:, None]
+            of_heads = (read.mT @ q).unflatten(2, (self.k[0].size(1), -1))
+            out.append(of_heads.mean(3) / n)
+        return torch.cat(out)
 
     def past(self, cfg: SelectConfig) -> Tensor:
         """Attention on the context of cfg.past queries of its last tokens, moved ahead: (L, B, Hkv,
@@ -251,9 +268,8 @@ class Prompt:
         columns = (
             self.n_context - 1 - self.column[: min(cfg.past, self.n_context)] * every
         ).clamp_min(0)
-        return self.attention(
-            self.moved(columns, cfg.ahead), weight=self.real.gather(1, columns).float()
-        )
+        there = self.real.gather(1, columns).float()
+        return self.received(self.moved(columns, cfg.ahead), weight=there)[0]
 
 
 def weighed(weight: Tensor, shares: Tensor) -> Tensor:

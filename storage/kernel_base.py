@@ -3,7 +3,8 @@
 A kernel stands beside a plain PyTorch function, its reference: the specification, and what runs
 where there is no GPU. Functions with an argument `impl` choose between the two: "auto" runs the
 kernel on CUDA tensors and the reference elsewhere, "triton" and "torch" force one. On CPU tensors
-kernels run in Triton's interpreter (TRITON_INTERPRET=1). No kernel has a gradient.
+kernels run in Triton's interpreter (TRITON_INTERPRET=1). Only those of gates.py have a
+gradient.
 
 Names in kernels: `_ptr` ends what is an address, `_stride_b` and the like what is added to an
 address for the next sequence, head or token; capitals are known when compiling.

@@ -86,8 +86,14 @@ class FloatCodec:
     def check_cut(self, n_packed: Tensor) -> None:
         """Raise ValueError where packed tokens cannot be cut after the first n_packed (B,)."""
 
-    def pack_ragged(
-        self,
+    def layers_at_once(self, k: Tensor, S: int) -> int:
+        """Return how many of the layers of keys k (L, B, Hkv, C, D), their values in S groups, are
+        packed together."""
+        return len(k)
+
+    @staticmethod
+    def pack_sequences(
+        codecs: Sequence[FloatCodec],
         k: Tensor,
         z: Tensor,
         keep: Tensor,
@@ -95,8 +101,9 @@ class FloatCodec:
         query_moment: Tensor | None,
         told: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """Return what RaggedCache holds of a context (see its pack): the tensors named in owners,
-        and bits, before, tile_rows, n_packed, n_rows.
+        """Return what RaggedCache holds of contexts (see its pack), those of the first layer's
+        sequences, then those of the next's, a codec per layer: the tensors named in owners, and
+        bits, before, tile_rows, n_packed, n_rows.
 
         told: what stored keys (tokens, D) of all segments in turn tell of z, which is left out"""
         if told is not None:

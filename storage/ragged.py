@@ -27,7 +27,6 @@ from config import check
 from storage.cache import (
     CacheView,
     DenseCache,
-    NewTokens,
     check_range,
     check_truncation,
 )
@@ -44,7 +43,6 @@ from storage.layout import (
     tile_size,
 )
 from storage.packed import FloatCodec
-from storage.packing import pack_values
 
 SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows")  # by layers of one mask
 BASES = ("token_base", "row_base", "mask_base", "tile_base")
@@ -173,13 +171,20 @@ class RaggedCache(DenseCache):
     def set_bases(self) -> None:
         """Let segments follow each other without gaps."""
         super().set_bases()
-        bases = segment_starts(self.n_packed, self.n_rows, self.Hkv, self.tile)
+        if len(self.bits):
+            bases = segment_starts(self.n_packed, self.n_rows, self.Hkv, self.tile)
+            if "block_base" in self.owners:
+                blocks = cdiv(self.n_packed.expand(-1, self.Hkv), self.codec.block)
+                bases["block_base"] = starts(blocks)
+            self.longest = int(self.n_packed.max())
+        else:  # nothing to ask the device
+            heads = {"mask_base": self.mask_heads, "tile_base": self.mask_heads}
+            names = [name for name, owner in self.owners.items() if owner == "base"]
+            shape = {name: (self.batch, heads.get(name, self.Hkv)) for name in names}
+            bases = {name: self.n_packed.new_zeros(shape[name]) for name in names}
+            self.longest = 0
         for name, base in bases.items():
             setattr(self, name, base)
-        if "block_base" in self.owners:
-            blocks = cdiv(self.n_packed.expand(-1, self.Hkv), self.codec.block)
-            self.block_base = starts(blocks)
-        self.longest = int(self.n_packed.max()) if self.n_packed.numel() else 0
         self.ints = self.codec.ints(self)
 
     def check_counts(self) -> None:
@@ -226,7 +231,8 @@ class RaggedCache(DenseCache):
             b, head, column = keep.expand(-1, self.Hkv, -1).nonzero(as_tuple=True)
             told = partial(self.basis.from_keys.predict_each, head=head, position=number[b, column])
             self._place(keep, valid)
-        held, index = self.codec.pack_ragged(k, z, keep, mask, query_moment, told)
+        args = (k, z, keep, mask, query_moment)
+        held, index = self.codec.pack_sequences([self.codec], *args, told)
         for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
             setattr(self, name, t)
         self.n_context = valid.sum(-1)
@@ -235,7 +241,7 @@ class RaggedCache(DenseCache):
         else:
             self._share(bits_from)
         self.max_len -= valid.size(1)
-        if not self.codec.n_sinks:  # else move_to_window says how many more
+        if not self.codec.n_sinks:  # else fill_windows says how many more
             self.reserve(self.max_len)
         self.fresh = False
 
@@ -291,13 +297,6 @@ class RaggedCache(DenseCache):
             return int(self.n_rows.sum())
         return int((self.view().packed[0].masks()[0] > 0).sum())
 
-    def move_to_window(self, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
-        """Store first tokens of the context, k, v (B, Hkv, n, D), in the window, before all else;
-        n_pad (B,) of them are padding. The context must have been packed without them."""
-        self.max_len += k.size(2)
-        self.append(NewTokens(k, v, n_pad))
-        self.n_context = self.n_context - (k.size(2) - n_pad)
-
     # ---- the window
 
     def reserve(self, n_tokens: int) -> None:
@@ -350,47 +349,121 @@ class RaggedCache(DenseCache):
         self.room = 0
 
 
+@torch.no_grad()
 def pack_layers(
-    caches: Sequence[RaggedCache], k: Tensor, z: Tensor, keep: Tensor, mask: Tensor, valid: Tensor
+    caches: Sequence[RaggedCache],
+    k: Tensor,
+    z: Tensor,
+    keep: Tensor,
+    mask: Tensor,
+    valid: Tensor,
+    query_moment: Tensor | None = None,
 ) -> None:
-    """Pack L layers of whole numbers at once.
+    """Pack L layers at once, which RaggedCache.pack does one by one.
 
     k, z   (L, B, Hkv, C, D)
     keep   (L, B, Hm, C) bool
-    mask   (L, B, Hm, C, S) bool
+    mask   (L, B, Hm, C, S) bool, or levels, uint8
     valid  (B, C) bool
+    query_moment  (L, B, Hkv, D, D), or None
 
     Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
-    once."""
-    L = len(caches)
-    B = len(valid)
-    one = caches[0]
-    keep = (keep & valid[:, None]).flatten(0, 1)
-    mask = mask.flatten(0, 1) & keep.unsqueeze(-1)
-    k = k.flatten(0, 1).to(one.dtype)
-    z = z.flatten(0, 1).to(one.dtype)
-    packed = pack_values(k, z, keep, mask)
-    bases = segment_starts(packed.n_packed, packed.n_rows, one.Hkv, one.tile)
-    big = {**packed._asdict(), **bases, "n_context": valid.sum(-1).repeat(L)}
-    longest = int(big["n_packed"].max())
-    names = ("n_packed", "n_rows", "n_context", *BASES)
-    parts = {name: big[name].unflatten(0, (L, B)) for name in names}
-    owner_base = {"keys": "token_base", "rows": "row_base", "bits": "mask_base"}
-    owner_base |= {"before": "mask_base", "tile_rows": "tile_base"}
-    bounds = {}
-    for base in BASES:
-        first = parts[base][:, :1, :1]  # (L, 1, 1) where a layer begins
-        bounds[base] = first.flatten().tolist()
-        parts[base] = parts[base] - first
-    for name, base in owner_base.items():
-        t = big[name]
-        parts[name] = [t[a:b] for a, b in pairwise([*bounds[base], len(t)])]
-    for i, cache in enumerate(caches):
-        cache.check_codec(isinstance(cache.codec, FloatCodec))
+    once. The host waits for sizes, a few times however many layers there are."""
+    codec = caches[0].codec
+    levelled = mask.dtype == torch.uint8
+    for cache in caches:
+        cache.check_codec(type(cache.codec) is type(codec) and cache.codec.levelled == levelled)
         assert cache.fresh, "a context is packed once, before anything else"
-        for name, per_layer in parts.items():
+    keep = keep & valid[:, None]
+    mask = mask * keep.unsqueeze(-1)
+    k = k.to(caches[0].dtype)
+    z = z.to(caches[0].dtype)
+    at_once = codec.layers_at_once(k, mask.size(-1))
+    for a in range(0, len(caches), at_once):
+        some = slice(a, a + at_once)
+        moment = None if query_moment is None else query_moment[some]
+        _pack_some(caches[some], k[some], z[some], keep[some], mask[some], moment)
+    n_context = valid.sum(-1).repeat(len(caches), 1)
+    for cache, own in zip(caches, n_context, strict=True):
+        cache.n_context = own
+        cache.max_len -= valid.size(1)
+        cache.fresh = False
+
+
+def _pack_some(
+    caches: Sequence[RaggedCache],
+    k: Tensor,
+    z: Tensor,
+    keep: Tensor,
+    mask: Tensor,
+    query_moment: Tensor | None,
+) -> None:
+    """Pack layers as if their sequences were those of one."""
+    L, B = keep.shape[:2]
+    one = caches[0]
+    codecs = [cache.codec for cache in caches]
+    moment = None if query_moment is None else query_moment.flatten(0, 1)
+    flat = (t.flatten(0, 1) for t in (k, z, keep, mask))
+    held, index = one.codec.pack_sequences(codecs, *flat, moment)
+    held |= dict(zip(SHARED, index, strict=True))
+    counts = {name: held.pop(name).unflatten(0, (L, B)) for name in ("n_packed", "n_rows")}
+    bases = segment_starts(*(t.flatten(0, 1) for t in counts.values()), one.Hkv, one.tile)
+    if "block_base" in one.owners:
+        tokens = counts["n_packed"].flatten(0, 1).expand(-1, one.Hkv)
+        bases["block_base"] = starts(cdiv(tokens, one.codec.block))
+    begin = {name: t.unflatten(0, (L, B))[:, :1, :1] for name, t in bases.items()}
+    longest = counts["n_packed"].amax()
+    asked = (*(t.flatten() for t in begin.values()), longest[None])
+    *bounds, longest = torch.cat(asked).tolist()  # the host waits once
+    by_base = (bounds[i : i + L] for i in range(0, len(bounds), L))
+    first = dict(zip(begin, by_base, strict=True))
+    for name, t in held.items():
+        ends = [*first[one.owners[name] + "_base"], len(t)]
+        counts[name] = [t[a:b] for a, b in pairwise(ends)]
+    for name, t in bases.items():
+        counts[name] = t.unflatten(0, (L, B)) - begin[name]
+    for i, cache in enumerate(caches):
+        for name, per_layer in counts.items():
             setattr(cache, name, per_layer[i])
         cache.longest = longest
-        cache.max_len -= valid.size(1)
-        cache.reserve(cache.max_len)
-        cache.fresh = False
+        cache.ints = cache.codec.ints(cache)
+
+
+@torch.no_grad()
+def fill_windows(
+    caches: Sequence[RaggedCache],
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    C: int,
+    n_pad: Tensor | None,
+) -> None:
+    """Let L layers that have packed a context of C columns hold the rest of its prompt whole: its
+    first tokens, as many as the codec says and without which it was packed, and what follows it.
+    Nothing waits for the device.
+
+    k, v (B, Hkv, T, D) of each layer, n_pad (B,) of the columns padding."""
+    B, _, T, _ = k[0].shape
+    device = k[0].device
+    n_first = min(caches[0].codec.n_sinks, C)
+    pad = torch.zeros(B, dtype=torch.int64, device=device) if n_pad is None else n_pad
+    n_sinks = n_first - (pad + n_first - C).clamp(0, n_first)  # (B,) fewer in a shorter context
+    region = (pad - C).clamp_min(0) + C  # the first column after the context
+    slot = torch.arange(n_first + T - C, device=device)  # of the window
+    after = slot - n_sinks[:, None]  # slots from the region's first on
+    column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, slots)
+    there = (column < T)[:, None, :, None]
+    column = column.clamp_max(T - 1)[:, None, :, None].expand(-1, k[0].size(1), -1, k[0].size(3))
+    W = max(caches[0].max_len + n_first, len(slot))
+    room = (0, 0, 0, W - len(slot))
+    for name, ts in (("window_k", k), ("window_v", v)):
+        whole = torch.stack([t.gather(2, column) for t in ts]).to(caches[0].dtype)
+        whole = F.pad(whole.masked_fill_(~there, 0), room)
+        for cache, own in zip(caches, whole, strict=True):
+            setattr(cache, name, own)
+    n_window = n_sinks + T - region
+    n_context = torch.stack([cache.n_context for cache in caches]) - n_sinks
+    for i, cache in enumerate(caches):
+        cache.n_window = n_window.clone()  # kernels count in it
+        cache.n_context = n_context[i]
+        cache.max_len += n_first
+        cache.room = W - len(slot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from statistics import mean
 from typing import Protocol
@@ -49,7 +50,8 @@ class ThroughCache:
     read what is kept of the others.
 
     With an exact prefill the first token generated would otherwise come from whole values, and with
-    it, in many tokenizers, the whole answer."""
+    it, in many tokenizers, the whole answer. A prompt of `last` tokens or fewer has no others: it
+    reads whole values."""
 
     def __init__(self, model: Transformer, last: int = 1):
         self.model = model
@@ -64,10 +66,11 @@ class ThroughCache:
         C = idx.size(1) - self.last
         if C > 0:
             context = idx[:, :C]
-            with with_oracle(self.model, context, C, n_pad):
-                self.model.prefill(context, cache, n_pad)
+            in_context = None if n_pad is None else n_pad.clamp_max(C)
+            with with_oracle(self.model, context, C, in_context):
+                self.model.prefill(context, cache, in_context)
             idx = idx[:, C:]
-            n_pad = None if n_pad is None else (n_pad - C).clamp_min(0)
+            n_pad = None if n_pad is None else n_pad - in_context
         if self.last == 1 and C > 0:
             return self.model.decode(idx, cache)
         return self.model.prefill(idx, cache, n_pad)
@@ -82,11 +85,11 @@ def score_given(
     logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read given tokens after a prompt, one of every sequence at a time, each stored as a generated
-    token is. Return the log-probability (B,) float64 in nats of those from `first` to `last`, and
-    whether each of them is the likeliest, (B,) bool.
+    token is. Return the log-probability (B,) float64 in nats of those from `first` to before
+    `last`, and whether each of them is the likeliest, (B,) bool.
 
-    ids: (B, T) int64; first, last: (B,) int64; logits: (B, vocab) of the first token, where it is
-    scored"""
+    ids: (B, T) int64; first, last: (B,) int64; logits: (B, vocab) of the first token; without them
+    it is not scored, wherever `first` is"""
     total = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
     greedy = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     for t in range(ids.size(1)):
@@ -103,11 +106,10 @@ def score_given(
 
 
 @dataclass(frozen=True)
-class Prompts:
+class Prompts(ABC):
     """Prompts of token ids, of any lengths, with an answer each; the value is the mean score.
 
-    The paths' window must be `query`. A task is a subclass with
-    scores(model, prompts, answers) -> list[float]: those of a batch, each in [0, 1]."""
+    The paths' window must be `query`. A task is a subclass with `scores`."""
 
     prompts: list[list[int]]
     answers: list
@@ -125,6 +127,10 @@ class Prompts:
         """The first four prompts, cut at the front to the shortest of them."""
         return shortest_ends(self.prompts[:4])
 
+    @abstractmethod
+    def scores(self, model: Transformer, prompts: list[list[int]], answers: list) -> list[float]:
+        """Score the prompts of a batch, each in [0, 1]."""
+
     def value(
         self, model: Transformer, batch_size: int, dtype: str, reference: bool = False
     ) -> float:
@@ -138,17 +144,22 @@ class Prompts:
 
 
 def shortest_ends(prompts: list[list[int]]) -> Tensor:
-    """Return the last tokens of every prompt, as many as the shortest has: (prompts, T) int64."""
+    """Return the last tokens of every prompt, as many as the shortest has, one at least:
+    (prompts, T) int64."""
     T = min(map(len, prompts))
     return torch.tensor([p[-T:] for p in prompts])
 
 
 @dataclass(frozen=True)
 class Generated(Prompts):
-    """Prompts continued greedily by `room` tokens through the packed cache; `score(text, answer)`
-    is of the text up to the end token."""
+    """Prompts continued greedily by `room` tokens through the packed cache. A task is a subclass
+    with `score`."""
 
     room: int
+
+    @abstractmethod
+    def score(self, text: str, answer) -> float:
+        """Score a continuation up to the end token, in [0, 1]."""
 
     def scores(
         self, model: Transformer, prompts: list[list[int]], answers: list, last: int = 1

@@ -22,6 +22,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from data import TokenFile, batch
 from loaders.tokenizer import encoded
@@ -118,7 +119,7 @@ class Recall(Prompts):
     ) -> list[float]:
         """Return the mean score of every prompt's questions."""
         longest = max(len(turn.question) for turns in answers for turn in turns)
-        cache = compressed(model, prompts, longest + self.room)
+        _, cache = compressed(model, prompts, longest + self.room)
         before = cache.snapshot()
         scores = []
         for turns in zip(*answers, strict=True):
@@ -143,9 +144,9 @@ class Recall(Prompts):
         return turn.question
 
 
-def compressed(model: Transformer, prompts: list[list[int]], more: int) -> KVCache:
-    """Process prompts of any lengths, padded on the left: the cache that holds them, with room for
-    `more` tokens."""
+def compressed(model: Transformer, prompts: list[list[int]], more: int) -> tuple[Tensor, KVCache]:
+    """Process prompts of any lengths, padded on the left: logits (B, 1, vocab) after them, and
+    the cache that holds them, with room for `more` tokens."""
     T = max(map(len, prompts))
     device = model.norm.weight.device
     idx = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)  # (B, T)
@@ -153,8 +154,8 @@ def compressed(model: Transformer, prompts: list[list[int]], more: int) -> KVCac
     n_pad = pad if pad.any() else None
     cache = model.new_cache(len(prompts), T + more)
     with with_oracle(model, idx, T, n_pad):
-        model.prefill(idx, cache, n_pad)
-    return cache
+        logits = model.prefill(idx, cache, n_pad)
+    return logits, cache
 
 
 def arranged(

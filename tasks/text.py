@@ -9,15 +9,13 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data import TokenFile
 from loaders.device import autocast
 from loaders.examples import LEFT_OUT
-from model import Transformer, evaluating, lm_loss
+from model import Transformer, evaluating, lm_loss, token_losses
 from selector import with_oracle
-from storage.layout import at_least_float32
 
 # Sequences of a continuation whose predictions are kept: 25 MB each with 49,152 tokens.
 KL_SEQUENCES = 16
@@ -34,11 +32,9 @@ class Text(NamedTuple):
 def answers_loss(logits: Tensor, y: Tensor) -> Tensor:
     """Return the mean over sequences of their mean loss in nats over targets y (B, T) that are not
     LEFT_OUT, logits (B, T, vocab): a batch may be cut anyhow. A sequence without targets has 0."""
-    losses = F.cross_entropy(
-        at_least_float32(logits).flatten(0, 1), y.flatten(), ignore_index=LEFT_OUT, reduction="none"
-    )
+    losses = token_losses(logits, y)
     n_targets = (y != LEFT_OUT).sum(1).clamp_min(1)
-    return (losses.view_as(y).sum(1) / n_targets).mean()
+    return (losses.sum(1) / n_targets).mean()
 
 
 def mean_loss(

@@ -144,12 +144,12 @@ def score_requests(model: Transformer, requests: list[Request]) -> list[Scored]:
     generated token is."""
     rows = [r.given + r.answer for r in requests]
     T = max(map(len, rows))
-    cache = compressed(model, [r.prompt for r in requests], T)
+    logits, cache = compressed(model, [r.prompt for r in requests], T)
     device = model.norm.weight.device
     ids = torch.tensor([row + [0] * (T - len(row)) for row in rows], device=device)  # (B, T)
     first = torch.tensor([len(r.given) for r in requests], device=device)  # of the answer's tokens
     last = torch.tensor([len(row) for row in rows], device=device)
-    total, greedy = score_given(model, cache, ids, first, last)
+    total, greedy = score_given(model, cache, ids, first, last, logits[:, -1])
     return [Scored(s, g) for s, g in zip(total.tolist(), greedy.tolist(), strict=True)]
 
 
@@ -192,9 +192,9 @@ def request(tokenizer, option: Option, question: str) -> Request:
     before = encoded(tokenizer, bare)
     whole = encoded(tokenizer, f"{bare}{prompt[len(bare) :] or ' '}{option.answer}")
     n_context = len(encoded(tokenizer, option.context)) if option.context else 0
-    # a token at least is compressed, one at least reads it, one at least is scored
+    # a token at least is compressed, one reads it if there are two, one at least is scored
     n_before = min(len(before), len(whole) - 1)
     n_compressed = min(n_context, n_before - 1) if question == "unseen" else n_before - 1
     n_compressed = max(1, n_compressed)
-    check(n_before > 1, f"{prompt!r}", "two tokens before an answer are needed", "ask more")
+    check(n_before > 0, f"{prompt!r}", "a token before an answer is needed", "ask more")
     return Request(whole[:n_compressed], whole[n_compressed:n_before], whole[n_before:])

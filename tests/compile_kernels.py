@@ -20,9 +20,10 @@ from triton.compiler import ASTSource
 from views import packed_view, window_view
 
 import kernels
-from storage import append, packing, pieces
+from selection import received
+from storage import append, gates, levels, packing, pieces
 from storage.integers import append as int_append
-from storage.integers import attention, rounding, words
+from storage.integers import attention, contexts, rounding, words
 from storage.integers.format import IntFormat
 from storage.layout import mask_dtype, top_k_mask
 
@@ -154,9 +155,28 @@ def others() -> None:
     moments = rounding.QueryMoments(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
     step = torch.ones(40, 64).half()
     rounding.gptq_round(moments, torch.randn(40, 64), step, 0 * step, 4, impl="triton")
+    energy = torch.rand(2, 272, 8)
+    for gain, price in (((0.9, 0.08, 0.02), (4, 4, 8)), ((1.0,), (8,))):
+        levels.choose_levels(energy, torch.tensor([99, 0]), gain, price, 83, impl="triton")
+    q = torch.randn(1, 2, 2, 48, 64).bfloat16()
+    weight = torch.ones(2, 1, 1, 48) / 48
+    for last, pad in ((torch.arange(256, 272), None), (None, torch.tensor([0, 9]))):
+        received.received(q, k[None], weight, last, pad, 256)
+    chosen = torch.ones(2, 2, 272, 8, dtype=torch.uint8)
+    moment = torch.eye(64, dtype=torch.float64).expand(2, 2, 64, 64)
+    for bits, seen in ((4, moment), (3, None)):
+        fmt = IntFormat(bits, 0, 64, torch.ones(2, 64))
+        contexts.pack_context([fmt], k, v, chosen[..., 0] > 0, chosen, seen, impl="triton")
+    for n, dtype in ((8, torch.bfloat16), (5, torch.float32)):
+        h = torch.randn(2, 67, n * 3, dtype=dtype, requires_grad=True)
+        bias = torch.randn(n, requires_grad=True)
+        weighed, _, probs = gates.gate_and_weigh(h, bias, 2, 2, 1.0)
+        (weighed.sum() + probs.sum()).backward()
 
 
-for module in (kernels, append, packing, pieces, int_append, attention, words, rounding):
+WITH_KERNELS = (kernels, append, gates, levels, packing, pieces, received)
+FOR_INTEGERS = (int_append, attention, contexts, rounding, words)
+for module in WITH_KERNELS + FOR_INTEGERS:
     for name, fn in [*vars(module).items()]:
         if name.endswith("_kernel"):
             setattr(module, name, Compiled(fn))

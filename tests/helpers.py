@@ -272,3 +272,21 @@ def tiny_encoding(pattern=r"\S+|\s+", **more):
             | more
         )
     )
+
+
+def random_path(cfg: dict, **changes) -> kv_router.ValueGroupPath:
+    """A path with random weights, in evaluation mode."""
+    path = kv_router.ValueGroupPath(TINY, KVConfig(**{**cfg, **changes}))
+    return randomise(path.double(), 0.3).eval()
+
+
+def qkv(path, B=2, T=9, seed=0, n_embd=TINY.n_embd, H=TINY.n_head):
+    """Random x, q, k, v in float64, as a path gets them."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    return (
+        draw(B, T, n_embd),
+        draw(B, H, T, path.D),
+        draw(B, path.Hkv, T, path.D),
+        draw(B, path.Hkv, T, path.D),
+    )

@@ -27,6 +27,8 @@ from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
 from storage.cache import KVCache
+from storage.integers.codecs import IntCodec
+from storage.packed import FloatCodec
 from storage.ragged import RaggedCache
 from storage.saved import fingerprint, numbers_hash
 
@@ -651,11 +653,18 @@ def test_packing_that_failed_half_way_is_tried_again(kind, monkeypatch):
     model = PATHS[kind]()
     idx = tokens(1, 30, seed=2)
     want = decoded(model, filled(model, idx[0]), 10)
-    for verb in ("pack", "append", "move_to_window"):
+    verbs = (
+        (RaggedCache, "pack"),
+        (selector, "fill_windows"),
+        (FloatCodec, "ints"),
+        (IntCodec, "ints"),
+    )
+    failures = 0
+    for owner, verb in verbs:
         for after in (0, 1, 2):
             cache = model.new_cache(1, 90)
             calls = []
-            inner = getattr(RaggedCache, verb)
+            inner = getattr(owner, verb)
 
             def failing(self, *args, calls=calls, inner=inner, after=after, **kwargs):
                 calls.append(1)
@@ -664,16 +673,18 @@ def test_packing_that_failed_half_way_is_tried_again(kind, monkeypatch):
                 return inner(self, *args, **kwargs)
 
             with monkeypatch.context() as patch:
-                patch.setattr(RaggedCache, verb, failing)
+                patch.setattr(owner, verb, failing)
                 try:
                     with torch.no_grad():
                         model.prefill(idx, cache)
                 except Failed:
+                    failures += 1
                     with torch.no_grad():
                         patch.undo()
                         assert cache.lengths.tolist() == [0]
                         model.prefill(idx, cache)
             agree(decoded(model, cache, 10), want)
+    assert failures >= 3
 
 
 def test_a_decode_that_failed_leaves_a_cache_that_says_so(model, tmp_path):

@@ -12,14 +12,17 @@ import time
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import kv_router
 import train
 from loaders import checkpoint
 from model import lm_loss
 from runs import adapt_arguments, arguments, assert_equal, before_step, copies, losses, tensors
 from settings.train import TrainConfig
+from storage import cpu_gates, layout
 from training import loop as trainer
 from training.captured import LATE, CapturedStep
 from training.optimizer import make_optimizer
@@ -176,9 +179,9 @@ def spoil(monkeypatch, how: str, at: int, trainers: list) -> None:
         before_step(monkeypatch, 0, add_hook)
 
 
-def assert_stopped_by_step_7(run_it, monkeypatch, capsys, trainers) -> None:
-    """Run with step 7 bad: exit 3 names it; weights, moments and step counters are those before
-    it, and so is what lies on disk."""
+def assert_stopped_by_step_5(run_it, monkeypatch, capsys, trainers) -> None:
+    """Run with step 5 bad, the first after a checkpoint: exit 3 names it once LATE steps have
+    begun; weights, moments and step counters are those before it, and so is what lies on disk."""
     before = {}
 
     def state() -> dict:
@@ -187,17 +190,17 @@ def assert_stopped_by_step_7(run_it, monkeypatch, capsys, trainers) -> None:
         flat = {f"{i}.{k}": v for i, s in moments.items() for k, v in s.items()}
         return copies(t.s.model.state_dict() | flat)
 
-    before_step(monkeypatch, 7, lambda: before.update(state()))
+    before_step(monkeypatch, 5, lambda: before.update(state()))
     with pytest.raises(SystemExit) as e:
         run_it("--save_interval=5", "--eval_interval=5")
     t = trainers[-1]
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert e.value.code == 3
-    assert re.search(r"step 7: loss \S+, gradient norm \S+, learning rate \d", message), message
+    assert re.search(r"step 5: loss \S+, gradient norm \S+, learning rate \d", message), message
     assert "nothing was updated" in message and str(t.s.folder / "step-00000005") in message
-    assert 7 < t.step <= 7 + LATE + 1
+    assert t.step == 5 + LATE
     assert_equal(state(), before)
-    assert [step for step, _ in losses(t.s.folder)] == list(range(7))
+    assert [step for step, _ in losses(t.s.folder)] == list(range(5))
     saved = {p.name for p in t.s.folder.iterdir() if p.is_dir()}
     assert saved == {"step-00000005", "best"}
     assert all(v.isfinite().all() for v in tensors(t.s.folder / "step-00000005").values())
@@ -212,8 +215,8 @@ def test_bad_step_changes_nothing(
     """A step that is not finite is reported some steps late, and neither it nor those begun since
     have changed anything."""
     captured(True)
-    spoil(monkeypatch, how, 7, trainers)
-    assert_stopped_by_step_7(
+    spoil(monkeypatch, how, 5, trainers)
+    assert_stopped_by_step_5(
         lambda *flags: run(kind, tmp_path / "run", text, base, *flags),
         monkeypatch,
         capsys,
@@ -260,6 +263,17 @@ def test_a_bad_step_ends_all_updates():
     assert all(torch.equal(kept[i], kept[2]) for i in range(3, 9))
     (state,) = step.opt.state.values()
     assert state["step"] == 3
+
+
+@pytest.mark.parametrize("x, y", [((1, 5), (2, 5)), ((2, 5), (2, 1)), ((2, 4), (2, 4))])
+def test_a_batch_of_another_shape_is_refused(x, y):
+    """One line, before anything is begun: rows are not repeated to fill a batch."""
+    step, _ = tiny_step()
+    x = torch.zeros(x, dtype=torch.int64)
+    y = torch.zeros(y, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"all steps are of \(2, 5\)"):
+        step.begin(x, y, step=0, lr=0.1, seed=0)
+    assert len(step.free) == LATE and not step.under_way
 
 
 def test_each_phase_is_prepared_once(tmp_path, text, base, captured, monkeypatch):
@@ -311,21 +325,44 @@ class Questions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class HostReads(TorchFunctionMode):
+    """Collects the names of methods that hand the host a tensor's numbers."""
+
+    READ = {"tolist", "cpu", "numpy", "item"}
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in self.READ:
+            self.asked.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_asks_the_device_nothing(kind, tmp_path, text, base, captured, monkeypatch):
     """No operator between the first micro-batch and the last moment has a result whose size or
-    value the host must know: what recording a graph would fail by."""
+    value the host must know: what recording a graph would fail by. Of three steps the last one
+    reads no whole values where two warm up."""
     questions = Questions()
+    reads = HostReads()
     once = CapturedStep.once
 
     def watched(self):
-        with questions:
+        with questions, reads:
             once(self)
 
     monkeypatch.setattr(CapturedStep, "once", watched)
+    for room, name in (
+        (layout, "is_read_here"),
+        (kv_router, "is_banded"),
+        (cpu_gates, "is_gated_here"),
+    ):
+        monkeypatch.setattr(room, name, lambda x: False)  # what a CPU alone does
     captured(True)
-    run(kind, tmp_path / "run", text, base, steps_flag(kind, 1))
-    assert questions.asked == []
+    run(kind, tmp_path / "run", text, base, steps_flag(kind, 3))
+    assert questions.asked == reads.asked == []
 
 
 def test_why_steps_are_not_captured(stage_of):
@@ -379,8 +416,8 @@ def test_graph_in_bfloat16_trains_as_kernels_do(tmp_path, text, base):
 def test_bad_labels_stop_a_graph(tmp_path, text, base, monkeypatch, capsys, trainers):
     """Labels that are all left out make a replay's loss NaN: nothing has changed when it is
     reported."""
-    spoil(monkeypatch, "labels", 7, trainers)
-    assert_stopped_by_step_7(
+    spoil(monkeypatch, "labels", 5, trainers)
+    assert_stopped_by_step_5(
         lambda *flags: run(
             "lora", tmp_path / "run", text, base, "--device=cuda", "--dtype=float32", *flags
         ),
@@ -406,7 +443,8 @@ def test_graph_resumes_bitwise(tmp_path, text, base, monkeypatch):
 
 @gpu_case
 def test_replays_never_wait_for_the_device(tmp_path, text, base, monkeypatch):
-    """From the second step on nothing that a step does, its log included, synchronises."""
+    """From the second step on nothing that a step does, its log included, synchronises, but for
+    the event of a step LATE before it, whose wait this does not see."""
     one_step = trainer.Trainer.one_step
 
     def watched(self, stop):

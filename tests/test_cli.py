@@ -339,9 +339,7 @@ def test_flags_that_torchrun_takes_for_its_own_are_noted():
     taken = [name for name in ours if any(option.startswith(f"--{name}") for option in theirs)]
     assert taken == ["r"]
     readme = (runs.ROOT / "README.md").read_text()
-    (command,) = re.findall(
-        r"`torchrun ([^`]+)`\.\nThe `--` keeps torchrun from taking `--r`", readme
-    )
+    (command,) = re.findall(r"`torchrun ([^`]+)` \(the `--` keeps `--r` ours\)", readme)
     read = parser.parse_args([*command.split(), "--r=4"])
     assert (read.nproc_per_node, read.training_script) == ("2", "train.py")
     assert read.training_script_args[-1] == "--r=4"
@@ -1060,13 +1058,14 @@ def test_eval_refuses_a_base_beside_a_base(task, run, capsys):
     "flags, why",
     [
         (["--n_groups=16", "--kv_layers=2"], "layers are 0..1"),
-        (["--adapter=none", "--kv=dense"], "nothing is left to train"),
+        (["--adapter=none", "--kv=dense"], "give --kv=value_groups with --learn_basis"),
         (["--n_layer=3"], "the base has 2"),
         (["--block_size=33"], "the base knows 32"),
         (["--preset=paper"], "the base knows 32"),
         (["--tokenizer=gpt2"], "tokenizer"),
-        (["--objective=distill"], "give --adapter=none"),
-        (["--objective=distill", "--adapter=moe_lora", "--learn_basis"], "give --adapter=none"),
+        (["--objective=distill"], "give --adapter=none and --learn_basis"),
+        (["--objective=distill", "--adapter=moe_lora"], "give --adapter=none and --learn_basis"),
+        (["--objective=distill", "--adapter=none"], "give --learn_basis, --value_router=linear or"),
         (["--adapter=none", "--learn_basis", "--kv_warmup=0.5"], "kv_warmup"),
         (["--adapter=none", "--learn_basis", "--topk_groups=4"], "topk_groups"),
         (["--kv_from=no/where"], "no such folder"),

@@ -63,11 +63,19 @@ def test_every_kernel_compiles_for_a_gpu(compiled):
         "_append_packed_kernel",
         "_append_window_kernel",
         "_gptq_kernel",
+        "_levels_kernel",
         "_merge_kernel",
+        "_order_steps_kernel",
         "_pack_kernel",
+        "_pack_keys_kernel",
+        "_pack_levels_kernel",
         "_quantise_block_kernel",
         "_search_kernel",
+        "_shares_kernel",
+        "_sums_kernel",
         "_take_kernel",
+        "_weigh_backward_kernel",
+        "_weigh_kernel",
     }
 
 

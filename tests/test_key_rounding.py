@@ -37,7 +37,7 @@ def test_a_context_is_rounded_for_its_own_queries():
             block = segment * blocks + torch.arange(n).repeat(18) // 64
             for i, c in enumerate(cache.layers):
                 keys = prompts[0].keys[i, :, :, 4 : 4 + n].flatten(0, 2)
-                moment = prompts[0].moment(i).flatten(0, 1)
+                moment = prompts[0].moments()[i].flatten(0, 1)
                 moments = QueryMoments(moment, torch.full((18,), n))
                 want = quantise_keys_for(moments, keys, block, 18 * blocks, 2)
                 assert torch.equal(c.keys, want[0])

@@ -14,6 +14,8 @@ from helpers import (
     brute_force_path,
     coordinates,
     grouped_model,
+    qkv,
+    random_path,
     randomise,
     read_in_pieces,
     routed_value,
@@ -68,23 +70,6 @@ each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=name)
 each_learned = pytest.mark.parametrize(
     "setting", [s for s in SETTINGS if "learn_basis" in s], ids=name
 )
-
-
-def random_path(cfg: dict, **changes) -> kv_router.ValueGroupPath:
-    """A path with random weights, in evaluation mode."""
-    path = kv_router.ValueGroupPath(TINY, KVConfig(**{**cfg, **changes}))
-    return randomise(path.double(), 0.3).eval()
-
-
-def qkv(path, B=2, T=9, seed=0, n_embd=TINY.n_embd, H=TINY.n_head):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    return (
-        draw(B, T, n_embd),
-        draw(B, H, T, path.D),
-        draw(B, path.Hkv, T, path.D),
-        draw(B, path.Hkv, T, path.D),
-    )
 
 
 # -- value bases

@@ -24,8 +24,9 @@ CODE = "c0de" * 16
 ALL = (ROOT / "runs" / "all.sh").read_text()
 # name, folder and needs of each script that runs/all.sh runs, in order
 LISTED = re.findall(r'^table (\w+) (\S+) (?:"([^"]+)"|(\w+)) "[^"]+"$', ALL, re.MULTILINE)
-# files that scripts need
-FILES = ("SmolLM2-135M-Instruct.Q4_1.gguf", "hellaswag.jsonl", "train.jsonl")
+# the files that choices.sh needs, and those that scripts need
+(ITEMS,) = re.findall(r'^ITEMS="([^"]+)"$', ALL, re.MULTILINE)
+FILES = ("SmolLM2-135M-Instruct.Q4_1.gguf", *re.findall(r"\w+\.jsonl", ALL))
 ROW = dict(task="t", method="value_groups", metric="loss", n_groups=4, setting="a|b S=4 K=2")
 STORED = dict(kv_kept_model=0.75, cache_bytes=78, dense_bytes=100, value_keep=0.5)
 BEFORE = """# Results
@@ -49,6 +50,11 @@ between
 |---|
 
 (Measured by hand.)
+
+<!-- end -->
+<!-- table nothing: runs/b.sh out/b -->
+
+(not measured yet)
 
 <!-- end -->
 """
@@ -80,6 +86,13 @@ between
 |---|
 
 (Measured by hand.)
+
+(not run again on this code)
+
+<!-- end -->
+<!-- table nothing: runs/b.sh out/b -->
+
+(not measured yet)
 
 <!-- end -->
 """
@@ -168,6 +181,13 @@ def test_page_takes_up_results_and_leaves_the_rest(place):
     page.main()
     assert page.PAGE.read_text() == AFTER
     assert os.listdir("docs") == ["results.md"]
+
+
+def test_page_shows_a_measured_zero():
+    """An agreement of 0 and no trainable parameters are numbers; what some rows lack is none."""
+    row = ROW | STORED | dict(value=1.0, agreement=0.0, trainable_parameters=0, kl=0.0)
+    cells = page.cells_of([row, row | dict(kl=None)])
+    assert (cells["agreement"], cells["trainable"], cells["KL"]) == ("0.0%", "0", "")
 
 
 def test_page_tells_results_of_other_code_and_without_a_record(place):
@@ -302,12 +322,32 @@ def test_all_runs_each_script_once_for_each_code(scripts):
     assert len(run(CODE="2", FORCE="1")[1]) == len(names)
 
 
+def test_all_knows_the_files_that_scripts_read():
+    """Files of questions and instructions that a script reads by default are its needs."""
+    for name, _, *needs in LISTED:
+        lines = (ROOT / "runs" / f"{name}.sh").read_text().splitlines()
+        code = "\n".join(line for line in lines if not line.startswith("#"))
+        read = re.findall(r"(?<![\w/])\w+\.jsonl", code)
+        known = re.findall(r"\w+\.jsonl", "".join(needs).replace("$ITEMS", ITEMS))
+        assert set(read) == set(known), name
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "runs").glob("*.sh")), ids=lambda p: p.stem)
+def test_scripts_say_what_can_be_set(script):
+    """The usage names every variable that a script has a default for; lines have 100 columns."""
+    lines = script.read_text().splitlines()
+    assert [line for line in lines if len(line) > 100] == []
+    usage = "\n".join(line for line in lines if line.startswith("#")).partition("# usage: ")[2]
+    settable = re.findall(r"\$\{([A-Z_]+):-", "\n".join(lines))
+    assert [name for name in settable if f"[{name}=" not in usage] == []
+
+
 def test_all_leaves_out_what_it_cannot_run(scripts):
-    """Without a GPU and without files: scripts for a CPU alone, a line for each. With one GPU, what
-    takes two is left out, with the model alone what reads other files."""
+    """Without a GPU and without the model: scripts for a CPU alone, a line for each. With one GPU,
+    what takes two is left out, and what lacks one of its files."""
     folder, run = scripts
     (folder / "bin" / "nvidia-smi").write_text("#!/bin/bash\necho GPU 0\n")
-    for file in FILES[1:]:
+    for file in ("lambada.jsonl", "test.jsonl"):  # the last of each script
         (folder / file).unlink()
     assert {name for name, *_ in LISTED} - set(run(FORCE="1")[1]) == {
         "two_gpus",

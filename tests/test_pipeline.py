@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ from model import Transformer, lm_loss
 from report.figures import SWEEP, draw_metric, pyplot
 from report.made import read_record
 from runs import TABLE, arguments, call, copies, python, rows_without_time
+from settings.train import TrainConfig
+from training import adapters
 from training import loop as trainer
 from training.adapters import finding, matched_rank
 from training.base import pretrain_stage
@@ -605,8 +608,25 @@ def test_a_verdict_has_a_standard_error_and_needs_two_seeds():
         for name, mine in values.items()
         for seed, value in enumerate(mine)
     ]
-    said = finding(rows)
+    said = finding(rows, 3)
     # -10, +5, -10 %: mean -5 %, deviation 8.66 %, over the root of three 5 %
     assert "75.0% of the bytes" in said and "-5.00% +- 5.00% against LoRA" in said
     assert "over 3 seeds" in said
-    assert finding([r for r in rows if r["seed"] == 0]).startswith("One seed says nothing")
+    one = [r for r in rows if r["seed"] == 0]
+    assert finding(one, 1).endswith("which row is better; give --seeds=3 or more.")
+    assert finding(one, 3).endswith("give --seeds=3 or more, and a larger --max_minutes.")
+
+
+@pytest.mark.parametrize("seconds, begun", [(70, [5]), (0, [5, 6])])
+def test_a_seed_begins_only_where_the_longest_fits(seconds, begun, monkeypatch, capsys):
+    """Seeds of 50 seconds in 2 minutes, 10 of which have gone by: the second one begins unless the
+    first, trained before, is known to have taken longer; the third does not. By hand."""
+    now = [10.0]
+    monkeypatch.setattr(adapters, "time", SimpleNamespace(time=lambda: now[0]))
+    cfg = TrainConfig(seed=5, seeds=4, max_minutes=2)
+    seen = []
+    for seed in adapters.seeds_in_time(cfg, trainer.World(0, 1, torch.device("cpu")), 0, seconds):
+        seen.append(seed)
+        now[0] += 50
+    assert seen == begun
+    assert f"{len(begun)} of 4 seeds: another would pass" in capsys.readouterr().err

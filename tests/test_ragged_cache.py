@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from config import ModelConfig
 from storage.cache import DenseCache, KVCache, NewTokens, storage_bytes
+from storage.integers import codecs
+from storage.integers.format import IntFormat
 from storage.layout import cdiv, tile_size
 from storage.packed import ValueBasis
-from storage.ragged import BASES, SHARED, RaggedCache, pack_layers
+from storage.ragged import BASES, SHARED, RaggedCache, fill_windows, pack_layers
 
 TILE = tile_size(4)  # where a test says no other S
 GPU = pytest.param(
@@ -395,28 +397,80 @@ def test_masks_shared_between_layers_are_counted_once():
             packed(k, z, *other, valid, bits_from=first)
 
 
-def test_layers_packed_at_once_are_those_packed_one_by_one():
-    """pack_layers gives every layer, of other tokens and pairs each, the very tensors that pack
-    gives it, in views of common ones: all layers' bytes are those of the layers apart."""
-    pad = (0, 17)
-    layers = [context(83, 4, pad=pad, keep=keep, seed=i) for i, keep in enumerate((0.6, 0.0, 0.9))]
-    apart = [packed(*ctx, max_len=90) for ctx in layers]
-    at_once = [RaggedCache(2, 90, 3, 16, 4, 3, layers[0][0]) for _ in layers]
-    pack_layers(
-        at_once, *(torch.stack(t) for t in zip(*(c[:4] for c in layers), strict=True)), layers[0][4]
+CODECS = {  # bits of keys and values, tokens of a block, first tokens that stay whole
+    "whole numbers": None,
+    "integers": (4, 8, 16, 3),
+    "levels": (3, 0, 16, 4),
+}
+
+
+@pytest.mark.parametrize("large", [1 << 26, 25_000], ids=["at once", "two at a time"])
+@pytest.mark.parametrize("pad", [(0, 0, 0), (0, 17, 75), (0, 82, 86)], ids=str)
+@pytest.mark.parametrize("name", CODECS)
+def test_layers_packed_at_once_are_those_packed_one_by_one(name, pad, large, monkeypatch):
+    """pack_layers and fill_windows give every layer, of other tokens and pairs each, the very
+    tensors that pack and append give it, first tokens before all else, in views of common ones: all layers' bytes
+    are those of the layers apart. Padding leaves whole contexts, fewer tokens than stay whole, or
+    none."""
+    monkeypatch.setitem(codecs.LARGE, "cpu", large)
+    C, T, S, L = 83, 90, 4, 3
+    bits = CODECS[name]
+    n_first = bits[3] if bits else 0
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, L, len(pad), 3, T, 16, generator=g)
+    drawn = [context(C, S, B=len(pad), pad=pad, keep=p, seed=p) for p in (6, 0, 9)]
+    keep = torch.stack(
+        [
+            torch.rand(d[2].shape, generator=g) < p
+            for d, p in zip(drawn, (0.6, 0.0, 0.9), strict=True)
+        ]
     )
-    k, v = following(layers[0][0], 7)
-    for ctx, one, all_of_them in zip(layers, apart, at_once, strict=True):
-        check_layout(all_of_them, *ctx)
-        assert all_of_them.longest >= one.longest
-        for name, t in one.state_dict().items():
-            assert torch.equal(getattr(all_of_them, name), t), name
-    assert KVCache(at_once).nbytes() == KVCache(apart).nbytes()
+    valid = drawn[0][4]
+    mask = torch.stack([d[3] for d in drawn])
+    if name == "levels":
+        mask = torch.randint(0, 4, mask.shape, generator=g, dtype=torch.uint8)
+    moment = None
+    if bits:
+        keep &= (valid.cumsum(-1) > n_first)[:, None]
+        q = torch.randn(L, len(pad), 3, 30, 16, generator=g, dtype=torch.float64)
+        moment = q.mT @ q
+
+    def new(i: int) -> RaggedCache:
+        codec = None
+        if bits:
+            gain = 0.5 + torch.rand(3, 16, generator=torch.Generator().manual_seed(i))
+            codec = codecs.IntCodec(IntFormat(*bits[:3], None if bits[1] else gain), n_first)
+        return RaggedCache(len(pad), 95, 3, 16, S, 3, k[0], codec)
+
+    n_pad = torch.tensor(pad) if any(pad) else None
+    apart = [new(i) for i in range(L)]
+    start = torch.tensor(pad)
+    few = (start + n_first - C).clamp(0, n_first)
+    at = ((start - few)[:, None] + torch.arange(n_first)).clamp(0, C - 1)[:, None, :, None]
+    for i, cache in enumerate(apart):
+        args = (k[i, :, :, :C], v[i, :, :, :C], keep[i], mask[i], valid)
+        cache.pack(*args, query_moment=None if moment is None else moment[i])
+        if n_first:
+            cache.max_len += n_first
+            append(cache, k[i].take_along_dim(at, 2), v[i].take_along_dim(at, 2), few.tolist())
+            cache.n_context = cache.n_context - (n_first - few)
+        region_pad = None if n_pad is None else (n_pad - C).clamp_min(0)
+        cache.append(NewTokens(k[i, :, :, C:], v[i, :, :, C:], region_pad))
+    at_once = [new(i) for i in range(L)]
+    pack_layers(at_once, k[..., :C, :], v[..., :C, :], keep, mask, valid, moment)
+    fill_windows(at_once, k, v, C, n_pad)
+    for one, all_of_them in zip(apart, at_once, strict=True):
+        assert all_of_them.longest >= one.longest and not all_of_them.fresh
+        assert all_of_them.max_len == one.max_len and all_of_them.room <= one.room
+        for what, t in one.state_dict().items():
+            assert torch.equal(getattr(all_of_them, what), t), what
+    if large > 25_000:
+        assert KVCache(at_once).nbytes() == KVCache(apart).nbytes()
+    more = torch.randn(2, len(pad), 3, 9, 16, generator=g)
     for one, all_of_them in zip(apart, at_once, strict=True):
         for cache in (one, all_of_them):
-            append(cache, k, v)
-        assert same_state(one, all_of_them) and not all_of_them.fresh
-        assert one.window_k.shape == all_of_them.window_k.shape == (2, 3, 7, 16)
+            append(cache, *more)
+        assert same_state(one, all_of_them)
 
 
 def test_pack_refuses_what_it_cannot_store():

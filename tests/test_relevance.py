@@ -16,6 +16,8 @@ from selection import relevance
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.relevance import Prompt
 from selector import WITHOUT_TRAINING, row_budgets
+from storage.kernel_base import triton
+from storage.layout import soft_cap
 
 L = 2
 H = TINY.n_head
@@ -25,6 +27,9 @@ E = TINY.n_embd
 S = 4
 PAD = (0, 21, 85)  # the last row is shorter than the query region
 CLOSE = dict(rtol=2e-5, atol=2e-6)  # scores are float32
+KERNEL = pytest.param(
+    "triton", marks=pytest.mark.skipif(triton is None, reason="the kernels need triton")
+)
 CFG = SelectConfig(past=7, ahead=5, token_keep=0.3, pool=5)
 TRAINED = (
     "predictor-mse",
@@ -175,40 +180,49 @@ def test_observed_is_the_mean_attention_of_the_asking_tokens(pad, observers):
     assert p.observed.dtype == torch.float32
 
 
-def test_attention_follows_visibility_and_weights(monkeypatch):
-    """Any visible set and any weight per query and row enter the mean as stated, and layers taken
-    in several steps give the same."""
-    p, _ = prompt_of(PAD)
+@pytest.mark.parametrize("cap", [0.0, 3.0])
+@pytest.mark.parametrize("impl", ["torch", KERNEL])
+def test_attention_follows_visibility_and_weights(impl, cap, monkeypatch):
+    """Any last column that a query reads and any weight per query and row enter the mean as stated,
+    what has no weight is no part of the largest share, and layers taken in several steps give the
+    same; kernels and plain form alike, logits bent or not."""
+    p, _ = prompt_of(PAD, impl=impl, cap=cap)
+    device = "cpu"
+    if impl == "triton":  # no kernel takes float64
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        single = {name: [t.float().to(device) for t in getattr(p, name)] for name in ("q", "k")}
+        p = dataclasses.replace(p, pad=p.pad.to(device), **single)
     readers = [33, 50, 84, 90]
-    visible = torch.rand(len(readers), p.T, generator=torch.Generator().manual_seed(3)) < 0.6
-    visible[:, 86:] = True  # every row sees something
+    last = [61, 86, 87, 90]
     weight = torch.rand(3, len(readers), generator=torch.Generator().manual_seed(4))
-    weight[2, :3] = 0  # padding in that row
-    want = torch.zeros(L, 3, HKV, p.n_context, dtype=torch.float64)
+    weight[1, 0] = 0  # padding in that row
+    weight[2, :3] = 0
+    want = torch.zeros(2, L, 3, HKV, p.n_context, dtype=torch.float64)
     for i in range(L):
         for b in range(2):  # the third has no context
-            for w, r, see in zip(
-                (weight[b] / weight[b].sum()).tolist(), readers, visible.tolist(), strict=True
+            for w, r, end in zip(
+                (weight[b] / weight[b].sum()).tolist(), readers, last, strict=True
             ):
-                seen = [j for j in range(int(p.pad[b]), p.T) if see[j]]
+                seen = range(int(p.pad[b]), end + 1)
                 for h in range(H):
-                    share = (
-                        torch.stack([p.q[i][b, h, r] @ p.k[i][b, h // 2, j] for j in seen])
-                        .div(math.sqrt(D))
-                        .softmax(0)
-                    )
+                    logits = torch.stack([p.q[i][b, h, r] @ p.k[i][b, h // 2, j] for j in seen])
+                    share = soft_cap(logits.double() / math.sqrt(D), cap).softmax(0)
                     for s, j in zip(share.tolist(), seen, strict=True):
                         if j < p.n_context:
-                            want[i, b, h // 2, j] += w * s / (H // HKV)
-    queries = p.queries(torch.tensor(readers))
-    got = p.attention(queries, visible, weight)
-    torch.testing.assert_close(got.double(), want, **CLOSE)
+                            mean, most = want[:, i, b, h // 2]
+                            mean[j] += w * s / (H // HKV)
+                            most[j] = max(most[j], s * (w > 0))
+    queries = p.queries(torch.tensor(readers, device=device))
+    weight = weight.to(device)
+    args = (queries, torch.tensor(last, device=device), weight)
+    got = p.received(*args, with_largest=True)
+    torch.testing.assert_close(torch.stack(got).double().cpu(), want, **CLOSE)
     monkeypatch.setattr(relevance, "CHUNK", 1)
-    assert torch.equal(p.attention(queries, visible, weight), got)
-    everything = torch.ones_like(visible)
-    torch.testing.assert_close(
-        p.attention(queries, weight=weight)[:, :2], p.attention(queries, everything, weight)[:, :2]
-    )
+    again = p.received(*args, with_largest=True)
+    assert torch.equal(torch.stack(again), torch.stack(got))
+    everything = torch.full((4,), p.T - 1, device=device)
+    ours, all_read = (p.received(queries, end, weight)[0] for end in (None, everything))
+    torch.testing.assert_close(ours[:, :2], all_read[:, :2])
 
 
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
@@ -233,7 +247,7 @@ def test_moments_are_of_queries_to_come(pad, monkeypatch):
     READ tokens to come stands, none past the context; every row as if alone."""
     p, raw = prompt_of(pad)
     monkeypatch.setattr(relevance, "SPAN", 30)
-    got = [p.moment(i) for i in range(L)]
+    got = p.moments()
     D = TINY.head_dim
     n = TINY.n_head // TINY.n_kv_head
     for i in range(L):

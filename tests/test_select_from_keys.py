@@ -123,8 +123,8 @@ def test_the_choice_is_the_greedy_one():
     choice = s.choose(replace(prompt, left=left))
     alpha = pooled(prompt.observed, s.cfg.pool)
     C = n_prompt - W
-    price = prices(s.stored, 16, 1, "cpu")
-    cost = price.step.tolist() * s.S + [1]
+    price = prices(s.stored, 16, 1)
+    cost = [*price.step * s.S, 1]
     m_bytes = half_bytes_for(0.2, C, W, 4, 16, 1, True)
     for i in range(2):
         for h in range(3):

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from foreign import needs_smol, smol
-from helpers import TINY, error_line, grouped_model, tiny_encoding, tiny_model
+from helpers import TINY, error_line, grouped_model, tiny_encoding, tiny_model, tokens
 from test_eval import ContextOracle
 
 import eval as evaluation
@@ -525,6 +526,27 @@ def test_answers_are_read_from_the_compressed_cache(query, tmp_path):
             )
 
 
+def test_ragged_prompts_whose_last_tokens_read_the_cache():
+    """Prompts of several lengths, of which the last three tokens read what is kept of the others:
+    the newest token's logits are those of each prompt alone. Only prompts of three tokens or fewer
+    read whole values."""
+    setting = dict(prefill="exact", value_router="norm", n_groups=8, topk_groups=2, kv_tail=2)
+    model = grouped_model(**setting)
+    lengths = (12, 9, 3, 2, 1)
+    prompts = [tokens(n, seed=n) for n in lengths]
+    T = max(lengths)
+    idx = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
+    n_pad = T - torch.tensor(lengths)
+    through = ThroughCache(model, 3)
+    with torch.no_grad():
+        got = through.prefill(idx, model.new_cache(len(idx), T), n_pad)[:, -1]
+        for logits, prompt in zip(got, prompts, strict=True):
+            alone = through.prefill(prompt[None], model.new_cache(1, T))[0, -1]
+            whole = model.prefill(prompt[None], model.new_cache(1, T))[0, -1]
+            assert (logits - alone).abs().max() < 1e-12
+            assert ((logits - whole).abs().max() < 1e-12) == (len(prompt) <= 3)
+
+
 def test_generated_text_is_the_same_in_any_batch():
     """A random model's answers to prompts of several lengths, alone and together, through packed
     caches."""
@@ -835,7 +857,7 @@ def test_questions_read_what_generation_reads(query):
             wanted[b, j] = said
     with kv_router.storing(model, kv_tail=query, kv_tail_block=1), torch.no_grad():
         for rows in ([0, 1, 2], [1], [2, 0]):
-            cache = compressed(model, [prompts[b] for b in rows], 12)
+            _, cache = compressed(model, [prompts[b] for b in rows], 12)
             before = cache.snapshot()
             for j in (0, 1, 0):
                 cache.restore(before)

@@ -27,6 +27,7 @@ from model import Transformer, lm_loss
 from runs import (
     TABLE,
     TINY,
+    adapt_arguments,
     arguments,
     assert_equal,
     before_step,
@@ -651,9 +652,32 @@ def test_rows_take_the_rate_of_the_lowest_validation_loss(tmp_path, monkeypatch)
         assert "give for example 5e-4" in error_line(TrainConfig, adapt_rates=text)
 
 
-def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base):
+def test_dense_values_draw_no_text():
+    """Over dense values nothing is calibrated or loaded, and there is nothing to name."""
+    args = adapt_arguments("x", "text:x", "y", "--adapter=lora", "--kv=dense")
+    what = adapters.adaptation(args, kv_from="no/where")
+    assert adapters.attach_value_groups(None, what, None, 8, None) == ""
+
+
+def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base, monkeypatch):
     """A call from the beginning takes a row's first seed at its best rate from the comparison of
-    rates: no log has a step twice."""
+    rates: no log has a step twice. Whether another seed has time is asked with half of what two
+    rates took."""
+    took = []
+    at_best_rate = adapters.at_best_rate
+
+    def timed(*given):
+        start = time.time()
+        best = at_best_rate(*given)
+        took.append(time.time() - start)
+        return best
+
+    def seeds_in_time(cfg, w, begin, seconds):
+        took.append(seconds)
+        return [cfg.seed]
+
+    monkeypatch.setattr(adapters, "at_best_rate", timed)
+    monkeypatch.setattr(adapters, "seeds_in_time", seeds_in_time)
     flags = [f"--init_from={base}", f"--adapt_dataset={text}", "--adapt_steps=2", "--seeds=1"]
     flags += ["--adapt_rates=1e-3,1e-4", "--adapt_batch_size=1", "--eval_sequences=1"]
     train.run(arguments(*flags, f"--out_dir={tmp_path / 'run'}"))
@@ -663,3 +687,5 @@ def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base):
     assert {log.parent.name for log in logs} == names
     for log in logs:
         assert [r["step"] for r in checkpoint.read_jsonl(log) if "loss" in r] == [0, 1], log
+    *rows, seconds = took
+    assert len(rows) == 3 and sum(rows) / 2 <= seconds < sum(rows)

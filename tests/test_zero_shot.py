@@ -179,23 +179,27 @@ def test_requests_are_parted_where_the_prompt_ends():
     assert [tok.decode(part) for part in unseen] == ["One.", " Two", " three"]
     apart = request(tok, Option("", "Two ", "three"), "unseen")
     assert [tok.decode(part) for part in apart] == ["T", "wo", " three"]
+    for question in ("seen", "unseen"):  # nothing is left to read what one token says
+        short = request(tok, Option("", "T", "three"), question)
+        assert [tok.decode(part) for part in short] == ["T", "", " three"]
 
 
 def by_loop(model, r: Request) -> S:
     """A request alone, token by token: the prompt through the cache, then each token that follows,
     a row and a logit at a time."""
     cache = model.new_cache(1, 99)
-    model.prefill(torch.tensor([r.prompt]), cache)
+    row = model.prefill(torch.tensor([r.prompt]), cache)[0, -1].tolist()
     loglik = 0.0
     greedy = True
     follow = r.given + r.answer
-    for t, token in enumerate(follow[:-1]):
-        row = model.decode(torch.tensor([[token]]), cache)[0, -1].tolist()
-        if t + 1 < len(r.given):
+    for t, token in enumerate(follow):
+        if t > 0:
+            row = model.decode(torch.tensor([[follow[t - 1]]]), cache)[0, -1].tolist()
+        if t < len(r.given):
             continue
         most = max(row)
-        loglik += row[follow[t + 1]] - most - math.log(sum(math.exp(x - most) for x in row))
-        greedy = greedy and row.index(most) == follow[t + 1]
+        loglik += row[token] - most - math.log(sum(math.exp(x - most) for x in row))
+        greedy = greedy and row.index(most) == token
     return S(loglik, greedy)
 
 
@@ -206,7 +210,8 @@ def requests_of(seed: int = 0) -> list[Request]:
     def ids(n: int) -> list[int]:
         return torch.randint(0, TINY.vocab_size, (n,), generator=generator).tolist()
 
-    return [Request(ids(a), ids(b), ids(c)) for a, b, c in ((9, 1, 5), (1, 3, 1), (23, 2, 7))]
+    sizes = ((9, 1, 5), (1, 3, 1), (23, 2, 7), (1, 0, 3))
+    return [Request(ids(a), ids(b), ids(c)) for a, b, c in sizes]
 
 
 @torch.no_grad()
@@ -226,7 +231,7 @@ def test_loglikelihoods_equal_a_loop_in_any_batch(stored):
         wanted = by_loop(model, r)
         assert found.loglik == pytest.approx(wanted.loglik, abs=1e-9)
         assert found.greedy == wanted.greedy
-    assert score_requests(model, requests[3:])[0].greedy
+    assert score_requests(model, requests[-1:])[0].greedy
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from report.figures import SWEEP, report_figure
 from report.rows import RowAbout, kept_groups, measure_row, sweep
 from report.tables import result_table, share_of_dense
 from settings.train import TrainConfig
+from storage.layout import cdiv
 from tasks.text import Perplexity
 from training.base import (
     adapt_window,
@@ -92,7 +93,7 @@ def adapt_stage(args, run_dir: Path, w: World, base: Run, what: Adaptation) -> S
         what.objective == "lm" or what.adapter.adapter == "none",
         f"objective={what.objective} with adapter={what.adapter.adapter}",
         "the base itself is the teacher",
-        "give --adapter=none",
+        "give --adapter=none and --learn_basis",
     )
     name = cfg.corpus("adapt")
     corpus = corpus_of(args, name, base.tokenizer, window)
@@ -127,12 +128,13 @@ def adapt_stage(args, run_dir: Path, w: World, base: Run, what: Adaptation) -> S
 
 
 def attach_value_groups(base: Run, what: Adaptation, text, window: int, w: World) -> str:
-    """Give a base the value groups of an adaptation, in place, calibrated or from another run, the
-    sha256 of whose file is returned."""
-    if what.kv_from and what.kv.kv != "dense":
+    """Give a base the value groups of an adaptation, in place. Returns the sha256 of the file of
+    the run that they are started from; "" where they are calibrated, or values are dense."""
+    if what.kv.kv == "dense":
+        return ""
+    if what.kv_from:
         return start_from(base.model, what.kv, what.kv_from, base.base_sha256)
-    if what.kv.kv != "dense":
-        note("calibrating value groups")
+    note("calibrating value groups")
     batches = calibration_batches(
         text, what.seed, batches=2, batch_size=16, window=window, device=w.device
     )
@@ -146,11 +148,12 @@ def parameters_to_train(model: Transformer, what: Adaptation) -> list[torch.nn.P
     adapter = what.adapter.adapter
     kv = what.kv
     params = [p for p in model.parameters() if p.requires_grad] + kv_router.trainable(model)
+    groups = "--kv=value_groups with " if kv.kv == "dense" else ""
     check(
         bool(params),
         f"adapter={adapter} with kv={kv.kv}, value_router={kv.value_router}",
         "nothing is left to train",
-        "choose another adapter",
+        f"give {groups}--learn_basis, --value_router=linear or another adapter",
     )
     check(
         adapter != "none" or (not kv.kv_warmup and kv.topk_groups < kv.n_groups),
@@ -219,7 +222,7 @@ def matched_rank(model_cfg: ModelConfig, cfg: AdapterConfig, target: int) -> Ada
     one = count(1)
     per_rank = count(2) - one
     fixed = one - per_rank
-    r = max(1, (target - fixed + per_rank - 1) // per_rank)  # rounded up
+    r = max(1, cdiv(target - fixed, per_rank))
     return replace(cfg, r=r, alpha=cfg.alpha / cfg.r * r)
 
 
@@ -255,19 +258,22 @@ def run_table(args, run_dir: Path, w: World) -> tuple[str, Path]:
     del base  # each row loads its own: peak memory is that of one
     kv_from = distilled(args, run_dir, w, where)
     rows = {}
+    start = time.time()
     for row in rows_of_table(args, shape):
         about = dict(adapter=row.adapter, kv=row.kv, objective="lm", kv_from=kv_from)
         what = adaptation(args, **about)
         rows[row.name] = at_best_rate(args, run_dir, w, where, what)
-    for seed in seeds_in_time(cfg, w, begin):
+    seconds = (time.time() - start) / max(1, len(cfg.rates))  # of the first seed at one rate
+    for seed in seeds_in_time(cfg, w, begin, seconds):
         for name, row in rows.items():
             what = named(replace(row, seed=seed), cfg)
             add_row(table, name, adapted(args, run_dir, w, where, what), task, cfg)
     if w.main:
         write_table(table, run_dir)
     text = cfg.test_dataset or f"{cfg.corpus('adapt')} validation"
+    found = finding(table.rows, cfg.seeds)
     shown = (
-        f"{result_table(table.rows)}\n\n{finding(table.rows)}\n{text}, {task.n:,} tokens; "
+        f"{result_table(table.rows)}\n\n{found}\n{text}, {task.n:,} tokens; "
         f"decode mode; cache of 4 sequences of {task.x.size(1)} tokens; {run_dir}/results.json, "
         f"{run_dir}/report.png; {time.time() - begin:.0f} s"
     )
@@ -355,9 +361,9 @@ def adapted(args, run_dir: Path, w: World, where: str | Path, what: Adaptation) 
     return stage
 
 
-def seeds_in_time(cfg: TrainConfig, w: World, begin: float) -> Iterator[int]:
-    """The table's seeds, until another would end after --max_minutes. All ranks agree on it."""
-    seconds = 0.0  # that the last seed took
+def seeds_in_time(cfg: TrainConfig, w: World, begin: float, seconds: float) -> Iterator[int]:
+    """The table's seeds, until another would end after --max_minutes: it may take as long as the
+    longest before it, and as `seconds`. All ranks agree on it."""
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         late = seed > cfg.seed and time.time() - begin + seconds > 60 * cfg.max_minutes
         if w.any(late):
@@ -369,7 +375,7 @@ def seeds_in_time(cfg: TrainConfig, w: World, begin: float) -> Iterator[int]:
             return
         start = time.time()
         yield seed
-        seconds = time.time() - start
+        seconds = max(seconds, time.time() - start)
 
 
 def add_row(table: Table, name: str, stage: Stage, task: Perplexity, cfg: TrainConfig) -> None:
@@ -428,17 +434,18 @@ def write_table(table: Table, run_dir: Path) -> None:
     report_figure(run_dir, rows, curves, table.masks)
 
 
-def finding(results: list[dict]) -> str:
+def finding(results: list[dict], seeds: int) -> str:
     """The paper's question about its table 1, answered from the rows: is the sub-token row at or
     below LoRA? The mean over seeds of what it is above each, with its standard error; one seed
-    decides nothing."""
+    decides nothing. seeds: how many were asked for, of which time may have allowed fewer."""
 
     def values(name: str) -> dict[int, float]:
         return {r["seed"]: r["value"] for r in results if r["name"] == name}
 
     ours = values("sub-token")
     if len(ours) < 2:
-        return "One seed says nothing of which row is better; give --seeds=3 or more."
+        do = "give --seeds=3 or more" + (", and a larger --max_minutes" if seeds > 1 else "")
+        return f"One seed says nothing of which row is better; {do}."
     parts = []
     for name in ("LoRA", "MoE-LoRA"):
         theirs = values(name)

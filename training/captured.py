@@ -11,7 +11,7 @@ A replay runs no Python, so whatever differs between steps has to lie on the dev
     dropout         the graph reads the seed of PyTorch's generator, which is set before a replay:
                     the masks are those of the same step run kernel by kernel
     what is found   loss and gradient norm are copied to pinned memory, with an event behind them;
-                    the host reads them once LATE more steps have begun
+                    the host reads those of step i before step i + LATE begins
     whether it is   a loss or norm that is not finite sets `bad`, which stays set: from then on the
     good            optimizer's kernels leave weights, moments and step counters as they are
 
@@ -23,18 +23,22 @@ another graph. On a CPU the same step runs without a graph.
         if step.is_full:
             print(step.take())                       # the result of step i - LATE
         step.begin(*batch(i), step=i, lr=1e-3, seed=i)
+    while step.under_way:
+        print(step.take())
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from settings.fields import check
 
 LATE = 4  # steps that have begun and not been looked at, at most
 WARM = 3  # steps before the one that is recorded: kernels are loaded and compiled, moments made
@@ -69,6 +73,8 @@ class Flight:
 
     step: int
     lr: float
+    since: torch.cuda.Event | HostEvent  # behind the step before it, or where it began
+    end: torch.cuda.Event | HostEvent  # behind this step
 
     def __init__(self, shape: tuple[int, int], n_rates: int, on_gpu: bool):
         self.x = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
@@ -108,7 +114,7 @@ class CapturedStep:
         self.bad = torch.zeros((), device=device)  # 1 once a loss or norm was not finite
         # One stream for warming up and recording: autograd remembers where gradients were added.
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
-        self.phase: Hashable = self  # none yet
+        self.phase: object = self  # none yet
         self.run: Callable[[], None] = self.once
         self.free = [Flight(shape, len(self.rates), self.on_gpu) for _ in range(LATE)]
         self.under_way: deque[Flight] = deque()
@@ -158,7 +164,8 @@ class CapturedStep:
         except RuntimeError as e:
             why = str(e.__context__ or e).splitlines()[0]
             raise ValueError(
-                f"the step cannot be recorded as a CUDA graph: {why}; give --capture=false"
+                f"the step cannot be recorded as a CUDA graph: {why}; "
+                "train.py --capture=false runs it kernel by kernel"
             ) from e
         return graph.replay
 
@@ -174,9 +181,17 @@ class CapturedStep:
         return not self.free
 
     def begin(
-        self, x: Tensor, y: Tensor, *, step: int, lr: float, seed: int, phase: Hashable = None
+        self, x: Tensor, y: Tensor, *, step: int, lr: float, seed: int, phase: object = None
     ) -> None:
-        """Begin an optimizer step on x, y (B, T) at rate lr; seed: of its dropout."""
+        """Begin an optimizer step on x, y (B, T) at rate lr; seed: of its dropout. ValueError for
+        another shape, IndexError where `is_full`."""
+        shape = tuple(self.x.shape)
+        check(
+            x.shape == y.shape == shape,
+            f"a batch of {tuple(x.shape)} and {tuple(y.shape)}",
+            f"all steps are of {shape}",
+            "make another CapturedStep",
+        )
         flight = self.free.pop()
         flight.step = step
         flight.lr = lr
@@ -198,7 +213,8 @@ class CapturedStep:
         self.under_way.append(flight)
 
     def take(self) -> Result:
-        """Return the result of the oldest step under way, once the device has done it."""
+        """Return the result of the oldest step under way, once the device has done it. IndexError
+        where there is none."""
         flight = self.under_way.popleft()
         flight.end.synchronize()
         loss, norm = flight.numbers.tolist()

@@ -10,7 +10,7 @@ Letters: storage/layout.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,22 +19,19 @@ from torch import Tensor
 
 from config import KVConfig, check
 from kernels import can_append
+from storage.integers.contexts import kernels_pack, levelled, pack_context
 from storage.integers.format import (
     IntFormat,
     Ints,
-    bit_planes,
-    dequantise_keys,
     quantise_keys,
-    quantise_levels,
     quantise_values,
     row_bytes,
-    split_levels,
-    to_codes,
 )
-from storage.integers.rounding import QueryMoments, gptq_round
-from storage.layout import bits_to_mask, cdiv, mask_to_bits, starts, tile_size
+from storage.layout import bits_to_mask
 from storage.packed import FloatCodec, kept_rows
-from storage.packing import tile_index
+
+# numbers of keys or values that are turned into integers at a time, without kernels
+LARGE = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec:
@@ -69,7 +66,7 @@ class IntCodec:
     @property
     def levelled(self) -> bool:
         """Whether every group has a level of its own."""
-        return self.fmt.value_bits == 0
+        return levelled(self.fmt)
 
     def settings(self) -> dict[str, Any]:
         return {"bits": f"{self.fmt.key_bits}:{self.fmt.value_bits}", "key_block": self.block}
@@ -131,8 +128,15 @@ class IntCodec:
 
     # ---- for RaggedCache
 
-    def pack_ragged(
-        self,
+    def layers_at_once(self, k: Tensor, S: int) -> int:
+        """See FloatCodec.layers_at_once: without kernels as many as have LARGE numbers at most."""
+        if kernels_pack(self.fmt, k, S, "auto"):
+            return len(k)
+        return max(1, LARGE[k.device.type] // max(1, k[0].numel()))
+
+    @staticmethod
+    def pack_sequences(
+        codecs: Sequence[IntCodec],
         k: Tensor,
         z: Tensor,
         keep: Tensor,
@@ -140,44 +144,9 @@ class IntCodec:
         query_moment: Tensor | None,
         told: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """See FloatCodec.pack_ragged; mask (B, Hm, C, S) holds the groups kept, or their
+        """See FloatCodec.pack_sequences; mask (L*B, Hm, C, S) holds the groups kept, or their
         levels 0 to 3, uint8."""
-        Hkv = k.size(1)
-        here = keep.expand(-1, Hkv, -1)  # (B, Hkv, C)
-        keys, key_scale, block = self._keys(k[here], here.sum(-1), query_moment)
-        mine = mask.expand(-1, Hkv, -1, -1)[here]  # (n, S)
-        values = z[here]  # (n, D)
-        if told is not None:  # by the keys that will be read
-            read = dequantise_keys(keys, key_scale, block, self.fmt.key_bits, z.dtype)
-            values = values - told(read)
-        if self.levelled:
-            planes = bit_planes(mine).sum(-1)
-            first = planes.cumsum(0) - planes
-            gain = self.fmt.gain[:, None].expand(-1, z.size(2), -1).expand(len(z), -1, -1, -1)[here]
-            rows, scale = quantise_levels(values, mine, first, int(planes.sum()), gain)
-            count = bit_planes(mask).sum(-1)
-            word = split_levels(mask)
-        else:
-            all_rows, scale = quantise_values(values, mine, self.fmt.value_bits)
-            rows = all_rows[mine]
-            count = mask.sum(-1)
-            word = mask
-        n_packed = keep.sum(-1)
-        before = (count.cumsum(-1) - count)[keep]
-        tile = tile_size(mask.size(-1), self.levelled)
-        index = tile_index(before, n_packed, tile)
-        held = {"keys": keys, "rows": rows, "key_scale": key_scale, "value_scale": scale}
-        return held, (mask_to_bits(word[keep]), *index, n_packed, count.sum(-1))
-
-    def _keys(self, k: Tensor, n: Tensor, query_moment: Tensor | None) -> tuple[Tensor, ...]:
-        """Quantise keys k (tokens, D) of segments with n (B, Hkv) each, in blocks of their own.
-        Returns bytes and scales, and the block (tokens,) of each."""
-        blocks = cdiv(n, self.block)
-        segment_start = starts(n).flatten().repeat_interleave(n.flatten())
-        number = torch.arange(int(n.sum()), device=n.device) - segment_start
-        block = starts(blocks).flatten().repeat_interleave(n.flatten()) + number // self.block
-        rounding = to_codes  # to the nearest
-        if query_moment is not None:
-            rounding = partial(gptq_round, QueryMoments(query_moment.flatten(0, 1), n.flatten()))
-        held = quantise_keys(k, block, int(blocks.sum()), self.fmt.key_bits, rounding)
-        return *held, block
+        fmts = [codec.fmt for codec in codecs]
+        packed = pack_context(fmts, k, z, keep, mask, query_moment, told=told)
+        held = {name: getattr(packed, name) for name in IntCodec.owners}
+        return held, packed[len(held) :]

@@ -58,7 +58,8 @@ def error_feedback(moment: Tensor) -> tuple[Tensor, Tensor]:
     H = moment.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
     mean = H.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     least = mean.clamp_min(1e-12) * DAMPING
-    L = torch.linalg.cholesky(H + torch.diag_embed(least.expand_as(order)))
+    # without a check, for which the host would wait: what is damped is positive definite
+    L = torch.linalg.cholesky_ex(H + torch.diag_embed(least.expand_as(order))).L
     L = L / L.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     one = torch.eye(L.size(-1), dtype=L.dtype, device=L.device).expand_as(L)
     return order, torch.linalg.solve_triangular(L, one, upper=False).float()

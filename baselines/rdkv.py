@@ -1,0 +1,414 @@
+"""RDKV's rule (arXiv 2605.08317, rate-distortion bit allocation for the KV cache): every token of
+the values and every channel of the keys gets 16, 8, 4, 2 or 0 bits a number, once, after a prompt.
+
+Dropping and rounding are two ends of one scale then, and what decides is how much attention's
+output errs. With p_ij the attention of the prompt's newest queries i to token j, o_i what they read
+and e an error of what is stored, a square being convex and to first order,
+
+    values that err          |sum_j p_ij e_j|^2            <= sum_j p_ij |e_j|^2
+    values that are gone     |sum_j p_ij (v_j - o_i)|^2    <= sum_j p_ij |v_j - o_i|^2
+                             (the others take their share)
+    a key channel that errs  |sum_j p_ij q_ic e_jc (v_j - o_i)|^2 / D    <= sum_j a_ijc e_jc^2
+
+                             with a_ijc = q_ic^2 p_ij |v_j - o_i|^2 / D
+
+and a mean over i of each. p_ij is the largest of its POOL neighbours', as in SnapKV.
+
+So each token and each channel has a distortion W(b) for each number of bits b, in one unit, and a
+cost C(b) in bits. Reverse water-filling gives bits where they lower the distortion fastest: for a
+water level theta each takes
+
+    b = argmin W(b) + theta C(b),
+
+and theta is the lowest at which everything fits. One level serves a layer's heads. W(b) is measured
+with the quantiser itself: codes = round((x - low) / step), step and low of a token's values, or of
+a channel's keys in all tokens that are kept, both float16. A token whose value has no bits is
+dropped, its key too; a channel without bits reads as its mean.
+
+Differs: only the rule as the paper's summary tells it was at hand, and the weights above are
+derived from it here (pooled, and not squared as independent errors would have it, for both leave
+less on validation text); W(b) is measured, where theory has 2^-2b; 16 bits are float16; the first 4
+tokens and the query region stay whole; generated tokens stay whole. The numbers that attention
+reads are decoded once (coded.py). Plain PyTorch: it shows bytes and what is lost.
+
+Letters: storage/layout.py; M tokens that are coded, W newest queries, n query heads of a KV head,
+levels 0 to 4 for BITS."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baselines.coded import (
+    CodedCache,
+    CodedPath,
+    Decoded,
+    Kept,
+    Middle,
+    check_kept,
+    coded_layers,
+)
+from baselines.kivi import dequantise, quantise
+from config import check
+from model import Transformer, attention_mask
+from selection.relevance import pooled
+from storage.layout import at_least_float32, cdiv, soft_cap
+
+BITS = (0, 2, 4, 8, 16)
+CODED = (1, 2, 3)  # levels that have codes and a step
+POOL = 5  # tokens that share the attention of the one with most
+OBSERVERS = 16  # newest queries whose attention says what matters
+HALVINGS = 40  # of the interval that the water level is in
+STEP_BITS = 32  # a step and a least number
+LEVEL_BITS = 4  # what a level is stored in
+
+
+# -------------------- the rule
+
+
+class Distortion(NamedTuple):
+    """What every level costs attention's output, of one layer."""
+
+    tokens: Tensor  # (B, Hkv, M, 5), of each value
+    channels: Tensor  # (B, Hkv, M, D, 5), of each number of the keys
+    there: Tensor  # (B, 1, M) bool, columns that hold a token
+
+
+class Levels(NamedTuple):
+    """The bits of one layer, as levels."""
+
+    tokens: Tensor  # (B, Hkv, M) uint8, of the values; 0: dropped
+    channels: Tensor  # (B, Hkv, D) uint8, of the keys
+
+
+def token_costs(D: int, device) -> Tensor:
+    """Count the bits of a token's value in every level: (5,) float64."""
+    return torch.tensor([b * D + STEP_BITS * (0 < b < 16) for b in BITS], device=device).double()
+
+
+def channel_costs(n_kept: Tensor) -> Tensor:
+    """Count the bits of a key channel of n_kept (...) tokens in every level: (..., 5) float64."""
+    bits = torch.tensor(BITS, device=n_kept.device).double()
+    # a channel without bits has its mean
+    steps = torch.tensor([16, STEP_BITS, STEP_BITS, STEP_BITS, 0], device=n_kept.device)
+    return n_kept.double().unsqueeze(-1) * bits + steps
+
+
+def at_water_level(d: Distortion, theta: Tensor) -> tuple[Levels, Tensor]:
+    """Return what everything takes at water levels theta (B,), and the bits of it all, (B,)."""
+    D = d.channels.size(3)
+    level = theta[:, None, None, None]
+    costs = token_costs(D, theta.device)
+    tokens = (d.tokens + level * costs).argmin(-1)
+    tokens = tokens * d.there
+    kept = tokens > 0
+    total = torch.einsum("bhmdl,bhm->bhdl", d.channels, kept.to(d.channels.dtype))
+    channel_cost = channel_costs(kept.sum(-1)).unsqueeze(2)  # (B, Hkv, 1, 5)
+    channels = (total + level * channel_cost).argmin(-1)
+    of_channels = channel_cost.expand_as(total).gather(-1, channels.unsqueeze(-1))
+    bits = costs[tokens].sum((1, 2)) + of_channels.sum((1, 2, 3))
+    return Levels(tokens.to(torch.uint8), channels.to(torch.uint8)), bits
+
+
+def fill(d: Distortion, budget: Tensor) -> Levels:
+    """Return the levels at the lowest water level that fits into budget (B,) bits. ValueError
+    where none does."""
+    scale = d.tokens.amax((1, 2, 3)).double().clamp_min(1e-30)
+    low = scale.log() - 40  # everything has all bits
+    high = scale.log() + 10  # nothing has any
+    _, least = at_water_level(d, high.exp())
+    check(
+        not (least > budget).any(),
+        f"rdkv with {int(budget.min())} bits for a layer of a prompt",
+        "its whole tokens take more than the share",
+        "give a larger --kv_byte_budgets or longer contexts",
+    )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        _, bits = at_water_level(d, middle.exp())
+        fits = bits <= budget
+        high = torch.where(fits, middle, high)
+        low = torch.where(fits, low, middle)
+    return at_water_level(d, high.exp())[0]
+
+
+# -------------------- what matters
+
+
+def rounded(x: Tensor, level: int) -> Tensor:
+    """Return x (..., n) as it is read after coding each n numbers with the bits of a level."""
+    if BITS[level] == 0:
+        return x.mean(-1, keepdim=True).half().to(x.dtype).expand_as(x)
+    if BITS[level] == 16:
+        return x.half().to(x.dtype)
+    return dequantise(*quantise(x, BITS[level]), x.dtype)
+
+
+def observed(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float) -> Tensor:
+    """Return the attention (B, H, W, T) of the newest queries of q (B, H, T, D) to k (B, Hkv, T,
+    D)."""
+    T = q.size(2)
+    W = min(OBSERVERS, T)
+    n = q.size(1) // k.size(1)
+    q = q[:, :, -W:].unflatten(1, (k.size(1), n))
+    logits = (q * q.size(-1) ** -0.5) @ k.unsqueeze(2).mT  # (B, Hkv, n, W, T)
+    logits = soft_cap(at_least_float32(logits.flatten(1, 2)), cap)
+    visible = attention_mask(W, T, n_pad, q.device)
+    return logits.masked_fill(~visible, float("-inf")).softmax(-1)
+
+
+def distortion(middle: Middle, q: Tensor, p: Tensor, o: Tensor) -> Distortion:
+    """Measure what every level of every token and channel costs.
+
+    q  (B, Hkv, n, W, D), the newest queries
+    p  (B, Hkv, n, W, M), their attention to the middle
+    o  (B, Hkv, n, W, D), what they read"""
+    k = at_least_float32(middle.k)
+    v = at_least_float32(middle.v)
+    away = torch.einsum("bhnwd,bhmd->bhnwm", o, v)
+    away = v.square().sum(-1)[:, :, None, None] - 2 * away + o.square().sum(-1, keepdim=True)
+    gone = p * away.clamp_min(0)  # (B, Hkv, n, W, M)
+    weight = p.mean((2, 3))  # (B, Hkv, M)
+    tokens = [gone.mean((2, 3))]
+    for level in range(1, len(BITS)):
+        tokens.append(weight * (v - rounded(v, level)).square().sum(-1))
+    n_observers = q.size(2) * q.size(3)
+    per_number = torch.einsum("bhnwd,bhnwm->bhmd", q.square(), gone) / (n_observers * q.size(-1))
+    channels = []
+    for level in range(len(BITS)):
+        left = k - rounded_channels(k, middle.there, level)
+        channels.append(per_number * left.square())
+    there = middle.there[:, None]
+    return Distortion(torch.stack(tokens, -1), torch.stack(channels, -1), there)
+
+
+def rounded_channels(k: Tensor, there: Tensor, level: int) -> Tensor:
+    """Return keys (B, Hkv, M, D) as they are read after coding each channel; `there` (B, M)."""
+    filled = k
+    if not there.all():  # what is not there has the channel's mean
+        real = there[:, None, :, None]
+        n = real.sum(2, keepdim=True).clamp_min(1)
+        mean = (k * real).sum(2, keepdim=True) / n
+        filled = torch.where(real, k, mean)
+    return rounded(filled.mT, level).mT
+
+
+# -------------------- bytes
+
+# A sequence's string is its levels, then a row for each key channel and one for each token's
+# values. A row with codes has its step and its least number before them, 2 bytes each.
+
+
+class Layout(NamedTuple):
+    """Where the bytes of a batch of sequences lie, in rows as wide as the widest."""
+
+    header: int  # bytes of the levels of the longest sequence
+    channel_width: int
+    token_width: int
+    there: Tensor  # (B, bytes) bool, those that are stored
+
+
+def pack_in_order(codes: Tensor, bits: int) -> Tensor:
+    """Return codes (..., n) as bytes: the first n' of them are in the first cdiv(n' bits, 8)."""
+    each = 8 // bits
+    codes = F.pad(codes, (0, -codes.size(-1) % each)).unflatten(-1, (-1, each))
+    shifts = bits * torch.arange(each, device=codes.device)
+    return (codes.long() << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack_in_order(data: Tensor, bits: int, n: int) -> Tensor:
+    """Return the first n codes (..., n) uint8 of bytes that pack_in_order has packed."""
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=data.device)
+    codes = data.unsqueeze(-1) >> shifts & (1 << bits) - 1
+    return codes.flatten(-2)[..., :n]
+
+
+def row_bytes(levels: Tensor, n: Tensor, of_mean: int) -> Tensor:
+    """Count the bytes of rows of n (...) numbers with these levels (...), none of rows without
+    numbers. of_mean: bytes of a row without bits."""
+    bits = torch.tensor(BITS, device=levels.device)[levels.long()]
+    extra = torch.tensor([of_mean, 4, 4, 4, 0], device=levels.device)[levels.long()]
+    return (cdiv(n * bits, 8) + extra) * (n > 0)
+
+
+def layout_of(levels: Levels, n_coded: Tensor) -> Layout:
+    """Return where the bytes of sequences of n_coded (B,) tokens lie."""
+    _, Hkv, M = levels.tokens.shape
+    D = levels.channels.size(2)
+    n_kept = (levels.tokens > 0).sum(-1, keepdim=True)
+    of_header = cdiv(Hkv * (D + n_coded), 2)
+    of_channels = row_bytes(levels.channels, n_kept.expand(-1, -1, D), 2)
+    of_tokens = row_bytes(levels.tokens, torch.full_like(levels.tokens, D).long(), 0)
+    header = cdiv(Hkv * (D + M), 2)
+    widths = (4 + 2 * M, 4 + 2 * D)
+    masks = [torch.arange(header, device=n_coded.device) < of_header[:, None]]
+    for sizes, width in zip((of_channels, of_tokens), widths, strict=True):
+        place = torch.arange(width, device=n_coded.device)
+        masks.append((place < sizes.unsqueeze(-1)).flatten(1))
+    return Layout(header, *widths, torch.cat(masks, 1))
+
+
+def as_rows(x: Tensor, levels: Tensor, width: int, mean: Tensor | None = None) -> Tensor:
+    """Return rows of numbers x (..., n) as bytes (..., width) uint8, with the bits of their levels
+    (...); mean (...): of those without bits."""
+    out = torch.zeros(*levels.shape, width, dtype=torch.uint8, device=x.device)
+    if mean is not None:
+        out[..., :2] = mean.half().unsqueeze(-1).view(torch.uint8)
+    for level in (*CODED, 4):
+        if level == 4:
+            row = in_a_row(x.half()).view(torch.uint8)
+        else:
+            codes, step, low = quantise(x, BITS[level])
+            scale = torch.stack((step, low), -1).view(torch.uint8)
+            row = torch.cat((scale, pack_in_order(codes, BITS[level])), -1)
+        row = F.pad(row, (0, width - row.size(-1)))
+        out = torch.where((levels == level).unsqueeze(-1), row, out)
+    return out
+
+
+def in_a_row(x: Tensor) -> Tensor:
+    """Return x with its numbers one after the other in memory, as a view of another size wants."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def halves(data: Tensor) -> Tensor:
+    """Return the float16 numbers (..., n) in bytes (..., 2 n) as float32."""
+    return in_a_row(data).view(torch.float16).float()
+
+
+def from_rows(data: Tensor, levels: Tensor, n: int, means: bool) -> Tensor:
+    """Return the numbers (..., n) float32 that as_rows has written; 0 without bits, or with `means`
+    the mean."""
+    out = torch.zeros(*levels.shape, n, device=data.device)
+    if means:
+        out = halves(data[..., :2]).expand_as(out)
+    for level in (*CODED, 4):
+        if level == 4:
+            row = halves(data[..., : 2 * n])
+        else:
+            step, low = in_a_row(data[..., :4]).view(torch.float16).unbind(-1)
+            codes = unpack_in_order(data[..., 4 : 4 + cdiv(n * BITS[level], 8)], BITS[level], n)
+            row = dequantise(codes, step, low, torch.float32)
+        out = torch.where((levels == level).unsqueeze(-1), row, out)
+    return out
+
+
+def kept_first(tokens: Tensor) -> Tensor:
+    """Return the order (B, Hkv, M) in which kept tokens come first, else as they were."""
+    return (tokens == 0).to(torch.uint8).sort(dim=-1, stable=True).indices
+
+
+def write(k: Tensor, v: Tensor, levels: Levels, n_coded: Tensor) -> list[Tensor]:
+    """Return the strings (bytes,) uint8 of sequences of n_coded (B,) tokens, k, v (B, Hkv, M,
+    D)."""
+    layout = layout_of(levels, n_coded)
+    every = torch.cat((levels.channels.flatten(1), levels.tokens.mT.flatten(1)), 1)
+    order = kept_first(levels.tokens)
+    kept = at_least_float32(k).take_along_dim(order.unsqueeze(-1), 2).mT  # (B, Hkv, D, M)
+    n_kept = (levels.tokens > 0).sum(-1)[:, :, None, None]
+    there = torch.arange(kept.size(-1), device=k.device) < n_kept
+    mean = (kept * there).sum(-1) / n_kept[..., 0].clamp_min(1)
+    kept = torch.where(there, kept, kept[..., :1])  # they widen no step
+    parts = (
+        pack_in_order(every, LEVEL_BITS),
+        as_rows(kept, levels.channels, layout.channel_width, mean).flatten(1),
+        as_rows(at_least_float32(v), levels.tokens, layout.token_width).flatten(1),
+    )
+    data = torch.cat(parts, 1)[layout.there]
+    return list(data.split(layout.there.sum(1).tolist()))
+
+
+def read(strings: list[Tensor], n_coded: Tensor, Hkv: int, D: int) -> Decoded:
+    """Return what strings of sequences of n_coded (B,) tokens stand for, 0 where a token was
+    dropped."""
+    B = len(strings)
+    M = int(n_coded.max())
+    header = cdiv(Hkv * (D + M), 2)
+    first = [F.pad(s[:header], (0, max(0, header - len(s)))) for s in strings]
+    every = unpack_in_order(torch.stack(first), LEVEL_BITS, Hkv * (D + M))
+    channels = every[:, : Hkv * D].view(B, Hkv, D)
+    tokens = every[:, Hkv * D :].view(B, M, Hkv).mT
+    column = torch.arange(M, device=n_coded.device)
+    tokens = tokens * (column < n_coded[:, None])[:, None]
+    levels = Levels(tokens, channels)
+    layout = layout_of(levels, n_coded)
+    data = torch.zeros(layout.there.shape, dtype=torch.uint8, device=n_coded.device)
+    data[layout.there] = torch.cat(strings)
+    sizes = (header, Hkv * D * layout.channel_width, Hkv * M * layout.token_width)
+    _, of_channels, of_tokens = data.split(sizes, 1)
+    rows = of_channels.view(B, Hkv, D, layout.channel_width)
+    sorted_k = from_rows(rows, channels, M, means=True).mT  # (B, Hkv, M, D)
+    order = kept_first(tokens).unsqueeze(-1).expand_as(sorted_k)
+    kept = tokens > 0
+    k = torch.zeros_like(sorted_k).scatter(2, order, sorted_k) * kept.unsqueeze(-1)
+    v = from_rows(of_tokens.view(B, Hkv, M, layout.token_width), tokens, D, means=False)
+    return Decoded(k, v, kept)
+
+
+class RdkvCodec:
+    """What turns one layer's prompt into strings and back."""
+
+    name = "rdkv"
+
+    def __init__(self, kept: Kept):
+        self.kept = kept
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+    def described(self) -> str:
+        """Return how it codes, in a few words."""
+        return f"tokens and channels in {self.kept.share:.1%}"
+
+    def budget(self, cache: CodedCache) -> Tensor:
+        """Return the bits (B,) for the codes of each sequence of a layer."""
+        _, Hkv, _, D = cache.window_k.shape
+        whole = 2 * 16 * Hkv * D  # bits of a token
+        n = cache.lengths.double()
+        levels = LEVEL_BITS * Hkv * (cache.n_coded + D)
+        filled_up = 8 * Hkv * D  # a channel's last byte
+        counts = 64 * 4
+        held = cache.n_window * whole + levels + filled_up + counts
+        return self.kept.share * n * whole - held
+
+    def read(self, cache: CodedCache) -> None:
+        """Decode the strings of a layer's cache."""
+        _, Hkv, _, D = cache.window_k.shape
+        if not cache.n_coded.any():
+            none = cache.window_k[:, :, :0]
+            cache.middle = Decoded(none, none, none[..., 0].bool())
+            return
+        k, v, kept = read(cache.strings(), cache.n_coded, Hkv, D)
+        cache.middle = Decoded(k.to(cache.dtype), v.to(cache.dtype), kept)
+
+
+class RdkvPath(CodedPath):
+    """One layer that gives its prompt's tokens and channels their bits."""
+
+    def code(self, cache: CodedCache, middle: Middle, q, k, v, y, n_pad) -> None:
+        M = middle.k.size(2)
+        if not M:
+            cache.set_payload([cache.payload] * len(q))
+            return
+        p = observed(q, k, n_pad, self.cap)
+        W = p.size(2)
+        pad = torch.zeros_like(cache.n_window) if n_pad is None else n_pad
+        column = (pad[:, None] + middle.number).clamp_max(k.size(2) - 1)
+        p = p.take_along_dim(column[:, None, None], 3)
+        p = pooled(p, POOL) * middle.there[:, None, None]
+        by_head = [t.unflatten(1, (self.Hkv, -1)) for t in (q[:, :, -W:], p, y[:, :, -W:])]
+        measured = distortion(middle, *map(at_least_float32, by_head))
+        levels = fill(measured, self.codec.budget(cache))
+        cache.set_payload(write(middle.k, middle.v, levels, cache.n_coded))
+
+
+def attach(model: Transformer, kept: Kept) -> Transformer:
+    """Let all layers but those that slide give their prompts bits, in place; coded.detach undoes
+    it. Returns the model. ValueError for a share that is none."""
+    check_kept(kept)
+    for block in coded_layers(model):
+        block.self_attn.kv_path = RdkvPath(model.cfg, RdkvCodec(kept))
+    return model

@@ -1,0 +1,97 @@
+"""windowed.py's attention on a CPU, where moving memory is what takes time.
+
+The same sums as there. What differs is the band: a query's block reads only as many keys before it
+as a window may hold, as views of one tensor that overlap, and its weights are kept for the backward
+pass.
+
+Letters: storage/layout.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from storage.windowed import (
+    Window,
+    band_bias,
+    causal,
+    causal_backward,
+    in_blocks,
+    of_queries,
+    query_blocks,
+)
+
+LEAST_BLOCK = 16  # queries of a block: fewer read less that is masked, more make larger products
+
+
+def is_banded(q: Tensor) -> bool:
+    """Say whether banded_attention is for such queries: on a CPU, in the type that is given."""
+    return q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+
+def strips(x: Tensor, C: int, R: int) -> Tensor:
+    """Give every block of C tokens of x (B, Hkv, T, D) the R <= C tokens before it: (B*Hkv*blocks,
+    R + C, D), views that overlap. Before a head's first block are those of the head before it:
+    masked."""
+    D = x.size(-1)
+    flat = in_blocks(x, C).reshape(-1, D)
+    n = len(flat) // C
+    return torch.cat((flat.new_zeros(R, D), flat)).as_strided((n, R + C, D), (C * D, D, 1))
+
+
+def of_tokens(dx: Tensor, like: Tensor, C: int, R: int) -> Tensor:
+    """Return the gradient of x, like (B, Hkv, T, D), of the gradient dx of strips(x)."""
+    B, Hkv, T, D = like.shape
+    own = dx[:, R:].contiguous()
+    own[:-1, C - R :] += dx[1:, :R]
+    return own.view(B, Hkv, -1, D)[:, :, :T]
+
+
+class BandedAttention(torch.autograd.Function):
+    """banded_attention, with its gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, routed, lost, window: Window):
+        R = window.reach
+        C = max(R, LEAST_BLOCK)
+        ctx.sizes = (C, R)
+        Hkv = k.size(1)
+        y, (lse,) = causal(q, k, routed)
+        queries = query_blocks(q * q.size(-1) ** -0.5, Hkv, C).flatten(0, 2)
+        keys = strips(k, C, R)
+        values = strips(lost, C, R)
+        p = torch.bmm(queries, keys.mT) - query_blocks(lse.unsqueeze(-1), Hkv, C).flatten(0, 2)
+        bias = band_bias(q.size(2), C, R, window, q.device)
+        p.view(len(q) * Hkv, len(bias), -1, *bias.shape[2:]).add_(bias)
+        p.exp_()
+        y = y + BandedAttention.of_queries(torch.bmm(p, values), q, Hkv)
+        ctx.save_for_backward(q, k, routed, y, lse, queries, keys, values, p)
+        return y
+
+    @staticmethod
+    def of_queries(x: Tensor, q: Tensor, Hkv: int) -> Tensor:
+        """Lay x (B*Hkv*blocks, n*C, D) out like q (B, H, T, D)."""
+        B, H, T, _ = q.shape
+        return of_queries(x.view(B, Hkv, -1, *x.shape[1:]), H // Hkv, T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, routed, y, lse, queries, keys, values, p = ctx.saved_tensors
+        C, R = ctx.sizes
+        Hkv = k.size(1)
+        dq, dk, drouted = causal_backward(dy, q, k, routed, y, (lse,))
+        dy = query_blocks(dy, Hkv, C).flatten(0, 2)
+        ds = torch.bmm(dy, values.mT).mul_(p)
+        dq += BandedAttention.of_queries(torch.bmm(ds, keys), q, Hkv) * q.size(-1) ** -0.5
+        dk += of_tokens(torch.bmm(ds.mT, queries), k, C, R)
+        dlost = of_tokens(torch.bmm(p.mT, dy), k, C, R)
+        return dq, dk, drouted, dlost, None
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, routed: Tensor, window: Window) -> Tensor:
+    """Return causal attention (B, H, T, D) to v of the tokens in a query's window and to routed
+    values before, where is_banded(q). ValueGroupPath._attend_window is the reference.
+
+    q (B, H, T, D); k, v, routed (B, Hkv, T, D)"""
+    return BandedAttention.apply(q, k, routed, v - routed, window)

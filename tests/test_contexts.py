@@ -1,0 +1,76 @@
+"""Contexts turned into integers by kernels, all layers at once, against the plain passes."""
+
+import pytest
+import torch
+
+from storage.integers import contexts
+from storage.integers.format import IntFormat
+from storage.kernel_base import triton
+
+pytestmark = pytest.mark.skipif(triton is None, reason="the kernels need triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = {  # sequences, layers, KV heads, heads of masks, columns, D, S, bits, block, rounded
+    "heads apart": (2, 3, 3, 3, 61, 16, 4, 4, 16, True),
+    "shared masks": (1, 2, 2, 1, 45, 32, 4, 8, 32, True),
+    "three bits": (3, 1, 2, 2, 33, 16, 2, 3, 16, True),
+    "two bits, nearest": (2, 1, 1, 1, 50, 64, 16, 2, 64, False),
+    "one column": (1, 1, 1, 1, 1, 16, 4, 4, 16, True),
+}
+
+
+def inputs(case: str, dtype: torch.dtype = torch.float32):
+    """What pack_context takes: one segment has no tokens, keys and values lie in larger ones."""
+    per_layer, L, Hkv, Hm, C, D, S, bits, block, rounded = CASES[case]
+    g = torch.Generator().manual_seed(0)
+    B = per_layer * L
+    k, z = torch.randn(2, B, Hkv, C + 3, D, generator=g).to(dtype)[..., :C, :]
+    keep = torch.rand(B, Hm, C, generator=g) < 0.6
+    keep[0, 0] = C == 1
+    levels = torch.randint(0, 4, (B, Hm, C, S), generator=g, dtype=torch.uint8)
+    levels = levels * keep.unsqueeze(-1)
+    moment = None
+    if rounded:
+        q = torch.randn(B, Hkv, 30, D, generator=g, dtype=torch.float64)
+        q = q * torch.logspace(0, -1.5, D, dtype=torch.float64)
+        moment = (q.mT @ q / 30).to(DEVICE)
+    gain = 0.5 + torch.rand(L, Hkv, D, generator=g)
+    fmts = [IntFormat(bits, 0, block, one.to(DEVICE)) for one in gain]
+    return fmts, *(t.to(DEVICE) for t in (k, z, keep, levels)), moment
+
+
+def share_equal(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The share of equal rows."""
+    return 1.0 if not len(a) else (a == b).flatten(1).all(1).double().mean().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_pack_what_the_plain_passes_pack(case, dtype):
+    """Places, masks and counts agree exactly, so do key scales; steps of values, planes and rounded
+    keys in all but few tokens, where two are as good."""
+    args = inputs(case, dtype)
+    got = contexts.pack_context(*args, impl="triton")
+    want = contexts.pack_context(*args, impl="torch")
+    for name in ("bits", "before", "tile_rows", "n_packed", "n_rows", "key_scale"):
+        ours = getattr(got, name)
+        plain = getattr(want, name)
+        assert ours.dtype == plain.dtype and torch.equal(ours, plain), name
+    for name, least in (("keys", 0.97), ("value_scale", 0.99), ("rows", 0.97)):
+        ours = getattr(got, name)
+        plain = getattr(want, name)
+        assert ours.shape == plain.shape and ours.dtype == plain.dtype
+        assert share_equal(ours, plain) >= least, name
+
+
+def test_layers_lie_one_after_the_other():
+    """The kernels give every layer of several the bytes that it gets alone, at its own gain."""
+    fmts, k, z, keep, levels, moment = inputs("heads apart")
+    together = contexts.pack_context(fmts, k, z, keep, levels, moment, impl="triton")
+    alone = []
+    for i, fmt in enumerate(fmts):
+        part = slice(2 * i, 2 * i + 2)
+        args = (t[part] for t in (k, z, keep, levels, moment))
+        alone.append(contexts.pack_context([fmt], *args, impl="triton"))
+    for name in contexts.PackedInts._fields:
+        parts = torch.cat([getattr(one, name) for one in alone])
+        assert torch.equal(getattr(together, name), parts), name

@@ -407,6 +407,7 @@ def test_every_flag_that_a_message_advises_exists():
             continue
         source = path.read_text()
         own = set(re.findall(r"""add_argument\(\s*"--(\w+)""", source))
+        own.update(re.findall(r"^    (\w+): .+ = opt\(", source, re.MULTILINE))
         messages = [text for text in texts(ast.parse(source)) if " " in text.strip()]
         for text in messages:
             named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))

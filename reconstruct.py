@@ -51,7 +51,7 @@ class MLPReconstructor(nn.Module):
 def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the hard mask with the gradient of the softmax of logits: float like logits."""
     soft = logits.softmax(-1)
-    return mask + soft - soft.detach()
+    return mask + (soft - soft.detach())
 
 
 class Moments:

@@ -158,21 +158,23 @@ def attend_predicted(
     number = torch.arange(N, device=q.device)
     n = packed.n if packed.n.size(1) == Hkv else packed.n.expand(-1, Hkv)
     seen = number < n[..., None, None]  # (B, Hkv, 1, N)
+    k = k.masked_fill(~seen.mT, 0)  # old ones may be anything
     queries = (q * D**-0.5).reshape(B, Hkv, H // Hkv * T, D)
-    logits = soft_cap(at_least_float32(queries @ k.mT), cap).masked_fill(~seen, float("-inf"))
+    logits = at_least_float32(queries) @ at_least_float32(k).mT
+    logits = soft_cap(logits, cap).masked_fill(~seen, float("-inf"))
+    own = logits.logsumexp(-1, keepdim=True)
+    p = (logits - own.clamp_min(torch.finfo(own.dtype).min)).exp()  # (B, Hkv, n*T, N)
     if packed.keys_alone:
         rows = 0
-        lse = logits.logsumexp(-1).view(B, H, T)
+        lse = own.view(B, H, T)
     else:
         rows, lse = packed_attention(q, packed, None, cap=cap)
-    finite = lse.clamp_min(torch.finfo(lse.dtype).min).view(B, Hkv, -1, 1)
-    p = (logits - finite).exp()  # (B, Hkv, n*T, N)
     weight = from_keys.weight
     if from_keys.own_head:
         raw = from_keys.before_rope(k, position)  # (B, Hkv, N, D)
         told = p.to(raw.dtype) @ raw
     else:
-        raw = from_keys.turn_back(k * seen.mT, position)  # (B, N, Hkv*D)
+        raw = from_keys.turn_back(k, position)  # (B, N, Hkv*D)
         told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
         told = told.view(B, Hkv, -1, Hkv * D)
         weight = weight.unflatten(-1, (Hkv, D)).transpose(0, 1)

@@ -26,8 +26,9 @@ from config import KVConfig
 from loaders.runs import load_run
 from measure_config import check_fitted
 from model import apply_rope, rope_table
-from reconstruct import Moments
+from reconstruct import Moments, straight_through
 from report.rows import setting_of
+from storage import from_keys
 from storage.cache import KVCache
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.layout import top_k_mask
@@ -130,6 +131,46 @@ def test_keys_are_turned_back_to_what_was_projected():
     got = FromKeys(torch.eye(48), cos, sin).turn_back(k, position)
     assert (got - raw.transpose(1, 2).flatten(2)).abs().max() < 1e-6
     assert (k - raw).abs().max() > 0.1
+    # slots without a token may have any position
+    beyond = FromKeys(torch.eye(48), cos, sin).turn_back(k, position + 10**6)
+    assert beyond.isfinite().all()
+
+
+@torch.no_grad()
+def test_weights_of_keys_sum_to_one_in_bfloat16(monkeypatch):
+    """Beside attention over rows that computes in float32, as a kernel does, the sum of bfloat16
+    keys has weights of its own precision: all keys ones, what they tell is W's sums."""
+    model = predicting(**SETTINGS["norm"]).to(torch.bfloat16)
+    cache = model.new_cache(1, 40)
+    read_in_pieces(model, tokens(1, 29), cache, [29])
+    layer = cache.layers[1]
+    basis = layer.basis.from_keys
+    layer.rows.zero_()
+    layer.keys *= 16
+    g = torch.Generator().manual_seed(0)
+    q = 9 * torch.randn(1, 6, 1, 16, generator=g).to(torch.bfloat16)
+    told = []
+    monkeypatch.setattr(FromKeys, "turn_back", lambda self, k, at: torch.ones(1, at.size(-1), 48))
+    plain = from_keys.packed_attention
+
+    def wide(q, packed, *more, **about):
+        packed = packed._replace(keys=packed.keys.float(), rows=packed.rows.float())
+        told.append(1)
+        out, lse = plain(q.float(), packed, *more, **about)
+        return out.to(q.dtype), lse
+
+    monkeypatch.setattr(from_keys, "packed_attention", wide)
+    got, _ = attend_predicted(q, layer.view().packed[0], basis, layer.packed_positions())
+    want = basis.weight.float().sum(0).view(3, 1, 16).repeat_interleave(2, 0)
+    assert told and ((got[0].float() - want) / want.abs().amax()).abs().max() < 0.006
+
+
+def test_straight_through_is_the_hard_mask():
+    """Zeros and ones exactly, whatever the softmax's digits are."""
+    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        mask = top_k_mask(logits, 3)
+        assert torch.equal(straight_through(logits.to(dtype), mask), mask.to(dtype))
 
 
 @each
@@ -198,6 +239,8 @@ def test_summing_keys_equals_writing_values_out(scope, cap, K):
     layer.keys.view(3, 3, -1, 16)[:, :, :19] /= 200
     packed = layer.view().packed[0]
     assert layer.n_packed.tolist() == [19, 21, 0]
+    for row, n in enumerate(layer.n_packed.tolist()):
+        layer.keys.view(3, 3, -1, 16)[row, :, n:] = float("nan")
     q = torch.randn(3, 6, 2, 16, dtype=torch.float64)
     want, want_lse = attend_predicted_ref(
         q, packed, layer.basis.from_keys, layer.packed_positions(), cap

@@ -62,7 +62,7 @@ from model import DensePath, attend, attention_mask, evaluating, record_layers, 
 from reconstruct import MLPReconstructor, Moments, as_held, fit_router, straight_through
 from storage.banded import banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
-from storage.from_keys import FromKeys, ValueBasis, attend_predicted, numbers
+from storage.from_keys import FromKeys, attend_predicted, numbers
 from storage.integers.codecs import codec_of
 from storage.integers.format import keys_as_read, values_as_read
 from storage.layout import (
@@ -74,7 +74,7 @@ from storage.layout import (
     soft_cap,
     top_k_mask,
 )
-from storage.packed import FloatCodec, PackedCache, packed_count
+from storage.packed import FloatCodec, PackedCache, ValueBasis, packed_count
 from storage.state import check_fit
 from storage.windowed import Window, is_fused, windowed_attention
 

@@ -89,42 +89,6 @@ class FromKeys(NamedTuple):
         return out.to(k.dtype)
 
 
-class ValueBasis(NamedTuple):
-    """The maps of a value into the coordinates that are cut into groups, and back.
-
-    None: nothing to do, since W_v or W_o hold the map, or since every group is kept."""
-
-    enc: Tensor | None = None  # (Hkv, D, D), z = v @ enc
-    dec: Tensor | None = None  # (Hkv, D, D), v = z @ dec
-    from_keys: FromKeys | None = None  # what is stored is what keys do not tell
-
-    def constants(self) -> dict[str, Tensor]:
-        """Return the maps that there are, by name."""
-        maps = {"maps into the basis": self.enc, "maps out of the basis": self.dec}
-        if self.from_keys is not None:
-            maps["maps from keys to values"] = self.from_keys.weight
-        return {name: t for name, t in maps.items() if t is not None}
-
-    def copied(self) -> ValueBasis:
-        """Return the same maps, apart from what trains them."""
-        maps = (None if t is None else t.detach().clone() for t in (self.enc, self.dec))
-        return ValueBasis(*maps, self.from_keys and self.from_keys.copied())
-
-    def encode(self, v: Tensor) -> Tensor:
-        """Map values (B, Hkv, T, D) to coordinates."""
-        return v if self.enc is None else v @ self.enc.to(v.dtype)
-
-    def to_store(self, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
-        """Map values (B, Hkv, T, D) of tokens with keys k (B, Hkv, T, D) at positions (B or 1, T)
-        to what is cut into groups: coordinates, less what keys tell of them."""
-        z = self.encode(v)
-        return z if self.from_keys is None else z - self.from_keys.predict(k, position)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Map what is read of coordinates (B, Hkv, ., D) back to values."""
-        return z if self.dec is None else z @ self.dec.to(z.dtype)
-
-
 def attend_predicted_ref(
     q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Mark the k largest of the last dimension: bool like scores (..., n), exactly k of them.
 
     Of equal scores the lower index wins."""
-    if is_read_here(scores):
+    if is_read_here(scores) and 0 < k <= scores.size(-1):
         mask = scores >= kth_largest(scores, k)
         if int(mask.sum()) * scores.size(-1) == k * scores.numel():  # no ties, all are numbers
             return mask

@@ -30,7 +30,6 @@ from storage.cache import (
     check_range,
     check_truncation,
 )
-from storage.from_keys import ValueBasis
 from storage.layout import (
     PackedView,
     WindowView,
@@ -42,7 +41,7 @@ from storage.layout import (
     starts,
     tile_size,
 )
-from storage.packed import FloatCodec
+from storage.packed import FloatCodec, ValueBasis
 
 SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows")  # by layers of one mask
 BASES = ("token_base", "row_base", "mask_base", "tile_base")

@@ -7,7 +7,7 @@ import torch
 from trace_reader import by_file, calls_of_path, selection, value_groups
 
 
-@pytest.mark.parametrize("make, most", [(value_groups, 20), (selection, 32)])
+@pytest.mark.parametrize("make, most", [(value_groups, 20), (selection, 35)])
 def test_a_token_passes_few_files(make, most):
     """A prompt and two steps: the path's file comes first, its cache and the attention that reads
     the cache are among the files, and files change at most `most` times."""
@@ -16,5 +16,6 @@ def test_a_token_passes_few_files(make, most):
     files = [file for file, _ in runs]
     assert files[0] == {value_groups: "kv_router.py", selection: "selector.py"}[make]
     assert "kernels.py" in files and "storage/layout.py" in files
-    assert sum("append" in functions for _, functions in runs) == 3
+    stored = [{"append", "fill_windows"} & set(functions) for _, functions in runs]
+    assert sum(map(bool, stored)) == 3
     assert len(files) - 1 <= most, files

@@ -60,14 +60,13 @@ if __name__ == "__main__":  # flags are checked before torch is loaded: --help a
     exit_on_bad_input(lambda: check_inputs(ARGS, "init_from", "out_dir"))
 
 from benchmarks.adapter import bench_adapter
+from benchmarks.common import leave_rows
 from benchmarks.decode import bench_decode
 from benchmarks.generate import bench_generate
 from benchmarks.memory import bench_memory
 from benchmarks.select import bench_select
 from benchmarks.train import bench_train
-from loaders import checkpoint
 from loaders.device import device_name, pick_device
-from report.made import write_record
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
@@ -111,10 +110,7 @@ def main() -> None:
     for row in rows:
         print(line_of(row), file=sys.stderr)
     if cfg.results:
-        folder = Path(cfg.results)
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(folder / "results.json", rows)
-        write_record(folder, device_name(pick_device(cfg.device)), began)
+        leave_rows(Path(cfg.results), rows, device_name(pick_device(cfg.device)), began)
     print_rows(rows, cfg.json)
 
 

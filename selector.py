@@ -272,11 +272,12 @@ class Selector(nn.Module):
         token = token.masked_fill(sink, float("inf")).masked_fill(~valid, float("-inf"))
         pair = self.pair_scores(prompt.stored, alpha)
         if cfg.kv_keep:
+            told = self._worth_told(prompt, alpha, pair)
             pair = pair.square()  # errors of many tokens add up so
         pair = pair.masked_fill(sink.unsqueeze(-1), float("inf"))
         pair = pair.masked_fill(~valid.unsqueeze(-1), float("-inf"))
         if cfg.kv_keep:
-            return self._choose_jointly(prompt, token, pair, alpha)
+            return self._choose_jointly(prompt, token, pair, told)
         return self._choose_in_turn(prompt, token, pair)
 
     def _everything(self, prompt: Prompt) -> Selection:
@@ -290,31 +291,38 @@ class Selector(nn.Module):
         return {"head": 1, "layer": self.Hm, "global": layers * self.Hm}[self.cfg.allocation]
 
     def _choose_jointly(
-        self, prompt: Prompt, token: Tensor, pair: Tensor, alpha: Tensor
+        self, prompt: Prompt, token: Tensor, pair: Tensor, told: Tensor | None
     ) -> Selection:
-        """Spend one budget on tokens and groups: a token pays for its key as for S groups."""
+        """Spend one budget on tokens and groups: a token pays for its key as for S groups. told:
+        see _worth_told."""
         share = self.cfg.kv_keep
         masks = self._sharing(prompt)
         budget = row_budgets(prompt, lambda n: count_kept(share, 2 * self.S * n * masks, 1))
-        if prompt.left is None:
+        if told is None:
             mask = within_budget(pair, budget, self.cfg.allocation, select_joint)
             return Selection(mask.any(-1), mask, token)
         cost = torch.ones(self.S, dtype=torch.int64, device=pair.device)
-        taken = self._choose_with_told(prompt, alpha, pair, budget, cost, self.S)
+        taken = self._choose_with_told(told, pair, budget, cost, self.S)
         return Selection(taken.any(-1), taken[..., :-1], token)
 
+    def _worth_told(self, prompt: Prompt, alpha: Tensor, pair: Tensor) -> Tensor | None:
+        """Return what each key is worth for what it tells of its value, (Lm, B, Hm, C, 1); None
+        where keys are not asked. pair: scores of what is stored."""
+        if prompt.left is None:
+            return None
+        whole = self.pair_scores(prompt, alpha).square().sum(-1, keepdim=True)
+        return whole - pair.square().sum(-1, keepdim=True)
+
     def _choose_with_told(
-        self, prompt: Prompt, alpha: Tensor, worth: Tensor, budget: Tensor, cost: Tensor, key: int
+        self, told: Tensor, worth: Tensor, budget: Tensor, cost: Tensor, key: int
     ) -> Tensor:
         """Choose parts by select_joint where a key is worth what it tells of its value: a last part
         of each token that costs 1 of the key's price, and comes before all others.
 
         worth (Lm, B, Hm, C, parts), cost (parts,), key: see select_joint. Returns what is taken,
         (Lm, B, Hm, C, parts + 1) bool."""
-        whole = self.pair_scores(prompt, alpha).square().sum(-1, keepdim=True)
-        left = self.pair_scores(prompt.stored, alpha).square().sum(-1, keepdim=True)
         first = (worth / cost).amax(-1, keepdim=True)
-        told = (whole - left).maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
+        told = told.maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
         worth = torch.cat((worth, told), -1)
         cost = torch.cat((cost, cost.new_ones(1)))
 
@@ -363,7 +371,8 @@ class Selector(nn.Module):
         masks = self._sharing(prompt)
         about = (region, kv.kv_sinks, D, heads, prompt.left is not None)
         budget = row_budgets(prompt, lambda n: half_bytes_for(self.cfg.kv_bytes, n, *about) * masks)
-        if prompt.left is None:
+        told = self._worth_told(prompt, alpha, pair)
+        if told is None:
 
             def best(energy: Tensor, m: Tensor) -> Tensor:
                 return choose_levels(energy, m, price.gain, price.step, price.key)
@@ -373,7 +382,7 @@ class Selector(nn.Module):
         else:
             worth = (energy.unsqueeze(-1) * energy.new_tensor(price.gain)).flatten(-2)
             cost = torch.tensor(price.step, device=energy.device).repeat(self.S)
-            taken = self._choose_with_told(prompt, alpha, worth, budget, cost, price.key)
+            taken = self._choose_with_told(told, worth, budget, cost, price.key)
             keep = taken.any(-1)
             levels = taken[..., :-1].unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
         mask = levels > 0 if kv.value_bits else levels
@@ -547,11 +556,8 @@ class SelectPath(ValueGroupPath):
     def untold(self, k: Tensor, z: Tensor, pad: Tensor | None = None) -> Tensor:
         """Return what keys (B, Hkv, T, D) do not tell of the coordinates z (B, Hkv, C, D) of the
         first C tokens: z itself where they are not asked."""
-        from_keys = self.own_maps().from_keys
-        if from_keys is None:
-            return z
         k = k[:, :, : z.size(2)]
-        return z - from_keys.predict(k, numbers(k, pad))
+        return self.own_maps().untold(k, z, numbers(k, pad))
 
     def prefill(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         C = q.size(2) - self.cfg.kv_tail

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig, check
-from model import DensePath, attend, attend_masked, attention_mask
+from model import attend, attend_masked, attention_mask, put_dense_back
 from storage.cache import DenseCache, NewTokens, check_range, check_truncation
 from storage.integers.format import pack_bits, unpack_bits
 from storage.layout import cdiv, starts
@@ -285,11 +285,7 @@ def check_kept(kept: Kept) -> None:
 
 def detach(model: nn.Module) -> nn.Module:
     """Put dense paths back, in place. Returns the model."""
-    for block in model.layers:
-        path = block.self_attn.kv_path
-        if isinstance(path, CodedPath):
-            block.self_attn.kv_path = DensePath(path.Hkv, path.D, path.cap)
-    return model
+    return put_dense_back(model, CodedPath)
 
 
 def codec_of(model: nn.Module) -> Any:

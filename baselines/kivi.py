@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig, check
-from model import DensePath, attend, attend_masked, attention_mask
+from model import attend, attend_masked, attention_mask, put_dense_back
 from storage.cache import CacheView, LayerCacheBase, NewTokens, check_range, check_truncation
 from storage.integers.format import SMALLEST, pack_bits, unpack_bits
 from storage.layout import WindowView, at_least_float32, soft_cap
@@ -456,11 +456,7 @@ def attach(model: nn.Module, fmt: Format) -> nn.Module:
 
 def detach(model: nn.Module) -> nn.Module:
     """Put dense paths back, in place. Returns the model."""
-    for block in model.layers:
-        path = block.self_attn.kv_path
-        if isinstance(path, KiviPath):
-            block.self_attn.kv_path = DensePath(path.Hkv, path.D, path.cap)
-    return model
+    return put_dense_back(model, KiviPath)
 
 
 def format_of(model: nn.Module) -> Format | None:

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from config import ModelConfig
+from loaders import checkpoint
+from report.made import write_record
 from storage.layout import cdiv
 
 PLAIN_ROUNDS = 3  # rounds of entries that wait for the host
 LEAST_CALLS = 8  # calls that are timed together, so that a graph's own launch does not count
+
+
+def leave_rows(folder: Path, rows: list[dict], device: str, began: float) -> None:
+    """Leave results.json, and made.json beside it, in a folder that is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(folder / "results.json", rows)
+    write_record(folder, device, began)
+
+
+def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
+    """Return the largest relative difference of losses from others, step by step."""
+    return max(abs(a / b - 1) for a, b in zip(losses, others, strict=True))
 
 
 def in_turns(

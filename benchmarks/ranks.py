@@ -62,13 +62,11 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks.common import shape_name
+from benchmarks.common import largest_difference, leave_rows, shape_name
 from benchmarks.step import Case, LoggedTrainer, random_model, stage_of
 from generate import generate
-from loaders import checkpoint
 from loaders.device import autocast, device_name, pick_device
 from loaders.split import devices_of, layers_by_device, split
-from report.made import write_record
 from training.world import share_parameters, world
 
 
@@ -102,10 +100,7 @@ def write(cfg: RanksConfig, shape: ModelConfig, row: dict, began: float) -> None
     if cfg.same_as:
         (peer,) = json.loads(Path(cfg.results, cfg.same_as, "results.json").read_bytes())
         row |= {"peer": cfg.same_as} | compared(row, peer)
-    folder = Path(cfg.results, cfg.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(folder / "results.json", [row])
-    write_record(folder, row["device"], began)
+    leave_rows(Path(cfg.results, cfg.name), [row], row["device"], began)
     print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
 
 
@@ -123,8 +118,7 @@ def compared(row: dict, peer: dict) -> dict:
     their losses, or the share of their tokens that are the same."""
     found = {"ratio": round(peer["tokens_per_s"] / row["tokens_per_s"], 4)}
     if "losses" in row:
-        pairs = zip(row["losses"], peer["losses"], strict=True)
-        return found | {"largest_difference": max(abs(a / b - 1) for a, b in pairs)}
+        return found | {"largest_difference": largest_difference(row["losses"], peer["losses"])}
     pairs = zip(row["tokens"], peer["tokens"], strict=True)
     return found | {"agreement": mean(float(a == b) for a, b in pairs)}
 

@@ -61,11 +61,10 @@ import torch
 
 import kv_router
 import lora
+from benchmarks.common import largest_difference, leave_rows
 from data import Corpus
-from loaders import checkpoint
 from loaders.device import device_name, pick_device, place
 from model import Transformer
-from report.made import write_record
 from training.loop import Stage, Trainer
 from training.world import World
 
@@ -236,17 +235,14 @@ def main() -> None:
     for name in names:
         graph = measured(cfg, ARGS.model, name, capture=True)
         plain[name] = measured(cfg, ARGS.model, name, capture=False)
-        pairs = zip(graph["losses"], plain[name]["losses"], strict=True)
-        graph["largest_difference"] = max(abs(a / b - 1) for a, b in pairs)
+        both = (graph["losses"], plain[name]["losses"])
+        graph["largest_difference"] = largest_difference(*both)
         keep(graph)
         keep(plain[name])
     if cfg.peers:
         for row in peer_rows(cfg, ARGS.model):
             keep(row)
-    folder = Path(cfg.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(folder / "results.json", rows)
-    write_record(folder, device_name(device), began)
+    leave_rows(Path(cfg.results), rows, device_name(device), began)
 
 
 if __name__ == "__main__":

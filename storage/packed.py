@@ -71,11 +71,15 @@ class ValueBasis(NamedTuple):
         """Map values (B, Hkv, T, D) to coordinates."""
         return v if self.enc is None else v @ self.enc.to(v.dtype)
 
+    def untold(self, k: Tensor, z: Tensor, position: Tensor) -> Tensor:
+        """Return what keys k (B, Hkv, T, D) at positions (B or 1, T) do not tell of the coordinates
+        z (B, Hkv, T, D): z itself where they are not asked."""
+        return z if self.from_keys is None else z - self.from_keys.predict(k, position)
+
     def to_store(self, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
         """Map values (B, Hkv, T, D) of tokens with keys k (B, Hkv, T, D) at positions (B or 1, T)
         to what is cut into groups: coordinates, less what keys tell of them."""
-        z = self.encode(v)
-        return z if self.from_keys is None else z - self.from_keys.predict(k, position)
+        return self.untold(k, self.encode(v), position)
 
     def decode(self, z: Tensor) -> Tensor:
         """Map what is read of coordinates (B, Hkv, ., D) back to values."""

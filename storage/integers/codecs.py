@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import KVConfig, check
 from kernels import can_append
-from storage.integers.contexts import kernels_pack, levelled, pack_context
+from storage.integers.contexts import kernels_pack, pack_context
 from storage.integers.format import (
     IntFormat,
     Ints,
@@ -66,7 +66,7 @@ class IntCodec:
     @property
     def levelled(self) -> bool:
         """Whether every group has a level of its own."""
-        return levelled(self.fmt)
+        return self.fmt.levelled
 
     def settings(self) -> dict[str, Any]:
         return {"bits": f"{self.fmt.key_bits}:{self.fmt.value_bits}", "key_block": self.block}

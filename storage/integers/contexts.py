@@ -54,11 +54,6 @@ class PackedInts(NamedTuple):
     n_rows: Tensor  # (B, Hm) int64 rows
 
 
-def levelled(fmt: IntFormat) -> bool:
-    """Whether every group has a level of its own."""
-    return fmt.value_bits == 0
-
-
 def gains(fmts: Sequence[IntFormat], B: int) -> Tensor:
     """Return the gain of every segment, of layers that have B / L sequences each: (B Hkv, D)."""
     gain = torch.stack([fmt.gain for fmt in fmts])  # (L, Hkv, D)
@@ -84,7 +79,7 @@ def pack_context_ref(
     if told is not None:  # by the keys that will be read
         read = dequantise_keys(keys, key_scale, block, fmt.key_bits, z.dtype)
         values = values - told(read)
-    if levelled(fmt):
+    if fmt.levelled:
         planes = bit_planes(mine).sum(-1)
         first = planes.cumsum(0) - planes
         gain = gains(fmts, B).view(B, Hkv, 1, -1).expand_as(z)[here]
@@ -98,7 +93,7 @@ def pack_context_ref(
         word = mask
     n_packed = keep.sum(-1)
     before = (count.cumsum(-1) - count)[keep]
-    index = tile_index(before, n_packed, tile_size(mask.size(-1), levelled(fmt)))
+    index = tile_index(before, n_packed, tile_size(mask.size(-1), fmt.levelled))
     bits = mask_to_bits(word[keep])
     return PackedInts(keys, rows, key_scale, scale, bits, *index, n_packed, count.sum(-1))
 
@@ -322,7 +317,7 @@ def _pack_levels_kernel(
 def kernels_pack(fmt: IntFormat, k: Tensor, S: int, impl: str) -> bool:
     """Say whether kernels pack such contexts: values with levels, and powers of 2."""
     D = k.size(-1)
-    fits = levelled(fmt) and D & (D - 1) == 0 and S & (S - 1) == 0
+    fits = fmt.levelled and D & (D - 1) == 0 and S & (S - 1) == 0
     return fits and use_triton(impl, k.device, k.dtype)
 
 

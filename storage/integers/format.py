@@ -57,6 +57,11 @@ class IntFormat(NamedTuple):
     # (Hkv, D) float32: what a value is multiplied by when it is read; None without levels
     gain: Tensor | None = None
 
+    @property
+    def levelled(self) -> bool:
+        """Whether every group has a level of its own."""
+        return self.value_bits == 0
+
 
 class Ints(NamedTuple):
     """What turns the integers of a PackedView back into numbers."""
@@ -70,7 +75,7 @@ class Ints(NamedTuple):
     @property
     def levelled(self) -> bool:
         """Whether every group has a level of its own."""
-        return self.fmt.value_bits == 0
+        return self.fmt.levelled
 
     def levels(self, word: Tensor, n_groups: int) -> Tensor:
         """Read the levels in masks of 2 S bits, word (...): (..., S) uint8."""

@@ -146,8 +146,9 @@ def lines_of(paths: list[Path], mark: Mark) -> list[dict[str, str]]:
 
 
 def setting_of(r: dict) -> tuple:
-    """What rows of one setting have in common, whatever their seeds."""
-    asked = [r.get("select"), r.get("shape"), r.get("value_keep")]
+    """What rows of one setting have in common, whatever their seeds. What a budget of bytes bought
+    is no setting: it differs from seed to seed."""
+    asked = [r.get("select"), r.get("shape"), None if "select" in r else r.get("value_keep")]
     return r.get("task"), title_of(r), text_hash(r), json.dumps(asked)
 
 

@@ -190,6 +190,20 @@ def test_page_shows_a_measured_zero():
     assert (cells["agreement"], cells["trainable"], cells["KL"]) == ("0.0%", "0", "")
 
 
+def test_page_joins_the_seeds_of_a_budget_of_bytes(tmp_path):
+    """Seeds of one budget are one line, though each keeps another share of the values."""
+    mark = page.Mark("x", "runs/a.sh", [tmp_path / "a"], {})
+    paths = []
+    for seed in (0, 1):
+        path = tmp_path / "a" / f"run-{seed}" / "results.json"
+        path.parent.mkdir(parents=True)
+        kept = STORED | dict(value_keep=0.5 + seed / 100)
+        path.write_text(json.dumps([ROW | kept | dict(select={}, seed=seed, value=seed)]))
+        paths.append(path)
+    (line,) = page.lines_of(paths, mark)
+    assert line["seeds"] == "2"
+
+
 def test_page_tells_results_of_other_code_and_without_a_record(place):
     """Both have the note; it goes when the code has run, and comes when a page is rebuilt where the
     results are not, by other code."""

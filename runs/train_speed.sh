@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Steps of adaptation and pretraining at SmolLM2-135M's shape, 8 sequences of 512 tokens: as one
-# CUDA graph and kernel by kernel, PEFT's LoRA beside them; then all of it compiled, too (most of the
-# time). One quiet GPU; pip install peft transformers.
+# CUDA graph and kernel by kernel, PEFT's LoRA beside them; then all of it compiled, too. One quiet
+# GPU; pip install peft transformers.
 # usage: runs/train_speed.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/train_speed}"

@@ -10,12 +10,13 @@ import torch
 
 import selector
 from benchmarks.common import interleaved, random_batches, shape_name
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from loaders.device import autocast, check_weights, device_name, pick_device, place
 from loaders.runs import load_run
 from measure_config import BenchConfig
 from model import Transformer, evaluating
 from selection.relevance import Prompt
+from settings.base import BaseConfig
 from settings.fields import check
 
 

@@ -23,9 +23,11 @@ import mixsga
 import selector
 from baselines import shared_heads
 from baselines.align import Moments, align_heads, calibrate
-from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
+from settings.adapters import AdapterConfig
+from settings.experts import MixConfig
 from storage.cache import KVCache
 from storage.integers.codecs import IntCodec
 from storage.packed import FloatCodec

@@ -25,8 +25,9 @@ from helpers import (
 
 import kv_router
 import lora
-from config import AdapterConfig, KVConfig
+from config import KVConfig
 from report.rows import filled_cache, kept_shares
+from settings.adapters import AdapterConfig
 from storage.cache import DenseCache, NewTokens
 from storage.layout import expand_mask, top_k_mask
 from storage.packed import packed_count

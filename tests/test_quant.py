@@ -11,8 +11,9 @@ from views import normal, uniform_by_hand
 import kv_router
 import mixsga
 from baselines import shared_heads
-from config import KVConfig, MixConfig
+from config import KVConfig
 from generate import generate
+from settings.experts import MixConfig
 from storage import packed as packed_cache
 from storage.cache import KVCache, NewTokens
 from storage.integers import format as quant

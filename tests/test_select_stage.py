@@ -26,7 +26,7 @@ import kv_router
 import sample
 import selector
 import train
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from loaders import checkpoint
 from loaders.device import autocast
 from loaders.runs import find_checkpoint, load_run, split_added
@@ -37,6 +37,7 @@ from report.tables import reuse_note
 from runs import arguments, assert_equal, before_step, call, copies, losses, pretrain, tensors
 from selection.predictors import QueryPredictor
 from selection.training import fit_statistics, predictor_loss
+from settings.base import BaseConfig
 from settings.fields import to_dict
 from settings.train import DataConfig
 from storage.layout import cdiv

@@ -64,6 +64,7 @@ from model import (
     evaluating,
     record_layers,
 )
+from routing.bases import read_metric
 from selection.budgets import half_bytes_for, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
 from selection.predictors import HiddenPredictor, QueryPredictor
@@ -465,7 +466,7 @@ class Selector(nn.Module):
 
         The tensors are replaced, not written into: caches keep the ones they were packed with."""
         layers = [model.layers[i].self_attn for i in self.kv.layers_of(model.cfg)]
-        metrics = torch.stack([kv_router.read_metric(attn) for attn in layers])
+        metrics = torch.stack([read_metric(attn) for attn in layers])
         # a pass holds what every layer saw: two windows at a time
         few = (part for idx in batches for part in idx.split(2))
 

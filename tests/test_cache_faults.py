@@ -26,6 +26,7 @@ from baselines.align import Moments, align_heads, calibrate
 from config import KVConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
+from routing.bases import read_metric
 from settings.adapters import AdapterConfig
 from settings.experts import MixConfig
 from storage.cache import KVCache
@@ -1048,7 +1049,7 @@ def test_the_basis_of_folded_trained_maps_is_refused():
     model = grouped_model(**EXACT, learn_basis=True)
     path = model.layers[0].self_attn.kv_path
     assert "folded" in error_line(path.basis)
-    assert kv_router.read_metric(model.layers[0].self_attn).shape == (3, 16, 16)
+    assert read_metric(model.layers[0].self_attn).shape == (3, 16, 16)
 
 
 def test_forwards_on_threads_leave_a_reconstructor_as_it_was():

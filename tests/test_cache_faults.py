@@ -27,6 +27,7 @@ from config import KVConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
 from routing.bases import read_metric
+from selection import calibration
 from settings.adapters import AdapterConfig
 from settings.experts import MixConfig
 from storage.cache import KVCache
@@ -317,7 +318,7 @@ def choose_less(model: Transformer) -> None:
 
 
 def calibrate_anew(model: Transformer) -> None:
-    model.selector.calibrate(model, [tokens(3, 50, seed=77)])
+    calibration.calibrate(model.selector, model, [tokens(3, 50, seed=77)])
 
 
 def load_other_levels(model: Transformer) -> None:

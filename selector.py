@@ -284,6 +284,7 @@ class Selector(nn.Module):
         """Choose and pack, now that an exact prefill has passed all layers."""
         seen: list[SeenLayer] = state.seen
         state.seen = []
+        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = columns
@@ -294,7 +295,6 @@ class Selector(nn.Module):
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
-        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         moments = prompt.moments() if rounded else None
         shared = self.kv.mask_scope == "shared"
         if shared or left is not None:  # one by one

@@ -383,7 +383,7 @@ def pack_layers(
     mask = mask * keep.unsqueeze(-1)
     k = k.to(caches[0].dtype)
     z = z.to(caches[0].dtype)
-    at_once = codec.layers_at_once(k, mask.size(-1))
+    at_once = codec.layers_at_once(k, mask.size(-1)) if codec.in_parts else len(caches)
     for a in range(0, len(caches), at_once):
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]
@@ -431,7 +431,8 @@ def _pack_some(
         for name, per_layer in counts.items():
             setattr(cache, name, per_layer[i])
         cache.longest = longest
-        cache.ints = cache.codec.ints(cache)
+        if cache.ints is not None:  # those of the cache when it was empty
+            cache.ints = cache.codec.ints(cache)
 
 
 @torch.no_grad()

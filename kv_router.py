@@ -63,7 +63,7 @@ from model import DensePath, attend, attention_mask, rope_table
 from reconstruct import MLPReconstructor, straight_through
 from routing.bases import fold_basis
 from routing.calibration import calibrate
-from routing.in_window import attend_window, group_logits, group_weights
+from routing.in_window import group_logits, group_weights, plain_windowed_attention
 from storage.banded import banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.from_keys import FromKeys, attend_predicted, numbers
@@ -253,7 +253,7 @@ class ValueGroupPath(nn.Module):
                 "give rows of one length",
             )
             read = self._rounded(k, v, kept, mask)
-            return attend_window(q, k, v, *read, self.window, pad, self.cap)
+            return plain_windowed_attention(q, k, v, *read, self.window, pad, self.cap)
         routed = self.maps().decode(kept if told is None else kept + told)
         if self.n_sinks:
             routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
@@ -266,7 +266,7 @@ class ValueGroupPath(nn.Module):
                 return banded_attention(q, k, v, routed, window)
             if is_fused(q):
                 return windowed_attention(q, k, v, routed, window)
-        return attend_window(q, k, v, k, routed, window, pad, self.cap)
+        return plain_windowed_attention(q, k, v, k, routed, window, pad, self.cap)
 
     def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as they are read once they have left the window: integers, but of

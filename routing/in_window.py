@@ -19,7 +19,7 @@ from storage.windowed import Window
 QUERY_BLOCK = {"cpu": 64, "cuda": 512}
 
 
-def attend_window(
+def plain_windowed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -6,7 +6,7 @@ import torch
 
 import kv_router
 from config import KVConfig, ModelConfig
-from routing.in_window import attend_window
+from routing.in_window import plain_windowed_attention
 from storage.windowed import Window, windowed_attention
 
 CASES = {  # query heads, KV heads, tokens, window, how many leave at a time, first that are whole
@@ -47,7 +47,7 @@ def both(case: str, dtype: torch.dtype, autocast: bool = False, device: str = "c
 
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         got = run(lambda q, k, v, r: windowed_attention(q, k, v, r, window), dtype)
-    want = run(lambda q, k, v, r: attend_window(q, k, v, k, r, window), torch.float64)
+    want = run(lambda q, k, v, r: plain_windowed_attention(q, k, v, k, r, window), torch.float64)
     return got, want
 
 
@@ -95,7 +95,7 @@ def test_fused_window_keeps_no_attention_matrix():
     half = 3 * T * T * 4 / 2
     routed = v * 0.5
     assert kept(lambda: windowed_attention(q, k, v, routed, window)) < half / 2
-    assert kept(lambda: attend_window(q, k, v, k, routed, window)) > half
+    assert kept(lambda: plain_windowed_attention(q, k, v, k, routed, window)) > half
 
 
 def test_path_takes_the_fused_form(monkeypatch):

@@ -34,8 +34,9 @@ import time
 from pathlib import Path
 
 from cli import exit_on_bad_input, parse_args, print_rows
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from measure_config import BenchConfig, check_bench_flags
+from settings.base import BaseConfig
 from settings.places import check_inputs
 
 CONFIGS = {

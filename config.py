@@ -1,5 +1,6 @@
-"""What models, adapters and storage are given: frozen, validated dataclasses from which cli.py
-builds command lines. Those of training are in settings/train.py, of measuring in measure_config.py.
+"""What a model is, how it stores keys and values, and what it keeps of a prompt: frozen, validated
+dataclasses from which cli.py builds command lines. Those of adapters, of experts and of the base
+that is adapted are in settings/, as are those of training; of measuring in measure_config.py.
 
 Nothing heavy is imported here, so `--help` and a wrong flag are answered before torch is loaded.
 A field's declaration says which values it may have; `__post_init__` holds the rules between fields.
@@ -12,7 +13,6 @@ Ratios say what is *kept*.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property
 from typing import NamedTuple
 
@@ -125,62 +125,6 @@ class ModelConfig:
     def global_layers(self) -> list[int]:
         """The layers that read everything, ascending."""
         return [i for i in range(self.n_layer) if not self.slides(i)]
-
-
-ADAPTERS = ("none", "lora", "moe_lora", "routed")
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Low-rank adapters (ST 3.1.1). `r` is the rank of one branch: LoRA has one, MoE-LoRA
-    `experts`, routed `subspaces`."""
-
-    adapter: str = opt("routed", "which adapter is trained", ADAPTERS)
-    r: int = opt(
-        0,
-        "rank R of one branch (lora: the whole rank); 0: 16 for lora, 4 for moe_lora, 2 for routed",
-        least=0,
-    )
-    alpha: float = opt(
-        0.0,
-        "LoRA alpha, the update is scaled by alpha / r; 0: 8 r K for K branches kept per token",
-        least=0,
-    )
-    lora_dropout: float = opt(0.05, "dropout on the adapter's input", least=0, below=1)
-    lora_targets: str = opt("q,k,v,o", "projections that are adapted, of q,k,v,o,gate,up,down")
-    subspaces: int = opt(8, "subspaces S of routed subspace LoRA", least=1)
-    subspace_topk: int = opt(4, "subspaces kept per token", least=1)
-    experts: int = opt(4, "experts E of MoE-LoRA", least=1)
-    expert_topk: int = opt(2, "experts kept per token", least=1)
-    balance_weight: float = opt(0.01, "weight of the load-balance loss", least=0)
-
-    def __post_init__(self):
-        check_fields(self)
-        for n, k in (("subspaces", "subspace_topk"), ("experts", "expert_topk")):
-            check(
-                getattr(self, k) <= getattr(self, n),
-                f"{k}={getattr(self, k)} with {n}={getattr(self, n)}",
-                f"needs 1 <= {k} <= {n}",
-                f"give a {k} of at most {getattr(self, n)}",
-            )
-        check(
-            bool(self.targets) and all(t in TARGETS for t in self.targets),
-            f"lora_targets={self.lora_targets!r}",
-            f"a list of {','.join(TARGETS)}",
-            "separate by commas",
-        )
-        if not self.r:
-            default = {"moe_lora": 4, "routed": 2}.get(self.adapter, 16)
-            object.__setattr__(self, "r", default)
-        if not self.alpha:
-            # Gates sum to 1, so K kept branches need K times the scale of plain LoRA.
-            kept = {"moe_lora": self.expert_topk, "routed": self.subspace_topk}
-            object.__setattr__(self, "alpha", 8.0 * self.r * kept.get(self.adapter, 1))
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(comma_list(self.lora_targets))
 
 
 KVS = ("dense", "value_groups", "select", "mixsga", "gqa", "cla")
@@ -416,99 +360,6 @@ class KVConfig:
         self.layers_of(m)
 
 
-@dataclass(frozen=True)
-class MixConfig:
-    """mixSGA's experts of grouped KV heads, and its baselines GQA and CLA (SGA 3)."""
-
-    group_sizes: str = opt(
-        "1,2,4",
-        "mixsga: KV heads that each expert averages into one, a list; each must divide n_kv_head",
-    )
-    expert_ratios: str = opt(
-        "3:1:6", "mixsga: shares of the tokens that the experts take, such as 3:1:6"
-    )
-    expert_router: str = opt(
-        "learned",
-        "mixsga: learned on the layer's input, or random (the ablation)",
-        ("learned", "random"),
-    )
-    consistency_weight: float = opt(
-        1.0,
-        "mixsga: weight of the cross-entropy between the router's scores and the experts' choice",
-        least=0,
-    )
-    lm_to_experts: bool = opt(
-        False,
-        "mixsga: let the language-model loss train the router, too, straight through the choice",
-    )
-    calibrate_experts: bool = opt(
-        True,
-        "mixsga: start the router from what averaging a token would cost (False: at random, the "
-        "paper)",
-    )
-    align_heads: bool = opt(
-        True,
-        "mixsga, gqa: first reorder and turn heads, exactly, so that those averaged are alike "
-        "(False: the paper)",
-    )
-    expert_groups: int = opt(
-        0,
-        "mixsga: value groups kept of --n_groups in each expert's cache, by norm; 0: all",
-        least=0,
-    )
-    kv_share: float = opt(0.5, "gqa, cla: share of keys and values kept", above=0, most=1)
-
-    def __post_init__(self):
-        check_fields(self)
-        sizes = comma_list(self.group_sizes)
-        shares = self.expert_ratios.split(":")
-        check(
-            bool(sizes) and all(s.isdigit() and int(s) >= 1 for s in sizes),
-            f"group_sizes={self.group_sizes!r}",
-            "a list of head counts",
-            "give for example 1,2,4",
-        )
-        check(
-            all(s.isdigit() for s in shares) and any(int(s) for s in shares),
-            f"expert_ratios={self.expert_ratios!r}",
-            "whole numbers, not all 0, between colons",
-            "give for example 3:1:6",
-        )
-        check(
-            sorted(set(self.sizes)) == list(self.sizes),
-            f"group_sizes={self.group_sizes}",
-            "they ascend",
-            "give the sizes from few heads to many, each once",
-        )
-        check(
-            len(sizes) == len(shares),
-            f"expert_ratios={self.expert_ratios} with group_sizes={self.group_sizes}",
-            "one share for each expert",
-            f"give {len(sizes)} numbers",
-        )
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """KV heads averaged by each expert."""
-        return tuple(int(s) for s in comma_list(self.group_sizes))
-
-    @property
-    def ratios(self) -> tuple[Fraction, ...]:
-        """Share of the tokens of each expert, exact; they sum to 1."""
-        parts = [int(s) for s in self.expert_ratios.split(":")]
-        return tuple(Fraction(p, sum(parts)) for p in parts)
-
-    def check_model(self, m: ModelConfig) -> None:
-        """Raise ValueError where the experts do not fit the model's heads."""
-        dividing = [str(g) for g in range(1, m.n_kv_head + 1) if m.n_kv_head % g == 0]
-        check(
-            all(m.n_kv_head % g == 0 for g in self.sizes),
-            f"group_sizes={self.group_sizes} with n_kv_head={m.n_kv_head}",
-            "every size must divide the KV heads",
-            f"give --group_sizes of {', '.join(dividing)}",
-        )
-
-
 # What says how relevant a token is for what follows.
 SIGNALS = ("oracle", "observed", "future", "predictor", "predictor_query", "uniform", "random")
 PREDICTORS = ("predictor", "expected_attention", "predictor_query")  # the signals that are trained
@@ -689,50 +540,3 @@ class SelectConfig:
     def whole(self) -> bool:
         """Whether everything is kept."""
         return not self.kv_bytes and (self.kv_keep or self.token_keep * self.value_keep) == 1
-
-
-@dataclass(frozen=True)
-class BaseConfig:
-    """The pretrained model that is adapted, measured or exported."""
-
-    init_from: str = opt(
-        "scratch",
-        "a Hugging Face folder, a .gguf file, hf:ORG/NAME, an adapter that PEFT wrote, or a run "
-        "that train.py left; with --out_dir of an adapter: where its base lies now; scratch: none",
-    )
-    revision: str = opt("", "branch, tag or commit of an hf: model; empty: main")
-    weights: str = opt(
-        "float32",
-        "dtype in which a base's weights are held (bfloat16 needs computing in bfloat16)",
-        ("float32", "bfloat16"),
-    )
-
-    def __post_init__(self):
-        check_fields(self)
-        check(
-            bool(self.init_from),
-            "an empty init_from",
-            "scratch or a place",
-            "leave --init_from out or give a path",
-        )
-        check(
-            not self.revision or self.init_from.startswith("hf:"),
-            f"revision={self.revision!r} with init_from={self.init_from!r}",
-            "only models of the hub have revisions",
-            "give --init_from=hf:ORG/NAME",
-        )
-
-    def place(self, out_dir: str) -> str:
-        """Return the folder or model that is meant. ValueError where neither is given."""
-        check(
-            bool(out_dir) or self.init_from != "scratch",
-            "no out_dir",
-            "a trained run or a pretrained model is needed",
-            "give --out_dir=DIR or --init_from=PATH",
-        )
-        return out_dir or self.init_from
-
-    def options(self, out_dir: str) -> dict:
-        """Return the keyword arguments of loaders.runs.load_run for place(out_dir)."""
-        moved = self.init_from if out_dir and self.init_from != "scratch" else ""
-        return dict(base=moved, weights=self.weights, revision=self.revision)

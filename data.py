@@ -3,7 +3,7 @@
 A corpus is a list of documents (str). Three are the same on every machine with the same Python:
 `pydocs` (the language reference inside CPython), `pycode` (the standard library's source) and
 `cheaders` (the headers of its C interface). Three are generated, the same everywhere: `dialogue`,
-`markup` and `records` (corpora/). None of those needs a network. `shakespeare`, `wikitext2`,
+`markup` and `records`. None of those (corpora/) needs a network. `shakespeare`, `wikitext2`,
 `wikitext103` are downloaded once, against a pinned sha256; `text:PATH` is a file or a folder of
 text files, or of JSONL. `instruct:PATH` are instructions with answers (loaders/instructions.py).
 
@@ -24,13 +24,11 @@ for any number of ranks.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
-import sysconfig
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +38,11 @@ import numpy as np
 import torch
 
 from config import check, comma_list
-from corpora import dialogue, markup, records
+from corpora import dialogue, markup, records, shipped
 from loaders.examples import LEFT_OUT, Examples
 from loaders.fetch import download
 from loaders.token_files import TokenFile, open_tokens, write_tokens
 from loaders.tokenizer import encoded
-from settings.fields import one_line
 from settings.files import texts_of, visible_files
 from settings.places import TEXT, check_text
 from settings.train import DataConfig, check_corpora, check_corpus
@@ -87,83 +84,19 @@ MIN_PIECE = 8192  # characters in a piece of a text that has no headings
 # The most that one corpus adds to a mixture, in bytes of UTF-8: as much as all of WikiText-2's
 # validation text.
 MIXTURE_BYTES = 1_125_000
-GENERATED_CORPORA = {
+MADE_HERE = {
+    "pydocs": shipped.pydocs,
+    "pycode": shipped.pycode,
+    "cheaders": shipped.cheaders,
     "dialogue": dialogue.documents,
     "markup": markup.documents,
     "records": records.documents,
 }
 # Part of every token file's name: raise it when the way text becomes documents or splits changes.
 RULES = 1
-# What of Python's folder is not the library itself: installed packages, tests, demos, bundled
-# wheels, and what is generated for one platform.
-NOT_LIBRARY = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "ensurepip",
-    "pydoc_data",
-    "__pycache__",
-}
-GENERATED = ("_sysconfigdata", "sitecustomize", "usercustomize")
-HEADER_FOLDERS = ("", "cpython", "internal")
 
 
 # -- corpora: lists of documents
-
-
-def _pydocs() -> list[str]:
-    """The language reference inside CPython."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as e:
-        raise ValueError(
-            f"dataset='pydocs': this Python lacks pydoc_data ({one_line(e)}); use "
-            "--dataset=pycode or text:PATH"
-        ) from None
-    return [topics[k] for k in sorted(topics)]
-
-
-def _pycode() -> list[str]:
-    """The standard library's source, by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    docs = {}
-    for folder, folders, names in os.walk(root):
-        folders[:] = [
-            f for f in folders if f not in NOT_LIBRARY and not f.startswith(("config-", "."))
-        ]
-        for name in names:
-            path = Path(folder, name)
-            if not name.endswith(".py") or name.startswith(GENERATED) or not path.is_file():
-                continue
-            with contextlib.suppress(UnicodeDecodeError):
-                docs[path.relative_to(root).as_posix()] = path.read_bytes().decode("utf-8")
-    check(
-        bool(docs),
-        "dataset='pycode'",
-        f"no source of the standard library under {root}",
-        "use --dataset=pydocs or text:PATH",
-    )
-    return [docs[k] for k in sorted(docs)]
-
-
-def _cheaders() -> list[str]:
-    """The headers of CPython's C interface, by path, without those of packages and the one that is
-    made for one platform."""
-    root = Path(sysconfig.get_paths()["include"])
-    found = [path for folder in HEADER_FOLDERS for path in (root / folder).glob("*.h")]
-    named = {path.relative_to(root).as_posix(): path for path in found}
-    named.pop("pyconfig.h", None)
-    check(
-        bool(named),
-        "dataset='cheaders'",
-        f"no headers of Python's C interface under {root}",
-        "install them (python3-dev in Debian), or use another corpus",
-    )
-    return [named[k].read_bytes().decode("utf-8") for k in sorted(named)]
 
 
 def _text(where: str, text_field: str = "text") -> list[str]:
@@ -382,10 +315,7 @@ def _documents(corpus: str, cfg: DataConfig) -> list[str]:
         return _text(corpus[5:], cfg.text_field)
     if corpus in PINNED:
         return _pinned(corpus, cfg)
-    if corpus in GENERATED_CORPORA:
-        return GENERATED_CORPORA[corpus]()
-    shipped = {"pydocs": _pydocs, "pycode": _pycode, "cheaders": _cheaders}
-    return shipped[corpus]()
+    return MADE_HERE[corpus]()
 
 
 # -- token files of a corpus

@@ -35,9 +35,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args, print_rows, say_fewer
-from config import SHARED, BaseConfig, KVConfig, SelectConfig, check, comma_list
+from config import SHARED, KVConfig, SelectConfig, check, comma_list
 from measure_config import EvalConfig, check_eval_flags, with_task
 from report.tables import rows_beside
+from settings.base import BaseConfig
 from settings.places import check_folder, check_inputs
 from settings.train import DataConfig
 from tasks.items import item_files, read_items

@@ -15,7 +15,8 @@ Of keys and values it keeps (1 + K/S) / 2.
 
 Which K groups lose least depends on the coordinates that are cut. Any invertible map of V folds
 exactly into W_v, its bias and W_o (values carry no RoPE), so groups may be cut in a basis that
-sorts energy: native | random | pca | output (pca of what W_o reads, weighted by how much it reads).
+sorts energy: native | random | pca | output (pca of what W_o reads, weighted by how much it reads;
+routing/bases.py).
 
     model = Transformer(ModelConfig())
     cfg = KVConfig(n_groups=4, topk_groups=2)
@@ -58,8 +59,11 @@ from torch import Tensor
 
 from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
-from model import DensePath, attend, attention_mask, evaluating, record_layers, rope_table
-from reconstruct import MLPReconstructor, Moments, as_held, fit_router, straight_through
+from model import DensePath, attend, attention_mask, rope_table
+from reconstruct import MLPReconstructor, straight_through
+from routing.bases import fold_basis
+from routing.calibration import calibrate
+from routing.in_window import group_logits, group_weights, plain_windowed_attention
 from storage.banded import banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.from_keys import FromKeys, attend_predicted, numbers
@@ -71,107 +75,11 @@ from storage.layout import (
     expand_mask,
     group_energy,
     merge_softmax,
-    soft_cap,
     top_k_mask,
 )
 from storage.packed import FloatCodec, PackedCache, ValueBasis, packed_count
 from storage.state import check_fit
 from storage.windowed import Window, is_fused, windowed_attention
-
-# queries at a time where attention weights are formed in full
-QUERY_BLOCK = {"cpu": 64, "cuda": 512}
-
-
-# -------------------- value bases
-
-
-@torch.no_grad()
-def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the maps fwd, bwd (Hkv, D, D) float64 of a basis: z = v @ fwd, v = z @ bwd.
-
-    kind: native | random | pca | output
-    cov  (Hkv, D, D), second moment of V per KV head, not centred: attention sinks lie far from the
-         mean, and most of the weight is on them
-    w_o  (n_embd, H*D), the output projection
-
-    `pca` diagonalises cov. `output` diagonalises
-
-        G^1/2 cov G^1/2,    G = sum of W_o^T W_o over the query heads that read the KV head,
-
-    so that squared error in z is squared error in what W_o writes. Eigenvalues of G are floored at
-    1e-6 of the largest; one scale per layer keeps z as large as v."""
-    Hkv, D = cov.shape[:2]
-    cov, eye = cov.double(), torch.eye(D, dtype=torch.float64, device=cov.device)
-    if kind == "native":
-        return eye.repeat(Hkv, 1, 1), eye.repeat(Hkv, 1, 1)
-    if kind == "random":
-        gen = torch.Generator().manual_seed(seed)
-        q = torch.linalg.qr(torch.randn(Hkv, D, D, generator=gen, dtype=torch.float64))[0].to(
-            cov.device
-        )
-        return q, q.mT.contiguous()
-    if kind == "pca":
-        u = torch.linalg.eigh(cov)[1].flip(-1)  # columns: largest energy first
-        return u, u.mT.contiguous()
-    n = w_o.size(1) // (Hkv * D)
-    w = w_o.double().view(-1, Hkv, n, D)
-    e, u = torch.linalg.eigh(torch.einsum("ehnd,ehnf->hdf", w, w))  # G per KV head
-    e = e.clamp_min(1e-6 * e.amax(-1, keepdim=True)).sqrt().unsqueeze(-2)  # (Hkv, 1, D)
-    root = (u * e) @ u.mT
-    inverse = (u / e) @ u.mT
-    u = torch.linalg.eigh(root @ cov @ root)[1].flip(-1)
-    fwd = root @ u
-    bwd = u.mT @ inverse
-    scale = (D * Hkv / fwd.square().sum()).sqrt()
-    return fwd * scale, bwd / scale
-
-
-def read_metric(attn: nn.Module) -> Tensor:
-    """Return M (Hkv, D, D) float64 with z^T M z the squared norm that o_proj writes for coordinates
-    z, summed over the query heads of a KV head."""
-    path = attn.kv_path
-    w = attn.o_proj.weight.double().view(-1, path.Hkv, attn.n_head // path.Hkv, path.D)
-    metric = torch.einsum("ehnd,ehnf->hdf", w, w)
-    if path.folded:
-        return metric
-    dec = path.basis()[1].to(w.device)
-    return dec @ metric @ dec.mT
-
-
-@torch.no_grad()
-def fold_basis(attn: nn.Module, fwd: Tensor, bwd: Tensor) -> None:
-    """Fold z = v @ fwd into what writes it (v_proj's weight, bias, lora_B) and what reads it
-    (o_proj's weight, lora_A, its own router) of an Attention, in place, in float64.
-
-    fwd, bwd (Hkv, D, D), inverse of each other: the logits do not change."""
-    Hkv, D = fwd.shape[:2]
-    n = attn.n_head // Hkv
-
-    def output_side(t: Tensor) -> Tensor:
-        """Write the rows of t (Hkv*D, ...) in the new basis."""
-        return (
-            torch.einsum("hde,hd...->he...", fwd.double(), t.double().view(Hkv, D, *t.shape[1:]))
-            .reshape(t.shape)
-            .to(t.dtype)
-        )
-
-    def input_side(t: Tensor) -> Tensor:
-        """Let the columns of t (..., H*D) read the new basis."""
-        return (
-            torch.einsum("hde,xhne->xhnd", bwd.double(), t.double().view(-1, Hkv, n, D))
-            .reshape(t.shape)
-            .to(t.dtype)
-        )
-
-    sides = (
-        (attn.v_proj, ("weight", "bias", "lora_B"), output_side),
-        (attn.o_proj, ("weight", "lora_A", "gate.linear.weight"), input_side),
-    )
-    for module, names, change in sides:
-        for name, p in module.named_parameters():
-            if name in names:
-                p.data = change(p.data)
-
 
 # -------------------- the KV path
 
@@ -279,6 +187,11 @@ class ValueGroupPath(nn.Module):
         predicts = self.key_map is not None and not self.keep_all
         return self.cfg.kv_sinks if self.cfg.ints or predicts else 0
 
+    @property
+    def window(self) -> Window:
+        """Which tokens are read whole in decode mode."""
+        return Window(self.cfg.kv_tail, self.cfg.tail_leaves, self.n_sinks)
+
     def maps(self) -> ValueBasis:
         """Return the maps that this path applies itself; none where every group is kept."""
         return ValueBasis() if self.keep_all else self.own_maps()
@@ -339,11 +252,12 @@ class ValueGroupPath(nn.Module):
                 "keys are rounded by blocks that begin with a sequence",
                 "give rows of one length",
             )
-            return self._attend_window(q, k, v, *self._rounded(k, v, kept, mask), pad)
+            read = self._rounded(k, v, kept, mask)
+            return plain_windowed_attention(q, k, v, *read, self.window, pad, self.cap)
         routed = self.maps().decode(kept if told is None else kept + told)
         if self.n_sinks:
             routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
-        window = Window(self.cfg.kv_tail, self.cfg.tail_leaves, self.n_sinks)
+        window = self.window
         if window.reach == 0:  # a query reads its own token as routed, too
             return attend(q, k, routed, pad, self.cap)
         # padding and caps take the plain form, as integers do: their keys differ in the window
@@ -352,7 +266,7 @@ class ValueGroupPath(nn.Module):
                 return banded_attention(q, k, v, routed, window)
             if is_fused(q):
                 return windowed_attention(q, k, v, routed, window)
-        return self._attend_window(q, k, v, k, routed, pad)
+        return plain_windowed_attention(q, k, v, k, routed, window, pad, self.cap)
 
     def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as they are read once they have left the window: integers, but of
@@ -405,55 +319,6 @@ class ValueGroupPath(nn.Module):
         m = mask.to(z.dtype) if self.router is None else straight_through(logits, mask)
         m = expand_mask(m, self.D)
         return F.mse_loss(m * z + (1 - m) * rebuilt, z)
-
-    def _attend_window(
-        self, q: Tensor, k: Tensor, v: Tensor, stored: Tensor, routed: Tensor, pad: Tensor | None
-    ) -> Tensor:
-        """Attend causally to stored keys and routed values, but to k and v of the tokens that are
-        in the window when they are read.
-
-        In blocks of queries: a block needs no later key, and window tokens only among its
-        nearest."""
-        B, H, T, D = q.shape
-        visible = attention_mask(T, T, pad, q.device)
-        window = (self.cfg.kv_tail, self.cfg.tail_leaves)
-        seen = torch.arange(1, T + 1, device=q.device)[None]  # (1 or B, T)
-        seen = seen - self.n_sinks  # those are whole in any case
-        if pad is not None:
-            seen = seen - pad[:, None]
-        in_window = window_mask(seen, *window)
-        reach = sum(window) - 1  # tokens that a window may hold
-        lost = v - routed
-        out = []
-        step = QUERY_BLOCK[q.device.type]
-        for a in range(0, T, step):
-            b = min(a + step, T)
-            near = max(0, a - reach)  # keys before it are routed for every query of the block
-            whole = in_window[..., a:b, near:b].repeat(1, 1, H // self.Hkv, 1)
-            logits = self._logits(q[:, :, a:b], stored[:, :, :b])
-            if stored is not k:
-                exact = self._logits(q[:, :, a:b], k[:, :, near:b])
-                exact = torch.where(whole, exact, logits[..., near:])
-                logits = torch.cat((logits[..., :near], exact), -1)
-            p = self._weights(logits, visible[..., a:b, :b]).to(v.dtype)
-            y = p @ routed[:, :, :b] + (p[..., near:] * whole) @ lost[:, :, near:b]
-            out.append(y.view(B, H, b - a, D))
-        return torch.cat(out, 2)
-
-    def _logits(self, q: Tensor, k: Tensor) -> Tensor:
-        """Return attention logits (B, Hkv, n*T, L), the query heads of a KV head in turn.
-
-        q (B, H, T, D), k (B, Hkv, L, D)."""
-        B, H, T, D = q.shape
-        q = (q * D**-0.5).reshape(B, self.Hkv, H // self.Hkv * T, D)
-        return soft_cap(at_least_float32(q @ k.mT), self.cap)
-
-    def _weights(self, logits: Tensor, visible: Tensor) -> Tensor:
-        """Return attention weights of logits (B, Hkv, n*T, L), visible (B or 1, 1, T, L) bool."""
-        n = logits.size(2) // visible.size(2)
-        # added rather than filled: the backward of a sum is free
-        bias = torch.zeros_like(visible, dtype=logits.dtype).masked_fill(~visible, float("-inf"))
-        return (logits + bias.repeat(1, 1, n, 1)).softmax(-1)
 
     def _through_cache(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None
@@ -568,8 +433,8 @@ class ValueGroupPath(nn.Module):
         old = number < (cache.n_packed + cache.n_window)[:, None]  # (B, N)
         old = torch.cat((sinks, old), -1)[:, None, None].expand(-1, -1, T, -1)
         own = attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)
-        logits = self._logits(q, torch.cat((sink_k, old_k, new.k), 2))
-        p = self._weights(logits, torch.cat((old, own), -1)).to(new.v.dtype)
+        logits = group_logits(q, torch.cat((sink_k, old_k, new.k), 2), self.cap)
+        p = group_weights(logits, torch.cat((old, own), -1)).to(new.v.dtype)
         # what is in the window when query i reads it
         first = cache.codec.n_sinks
         new_position = cache.positions(new)  # (B, T)
@@ -600,13 +465,6 @@ class ValueGroupPath(nn.Module):
         return (cache.basis.decode((p * ~whole) @ routed) + (p * whole) @ v).view(q.shape)
 
 
-def window_mask(seen: Tensor, window: int, block: int) -> Tensor:
-    """Mark where query i of T new tokens reads new token j whole, because it is in the window then:
-    (B, 1, T, T) bool. seen (B, T): tokens up to each new one; window, block: see packed_count."""
-    packed = packed_count(seen, window, block)
-    return (seen[:, None, :] > packed[:, :, None])[:, None]
-
-
 # -------------------- attaching, saving, loading
 
 
@@ -624,9 +482,9 @@ def attach(
         the native basis and untrained parts, for load_state to overwrite
     make: make(model_cfg, cfg) returns another kind of path
 
-    Until `fold` the paths apply
-    their basis themselves, so that adapters on v and o learn in the native one (in the new one they
-    learn worse: docs/log.md). Raises ValueError when S does not divide D."""
+    Until `fold` the paths apply their basis themselves, so that adapters on v and o learn in the
+    native one (in the new one they learn worse: docs/log.md). Raises ValueError when S does not
+    divide D."""
     if cfg.kv == "dense":
         return model
     cfg.check_model(model.cfg)
@@ -639,33 +497,11 @@ def attach(
         if path.key_map is not None:
             path.share_rope(model.rope_cos, model.rope_sin)  # one table for all layers
     if batches is not None:
-        moments = _observe(model, chosen, paths, batches)
-        for i, (attn, seen) in enumerate(zip(chosen, moments, strict=True)):
-            cov = seen.cov
-            key_map = None
-            if paths[i].key_map is not None:  # the basis is that of what keys do not tell
-                key_map, cov = seen.from_keys()
-            maps = value_basis(cfg.value_basis, cov, attn.o_proj.weight, seed * 1000 + i)
-            paths[i].set_basis(*maps)
-            if key_map is not None:
-                paths[i].key_map.copy_(as_held(paths[i], key_map @ torch.block_diag(*maps[0])))
-        if any(path.router is not None for path in paths):
-            moments = _observe(model, chosen, paths, batches)  # again, in the new basis
-            for path, seen in zip(paths, moments, strict=True):
-                fit_router(path.router, seen.xx, seen.xe)
+        calibrate(model, chosen, paths, batches, cfg.value_basis, seed)
     for attn, path in zip(chosen, paths, strict=True):
         change_coordinates(attn.kv_path, "attach")
         attn.kv_path = path.train(model.training)
     return model
-
-
-def _observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[Moments]:
-    """Run batches through the model as it is, and add up what the new paths would see."""
-    moments = [Moments(path) for path in paths]
-    with evaluating(model), record_layers(chosen, lambda i, *seen: moments[i].add(*seen)):
-        for idx in batches:
-            model(idx, last_only=True)
-    return moments
 
 
 def detach(model: nn.Module) -> nn.Module:

@@ -36,8 +36,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config import AdapterConfig, check
+from config import check
 from model import evaluating
+from settings.adapters import AdapterConfig
 from storage import cpu_gates
 from storage import gates as gate_kernels
 from storage.kernel_base import use_triton

@@ -55,9 +55,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import KVConfig, MixConfig, ModelConfig, check
+from config import KVConfig, ModelConfig, check
 from kernels import attend_view
 from model import attend, attend_masked, attention_mask
+from settings.experts import MixConfig
 from storage.cache import NewTokens, change_coordinates, valid_columns
 from storage.experts import ExpertCache, averaged
 from storage.integers.codecs import codec_of

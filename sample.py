@@ -22,8 +22,9 @@ import time
 from collections.abc import Iterator
 
 from cli import exit_on_bad_input, note, parse_args
-from config import BaseConfig, KVConfig, SelectConfig, check
+from config import KVConfig, SelectConfig, check
 from measure_config import SampleConfig, check_sample_flags, storage_flags
+from settings.base import BaseConfig
 from settings.places import check_inputs, read_prompt
 
 CONFIGS = {"sample": SampleConfig, "kv": KVConfig, "select": SelectConfig, "base": BaseConfig}

@@ -42,7 +42,7 @@ else L).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -53,7 +53,7 @@ from torch import Tensor
 
 import kv_router
 from baselines.tokens import AS_PUBLISHED, ONE_FOR_A_LAYER, TOKEN_LEVEL
-from config import KVConfig, SelectConfig, check, count_kept
+from config import KVConfig, SelectConfig, check
 from kernels import attend_view, can_append
 from kv_router import ValueGroupPath
 from model import (
@@ -61,38 +61,21 @@ from model import (
     attend,
     attend_masked,
     attention_mask,
-    evaluating,
-    record_layers,
 )
-from selection.budgets import half_bytes_for, planned, prices, within_budget
-from selection.calibration import layer_sensitivity, value_statistics
+from selection.budgets import Selection, planned, spend_bytes, spend_in_turn, spend_jointly
+from selection.calibration import calibrate, look
 from selection.predictors import HiddenPredictor, QueryPredictor
-from selection.relevance import NOBODY_ASKS, PLAIN, Prompt
+from selection.relevance import PLAIN, Prompt
 from storage.cache import NewTokens, PromptState, valid_columns
 from storage.from_keys import numbers
 from storage.integers.codecs import codec_of
-from storage.layout import expand_mask, top_k_mask
-from storage.levels import choose_levels
-from storage.packing import select_joint, select_top_m
+from storage.layout import expand_mask
 from storage.ragged import RaggedCache, fill_windows, pack_layers
 from storage.state import copy_tensors
 
 WITHOUT_TRAINING = {**PLAIN, **TOKEN_LEVEL}
 # names in files, which are users', and the names in the code
 FILE_NAMES = {"gain": "output_gain", "feeling": "layer_sensitivity"}
-
-
-class Selection(NamedTuple):
-    """What is kept of a context."""
-
-    keep: Tensor  # (Lm, B, Hm, C) bool: tokens
-    mask: Tensor  # (Lm, B, Hm, C, S) bool: groups; or their levels, uint8
-    score: Tensor  # (Lm, B, Hm, C) of each token
-
-    def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """Return keep (B, Hm, C) and mask (B, Hm, C, S) of compressed layer i."""
-        i = min(i, len(self.keep) - 1)  # shared: the only one
-        return self.keep[i], self.mask[i]
 
 
 class SeenLayer(NamedTuple):
@@ -265,7 +248,9 @@ class Selector(nn.Module):
             return self._everything(prompt)
         alpha = self.relevance(prompt, cfg.relevance)
         if cfg.kv_bytes:
-            return self._choose_bytes(prompt, alpha)
+            pair = self.pair_scores(prompt.stored, alpha)
+            told = self._worth_told(prompt, alpha, pair)
+            return spend_bytes(prompt, cfg, self.stored, pair, told)
         valid = prompt.valid[None, :, None]  # (1, B, 1, C)
         sink = valid & (valid.cumsum(-1) <= cfg.sinks)
         token = self.token_scores(prompt, alpha)
@@ -277,33 +262,13 @@ class Selector(nn.Module):
         pair = pair.masked_fill(sink.unsqueeze(-1), float("inf"))
         pair = pair.masked_fill(~valid.unsqueeze(-1), float("-inf"))
         if cfg.kv_keep:
-            return self._choose_jointly(prompt, token, pair, told)
-        return self._choose_in_turn(prompt, token, pair)
+            return spend_jointly(prompt, cfg, token, pair, told)
+        return spend_in_turn(prompt, cfg, token, pair, cfg.tokens_by in ONE_FOR_A_LAYER)
 
     def _everything(self, prompt: Prompt) -> Selection:
         layers = 1 if self.kv.mask_scope == "shared" else prompt.L
         keep = prompt.valid[None, :, None].expand(layers, -1, self.Hm, -1)
         return Selection(keep, keep.unsqueeze(-1).expand(*keep.shape, self.S), keep.float())
-
-    def _sharing(self, prompt: Prompt) -> int:
-        """Count the masks that share one budget."""
-        layers = 1 if self.kv.mask_scope == "shared" else prompt.L
-        return {"head": 1, "layer": self.Hm, "global": layers * self.Hm}[self.cfg.allocation]
-
-    def _choose_jointly(
-        self, prompt: Prompt, token: Tensor, pair: Tensor, told: Tensor | None
-    ) -> Selection:
-        """Spend one budget on tokens and groups: a token pays for its key as for S groups. told:
-        see _worth_told."""
-        share = self.cfg.kv_keep
-        masks = self._sharing(prompt)
-        budget = row_budgets(prompt, lambda n: count_kept(share, 2 * self.S * n * masks, 1))
-        if told is None:
-            mask = within_budget(pair, budget, self.cfg.allocation, select_joint)
-            return Selection(mask.any(-1), mask, token)
-        cost = torch.ones(self.S, dtype=torch.int64, device=pair.device)
-        taken = self._choose_with_told(told, pair, budget, cost, self.S)
-        return Selection(taken.any(-1), taken[..., :-1], token)
 
     def _worth_told(self, prompt: Prompt, alpha: Tensor, pair: Tensor) -> Tensor | None:
         """Return what each key is worth for what it tells of its value, (Lm, B, Hm, C, 1); None
@@ -313,87 +278,13 @@ class Selector(nn.Module):
         whole = self.pair_scores(prompt, alpha).square().sum(-1, keepdim=True)
         return whole - pair.square().sum(-1, keepdim=True)
 
-    def _choose_with_told(
-        self, told: Tensor, worth: Tensor, budget: Tensor, cost: Tensor, key: int
-    ) -> Tensor:
-        """Choose parts by select_joint where a key is worth what it tells of its value: a last part
-        of each token that costs 1 of the key's price, and comes before all others.
-
-        worth (Lm, B, Hm, C, parts), cost (parts,), key: see select_joint. Returns what is taken,
-        (Lm, B, Hm, C, parts + 1) bool."""
-        first = (worth / cost).amax(-1, keepdim=True)
-        told = told.maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
-        worth = torch.cat((worth, told), -1)
-        cost = torch.cat((cost, cost.new_ones(1)))
-
-        def best(score: Tensor, m: Tensor) -> Tensor:
-            return select_joint(score, m, key=key - 1, cost=cost)
-
-        return within_budget(worth, budget, self.cfg.allocation, best)
-
-    def _choose_in_turn(self, prompt: Prompt, token: Tensor, pair: Tensor) -> Selection:
-        """Spend token_keep on tokens, then value_keep on the survivors' groups."""
-        cfg = self.cfg
-        masks = self._sharing(prompt)
-        one_set = cfg.allocation == "layer" and cfg.tokens_by in ONE_FOR_A_LAYER
-        alike = masks if one_set else 1  # masks that keep the same tokens
-
-        def n_tokens(n: int) -> int:
-            return alike * count_kept(cfg.token_keep, n * masks // alike, 1)
-
-        def n_pairs(n: int) -> int:
-            return count_kept(cfg.value_keep, self.S * n_tokens(n), 1)
-
-        def best_pairs(score: Tensor, m: Tensor) -> Tensor:
-            return select_top_m(score.flatten(-2), m).view(score.shape)
-
-        budget = row_budgets(prompt, n_tokens) // alike
-        keep = within_budget(token, budget, "head" if one_set else cfg.allocation, select_top_m)
-        if cfg.fixed_k:
-            mask = top_k_mask(pair, count_kept(cfg.value_keep, self.S)) & keep.unsqueeze(-1)
-            return Selection(keep, mask, token)
-        pair = pair.masked_fill(~keep.unsqueeze(-1), float("-inf"))
-        mask = within_budget(pair, row_budgets(prompt, n_pairs), cfg.allocation, best_pairs)
-        return Selection(keep, mask, token)
-
-    def _choose_bytes(self, prompt: Prompt, alpha: Tensor) -> Selection:
-        """Spend one budget of bytes on tokens, groups and, where values have no bits of their own,
-        levels 0 to 3. First tokens stay whole and are no part of it."""
-        kv = self.stored
-        pair = self.pair_scores(prompt.stored, alpha)
-        heads = self.output_gain.size(1) // self.Hm  # KV heads of a mask
-        D = prompt.values.size(-1)
-        price = prices(kv, D, heads)
-        valid = prompt.valid[None, :, None]
-        there = valid & (valid.cumsum(-1) > kv.kv_sinks)
-        energy = pair.square().masked_fill(~there.unsqueeze(-1), float("-inf"))
-        region = prompt.T - prompt.n_context
-        masks = self._sharing(prompt)
-        about = (region, kv.kv_sinks, D, heads, prompt.left is not None)
-        budget = row_budgets(prompt, lambda n: half_bytes_for(self.cfg.kv_bytes, n, *about) * masks)
-        told = self._worth_told(prompt, alpha, pair)
-        if told is None:
-
-            def best(energy: Tensor, m: Tensor) -> Tensor:
-                return choose_levels(energy, m, price.gain, price.step, price.key)
-
-            levels = within_budget(energy, budget, self.cfg.allocation, best)
-            keep = (levels > 0).any(-1)
-        else:
-            worth = (energy.unsqueeze(-1) * energy.new_tensor(price.gain)).flatten(-2)
-            cost = torch.tensor(price.step, device=energy.device).repeat(self.S)
-            taken = self._choose_with_told(told, worth, budget, cost, price.key)
-            keep = taken.any(-1)
-            levels = taken[..., :-1].unflatten(-1, (self.S, -1)).sum(-1).to(torch.uint8)
-        mask = levels > 0 if kv.value_bits else levels
-        return Selection(keep, mask, pair.square().sum(-1).sqrt())
-
     # -------------------- prompts
 
     def finish(self, state: PromptState, n_pad: Tensor | None) -> None:
         """Choose and pack, now that an exact prefill has passed all layers."""
         seen: list[SeenLayer] = state.seen
         state.seen = []
+        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = columns
@@ -404,7 +295,6 @@ class Selector(nn.Module):
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
-        rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         moments = prompt.moments() if rounded else None
         shared = self.kv.mask_scope == "shared"
         if shared or left is not None:  # one by one
@@ -415,81 +305,10 @@ class Selector(nn.Module):
                 if shared:  # masks are those of the first layer
                     first = first or layer.cache
             return
-        keep = selection.keep
-        n_sinks = caches[0].codec.n_sinks
-        if n_sinks:  # first tokens go to the window
-            keep = keep & (prompt.valid.cumsum(-1) > n_sinks)[:, None]
         keys = prompt.keys[..., :C, :]
-        pack_layers(caches, keys, prompt.values, keep, selection.mask, prompt.valid, moments)
+        chosen = (selection.keep, selection.mask, prompt.valid)
+        pack_layers(caches, keys, prompt.values, *chosen, moments)
         fill_windows(caches, k, v, C, n_pad)
-
-    def see_layers(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
-        """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
-        (B, T) that reads whole values."""
-        layers = [model.layers[i].self_attn for i in self.kv.layers_of(model.cfg)]
-        seen = []
-
-        def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-            seen.append((x, q, k, layers[i].kv_path.own_maps().encode(v)))
-
-        with evaluating(model), record_layers(layers, see):
-            model(idx, pad=pad, last_only=True)
-        return tuple(zip(*seen, strict=True))
-
-    def look(
-        self,
-        model: Transformer,
-        idx: Tensor,
-        n_context: int,
-        n_prompt: int,
-        pad: Tensor | None = None,
-    ) -> tuple[Prompt, Tensor]:
-        """Return the prompt idx[:, :n_prompt], and the attention on its context of the tokens after
-        it (of its query region where there are none), (L, B, Hkv, C)."""
-        if n_context >= n_prompt:
-            raise ValueError(NOBODY_ASKS)
-        x, q, k, z = self.see_layers(model, idx, pad)
-        context = tuple(t[:, :, :n_context] for t in z)
-        about = dict(pad=pad, rope=self.rope, n_groups=self.S)
-        about |= dict(observers=self.cfg.observers, cap=self.cap)
-        all_of_it = Prompt(x, q, k, context, n_context, **about)
-        asking = n_prompt if n_prompt < all_of_it.T else n_context
-        alpha = all_of_it.causal(all_of_it.column[asking:])
-        x = tuple(t[:, :n_prompt] for t in x)
-        q, k = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
-        return Prompt(x, q, k, context, n_context, **about), alpha
-
-    @torch.no_grad()
-    def calibrate(self, model: Transformer, batches: list[Tensor]) -> None:
-        """Measure output_gain, rms and layer_sensitivity on batches of windows (B, T).
-
-        The tensors are replaced, not written into: caches keep the ones they were packed with."""
-        layers = [model.layers[i].self_attn for i in self.kv.layers_of(model.cfg)]
-        metrics = torch.stack([kv_router.read_metric(attn) for attn in layers])
-        # a pass holds what every layer saw: two windows at a time
-        few = (part for idx in batches for part in idx.split(2))
-
-        def values_of(part: Tensor) -> list[Tensor]:
-            _, _, keys, values = self.see_layers(model, part)
-            seen = zip(layers, keys, values, strict=True)
-            return [attn.kv_path.untold(k, z) for attn, k, z in seen]
-
-        values = (values_of(part) for part in few)
-        gain, rms = value_statistics(values, metrics, self.kv.kv_sinks)
-        self.output_gain = gain.to(self.output_gain)
-        self.rms = rms.to(self.rms)
-        short = [idx[:2, :512] for idx in batches[:2]]
-        self.layer_sensitivity = layer_sensitivity(model, layers, short).to(self.layer_sensitivity)
-
-
-def row_budgets(prompt: Prompt, f: Callable[[int], int]) -> Tensor:
-    """Return f(number of context tokens) of every row, 0 for a row without context: (B,) int64."""
-    device = prompt.k[0].device
-    if prompt.pad is None:  # known without asking the device
-        n = prompt.n_context
-        return torch.full((len(prompt.k[0]),), f(n) if n else 0, device=device)
-    n_tokens = prompt.valid.sum(1).tolist()
-    return torch.tensor([f(n) if n else 0 for n in n_tokens], device=device)
 
 
 def check_trained(cfg: SelectConfig, has: Container[str]) -> None:
@@ -620,8 +439,6 @@ class SelectPath(ValueGroupPath):
         none = torch.zeros(len(seen.k), dtype=torch.int64, device=seen.k.device)
         valid = valid_columns(C, none if n_pad is None else n_pad)
         keep, mask = selection.layer(self.index)
-        if cache.codec.n_sinks:  # first tokens go to the window
-            keep = keep & (valid.cumsum(-1) > cache.codec.n_sinks)[:, None]
         context = seen.k[:, :, :C]
         cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
         fill_windows([cache], [seen.k], [seen.v], C, n_pad)
@@ -682,7 +499,7 @@ def attach(
     kv_router.attach(model, kv, batches, seed, lambda m, c: SelectPath(m, selector, next(index)))
     model.selector = selector.to(model.norm.weight.device)
     if batches is not None:
-        selector.calibrate(model, batches)
+        calibrate(selector, model, batches)
     return model
 
 
@@ -724,7 +541,7 @@ def with_oracle(model: Transformer, idx: Tensor, n_prompt: int, pad: Tensor | No
     if n_context <= 0:
         yield
         return
-    s.oracle = s.look(model, idx, n_context, n_prompt, pad)[1]
+    s.oracle = look(s, model, idx, n_context, n_prompt, pad)[1]
     try:
         yield
     finally:

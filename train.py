@@ -35,14 +35,10 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from cli import exit_on_bad_input, note, parse_args
-from config import (
-    AdapterConfig,
-    BaseConfig,
-    KVConfig,
-    MixConfig,
-    ModelConfig,
-    SelectConfig,
-)
+from config import KVConfig, ModelConfig, SelectConfig
+from settings.adapters import AdapterConfig
+from settings.base import BaseConfig
+from settings.experts import MixConfig
 from settings.fields import to_dict
 from settings.places import check_inputs
 from settings.stages import check_flags

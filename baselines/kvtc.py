@@ -113,9 +113,10 @@ def best_groups(
         best = least[i + 1] + dropped[i]
         for c, (kind, cost) in enumerate(zip(kinds, costs, strict=True)):
             error = allowed[kind][i]
-            if i + kind[0] > n or cost > N or error == math.inf:
+            after = i + kind[0]
+            if after > n or cost > N or error == math.inf:
                 continue
-            total = least[i + kind[0]][: N + 1 - cost] + error
+            total = least[after][: N + 1 - cost] + error
             better = total < best[cost:]
             best[cost:] = torch.where(better, total, best[cost:])
             chosen[i, cost:].masked_fill_(better, c + 1)
@@ -137,7 +138,8 @@ def best_groups(
 
 def quantise(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the codes (..., n) uint8 of groups y (..., n), and their scales (...) float16."""
-    scale = y.square().mean(-1).sqrt().clamp(2.0**-24, 65504).half()
+    size = y.square().mean(-1).sqrt()
+    scale = size.clamp(2.0**-24, 65504).half()
     step = scale.to(y.dtype).unsqueeze(-1) * STEP[bits]
     half = 2 ** (bits - 1)
     codes = (y / step).floor().clamp(-half, half - 1) + half
@@ -147,7 +149,8 @@ def quantise(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def dequantise(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the numbers (..., n) float32 that codes stand for."""
     step = scale.float().unsqueeze(-1) * STEP[bits]
-    return (codes.float() + (0.5 - 2 ** (bits - 1))) * step
+    middle = 0.5 - 2 ** (bits - 1)
+    return (codes.float() + middle) * step
 
 
 def group_errors(y: Tensor, sizes: Sequence[int] = SIZES) -> dict[tuple[int, int], Tensor]:
@@ -185,7 +188,8 @@ class Stream(NamedTuple):
 
     def decode(self, y: Tensor) -> Tensor:
         """Return the vectors (..., p) whose first components are y (..., r)."""
-        return y @ self.basis[:, : y.size(-1)].T + self.mean
+        components = self.basis[:, : y.size(-1)]
+        return y @ components.T + self.mean
 
 
 def principal(xs: list[Tensor], total: Tensor, moment: Tensor, n: int) -> Stream:
@@ -212,7 +216,8 @@ def unturned(k: Tensor, model: Transformer, number: Tensor, back: bool = False) 
 
 def as_vectors(layers: list[Tensor]) -> Tensor:
     """Return each token's numbers of all layers (B, Hkv, T, D) as one vector: (B, T, p)."""
-    return torch.cat([t.transpose(1, 2).flatten(2) for t in layers], -1)
+    by_token = [t.transpose(1, 2).flatten(2) for t in layers]
+    return torch.cat(by_token, -1)
 
 
 def calibrate(model: Transformer, batches: Sequence[Tensor], sinks: int = 4) -> list[Stream]:
@@ -336,11 +341,13 @@ class KvtcCodec(nn.Module):
         )
         self.plan: list[list[Group]] = [[], []]
         if n_middle:
-            self.plan = planned(streams, room * 2 * p * 16 / n_middle)
+            bits = room * 2 * p * 16
+            self.plan = planned(streams, bits / n_middle)
 
     def constants(self) -> dict[str, Tensor]:
         names = ("keys", "values")
-        return {f"{name}_basis": s.basis for name, s in zip(names, self.streams, strict=True)}
+        named = zip(names, self.streams, strict=True)
+        return {f"{name}_basis": stream.basis for name, stream in named}
 
     def basis_bytes(self) -> int:
         """Count the bytes in 16 bits of the means and of the components that have bits."""
@@ -349,9 +356,10 @@ class KvtcCodec(nn.Module):
 
     def described(self) -> str:
         """Return how it codes, in a few words."""
-        n = [reach_of(groups) for groups in self.plan]
-        apart = f"{self.basis_bytes() / 1e6:.1f} MB of them apart"
-        return f"in {self.kept.share:.1%}, {n[0]}+{n[1]} components, {apart}"
+        of_keys, of_values = (reach_of(groups) for groups in self.plan)
+        megabytes = self.basis_bytes() / 1e6
+        components = f"{of_keys}+{of_values} components, {megabytes:.1f} MB of them apart"
+        return f"in {self.kept.share:.1%}, {components}"
 
     def encode(self, middles: list[Middle]) -> list[Tensor]:
         """Return the strings (bytes,) uint8 of all sequences; middles: of each layer."""
@@ -360,10 +368,14 @@ class KvtcCodec(nn.Module):
         keys = [unturned(m.k, self._model[0], number) for m in middles]
         values = [m.v for m in middles]
         y = []
-        for stream, layers, groups in zip(self.streams, (keys, values), self.plan, strict=True):
+        streams = zip(self.streams, (keys, values), self.plan, strict=True)
+        for stream, layers, groups in streams:
             x = at_least_float32(as_vectors(layers)).float()
             y.append(stream.encode(x, reach_of(groups)))
-        written = [write([t[b, :n] for t in y], self.plan) for b, n in enumerate(counts)]
+        written = []
+        for b, n in enumerate(counts):
+            own = [t[b, :n] for t in y]
+            written.append(write(own, self.plan))
         with ThreadPoolExecutor() as pool:
             deflated = list(pool.map(zlib.compress, written))
         return [as_tensor(s, number.device) for s in deflated]
@@ -379,15 +391,16 @@ class KvtcCodec(nn.Module):
         slot = torch.arange(max(counts, default=0), device=device)
         number = (self.kept.sinks + slot).expand(len(counts), -1)
         there = (slot < cache.n_coded[:, None])[:, None]
-        coded = [
-            read(as_tensor(s, device), n, self.plan) for s, n in zip(inflated, counts, strict=True)
-        ]
+        coded = []
+        for data, n in zip(inflated, counts, strict=True):
+            coded.append(read(as_tensor(data, device), n, self.plan))
         Hkv = cache.window_k.size(1)
         whole = []
         for s, stream in enumerate(self.streams):
             y = pad_sequence([of_sequence[s] for of_sequence in coded], batch_first=True)
             x = stream.decode(y).to(cache.dtype)
-            whole.append(x.unflatten(-1, (len(caches), Hkv, -1)).permute(2, 0, 3, 1, 4))
+            by_layer = x.unflatten(-1, (len(caches), Hkv, -1))
+            whole.append(by_layer.permute(2, 0, 3, 1, 4))  # (L, B, Hkv, T, D)
         for layer, k, v in zip(caches, *whole, strict=True):
             k = unturned(k, self._model[0], number, back=True)
             layer.middle = Decoded(k, v.contiguous(), there)
@@ -395,7 +408,8 @@ class KvtcCodec(nn.Module):
 
 def as_tensor(data: bytes, device) -> Tensor:
     """Return bytes as (n,) uint8."""
-    return torch.from_numpy(np.frombuffer(data, np.uint8).copy()).to(device)
+    numbers = np.frombuffer(data, np.uint8).copy()
+    return torch.from_numpy(numbers).to(device)
 
 
 class KvtcPath(CodedPath):

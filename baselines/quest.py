@@ -33,8 +33,9 @@ from torch import Tensor
 import kv_router
 from baselines.pages import PAGE, logit_bounds, page_bounds
 from config import KVConfig, ModelConfig, check
-from kv_router import ValueGroupPath, window_mask
+from kv_router import ValueGroupPath
 from model import attend, attend_masked, attention_mask
+from routing.in_window import group_logits, group_weights, window_mask
 from selection.relevance import NEVER
 from storage.cache import DenseCache, LayerCacheBase, NewTokens
 from storage.layout import at_least_float32, cdiv, expand_mask, soft_cap, top_k_mask
@@ -207,7 +208,7 @@ class QuestPath(ValueGroupPath):
         stored = token_number(q, pad) + 1
         whole = window_mask(stored, self.cfg.kv_tail, self.cfg.tail_leaves)
         whole = whole.repeat(1, 1, n, 1)
-        p = self._weights(self._logits(q, k), visible).to(k.dtype)
+        p = group_weights(group_logits(q, k, self.cap), visible).to(k.dtype)
         from_groups = (p * ~whole) @ routed
         from_window = (p * whole) @ v
         return (from_groups + from_window).view(q.shape)

@@ -86,7 +86,11 @@ class Levels(NamedTuple):
 
 def token_costs(D: int, device) -> Tensor:
     """Count the bits of a token's value in every level: (5,) float64."""
-    return torch.tensor([b * D + STEP_BITS * (0 < b < 16) for b in BITS], device=device).double()
+    costs = []
+    for bits in BITS:
+        has_step = 0 < bits < 16
+        costs.append(bits * D + STEP_BITS * has_step)
+    return torch.tensor(costs, device=device).double()
 
 
 def channel_costs(n_kept: Tensor) -> Tensor:
@@ -109,7 +113,8 @@ def at_water_level(d: Distortion, theta: Tensor) -> tuple[Levels, Tensor]:
     channel_cost = channel_costs(kept.sum(-1)).unsqueeze(2)  # (B, Hkv, 1, 5)
     channels = (total + level * channel_cost).argmin(-1)
     of_channels = channel_cost.expand_as(total).gather(-1, channels.unsqueeze(-1))
-    bits = costs[tokens].sum((1, 2)) + of_channels.sum((1, 2, 3))
+    of_tokens = costs[tokens]
+    bits = of_tokens.sum((1, 2)) + of_channels.sum((1, 2, 3))
     return Levels(tokens.to(torch.uint8), channels.to(torch.uint8)), bits
 
 
@@ -141,7 +146,8 @@ def fill(d: Distortion, budget: Tensor) -> Levels:
 def rounded(x: Tensor, level: int) -> Tensor:
     """Return x (..., n) as it is read after coding each n numbers with the bits of a level."""
     if BITS[level] == 0:
-        return x.mean(-1, keepdim=True).half().to(x.dtype).expand_as(x)
+        mean = x.mean(-1, keepdim=True).half()
+        return mean.to(x.dtype).expand_as(x)
     if BITS[level] == 16:
         return x.half().to(x.dtype)
     return dequantise(*quantise(x, BITS[level]), x.dtype)
@@ -153,8 +159,9 @@ def observed(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float) -> Tensor:
     T = q.size(2)
     W = min(OBSERVERS, T)
     n = q.size(1) // k.size(1)
-    q = q[:, :, -W:].unflatten(1, (k.size(1), n))
-    logits = (q * q.size(-1) ** -0.5) @ k.unsqueeze(2).mT  # (B, Hkv, n, W, T)
+    newest = q[:, :, -W:].unflatten(1, (k.size(1), n))
+    scaled = newest * q.size(-1) ** -0.5
+    logits = scaled @ k.unsqueeze(2).mT  # (B, Hkv, n, W, T)
     logits = soft_cap(at_least_float32(logits.flatten(1, 2)), cap)
     visible = attention_mask(W, T, n_pad, q.device)
     return logits.masked_fill(~visible, float("-inf")).softmax(-1)
@@ -168,15 +175,20 @@ def distortion(middle: Middle, q: Tensor, p: Tensor, o: Tensor) -> Distortion:
     o  (B, Hkv, n, W, D), what they read"""
     k = at_least_float32(middle.k)
     v = at_least_float32(middle.v)
-    away = torch.einsum("bhnwd,bhmd->bhnwm", o, v)
-    away = v.square().sum(-1)[:, :, None, None] - 2 * away + o.square().sum(-1, keepdim=True)
+    # |v - o|^2 of every token and query
+    of_values = v.square().sum(-1)[:, :, None, None]
+    of_read = o.square().sum(-1, keepdim=True)
+    both = torch.einsum("bhnwd,bhmd->bhnwm", o, v)
+    away = of_values - 2 * both + of_read
     gone = p * away.clamp_min(0)  # (B, Hkv, n, W, M)
     weight = p.mean((2, 3))  # (B, Hkv, M)
     tokens = [gone.mean((2, 3))]
     for level in range(1, len(BITS)):
-        tokens.append(weight * (v - rounded(v, level)).square().sum(-1))
+        left = v - rounded(v, level)
+        tokens.append(weight * left.square().sum(-1))
     n_observers = q.size(2) * q.size(3)
-    per_number = torch.einsum("bhnwd,bhnwm->bhmd", q.square(), gone) / (n_observers * q.size(-1))
+    total = torch.einsum("bhnwd,bhnwm->bhmd", q.square(), gone)
+    per_number = total / (n_observers * q.size(-1))
     channels = []
     for level in range(len(BITS)):
         left = k - rounded_channels(k, middle.there, level)
@@ -214,24 +226,28 @@ class Layout(NamedTuple):
 def pack_in_order(codes: Tensor, bits: int) -> Tensor:
     """Return codes (..., n) as bytes: the first n' of them are in the first cdiv(n' bits, 8)."""
     each = 8 // bits
-    codes = F.pad(codes, (0, -codes.size(-1) % each)).unflatten(-1, (-1, each))
+    missing = -codes.size(-1) % each
+    codes = F.pad(codes, (0, missing)).unflatten(-1, (-1, each))
     shifts = bits * torch.arange(each, device=codes.device)
     return (codes.long() << shifts).sum(-1).to(torch.uint8)
 
 
 def unpack_in_order(data: Tensor, bits: int, n: int) -> Tensor:
     """Return the first n codes (..., n) uint8 of bytes that pack_in_order has packed."""
-    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=data.device)
-    codes = data.unsqueeze(-1) >> shifts & (1 << bits) - 1
+    each = 8 // bits
+    shifts = bits * torch.arange(each, dtype=torch.uint8, device=data.device)
+    codes = data.unsqueeze(-1) >> shifts & 2**bits - 1
     return codes.flatten(-2)[..., :n]
 
 
 def row_bytes(levels: Tensor, n: Tensor, of_mean: int) -> Tensor:
     """Count the bytes of rows of n (...) numbers with these levels (...), none of rows without
     numbers. of_mean: bytes of a row without bits."""
-    bits = torch.tensor(BITS, device=levels.device)[levels.long()]
-    extra = torch.tensor([of_mean, 4, 4, 4, 0], device=levels.device)[levels.long()]
-    return (cdiv(n * bits, 8) + extra) * (n > 0)
+    level = levels.long()
+    bits = torch.tensor(BITS, device=level.device)
+    extra = torch.tensor([of_mean, 4, 4, 4, 0], device=level.device)
+    size = cdiv(n * bits[level], 8) + extra[level]
+    return size * (n > 0)
 
 
 def layout_of(levels: Levels, n_coded: Tensor) -> Layout:
@@ -241,10 +257,12 @@ def layout_of(levels: Levels, n_coded: Tensor) -> Layout:
     n_kept = (levels.tokens > 0).sum(-1, keepdim=True)
     of_header = cdiv(Hkv * (D + n_coded), 2)
     of_channels = row_bytes(levels.channels, n_kept.expand(-1, -1, D), 2)
-    of_tokens = row_bytes(levels.tokens, torch.full_like(levels.tokens, D).long(), 0)
+    n_numbers = torch.full_like(levels.tokens, D, dtype=torch.int64)
+    of_tokens = row_bytes(levels.tokens, n_numbers, 0)
     header = cdiv(Hkv * (D + M), 2)
     widths = (4 + 2 * M, 4 + 2 * D)
-    masks = [torch.arange(header, device=n_coded.device) < of_header[:, None]]
+    place = torch.arange(header, device=n_coded.device)
+    masks = [place < of_header[:, None]]
     for sizes, width in zip((of_channels, of_tokens), widths, strict=True):
         place = torch.arange(width, device=n_coded.device)
         masks.append((place < sizes.unsqueeze(-1)).flatten(1))
@@ -256,7 +274,8 @@ def as_rows(x: Tensor, levels: Tensor, width: int, mean: Tensor | None = None) -
     (...); mean (...): of those without bits."""
     out = torch.zeros(*levels.shape, width, dtype=torch.uint8, device=x.device)
     if mean is not None:
-        out[..., :2] = mean.half().unsqueeze(-1).view(torch.uint8)
+        of_mean = mean.half().unsqueeze(-1)
+        out[..., :2] = of_mean.view(torch.uint8)
     for level in (*CODED, 4):
         if level == 4:
             row = in_a_row(x.half()).view(torch.uint8)
@@ -289,8 +308,11 @@ def from_rows(data: Tensor, levels: Tensor, n: int, means: bool) -> Tensor:
         if level == 4:
             row = halves(data[..., : 2 * n])
         else:
-            step, low = in_a_row(data[..., :4]).view(torch.float16).unbind(-1)
-            codes = unpack_in_order(data[..., 4 : 4 + cdiv(n * BITS[level], 8)], BITS[level], n)
+            bits = BITS[level]
+            scale = in_a_row(data[..., :4]).view(torch.float16)
+            step, low = scale.unbind(-1)
+            coded = data[..., 4 : 4 + cdiv(n * bits, 8)]
+            codes = unpack_in_order(coded, bits, n)
             row = dequantise(codes, step, low, torch.float32)
         out = torch.where((levels == level).unsqueeze(-1), row, out)
     return out
@@ -298,19 +320,23 @@ def from_rows(data: Tensor, levels: Tensor, n: int, means: bool) -> Tensor:
 
 def kept_first(tokens: Tensor) -> Tensor:
     """Return the order (B, Hkv, M) in which kept tokens come first, else as they were."""
-    return (tokens == 0).to(torch.uint8).sort(dim=-1, stable=True).indices
+    dropped = (tokens == 0).to(torch.uint8)
+    return dropped.sort(dim=-1, stable=True).indices
 
 
 def write(k: Tensor, v: Tensor, levels: Levels, n_coded: Tensor) -> list[Tensor]:
     """Return the strings (bytes,) uint8 of sequences of n_coded (B,) tokens, k, v (B, Hkv, M,
     D)."""
     layout = layout_of(levels, n_coded)
-    every = torch.cat((levels.channels.flatten(1), levels.tokens.mT.flatten(1)), 1)
-    order = kept_first(levels.tokens)
-    kept = at_least_float32(k).take_along_dim(order.unsqueeze(-1), 2).mT  # (B, Hkv, D, M)
-    n_kept = (levels.tokens > 0).sum(-1)[:, :, None, None]
-    there = torch.arange(kept.size(-1), device=k.device) < n_kept
-    mean = (kept * there).sum(-1) / n_kept[..., 0].clamp_min(1)
+    of_channels = levels.channels.flatten(1)
+    of_tokens = levels.tokens.mT.flatten(1)
+    every = torch.cat((of_channels, of_tokens), 1)
+    order = kept_first(levels.tokens).unsqueeze(-1)
+    kept = at_least_float32(k).take_along_dim(order, 2).mT  # (B, Hkv, D, M)
+    n_kept = (levels.tokens > 0).sum(-1)[:, :, None]
+    column = torch.arange(kept.size(-1), device=k.device)
+    there = column < n_kept.unsqueeze(-1)
+    mean = (kept * there).sum(-1) / n_kept.clamp_min(1)
     kept = torch.where(there, kept, kept[..., :1])  # they widen no step
     parts = (
         pack_in_order(every, LEVEL_BITS),
@@ -327,12 +353,17 @@ def read(strings: list[Tensor], n_coded: Tensor, Hkv: int, D: int) -> Decoded:
     B = len(strings)
     M = int(n_coded.max())
     header = cdiv(Hkv * (D + M), 2)
-    first = [F.pad(s[:header], (0, max(0, header - len(s)))) for s in strings]
+    first = []
+    for s in strings:
+        missing = max(0, header - len(s))
+        first.append(F.pad(s[:header], (0, missing)))
     every = unpack_in_order(torch.stack(first), LEVEL_BITS, Hkv * (D + M))
-    channels = every[:, : Hkv * D].view(B, Hkv, D)
-    tokens = every[:, Hkv * D :].view(B, M, Hkv).mT
+    channels, tokens = every.split((Hkv * D, Hkv * M), 1)
+    channels = channels.view(B, Hkv, D)
+    tokens = tokens.view(B, M, Hkv).mT
     column = torch.arange(M, device=n_coded.device)
-    tokens = tokens * (column < n_coded[:, None])[:, None]
+    there = column < n_coded[:, None]
+    tokens = tokens * there[:, None]
     levels = Levels(tokens, channels)
     layout = layout_of(levels, n_coded)
     data = torch.zeros(layout.there.shape, dtype=torch.uint8, device=n_coded.device)
@@ -343,8 +374,10 @@ def read(strings: list[Tensor], n_coded: Tensor, Hkv: int, D: int) -> Decoded:
     sorted_k = from_rows(rows, channels, M, means=True).mT  # (B, Hkv, M, D)
     order = kept_first(tokens).unsqueeze(-1).expand_as(sorted_k)
     kept = tokens > 0
-    k = torch.zeros_like(sorted_k).scatter(2, order, sorted_k) * kept.unsqueeze(-1)
-    v = from_rows(of_tokens.view(B, Hkv, M, layout.token_width), tokens, D, means=False)
+    k = torch.zeros_like(sorted_k).scatter(2, order, sorted_k)
+    k = k * kept.unsqueeze(-1)
+    rows = of_tokens.view(B, Hkv, M, layout.token_width)
+    v = from_rows(rows, tokens, D, means=False)
     return Decoded(k, v, kept)
 
 
@@ -399,7 +432,8 @@ class RdkvPath(CodedPath):
         column = (pad[:, None] + middle.number).clamp_max(k.size(2) - 1)
         p = p.take_along_dim(column[:, None, None], 3)
         p = pooled(p, POOL) * middle.there[:, None, None]
-        by_head = [t.unflatten(1, (self.Hkv, -1)) for t in (q[:, :, -W:], p, y[:, :, -W:])]
+        newest = (q[:, :, -W:], p, y[:, :, -W:])
+        by_head = [t.unflatten(1, (self.Hkv, -1)) for t in newest]
         measured = distortion(middle, *map(at_least_float32, by_head))
         levels = fill(measured, self.codec.budget(cache))
         cache.set_payload(write(middle.k, middle.v, levels, cache.n_coded))

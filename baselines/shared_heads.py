@@ -31,10 +31,11 @@ import torch.nn as nn
 from torch import Tensor
 
 import mixsga
-from config import KVConfig, MixConfig, ModelConfig, check
+from config import KVConfig, ModelConfig, check
 from kernels import attend_view
 from mixsga import GroupedHeads, SharingPath, experts, window_mask
 from model import attention_mask
+from settings.experts import MixConfig
 from storage.cache import DenseCache, KVCache, NewTokens
 from storage.experts import ExpertCache
 from storage.layout import WindowView, at_least_float32, cdiv, soft_cap

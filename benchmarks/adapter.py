@@ -9,10 +9,11 @@ import torch
 import lora
 from benchmarks.common import random_batches
 from benchmarks.train import step_rows, stepper
-from config import AdapterConfig, ModelConfig
+from config import ModelConfig
 from loaders.device import pick_device
 from measure_config import BenchConfig
 from model import Transformer, lm_loss
+from settings.adapters import AdapterConfig
 
 
 def bench_adapter(cfg: BenchConfig, c: ModelConfig) -> list[dict]:

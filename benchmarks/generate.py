@@ -12,12 +12,13 @@ from torch import Tensor
 
 import kv_router
 from benchmarks.common import dtype_name, shape_name
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from generate import DecodeGraph, prefill
 from loaders.device import device_name, in_bfloat16, pick_device, place
 from loaders.runs import attach_storage, load_run
 from measure_config import BenchConfig
 from model import Transformer, evaluating
+from settings.base import BaseConfig
 from settings.fields import check
 
 CALIBRATION_SHAPE = (2, 256)  # random ids that a model without a run is calibrated on, at most

@@ -23,7 +23,8 @@ from pathlib import Path
 from statistics import mean, median
 
 from cli import exit_on_bad_input, parse_args
-from config import ADAPTERS, AdapterConfig, ModelConfig
+from config import ModelConfig
+from settings.adapters import ADAPTERS, AdapterConfig
 from settings.fields import DTYPES, check, check_fields, opt
 from settings.train import TrainConfig
 

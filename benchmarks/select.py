@@ -10,12 +10,14 @@ import torch
 
 import selector
 from benchmarks.common import interleaved, random_batches, shape_name
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from loaders.device import autocast, check_weights, device_name, pick_device, place
 from loaders.runs import load_run
 from measure_config import BenchConfig
 from model import Transformer, evaluating
+from selection.calibration import see_layers
 from selection.relevance import Prompt
+from settings.base import BaseConfig
 from settings.fields import check
 
 
@@ -97,7 +99,7 @@ def timed_choice(model: Transformer, T: int) -> tuple[Callable, list[float]]:
     chosen: list[float] = []
 
     def choose(x, y):
-        hidden, q, k, z = s.see_layers(model, x)
+        hidden, q, k, z = see_layers(s, model, x)
         context = tuple(t[:, :, :n_context] for t in z)
         prompt = Prompt(hidden, q, k, context, n_context, None, s.rope, n_groups=s.S)
         z[-1].sum().item()  # waits for the device

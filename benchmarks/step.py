@@ -23,7 +23,8 @@ from statistics import median
 from typing import NamedTuple
 
 from cli import exit_on_bad_input, parse_args
-from config import AdapterConfig, KVConfig, ModelConfig
+from config import KVConfig, ModelConfig
+from settings.adapters import AdapterConfig
 from settings.fields import DTYPES, check, check_fields, comma_list, opt
 from settings.train import TrainConfig
 

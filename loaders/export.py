@@ -19,7 +19,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from cli import exit_on_bad_input, note, parse_args
-from config import BaseConfig
+from settings.base import BaseConfig
 from settings.places import check_fresh, check_inputs
 from settings.train import ExportConfig
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from config import TARGETS, AdapterConfig, check
+from config import check
 from loaders.huggingface import read_json
+from settings.adapters import TARGETS, AdapterConfig
 from settings.fields import one_line
 from settings.places import HUB_NAME
 

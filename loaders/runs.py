@@ -20,7 +20,7 @@ import kv_router
 import lora
 import selector
 from baselines import shared_heads
-from config import SHARED, AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, check
+from config import SHARED, KVConfig, ModelConfig, SelectConfig, check
 from loaders import checkpoint
 from loaders.device import place
 from loaders.download import hub_folder
@@ -39,6 +39,8 @@ from loaders.weights import (
     with_own_head,
 )
 from model import Transformer
+from settings.adapters import AdapterConfig
+from settings.experts import MixConfig
 from settings.fields import from_dict, to_dict
 from settings.files import refuse_pointers
 from settings.places import check_model

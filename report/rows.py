@@ -20,11 +20,12 @@ from torch import Tensor
 import kv_router
 import selector
 from baselines import coded, kivi, quest, shared_heads
-from config import AdapterConfig, KVConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from loaders.device import autocast
 from lora import count_trainable
 from measure_config import CODED, RIVALS
 from model import Transformer, evaluating
+from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 from storage.cache import KVCache
 from storage.packed import PackedCache

@@ -1,4 +1,5 @@
-"""Budgets of a selection: what a share of bytes is in prices, and who shares one budget.
+"""Budgets of a selection: what a share of bytes is in prices, who shares one budget, and what is
+chosen for it, given the scores.
 
 Prices are in half bytes, so that 4-bit rows of one number are whole. Letters: storage/layout.py.
 """
@@ -15,9 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import KVConfig
+from config import KVConfig, SelectConfig, count_kept
+from selection.relevance import Prompt
 from storage.integers.format import LEVEL_BITS, LEVEL_ERRORS, row_bytes
-from storage.layout import mask_dtype, tile_size
+from storage.layout import mask_dtype, tile_size, top_k_mask
+from storage.levels import choose_levels
+from storage.packing import select_joint, select_top_m
+from storage.ragged import after_first
 
 
 class Plan(NamedTuple):
@@ -111,16 +116,168 @@ def half_bytes_for(
     return max(0, math.floor(2 * heads * numbers) - places)
 
 
+# -------------------- spending
+
+
+class Selection(NamedTuple):
+    """What is kept of a context."""
+
+    keep: Tensor  # (Lm, B, Hm, C) bool: tokens
+    mask: Tensor  # (Lm, B, Hm, C, S) bool: groups; or their levels, uint8
+    score: Tensor  # (Lm, B, Hm, C) of each token
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor]:
+        """Return keep (B, Hm, C) and mask (B, Hm, C, S) of compressed layer i."""
+        i = min(i, len(self.keep) - 1)  # shared: the only one
+        return self.keep[i], self.mask[i]
+
+
+def row_budgets(prompt: Prompt, f: Callable[[int], int]) -> Tensor:
+    """Return f(number of context tokens) of every row, 0 for a row without context: (B,) int64."""
+    device = prompt.k[0].device
+    if prompt.pad is None:  # known without asking the device
+        n = prompt.n_context
+        return torch.full((len(prompt.k[0]),), f(n) if n else 0, device=device)
+    n_tokens = prompt.valid.sum(1).tolist()
+    return torch.tensor([f(n) if n else 0 for n in n_tokens], device=device)
+
+
+def masks_sharing(score: Tensor, allocation: str) -> int:
+    """Count the masks that share one budget of scores (Lm, B, Hm, ...)."""
+    layers, _, heads = score.shape[:3]
+    return {"head": 1, "layer": heads, "global": layers * heads}[allocation]
+
+
 def within_budget(
-    score: Tensor, budget: Tensor, allocation: str, rule: Callable[[Tensor, Tensor], Tensor]
+    prompt: Prompt,
+    score: Tensor,
+    budget: Callable[[int], int],
+    allocation: str,
+    rule: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Apply rule(scores (..., N or N, S), budgets (...)) over what shares a budget.
 
-    score (Lm, B, Hm, C or C, S); budget (B,) per row; allocation: head, layer or global."""
+    score (Lm, B, Hm, C or C, S); budget(n): of a row with n context tokens; allocation: head, layer
+    or global."""
     Lm, _, Hm, C = score.shape[:4]
+    of_row = row_budgets(prompt, budget)
     if allocation == "head":
-        return rule(score, budget[:, None].expand(Lm, -1, Hm))
+        return rule(score, of_row[:, None].expand(Lm, -1, Hm))
     if allocation == "layer":
-        return rule(score.flatten(2, 3), budget.expand(Lm, -1)).unflatten(2, (Hm, C))
+        return rule(score.flatten(2, 3), of_row.expand(Lm, -1)).unflatten(2, (Hm, C))
     flat = score.transpose(0, 1).flatten(1, 3)
-    return rule(flat, budget).unflatten(1, (Lm, Hm, C)).transpose(0, 1)
+    return rule(flat, of_row).unflatten(1, (Lm, Hm, C)).transpose(0, 1)
+
+
+def spend_jointly(
+    prompt: Prompt, cfg: SelectConfig, token: Tensor, pair: Tensor, told: Tensor | None
+) -> Selection:
+    """Spend one budget on tokens and groups: a token pays for its key as for S groups.
+
+    token (Lm, B, Hm, C), pair (Lm, B, Hm, C, S): scores; told (Lm, B, Hm, C, 1): what each key is
+    worth for what it tells of its value, None where keys are not asked"""
+    S = pair.size(-1)
+    masks = masks_sharing(pair, cfg.allocation)
+
+    def budget(n: int) -> int:
+        return count_kept(cfg.kv_keep, 2 * S * n * masks, 1)
+
+    if told is None:
+        mask = within_budget(prompt, pair, budget, cfg.allocation, select_joint)
+        return Selection(mask.any(-1), mask, token)
+    cost = torch.ones(S, dtype=torch.int64, device=pair.device)
+    taken = spend_with_told(prompt, cfg.allocation, told, pair, budget, cost, S)
+    return Selection(taken.any(-1), taken[..., :-1], token)
+
+
+def spend_with_told(
+    prompt: Prompt,
+    allocation: str,
+    told: Tensor,
+    worth: Tensor,
+    budget: Callable[[int], int],
+    cost: Tensor,
+    key: int,
+) -> Tensor:
+    """Choose parts by select_joint where a key is worth what it tells of its value: a last part of
+    each token that costs 1 of the key's price, and comes before all others.
+
+    worth (Lm, B, Hm, C, parts), cost (parts,), key: see select_joint. Returns what is taken,
+    (Lm, B, Hm, C, parts + 1) bool."""
+    first = (worth / cost).amax(-1, keepdim=True)
+    told = told.maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
+    worth = torch.cat((worth, told), -1)
+    cost = torch.cat((cost, cost.new_ones(1)))
+
+    def best(score: Tensor, m: Tensor) -> Tensor:
+        return select_joint(score, m, key=key - 1, cost=cost)
+
+    return within_budget(prompt, worth, budget, allocation, best)
+
+
+def spend_in_turn(
+    prompt: Prompt, cfg: SelectConfig, token: Tensor, pair: Tensor, one_for_a_layer: bool
+) -> Selection:
+    """Spend token_keep on tokens, then value_keep on the survivors' groups.
+
+    token (Lm, B, Hm, C), pair (Lm, B, Hm, C, S): scores; one_for_a_layer: whether token scores are
+    the same for all heads of a layer"""
+    S = pair.size(-1)
+    masks = masks_sharing(pair, cfg.allocation)
+    one_set = cfg.allocation == "layer" and one_for_a_layer
+    alike = masks if one_set else 1  # masks that keep the same tokens
+
+    def n_tokens(n: int) -> int:
+        return count_kept(cfg.token_keep, n * masks // alike, 1)
+
+    def n_pairs(n: int) -> int:
+        return count_kept(cfg.value_keep, S * alike * n_tokens(n), 1)
+
+    def best_pairs(score: Tensor, m: Tensor) -> Tensor:
+        return select_top_m(score.flatten(-2), m).view(score.shape)
+
+    for_tokens = "head" if one_set else cfg.allocation
+    keep = within_budget(prompt, token, n_tokens, for_tokens, select_top_m)
+    if cfg.fixed_k:
+        mask = top_k_mask(pair, count_kept(cfg.value_keep, S)) & keep.unsqueeze(-1)
+        return Selection(keep, mask, token)
+    pair = pair.masked_fill(~keep.unsqueeze(-1), float("-inf"))
+    mask = within_budget(prompt, pair, n_pairs, cfg.allocation, best_pairs)
+    return Selection(keep, mask, token)
+
+
+def spend_bytes(
+    prompt: Prompt, cfg: SelectConfig, kv: KVConfig, pair: Tensor, told: Tensor | None
+) -> Selection:
+    """Spend one budget of bytes on tokens, groups and, where values have no bits of their own,
+    levels 0 to 3. First tokens stay whole and are no part of it.
+
+    kv: how the context is stored; pair, told: see spend_jointly"""
+    S = pair.size(-1)
+    D = prompt.values.size(-1)
+    heads = prompt.values.size(2) // pair.size(2)  # KV heads of a mask
+    price = prices(kv, D, heads)
+    there = after_first(prompt.valid, kv.kv_sinks)[None, :, None, :, None]
+    energy = pair.square().masked_fill(~there, float("-inf"))
+    region = prompt.T - prompt.n_context
+    masks = masks_sharing(pair, cfg.allocation)
+    about = (region, kv.kv_sinks, D, heads, prompt.left is not None)
+
+    def budget(n: int) -> int:
+        return half_bytes_for(cfg.kv_bytes, n, *about) * masks
+
+    if told is None:
+
+        def best(energy: Tensor, m: Tensor) -> Tensor:
+            return choose_levels(energy, m, price.gain, price.step, price.key)
+
+        levels = within_budget(prompt, energy, budget, cfg.allocation, best)
+        keep = (levels > 0).any(-1)
+    else:
+        worth = (energy.unsqueeze(-1) * energy.new_tensor(price.gain)).flatten(-2)
+        cost = torch.tensor(price.step, device=energy.device).repeat(S)
+        taken = spend_with_told(prompt, cfg.allocation, told, worth, budget, cost, price.key)
+        keep = taken.any(-1)
+        levels = taken[..., :-1].unflatten(-1, (S, -1)).sum(-1).to(torch.uint8)
+    mask = levels > 0 if kv.value_bits else levels
+    return Selection(keep, mask, pair.square().sum(-1).sqrt())

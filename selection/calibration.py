@@ -1,5 +1,5 @@
-"""What a selector measures once on calibration text: how values are spread, and what the loss
-feels."""
+"""What a selector sees in uncached passes: the attention that is paid to a prompt, and once, on
+calibration text, how values are spread and what the loss feels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import Transformer, evaluating, lm_loss
+from model import Transformer, evaluating, lm_loss, record_layers
+from routing.bases import read_metric
+from selection.relevance import NOBODY_ASKS, Prompt
 from storage.layout import at_least_float32
 
 
@@ -67,3 +69,67 @@ def layer_sensitivity(model: Transformer, layers: list[nn.Module], batches: list
         for p, w in wanted.items():
             p.requires_grad_(w)
     return (total / total.mean()).sqrt()
+
+
+def see_layers(
+    selector: nn.Module, model: Transformer, idx: Tensor, pad: Tensor | None = None
+) -> tuple:
+    """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
+    (B, T) that reads whole values."""
+    layers = [model.layers[i].self_attn for i in selector.kv.layers_of(model.cfg)]
+    seen = []
+
+    def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        seen.append((x, q, k, layers[i].kv_path.own_maps().encode(v)))
+
+    with evaluating(model), record_layers(layers, see):
+        model(idx, pad=pad, last_only=True)
+    return tuple(zip(*seen, strict=True))
+
+
+def look(
+    selector: nn.Module,
+    model: Transformer,
+    idx: Tensor,
+    n_context: int,
+    n_prompt: int,
+    pad: Tensor | None = None,
+) -> tuple[Prompt, Tensor]:
+    """Return the prompt idx[:, :n_prompt], and the attention on its context of the tokens after
+    it (of its query region where there are none), (L, B, Hkv, C)."""
+    if n_context >= n_prompt:
+        raise ValueError(NOBODY_ASKS)
+    x, q, k, z = see_layers(selector, model, idx, pad)
+    context = tuple(t[:, :, :n_context] for t in z)
+    about = dict(pad=pad, rope=selector.rope, n_groups=selector.S)
+    about |= dict(observers=selector.cfg.observers, cap=selector.cap)
+    all_of_it = Prompt(x, q, k, context, n_context, **about)
+    asking = n_prompt if n_prompt < all_of_it.T else n_context
+    alpha = all_of_it.causal(all_of_it.column[asking:])
+    x = tuple(t[:, :n_prompt] for t in x)
+    q, k = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
+    return Prompt(x, q, k, context, n_context, **about), alpha
+
+
+@torch.no_grad()
+def calibrate(selector: nn.Module, model: Transformer, batches: list[Tensor]) -> None:
+    """Measure a selector's output_gain, rms and layer_sensitivity on batches of windows (B, T).
+
+    The tensors are replaced, not written into: caches keep the ones they were packed with."""
+    layers = [model.layers[i].self_attn for i in selector.kv.layers_of(model.cfg)]
+    metrics = torch.stack([read_metric(attn) for attn in layers])
+    # a pass holds what every layer saw: two windows at a time
+    few = (part for idx in batches for part in idx.split(2))
+
+    def values_of(part: Tensor) -> list[Tensor]:
+        _, _, keys, values = see_layers(selector, model, part)
+        seen = zip(layers, keys, values, strict=True)
+        return [attn.kv_path.untold(k, z) for attn, k, z in seen]
+
+    values = (values_of(part) for part in few)
+    gain, rms = value_statistics(values, metrics, selector.kv.kv_sinks)
+    selector.output_gain = gain.to(selector.output_gain)
+    selector.rms = rms.to(selector.rms)
+    short = [idx[:2, :512] for idx in batches[:2]]
+    sensitivity = layer_sensitivity(model, layers, short)
+    selector.layer_sensitivity = sensitivity.to(selector.layer_sensitivity)

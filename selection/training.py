@@ -30,6 +30,7 @@ from torch import Tensor
 
 from config import SelectConfig, check
 from model import Transformer
+from selection.calibration import look
 from selection.relevance import Prompt
 from selector import Selector, selector_of
 from storage.layout import cdiv
@@ -52,7 +53,7 @@ def training_example(
         "some context must be left",
         "give a larger --block_size or fewer --readers",
     )
-    return s.look(model, idx, n_context, n_prompt)
+    return look(s, model, idx, n_context, n_prompt)
 
 
 def parts_at_most(length: int, shortest: int) -> int:

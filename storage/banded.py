@@ -91,7 +91,7 @@ class BandedAttention(torch.autograd.Function):
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, routed: Tensor, window: Window) -> Tensor:
     """Return causal attention (B, H, T, D) to v of the tokens in a query's window and to routed
-    values before, where is_banded(q). ValueGroupPath._attend_window is the reference.
+    values before, where is_banded(q). routing.in_window.plain_windowed_attention is the reference.
 
     q (B, H, T, D); k, v, routed (B, Hkv, T, D)"""
     return BandedAttention.apply(q, k, routed, v - routed, window)

@@ -29,7 +29,13 @@ from storage.layout import PackedView, WindowView, soft_cap
 
 CHUNK = 1 << 19  # numbers that are unpacked at a time: 2 MiB of float32
 # one number with as many bytes as a row has: it is moved much faster than several
-AS_ONE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+AS_ONE = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+    16: torch.complex128,
+}
 
 
 def packed_attention_cpu(
@@ -41,13 +47,18 @@ def packed_attention_cpu(
     B, H, T, D = q.shape
     Hkv = (packed.token_base if packed else window.k).size(1)
     out = q.new_empty(B, Hkv, H // Hkv * T, D)
-    lse = q.new_empty(out.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(out.shape[:3], dtype=dtype)
     with torch.inference_mode():  # a sixth faster where there is little to read
         scaled = (q * D**-0.5).reshape(out.shape)
         older = packed_sequences(packed) if packed else B * [None]
         newest = filled_slots(window) if window else B * [()]
         for b in range(B):
-            whole = [(window.k[b, :, at], window.v[b, :, at]) for at in newest[b]]
+            whole = []
+            for at in newest[b]:
+                keys = window.k[b, :, at]
+                values = window.v[b, :, at]
+                whole.append((keys, values))
             out[b], lse[b] = read_sequence(scaled[b], older[b], whole, T, cap)
     return out.view(B, H, T, D), lse.view(B, H, T)
 
@@ -57,12 +68,15 @@ def filled_slots(window: WindowView) -> list[list[slice]]:
     they reach around the ring's end; none where it is empty."""
     W = window.k.size(2)
     counts = window.count.tolist()
-    firsts = len(counts) * [0] if window.first is None else window.first.tolist()
+    firsts = [0] * len(counts)
+    if window.first is not None:
+        firsts = window.first.tolist()
     slots = []
     for count, slot in zip(counts, firsts, strict=True):
         first = slot % max(W, 1)
-        around = max(0, first + count - W)
-        both = (slice(first, first + count - around), slice(0, around))
+        end = first + count
+        around = max(0, end - W)
+        both = (slice(first, end - around), slice(0, around))
         slots.append([at for at in both if at.stop > at.start])
     return slots
 
@@ -83,7 +97,8 @@ def read_sequence(
     if older and older.longest:
         parts.append(older.logits(q))
     if not parts:
-        return torch.zeros_like(q, dtype=dtype), q.new_full(q.shape[:2], float("-inf"), dtype=dtype)
+        nothing = torch.zeros_like(q, dtype=dtype)
+        return nothing, nothing.new_full(q.shape[:2], float("-inf"))
     widths = [part.size(-1) for part in parts]
     logits = torch.cat(parts, -1).to(dtype)
     n_whole = sum(widths[: len(whole)])
@@ -100,9 +115,9 @@ def read_sequence(
         p.masked_fill_(nothing.unsqueeze(-1), 0)
         lse.masked_fill_(nothing, float("-inf"))
     weights = p.split(widths, -1)
-    read = [
-        torch.bmm(weight.to(v.dtype), v) for (_, v), weight in zip(whole, weights, strict=False)
-    ]
+    read = []
+    for (_, v), weight in zip(whole, weights, strict=False):
+        read.append(torch.bmm(weight.to(v.dtype), v))
     if older and older.longest:
         read.append(older.values(weights[-1]))
     return sum(read[1:], read[0]), lse
@@ -111,9 +126,11 @@ def read_sequence(
 def hide_later(logits: Tensor, T: int, n_whole: int) -> None:
     """Put -inf where a query would read a later token: logits (Hkv, M, tokens), M the newest T
     tokens' of some heads; the first n_whole tokens end with these T."""
-    later = torch.arange(n_whole) > n_whole - T + torch.arange(T).unsqueeze(-1)
-    by_token = logits.unflatten(1, (-1, T))[..., :n_whole]
-    by_token.masked_fill_(later, float("-inf"))
+    column = torch.arange(n_whole)
+    own = n_whole - T + torch.arange(T)
+    later = column > own.unsqueeze(-1)
+    by_token = logits.unflatten(1, (-1, T))
+    by_token[..., :n_whole].masked_fill_(later, float("-inf"))
 
 
 # -------------------- packed tokens
@@ -160,20 +177,25 @@ class PackedSequence:
         if is_even(self.token_base, self.counts, tokens):
             return torch.bmm(q, gather(keys, self.token_base, self.counts, tokens).mT)
         out = q.new_full((*q.shape[:2], self.longest), float("-inf"))
-        for own, own_q, first, n in zip(out, q, self.token_base, self.counts, strict=True):
-            own[:, :n] = own_q @ keys[first : first + n].T
+        of_heads = zip(out, q, self.token_base, self.counts, strict=True)
+        for own, own_q, first, n in of_heads:
+            own_keys = keys[first : first + n]
+            own[:, :n] = own_q @ own_keys.T
         return out
 
     def values(self, p: Tensor) -> Tensor:
         """Return the sum of values by weights p (Hkv, M, longest): (Hkv, M, D)."""
-        D = self.view.ints.key_scale.size(-1) if self.view.ints else self.view.keys.size(-1)
+        ints = self.view.ints
+        of_channels = ints.key_scale if ints else self.view.keys
+        D = of_channels.size(-1)
         row = list(self.row_base)  # the next one of each head
         blocks = list(work(len(row), self.longest, D))
         if len(blocks) == 1:
             return self.block_values(p, *blocks[0], row)
         out = p.new_zeros(*p.shape[:2], D)
         for heads, tokens in blocks:
-            out[heads].add_(self.block_values(p[heads, :, tokens], heads, tokens, row))
+            weights = p[heads, :, tokens]
+            out[heads].add_(self.block_values(weights, heads, tokens, row))
         return out
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
@@ -203,7 +225,8 @@ class PackedSequence:
         number (G, width, S) counts. `row` moves past them."""
         parts = [self.none]
         before = 0
-        for h, last in enumerate(number[:, -1, -1].tolist(), heads.start):
+        lasts = number[:, -1, -1].tolist()
+        for h, last in enumerate(lasts, heads.start):
             stop = row[h] + last - before
             parts.append(self.view.rows[row[h] : stop])
             row[h] = stop
@@ -226,25 +249,31 @@ def gather(flat: Tensor, base: list[int], counts: list[int], at: slice) -> Tenso
     have counts (G,) of them: (G, width, ...), zeros past a segment's end."""
     width = at.stop - at.start
     if is_even(base, counts, at):  # a view
-        apart = base[1] - base[0] if len(base) > 1 else 0
         size = (len(base), width, *flat.shape[1:])
-        stride = (apart * flat.stride(0), *flat.stride())
-        offset = flat.storage_offset() + (base[0] + at.start) * flat.stride(0)
-        return flat.as_strided(size, stride, offset)
+        slot = flat.stride(0)
+        stride = (distance(base) * slot, *flat.stride())
+        first = base[0] + at.start
+        return flat.as_strided(size, stride, flat.storage_offset() + first * slot)
     out = flat.new_zeros(len(base), width, *flat.shape[1:])
     for own, first, n in zip(out, base, counts, strict=True):
-        stop = min(n, at.stop)
-        if stop > at.start:
-            own[: stop - at.start] = flat[first + at.start : first + stop]
+        n_there = min(n, at.stop) - at.start
+        if n_there > 0:
+            begin = first + at.start
+            own[:n_there] = flat[begin : begin + n_there]
     return out
 
 
 def is_even(base: list[int], counts: list[int], at: slice) -> bool:
     """Say whether segments lie evenly apart, the later ones behind, and all have entries up to
     at.stop."""
-    apart = base[1] - base[0] if len(base) > 1 else 0
-    even = apart >= 0 and base == [base[0] + h * apart for h in range(len(base))]
-    return even and min(counts) >= at.stop
+    apart = distance(base)
+    even = [base[0] + h * apart for h in range(len(base))]
+    return apart >= 0 and base == even and min(counts) >= at.stop
+
+
+def distance(base: list[int]) -> int:
+    """Return how far the second segment begins behind the first; 0 where there is one alone."""
+    return base[1] - base[0] if len(base) > 1 else 0
 
 
 def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, slice]]:
@@ -254,8 +283,10 @@ def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, sli
     width = min(n_tokens, max(1, CHUNK // numbers))
     G = max(1, CHUNK // (numbers * width))
     for h in range(0, n_heads, G):
+        heads = slice(h, min(h + G, n_heads))
         for a in range(0, n_tokens, width):
-            yield slice(h, min(h + G, n_heads)), slice(a, min(a + width, n_tokens))
+            tokens = slice(a, min(a + width, n_tokens))
+            yield heads, tokens
 
 
 def count_up(x: Tensor) -> Tensor:
@@ -273,12 +304,15 @@ def bit_table(width: int) -> Tensor:
 def expand_bits(bits: Tensor, n_bits: int) -> Tensor:
     """Turn masks (...) into ones and zeros (..., n_bits) uint8, byte by byte, lowest byte first."""
     byte = bits.contiguous().view(torch.uint8).int()
-    return take_rows(bit_table(min(n_bits, 8)), byte).view(*bits.shape, n_bits)
+    table = bit_table(min(n_bits, 8))
+    return take_rows(table, byte).view(*bits.shape, n_bits)
 
 
 def take_rows(rows: Tensor, number: Tensor) -> Tensor:
     """Return rows[number]: rows (n, x), number (...) int32, result (..., x)."""
     size = rows.size(-1) * rows.element_size()
-    whole = rows.view(AS_ONE[size]).flatten() if size in AS_ONE else rows
+    whole = rows
+    if size in AS_ONE:
+        whole = rows.view(AS_ONE[size]).flatten()
     taken = whole.index_select(0, number.flatten())
     return taken.view(rows.dtype).view(*number.shape, -1)

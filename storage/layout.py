@@ -27,7 +27,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 4  # scores that a CPU compares column by column faster than it sorts rows
@@ -127,14 +126,22 @@ def tile_size(n_groups: int, levelled: bool = False) -> int:
     return min(64, 256 // rows)
 
 
+def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Split the rows before each token in two: before and tile_rows of PackedView.
+
+    rows_before  (n_masks,) rows of the segment before each token
+    n_packed     (B, Hm) tokens of each segment
+    tile: tokens of a tile"""
+    n = n_packed.flatten()
+    begin = (n.cumsum(0) - n).repeat_interleave(n, output_size=len(rows_before))
+    number = torch.arange(len(rows_before), device=n.device) - begin  # of a token in its segment
+    first = number % tile == 0
+    tile_rows = rows_before[first].int()
+    before = rows_before - tile_rows[first.cumsum(0) - 1]
+    return before.to(torch.uint8), tile_rows
+
+
 # -------------------- segments in a flat tensor
-
-
-def long_cumsum(x: Tensor, block: int = 1024) -> Tensor:
-    """Sum integers x (..., N) up along N, block by block: a GPU sums few long rows slowly."""
-    blocks = F.pad(x, (0, -x.size(-1) % block)).unflatten(-1, (-1, block)).cumsum(-1)
-    before = blocks[..., -1].cumsum(-1) - blocks[..., -1]
-    return (blocks + before.unsqueeze(-1)).flatten(-2)[..., : x.size(-1)]
 
 
 def starts(count: Tensor) -> Tensor:

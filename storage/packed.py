@@ -95,6 +95,7 @@ class FloatCodec:
     owners = {"keys": "token", "rows": "row"}
     block = 1  # tokens that are written together
     levelled = False  # whether every group has a number of bits of its own
+    in_parts = False  # whether a codec's layers_at_once bounds how many are packed together
 
     def __init__(self, n_sinks: int = 0):
         self.n_sinks = n_sinks  # first tokens of a sequence that stay whole
@@ -125,11 +126,6 @@ class FloatCodec:
 
     def check_cut(self, n_packed: Tensor) -> None:
         """Raise ValueError where packed tokens cannot be cut after the first n_packed (B,)."""
-
-    def layers_at_once(self, k: Tensor, S: int) -> int:
-        """Return how many of the layers of keys k (L, B, Hkv, C, D), their values in S groups, are
-        packed together."""
-        return len(k)
 
     @staticmethod
     def pack_sequences(

@@ -16,13 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from storage.kernel_base import dense_rows, jit, tl, triton, use_triton
-from storage.layout import cdiv, long_cumsum, mask_dtype, mask_to_bits, tile_size
+from storage.layout import cdiv, mask_dtype, mask_to_bits, tile_index, tile_size
 
 SPAN = 8192  # entries of a row that a program of take_within sees
 CHUNK = 512  # and how many of them at a time
 BLOCK = 64  # tokens that a program of pack_values sees
 
 # -------------------- selection under a budget
+
+
+def long_cumsum(x: Tensor, block: int = 1024) -> Tensor:
+    """Sum integers x (..., N) up along N, block by block: a GPU sums few long rows slowly."""
+    blocks = F.pad(x, (0, -x.size(-1) % block)).unflatten(-1, (-1, block)).cumsum(-1)
+    before = blocks[..., -1].cumsum(-1) - blocks[..., -1]
+    return (blocks + before.unsqueeze(-1)).flatten(-2)[..., : x.size(-1)]
 
 
 def take_within_ref(score: Tensor, m: Tensor, cost: Tensor | None = None) -> Tensor:
@@ -240,21 +247,6 @@ class PackedValues(NamedTuple):
     tile_rows: Tensor  # (tiles,) int32
     n_packed: Tensor  # (B, Hm) int64 tokens that survive
     n_rows: Tensor  # (B, Hm) int64 rows
-
-
-def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Split the rows before each token in two: before and tile_rows of PackedView.
-
-    rows_before  (n_masks,) rows of the segment before each token
-    n_packed     (B, Hm) tokens of each segment
-    tile: tokens of a tile"""
-    n = n_packed.flatten()
-    begin = (n.cumsum(0) - n).repeat_interleave(n, output_size=len(rows_before))
-    number = torch.arange(len(rows_before), device=n.device) - begin  # of a token in its segment
-    first = number % tile == 0
-    tile_rows = rows_before[first].int()
-    before = rows_before - tile_rows[first.cumsum(0) - 1]
-    return before.to(torch.uint8), tile_rows
 
 
 def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedValues:

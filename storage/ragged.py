@@ -220,7 +220,7 @@ class RaggedCache(DenseCache):
         assert self.fresh, "a context is packed once, before anything else"
         assert not (valid[:, :-1] & ~valid[:, 1:]).any(), "padding must be on the left"
         self.check_codec(self.codec.levelled == (mask.dtype == torch.uint8))
-        keep = keep & valid[:, None]
+        keep = keep & after_first(valid, self.codec.n_sinks)[:, None]
         mask = mask * keep.unsqueeze(-1)
         k = k.to(self.dtype)
         z = z.to(self.dtype)
@@ -348,6 +348,12 @@ class RaggedCache(DenseCache):
         self.room = 0
 
 
+def after_first(valid: Tensor, n_first: int) -> Tensor:
+    """Mark what may be packed of columns of which `valid` (B, C) are no padding: the first n_first
+    tokens of a sequence go to the window instead. (B, C) bool."""
+    return valid & (valid.cumsum(-1) > n_first) if n_first else valid
+
+
 @torch.no_grad()
 def pack_layers(
     caches: Sequence[RaggedCache],
@@ -373,11 +379,11 @@ def pack_layers(
     for cache in caches:
         cache.check_codec(type(cache.codec) is type(codec) and cache.codec.levelled == levelled)
         assert cache.fresh, "a context is packed once, before anything else"
-    keep = keep & valid[:, None]
+    keep = keep & after_first(valid, codec.n_sinks)[:, None]
     mask = mask * keep.unsqueeze(-1)
     k = k.to(caches[0].dtype)
     z = z.to(caches[0].dtype)
-    at_once = codec.layers_at_once(k, mask.size(-1))
+    at_once = codec.layers_at_once(k, mask.size(-1)) if codec.in_parts else len(caches)
     for a in range(0, len(caches), at_once):
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]
@@ -425,7 +431,8 @@ def _pack_some(
         for name, per_layer in counts.items():
             setattr(cache, name, per_layer[i])
         cache.longest = longest
-        cache.ints = cache.codec.ints(cache)
+        if cache.ints is not None:  # those of the cache when it was empty
+            cache.ints = cache.codec.ints(cache)
 
 
 @torch.no_grad()

@@ -190,7 +190,7 @@ class WindowedAttention(torch.autograd.Function):
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, routed: Tensor, window: Window) -> Tensor:
     """Return causal attention (B, H, T, D) to v of the tokens in a query's window and to routed
-    values before, where is_fused(q). ValueGroupPath._attend_window is the reference.
+    values before, where is_fused(q). routing.in_window.plain_windowed_attention is the reference.
 
     q (B, H, T, D); k, v, routed (B, Hkv, T, D)"""
     if torch.is_autocast_enabled(q.device.type):  # as of every fused call

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_parity import elsewhere
 
 import lora
-from config import AdapterConfig, KVConfig, ModelConfig
+from config import KVConfig, ModelConfig
 from loaders.device import place
 from loaders.export import export
 from loaders.huggingface import model_config
@@ -27,6 +27,7 @@ from loaders.runs import Run, load_run
 from loaders.tokenizer_json import from_definition
 from loaders.weights import model_state
 from model import Transformer
+from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 
 # odd sizes, grouped-query attention; Llama and Mistral with a head dimension of their own

@@ -12,10 +12,11 @@ from foreign import config_json, random_model, write_folder
 from helpers import error_line
 
 import lora
-from config import AdapterConfig, KVConfig
+from config import KVConfig
 from loaders import checkpoint, runs, weights
 from loaders.runs import added_state, attach_storage, load_run
 from loaders.weights import model_shapes, model_state
+from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")

@@ -11,8 +11,9 @@ from helpers import TINY, tiny_model, tokens
 
 import mixsga
 from baselines import align, shared_heads
-from config import KVConfig, MixConfig
+from config import KVConfig
 from model import DensePath, lm_loss, record_layers
+from settings.experts import MixConfig
 from storage.experts import averaged
 
 EIGHT = replace(TINY, n_head=16, n_kv_head=8)

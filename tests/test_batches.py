@@ -8,8 +8,9 @@ import torch
 from helpers import TINY, grouped_model, tiny_model, tokens
 
 from baselines import shared_heads
-from config import KVConfig, MixConfig
+from config import KVConfig
 from generate import prefill
+from settings.experts import MixConfig
 from storage.packed import PackedCache
 
 

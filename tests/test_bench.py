@@ -16,8 +16,9 @@ from benchmarks.cases import BLOCK, WINDOW, Case
 from benchmarks.decode import bench_decode, check_kernel
 from benchmarks.generate import bench_generate
 from benchmarks.memory import bench_memory
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from measure_config import BenchConfig
+from settings.base import BaseConfig
 from storage.layout import WindowView
 
 ROOT = Path(__file__).parent.parent

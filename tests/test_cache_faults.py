@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as functional
 from helpers import BY_NORM, INT4, TINY, error_line, grouped_model, randomise, tiny_model, tokens
 from oracle import Oracle, Row
 from safetensors import safe_open
@@ -23,12 +24,15 @@ import mixsga
 import selector
 from baselines import shared_heads
 from baselines.align import Moments, align_heads, calibrate
-from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
+from routing.bases import read_metric
+from selection import calibration
+from settings.adapters import AdapterConfig
+from settings.experts import MixConfig
 from storage.cache import KVCache
 from storage.integers.codecs import IntCodec
-from storage.packed import FloatCodec
 from storage.ragged import RaggedCache
 from storage.saved import fingerprint, numbers_hash
 
@@ -314,7 +318,7 @@ def choose_less(model: Transformer) -> None:
 
 
 def calibrate_anew(model: Transformer) -> None:
-    model.selector.calibrate(model, [tokens(3, 50, seed=77)])
+    calibration.calibrate(model.selector, model, [tokens(3, 50, seed=77)])
 
 
 def load_other_levels(model: Transformer) -> None:
@@ -649,14 +653,15 @@ def test_a_prefill_that_failed_half_way_is_tried_again(model):
 
 @pytest.mark.parametrize("kind", ["selection", "selection, shared", "selection, integers"])
 def test_packing_that_failed_half_way_is_tried_again(kind, monkeypatch):
-    """The same where a layer's context cannot be packed, after others were."""
+    """The same where a layer's context cannot be packed, after others were, or its window cannot be
+    filled once keys lie there."""
     model = PATHS[kind]()
     idx = tokens(1, 30, seed=2)
     want = decoded(model, filled(model, idx[0]), 10)
     verbs = (
         (RaggedCache, "pack"),
         (selector, "fill_windows"),
-        (FloatCodec, "ints"),
+        (functional, "pad"),  # of both windows
         (IntCodec, "ints"),
     )
     failures = 0
@@ -1046,7 +1051,7 @@ def test_the_basis_of_folded_trained_maps_is_refused():
     model = grouped_model(**EXACT, learn_basis=True)
     path = model.layers[0].self_attn.kv_path
     assert "folded" in error_line(path.basis)
-    assert kv_router.read_metric(model.layers[0].self_attn).shape == (3, 16, 16)
+    assert read_metric(model.layers[0].self_attn).shape == (3, 16, 16)
 
 
 def test_forwards_on_threads_leave_a_reconstructor_as_it_was():

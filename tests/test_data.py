@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from corpora import grammar
+from corpora import grammar, shipped
 from loaders import fetch, token_files, tokenizer
 from settings.train import SELECT_MIXTURE, STAGES, DataConfig, TrainConfig
 
@@ -318,8 +318,8 @@ def test_pycode_leaves_out_what_is_not_the_library(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert [d for d in data._pycode() if d] == ["top", "c", "z", "b"]
+    monkeypatch.setattr(shipped.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert [d for d in shipped.pycode() if d] == ["top", "c", "z", "b"]
     parts = data.documents("pycode", DataConfig())
     assert sorted(parts["train"] + parts["val"]) == sorted(keep.values())
 
@@ -867,7 +867,7 @@ def test_wikitext_in_a_mixture_trains_on_its_training_file(monkeypatch):
     monkeypatch.setattr(
         data, "_wikitext", lambda corpus, cfg: docs | {"all": ["one", "two", "three", "four"]}
     )
-    monkeypatch.setattr(data, "_pydocs", lambda: ["two", "three", "four", "five", "six"])
+    monkeypatch.setitem(data.MADE_HERE, "pydocs", lambda: ["two", "three", "four", "five", "six"])
     mixture = data.documents("wikitext2,pydocs", DataConfig())
     alone = data.split_documents(["two", "three", "four", "five", "six"], 0.1)
     assert set(mixture["all"]) == {"one", "two", "three", "four", "five", "six"}
@@ -943,7 +943,7 @@ def test_fill_replaces_places_by_alternatives_and_numbers():
 def test_cheaders_are_pythons_own(tmp_path, monkeypatch):
     """Headers of the interface and its two folders, by path; those of packages and the platform's
     own are left out; without any, one line says what to install."""
-    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(shipped.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert "python3-dev" in error_line(data.documents, "cheaders", DataConfig())
     names = ["z.h", "a.h", "pyconfig.h", "cpython/b.h", "internal/c.h", "package/d.h", "e.txt"]
     for name in names:

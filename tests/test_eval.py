@@ -16,7 +16,7 @@ from helpers import TINY, coordinates, error_line, grouped_model, routed_value, 
 
 import eval as evaluation
 import kv_router
-from config import AdapterConfig, KVConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from data import content_hash, documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
@@ -25,6 +25,7 @@ from report.plan import Asked
 from report.rows import RowAbout, measure_row, sweep
 from report.tables import mean_over_texts, result_table
 from runs import call, pretrain
+from settings.adapters import AdapterConfig
 from settings.train import DataConfig
 from tasks import text as tasks
 

@@ -27,7 +27,7 @@ import lora
 import mixsga
 import selector
 from baselines import align, kivi, quest, shared_heads
-from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from generate import generate
 from loaders.export import export, same_model, shape_json
 from loaders.families import FAMILIES, check_supported
@@ -35,6 +35,8 @@ from loaders.huggingface import model_config
 from loaders.runs import load_run
 from loaders.weights import load_model_state, model_state
 from model import Transformer, lm_loss
+from settings.adapters import AdapterConfig
+from settings.experts import MixConfig
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from test_parity import elsewhere, needs_peft, needs_transformers
 
 import lora
-from config import AdapterConfig, ModelConfig
+from config import ModelConfig
 from loaders.huggingface import model_config, rope_json
 from loaders.runs import load_run
 from loaders.weights import load_model_state, model_state
 from model import Transformer, rope_table
+from settings.adapters import AdapterConfig
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
 

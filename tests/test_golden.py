@@ -28,8 +28,10 @@ import lora
 import mixsga
 import selector
 from baselines import shared_heads
-from config import AdapterConfig, KVConfig, MixConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from generate import generate, prefill
+from settings.adapters import AdapterConfig
+from settings.experts import MixConfig
 
 GOLDEN = Path(__file__).with_name("golden.json")
 RTOL = {torch.float64: 1e-9, torch.float32: 2e-5}

@@ -25,8 +25,11 @@ from helpers import (
 
 import kv_router
 import lora
-from config import AdapterConfig, KVConfig
+from config import KVConfig
+from reconstruct import fit_router, straight_through
 from report.rows import filled_cache, kept_shares
+from routing.bases import value_basis
+from settings.adapters import AdapterConfig
 from storage.cache import DenseCache, NewTokens
 from storage.layout import expand_mask, top_k_mask
 from storage.packed import packed_count
@@ -115,7 +118,7 @@ def test_output_basis_error_is_what_the_output_projection_writes():
     a = torch.randn(Hkv, 200, D, generator=g, dtype=torch.float64)
     cov = a.mT @ a
     w_o = torch.randn(E, Hkv * n * D, generator=g, dtype=torch.float64)
-    fwd, bwd = kv_router.value_basis("output", cov, w_o)
+    fwd, bwd = value_basis("output", cov, w_o)
     assert (fwd @ bwd - torch.eye(D)).abs().max() < 1e-9
     w = w_o.view(E, Hkv, n, D)
     ratios = []
@@ -135,14 +138,12 @@ def test_pca_basis_diagonalises_and_is_orthogonal():
     rotation that the seed decides."""
     a = torch.randn(2, 90, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     cov = a.mT @ a
-    fwd, bwd = kv_router.value_basis("pca", cov, torch.zeros(1, 32))
+    fwd, bwd = value_basis("pca", cov, torch.zeros(1, 32))
     z = a @ fwd
     second = z.mT @ z
     assert (second - torch.diag_embed(second.diagonal(dim1=1, dim2=2))).abs().max() < 1e-9
     assert (second.diagonal(dim1=1, dim2=2).diff() <= 0).all() and torch.allclose(fwd.mT, bwd)
-    one, two, other = (
-        kv_router.value_basis("random", cov, torch.zeros(1, 32), s)[0] for s in (1, 1, 2)
-    )
+    one, two, other = (value_basis("random", cov, torch.zeros(1, 32), s)[0] for s in (1, 1, 2))
     assert torch.equal(one, two) and not torch.equal(one, other)
     assert (one @ one.mT - torch.eye(16)).abs().max() < 1e-12
 
@@ -191,7 +192,7 @@ def test_fitted_router_is_the_least_squares_solution():
     ones = torch.cat((x, torch.ones(500, 1, dtype=torch.float64)), 1)
     router = torch.nn.Linear(7, 4).double()
     with torch.no_grad():
-        kv_router.fit_router(router, ones.T @ ones, ones.T @ e)
+        fit_router(router, ones.T @ ones, ones.T @ e)
     want = torch.linalg.lstsq(ones, e / e.mean()).solution
     assert (router.weight.T - want[:-1]).abs().max() < 1e-3 and (
         router.bias - want[-1]
@@ -205,7 +206,7 @@ def test_straight_through_is_hard_forward_and_soft_backward():
     )
     mask = top_k_mask(logits.detach(), 2)
     weight = torch.arange(4.0, dtype=torch.float64)
-    m = kv_router.straight_through(logits, mask)
+    m = straight_through(logits, mask)
     assert torch.allclose(m.detach(), mask.double(), atol=1e-15)
     (got,) = torch.autograd.grad((m * weight).sum(), logits)
     (want,) = torch.autograd.grad((logits.softmax(-1) * weight).sum(), logits)

@@ -18,6 +18,7 @@ from sources import ROOT, sources
 # ground floor, a room, or a module that stands lower than the rest of its room.
 RANK = {
     "settings": 0,
+    "settings.experts": 2,
     "config": 1,
     "corpora": 1,
     "cli": 2,
@@ -32,7 +33,8 @@ RANK = {
     "model": 3,
     "generate": 4,
     "lora": 5,
-    "reconstruct": 4,
+    "reconstruct": 3,
+    "routing": 4,
     "kv_router": 5,
     "selection": 5,
     "baselines.pages": 5,
@@ -57,7 +59,15 @@ TOGETHER = {"kernels": "storage"}  # two places that may import one another, wit
 KNOWN: dict[tuple[str, str], str] = {}  # (file, what it imports): why it still may
 
 MAX_GROUND_FLOOR = 16
-WITHOUT_TORCH = ("config", "cli", "measure_config")
+WITHOUT_TORCH = (
+    "config",
+    "cli",
+    "measure_config",
+    "settings.adapters",
+    "settings.base",
+    "settings.experts",
+    "settings.train",
+)
 # packages that may be installed beside us: a room of that name would hide them, or they it
 PACKAGES = {
     "accelerate",

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora
-from config import AdapterConfig, ModelConfig
+from config import ModelConfig
+from settings.adapters import AdapterConfig
 from storage.layout import top_k_mask
 
 SHAPE = ModelConfig(

@@ -13,8 +13,9 @@ from helpers import TINY, read_in_pieces, tiny_model, tokens
 
 import mixsga
 from baselines import shared_heads
-from config import KVConfig, MixConfig, ModelConfig
+from config import KVConfig, ModelConfig
 from model import Transformer, apply_rope, lm_loss
+from settings.experts import MixConfig
 from storage.cache import KVCache, NewTokens
 from storage.experts import ExpertCache
 

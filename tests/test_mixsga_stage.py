@@ -18,7 +18,7 @@ import eval as evaluation
 import mixsga
 import sample
 import train
-from config import KVConfig, MixConfig
+from config import KVConfig
 from data import prepare, sequential
 from generate import generate
 from loaders import checkpoint
@@ -26,6 +26,7 @@ from loaders.export import export
 from loaders.runs import find_checkpoint, load_run
 from report.made import read_record
 from runs import arguments, assert_equal, before_step, call, losses, pretrain, tensors
+from settings.experts import MixConfig
 from settings.train import DataConfig
 from tasks.text import mean_loss
 from training import loop as trainer

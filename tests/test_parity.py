@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora
-from config import AdapterConfig, ModelConfig
+from config import ModelConfig
 from generate import generate
 from model import Transformer
+from settings.adapters import AdapterConfig
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"

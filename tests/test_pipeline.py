@@ -34,6 +34,7 @@ from model import Transformer, lm_loss
 from report.figures import SWEEP, draw_metric, pyplot
 from report.made import read_record
 from runs import TABLE, arguments, call, copies, python, rows_without_time
+from settings.adapters import AdapterConfig
 from settings.train import TrainConfig
 from training import adapters
 from training import loop as trainer
@@ -218,7 +219,7 @@ def test_matched_rank_is_the_smallest_that_suffices(adapter):
         n_inner=40,
         block_size=16,
     )
-    cfg = config.AdapterConfig(adapter=adapter, r=8, alpha=12.0)
+    cfg = AdapterConfig(adapter=adapter, r=8, alpha=12.0)
 
     def count(r):
         return lora.count_trainable(lora.attach(Transformer(model_cfg), replace(cfg, r=r)))

@@ -36,7 +36,7 @@ from test_parity import needs_transformers
 
 import kv_router
 import lora
-from config import AdapterConfig, KVConfig
+from config import KVConfig
 from loaders import checkpoint
 from loaders.device import autocast
 from loaders.export import export
@@ -47,6 +47,7 @@ from loaders.tokenizer_json import LibraryTokenizer, from_definition
 from loaders.weights import load_model_state, model_state
 from model import Transformer
 from runs import ROOT, python
+from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")

@@ -11,8 +11,10 @@ from views import normal, uniform_by_hand
 import kv_router
 import mixsga
 from baselines import shared_heads
-from config import KVConfig, MixConfig
+from config import KVConfig
 from generate import generate
+from routing.in_window import plain_windowed_attention
+from settings.experts import MixConfig
 from storage import packed as packed_cache
 from storage.cache import KVCache, NewTokens
 from storage.integers import format as quant
@@ -256,7 +258,7 @@ def test_training_over_integers_passes_gradients_straight_through():
     stored = [a + s for a, s in zip(again, shifts, strict=True)]
     stored[1] = torch.where(expand_mask(mask, 32), stored[1], values)
     stored[1] = torch.cat((again[1][:, :, :2], stored[1][:, :, 2:]), 2)
-    (weight * path._attend_window(q, *again, *stored, None)).sum().backward()
+    (weight * plain_windowed_attention(q, *again, *stored, path.window)).sum().backward()
     for got, want in zip(inputs, again, strict=True):
         torch.testing.assert_close(got.grad, want.grad)
     assert float(inputs[0].grad.abs().min()) > 0

@@ -24,8 +24,9 @@ import kv_router
 import mixsga
 import selector
 from baselines import shared_heads
-from config import KVConfig, MixConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from model import Transformer
+from settings.experts import MixConfig
 from storage.cache import KVCache, PromptState
 from storage.integers.codecs import IntCodec
 from storage.integers.format import Ints

@@ -13,9 +13,10 @@ from helpers import TINY, randomise
 from config import SelectConfig
 from model import apply_rope, rope_table
 from selection import relevance
+from selection.budgets import row_budgets
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.relevance import Prompt
-from selector import WITHOUT_TRAINING, row_budgets
+from selector import WITHOUT_TRAINING
 from storage.kernel_base import triton
 from storage.layout import soft_cap
 

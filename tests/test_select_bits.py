@@ -19,6 +19,7 @@ from config import SelectConfig
 from generate import generate
 from report.figures import envelope
 from report.rows import filled_cache
+from selection.calibration import calibrate, see_layers
 from storage import packing
 from storage.cache import KVCache
 from storage.integers.codecs import IntCodec
@@ -230,7 +231,7 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
     m = selecting()
     pad = (0, T - W - 2)
     _, _, choice, cache = run(m, config(kv_bytes=0.6), X, Y, pad)
-    _, _, k, z = m.selector.see_layers(m, X, torch.tensor(pad))
+    _, _, k, z = see_layers(m.selector, m, X, torch.tensor(pad))
     C = T - W
     assert cache.lengths.tolist() == [T + Y.size(1) - n for n in pad]
     for i, c in enumerate(cache.layers):
@@ -359,7 +360,7 @@ def test_what_is_measured_later_leaves_a_cache_alone():
     want = run(m, cfg, X, Y, None)[1]
     cache = prefilled(m, X, None, 6)
     before = m.selector.rms.clone()
-    m.selector.calibrate(m, [tokens(1, 66, seed=11)])
+    calibrate(m.selector, m, [tokens(1, 66, seed=11)])
     with torch.no_grad():
         assert torch.equal(m.prefill(Y, cache, last_only=False), want)
     assert not torch.equal(m.selector.rms, before)

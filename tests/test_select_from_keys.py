@@ -21,6 +21,7 @@ from model import rope_table
 from report.rows import filled_cache
 from runs import tensors
 from selection.budgets import half_bytes_for, prices
+from selection.calibration import look, see_layers
 from selection.relevance import pooled
 from storage.cache import KVCache
 from storage.integers.format import LEVEL_ERRORS, bit_planes, dequantise_levels, quantise_levels
@@ -74,7 +75,7 @@ def test_integers_are_stored_and_read_as_loops_do(kv):
     m = predicting(**kv)
     pad = (0, 7, 55)
     _, _, choice, cache = run(m, config(kv_bytes=0.6, allocation="head"), pad=pad)
-    _, _, _, z = m.selector.see_layers(m, X, torch.tensor(pad))
+    _, _, _, z = see_layers(m.selector, m, X, torch.tensor(pad))
     for i, (path, c) in enumerate(zip(kv_router.paths(m).values(), cache.layers, strict=True)):
         view = c.view()
         k, rest, level, _ = view.packed[0].unpack()
@@ -117,7 +118,7 @@ def test_the_choice_is_the_greedy_one():
     s = m.selector
     s.set(config(kv_bytes=0.2, allocation="head", relevance="observed"))
     n_prompt = 90
-    prompt, _ = s.look(m, tokens(1, n_prompt, seed=9), n_prompt - W, n_prompt)
+    prompt, _ = look(s, m, tokens(1, n_prompt, seed=9), n_prompt - W, n_prompt)
     paths = kv_router.paths(m).values()
     left = [p.untold(k, z) for p, k, z in zip(paths, prompt.k, prompt.z, strict=True)]
     choice = s.choose(replace(prompt, left=left))
@@ -235,7 +236,7 @@ def test_a_trained_run_has_its_maps(tmp_path, text, base):
     saved = tensors(find_checkpoint(run_dir))
     file = Path(text.removeprefix("text:")) / "00.txt"
     read = list(file.read_bytes()[:400])
-    _, _, k, z = model.selector.see_layers(model, torch.tensor([read]))
+    _, _, k, z = see_layers(model.selector, model, torch.tensor([read]))
     for i, (name, path) in enumerate(kv_router.paths(model).items()):
         (key,) = (n for n in saved if n.endswith(f"{name}.key_map"))
         assert torch.equal(path.key_map, saved[key]) and path.key_map.ndim == 3

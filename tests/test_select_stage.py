@@ -26,7 +26,7 @@ import kv_router
 import sample
 import selector
 import train
-from config import BaseConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from loaders import checkpoint
 from loaders.device import autocast
 from loaders.runs import find_checkpoint, load_run, split_added
@@ -35,8 +35,10 @@ from model import Transformer
 from report.figures import groups_figure
 from report.tables import reuse_note
 from runs import arguments, assert_equal, before_step, call, copies, losses, pretrain, tensors
+from selection.calibration import calibrate
 from selection.predictors import QueryPredictor
 from selection.training import fit_statistics, predictor_loss
+from settings.base import BaseConfig
 from settings.fields import to_dict
 from settings.train import DataConfig
 from storage.layout import cdiv
@@ -456,7 +458,7 @@ def test_selection_in_a_distilled_basis(tmp_path, text, base, run_stage, trainer
     pristine = selector.attach(load_run(base).model, s.kv, s.model.selector.cfg)
     kv_router.load_state(pristine, ended)
     batches = [data.batch(s.corpus.train, "calibrate", 0, i, 4, 32)[0] for i in range(6)]
-    pristine.selector.calibrate(pristine, batches)
+    calibrate(pristine.selector, pristine, batches)
     fit_statistics(pristine, batches)
     found = []
     for state in (measured, pristine.selector.state_dict()):

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 import kv_router
 import mixsga
 from baselines import kivi, quest, shared_heads
-from config import KVConfig, MixConfig
+from config import KVConfig
 from kernels import append_window
 from model import Transformer
+from settings.experts import MixConfig
 from storage.cache import KVCache, NewTokens
 from storage.kernel_base import triton
 from storage.layout import WindowView

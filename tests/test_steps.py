@@ -14,9 +14,10 @@ import kernels
 import kv_router
 import lora
 import selector
-from config import AdapterConfig, KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, ModelConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
 from model import Transformer
+from settings.adapters import AdapterConfig
 from storage import packed as packed_cache
 from storage.cache import KVCache, NewTokens
 from storage.kernel_base import triton

@@ -7,7 +7,7 @@ import torch
 from trace_reader import by_file, calls_of_path, selection, value_groups
 
 
-@pytest.mark.parametrize("make, most", [(value_groups, 20), (selection, 35)])
+@pytest.mark.parametrize("make, most", [(value_groups, 16), (selection, 28)])
 def test_a_token_passes_few_files(make, most):
     """A prompt and two steps: the path's file comes first, its cache and the attention that reads
     the cache are among the files, and files change at most `most` times."""

@@ -20,7 +20,7 @@ from helpers import error_line
 import cli
 import data
 import train
-from config import AdapterConfig, KVConfig
+from config import KVConfig
 from loaders import checkpoint
 from loaders.runs import find_checkpoint
 from model import Transformer, lm_loss
@@ -39,6 +39,7 @@ from runs import (
     tensors,
     wait_for_steps,
 )
+from settings.adapters import AdapterConfig
 from settings.train import TrainConfig
 from training import adapters
 from training import loop as trainer

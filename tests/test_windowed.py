@@ -6,6 +6,7 @@ import torch
 
 import kv_router
 from config import KVConfig, ModelConfig
+from routing.in_window import plain_windowed_attention
 from storage.windowed import Window, windowed_attention
 
 CASES = {  # query heads, KV heads, tokens, window, how many leave at a time, first that are whole
@@ -33,8 +34,7 @@ def path_of(tail: int, leaves: int, n_sinks: int = 0) -> kv_router.ValueGroupPat
 def both(case: str, dtype: torch.dtype, autocast: bool = False, device: str = "cpu"):
     """Outputs and gradients of q, k, v and routed values: fused ones, and the plain form's."""
     H, Hkv, T, *sizes = CASES[case]
-    path = path_of(*sizes)
-    path.Hkv = Hkv
+    window = Window(*sizes)
     g = torch.Generator().manual_seed(0)
     shapes = [(2, H, T, 16)] + [(2, Hkv, T, 16)] * 3 + [(2, H, T, 16)]
     drawn = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
@@ -46,9 +46,8 @@ def both(case: str, dtype: torch.dtype, autocast: bool = False, device: str = "c
         return [y, *torch.autograd.grad((y * weight.to(y.dtype)).sum(), leaf)]
 
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        window = Window(*sizes)
         got = run(lambda q, k, v, r: windowed_attention(q, k, v, r, window), dtype)
-    want = run(lambda q, k, v, r: path._attend_window(q, k, v, k, r, None), torch.float64)
+    want = run(lambda q, k, v, r: plain_windowed_attention(q, k, v, k, r, window), torch.float64)
     return got, want
 
 
@@ -77,7 +76,7 @@ def test_fused_window_keeps_no_attention_matrix():
     """For the backward pass the path keeps less than half a matrix of attention weights, all
     tensors together; the plain form keeps more."""
     T = 400
-    path = path_of(3, 1)
+    window = Window(3, 1)
     shapes = [(1, 3, T, 16), (1, 1, T, 16), (1, 1, T, 16)]
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in shapes)
 
@@ -95,8 +94,8 @@ def test_fused_window_keeps_no_attention_matrix():
 
     half = 3 * T * T * 4 / 2
     routed = v * 0.5
-    assert kept(lambda: windowed_attention(q, k, v, routed, Window(3, 1))) < half / 2
-    assert kept(lambda: path._attend_window(q, k, v, k, routed, None)) > half
+    assert kept(lambda: windowed_attention(q, k, v, routed, window)) < half / 2
+    assert kept(lambda: plain_windowed_attention(q, k, v, k, routed, window)) > half
 
 
 def test_path_takes_the_fused_form(monkeypatch):

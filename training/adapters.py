@@ -25,7 +25,7 @@ from torch import Tensor
 import kv_router
 import lora
 from cli import note, say_fewer
-from config import AdapterConfig, KVConfig, ModelConfig, check
+from config import KVConfig, ModelConfig, check
 from data import prepare_splits, same_text, sequential, whole_split
 from loaders import checkpoint
 from loaders.runs import Run, find_checkpoint, load_added_state
@@ -34,6 +34,7 @@ from model import Transformer
 from report.figures import SWEEP, report_figure
 from report.rows import RowAbout, kept_groups, measure_row, sweep
 from report.tables import result_table, share_of_dense
+from settings.adapters import AdapterConfig
 from settings.train import TrainConfig
 from storage.layout import cdiv
 from tasks.text import Perplexity

@@ -28,10 +28,7 @@ from tqdm import tqdm
 import kv_router
 import lora
 from cli import say_fewer
-from config import (
-    AdapterConfig,
-    KVConfig,
-)
+from config import KVConfig
 from data import Corpus, batch, count_windows, sequential
 from generate import generate
 from loaders import checkpoint
@@ -42,6 +39,7 @@ from loaders.weights import model_state
 from model import Transformer, lm_loss
 from report.progress import progress
 from selection.training import predictor_loss
+from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from storage.layout import at_least_float32

@@ -34,7 +34,7 @@ from torch import Tensor
 import mixsga
 from baselines import shared_heads
 from cli import say_fewer
-from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, check, comma_list
+from config import KVConfig, ModelConfig, check, comma_list
 from data import Corpus, prepare, same_text, sequential
 from loaders import checkpoint
 from loaders.device import pick_device
@@ -45,6 +45,8 @@ from measure_config import EvalConfig
 from model import Transformer
 from report.rows import filled_cache
 from report.tables import Column, lay_out, share_of_dense, with_spread
+from settings.adapters import AdapterConfig
+from settings.experts import MixConfig
 from settings.fields import to_dict
 from settings.train import DataConfig, TrainConfig
 from tasks.instruct import Instruct, instruct

@@ -14,6 +14,7 @@ import torch
 from cli import note
 from config import KVConfig, SelectConfig, check, comma_list
 from loaders.runs import Run, attach_storage
+from selection.calibration import calibrate
 from selection.training import PASSAGE, fit_statistics, parts_at_most
 from settings.fields import to_dict
 from settings.train import TrainConfig
@@ -56,7 +57,7 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
     if cfg.kv_from:
         began = start_from(model, kv, cfg.kv_from, base.base_sha256)
         # What was measured in the calibrated bases is measured anew in these.
-        model.selector.calibrate(model, batches)
+        calibrate(model.selector, model, batches)
     fit_statistics(model, batches)
     share_parameters(model, w)
     folder = run_dir / f"select-s{cfg.seed}"

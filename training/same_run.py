@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from config import AdapterConfig, KVConfig, MixConfig, ModelConfig, SelectConfig, check
+from config import KVConfig, ModelConfig, SelectConfig, check
+from settings.adapters import AdapterConfig
+from settings.experts import MixConfig
 from settings.fields import from_dict, to_dict
 from settings.train import DataConfig
 

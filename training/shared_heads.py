@@ -13,10 +13,11 @@ import torch
 
 from baselines import align, shared_heads
 from cli import note
-from config import SHARED, KVConfig, MixConfig, check
+from config import SHARED, KVConfig, check
 from data import TokenFile, batch
 from loaders.runs import Run
 from loaders.templates import chat_entry
+from settings.experts import MixConfig
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from training.base import adapt_window, corpus_of, text_record

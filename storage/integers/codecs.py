@@ -57,6 +57,7 @@ class IntCodec:
     value_scale  (token slots, 1) float16"""
 
     owners = {"keys": "token", "rows": "row", "key_scale": "block", "value_scale": "token"}
+    in_parts = True  # see FloatCodec
 
     def __init__(self, fmt: IntFormat, n_sinks: int):
         self.fmt = fmt
@@ -129,7 +130,8 @@ class IntCodec:
     # ---- for RaggedCache
 
     def layers_at_once(self, k: Tensor, S: int) -> int:
-        """See FloatCodec.layers_at_once: without kernels as many as have LARGE numbers at most."""
+        """Return how many of the layers of keys k (L, B, Hkv, C, D), their values in S groups, are
+        packed together: without kernels as many as have LARGE numbers at most."""
         if kernels_pack(self.fmt, k, S, "auto"):
             return len(k)
         return max(1, LARGE[k.device.type] // max(1, k[0].numel()))

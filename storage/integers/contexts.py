@@ -34,8 +34,8 @@ from storage.integers.format import (
 )
 from storage.integers.rounding import QueryMoments, error_feedback, gptq_round
 from storage.kernel_base import dense_rows, jit, tl, use_triton
-from storage.layout import cdiv, long_cumsum, mask_dtype, mask_to_bits, starts, tile_size
-from storage.packing import tile_index
+from storage.layout import cdiv, mask_dtype, mask_to_bits, starts, tile_index, tile_size
+from storage.packing import long_cumsum
 
 TOKENS = 16  # whose values a program takes
 

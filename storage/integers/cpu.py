@@ -44,7 +44,9 @@ def kind_of(view: PackedView) -> type[IntSequence]:
 @cache
 def half_bytes(bits: int, size: int) -> Tensor:
     """Return `size` bytes of codes 2^(bits-1): (1, size) uint8."""
-    codes = torch.full((1, size * 8 // bits), 1 << bits - 1, dtype=torch.uint8)
+    n_codes = size * 8 // bits
+    middle = 2 ** (bits - 1)
+    codes = torch.full((1, n_codes), middle, dtype=torch.uint8)
     return pack_bits(codes, bits)
 
 
@@ -55,7 +57,8 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
     of the n these are."""
     if bits == 3:
         codes = unpack_bits(packed, 3)
-        yield ((codes << 5) ^ 128).view(torch.int8).to(dtype), slice(0, codes.size(-1))
+        signed = ((codes << 5) ^ 128).view(torch.int8)
+        yield signed.to(dtype), slice(0, codes.size(-1))
         return
     m = packed.size(-1)
     floats = torch.empty(packed.shape, dtype=dtype)
@@ -66,7 +69,8 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
         part = packed << above if above else packed
         if i:
             part.bitwise_and_(256 - (1 << 8 - bits))  # others lie below it
-        yield floats.copy_(part.view(torch.int8)), slice(i * m, (i + 1) * m)
+        at = slice(i * m, (i + 1) * m)
+        yield floats.copy_(part.view(torch.int8)), at
 
 
 class IntSequence(PackedSequence):
@@ -85,10 +89,12 @@ class IntSequence(PackedSequence):
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         n_blocks = max(self.n_blocks)
         groups = {}  # by their first head: what its blocks of work give, oldest first
-        for heads, blocks in work(len(q), n_blocks, q.size(-1) * self.fmt.block):
+        numbers = q.size(-1) * self.fmt.block
+        for heads, blocks in work(len(q), n_blocks, numbers):
             part = self.block_logits(q[heads], heads, blocks)
             groups.setdefault(heads.start, []).append(part)
-        out = torch.cat([torch.cat(parts, -1) for parts in groups.values()])[..., : self.longest]
+        of_heads = [torch.cat(parts, -1) for parts in groups.values()]
+        out = torch.cat(of_heads)[..., : self.longest]
         for h, n in enumerate(self.counts):
             if n < self.longest:
                 out[h, :, n:] = float("-inf")
@@ -101,14 +107,19 @@ class IntSequence(PackedSequence):
         tokens = slice(blocks.start * block, blocks.stop * block)
         keys = self.gather(self.view.keys, self.token_base[heads], heads, tokens)
         keys = keys.reshape(-1, block, keys.size(-1))  # (blocks of all heads, block, bytes)
-        scale = gather(self.ints.key_scale, self.block_base[heads], self.n_blocks[heads], blocks)
+        n_blocks = self.n_blocks[heads]
+        scale = gather(self.ints.key_scale, self.block_base[heads], n_blocks, blocks)
         step, middle = scale.to(q.dtype).unbind(2)  # (G, blocks, D)
-        middles = torch.bmm(middle, q.mT).view(len(keys), -1, 1)  # (., M, 1)
+        middles = torch.bmm(middle, q.mT)  # (G, blocks, M)
+        middles = middles.view(len(keys), -1, 1)
         logits = middles.expand(-1, -1, block).contiguous()  # (., M, block)
-        scaled = (q.unsqueeze(1) * step.unsqueeze(2)).flatten(0, 1)  # (., M, D)
+        scaled = q.unsqueeze(1) * step.unsqueeze(2)
+        scaled = scaled.flatten(0, 1)  # (., M, D)
+        unit = 2.0 ** (bits - 8)
         for part, at in fields(keys, bits, q.dtype):
-            logits.baddbmm_(scaled[..., at], part.mT, alpha=2.0 ** (bits - 8))
-        return logits.unflatten(0, (len(q), -1)).transpose(1, 2).flatten(2)
+            logits.baddbmm_(scaled[..., at], part.mT, alpha=unit)
+        by_head = logits.unflatten(0, (len(q), -1))
+        return by_head.transpose(1, 2).flatten(2)
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """See PackedSequence.block_values; by (2)."""
@@ -116,17 +127,21 @@ class IntSequence(PackedSequence):
         placed, kept = self.place(heads, tokens, row)  # (G, width, S, bytes)
         scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
         scale = scale.mT.contiguous().to(p.dtype)  # (G, 2, width)
-        stepped, middles = (p.unsqueeze(1) * scale.unsqueeze(2)).unbind(1)  # (G, M, width)
+        weights = p.unsqueeze(1) * scale.unsqueeze(2)
+        stepped, middles = weights.unbind(1)  # (G, M, width)
         if kept is None:
             middles = middles.sum(-1, keepdim=True)
         else:
             middles = torch.bmm(middles, kept.to(p.dtype))  # (G, M, S)
-        total = torch.stack(
-            [torch.bmm(stepped, part.flatten(2)) for part, _ in fields(placed, bits, p.dtype)], -2
-        )  # (G, M, fields, S bytes)
-        total = total.unflatten(-1, (self.S, -1)).transpose(-2, -3)
+        parts = []
+        for part, _ in fields(placed, bits, p.dtype):
+            parts.append(torch.bmm(stepped, part.flatten(2)))
+        total = torch.stack(parts, -2)  # (G, M, fields, S bytes)
+        total = total.unflatten(-1, (self.S, -1))
+        total = total.transpose(-2, -3)
         middles = middles.view(*middles.shape, 1, 1)
-        return torch.add(middles, total, alpha=2.0 ** (bits - 8)).flatten(2)
+        unit = 2.0 ** (bits - 8)
+        return torch.add(middles, total, alpha=unit).flatten(2)
 
     @property
     def none(self) -> Tensor:
@@ -137,8 +152,10 @@ class IntSequence(PackedSequence):
 @cache
 def level_units(dtype: torch.dtype) -> Tensor:
     """Return the units of levels 0 to 3 for codes in a byte's highest bits: (4, 1)."""
-    steps = torch.tensor(LEVEL_STEPS, dtype=dtype) * 2.0 ** (torch.tensor(LEVEL_BITS) - 8)
-    return steps.unsqueeze(-1)
+    steps = torch.tensor(LEVEL_STEPS, dtype=dtype)
+    bits = torch.tensor(LEVEL_BITS)
+    units = steps * 2.0 ** (bits - 8)
+    return units.unsqueeze(-1)
 
 
 @cache
@@ -149,9 +166,10 @@ def level_bytes(d: int) -> tuple[Tensor, Tensor]:
     turn = [0]
     for level in (1, 2, 3):
         bits = LEVEL_BITS[level]
-        own.append(256 - 2 ** (8 - bits))
+        lowest = 2 ** (8 - bits)  # of the bits that hold the code
         rest = 2 ** (bits - 1) - zero_code(level)
-        turn.append(128 + int(rest * 2 ** (8 - bits)))
+        own.append(256 - lowest)
+        turn.append(128 + int(rest * lowest))
     both = torch.tensor([own, turn], dtype=torch.uint8).unsqueeze(-1)
     return tuple(both.expand(-1, -1, d).contiguous())
 
@@ -162,7 +180,8 @@ class LevelSequence(IntSequence):
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """See PackedSequence.block_values; by (3)."""
         bits = self.gather(self.view.bits, self.mask_base[heads], heads, tokens)
-        halves = expand_bits(bits, 2 * self.S).unflatten(-1, (2, -1))
+        halves = expand_bits(bits, 2 * self.S)
+        halves = halves.unflatten(-1, (2, -1))
         low, high = halves.permute(2, 0, 1, 3).contiguous()
         level = torch.add(low, high, alpha=2)  # (G, width, S)
         number = count_up(level.addcmul(low, high))  # of a group's last plane
@@ -179,12 +198,14 @@ class LevelSequence(IntSequence):
         total = torch.bmm(p, numbers.flatten(2))  # codes of a byte side by side
         total = total.view(*p.shape[:2], self.S, -1, 4)
         total = total.mT.flatten(2)  # as format.pack_bits has them
-        return total * self.fmt.gain[heads].unsqueeze(1).to(p.dtype)
+        gain = self.fmt.gain[heads].unsqueeze(1)
+        return total * gain.to(p.dtype)
 
     @property
     def none(self) -> Tensor:
         """The bytes of no plane, as many as join_planes takes together."""
-        return torch.zeros(max(LEVEL_PLANES), self.view.rows.size(-1), dtype=torch.uint8)
+        n_planes = max(LEVEL_PLANES)
+        return self.view.rows.new_zeros(n_planes, self.view.rows.size(-1))
 
 
 def join_planes(rows: Tensor) -> Tensor:
@@ -192,8 +213,8 @@ def join_planes(rows: Tensor) -> Tensor:
 
     Returns (n - 3, x) int32: a code of 8 bits in every byte."""
     one = spread_codes(rows)
-    two = torch.add(one[:-1], one[1:], alpha=1 << 2)
-    return torch.add(two[:-2], two[2:], alpha=1 << 4)
+    two = torch.add(one[:-1], one[1:], alpha=4)
+    return torch.add(two[:-2], two[2:], alpha=16)
 
 
 def spread_codes(rows: Tensor) -> Tensor:

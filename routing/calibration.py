@@ -1,0 +1,43 @@
+"""What a path of value groups learns from calibration text before any training: its basis, its map
+from keys, its router."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import evaluating, record_layers
+from reconstruct import Moments, as_held, fit_router
+from routing.bases import value_basis
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, chosen: list, paths: list, batches: list[Tensor], basis: str, seed: int
+) -> None:
+    """Set bases, maps from keys and routers of the paths that are to stand in `chosen` attentions,
+    in place. basis: a kind of value_basis; batches: token ids (B, T)."""
+    moments = observe(model, chosen, paths, batches)
+    for i, (attn, seen) in enumerate(zip(chosen, moments, strict=True)):
+        cov = seen.cov
+        key_map = None
+        if paths[i].key_map is not None:  # the basis is that of what keys do not tell
+            key_map, cov = seen.from_keys()
+        maps = value_basis(basis, cov, attn.o_proj.weight, seed * 1000 + i)
+        paths[i].set_basis(*maps)
+        if key_map is not None:
+            paths[i].key_map.copy_(as_held(paths[i], key_map @ torch.block_diag(*maps[0])))
+    if any(path.router is not None for path in paths):
+        moments = observe(model, chosen, paths, batches)  # again, in the new basis
+        for path, seen in zip(paths, moments, strict=True):
+            fit_router(path.router, seen.xx, seen.xe)
+
+
+def observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[Moments]:
+    """Run batches through the model as it is, and add up what the new paths would see."""
+    moments = [Moments(path) for path in paths]
+    with evaluating(model), record_layers(chosen, lambda i, *seen: moments[i].add(*seen)):
+        for idx in batches:
+            model(idx, last_only=True)
+    return moments

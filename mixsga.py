@@ -236,7 +236,7 @@ class GroupedHeads(SharingPath):
             total = raw.cumsum(1)
             if cache is not None:
                 total = total + cache.seen.unsqueeze(1)
-                cache.seen = total[:, -1].detach().clone()
+                cache.seen.copy_(total[:, -1].detach())
             out = raw - total / (number.clamp_min(0) + 1 + PRIOR).unsqueeze(-1) + self.offset
         elif len(self.sizes) > 1:
             out = self.noise[number.clamp_min(0)]
@@ -334,6 +334,11 @@ class GroupedHeads(SharingPath):
         index = self.chosen(logits, self.by or "choice", self._valid(q, n_pad))
         cache.append(NewTokens(k, v, n_pad, index))
         return self.read_masked(q, k, v, index, logits, n_pad)
+
+    def graph_safe(self) -> bool:
+        """Say whether experts take single tokens by kernels: those of integers form blocks."""
+        codec = codec_of(self.stored_as)
+        return codec.one_by_one(self.D, self.stored_as.kv_tail)
 
     def decode(self, x, q, k, v, cache: ExpertCache, n_pad: Tensor | None = None) -> Tensor:
         index = self.logits(x, n_pad, cache).argmax(-1)

@@ -64,6 +64,23 @@ class ExpertCache(WindowCache):
         self.window_index = self.window_k.new_zeros(batch, 1, window, dtype=torch.uint8)
         self.seen = at_least_float32(like).new_zeros(batch, n_scores)
 
+    # ---- capacity
+
+    @property
+    def room(self) -> int:
+        """Tokens that fit, whoever takes them, before reserve has to be called."""
+        return min((part.room for part in self.parts), default=0)
+
+    @room.setter
+    def room(self, n: int) -> None:
+        for part in self.parts:
+            part.room = n
+
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for n_tokens in every expert: nobody knows who will take them."""
+        for part in self.parts:
+            part.reserve(n_tokens)
+
     # ---- writing
 
     @torch.no_grad()
@@ -71,12 +88,43 @@ class ExpertCache(WindowCache):
         """Take T tokens whose experts are new.route (B, T). What leaves the window joins them."""
         index = new.route[:, None].byte()
         tokens = {"window_k": new.k, "window_v": new.v, "window_index": index}
-        gone, count = self.push(tokens, new.n_pad)
+        if new.k.size(2) == 1 and all(part.by_kernel for part in self.parts):
+            self._append_one(tokens, new.n_pad)
+        else:
+            self._append_many(tokens, new.n_pad)
+        self.fresh = False
+
+    def _append_one(self, tokens: dict[str, Tensor], n_pad: Tensor | None) -> None:
+        """Take one token of each sequence, by ring (B, h, 1, ...), on the device alone. It goes to
+        the slot of the oldest where the window is full, and is that itself where there is none."""
+        W = self.window_k.size(2)
+        comes = torch.ones_like(self.n_window) if n_pad is None else 1 - n_pad
+        leaves = comes * (self.n_window == W)
+        row = torch.arange(self.batch, device=comes.device)
+        slot = (self.n_packed + self.n_window) % max(W, 1)
+        gone = tokens
+        if W:
+            gone = {name: getattr(self, name)[row, :, slot].unsqueeze(2) for name in tokens}
+        for name, new in tokens.items() if W else ():
+            here = comes.bool().view(-1, 1, 1, *[1] * (new.dim() - 3))
+            new = torch.where(here, new.to(gone[name].dtype), gone[name])
+            getattr(self, name)[row, :, slot] = new.squeeze(2)
+        self.n_packed += leaves
+        self.n_window += comes - leaves
+        index = gone["window_index"][:, 0, 0]
+        for e, part in enumerate(self.parts):
+            size = self.window_k.size(1) // part.Hkv
+            k = averaged(gone["window_k"], size)
+            v = averaged(gone["window_v"], size)
+            part.append(NewTokens(k, v, 1 - leaves * (index == e)))
+
+    def _append_many(self, tokens: dict[str, Tensor], n_pad: Tensor | None) -> None:
+        """Take T tokens, by ring (B, h, T, ...)."""
+        gone, count = self.push(tokens, n_pad)
         index = gone["window_index"][:, 0]  # (B, n)
         here = torch.arange(index.size(1), device=index.device) < count[:, None]
         for e, part in enumerate(self.parts):
             self._join(part, gone["window_k"], gone["window_v"], here & (index == e))
-        self.fresh = False
 
     def _join(self, part: PackedCache, k: Tensor, v: Tensor, mine: Tensor) -> None:
         """Let an expert store those of the tokens k, v (B, Hkv, n, D) that mine (B, n) marks."""

@@ -204,8 +204,7 @@ class WindowCache(LayerCacheBase):
         }
 
     def reserve(self, n_tokens: int) -> None:
-        """Do nothing: a ring does not grow, and experts' caches do as tokens come, for nobody knows
-        who will take them."""
+        """Do nothing: a ring does not grow."""
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:

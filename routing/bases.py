@@ -30,14 +30,14 @@ def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Ten
     so that squared error in z is squared error in what W_o writes. Eigenvalues of G are floored at
     1e-6 of the largest; one scale per layer keeps z as large as v."""
     Hkv, D = cov.shape[:2]
-    cov, eye = cov.double(), torch.eye(D, dtype=torch.float64, device=cov.device)
+    cov = cov.double()
+    eye = torch.eye(D, dtype=torch.float64, device=cov.device)
     if kind == "native":
         return eye.repeat(Hkv, 1, 1), eye.repeat(Hkv, 1, 1)
     if kind == "random":
         gen = torch.Generator().manual_seed(seed)
-        q = torch.linalg.qr(torch.randn(Hkv, D, D, generator=gen, dtype=torch.float64))[0].to(
-            cov.device
-        )
+        drawn = torch.randn(Hkv, D, D, generator=gen, dtype=torch.float64)
+        q = torch.linalg.qr(drawn)[0].to(cov.device)
         return q, q.mT.contiguous()
     if kind == "pca":
         u = torch.linalg.eigh(cov)[1].flip(-1)  # columns: largest energy first

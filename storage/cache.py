@@ -39,6 +39,7 @@ from torch import Tensor
 from config import check
 from kernels import append_window
 from storage.layout import PackedView, WindowView, slots
+from storage.state import refuse_constants, refuse_difference
 
 # -------------------- protocols
 
@@ -277,31 +278,6 @@ class LayerCacheBase(Protocol):
         again = saved.snapshot()  # `saved` may serve once more
         self.__dict__.clear()
         self.__dict__.update(again.__dict__)
-
-
-def refuse_difference(wanted: dict, found: dict, what: str) -> None:
-    """Raise ValueError that names the first setting in which two caches differ."""
-    for name in [*wanted, *(n for n in found if n not in wanted)]:
-        check(
-            wanted.get(name) == found.get(name),
-            f"{what}: {name} is {found.get(name)!r}",
-            f"{wanted.get(name)!r} is needed",
-            "use caches of one model and one way of storing",
-        )
-
-
-def refuse_constants(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise ValueError that names the first tensor in which two caches' models differ."""
-    for name in sorted({*wanted, *found}):
-        a = wanted.get(name)
-        b = found.get(name)
-        same = a is b or (a is not None and b is not None and torch.equal(a, b))
-        check(
-            same,
-            f"caches to be joined: other {name}",
-            "what was packed with one is not read with another",
-            "use caches that were filled after the change",
-        )
 
 
 def valid_columns(T: int, n_pad: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config import check
-from storage.cache import KVCache, refuse_difference
+from storage.cache import KVCache
 from storage.layout import cdiv
+from storage.state import refuse_difference
 
 FORMAT = "5"
 SAMPLE = 65536  # numbers of a tensor that the fingerprint looks at, evenly spread

@@ -1,4 +1,5 @@
-"""Named tensors copied into a model, all of them or none."""
+"""What does not fit is refused: named tensors that are copied into a model, all of them or none,
+and settings and tensors in which two caches differ."""
 
 from __future__ import annotations
 
@@ -51,3 +52,28 @@ def copy_tensors(own: dict[str, Tensor], saved: dict[str, Tensor], what: str) ->
     check_fit(own, saved, what)
     for k, t in own.items():
         t.copy_(saved[k])
+
+
+def refuse_difference(wanted: dict, found: dict, what: str) -> None:
+    """Raise ValueError that names the first setting in which two caches differ."""
+    for name in [*wanted, *(n for n in found if n not in wanted)]:
+        check(
+            wanted.get(name) == found.get(name),
+            f"{what}: {name} is {found.get(name)!r}",
+            f"{wanted.get(name)!r} is needed",
+            "use caches of one model and one way of storing",
+        )
+
+
+def refuse_constants(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise ValueError that names the first tensor in which two caches' models differ."""
+    for name in sorted({*wanted, *found}):
+        a = wanted.get(name)
+        b = found.get(name)
+        same = a is b or (a is not None and b is not None and torch.equal(a, b))
+        check(
+            same,
+            f"caches to be joined: other {name}",
+            "what was packed with one is not read with another",
+            "use caches that were filled after the change",
+        )

@@ -60,9 +60,12 @@ def test_every_kernel_compiles_for_a_gpu(compiled):
     for f in attentions(compiled):
         assert f["kernel"] == KERNELS[f["case"].split(":")[0]], f
     assert {f["kernel"] for f in compiled} >= {
+        "_add_kernel",
         "_append_packed_kernel",
         "_append_window_kernel",
+        "_gate_kernel",
         "_gptq_kernel",
+        "_heads_kernel",
         "_levels_kernel",
         "_merge_kernel",
         "_order_steps_kernel",

@@ -16,10 +16,14 @@ import itertools
 from collections.abc import Callable, Collection
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
-from model import Block, Transformer, evaluating
+from model import Block, RMSNorm, Transformer, evaluating
+from storage import fused
 from storage.cache import KVCache
+from storage.kernel_base import use_triton
 from storage.layout import at_least_float32
 
 
@@ -87,12 +91,40 @@ def prefill(
     return torch.cat(logits), KVCache.cat(caches)
 
 
+def is_fused(block: Block) -> bool:
+    """Say whether storage/fused.py does what this block does around attention: RMS norms before
+    attention and MLP alone, rotated heads, an MLP gated by silu, weights without biases."""
+    attention = block.self_attn
+    mlp = block.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    norms = [block.input_layernorm, block.post_attention_layernorm]
+    absent = (attention.q_norm, attention.k_norm, block.attn_out_norm, block.mlp_out_norm)
+    D = attention.head_dim
+    if not all(type(m) is nn.Linear and m.bias is None for m in linears):
+        return False
+    if not all(type(m) is RMSNorm for m in norms) or mlp.activation is not F.silu:
+        return False
+    if not all(isinstance(m, nn.Identity) for m in absent) or not attention.rotates:
+        return False
+    weight = mlp.down_proj.weight
+    device = weight.device.type
+    computed = weight.dtype
+    if torch.is_autocast_enabled(device):
+        computed = torch.get_autocast_dtype(device)
+    dtypes = {m.weight.dtype for m in linears + norms}
+    is_float = computed in (torch.float32, torch.bfloat16) and dtypes == {computed}
+    by_kernel = use_triton("auto", weight.device, weight.dtype)
+    return is_float and by_kernel and D >= 32 and D & (D - 1) == 0
+
+
 class DecodeGraph:
     """Decode without the host: the whole step is one CUDA graph, replayed for every token.
 
     pick(logits (B, V), step (1,)) -> ids (B, 1) chooses the next tokens. The first two steps run as
-    they are, to warm up. compiled: what lies between two attentions goes through torch.compile
-    first. Room for n tokens is reserved."""
+    they are, to warm up. What lies between two attentions runs as four kernels a layer where
+    is_fused says so; compiled: it goes through torch.compile instead. Room for n tokens is
+    reserved."""
 
     WARM = 2
     # products with one row become reductions, fused with what is around
@@ -119,6 +151,9 @@ class DecodeGraph:
         if compiled:
             self.before = torch.compile(Block.before, dynamic=False, options=self.TUNED)
             self.after = torch.compile(Block.after, dynamic=False, options=self.TUNED)
+        elif all(map(is_fused, model.layers)):
+            self.before = fused.before
+            self.after = fused.after
         cache.check_usable()
         cache.reserve(n)
 

@@ -21,7 +21,7 @@ from views import packed_view, window_view
 
 import kernels
 from selection import received
-from storage import append, gates, levels, packing, pieces
+from storage import append, fused, gates, levels, packing, pieces
 from storage.integers import append as int_append
 from storage.integers import attention, contexts, rounding, words
 from storage.integers.format import IntFormat
@@ -172,9 +172,17 @@ def others() -> None:
         bias = torch.randn(n, requires_grad=True)
         weighed, _, probs = gates.gate_and_weigh(h, bias, 2, 2, 1.0)
         (weighed.sum() + probs.sum()).backward()
+    for B in (1, 64):
+        x = torch.randn(B, 1, 576).bfloat16()
+        weight = torch.randn(1536, 576).bfloat16()
+        rope = torch.randn(2, B, 1, 1, 32)
+        norm = (weight[0], 1e-5)
+        fused.project_heads(x, norm, (weight[:576], weight[:192], weight[:192]), rope, 64)
+        fused.gated_product(x, norm, weight, weight)
+        fused.add_product(x, torch.randn(B, 1536).bfloat16(), weight.T.contiguous())
 
 
-WITH_KERNELS = (kernels, append, gates, levels, packing, pieces, received)
+WITH_KERNELS = (kernels, append, fused, gates, levels, packing, pieces, received)
 FOR_INTEGERS = (int_append, attention, contexts, rounding, words)
 for module in WITH_KERNELS + FOR_INTEGERS:
     for name, fn in [*vars(module).items()]:

@@ -1,8 +1,10 @@
 """The kernels as compiled for a GPU, on any machine: Triton's interpreter runs what no GPU would
 take, and shows no layouts."""
 
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,9 +62,12 @@ def test_every_kernel_compiles_for_a_gpu(compiled):
     for f in attentions(compiled):
         assert f["kernel"] == KERNELS[f["case"].split(":")[0]], f
     assert {f["kernel"] for f in compiled} >= {
+        "_add_kernel",
         "_append_packed_kernel",
         "_append_window_kernel",
+        "_gate_kernel",
         "_gptq_kernel",
+        "_heads_kernel",
         "_levels_kernel",
         "_merge_kernel",
         "_order_steps_kernel",
@@ -92,6 +97,63 @@ def test_codes_in_words_move_little_between_lanes(compiled):
         assert TRITON < (3, 6) or not by_asm or f["between_lanes"] < 180, f
 
 
+def run_ptx(text: str, *inputs: int) -> list[int]:
+    """What PTX of moves, shifts, look-ups of bytes and of bits leaves in its outputs $0, $1, ..., for
+    32-bit inputs, which come after them."""
+    lines = [line for line in text.strip("{}").replace("\n", "").split(";") if line]
+    names = re.findall(r"\$(\d+)", text)
+    first = max(map(int, names)) + 1 - len(inputs)
+    held = {f"${first + i}": x for i, x in enumerate(inputs)}
+
+    def value(name: str) -> int:
+        return held[name] if name in held else int(name, 0) & 0xFFFFFFFF
+
+    for line in lines:
+        name, *operands = line.replace(",", " ").split()
+        if name == ".reg":
+            continue
+        to, *rest = operands
+        x, *more = map(value, rest)
+        if name == "mov.b32":
+            held[to] = x
+        elif name == "shl.b32":
+            held[to] = x << more[0] & 0xFFFFFFFF
+        elif name == "shr.u32":
+            held[to] = x >> more[0]
+        elif name == "prmt.b32":
+            both = x | more[0] << 32
+            choice = (more[1] >> 4 * i & 7 for i in range(4))
+            held[to] = sum((both >> 8 * c & 255) << 8 * i for i, c in enumerate(choice))
+        else:
+            assert name == "lop3.b32", line
+            bits = (
+                [(word >> i & 1) for word in (x, *more[:2])] for i in range(32)
+            )  # the table's places are numbers of three bits
+            held[to] = sum(
+                (more[2] >> (4 * a + 2 * b + c) & 1) << i for i, (a, b, c) in enumerate(bits)
+            )
+    return [held[f"${i}"] for i in range(first)]
+
+
+def test_planes_in_words_become_codes_and_levels_factors():
+    """The PTX, read line by line: four planes of four numbers of four groups become the codes whose
+    bits they are, and levels of two tokens choose their factors."""
+    planes = torch.randint(0, 2**32, (20, 4), generator=torch.Generator().manual_seed(0)).tolist()
+    for a, b, c, d in planes:
+        left = run_ptx(words.SWAP_ASM_2.value, a, b), run_ptx(words.SWAP_ASM_2.value, c, d)
+        got = [0] * 4
+        for i in (0, 1):
+            got[i], got[i + 2] = run_ptx(words.SWAP_ASM_4.value, left[0][i], left[1][i])
+        for quarter, byte in itertools.product(range(4), range(4)):
+            fields = [plane >> 8 * byte + 2 * quarter & 3 for plane in (a, b, c, d)]
+            code = sum(field << 2 * i for i, field in enumerate(fields))
+            assert got[quarter] >> 8 * byte & 255 == code
+    for one, two in itertools.product(range(4), range(4)):
+        got = run_ptx(words.FACTOR_ASM.value, (one + two * 256) * 0x22 + 0x1010)
+        table = zip(words.LEVEL_FMA[one], words.LEVEL_FMA[two], strict=True)
+        assert got == [low | high << 16 for low, high in table]
+
+
 def test_a_code_as_a_subnormal_times_a_constant_is_its_value():
     """Every code of every level: its bits as a bfloat16, times one constant, plus the other, is
     exactly what format.py says, a power of 2 smaller."""
@@ -100,10 +162,8 @@ def test_a_code_as_a_subnormal_times_a_constant_is_its_value():
         signed = torch.where(bits > 32767, bits - 65536, bits).to(torch.int16)
         return signed.view(torch.bfloat16).double()
 
-    for level in (1, 2, 3):
+    for level in range(4):
         codes = torch.arange(2 ** LEVEL_BITS[level])
-        times, plus = (
-            number(torch.tensor([c.value])) for c in words.LEVEL_FMA[2 * level - 2 : 2 * level]
-        )
+        times, plus = (number(torch.tensor([c])) for c in words.LEVEL_FMA[level])
         want = (codes.double() - zero_code(level)) * LEVEL_STEPS[level]
         assert torch.equal(number(codes) * times + plus, want * 2.0**-13)

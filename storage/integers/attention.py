@@ -42,6 +42,7 @@ from storage.pieces import Variant, find_piece, segment_pieces, store_rows
 
 # Before 3.5 Triton's products have 16 columns at least: integers are read byte by byte there.
 WORDS = TRITON >= (3, 5)
+LEVEL_TOKENS = 64  # tokens of levels that a program reads at a time
 
 # -------------------- byte by byte
 
@@ -361,7 +362,7 @@ def _word_variant(q: Tensor, packed: PackedView, rows: int, known: dict) -> Vari
     constants = dict(
         **known,
         M=M,
-        N=min(64 if value_bits else 32, block),
+        N=min(64 if value_bits else LEVEL_TOKENS, block),
         KP=max(4, triton.next_power_of_2(D * key_bits // 32)),
         VP=max(8, triton.next_power_of_2(D * value_bits // 32)),
         ASM=q.is_cuda and narrow and torch.version.hip is None,

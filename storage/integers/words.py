@@ -53,11 +53,13 @@ def group_levels(word, group, S: tl.constexpr):
     """Return the levels of groups `group` of tokens with 2 S bits `word` (broadcast), int32, and
     the bit planes of the groups before them."""
     one = tl.full([1, 1], 1, word.dtype)
-    high = word >> S
+    mine = word >> group
+    level = (mine & 1 | mine >> (S - 1) & 2).to(tl.int32)
     below = (one << group) - one
-    level = (word >> group & one).to(tl.int32) + 2 * (high >> group & one).to(tl.int32)
-    planes = popcount(word & below) + 2 * popcount(high & below) + popcount(word & high & below)
-    return level, planes
+    # A level's planes are its bits, its high one once more, its low one once more if it has both.
+    seen = word & (below | below << S)
+    twice = seen & (word >> S | ((1 << S) - 1) << S)
+    return level, popcount(seen) + popcount(twice)
 
 
 # -------------------- codes from words
@@ -267,16 +269,21 @@ def _each_group(x, group, S: tl.constexpr):
 
 
 def _level_asm(n_bytes: int) -> str:
-    """Write PTX that turns one word of codes (bytes) of each of two tokens into numbers.
+    """Write PTX that turns codes (bytes) of two tokens into numbers: a word of each, or two bytes
+    of either that share a word.
 
     Codes are subnormals, as in _unpack_asm, and one multiply-add of two bfloat16 takes the zero
     code off and multiplies by the level's step. Steps have few bits, so it rounds once."""
+    x, y, times, plus = (f"${2 * n_bytes + i}" for i in range(4))
+    halves = [f"mov.b32 p, {x};\n"]
+    if n_bytes == 4:
+        halves = [f"prmt.b32 p, {x}, {y}, {order};\n" for order in ("0x5410", "0x7632")]
     text = "{\n.reg .b32 p, x;\n"
-    for half, order in enumerate(("0x5410", "0x7632")[: n_bytes // 2]):
-        text += f"prmt.b32 p, ${2 * n_bytes}, ${2 * n_bytes + 1}, {order};\n"
+    for half, both in enumerate(halves):
+        text += both
         for i in (4 * half, 4 * half + 2):
             text += "and.b32 x, p, 0x00FF00FF;\n"
-            text += f"fma.rn.bf16x2 x, x, ${2 * n_bytes + 2}, ${2 * n_bytes + 3};\n"
+            text += f"fma.rn.bf16x2 x, x, {times}, {plus};\n"
             text += f"mov.b32 {{${i}, ${i + 1}}}, x;\nshr.u32 p, p, 8;\n"
     return text + "}"
 
@@ -290,28 +297,111 @@ def _bits(x: float) -> int:
 
 LEVEL_ASM_2 = _asm(_level_asm(2))
 LEVEL_ASM_4 = _asm(_level_asm(4))
-# What a subnormal code is multiplied by, and what is added then, for a value times 2^-13.
+# What a subnormal code is multiplied by, and what is added then, for a value times 2^-13: by level,
+# two to a word.
 LEVEL_FMA = [
-    tl.constexpr(_bits(x)) if triton else 0
-    for i in (1, 2, 3)
-    for x in (LEVEL_STEPS[i] * 2.0**120, -zero_code(i) * LEVEL_STEPS[i] * 2.0**-13)
+    (_bits(LEVEL_STEPS[i] * 2.0**120), _bits(-zero_code(i) * LEVEL_STEPS[i] * 2.0**-13 if i else 0))
+    for i in range(4)
 ]
-TIMES_1, PLUS_1, TIMES_2, PLUS_2, TIMES_3, PLUS_3 = LEVEL_FMA
+
+
+def _factor_asm() -> str:
+    """Write PTX that looks up the factors of two tokens, whose levels choose bytes of a table."""
+    text = "{\n.reg .b32 p, q;\n"
+    for out in (0, 1):
+        low, high = (LEVEL_FMA[i][out] | LEVEL_FMA[i + 1][out] << 16 for i in (0, 2))
+        text += f"mov.b32 p, {low};\nmov.b32 q, {high};\nprmt.b32 ${out}, p, q, $2;\n"
+    return text + "}"
+
+
+FACTOR_ASM = _asm(_factor_asm())
 
 
 @jit
-def _quarter(a, b, c, d, i: tl.constexpr):
-    """Return codes of the i-th quarter of a group's numbers, a byte each, from four bit planes."""
-    m: tl.constexpr = 0x03030303
-    return (a >> 2 * i & m) | (b >> 2 * i & m) << 2 | (c >> 2 * i & m) << 4 | (d >> 2 * i & m) << 6
+def _as_is(word, ASM: tl.constexpr):
+    """Return word (uint32), of which the compiler then knows nothing: what it knows makes it count
+    and shift in 8 and 16 bits, which costs more."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1
+        )
+    else:
+        return word
+
+
+def _swap_asm(bits: int, low: int) -> str:
+    """Write PTX for _swap: lop3 0xE4 takes the first where the third is 1, else the second."""
+    return (
+        "{\n.reg .b32 t;\n"
+        f"shl.b32 t, $3, {bits};\nlop3.b32 $0, $2, t, {low}, 0xE4;\n"
+        f"shr.u32 t, $2, {bits};\nlop3.b32 $1, t, $3, {low}, 0xE4;\n}}"
+    )
+
+
+SWAP_ASM_2 = _asm(_swap_asm(2, 0x33333333))
+SWAP_ASM_4 = _asm(_swap_asm(4, 0x0F0F0F0F))
+
+
+@jit
+def _swap(x, y, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Exchange every second field of BITS bits: the upper ones of x (uint32) with the lower ones of
+    y."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            SWAP_ASM_2 if BITS == 2 else SWAP_ASM_4,
+            "=r,=r,r,r",
+            [x, y],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        low: tl.constexpr = 0x33333333 if BITS == 2 else 0x0F0F0F0F
+        return (x & low) | (y & low) << BITS, (x >> BITS & low) | (y >> BITS & low) << BITS
+
+
+@jit
+def _level_masks(
+    bits_ptr,
+    before_ptr,
+    tile_rows_ptr,
+    t0,
+    end,
+    S: tl.constexpr,
+    N: tl.constexpr,
+    TILE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Load the masks of tokens t0 + 4 (2 i + {0, 1}) + j in place (j, i), 0 from `end` on, and the
+    bit planes before each: load_masks, twice, with addresses that differ by constants."""
+    lane = tl.arange(0, 4)[:, None]
+    eight = tl.arange(0, N // 8)[None, :] * 8
+    left = end - t0
+    bits_ptr = bits_ptr + t0 + lane
+    before_ptr = before_ptr + t0 + lane
+    tile_rows_ptr += t0 // TILE
+    one = tl.load(bits_ptr + eight, mask=eight < left - lane, other=0)
+    two = tl.load(bits_ptr + (eight + 4), mask=eight < left - 4 - lane, other=0)
+    one_before = tl.load(before_ptr + eight, mask=eight < left - lane, other=0)
+    two_before = tl.load(before_ptr + (eight + 4), mask=eight < left - 4 - lane, other=0)
+    one_tile = tl.load(tile_rows_ptr + eight // TILE, mask=eight < left, other=0)
+    two_tile = one_tile
+    if TILE < 8:
+        two_tile = tl.load(tile_rows_ptr + (eight + 4) // TILE, mask=eight < left - 4, other=0)
+    return (
+        _as_is(as_word(one, 2 * S), ASM),
+        one_tile + one_before.to(tl.int32),
+        _as_is(as_word(two, 2 * S), ASM),
+        two_tile + two_before.to(tl.int32),
+    )
 
 
 @jit
 def _plane_words(rows_ptr, word, offset, S: tl.constexpr, U: tl.constexpr):
     """Load tokens (4, n) with masks `word` and `offset` bit planes before them.
 
-    Returns levels (4, S, n), and for each quarter of a group's numbers the codes, a byte each, in
-    words of 4 bytes, or of the U bytes that a plane has: (4, S, n, words) four times."""
+    Returns levels (4, S, n), and the four planes, in words of 4 bytes, or of the U bytes that a
+    plane has: (4, S, n, words) four times, zeros where the level has none."""
     E: tl.constexpr = U if U < 4 else 4
     if E == 4:
         rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
@@ -321,18 +411,23 @@ def _plane_words(rows_ptr, word, offset, S: tl.constexpr, U: tl.constexpr):
     level, before = group_levels(word[:, None, :], group, S)
     first = ((offset[:, None, :] + before) * (U // E))[:, :, :, None]
     at = rows_ptr + first + tl.arange(0, U // E)[None, None, None, :]
-    n = (level + (level == 3))[:, :, :, None]  # planes
-    a = tl.load(at, mask=n > 0, other=0).to(tl.uint32)
-    b = tl.load(at + U // E, mask=n > 1, other=0).to(tl.uint32)
-    c = tl.load(at + 2 * (U // E), mask=n > 2, other=0).to(tl.uint32)
-    d = tl.load(at + 3 * (U // E), mask=n > 3, other=0).to(tl.uint32)
-    return (
-        level,
-        _quarter(a, b, c, d, 0),
-        _quarter(a, b, c, d, 1),
-        _quarter(a, b, c, d, 2),
-        _quarter(a, b, c, d, 3),
-    )
+    high = level[:, :, :, None]
+    a = tl.load(at, mask=high > 0, other=0).to(tl.uint32)
+    b = tl.load(at + U // E, mask=high > 1, other=0).to(tl.uint32)
+    c = tl.load(at + 2 * (U // E), mask=high > 2, other=0).to(tl.uint32)
+    d = tl.load(at + 3 * (U // E), mask=high > 2, other=0).to(tl.uint32)
+    return level, a, b, c, d
+
+
+@jit
+def _codes_of_planes(a, b, c, d, ASM: tl.constexpr):
+    """Turn words of four bit planes into codes, a byte each: those of each quarter of a group's
+    numbers. It transposes the 4 x 4 fields of 2 bits that the bytes of a place have."""
+    a, b = _swap(a, b, 2, ASM)
+    c, d = _swap(c, d, 2, ASM)
+    one, three = _swap(a, c, 4, ASM)
+    two, four = _swap(b, d, 4, ASM)
+    return one, two, three, four
 
 
 @jit
@@ -347,11 +442,11 @@ def _level_numbers(level, x, like, E: tl.constexpr):
 @jit
 def _level_factors(one, two):
     """Return what _level_fma takes for two tokens of these levels."""
-    times = of_level(one, TIMES_1, TIMES_2, TIMES_3)
-    times |= of_level(two, TIMES_1, TIMES_2, TIMES_3) << 16
-    plus_one = tl.where(one > 0, of_level(one, PLUS_1, PLUS_2, PLUS_3), 0)
-    plus_two = tl.where(two > 0, of_level(two, PLUS_1, PLUS_2, PLUS_3), 0)
-    return times[:, :, :, None], (plus_one | plus_two << 16)[:, :, :, None]
+    choice = (one + two * 256) * 0x22 + 0x1010
+    times, plus = tl.inline_asm_elementwise(
+        FACTOR_ASM, "=r,=r,r", [choice], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+    )
+    return times[:, :, :, None], plus[:, :, :, None]
 
 
 @jit
@@ -402,6 +497,13 @@ def _level_values(
     n: tl.constexpr = one_word.shape[1]
     one, w1, w2, w3, w4 = _plane_words(rows_ptr, one_word, one_offset, S, U)
     two, v1, v2, v3, v4 = _plane_words(rows_ptr, two_word, two_offset, S, U)
+    if FMA and E == 2:
+        w1, w2, w3, w4 = w1 | v1 << 16, w2 | v2 << 16, w3 | v3 << 16, w4 | v4 << 16
+    w1, w2, w3, w4 = _codes_of_planes(w1, w2, w3, w4, FMA)
+    if FMA and E == 2:
+        v1, v2, v3, v4 = w1, w2, w3, w4
+    else:
+        v1, v2, v3, v4 = _codes_of_planes(v1, v2, v3, v4, FMA)
     if FMA:
         times, plus = _level_factors(one, two)
         a = _level_fma(w1, v1, times, plus, like, E)
@@ -734,10 +836,8 @@ def _word_attention_kernel(
         + channel[None, None, :]
     )
     if VALUE == 0:
-        pairs = start + tl.arange(0, 4)[:, None] + tl.arange(0, N // 8)[None, :] * 8
-        one_bits, one_offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, pairs, end, K, TILE)
-        two_bits, two_offset = load_masks(
-            bits_ptr, before_ptr, tile_rows_ptr, pairs + 4, end, K, TILE
+        one_word, one_offset, two_word, two_offset = _level_masks(
+            bits_ptr, before_ptr, tile_rows_ptr, start, end, S, N, TILE, ASM
         )
         own_step = tl.load(value_scale_ptr + start + at, mask=start + at < end, other=0.0)
         nothing = _nothing(any_ptr, at) if DEAL else 0.0
@@ -767,9 +867,9 @@ def _word_attention_kernel(
         if VALUE == 0:
             value = _level_values(
                 rows_ptr,
-                as_word(one_bits, 2 * S),
+                one_word,
                 one_offset,
-                as_word(two_bits, 2 * S),
+                two_word,
                 two_offset,
                 like,
                 D,
@@ -777,12 +877,8 @@ def _word_attention_kernel(
                 FMA,
             )
             w = own_step.to(tl.float32) + nothing if DEAL else own_step.to(tl.float32)
-            pairs = pairs + N
-            one_bits, one_offset = load_masks(
-                bits_ptr, before_ptr, tile_rows_ptr, pairs, end, K, TILE
-            )
-            two_bits, two_offset = load_masks(
-                bits_ptr, before_ptr, tile_rows_ptr, pairs + 4, end, K, TILE
+            one_word, one_offset, two_word, two_offset = _level_masks(
+                bits_ptr, before_ptr, tile_rows_ptr, t0 + N, end, S, N, TILE, ASM
             )
             own_step = tl.load(value_scale_ptr + t + N, mask=t + N < end, other=0.0)
         elif K == S:

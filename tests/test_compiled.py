@@ -120,18 +120,18 @@ def run_ptx(text: str, *inputs: int) -> list[int]:
             held[to] = x << more[0] & 0xFFFFFFFF
         elif name == "shr.u32":
             held[to] = x >> more[0]
+        elif name == "mad.lo.s32":
+            held[to] = x * more[0] + more[1] & 0xFFFFFFFF
         elif name == "prmt.b32":
             both = x | more[0] << 32
             choice = (more[1] >> 4 * i & 7 for i in range(4))
             held[to] = sum((both >> 8 * c & 255) << 8 * i for i, c in enumerate(choice))
         else:
             assert name == "lop3.b32", line
-            bits = (
-                [(word >> i & 1) for word in (x, *more[:2])] for i in range(32)
-            )  # the table's places are numbers of three bits
-            held[to] = sum(
-                (more[2] >> (4 * a + 2 * b + c) & 1) << i for i, (a, b, c) in enumerate(bits)
-            )
+            held[to] = 0
+            for i in range(32):  # three bits are a place in the table
+                a, b, c = (word >> i & 1 for word in (x, *more[:2]))
+                held[to] |= (more[2] >> 4 * a + 2 * b + c & 1) << i
     return [held[f"${i}"] for i in range(first)]
 
 
@@ -149,7 +149,7 @@ def test_planes_in_words_become_codes_and_levels_factors():
             code = sum(field << 2 * i for i, field in enumerate(fields))
             assert got[quarter] >> 8 * byte & 255 == code
     for one, two in itertools.product(range(4), range(4)):
-        got = run_ptx(unpack.FACTOR_ASM.value, (one + two * 256) * 0x22 + 0x1010)
+        got = run_ptx(unpack.FACTOR_ASM.value, one, two)
         table = zip(unpack.LEVEL_FMA[one], unpack.LEVEL_FMA[two], strict=True)
         assert got == [low | high << 16 for low, high in table]
 

@@ -286,10 +286,11 @@ LEVEL_FMA = [
 
 def _factor_asm() -> str:
     """Write PTX that looks up the factors of two tokens, whose levels choose bytes of a table."""
-    text = "{\n.reg .b32 p, q;\n"
+    text = "{\n.reg .b32 p, q, bytes;\n"
+    text += "mad.lo.s32 bytes, $3, 0x2200, 0x1010;\nmad.lo.s32 bytes, $2, 0x22, bytes;\n"
     for out in (0, 1):
         low, high = (LEVEL_FMA[i][out] | LEVEL_FMA[i + 1][out] << 16 for i in (0, 2))
-        text += f"mov.b32 p, {low};\nmov.b32 q, {high};\nprmt.b32 ${out}, p, q, $2;\n"
+        text += f"mov.b32 p, {low};\nmov.b32 q, {high};\nprmt.b32 ${out}, p, q, bytes;\n"
     return text + "}"
 
 
@@ -421,9 +422,8 @@ def _level_numbers(level, x, like, E: tl.constexpr):
 @jit
 def _level_factors(one, two):
     """Return what _level_fma takes for two tokens of these levels."""
-    choice = (one + two * 256) * 0x22 + 0x1010
     times, plus = tl.inline_asm_elementwise(
-        FACTOR_ASM, "=r,=r,r", [choice], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        FACTOR_ASM, "=r,=r,r,r", [one, two], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
     )
     return times[:, :, :, None], plus[:, :, :, None]
 

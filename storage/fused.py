@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from storage.kernel_base import jit, product, tl
+from storage.kernel_base import jit, product, tl, triton
 from storage.layout import cdiv
 
 
@@ -119,35 +119,29 @@ def _heads_kernel(
     eps,
     query_gain,
     HALF: tl.constexpr,
+    WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEEP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Compute numbers of one head of q, k or v for ROWS sequences, turned by RoPE if it is q or k:
-    COLUMNS of either half, two products. The program after the last head stores norm(x)."""
+    COLUMNS of either half, two products. The programs after the last head store norm(x), one
+    sequence each. WIDE: E rounded up to a power of 2."""
+    after = tl.program_id(0) - (H + 2 * Hkv) * (HALF // COLUMNS)
+    if after >= 0:
+        b = tl.program_id(1) * ROWS + after
+        e = tl.arange(0, WIDE)
+        in_x = e < tl.where(b < B, E, 0)
+        x = tl.load(x_ptr + b * E + e, mask=in_x, other=0.0).to(tl.float32)
+        gain = tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        normed = x * tl.rsqrt(tl.sum(x * x, 0) / E + eps) * gain
+        tl.store(normed_ptr + b * E + e, normed.to(normed_ptr.dtype.element_ty), mask=in_x)
+        return
     head = tl.program_id(0) // (HALF // COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i = tl.program_id(0) % (HALF // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
     there = (row < B)[:, None] & (i < HALF)[None, :]
-    if head == H + 2 * Hkv:
-        squares = tl.zeros([ROWS], tl.float32)
-        for e0 in range(0, E, DEEP):
-            e = e0 + tl.arange(0, DEEP)
-            at = row[:, None] * E + e[None, :]
-            in_x = (row < B)[:, None] & (e < E)[None, :]
-            wide = tl.load(x_ptr + at, mask=in_x, other=0.0).to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-        inverse = tl.rsqrt(squares / E + eps)[:, None]
-        for e0 in range(0, E, DEEP):
-            e = e0 + tl.arange(0, DEEP)
-            at = row[:, None] * E + e[None, :]
-            in_x = (row < B)[:, None] & (e < E)[None, :]
-            wide = tl.load(x_ptr + at, mask=in_x, other=0.0).to(tl.float32)
-            gain = tl.load(norm_ptr + e, mask=e < E, other=0.0).to(tl.float32)
-            normed = wide * inverse * gain[None, :]
-            tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=in_x)
-        return
     is_q = head < H
     turns = head < H + Hkv
     heads = tl.where(is_q, H, Hkv)
@@ -288,7 +282,7 @@ def project_heads(
     H, Hkv = (len(w) // head_dim for w in weights[:2])
     tile = tiles(B)["heads"]
     columns = min(tile.columns, head_dim // 2)
-    programs = (H + 2 * Hkv) * (head_dim // 2 // columns) + 1
+    programs = (H + 2 * Hkv) * (head_dim // 2 // columns) + tile.rows
     normed = torch.empty_like(x)
     q = x.new_empty(B, H, 1, head_dim)
     k = x.new_empty(B, Hkv, 1, head_dim)
@@ -309,6 +303,7 @@ def project_heads(
         norm[1],
         query_gain,
         HALF=head_dim // 2,
+        WIDE=triton.next_power_of_2(E),
         ROWS=tile.rows,
         COLUMNS=columns,
         DEEP=tile.deep,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage.integers import attention, words
+from storage.integers import attention, unpack
 from storage.integers.format import LEVEL_BITS, LEVEL_STEPS, zero_code
 from storage.kernel_base import TRITON, triton
 
@@ -120,18 +120,18 @@ def run_ptx(text: str, *inputs: int) -> list[int]:
             held[to] = x << more[0] & 0xFFFFFFFF
         elif name == "shr.u32":
             held[to] = x >> more[0]
+        elif name == "mad.lo.s32":
+            held[to] = x * more[0] + more[1] & 0xFFFFFFFF
         elif name == "prmt.b32":
             both = x | more[0] << 32
             choice = (more[1] >> 4 * i & 7 for i in range(4))
             held[to] = sum((both >> 8 * c & 255) << 8 * i for i, c in enumerate(choice))
         else:
             assert name == "lop3.b32", line
-            bits = (
-                [(word >> i & 1) for word in (x, *more[:2])] for i in range(32)
-            )  # the table's places are numbers of three bits
-            held[to] = sum(
-                (more[2] >> (4 * a + 2 * b + c) & 1) << i for i, (a, b, c) in enumerate(bits)
-            )
+            held[to] = 0
+            for i in range(32):  # three bits are a place in the table
+                a, b, c = (word >> i & 1 for word in (x, *more[:2]))
+                held[to] |= (more[2] >> 4 * a + 2 * b + c & 1) << i
     return [held[f"${i}"] for i in range(first)]
 
 
@@ -140,17 +140,17 @@ def test_planes_in_words_become_codes_and_levels_factors():
     bits they are, and levels of two tokens choose their factors."""
     planes = torch.randint(0, 2**32, (20, 4), generator=torch.Generator().manual_seed(0)).tolist()
     for a, b, c, d in planes:
-        left = run_ptx(words.SWAP_ASM_2.value, a, b), run_ptx(words.SWAP_ASM_2.value, c, d)
+        left = run_ptx(unpack.SWAP_ASM_2.value, a, b), run_ptx(unpack.SWAP_ASM_2.value, c, d)
         got = [0] * 4
         for i in (0, 1):
-            got[i], got[i + 2] = run_ptx(words.SWAP_ASM_4.value, left[0][i], left[1][i])
+            got[i], got[i + 2] = run_ptx(unpack.SWAP_ASM_4.value, left[0][i], left[1][i])
         for quarter, byte in itertools.product(range(4), range(4)):
             fields = [plane >> 8 * byte + 2 * quarter & 3 for plane in (a, b, c, d)]
             code = sum(field << 2 * i for i, field in enumerate(fields))
             assert got[quarter] >> 8 * byte & 255 == code
     for one, two in itertools.product(range(4), range(4)):
-        got = run_ptx(words.FACTOR_ASM.value, (one + two * 256) * 0x22 + 0x1010)
-        table = zip(words.LEVEL_FMA[one], words.LEVEL_FMA[two], strict=True)
+        got = run_ptx(unpack.FACTOR_ASM.value, one, two)
+        table = zip(unpack.LEVEL_FMA[one], unpack.LEVEL_FMA[two], strict=True)
         assert got == [low | high << 16 for low, high in table]
 
 
@@ -164,6 +164,6 @@ def test_a_code_as_a_subnormal_times_a_constant_is_its_value():
 
     for level in range(4):
         codes = torch.arange(2 ** LEVEL_BITS[level])
-        times, plus = (number(torch.tensor([c])) for c in words.LEVEL_FMA[level])
+        times, plus = (number(torch.tensor([c])) for c in unpack.LEVEL_FMA[level])
         want = (codes.double() - zero_code(level)) * LEVEL_STEPS[level]
         assert torch.equal(number(codes) * times + plus, want * 2.0**-13)

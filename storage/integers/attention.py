@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import load_queries, query_rows, read_window, softmax_step
 from storage.integers import words
 from storage.integers.format import IntFormat
-from storage.integers.words import (
+from storage.integers.unpack import (
     STEP_1,
     STEP_2,
     STEP_3,

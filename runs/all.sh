@@ -71,6 +71,7 @@ table mixture out/mixture "GPU, model" "predictors of a mixture of texts, measur
 table selection out/selection "GPU, model" "which tokens and groups stay, after mixture.sh"
 table hedge out/hedge "GPU, model" "the exponent on relevance, after mixture.sh"
 table recall out/recall "GPU, model" "needles asked of a compressed cache, after mixture.sh"
+table coding out/coding "GPU, model" "a prompt as a string of bytes, on eight texts"
 table bits out/bits "GPU, model" "loss and divergence against bytes, after mixture.sh"
 table published out/published "GPU, model" "rivals as they were published"
 table paper_selection out/paper_selection "GPU, model" "the paper's own selection"

@@ -42,7 +42,7 @@ else L).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -67,6 +67,7 @@ from model import (
 from selection.budgets import half_bytes_for, planned, prices, within_budget
 from selection.calibration import layer_sensitivity, value_statistics
 from selection.predictors import HiddenPredictor, QueryPredictor
+from selection.refit import refitted
 from selection.relevance import NOBODY_ASKS, PLAIN, Prompt
 from storage.cache import NewTokens, PromptState, valid_columns
 from storage.from_keys import numbers
@@ -163,6 +164,12 @@ class Selector(nn.Module):
             "allocation=global with prefill=routed",
             "a layer cannot wait for those after it",
             "give --allocation=layer, --mask_scope=shared or --prefill=exact",
+        )
+        check(
+            not cfg.refit or self.kv.prefill == "exact",
+            "refit with prefill=routed",
+            "a context is refitted once all layers have seen it whole",
+            "leave out --refit or --prefill",
         )
         check(
             not cfg.kv_bytes or self.kv.mask_scope != "shared",
@@ -404,6 +411,10 @@ class Selector(nn.Module):
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
+        values = prompt.values
+        if self.cfg.refit and not self.cfg.whole:
+            values = self.refit(prompt, selection, paths, v, caches[0].codec.n_sinks)
+            seen = [layer._replace(z=own) for layer, own in zip(seen, values, strict=True)]
         rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         moments = prompt.moments() if rounded else None
         shared = self.kv.mask_scope == "shared"
@@ -420,8 +431,20 @@ class Selector(nn.Module):
         if n_sinks:  # first tokens go to the window
             keep = keep & (prompt.valid.cumsum(-1) > n_sinks)[:, None]
         keys = prompt.keys[..., :C, :]
-        pack_layers(caches, keys, prompt.values, keep, selection.mask, prompt.valid, moments)
+        pack_layers(caches, keys, values, keep, selection.mask, prompt.valid, moments)
         fill_windows(caches, k, v, C, n_pad)
+
+    def refit(
+        self, prompt: Prompt, selection: Selection, paths: Sequence[SelectPath], v, n_first: int
+    ) -> Tensor:
+        """Return the context's coordinates (L, B, Hkv, C, D) with those of kept tokens refitted. v:
+        whole values (B, Hkv, T, D) of each layer; n_first: tokens that stay whole before them."""
+        after = (t[:, :, prompt.n_context :] for t in v)
+        tail = [path.own_maps().encode(t) for path, t in zip(paths, after, strict=True)]
+        stored = expand_mask(selection.mask > 0, prompt.values.size(-1))
+        with torch.autocast(prompt.k[0].device.type, enabled=False):
+            args = (torch.stack(tail), selection.keep, stored, n_first, self.cfg.refit_ridge)
+            return refitted(prompt, *args)
 
     def see_layers(self, model: Transformer, idx: Tensor, pad: Tensor | None = None) -> tuple:
         """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx

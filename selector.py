@@ -26,6 +26,8 @@ are multiplied by what a value writes to the residual stream (output_gain) and b
 feels it there (layer_sensitivity^hedge), both measured once on calibration text; a joint budget
 takes their squares, for errors of many tokens add up so.
 
+What is chosen may be refitted before it is packed (--refit, selection/refit.py).
+
 What the layers saw of a prompt is a `Prompt` (selection/relevance.py): lists over layers of inputs
 x, queries q, keys k and context values z, and what follows from them: which columns are no padding
 (valid), the values' group norms, attention of any queries on the context. A signal such as `future`

@@ -132,16 +132,16 @@ def change(s: Segments, held: Tensor, ridge: float, cap: float = 0.0) -> Tensor:
     C = s.free.size(1)
     logits = soft_cap(at_least_float32(s.q) @ at_least_float32(s.k).mT, cap)  # (G, m, T)
     z = at_least_float32(s.z)
-    asks = s.asks.unsqueeze(-1)
-    p = logits.masked_fill(~s.there[:, None], NEVER).softmax(-1) * asks
-    whole = logits.masked_fill_(~s.real[:, None], NEVER).softmax(-1) * asks
+    p = logits.masked_fill(~s.there[:, None], NEVER).softmax(-1)
+    whole = logits.masked_fill_(~s.real[:, None], NEVER).softmax(-1)
     wanted = whole @ z
 
     n = s.free.sum(-1)
     column = s.free.byte().argsort(dim=-1, descending=True, stable=True)[:, : int(n.max())]
-    moves = p.take_along_dim(column[:, None], -1) * s.free.take_along_dim(column, -1)[:, None]
+    counts = s.asks.unsqueeze(-1) & s.free.take_along_dim(column, -1)[:, None]
+    moves = p.take_along_dim(column[:, None], -1) * counts  # (G, m, N)
     fit = ~held
-    x = ridge_rows(moves[:, fit], (wanted - p @ z)[:, fit], n, ridge)  # (G, n, D)
+    x = ridge_rows(moves[:, fit], (wanted - p @ z)[:, fit], n, ridge)  # (G, N, D)
 
     column = column.unsqueeze(-1)
     told = moves[:, held] @ (x * s.stored.take_along_dim(column, 1))

@@ -40,7 +40,8 @@ def a_prompt(T: int = 73, seed: int = 0, left: bool = False) -> tuple[Prompt, to
 def chosen_at_random(prompt: Prompt, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens are kept, and which of four groups of theirs."""
     g = torch.Generator().manual_seed(seed)
-    keep = torch.rand(L, B, HKV, prompt.n_context, generator=g) < torch.rand(L, 1, HKV, 1)
+    keep = torch.rand(L, B, HKV, prompt.n_context, generator=g)
+    keep = keep < torch.rand(L, 1, HKV, 1, generator=g)
     groups = torch.rand(*keep.shape, 4, generator=g) < 0.7
     return keep, groups.repeat_interleave(D // 4, -1)
 
@@ -108,7 +109,7 @@ def by_loops(prompt, tail, keep, stored, n_first, ridge, i, b, h):
 @pytest.mark.parametrize("left", [False, True])
 def test_refit_equals_ridge_regression_in_loops(left):
     """Every segment, with padding, first tokens that stay whole, groups that are not stored and
-    values told by keys. On queries that are held out the error never grows; where it would, values
+    values told by keys. On queries that are held out the error never grows; where none are, values
     stay as they were, bit for bit, and so do those of tokens that are not kept."""
     prompt, tail = a_prompt(left=left)
     keep, stored = chosen_at_random(prompt)
@@ -131,6 +132,31 @@ def test_refit_equals_ridge_regression_in_loops(left):
     assert L * HKV <= shut < L * B * HKV - 1  # the last row has nothing that is held out
     assert torch.equal(got[~keep], prompt.values[~keep])
     assert not torch.equal(got[keep], prompt.values[keep])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_head_stays_where_queries_held_out_would_lose(sign):
+    """Dropped tokens say one thing to queries that are fitted and, with sign -1, the opposite to
+    those that are held out: kept values then stay as they were, bit for bit."""
+    T = 70
+    C = T - W
+    u = torch.zeros(D, dtype=torch.float64)
+    u[0] = 8
+    from_end = torch.arange(T).flip(0)
+    ask = torch.where(from_end // RUN % EVERY == EVERY - 1, sign, 1)
+    q = (ask[:, None] * u).expand(1, N_HEADS, T, D)
+    side = torch.zeros(T, dtype=torch.float64)
+    side[0:C:4] = 1
+    side[1:C:4] = -1  # the dropped ones
+    k = (side[:, None] * u).expand(1, 1, T, D)
+    z = torch.randn(T, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 9
+    z = torch.where(side[:, None] == 0, z, side[:, None]).expand(1, 1, T, D)
+    still = torch.ones(160, D // 2), torch.zeros(160, D // 2)  # positions turn nothing
+    prompt = Prompt([q], [q], [k], [z[:, :, :C]], C, None, still)
+    keep = (side[:C] == 0).expand(1, 1, 1, C)
+    stored = keep.new_ones(1, 1, 1, C, D)
+    got = refitted(prompt, z[None, :, :, C:], keep, stored, 0, 0.1)
+    assert torch.equal(got, prompt.values) == (sign < 0)
 
 
 @pytest.mark.parametrize(("m", "n"), [(7, 4), (4, 7)])

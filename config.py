@@ -612,7 +612,7 @@ class SelectConfig:
         "queries, moved ahead, read of them what they read of the whole context",
     )
     refit_ridge: float = opt(
-        0.1, "refit: its ridge, in units of the mean squared weight of a token", above=0
+        0.3, "refit: its ridge, in units of the mean squared weight of a token", above=0
     )
     predictors: str = opt(
         "",

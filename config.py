@@ -457,6 +457,14 @@ class SelectConfig:
         "the nearest",
         ROUNDINGS,
     )
+    refit: bool = opt(
+        False,
+        "values of kept tokens are refitted, before they are rounded, so that the prompt's last "
+        "queries, moved ahead, read of them what they read of the whole context",
+    )
+    refit_ridge: float = opt(
+        0.3, "refit: its ridge, in units of the mean squared weight of a token", above=0
+    )
     predictors: str = opt(
         "",
         f"what --stage=select trains, of {', '.join(PREDICTORS)} (empty: those named as relevance)",
@@ -519,6 +527,8 @@ class SelectConfig:
                 words.append("fixed")
         if self.relevance != "predictor":
             words.append(f"hedge={self.hedge:g}")
+        if self.refit:
+            words.append(f"refit={self.refit_ridge:g}")
         return " ".join(words)
 
     @property

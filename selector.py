@@ -26,6 +26,8 @@ are multiplied by what a value writes to the residual stream (output_gain) and b
 feels it there (layer_sensitivity^hedge), both measured once on calibration text; a joint budget
 takes their squares, for errors of many tokens add up so.
 
+What is chosen may be refitted before it is packed (--refit, selection/refit.py).
+
 What the layers saw of a prompt is a `Prompt` (selection/relevance.py): lists over layers of inputs
 x, queries q, keys k and context values z, and what follows from them: which columns are no padding
 (valid), the values' group norms, attention of any queries on the context. A signal such as `future`
@@ -42,7 +44,7 @@ else L).
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -65,6 +67,7 @@ from model import (
 from selection.budgets import Selection, planned, spend_bytes, spend_in_turn, spend_jointly
 from selection.calibration import calibrate, look
 from selection.predictors import HiddenPredictor, QueryPredictor
+from selection.refit import refitted
 from selection.relevance import PLAIN, Prompt
 from storage.cache import NewTokens, PromptState, valid_columns
 from storage.from_keys import numbers
@@ -146,6 +149,12 @@ class Selector(nn.Module):
             "allocation=global with prefill=routed",
             "a layer cannot wait for those after it",
             "give --allocation=layer, --mask_scope=shared or --prefill=exact",
+        )
+        check(
+            not cfg.refit or self.kv.prefill == "exact",
+            "refit with prefill=routed",
+            "a context is refitted once all layers have seen it whole",
+            "leave out --refit or --prefill",
         )
         check(
             not cfg.kv_bytes or self.kv.mask_scope != "shared",
@@ -295,6 +304,10 @@ class Selector(nn.Module):
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
         prompt = Prompt(x, q, k, z, C, n_pad, *about)
         selection = self.choose(prompt)
+        values = prompt.values
+        if self.cfg.refit and not self.cfg.whole:
+            values = self.refit(prompt, selection, paths, v, caches[0].codec.n_sinks)
+            seen = [layer._replace(z=own) for layer, own in zip(seen, values, strict=True)]
         moments = prompt.moments() if rounded else None
         shared = self.kv.mask_scope == "shared"
         if shared or left is not None:  # one by one
@@ -307,8 +320,20 @@ class Selector(nn.Module):
             return
         keys = prompt.keys[..., :C, :]
         chosen = (selection.keep, selection.mask, prompt.valid)
-        pack_layers(caches, keys, prompt.values, *chosen, moments)
+        pack_layers(caches, keys, values, *chosen, moments)
         fill_windows(caches, k, v, C, n_pad)
+
+    def refit(
+        self, prompt: Prompt, selection: Selection, paths: Sequence[SelectPath], v, n_first: int
+    ) -> Tensor:
+        """Return the context's coordinates (L, B, Hkv, C, D) with those of kept tokens refitted. v:
+        whole values (B, Hkv, T, D) of each layer; n_first: tokens that stay whole before them."""
+        after = (t[:, :, prompt.n_context :] for t in v)
+        tail = [path.own_maps().encode(t) for path, t in zip(paths, after, strict=True)]
+        stored = expand_mask(selection.mask > 0, prompt.values.size(-1))
+        with torch.autocast(prompt.k[0].device.type, enabled=False):
+            args = (torch.stack(tail), selection.keep, stored, n_first, self.cfg.refit_ridge)
+            return refitted(prompt, *args)
 
 
 def check_trained(cfg: SelectConfig, has: Container[str]) -> None:

@@ -232,7 +232,7 @@ class Prompt:
         return tuple(t[place].unsqueeze(-3) for t in self.rope)
 
     @cached_property
-    def _to_come(self) -> tuple[Tensor, Tensor]:
+    def to_come(self) -> tuple[Tensor, Tensor]:
         """How `moments` turns the prompt's last queries: see turn."""
         columns = self.column[-SPAN:]
         room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
@@ -253,7 +253,7 @@ class Prompt:
         out = []
         for i in range(0, self.L, step):
             q = torch.stack(last[i : i + step]).float()
-            q = apply_rope(q, *self._to_come).double()
+            q = apply_rope(q, *self.to_come).double()
             read = q if self.pad is None else q * real[:, None]
             of_heads = (read.mT @ q).unflatten(2, (self.k[0].size(1), -1))
             out.append(of_heads.mean(3) / n)

@@ -488,6 +488,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "token_keep": [0, 1.1],
     "value_keep": [0, 1.1],
     "hedge": [-0.1, 1.1],
+    "refit_ridge": [0, -0.1],
     "sinks": [-1],
     "ahead": [-1],
     "pool": [0, 4],

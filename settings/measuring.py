@@ -85,7 +85,7 @@ OF_METHODS = {
     "token_budgets": ("select", "quest"),
     "quest_whole": ("quest",),
     **dict.fromkeys(("kv_budgets", "relevances", "token_relevances"), ("select",)),
-    "kv_byte_budgets": ("select", "kvtc", "rdkv"),
+    "kv_byte_budgets": ("select", "routed", "kvtc", "rdkv"),
     "kv_bits": ("value_groups", "select", "kivi", *SHARED),
     "topk_groups": ("value_groups",),
     "reconstructor": ("value_groups", "select"),

@@ -18,8 +18,8 @@ Tokens that are read more have smaller steps (routed.py).
 
 Codes are whole numbers, |y| / step + UP rounded down, with the sign of y. How likely a code is
 depends on a coordinate's spread in steps alone: there is a row of probabilities for each quarter
-octave of it, counted on calibration text. The lowest bits of long codes are stored as they are. Spreads and steps are whole 64ths of an octave,
-so that writer and reader agree on rows exactly.
+octave of it, counted on calibration text. The lowest bits of long codes are stored as they are.
+Spreads and steps are whole 64ths of an octave, so that writer and reader agree on rows exactly.
 
 Letters: storage/layout.py; p numbers of a token in a block, r coordinates that are used."""
 

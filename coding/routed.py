@@ -83,7 +83,7 @@ def read_by_last(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float = 0.0) -
     apart, on all columns: (B, Hkv, T) float32.
 
     q (B, H, T, D), k (B, Hkv, T, D)"""
-    B, H, T, D = q.shape
+    B, _, T, D = q.shape
     W = min(ASKING, T)
     Hkv = k.size(1)
     scaled = (q[:, :, T - W :].float() * D**-0.5).unflatten(1, (Hkv, -1))
@@ -140,7 +140,8 @@ class RoutedCodec(nn.Module):
         self.shift = basis.shift
         low = low_bits(torch.arange(ROWS))[:, None]
         self.cost = (self.table.cost()[:ROWS] + low).to(self.shift.device)
-        self.blocks = [block.first(r) for block, r in zip(basis.blocks, self._used(basis, n_tokens))]
+        used = self._used(basis, n_tokens)
+        self.blocks = [block.first(r) for block, r in zip(basis.blocks, used, strict=True)]
 
     def _used(self, basis: Basis, n_tokens: int) -> list[int]:
         """Count the coordinates of each block that tokens of up to 2^SPARE times the mean weight
@@ -164,9 +165,11 @@ class RoutedCodec(nn.Module):
         return [int((row_of(b.spread, least) >= FIRST).sum()) for b in basis.blocks]
 
     def constants(self) -> dict[str, Tensor]:
-        return {f"block{i}_{name}": getattr(b, name) for i, b in enumerate(self.blocks)
-                for name in ("mean", "to", "back", "spread")} | {
-                "parts": torch.from_numpy(self.table.part), "shift": self.shift}
+        return {
+            f"block{i}_{name}": getattr(b, name)
+            for i, b in enumerate(self.blocks)
+            for name in ("mean", "to", "back", "spread")
+        } | {"parts": torch.from_numpy(self.table.part), "shift": self.shift}
 
     def basis_bytes(self) -> int:
         """Count the bytes of coordinates, and of probabilities and shifts in 16 bits each."""
@@ -189,7 +192,9 @@ class RoutedCodec(nn.Module):
         """Count the bytes that a sequence's string may have."""
         L = len(coded_layers(self._model[0]))
         number = 2 * sum(len(block.mean) for block in self.blocks)
-        return int(self.kept.share * number * n_tokens) - number * (n_tokens - n_middle) - COUNTS * L
+        return (
+            int(self.kept.share * number * n_tokens) - number * (n_tokens - n_middle) - COUNTS * L
+        )
 
     def bits(self, ys: list[Tensor], classes: list[Tensor], step: int) -> float:
         """Count the bits of the codes of one sequence's coordinates ys (n, r)."""
@@ -222,9 +227,11 @@ class RoutedCodec(nn.Module):
         none does."""
         room = self.room(n_tokens, len(ys[0]))
         head = 2 + (sum(map(len, classes)) + 1) // 2
-        widest = max(int(block.spread[0]) for block in self.blocks if len(block.spread))
-        # below it the most important token's codes would not be as long as they should be
-        low = widest - (ROWS - 1 - MIDDLE) * OCTAVE // 4 + (15 - MIDDLE_CLASS) * OCTAVE // 2
+        finest = [
+            int(block.spread[0]) - int(self.steps_of(0, c).min())
+            for block, c in zip(self.blocks, classes, strict=True)
+        ]
+        low = max(finest) - (ROWS - 1 - MIDDLE) * OCTAVE // 4  # no row beyond the last
         high = STEPS
         while high - low > 1:
             step = (low + high) // 2
@@ -294,9 +301,7 @@ class RoutedCodec(nn.Module):
         slot = torch.arange(max(counts, default=0), device=cache.n_coded.device)
         number = (self.kept.sinks + slot).expand(len(counts), -1)
         there = (slot < cache.n_coded[:, None])[:, None]
-        decoded = [
-            self.numbers(s, n) for s, n in zip(caches[-1].strings(), counts, strict=True)
-        ]
+        decoded = [self.numbers(s, n) for s, n in zip(caches[-1].strings(), counts, strict=True)]
         Hkv = cache.window_k.size(1)
         for i, block in enumerate(self.blocks):
             y = pad_sequence([of_sequence[i] for of_sequence in decoded], batch_first=True)

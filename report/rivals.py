@@ -1,4 +1,4 @@
-"""Methods with a path of their own, Quest, KIVI, KVTC and RDKV (baselines/) and routed coding (coding/):
+"""Methods with a path of their own, Quest, KIVI, KVTC and RDKV (baselines/), routed coding:
 which of them the flags ask for, and how each is put into a model while it is measured."""
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def in_place(
 def code_prompts(
     model: Transformer, rival: Rival, task: Task, batches: list[Tensor] | None
 ) -> None:
-    """Let the model code prompts as the method does, the task's query whole; routed coding has a few
-    newest tokens whole, whatever the query."""
+    """Let the model code prompts as the method does, the task's query whole; of routed coding a few
+    newest tokens, whatever the query."""
     kept = coded.Kept(rival.share, tail=task.query)
     if rival.method == "rdkv":
         rdkv.attach(model, kept)

@@ -162,7 +162,8 @@ class RoutedCodec(nn.Module):
             else:
                 high = step
         least = torch.tensor(high - SPARE * OCTAVE // 2)
-        return [int((row_of(b.spread, least) >= FIRST).sum()) for b in basis.blocks]
+        used = [int((row_of(b.spread, least) >= FIRST).sum()) for b in basis.blocks]
+        return [max(1, r) for r in used]
 
     def constants(self) -> dict[str, Tensor]:
         return {
@@ -239,18 +240,17 @@ class RoutedCodec(nn.Module):
                 low = step
             else:
                 high = step
-        for step in range(high, STEPS + 1):
-            string = self.string(ys, classes, step)
-            if len(string) <= room:
-                return string
-            if step > high + 8 * OCTAVE:
-                break
+        string = self.string(ys, classes, high)
+        while len(string) > room and high < STEPS:  # by a few bytes of lanes
+            high = min(STEPS, high + OCTAVE // 16)
+            string = self.string(ys, classes, high)
         check(
-            False,
+            len(string) <= room,
             f"a share of {self.kept.share:g} of {n_tokens} tokens",
             f"{self.kept.whole} of them stay whole",
-            "give a larger --kv_byte_budgets or longer contexts",
+            "give a larger --kv_byte_budgets, a smaller --query or longer contexts",
         )
+        return string
 
     def encode(self, seen: list[Seen]) -> list[Tensor]:
         """Return the strings (bytes,) uint8 of all sequences; seen: of each layer."""

@@ -16,10 +16,11 @@ an error of one coordinate costs as much as of any other, of any block, and coor
 uncorrelated: so all of them are rounded to one step, and those that vary less than it cost nothing.
 Tokens that are read more have smaller steps (routed.py).
 
-Codes are whole numbers, |y| / step + UP rounded down, with the sign of y. How likely a code is
-depends on a coordinate's spread in steps alone: there is a row of probabilities for each quarter
-octave of it, counted on calibration text. The lowest bits of long codes are stored as they are.
-Spreads and steps are whole 64ths of an octave, so that writer and reader agree on rows exactly.
+Codes are y / step, to the nearest whole number: a wider zero has fewer bits, and costs more than
+that (docs/log.md). How likely a code is depends on a coordinate's spread in steps alone: there is a
+row of probabilities for each quarter octave of it, counted on calibration text. The lowest bits of
+long codes are stored as they are. Spreads and steps are whole 64ths of an octave, so that writer
+and reader agree on rows exactly.
 
 Letters: storage/layout.py; p numbers of a token in a block, r coordinates that are used."""
 
@@ -44,9 +45,8 @@ OCTAVE = 64  # whole numbers of a spread or a step
 ROWS = 77
 MIDDLE = 32  # row of a spread of one step; a row is a quarter of an octave
 LONG = 44  # last row whose codes are symbols as they are
-FIRST = 18  # first row that has codes: below it everything is rounded to zero
+FIRST = 24  # first row that has codes: below it everything is rounded to zero
 ZERO = 128  # symbol of a code of 0
-UP = 0.5
 REACH = 16  # codes reach so many spreads
 RIDGE = 1e-2  # of M, in units of the mean of its diagonal
 SAMPLED = 1024  # tokens that codes are counted on
@@ -119,10 +119,8 @@ def size_of(step: Tensor) -> Tensor:
 def codes_of(y: Tensor, step: Tensor, row: Tensor) -> Tensor:
     """Return the codes (n, r) int64 of coordinates y (n, r) float32 with steps (n, 1) in 64ths of
     an octave and rows (n, r)."""
-    steps = y / size_of(step)
-    most = reach(y.device)[row.long()]
-    code = (steps.sign() * (steps.abs() + UP).floor()).clamp(-(2.0**30), 2.0**30).long()
-    return code.maximum(-most).minimum(most)
+    most = reach(y.device).float()[row.long()]
+    return (y / size_of(step)).round().maximum(-most).minimum(most).long()
 
 
 def symbols_of(codes: Tensor, row: Tensor) -> Tensor:
@@ -173,11 +171,12 @@ def principal(mean: Tensor, covariance: Tensor, fisher: Tensor) -> Block:
     p = len(mean)
     ridge = RIDGE * fisher.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(p, dtype=fisher.dtype, device=fisher.device)
-    found, axes = torch.linalg.eigh(fisher + ridge * eye)
+    found, axes = torch.linalg.eigh((fisher + ridge * eye).float())
+    found = found.clamp_min(float(ridge) / 2)
     root = (axes * found.sqrt()) @ axes.T
     inverse = (axes * found.rsqrt()) @ axes.T
-    variance, axes = torch.linalg.eigh(root @ covariance @ root)
-    variance = variance.flip(0).clamp_min(1e-30)
+    variance, axes = torch.linalg.eigh(root @ covariance.float() @ root)
+    variance = variance.flip(0).clamp_min(1e-12)
     axes = axes.flip(1)
     spread = (variance.log2() * OCTAVE / 2).round().long()
     return Block(mean.half(), (root @ axes).half(), (axes.T @ inverse).half(), spread)

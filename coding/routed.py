@@ -23,6 +23,7 @@ Plain PyTorch and NumPy; all layers are decoded when the first is read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,8 +67,11 @@ TAIL = 4  # newest tokens that stay whole
 ASKING = 64  # last queries that weights are of
 LEAST_WEIGHT = 2.0**-8
 MIDDLE_CLASS = 8  # the class of a weight of 1; there are 16
-SPARE = 3  # classes above the middle that a basis is cut for
+SPARE = 2  # classes above the middle that a basis is cut for
 STEPS = 24 * OCTAVE  # steps are 2^-24 to 2^24
+LANE_BITS = 28  # of a lane that no symbol uses, of 16 to 32
+SAMPLED = 8  # of so many tokens one tells where to look for a step
+NEAR = OCTAVE // 4  # how far from there
 COUNTS = 4 * 8  # bytes of a layer's four counts of a sequence
 
 
@@ -124,6 +128,17 @@ def joined(symbols: Tensor, rows: Tensor) -> Tensor:
     return codes
 
 
+def smallest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the least step above low, and at most high, that fits: all above one that fits do."""
+    while high - low > 1:
+        step = (low + high) // 2
+        if fits(step):
+            high = step
+        else:
+            low = step
+    return high
+
+
 class RoutedCodec(nn.Module):
     """What turns a prompt of all layers into strings and back.
 
@@ -153,15 +168,12 @@ class RoutedCodec(nn.Module):
         of_row = (part * self.cost.clamp_max(1e3)).sum(1)
         of_row[:FIRST] = 0
         spread = torch.cat([block.spread for block in basis.blocks])
-        low = -STEPS
-        high = STEPS
-        while high - low > 1:
-            step = (low + high) // 2
-            if of_row[row_of(spread, torch.tensor(step)).long()].sum() > bits:
-                low = step
-            else:
-                high = step
-        least = torch.tensor(high - SPARE * OCTAVE // 2)
+
+        def bits_of(step: int) -> float:
+            return float(of_row[row_of(spread, torch.tensor(step)).long()].sum())
+
+        usual = smallest(lambda step: bits_of(step) <= bits, -STEPS, STEPS)
+        least = torch.tensor(usual - SPARE * OCTAVE // 2)
         used = [int((row_of(b.spread, least) >= FIRST).sum()) for b in basis.blocks]
         return [max(1, r) for r in used]
 
@@ -198,15 +210,19 @@ class RoutedCodec(nn.Module):
         )
 
     def bits(self, ys: list[Tensor], classes: list[Tensor], step: int) -> float:
-        """Count the bits of the codes of one sequence's coordinates ys (n, r)."""
+        """Count the bits of the codes of one sequence's coordinates ys (n, r), as probabilities
+        have it, and those of the lanes."""
         total = 0.0
+        n = 0
         for y, c, block in zip(ys, classes, self.blocks, strict=True):
             steps = self.steps_of(step, c)
             row = row_of(block.spread, steps)
             symbols = symbols_of(codes_of(y, steps, row), row)
             cost = self.cost[row.long(), symbols.long()]
-            total += float(cost[row >= FIRST].sum())
-        return total
+            coded = row >= FIRST
+            total += float((cost * coded).sum())
+            n += int(coded.sum())
+        return total + LANE_BITS * entropy.lanes_of(n)
 
     def string(self, ys: list[Tensor], classes: list[Tensor], step: int) -> Tensor:
         """Return the bytes of one sequence's coordinates ys (n, r)."""
@@ -233,13 +249,14 @@ class RoutedCodec(nn.Module):
             for block, c in zip(self.blocks, classes, strict=True)
         ]
         low = max(finest) - (ROWS - 1 - MIDDLE) * OCTAVE // 4  # no row beyond the last
-        high = STEPS
-        while high - low > 1:
-            step = (low + high) // 2
-            if head + self.bits(ys, classes, step) / 8 > room:
-                low = step
-            else:
-                high = step
+        some = slice(None, None, SAMPLED)  # a first guess, of few tokens
+        part = len(ys[0]) / len(ys[0][some])
+        few = [y[some] for y in ys], [c[some] for c in classes]
+        guess = smallest(lambda s: head + part * self.bits(*few, s) / 8 <= room, low, STEPS)
+        low = max(low, guess - NEAR)
+        high = smallest(
+            lambda s: head + self.bits(ys, classes, s) / 8 <= room, low, min(guess + NEAR, STEPS)
+        )
         string = self.string(ys, classes, high)
         while len(string) > room and high < STEPS:  # by a few bytes of lanes
             high = min(STEPS, high + OCTAVE // 16)

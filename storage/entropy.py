@@ -25,8 +25,8 @@ PRECISION = 14  # bits of a probability
 PARTS = 1 << PRECISION
 WORD = 16  # bits that a state gives away at a time
 LEAST = 1 << WORD  # of a state
-MOST_LANES = 1024
-SYMBOLS_A_LANE = 2048  # with fewer a lane's state would be dear
+MOST_LANES = 512
+SYMBOLS_A_LANE = 4096  # with fewer a lane's state would be dear
 
 
 class Table(NamedTuple):

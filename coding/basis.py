@@ -16,8 +16,8 @@ an error of one coordinate costs as much as of any other, of any block, and coor
 uncorrelated: so all of them are rounded to one step, and those that vary less than it cost nothing.
 Tokens that are read more have smaller steps (routed.py).
 
-Codes are y / step, to the nearest whole number: a wider zero has fewer bits, and costs more than
-that (docs/log.md). How likely a code is depends on a coordinate's spread in steps alone: there is a
+Codes are y / step to the nearest whole number, and stand for themselves: a wider zero and numbers
+nearer to it would have less error for their bits, but shrink keys, which costs more. How likely a code is depends on a coordinate's spread in steps alone: there is a
 row of probabilities for each quarter octave of it, counted on calibration text. The lowest bits of
 long codes are stored as they are. Spreads and steps are whole 64ths of an octave, so that writer
 and reader agree on rows exactly.
@@ -85,7 +85,6 @@ class Basis(NamedTuple):
     blocks: list[Block]
     span: int
     table: Table  # how likely codes are
-    shift: Tensor  # (ROWS, 256) float32, in steps: what a code stands for, less the code
 
 
 # -------------------- codes
@@ -128,17 +127,10 @@ def symbols_of(codes: Tensor, row: Tensor) -> Tensor:
     return ((codes >> low_bits(row)) + ZERO).to(torch.uint8)
 
 
-def numbers_of(codes: Tensor, step: Tensor, row: Tensor, shift: Tensor) -> Tensor:
-    """Return what codes stand for, float32; shapes of codes_of."""
-    moved = shift[row.long(), symbols_of(codes, row).long()]
-    return (codes.float() + moved) * size_of(step)
-
-
-def counted(ys: list[Tensor], spreads: list[Tensor]) -> tuple[Table, Tensor]:
-    """Return the probabilities and centres of codes: of a sample ys (n, p) of each block's
+def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
+    """Return the probabilities of codes: of a sample ys (n, p) of each block's
     coordinates, rounded to steps of all sizes, evenly spread over 16 octaves."""
     counts = torch.zeros(ROWS, 256, dtype=torch.float64, device=ys[0].device)
-    sums = torch.zeros_like(counts)
     reached = reach(ys[0].device)
     for y, spread in zip(ys, spreads, strict=True):
         token = torch.arange(len(y), device=y.device)[:, None]
@@ -146,12 +138,7 @@ def counted(ys: list[Tensor], spreads: list[Tensor]) -> tuple[Table, Tensor]:
         row = row_of(spread, step)
         codes = codes_of(y, step, row)
         at = (row.long() * 256 + symbols_of(codes, row).long()).flatten()
-        left = (y / size_of(step) - codes).clamp(-1, 1).double().flatten()
-        counts.view(-1).index_add_(0, at, torch.ones_like(left))
-        sums.view(-1).index_add_(0, at, left)
-    shift = sums / (counts + 4)  # few of a kind: hardly any
-    shift[:, ZERO] = 0
-    shift[LONG + 1 :] = 0
+        counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
     row = torch.arange(ROWS, device=counts.device)
     most = (reached >> low_bits(row))[:, None] + 1
     code = torch.arange(256, device=counts.device) - ZERO
@@ -159,7 +146,7 @@ def counted(ys: list[Tensor], spreads: list[Tensor]) -> tuple[Table, Tensor]:
     n = int(low_bits(row[-1]))  # rows of the lowest bits, all alike
     alike = torch.arange(256) < (2 << torch.arange(n))[:, None]
     counts = torch.cat((counts.cpu(), alike.double()))
-    return table_of(counts, torch.cat((allowed.cpu(), alike))), shift.float()
+    return table_of(counts, torch.cat((allowed.cpu(), alike)))
 
 
 # -------------------- calibration
@@ -259,4 +246,4 @@ def calibrate(
         mean = at_sum / n
         blocks.append(principal(mean, square / n - mean.outer(mean), fisher / n))
     ys = [block.encode(torch.cat(xs)) for block, xs in zip(blocks, some, strict=True)]
-    return Basis(blocks, span, *counted(ys, [block.spread for block in blocks]))
+    return Basis(blocks, span, counted(ys, [block.spread for block in blocks]))

@@ -54,8 +54,8 @@ from coding.basis import (
     block_vectors,
     codes_of,
     low_bits,
-    numbers_of,
     row_of,
+    size_of,
     symbols_of,
 )
 from config import check
@@ -152,9 +152,8 @@ class RoutedCodec(nn.Module):
         self._model = (model,)  # in a tuple, so that it does not become a part of this module
         self.span = basis.span
         self.table = basis.table
-        self.shift = basis.shift
         low = low_bits(torch.arange(ROWS))[:, None]
-        self.cost = (self.table.cost()[:ROWS] + low).to(self.shift.device)
+        self.cost = (self.table.cost()[:ROWS] + low).to(basis.blocks[0].mean.device)
         used = self._used(basis, n_tokens)
         self.blocks = [block.first(r) for block, r in zip(basis.blocks, used, strict=True)]
 
@@ -178,16 +177,14 @@ class RoutedCodec(nn.Module):
         return [max(1, r) for r in used]
 
     def constants(self) -> dict[str, Tensor]:
-        return {
-            f"block{i}_{name}": getattr(b, name)
-            for i, b in enumerate(self.blocks)
-            for name in ("mean", "to", "back", "spread")
-        } | {"parts": torch.from_numpy(self.table.part), "shift": self.shift}
+        held = {"parts": torch.from_numpy(self.table.part)}
+        for i, block in enumerate(self.blocks):
+            held |= {f"{name}{i}": t for name, t in block._asdict().items()}
+        return held
 
     def basis_bytes(self) -> int:
-        """Count the bytes of coordinates, and of probabilities and shifts in 16 bits each."""
-        rows = self.shift.numel() * 2 * 2
-        return rows + sum(block.nbytes() for block in self.blocks)
+        """Count the bytes of coordinates, and of probabilities in 16 bits each."""
+        return 2 * self.table.part.size + sum(block.nbytes() for block in self.blocks)
 
     def described(self) -> str:
         """Return how it codes, in a few words."""
@@ -307,7 +304,7 @@ class RoutedCodec(nn.Module):
         for row, there, step, part in zip(rows, coded, steps, parts, strict=True):
             y = torch.zeros(row.shape, device=string.device)
             wide = step.expand_as(row)[there]
-            y[there] = numbers_of(part, wide, row[there], self.shift)
+            y[there] = part.float() * size_of(wide)
             out.append(y)
         return out
 

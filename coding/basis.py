@@ -16,11 +16,11 @@ an error of one coordinate costs as much as of any other, of any block, and coor
 uncorrelated: so all of them are rounded to one step, and those that vary less than it cost nothing.
 Tokens that are read more have smaller steps (routed.py).
 
-Codes are y / step to the nearest whole number, and stand for themselves: a wider zero and numbers
-nearer to it would have less error for their bits, but shrink keys, which costs more. How likely a code is depends on a coordinate's spread in steps alone: there is a
-row of probabilities for each quarter octave of it, counted on calibration text. The lowest bits of
-long codes are stored as they are. Spreads and steps are whole 64ths of an octave, so that writer
-and reader agree on rows exactly.
+Codes are y / step to the nearest whole number, and stand for themselves: a wider zero, or numbers
+nearer to it, would have less error for their bits, but shrink keys, which costs more. How likely a
+code is depends on a coordinate's spread in steps alone: there is a row of probabilities for each
+quarter octave of it, counted on calibration text. The lowest bits of long codes are stored as they
+are. Spreads and steps are whole 64ths of an octave, so that writer and reader agree on rows.
 
 Letters: storage/layout.py; p numbers of a token in a block, r coordinates that are used."""
 
@@ -40,7 +40,7 @@ from model import Transformer, record_layers
 from storage.entropy import Table, table_of
 from storage.layout import cdiv
 
-SPAN = 5  # layers of a block
+SPAN = 3  # layers of a block
 OCTAVE = 64  # whole numbers of a spread or a step
 ROWS = 77
 MIDDLE = 32  # row of a spread of one step; a row is a quarter of an octave

@@ -61,12 +61,14 @@ class Block(NamedTuple):
     spread: Tensor  # (r,) int64, log2 of the root mean square of each coordinate, in 64ths
 
     def encode(self, x: Tensor) -> Tensor:
-        """Return the coordinates (..., r) of vectors x (..., p), float32."""
-        return (x.float() - self.mean.float()) @ self.to.float()
+        """Return the coordinates (..., r) of vectors x (..., p), float32 under autocast, too."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() - self.mean.float()) @ self.to.float()
 
     def decode(self, y: Tensor) -> Tensor:
         """Return the vectors (..., p) float32 of coordinates y (..., r)."""
-        return y @ self.back.float() + self.mean.float()
+        with torch.autocast(y.device.type, enabled=False):
+            return y @ self.back.float() + self.mean.float()
 
     def first(self, r: int) -> Block:
         """Return the block with its first r coordinates only."""

@@ -97,7 +97,8 @@ def test_strings_are_read_as_they_were_written_and_as_long_as_their_cost(n):
 
 def test_coordinates_are_uncorrelated_and_an_error_costs_as_much_in_each():
     """Coordinates have no covariance and the variance that spreads say, largest first; they are
-    decoded exactly; an error of a vector costs e^T M e, the square of what it is in coordinates."""
+    decoded exactly, in float32 under autocast, too; an error of a vector costs e^T M e, the square of
+    what it is in coordinates."""
     torch.manual_seed(0)
     x = torch.randn(500, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64) + 3
     g = torch.randn(500, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
@@ -109,7 +110,10 @@ def test_coordinates_are_uncorrelated_and_an_error_costs_as_much_in_each():
     assert (variance.diff() <= 0).all()
     torch.testing.assert_close(covariance.diagonal(), variance.double(), rtol=0.03, atol=0.01)
     assert (covariance - covariance.diagonal().diag()).abs().max() < 0.005 * variance[0]
-    torch.testing.assert_close(block.decode(y).double(), x, rtol=0, atol=0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(block.encode(x), y)
+        decoded = block.decode(y)
+    torch.testing.assert_close(decoded.double(), x, rtol=0, atol=0.02)
     e = torch.randn(7, dtype=torch.float64)
     metric = fisher + basis.RIDGE * fisher.diagonal().mean() * torch.eye(7, dtype=torch.float64)
     moved = (block.encode(x[:1] + e) - y[:1]).double()

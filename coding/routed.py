@@ -51,6 +51,7 @@ from coding.basis import (
     ROWS,
     ZERO,
     Basis,
+    Block,
     block_vectors,
     codes_of,
     low_bits,
@@ -194,9 +195,11 @@ class RoutedCodec(nn.Module):
 
     # ---- strings
 
-    def steps_of(self, step: int, classes: Tensor) -> Tensor:
-        """Return the steps (n, 1) of tokens of these classes, in 64ths of an octave."""
-        return (step - (classes - MIDDLE_CLASS) * (OCTAVE // 2))[:, None]
+    def steps_of(self, step: int, classes: Tensor, block: Block) -> Tensor:
+        """Return the steps (n, 1) of tokens of these classes in a block, 64ths of an octave: none
+        is so small that the largest coordinate needs a row beyond the last."""
+        least = int(block.spread[0]) - (ROWS - 1 - MIDDLE) * OCTAVE // 4
+        return (step - (classes - MIDDLE_CLASS) * (OCTAVE // 2)).clamp_min(least)[:, None]
 
     def room(self, n_tokens: int, n_middle: int) -> int:
         """Count the bytes that a sequence's string may have."""
@@ -212,7 +215,7 @@ class RoutedCodec(nn.Module):
         total = 0.0
         n = 0
         for y, c, block in zip(ys, classes, self.blocks, strict=True):
-            steps = self.steps_of(step, c)
+            steps = self.steps_of(step, c, block)
             row = row_of(block.spread, steps)
             symbols = symbols_of(codes_of(y, steps, row), row)
             cost = self.cost[row.long(), symbols.long()]
@@ -226,7 +229,7 @@ class RoutedCodec(nn.Module):
         codes = []
         rows = []
         for y, c, block in zip(ys, classes, self.blocks, strict=True):
-            steps = self.steps_of(step, c)
+            steps = self.steps_of(step, c, block)
             row = row_of(block.spread, steps)
             coded = row >= FIRST
             codes.append(codes_of(y, steps, row)[coded])
@@ -241,16 +244,11 @@ class RoutedCodec(nn.Module):
         none does."""
         room = self.room(n_tokens, len(ys[0]))
         head = 2 + (sum(map(len, classes)) + 1) // 2
-        finest = [
-            int(block.spread[0]) - int(self.steps_of(0, c).min())
-            for block, c in zip(self.blocks, classes, strict=True)
-        ]
-        low = max(finest) - (ROWS - 1 - MIDDLE) * OCTAVE // 4  # no row beyond the last
         some = slice(None, None, SAMPLED)  # a first guess, of few tokens
         part = len(ys[0]) / len(ys[0][some])
         few = [y[some] for y in ys], [c[some] for c in classes]
-        guess = smallest(lambda s: head + part * self.bits(*few, s) / 8 <= room, low, STEPS)
-        low = max(low, guess - NEAR)
+        guess = smallest(lambda s: head + part * self.bits(*few, s) / 8 <= room, -STEPS, STEPS)
+        low = max(-STEPS, guess - NEAR)
         high = smallest(
             lambda s: head + self.bits(ys, classes, s) / 8 <= room, low, min(guess + NEAR, STEPS)
         )
@@ -293,7 +291,7 @@ class RoutedCodec(nn.Module):
         head = torch.empty(1, dtype=torch.int16, device=string.device)
         head.view(torch.uint8).copy_(reader.take(2))
         classes = reader.codes(n * len(self.blocks), 4).long().split(n)
-        steps = [self.steps_of(int(head), c) for c in classes]
+        steps = [self.steps_of(int(head), c, b) for b, c in zip(self.blocks, classes, strict=True)]
         rows = [row_of(b.spread, s) for b, s in zip(self.blocks, steps, strict=True)]
         coded = [row >= FIRST for row in rows]
         of_codes = torch.cat([row[there] for row, there in zip(rows, coded, strict=True)])

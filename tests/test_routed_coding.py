@@ -220,6 +220,7 @@ def test_a_prompt_is_read_as_a_plain_simulation_says(found):
                     parts.append(plain.layers[layer].window_v[b, :, t].flatten())
                 y = (torch.cat(parts).double() - block.mean) @ block.to.double()
                 own = step - 32 * (classes[i * n + m] - 8)
+                own = max(own, int(block.spread[0]) - 704)
                 size = 2.0 ** (own / 64)
                 have = torch.zeros_like(y)
                 for j, (number, spread) in enumerate(

@@ -14,8 +14,8 @@ from settings.measuring import BENCHES, TASKS
 from settings.train import check_corpora
 
 SPLITS = ("val", "train", "test", "all")
-CODED = ("kvtc", "rdkv")  # code a prompt in a share of its bytes
-RIVALS = ("quest", "kivi", *CODED)  # as published, each with a path of its own
+CODED = ("routed", "kvtc", "rdkv")  # code a prompt in a share of its bytes
+RIVALS = ("quest", "kivi", *CODED)  # each with a path of its own; all but routed as published
 METHODS = ("dense", "value_groups", "select", *RIVALS)
 QUESTIONS = ("seen", "unseen")
 ANSWERS = ("digit", "number", "name")

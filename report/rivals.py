@@ -1,9 +1,9 @@
-"""Rivals with a path of their own, Quest, KIVI, KVTC and RDKV (baselines/): which of them the flags
-ask for, and how each is put into a model while it is measured."""
+"""Methods with a path of their own, Quest, KIVI, KVTC and RDKV (baselines/), routed coding:
+which of them the flags ask for, and how each is put into a model while it is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import selector
 from baselines import coded, kivi, kvtc, quest, rdkv
+from coding import basis, routed
 from config import KVConfig, check, comma_list, count_kept
 from loaders.runs import Run
 from measure_config import CODED, RIVALS
@@ -21,16 +22,17 @@ from tasks.common import Task
 
 
 class Components:
-    """What KVTC finds on calibration text, once for all shares."""
+    """What a method finds on calibration text, once for all shares."""
 
-    def __init__(self):
-        self.streams: list[kvtc.Stream] = []
+    def __init__(self, find: Callable):
+        self.find = find
+        self.found = None
 
-    def of(self, model: Transformer, batches: list[Tensor]) -> list[kvtc.Stream]:
+    def of(self, model: Transformer, batches: list[Tensor]):
         """Return them; model: with dense paths."""
-        if not self.streams:
-            self.streams = kvtc.calibrate(model, batches)
-        return self.streams
+        if self.found is None:
+            self.found = self.find(model, batches)
+        return self.found
 
 
 class Rival(NamedTuple):
@@ -39,13 +41,13 @@ class Rival(NamedTuple):
     method: str  # of RIVALS
     kv: KVConfig  # quest: value groups, all kept: values stay whole; kivi: bits
     read_keep: float = 1.0  # quest: share of a prompt's tokens that a step reads
-    share: float = 1.0  # kvtc, rdkv: of a prompt's bytes
-    components: Components | None = None  # kvtc
+    share: float = 1.0  # routed, kvtc, rdkv: of a prompt's bytes
+    components: Components | None = None  # routed, kvtc
 
     @property
     def calibrated(self) -> bool:
         """Whether it has a basis that is calibrated."""
-        return self.cuts_values or self.method == "kvtc"
+        return self.cuts_values or self.components is not None
 
     @property
     def cuts_values(self) -> bool:
@@ -113,7 +115,7 @@ def ways_to_code(run: Run, asked: Asked) -> list[Rival]:
 
 
 def shares_to_code(asked: Asked, named: list[str]) -> list[Rival]:
-    """KVTC and RDKV, those named, with every share of --kv_byte_budgets."""
+    """Routed coding, KVTC and RDKV, those named, with every share of --kv_byte_budgets."""
     shares = numbers(asked.eval.kv_byte_budgets)
     check(
         bool(shares) or not named,
@@ -130,9 +132,11 @@ def shares_to_code(asked: Asked, named: list[str]) -> list[Rival]:
     for share in shares if named else ():
         coded.check_kept(coded.Kept(share))
     whole = KVConfig(kv="dense")
-    components = Components()
+    found = {"routed": Components(basis.calibrate), "kvtc": Components(kvtc.calibrate)}
     return [
-        Rival(name, whole, share=share, components=components) for name in named for share in shares
+        Rival(name, whole, share=share, components=found.get(name))
+        for name in named
+        for share in shares
     ]
 
 
@@ -180,9 +184,14 @@ def in_place(
 def code_prompts(
     model: Transformer, rival: Rival, task: Task, batches: list[Tensor] | None
 ) -> None:
-    """Let the model code prompts as KVTC or RDKV does, the task's query whole."""
+    """Let the model code prompts as the method does, the task's query whole; of routed coding a few
+    newest tokens, whatever the query."""
     kept = coded.Kept(rival.share, tail=task.query)
     if rival.method == "rdkv":
         rdkv.attach(model, kept)
         return
-    kvtc.attach(model, rival.components.of(model, batches), kept, task.stored.size(1))
+    attach = kvtc.attach
+    if rival.method == "routed":
+        attach = routed.attach
+        kept = kept._replace(tail=min(routed.TAIL, task.query))
+    attach(model, rival.components.of(model, batches), kept, task.stored.size(1))

@@ -16,13 +16,13 @@ measure() {  # measure NAME FLAGS...
   name="$1"
   shift
   python eval.py --init_from="$MODEL" --methods=dense,routed,kvtc --calibrate="$MIXTURE" \
-    --calibration="$CALIBRATION" --block_size=2048 --batch_size=16 --detokenize \
+    --calibration="$CALIBRATION" --block_size=2048 --batch_size=16 \
     --results="$OUT/$name" "$@"
 }
 
-measure others --tasks=continuation --sequences=16 --dataset="text:$TEST,cheaders,records" \
-  --split=all --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
-measure held_out --tasks=continuation --sequences=16 \
+measure others --tasks=continuation --detokenize --sequences=16 \
+  --dataset="text:$TEST,cheaders,records" --split=all --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
+measure held_out --tasks=continuation --detokenize --sequences=16 \
   --dataset=shakespeare,pydocs,pycode,markup,dialogue --split=val \
   --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
 for question in seen unseen; do

@@ -21,9 +21,9 @@ DROPPING=h2o,streaming,snapkv,tova,keydiff,expected_attention_closed,quest
 measure rivals --methods=dense,select,quest,kivi --relevances=observed \
   --token_relevances=observed,$DROPPING --token_budgets=0.5,0.25,0.125 --budgets=1 --n_groups=16
 
-# what codes a prompt in a share of its bytes, beside this project's routed bits; principal
+# what codes a prompt in a share of its bytes, beside this project's two ways to do so; principal
 # components of 5,760 numbers a token want more calibration
-measure coded --methods=dense,select,kvtc,rdkv --kv_byte_budgets=0.22,0.125,0.0625,0.04 \
+measure coded --methods=dense,select,routed,kvtc,rdkv --kv_byte_budgets=0.22,0.125,0.0625,0.04 \
   --calibration=96
 
 # the same methods under one budget for all heads and layers

@@ -41,7 +41,7 @@ def read_by_storage(kv: str, group: str, name: str) -> bool:
 
 SHARED = ("mixsga", "gqa", "cla")  # how a trained run may store, beside the methods
 CUT = ("value_groups", "select", "quest")  # methods that cut values in groups, of a basis
-CALIBRATED = (*CUT, "kvtc")
+CALIBRATED = (*CUT, "kvtc", "routed")
 READING = ("perplexity", "continuation", "copy", "mixsga")  # tasks that read a corpus
 RULER = ("multi_key", "multi_value", "multi_query", "common_words", "frequent_words")
 PROMPTS = (
@@ -85,7 +85,7 @@ OF_METHODS = {
     "token_budgets": ("select", "quest"),
     "quest_whole": ("quest",),
     **dict.fromkeys(("kv_budgets", "relevances", "token_relevances"), ("select",)),
-    "kv_byte_budgets": ("select", "kvtc", "rdkv"),
+    "kv_byte_budgets": ("select", "routed", "kvtc", "rdkv"),
     "kv_bits": ("value_groups", "select", "kivi", *SHARED),
     "topk_groups": ("value_groups",),
     "reconstructor": ("value_groups", "select"),

@@ -43,6 +43,7 @@ RANK = {
     "selection.training": 8,
     "mixsga": 7,
     "baselines": 8,
+    "coding": 9,
     "loaders": 9,
     "tasks": 10,
     "report": 11,

@@ -1,5 +1,6 @@
-"""KVTC (baselines/kvtc.py) and the cache that it and RDKV share (baselines/coded.py): bits against
-every way to give them, strings and their bytes, what is read of a prompt, and rows of eval.py."""
+"""KVTC (baselines/kvtc.py) and the cache that it, RDKV and routed coding share (baselines/coded.py):
+bits against every way to give them, strings and their bytes, what is read of a prompt, and rows of
+eval.py."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from test_published import measured
 
 from baselines import coded, kvtc, rdkv
 from baselines.coded import Kept
+from coding import basis, routed
 from model import DensePath, rope_table
 from runs import pretrain
 from storage.cache import KVCache
@@ -23,6 +25,7 @@ CFG = replace(TINY, n_layer=3)
 P = 3 * 3 * 16  # numbers of a token's keys in all layers
 KEPT = Kept(0.5, sinks=2, tail=3)
 CODED = ("kvtc", "rdkv")
+ALL_CODED = ("routed", *CODED)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,9 @@ def coded_model(method: str, streams, kept: Kept = KEPT, n_tokens: int = 90):
     model = tiny_model(0, torch.float64, CFG)
     if method == "rdkv":
         return rdkv.attach(model, kept)
+    if method == "routed":
+        found = basis.calibrate(model, [tokens(2, 150, seed=1)], span=2, sinks=2)
+        return routed.attach(model, found, kept, n_tokens)
     return kvtc.attach(model, streams, kept, n_tokens)
 
 
@@ -280,7 +286,7 @@ def test_coded_prompts_of_all_bits_are_nearly_dense(method, streams):
     assert off[0] < 0.02 * want.std() and off[0] < off[1] < off[2]
 
 
-@pytest.mark.parametrize("method", CODED)
+@pytest.mark.parametrize("method", ALL_CODED)
 def test_coded_rows_do_not_depend_on_neighbours_padding_or_pieces(method, streams):
     """What follows a prompt reads the same in a batch with padding and alone, token by token and as
     one piece."""
@@ -318,7 +324,7 @@ def test_bytes_of_coded_caches_are_those_of_tensors(method, streams):
     assert 0.23 < model.share_of_dense(1800, cache) < 0.26
 
 
-@pytest.mark.parametrize("method", CODED)
+@pytest.mark.parametrize("method", ALL_CODED)
 def test_coded_caches_are_picked_joined_saved_and_cut(method, streams, tmp_path):
     """Sequences that were picked, joined, or saved and loaded read on as before; a prompt's newest
     tokens can be taken back, its middle cannot."""
@@ -344,7 +350,7 @@ def test_coded_caches_are_picked_joined_saved_and_cut(method, streams, tmp_path)
     )
 
 
-@pytest.mark.parametrize("method", CODED)
+@pytest.mark.parametrize("method", ALL_CODED)
 def test_coding_is_detached(method, streams):
     """After detach the model is dense."""
     model = coded.detach(coded_model(method, streams))
@@ -383,14 +389,19 @@ def base(tmp_path_factory, text):
 def test_rows_of_coded_prompts_say_their_bytes(base, text, own_cache):
     """Each share is a row, with the bytes that it holds, the size of what lies apart and a
     divergence; the base's own value is what it is compared with."""
-    asked = dict(methods="dense,kvtc,rdkv", kv_byte_budgets="0.5,0.3", query=3)
+    asked = dict(methods="dense,routed,kvtc,rdkv", kv_byte_budgets="0.5,0.3", query=3)
     rows = measured(base, text, {"kv_byte_budgets", "methods", "calibration"}, **asked)
-    assert [r["method"] for r in rows] == ["dense", "kvtc", "kvtc", "rdkv", "rdkv"]
-    for r, share in zip(rows[1:], (0.5, 0.3, 0.5, 0.3), strict=True):
+    want = ["dense", "routed", "routed", "kvtc", "kvtc", "rdkv", "rdkv"]
+    assert [r["method"] for r in rows] == want
+    for r, share in zip(rows[1:], (0.5, 0.3) * 3, strict=True):
         assert r["dense_value"] == rows[0]["value"] and r["kl"] > 0 and r["prefill"] == "exact"
-        assert abs(r["of_dense"] - share) < 0.04 and f"in {share:.1%}" in r["setting"]
-    assert all("MB of them apart" in r["setting"] for r in rows[1:3])
-    for high, low in (rows[1:3], rows[3:5]):
+        assert f"in {share:.1%}" in r["setting"]
+        if r["method"] == "routed":  # no more than it has a use for
+            assert r["of_dense"] <= share
+        else:
+            assert abs(r["of_dense"] - share) < 0.04
+    assert all("MB of them apart" in r["setting"] for r in rows[1:5])
+    for high, low in (rows[3:5], rows[5:7]):
         assert high["kl"] < low["kl"]
 
 

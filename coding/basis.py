@@ -1,0 +1,251 @@
+"""Coordinates in which what a prompt's tokens hold is coded, and how likely codes are.
+
+`span` neighbouring layers are a *block*: of a token the keys of all their heads, before RoPE, and
+then their values are one vector x of p = 2 span Hkv D numbers. What an error e of it costs is told
+by gradients g of the model's loss with respect to x, on calibration text, with next tokens drawn
+from the model's own distribution: the Kullback-Leibler divergence that e causes is, to second
+order,
+
+    1/2 E[(g e)^2] = 1/2 e^T M e,    M = E[g g^T]  (Fisher's information)
+
+which knows queries, W_o, and how much the layers above make of it. In coordinates
+
+    y = U^T M^1/2 (x - mean),    U the principal axes of M^1/2 (x - mean)
+
+an error of one coordinate costs as much as of any other, of any block, and coordinates are
+uncorrelated: so all of them are rounded to one step, and those that vary less than it cost nothing.
+Tokens that are read more have smaller steps (routed.py).
+
+Codes are y / step to the nearest whole number, and stand for themselves: a wider zero, or numbers
+nearer to it, would have less error for their bits, but shrink keys, which costs more. How likely a
+code is depends on a coordinate's spread in steps alone: there is a row of probabilities for each
+quarter octave of it, counted on calibration text. The lowest bits of long codes are stored as they
+are. Spreads and steps are whole 64ths of an octave, so that writer and reader agree on rows.
+
+Letters: storage/layout.py; p numbers of a token in a block, r coordinates that are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from baselines.coded import coded_layers
+from baselines.kvtc import as_vectors, unturned
+from config import check
+from model import Transformer, record_layers
+from storage.entropy import Table, table_of
+from storage.layout import cdiv
+
+SPAN = 3  # layers of a block
+OCTAVE = 64  # whole numbers of a spread or a step
+ROWS = 77
+MIDDLE = 32  # row of a spread of one step; a row is a quarter of an octave
+LONG = 44  # last row whose codes are symbols as they are
+FIRST = 24  # first row that has codes: below it everything is rounded to zero
+ZERO = 128  # symbol of a code of 0
+REACH = 16  # codes reach so many spreads
+RIDGE = 1e-2  # of M, in units of the mean of its diagonal
+SAMPLED = 1024  # tokens that codes are counted on
+
+
+class Block(NamedTuple):
+    """The coordinates of a block of layers, largest first."""
+
+    mean: Tensor  # (p,) float16
+    to: Tensor  # (p, r) float16
+    back: Tensor  # (r, p) float16
+    spread: Tensor  # (r,) int64, log2 of the root mean square of each coordinate, in 64ths
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the coordinates (..., r) of vectors x (..., p), float32 under autocast, too."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() - self.mean.float()) @ self.to.float()
+
+    def decode(self, y: Tensor) -> Tensor:
+        """Return the vectors (..., p) float32 of coordinates y (..., r)."""
+        with torch.autocast(y.device.type, enabled=False):
+            return y @ self.back.float() + self.mean.float()
+
+    def first(self, r: int) -> Block:
+        """Return the block with its first r coordinates only."""
+        cut = (self.to[:, :r].contiguous(), self.back[:r].contiguous(), self.spread[:r])
+        return Block(self.mean, *cut)
+
+    def nbytes(self) -> int:
+        """Count the bytes of what is held."""
+        parts = (self.mean, self.to, self.back)
+        return sum(t.numel() * t.element_size() for t in parts) + 2 * len(self.spread)
+
+
+class Basis(NamedTuple):
+    """What calibration finds for a model."""
+
+    blocks: list[Block]
+    span: int
+    table: Table  # how likely codes are
+
+
+# -------------------- codes
+
+
+def row_of(spread: Tensor, step: Tensor) -> Tensor:
+    """Return the row of coordinates of a spread that are rounded to a step, both in 64ths of an
+    octave, as uint8."""
+    quarter = (spread - step + OCTAVE // 8).div(OCTAVE // 4, rounding_mode="floor")
+    return (quarter + MIDDLE).clamp(0, ROWS - 1).to(torch.uint8)
+
+
+def low_bits(row: Tensor) -> Tensor:
+    """Count the lowest bits of a code that are stored as they are, by its row: int64."""
+    return (row.long() - LONG + 3).clamp_min(0) // 4
+
+
+def reach(device=None) -> Tensor:
+    """Return the largest code of each row, (ROWS,) int64."""
+    row = torch.arange(ROWS, device=device)
+    spread = ((row - MIDDLE).double() / 4).exp2()
+    longest = (ZERO - 1) << low_bits(row)
+    return ((REACH * spread).ceil().long() + 1).minimum(longest)
+
+
+def size_of(step: Tensor) -> Tensor:
+    """Return steps given in 64ths of an octave as numbers, float32."""
+    return (step.double() / OCTAVE).exp2().float()
+
+
+def codes_of(y: Tensor, step: Tensor, row: Tensor) -> Tensor:
+    """Return the codes (n, r) int64 of coordinates y (n, r) float32 with steps (n, 1) in 64ths of
+    an octave and rows (n, r)."""
+    most = reach(y.device).float()[row.long()]
+    return (y / size_of(step)).round().maximum(-most).minimum(most).long()
+
+
+def symbols_of(codes: Tensor, row: Tensor) -> Tensor:
+    """Return the symbols uint8 of codes: all but their lowest bits."""
+    return ((codes >> low_bits(row)) + ZERO).to(torch.uint8)
+
+
+def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
+    """Return the probabilities of codes: of a sample ys (n, p) of each block's
+    coordinates, rounded to steps of all sizes, evenly spread over 16 octaves."""
+    counts = torch.zeros(ROWS, 256, dtype=torch.float64, device=ys[0].device)
+    reached = reach(ys[0].device)
+    for y, spread in zip(ys, spreads, strict=True):
+        token = torch.arange(len(y), device=y.device)[:, None]
+        step = spread[0] - 8 * OCTAVE + token * 619 % (16 * OCTAVE)
+        row = row_of(spread, step)
+        codes = codes_of(y, step, row)
+        at = (row.long() * 256 + symbols_of(codes, row).long()).flatten()
+        counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
+    row = torch.arange(ROWS, device=counts.device)
+    most = (reached >> low_bits(row))[:, None] + 1
+    code = torch.arange(256, device=counts.device) - ZERO
+    allowed = (code >= -most) & (code <= most)
+    n = int(low_bits(row[-1]))  # rows of the lowest bits, all alike
+    alike = torch.arange(256) < (2 << torch.arange(n))[:, None]
+    counts = torch.cat((counts.cpu(), alike.double()))
+    return table_of(counts, torch.cat((allowed.cpu(), alike)))
+
+
+# -------------------- calibration
+
+
+def principal(mean: Tensor, covariance: Tensor, fisher: Tensor) -> Block:
+    """Return all coordinates of vectors of this mean (p,) and covariance (p, p), in the metric of
+    fisher (p, p); all float64."""
+    p = len(mean)
+    ridge = RIDGE * fisher.diagonal().mean().clamp_min(1e-30)
+    eye = torch.eye(p, dtype=fisher.dtype, device=fisher.device)
+    found, axes = torch.linalg.eigh((fisher + ridge * eye).float())
+    found = found.clamp_min(float(ridge) / 2)
+    root = (axes * found.sqrt()) @ axes.T
+    inverse = (axes * found.rsqrt()) @ axes.T
+    variance, axes = torch.linalg.eigh(root @ covariance.float() @ root)
+    variance = variance.flip(0).clamp_min(1e-12)
+    axes = axes.flip(1)
+    spread = (variance.log2() * OCTAVE / 2).round().long()
+    return Block(mean.half(), (root @ axes).half(), (axes.T @ inverse).half(), spread)
+
+
+def gradients(
+    model: Transformer, ids: Tensor, draw: torch.Generator
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Return keys before RoPE and values of one sequence ids (1, T), lists over layers that code,
+    and the gradients of the loss of tokens drawn from the model's distribution with respect to
+    them."""
+    blocks = coded_layers(model)
+    seen: list[list[Tensor]] = [[], []]
+
+    def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        seen[0].append(k)
+        seen[1].append(v)
+
+    hook = model.embed_tokens.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    try:
+        with torch.enable_grad(), record_layers([b.self_attn for b in blocks], see):
+            logits = model(ids)[0].float()
+            share = logits.detach().softmax(-1)
+            drawn = torch.multinomial(share.cpu(), 1, generator=draw)[:, 0].to(ids.device)
+            loss = F.cross_entropy(logits, drawn, reduction="sum")
+            found = torch.autograd.grad(loss, seen[0] + seen[1])
+    finally:
+        hook.remove()
+    number = torch.arange(ids.size(1), device=ids.device)[None]
+    n = len(blocks)
+    keys = [unturned(k.detach(), model, number) for k in seen[0]]
+    key_gradients = [unturned(g, model, number) for g in found[:n]]
+    return [keys, [v.detach() for v in seen[1]]], [key_gradients, list(found[n:])]
+
+
+def block_vectors(keys: list[Tensor], values: list[Tensor], span: int) -> list[Tensor]:
+    """Return the vectors (B, T, p) of each block of layers' keys and values (B, Hkv, T, D)."""
+    firsts = range(0, len(keys), span)
+    return [as_vectors([*keys[i : i + span], *values[i : i + span]]) for i in firsts]
+
+
+def calibrate(
+    model: Transformer,
+    batches: Sequence[Tensor],
+    span: int = SPAN,
+    sinks: int = 4,
+    seed: int = 0,
+) -> Basis:
+    """Return the coordinates of all blocks and the probabilities of their codes, on ids (B, T) of a
+    text, first tokens left out. ValueError for fewer than two tokens.
+
+    seed: of the tokens that are drawn"""
+    n = sum(ids.size(0) * max(0, ids.size(1) - sinks) for ids in batches)
+    check(
+        n > 1,
+        f"{n} tokens to calibrate on",
+        "coordinates are those of several",
+        "give a larger --calibration or --block_size",
+    )
+    every = max(1, n // SAMPLED)
+    draw = torch.Generator().manual_seed(seed)
+    n_blocks = cdiv(len(coded_layers(model)), span)
+    totals: list = [[0.0, 0.0, 0.0] for _ in range(n_blocks)]
+    some: list[list[Tensor]] = [[] for _ in range(n_blocks)]
+    was_training = model.training
+    model.eval()
+    for ids in (row for batch in batches for row in batch.split(1)):
+        here, costs = gradients(model, ids, draw)
+        vectors = zip(block_vectors(*here, span), block_vectors(*costs, span), strict=True)
+        for total, sample, (x, g) in zip(totals, some, vectors, strict=True):
+            x = x[0, sinks:].float()
+            g = g[0, sinks:].float()
+            total[0] = total[0] + x.double().sum(0)
+            total[1] = total[1] + (x.T @ x).double()
+            total[2] = total[2] + (g.T @ g).double()
+            sample.append(x[::every].clone())
+    model.train(was_training)
+    blocks = []
+    for at_sum, square, fisher in totals:
+        mean = at_sum / n
+        blocks.append(principal(mean, square / n - mean.outer(mean), fisher / n))
+    ys = [block.encode(torch.cat(xs)) for block, xs in zip(blocks, some, strict=True)]
+    return Basis(blocks, span, counted(ys, [block.spread for block in blocks]))

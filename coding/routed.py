@@ -1,0 +1,354 @@
+"""Routed transform coding: a prompt's keys and values in a share of their bytes, with precision
+that goes where it is read, inside a token and between tokens.
+
+In the coordinates of basis.py an error costs the same wherever it is. So of independent coordinates
+of variance lambda_i in tokens that are read with weight w_t, those bits leave least that reverse
+water-filling gives,
+
+    bits_ti = max(0, 1/2 log2(w_t lambda_i / theta)),
+
+one level theta for all layers, heads, keys and values: rounding to steps Delta / sqrt(w_t) and an
+entropy code (storage/entropy.py) do just that, to a fraction of a bit. A token that nobody reads is
+left with nothing, and stands for the mean.
+
+w_t, of a token in a block of layers, is what the prompt's last 64 queries give it: the root mean
+square of their attention, a mean over heads and layers, as a whole power of two in four bits. Delta
+is the least with which a sequence's bytes, all of them, fit its share. Bytes of a sequence:
+
+    Delta in 16 bits | weights, 4 bits each, block by block | codes of all blocks, token by token
+
+The first tokens and the newest stay whole (baselines/coded.py). Coordinates and probabilities are
+the model's, as its weights are, and are not counted; described() says how many bytes they are.
+Plain PyTorch and NumPy; all layers are decoded when the first is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from baselines.coded import (
+    CodedCache,
+    CodedPath,
+    Decoded,
+    Kept,
+    Middle,
+    Reader,
+    check_kept,
+    coded_layers,
+    pack_codes,
+    to_bytes,
+)
+from baselines.kvtc import unturned
+from coding.basis import (
+    FIRST,
+    MIDDLE,
+    OCTAVE,
+    ROWS,
+    ZERO,
+    Basis,
+    Block,
+    block_vectors,
+    codes_of,
+    low_bits,
+    row_of,
+    size_of,
+    symbols_of,
+)
+from config import check
+from model import Transformer, attention_mask
+from storage import entropy
+from storage.layout import soft_cap
+
+TAIL = 4  # newest tokens that stay whole
+ASKING = 64  # last queries that weights are of
+LEAST_WEIGHT = 2.0**-8
+MIDDLE_CLASS = 8  # the class of a weight of 1; there are 16
+SPARE = 2  # classes above the middle that a basis is cut for
+STEPS = 24 * OCTAVE  # steps are 2^-24 to 2^24
+LANE_BITS = 28  # of a lane that no symbol uses, of 16 to 32
+SAMPLED = 8  # of so many tokens one tells where to look for a step
+NEAR = OCTAVE // 4  # how far from there
+COUNTS = 4 * 8  # bytes of a layer's four counts of a sequence
+
+
+class Seen(NamedTuple):
+    """What a layer hands to the last one, which codes the prompt."""
+
+    middle: Middle
+    weight: Tensor  # (B, M) float32, the layer's; 0 where there is no token
+
+
+def read_by_last(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float = 0.0) -> Tensor:
+    """Return the root mean square of the attention of a prompt's last queries, those of padding
+    apart, on all columns: (B, Hkv, T) float32.
+
+    q (B, H, T, D), k (B, Hkv, T, D)"""
+    B, _, T, D = q.shape
+    W = min(ASKING, T)
+    Hkv = k.size(1)
+    scaled = (q[:, :, T - W :].float() * D**-0.5).unflatten(1, (Hkv, -1))
+    logits = soft_cap(scaled @ k.float().unsqueeze(2).mT, cap)
+    mask = attention_mask(W, T, n_pad, q.device)[:, None]
+    share = logits.masked_fill(~mask, float("-inf")).softmax(-1)  # (B, Hkv, n, W, T)
+    real = torch.ones(B, W, device=q.device)
+    if n_pad is not None:
+        real = (torch.arange(T - W, T, device=q.device) >= n_pad[:, None]).float()
+    part = (real / real.sum(1, keepdim=True).clamp_min(1))[:, None, None, :, None]
+    return (share.square() * part).sum(3).mean(2).sqrt()
+
+
+def classes_of(weight: Tensor) -> Tensor:
+    """Return the classes (n,) int64 of weights (n,), of which the mean is made 1."""
+    relative = weight / weight.mean().clamp_min(1e-30)
+    return (relative.clamp_min(LEAST_WEIGHT).log2().round().long() + MIDDLE_CLASS).clamp(0, 15)
+
+
+def with_low(rows: Tensor) -> Tensor:
+    """Return the rows of symbols, and after them those of the lowest bits of long codes."""
+    low = low_bits(rows)
+    return torch.cat((rows, (ROWS + low[low > 0] - 1).to(torch.uint8)))
+
+
+def split(codes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes (n,) of rows (n,) as symbols and then their lowest bits, and with_low(rows)."""
+    low = low_bits(rows)
+    rest = codes - ((codes >> low) << low)
+    return torch.cat((symbols_of(codes, rows), rest[low > 0].to(torch.uint8))), with_low(rows)
+
+
+def joined(symbols: Tensor, rows: Tensor) -> Tensor:
+    """Return the codes (n,) int64 that split has made symbols of."""
+    low = low_bits(rows)
+    codes = (symbols[: len(rows)].long() - ZERO) << low
+    codes[low > 0] += symbols[len(rows) :].long()
+    return codes
+
+
+def smallest(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the least step above low, and at most high, that fits: all above one that fits do."""
+    while high - low > 1:
+        step = (low + high) // 2
+        if fits(step):
+            high = step
+        else:
+            low = step
+    return high
+
+
+class RoutedCodec(nn.Module):
+    """What turns a prompt of all layers into strings and back.
+
+    n_tokens: of the prompts that the share is meant for: how many coordinates are held"""
+
+    name = "routed"
+
+    def __init__(self, model: Transformer, basis: Basis, kept: Kept, n_tokens: int):
+        super().__init__()
+        self.kept = kept
+        self._model = (model,)  # in a tuple, so that it does not become a part of this module
+        self.span = basis.span
+        self.table = basis.table
+        low = low_bits(torch.arange(ROWS))[:, None]
+        self.cost = (self.table.cost()[:ROWS] + low).to(basis.blocks[0].mean.device)
+        used = self._used(basis, n_tokens)
+        self.blocks = [block.first(r) for block, r in zip(basis.blocks, used, strict=True)]
+
+    def _used(self, basis: Basis, n_tokens: int) -> list[int]:
+        """Count the coordinates of each block that tokens of up to 2^SPARE times the mean weight
+        code within the share."""
+        p = sum(len(block.mean) for block in basis.blocks)
+        n_middle = max(1, n_tokens - self.kept.whole)
+        bits = 16 * p * (self.kept.share * n_tokens - self.kept.whole) / n_middle
+        part = torch.from_numpy(self.table.part[:ROWS]).to(self.cost.device) / entropy.PARTS
+        of_row = (part * self.cost.clamp_max(1e3)).sum(1)
+        of_row[:FIRST] = 0
+        spread = torch.cat([block.spread for block in basis.blocks])
+
+        def bits_of(step: int) -> float:
+            return float(of_row[row_of(spread, torch.tensor(step)).long()].sum())
+
+        usual = smallest(lambda step: bits_of(step) <= bits, -STEPS, STEPS)
+        least = torch.tensor(usual - SPARE * OCTAVE // 2)
+        used = [int((row_of(b.spread, least) >= FIRST).sum()) for b in basis.blocks]
+        return [max(1, r) for r in used]
+
+    def constants(self) -> dict[str, Tensor]:
+        held = {"parts": torch.from_numpy(self.table.part)}
+        for i, block in enumerate(self.blocks):
+            held |= {f"{name}{i}": t for name, t in block._asdict().items()}
+        return held
+
+    def basis_bytes(self) -> int:
+        """Count the bytes of coordinates, and of probabilities in 16 bits each."""
+        return 2 * self.table.part.size + sum(block.nbytes() for block in self.blocks)
+
+    def described(self) -> str:
+        """Return how it codes, in a few words."""
+        r = sum(len(block.spread) for block in self.blocks)
+        apart = f"{self.basis_bytes() / 1e6:.1f} MB of them apart"
+        return f"in {self.kept.share:.1%}, {r} components of {self.span} layers each, {apart}"
+
+    # ---- strings
+
+    def steps_of(self, step: int, classes: Tensor, block: Block) -> Tensor:
+        """Return the steps (n, 1) of tokens of these classes in a block, 64ths of an octave: none
+        is so small that the largest coordinate needs a row beyond the last."""
+        least = int(block.spread[0]) - (ROWS - 1 - MIDDLE) * OCTAVE // 4
+        return (step - (classes - MIDDLE_CLASS) * (OCTAVE // 2)).clamp_min(least)[:, None]
+
+    def room(self, n_tokens: int, n_middle: int) -> int:
+        """Count the bytes that a sequence's string may have."""
+        L = len(coded_layers(self._model[0]))
+        number = 2 * sum(len(block.mean) for block in self.blocks)
+        return (
+            int(self.kept.share * number * n_tokens) - number * (n_tokens - n_middle) - COUNTS * L
+        )
+
+    def bits(self, ys: list[Tensor], classes: list[Tensor], step: int) -> float:
+        """Count the bits of the codes of one sequence's coordinates ys (n, r), as probabilities
+        have it, and those of the lanes."""
+        total = 0.0
+        n = 0
+        for y, c, block in zip(ys, classes, self.blocks, strict=True):
+            steps = self.steps_of(step, c, block)
+            row = row_of(block.spread, steps)
+            symbols = symbols_of(codes_of(y, steps, row), row)
+            cost = self.cost[row.long(), symbols.long()]
+            coded = row >= FIRST
+            total += float((cost * coded).sum())
+            n += int(coded.sum())
+        return total + LANE_BITS * entropy.lanes_of(n)
+
+    def string(self, ys: list[Tensor], classes: list[Tensor], step: int) -> Tensor:
+        """Return the bytes of one sequence's coordinates ys (n, r)."""
+        codes = []
+        rows = []
+        for y, c, block in zip(ys, classes, self.blocks, strict=True):
+            steps = self.steps_of(step, c, block)
+            row = row_of(block.spread, steps)
+            coded = row >= FIRST
+            codes.append(codes_of(y, steps, row)[coded])
+            rows.append(row[coded])
+        head = to_bytes(torch.tensor([step], dtype=torch.int16, device=ys[0].device))
+        of_tokens = pack_codes(torch.cat(classes).to(torch.uint8), 4)
+        symbols = split(torch.cat(codes), torch.cat(rows))
+        return torch.cat((head, of_tokens, entropy.write(*symbols, self.table)))
+
+    def fitting(self, ys: list[Tensor], classes: list[Tensor], n_tokens: int) -> Tensor:
+        """Return the string of the smallest step that fits a sequence's share. ValueError where
+        none does."""
+        room = self.room(n_tokens, len(ys[0]))
+        head = 2 + (sum(map(len, classes)) + 1) // 2
+        some = slice(None, None, SAMPLED)  # a first guess, of few tokens
+        part = len(ys[0]) / len(ys[0][some])
+        few = [y[some] for y in ys], [c[some] for c in classes]
+        guess = smallest(lambda s: head + part * self.bits(*few, s) / 8 <= room, -STEPS, STEPS)
+        low = max(-STEPS, guess - NEAR)
+        high = smallest(
+            lambda s: head + self.bits(ys, classes, s) / 8 <= room, low, min(guess + NEAR, STEPS)
+        )
+        string = self.string(ys, classes, high)
+        while len(string) > room and high < STEPS:  # by a few bytes of lanes
+            high = min(STEPS, high + OCTAVE // 16)
+            string = self.string(ys, classes, high)
+        check(
+            len(string) <= room,
+            f"a share of {self.kept.share:g} of {n_tokens} tokens",
+            f"{self.kept.whole} of them stay whole",
+            "give a larger --kv_byte_budgets, a smaller --query or longer contexts",
+        )
+        return string
+
+    def encode(self, seen: list[Seen]) -> list[Tensor]:
+        """Return the strings (bytes,) uint8 of all sequences; seen: of each layer."""
+        middle = seen[0].middle
+        keys = [unturned(s.middle.k, self._model[0], middle.number) for s in seen]
+        values = [s.middle.v for s in seen]
+        vectors = block_vectors(keys, values, self.span)
+        ys = [block.encode(x) for block, x in zip(self.blocks, vectors, strict=True)]
+        weights = torch.stack([s.weight for s in seen])  # (L, B, M)
+        strings = []
+        for b, n in enumerate(middle.there.sum(1).tolist()):
+            if not n:
+                strings.append(torch.zeros(0, dtype=torch.uint8, device=weights.device))
+                continue
+            own = weights[:, b, :n]
+            own = own / own.mean(1, keepdim=True).clamp_min(1e-30)
+            classes = [classes_of(w.mean(0)) for w in own.split(self.span)]
+            strings.append(self.fitting([y[b, :n] for y in ys], classes, n + self.kept.whole))
+        return strings
+
+    def numbers(self, string: Tensor, n: int) -> list[Tensor]:
+        """Return the coordinates (n, r) of each block that a string of n tokens stands for."""
+        if not n:
+            return [b.mean.new_zeros(0, len(b.spread)).float() for b in self.blocks]
+        reader = Reader(string)
+        head = torch.empty(1, dtype=torch.int16, device=string.device)
+        head.view(torch.uint8).copy_(reader.take(2))
+        classes = reader.codes(n * len(self.blocks), 4).long().split(n)
+        steps = [self.steps_of(int(head), c, b) for b, c in zip(self.blocks, classes, strict=True)]
+        rows = [row_of(b.spread, s) for b, s in zip(self.blocks, steps, strict=True)]
+        coded = [row >= FIRST for row in rows]
+        of_codes = torch.cat([row[there] for row, there in zip(rows, coded, strict=True)])
+        symbols = entropy.read(string[reader.at :], with_low(of_codes), self.table)
+        codes = joined(symbols, of_codes)
+        parts = codes.split([int(there.sum()) for there in coded])
+        out = []
+        for row, there, step, part in zip(rows, coded, steps, parts, strict=True):
+            y = torch.zeros(row.shape, device=string.device)
+            wide = step.expand_as(row)[there]
+            y[there] = part.float() * size_of(wide)
+            out.append(y)
+        return out
+
+    def read(self, cache: CodedCache) -> None:
+        """Decode the strings, which the last layer's cache holds, for the caches of all layers."""
+        caches = [c for c in cache.prompt.layers if isinstance(c, CodedCache)]
+        counts = cache.n_coded.tolist()
+        slot = torch.arange(max(counts, default=0), device=cache.n_coded.device)
+        number = (self.kept.sinks + slot).expand(len(counts), -1)
+        there = (slot < cache.n_coded[:, None])[:, None]
+        decoded = [self.numbers(s, n) for s, n in zip(caches[-1].strings(), counts, strict=True)]
+        Hkv = cache.window_k.size(1)
+        for i, block in enumerate(self.blocks):
+            y = pad_sequence([of_sequence[i] for of_sequence in decoded], batch_first=True)
+            x = block.decode(y).to(cache.dtype)
+            some = caches[i * self.span : (i + 1) * self.span]
+            parts = x.unflatten(-1, (2, len(some), Hkv, -1)).permute(2, 3, 0, 4, 1, 5)
+            for layer, k, v in zip(some, *parts, strict=True):
+                k = unturned(k.contiguous(), self._model[0], number, back=True)
+                layer.middle = Decoded(k, v.contiguous(), there)
+
+
+class RoutedPath(CodedPath):
+    """One layer that waits for the others of its prompt: the last of them codes it."""
+
+    def __init__(self, m, codec: RoutedCodec, n_layers: int):
+        super().__init__(m, codec)
+        self.n_layers = n_layers
+
+    def code(self, cache: CodedCache, middle: Middle, q, k, v, y, n_pad) -> None:
+        read = read_by_last(q, k, n_pad, self.cap).mean(1)  # (B, T)
+        at = middle.number if n_pad is None else middle.number + n_pad[:, None]
+        weight = read.gather(1, at.clamp_max(read.size(1) - 1)) * middle.there
+        seen = cache.prompt.seen
+        seen.append(Seen(middle, weight))
+        if len(seen) == self.n_layers:
+            cache.set_payload(self.codec.encode(seen))
+            seen.clear()
+
+
+def attach(model: Transformer, basis: Basis, kept: Kept, n_tokens: int) -> Transformer:
+    """Let all layers but those that slide code prompts together, in place; baselines.coded.detach
+    undoes it. Returns the model. n_tokens: of prompts that the share is meant for."""
+    check_kept(kept)
+    codec = RoutedCodec(model, basis, kept, n_tokens)
+    blocks = coded_layers(model)
+    for block in blocks:
+        block.self_attn.kv_path = RoutedPath(model.cfg, codec, len(blocks))
+    return model

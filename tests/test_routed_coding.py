@@ -265,6 +265,18 @@ def test_bytes_are_counted_and_never_more_than_the_share(found):
     assert off[0] < 0.02 and off[0] < off[1] < off[2]
 
 
+def test_the_finest_step_still_reaches_the_largest_coordinates(found):
+    """With the least step, and tokens of all classes, a string still says every coordinate to within
+    a 2,000th of the largest one's spread: codes are never cut short."""
+    codec = codec_of(coded_model(found))
+    torch.manual_seed(0)
+    ys = [torch.randn(31, len(b.spread)) * basis.size_of(b.spread) for b in codec.blocks]
+    classes = [torch.arange(31) % 16 for _ in ys]
+    got = codec.numbers(codec.string(ys, classes, -routed.STEPS), 31)
+    for y, have, block in zip(ys, got, codec.blocks, strict=True):
+        assert (y - have).abs().max() < basis.size_of(block.spread[0]) / 2000
+
+
 def test_a_basis_has_what_its_share_uses_and_says_how_large_it_is(found):
     """A smaller share holds fewer coordinates; their bytes are those of tensors."""
     sizes = []

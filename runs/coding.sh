@@ -1,31 +1,43 @@
 #!/usr/bin/env bash
-# Routed transform coding beside KVTC's rule, both calibrated on a mixture of six texts, on eight
-# texts: three of which nothing was calibrated on, and what was held out of the other five; then a
-# needle in a prompt that is coded so. Strings are made by the CPU, one prompt at a time: most of
-# the time.
-# usage: [CALIBRATION=48] runs/coding.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
+# Routed transform coding beside KVTC's rule on eight texts. Both are calibrated on the same windows
+# of a mixture that the measured text is not in (of WikiText-2 it has the validation split), and
+# keep the same tokens whole. Then a needle in a prompt that is coded so. Strings are made by the
+# CPU, one prompt at a time: most of the time.
+# usage: [CALIBRATION=24] [SEQUENCES=8] runs/coding.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
 OUT="${2:-out/coding}"
 VALID="${3:-wikitext2.valid.txt}"
 TEST="${4:-wikitext2.test.txt}"
-CALIBRATION="${CALIBRATION:-48}" # windows that bases are calibrated on
-MIXTURE="pydocs,pycode,dialogue,markup,shakespeare,text:$VALID"
+CALIBRATION="${CALIBRATION:-24}" # windows that bases are calibrated on
+SEQUENCES="${SEQUENCES:-8}"      # windows of each text
 
-measure() {  # measure NAME FLAGS...
+measure() {  # measure NAME MIXTURE FLAGS...
   name="$1"
-  shift
-  python eval.py --init_from="$MODEL" --methods=dense,routed,kvtc --calibrate="$MIXTURE" \
-    --calibration="$CALIBRATION" --block_size=2048 --batch_size=16 \
+  mixture="$2"
+  shift 2
+  python eval.py --init_from="$MODEL" --methods=dense,routed,kvtc --calibrate="$mixture" \
+    --calibration="$CALIBRATION" --block_size=2048 --batch_size=4 --query=4 \
     --results="$OUT/$name" "$@"
 }
+text() {  # text NAME DATASET SPLIT: one text, calibrated on the others
+  mixture="text:$VALID"
+  for kind in shakespeare pydocs pycode markup dialogue; do
+    if [[ "$kind" != "$2" ]]; then
+      mixture="$mixture,$kind"
+    fi
+  done
+  measure "texts/$1" "$mixture" --tasks=continuation --detokenize --dataset="$2" --split="$3" \
+    --sequences="$SEQUENCES" --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
+}
 
-measure others --tasks=continuation --detokenize --sequences=16 \
-  --dataset="text:$TEST,cheaders,records" --split=all --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
-measure held_out --tasks=continuation --detokenize --sequences=16 \
-  --dataset=shakespeare,pydocs,pycode,markup,dialogue --split=val \
-  --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
+text wikitext "text:$TEST" all
+text cheaders cheaders all
+text records records all
+for kind in shakespeare pydocs pycode markup dialogue; do
+  text "$kind" "$kind" val
+done
 for question in seen unseen; do
-  measure "needle_$question" --tasks=needle --question=$question --sequences=100 \
-    --kv_byte_budgets=0.125,0.0625,0.04
+  measure "needle_$question" "text:$VALID,shakespeare,pydocs,pycode,markup,dialogue" \
+    --tasks=needle --question=$question --sequences=32 --kv_byte_budgets=0.125,0.0625,0.04
 done

@@ -232,10 +232,15 @@ def check_request(
             f"a prompt of {T} tokens{after} and {max_new_tokens} new ones: the context is "
             f"{model.cfg.block_size}; shorten either"
         )
-    if held and (len(prompts) != len(cache.lengths) or min(map(len, prompts)) != T):
+    if cache is not None and len(prompts) != len(cache.lengths):
         raise ValueError(
-            f"{len(prompts)} prompts after a cache of {len(cache.lengths)} sequences: one for "
-            "each, all of one length; continue them one by one"
+            f"{len(prompts)} prompts after a cache of {len(cache.lengths)} sequences: one for each; "
+            "give as many"
+        )
+    if cache is not None and min(map(len, prompts)) != T:
+        raise ValueError(
+            f"prompts of {min(map(len, prompts))} to {T} tokens after a cache: all of one length; "
+            "continue them one by one, or give no cache"
         )
 
 
@@ -298,7 +303,7 @@ def generate(
     stop: ids that end a row
     prefill_tokens: how many tokens of the prompts are processed at a time, 0 for all (see prefill)
     compiled: torch.compile around attention
-    cache: what the prompts follow; it is filled further
+    cache: what the prompts, all of one length, follow; it is filled further
     on_token: gets the new ids of all rows after each step, stop tokens included; where what it
         returns is true, no step follows
 

@@ -81,6 +81,11 @@ class ExpertCache(WindowCache):
         for part in self.parts:
             part.reserve(n_tokens)
 
+    def fit(self, n_tokens: int) -> None:
+        """Give every expert room for n_tokens more, no less and no more."""
+        for part in self.parts:
+            part.fit(n_tokens)
+
     # ---- writing
 
     @torch.no_grad()
@@ -141,6 +146,7 @@ class ExpertCache(WindowCache):
         part.reserve(int((part.lengths + count).max()) - longest)
         part.room = width  # what shorter sequences get fits below the longest
         part.append(NewTokens(k, v, width - count))
+        part.room = part.cap - int(part.lengths.max())
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens.
@@ -164,6 +170,7 @@ class ExpertCache(WindowCache):
             part.truncate(keep.masked_fill(n == 0, 0))
         self.seen = self.seen.masked_fill((n == 0)[:, None], 0)
         super().truncate(n)
+        self.fresh = not bool(self.lengths.any())  # the next prompt is chosen from whole again
 
     # ---- reading
 

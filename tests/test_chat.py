@@ -328,6 +328,9 @@ def test_generate_continues_a_cache_and_tells_each_token(window):
         generate(model, [prompt], 160, cache=cache)
     with pytest.raises(ValueError, match="2 prompts after a cache of 1"):
         generate(model, [prompt, prompt], 1, cache=cache)
+    for given, match in ((2, "prompts of 22 to 23 tokens"), (1, "2 prompts after a cache of 1")):
+        with pytest.raises(ValueError, match=match):  # of an empty cache, too
+            generate(model, [prompt, prompt[1:]], 1, cache=model.new_cache(given, 40))
 
 
 def small_model(seed: int = 0):

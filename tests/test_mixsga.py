@@ -339,6 +339,39 @@ def test_a_prompt_is_chosen_and_what_follows_is_scored():
             assert sum(part.n_packed for part in layer.parts).tolist() == [24 - tail] * 2
 
 
+def test_room_is_taken_kept_and_given_up():
+    """What is reserved is there whoever takes the next tokens, and after a prompt has passed; fit
+    gives up the rest, and the bytes are those of that many tokens in every expert."""
+    model = made(tail=2)
+    cache = model.new_cache(2, 40)
+    cache.reserve(30)
+    with torch.no_grad():
+        model.prefill(tokens(2, 10), cache)
+    assert all(10 <= layer.room <= 30 for layer in cache.layers)
+    cache.fit(1)
+    held = cache.nbytes()
+    for layer in cache.layers:
+        assert layer.room == 1
+        assert [part.cap - int(part.lengths.max()) for part in layer.parts] == [1, 1, 1]
+    cache.reserve(30)
+    assert cache.nbytes() > held
+    cache.fit(1)
+    assert cache.nbytes() == held
+
+
+def test_a_prompt_after_all_is_forgotten_is_chosen_from_whole():
+    """After truncate(0) a prompt gives the logits and the experts' counts of a new cache."""
+    model = made(tail=2)
+    x = tokens(1, 20)
+    cache = model.new_cache(1, 40)
+    with torch.no_grad():
+        want = model.prefill(x, cache)
+        counts = [part.lengths.tolist() for part in cache.layers[0].parts]
+        cache.truncate(0)
+        assert torch.equal(model.prefill(x, cache), want)
+    assert [part.lengths.tolist() for part in cache.layers[0].parts] == counts
+
+
 def test_scores_are_relative_to_their_running_mean():
     """Scores are the router's output less the mean so far (32 tokens of 0 beforehand, padding left
     out) plus the offset."""

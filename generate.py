@@ -234,8 +234,8 @@ def check_request(
         )
     if cache is not None and len(prompts) != len(cache.lengths):
         raise ValueError(
-            f"{len(prompts)} prompts after a cache of {len(cache.lengths)} sequences: one for each; "
-            "give as many"
+            f"{len(prompts)} prompts after a cache of {len(cache.lengths)} sequences: "
+            "one for each; give as many"
         )
     if cache is not None and min(map(len, prompts)) != T:
         raise ValueError(

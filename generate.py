@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Block, RMSNorm, Transformer, evaluating
+from settings.fields import check
 from storage import fused
 from storage.cache import KVCache
 from storage.kernel_base import use_triton
@@ -91,7 +92,7 @@ def prefill(
     return torch.cat(logits), KVCache.cat(caches)
 
 
-def is_fused(block: Block) -> bool:
+def block_is_fused(block: Block) -> bool:
     """Say whether storage/fused.py does what this block does around attention: RMS norms before
     attention and MLP alone, rotated heads, an MLP gated by silu, weights without biases."""
     attention = block.self_attn
@@ -123,7 +124,7 @@ class DecodeGraph:
 
     pick(logits (B, V), step (1,)) -> ids (B, 1) chooses the next tokens. The first two steps run as
     they are, to warm up. What lies between two attentions runs as four kernels a layer where
-    is_fused says so; compiled: it goes through torch.compile instead. Room for n tokens is
+    block_is_fused says so; compiled: it goes through torch.compile instead. Room for n tokens is
     reserved."""
 
     WARM = 2
@@ -151,7 +152,7 @@ class DecodeGraph:
         if compiled:
             self.before = torch.compile(Block.before, dynamic=False, options=self.TUNED)
             self.after = torch.compile(Block.after, dynamic=False, options=self.TUNED)
-        elif all(map(is_fused, model.layers)):
+        elif all(map(block_is_fused, model.layers)):
             self.before = fused.before
             self.after = fused.after
         cache.check_usable()
@@ -217,13 +218,15 @@ def check_request(
             f"token ids {low}..{high} in a prompt: "
             f"the vocabulary has 0..{model.cfg.vocab_size - 1}; use the model's own tokenizer"
         )
-    fine = flags["temperature"] >= 0 and flags["top_k"] >= 0 and 0 < flags["top_p"] <= 1
-    if max_new_tokens < 1 or not fine or flags["prefill_tokens"] < 0:
-        came = ", ".join(f"{name}={value}" for name, value in flags.items())
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}, {came}: need at least 1, at least 0, at least 0, "
-            "within (0, 1], and at least 0; correct the flag"
-        )
+    allowed = {
+        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        "temperature": (flags["temperature"], flags["temperature"] >= 0, "at least 0"),
+        "top_k": (flags["top_k"], flags["top_k"] >= 0, "at least 0"),
+        "top_p": (flags["top_p"], 0 < flags["top_p"] <= 1, "within (0, 1]"),
+        "prefill_tokens": (flags["prefill_tokens"], flags["prefill_tokens"] >= 0, "at least 0"),
+    }
+    for name, (value, fine, range_) in allowed.items():
+        check(fine, f"{name}={value}", range_, "correct it")
     held = 0 if cache is None else cache.length
     T = max(map(len, prompts))
     if held + T + max_new_tokens > model.cfg.block_size:

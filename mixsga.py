@@ -95,7 +95,7 @@ def expert_choice(scores: Tensor, ratios: tuple[Fraction, ...], valid: Tensor) -
 # -------------------- reading without a cache
 
 
-def window_mask(T: int, W: int, device) -> Tensor:
+def newest_mask(T: int, W: int, device) -> Tensor:
     """Mark the newest W keys of every query, its own included: (T, T) bool."""
     number = torch.arange(T, device=device)
     return number[:, None] - number < W
@@ -116,7 +116,7 @@ def attend_window(
         return attend(q, k, v, pad, cap)
     T = q.size(2)
     visible = attention_mask(T, T, pad, q.device)
-    close = window_mask(T, W, q.device)
+    close = newest_mask(T, W, q.device)
     mask = torch.cat((visible & ~close, visible & close), -1)
     k = torch.cat((k, whole[0]), 2)
     v = torch.cat((v, whole[1]), 2)

@@ -33,7 +33,7 @@ from torch import Tensor
 import mixsga
 from config import KVConfig, ModelConfig, check
 from kernels import attend_view
-from mixsga import GroupedHeads, SharingPath, experts, window_mask
+from mixsga import GroupedHeads, SharingPath, experts, newest_mask
 from model import attention_mask
 from settings.experts import MixConfig
 from storage.cache import DenseCache, KVCache, NewTokens
@@ -171,7 +171,7 @@ def h2o_attention(
     B, H, T, D = q.shape
     Hkv = k.size(1)
     n = math.ceil(keep * T)
-    close = window_mask(T, W, q.device)
+    close = newest_mask(T, W, q.device)
     grouped = (q * D**-0.5).view(B, Hkv, -1, T, D)
     logits = at_least_float32(grouped @ k.unsqueeze(2).mT).view(B, H, T, T)
     if W:

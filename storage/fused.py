@@ -4,7 +4,7 @@ A new token of each sequence is so little work that a step is the time of its la
 layer. So what surrounds a product is done by the program that computes it, in its registers:
 
     project_heads   q, k, v = rope(norm(x) W)     and norm(x) itself, for paths that route by it
-    add_product     x + y W                       attention's output, then the MLP's
+    add_product     x + y W                       twice: attention's output, then the MLP's
     gated_product   silu(norm(x) W_g) * norm(x) W_u
 
 The norm needs no pass of its own: x / rms(x) * g times W is (x * g) W divided by rms(x), and both
@@ -365,7 +365,7 @@ def add_product(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 
 def before(block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Do what Block.before does for x (B, 1, E), where generate.is_fused says so."""
+    """Do what Block.before does for x (B, 1, E), where generate.block_is_fused says so."""
     attention = block.self_attn
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
     weights = tuple(linear.weight for linear in linears)
@@ -375,7 +375,7 @@ def before(block, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def after(block, x: Tensor, y: Tensor) -> Tensor:
-    """Do what Block.after does for x (B, 1, E), y (B, H, 1, D), where generate.is_fused says so."""
+    """Do what Block.after does for x (B, 1, E), y (B, H, 1, D), where block_is_fused says so."""
     mlp = block.mlp
     x = add_product(x, y, block.self_attn.o_proj.weight)
     norm = (block.post_attention_layernorm.weight, block.post_attention_layernorm.eps)

@@ -9,7 +9,7 @@ from helpers import tokens
 
 import generate
 from config import ModelConfig
-from generate import DecodeGraph, is_fused, prefill
+from generate import DecodeGraph, block_is_fused, prefill
 from model import Block, Transformer
 from storage import fused
 from storage.kernel_base import triton
@@ -120,9 +120,9 @@ def test_other_blocks_keep_their_own_code(shape, monkeypatch):
     """What the kernels lack is refused: biases, norms of heads, other norms, positions and
     activations, heads of no power of 2; and float16, whose sums before the norm may overflow."""
     monkeypatch.setattr(generate, "use_triton", lambda *about: True)
-    assert is_fused(model_of().layers[0])
-    assert not is_fused(model_of(**shape).layers[0])
-    assert not is_fused(model_of().half().layers[0])
+    assert block_is_fused(model_of().layers[0])
+    assert not block_is_fused(model_of(**shape).layers[0])
+    assert not block_is_fused(model_of().half().layers[0])
     with torch.autocast(DEVICE.type, torch.bfloat16):
-        assert not is_fused(model_of().layers[0])
-        assert is_fused(model_of().bfloat16().layers[0])
+        assert not block_is_fused(model_of().layers[0])
+        assert block_is_fused(model_of().bfloat16().layers[0])

@@ -170,7 +170,6 @@ class ExpertCache(WindowCache):
             part.truncate(keep.masked_fill(n == 0, 0))
         self.seen = self.seen.masked_fill((n == 0)[:, None], 0)
         super().truncate(n)
-        self.fresh = not bool(self.lengths.any())  # the next prompt is chosen from whole again
 
     # ---- reading
 
@@ -240,5 +239,6 @@ class ExpertCache(WindowCache):
 
     def snapshot(self) -> ExpertCache:
         out = super().snapshot()
+        out.seen = self.seen.clone()  # summed up in place
         out.parts = [part.snapshot() for part in self.parts]
         return out

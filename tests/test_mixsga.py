@@ -359,19 +359,6 @@ def test_room_is_taken_kept_and_given_up():
     assert cache.nbytes() == held
 
 
-def test_a_prompt_after_all_is_forgotten_is_chosen_from_whole():
-    """After truncate(0) a prompt gives the logits and the experts' counts of a new cache."""
-    model = made(tail=2)
-    x = tokens(1, 20)
-    cache = model.new_cache(1, 40)
-    with torch.no_grad():
-        want = model.prefill(x, cache)
-        counts = [part.lengths.tolist() for part in cache.layers[0].parts]
-        cache.truncate(0)
-        assert torch.equal(model.prefill(x, cache), want)
-    assert [part.lengths.tolist() for part in cache.layers[0].parts] == counts
-
-
 def test_scores_are_relative_to_their_running_mean():
     """Scores are the router's output less the mean so far (32 tokens of 0 beforehand, padding left
     out) plus the offset."""

@@ -36,7 +36,7 @@ from torch import Tensor
 from baselines.coded import coded_layers
 from baselines.kvtc import as_vectors, unturned
 from config import check
-from model import Transformer, record_layers
+from model import Transformer, evaluating, record_layers
 from storage.entropy import Table, table_of
 from storage.layout import cdiv
 
@@ -129,9 +129,18 @@ def symbols_of(codes: Tensor, row: Tensor) -> Tensor:
     return ((codes >> low_bits(row)) + ZERO).to(torch.uint8)
 
 
+def counted_as(row: Tensor) -> Tensor:
+    """Return the first row (n,) int64 whose symbols are as likely as those of rows (n,) int64: a
+    long code that varies twice as much has one more bit that is no symbol's."""
+    return torch.where(row > LONG, LONG + 1 + (row - LONG - 1) % 4, row)
+
+
 def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
-    """Return the probabilities of codes: of a sample ys (n, p) of each block's
-    coordinates, rounded to steps of all sizes, evenly spread over 16 octaves."""
+    """Return the probabilities of codes, the rows of their lowest bits last: (ROWS + 8, 256).
+
+    ys       of each block a sample of coordinates (n, p) float32, rounded to steps that are evenly
+             spread from 8 octaves below its largest spread to 8 above
+    spreads  (p,) int64 of each, in 64ths of an octave"""
     counts = torch.zeros(ROWS, 256, dtype=torch.float64, device=ys[0].device)
     reached = reach(ys[0].device)
     for y, spread in zip(ys, spreads, strict=True):
@@ -139,9 +148,10 @@ def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
         step = spread[0] - 8 * OCTAVE + token * 619 % (16 * OCTAVE)
         row = row_of(spread, step)
         codes = codes_of(y, step, row)
-        at = (row.long() * 256 + symbols_of(codes, row).long()).flatten()
+        at = (counted_as(row.long()) * 256 + symbols_of(codes, row).long()).flatten()
         counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
     row = torch.arange(ROWS, device=counts.device)
+    counts = counts[counted_as(row)]
     most = (reached >> low_bits(row))[:, None] + 1
     code = torch.arange(256, device=counts.device) - ZERO
     allowed = (code >= -most) & (code <= most)
@@ -230,22 +240,23 @@ def calibrate(
     n_blocks = cdiv(len(coded_layers(model)), span)
     totals: list = [[0.0, 0.0, 0.0] for _ in range(n_blocks)]
     some: list[list[Tensor]] = [[] for _ in range(n_blocks)]
-    was_training = model.training
-    model.eval()
-    for ids in (row for batch in batches for row in batch.split(1)):
-        here, costs = gradients(model, ids, draw)
-        vectors = zip(block_vectors(*here, span), block_vectors(*costs, span), strict=True)
-        for total, sample, (x, g) in zip(totals, some, vectors, strict=True):
-            x = x[0, sinks:].float()
-            g = g[0, sinks:].float()
-            total[0] = total[0] + x.double().sum(0)
-            total[1] = total[1] + (x.T @ x).double()
-            total[2] = total[2] + (g.T @ g).double()
-            sample.append(x[::every].clone())
-    model.train(was_training)
+    with evaluating(model):
+        for ids in (row for batch in batches for row in batch.split(1)):
+            here, costs = gradients(model, ids, draw)
+            vectors = zip(block_vectors(*here, span), block_vectors(*costs, span), strict=True)
+            for total, sample, (x, g) in zip(totals, some, vectors, strict=True):
+                x = x[0, sinks:].float()
+                g = g[0, sinks:].float()
+                total[0] = total[0] + x.double().sum(0)
+                total[1] = total[1] + (x.T @ x).double()
+                total[2] = total[2] + (g.T @ g).double()
+                sample.append(x[::every].clone())
+    # M in units near 1, so that float16 holds its roots: a power of 4, so that nothing is rounded.
+    size = torch.stack([fisher.diagonal().mean() for _, _, fisher in totals]).mean() / n
+    unit = 4.0 ** float(size.clamp_min(1e-30).log2().div(2).round())
     blocks = []
     for at_sum, square, fisher in totals:
         mean = at_sum / n
-        blocks.append(principal(mean, square / n - mean.outer(mean), fisher / n))
+        blocks.append(principal(mean, square / n - mean.outer(mean), fisher / n / unit))
     ys = [block.encode(torch.cat(xs)) for block, xs in zip(blocks, some, strict=True)]
     return Basis(blocks, span, counted(ys, [block.spread for block in blocks]))

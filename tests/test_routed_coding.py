@@ -153,6 +153,45 @@ def test_gradients_are_what_a_small_change_of_keys_and_values_does():
         assert float(got[1][s][i][0, head, t, d]) == pytest.approx(slope, rel=1e-3, abs=1e-5)
 
 
+def test_coordinates_of_small_gradients_are_those_of_large_ones(found, monkeypatch):
+    """Gradients 2^-24 times as large, whose roots float16 would not hold, leave all that calibration
+    finds as it is, bit for bit."""
+    exact = basis.gradients
+
+    def small(*args):
+        here, costs = exact(*args)
+        return here, [[g * 2.0**-24 for g in of_layers] for of_layers in costs]
+
+    monkeypatch.setattr(basis, "gradients", small)
+    model = tiny_model(0, torch.float64, CFG)
+    got = basis.calibrate(model, [tokens(2, 150, seed=1), tokens(1, 150, seed=2)], 2, sinks=2)
+    for a, b in zip(got.blocks, found.blocks, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(a, b, strict=True))
+    assert (got.table.part == found.table.part).all()
+
+
+def test_rows_of_the_longest_codes_have_counted_probabilities(found):
+    """In every row of long codes, those that a calibration's steps do not reach, too, a symbol near
+    zero is likelier than one near the largest."""
+    part = found.table.part[basis.LONG + 1 : basis.ROWS]
+    near = part[:, basis.ZERO - 4 : basis.ZERO + 4].sum(1)
+    far = part[:, basis.ZERO + 60 : basis.ZERO + 68].sum(1)
+    assert (near > 4 * far).all()
+
+
+def test_calibration_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    """A model that trains goes on training after an error."""
+
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(basis, "gradients", fails)
+    model = tiny_model(0, torch.float64, CFG).train()
+    with pytest.raises(RuntimeError):
+        basis.calibrate(model, [tokens(1, 20)], 2)
+    assert model.training
+
+
 # -------------------- weights
 
 

@@ -42,13 +42,13 @@ from storage.layout import cdiv
 
 SPAN = 3  # layers of a block
 OCTAVE = 64  # whole numbers of a spread or a step
-ROWS = 77
+ROWS = 77  # the last is of a spread of 2^11 steps
 MIDDLE = 32  # row of a spread of one step; a row is a quarter of an octave
 LONG = 44  # last row whose codes are symbols as they are
 FIRST = 24  # first row that has codes: below it everything is rounded to zero
 ZERO = 128  # symbol of a code of 0
 REACH = 16  # codes reach so many spreads
-RIDGE = 1e-2  # of M, in units of the mean of its diagonal
+RIDGE = 1e-2  # of M, in units of the mean of its diagonal; .1 loses more (docs/log.md)
 SAMPLED = 1024  # tokens that codes are counted on
 
 

@@ -463,7 +463,7 @@ class SelectConfig:
         "queries, moved ahead, read of them what they read of the whole context",
     )
     refit_ridge: float = opt(
-        0.3, "refit: its ridge, in units of the mean squared weight of a token", above=0
+        0.3, "refit: its ridge, in units of the mean squared weight of a token", least=1e-3
     )
     predictors: str = opt(
         "",

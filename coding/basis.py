@@ -76,7 +76,7 @@ class Block(NamedTuple):
         return Block(self.mean, *cut)
 
     def nbytes(self) -> int:
-        """Count the bytes of what is held."""
+        """Count the bytes as they would be saved, spreads in 16 bits."""
         parts = (self.mean, self.to, self.back)
         return sum(t.numel() * t.element_size() for t in parts) + 2 * len(self.spread)
 

@@ -68,7 +68,7 @@ TAIL = 4  # newest tokens that stay whole
 ASKING = 64  # last queries that weights are of
 LEAST_WEIGHT = 2.0**-8
 MIDDLE_CLASS = 8  # the class of a weight of 1; there are 16
-SPARE = 2  # classes above the middle that a basis is cut for
+SPARE = 2  # classes above the middle that a basis is cut for: few tokens have more
 STEPS = 24 * OCTAVE  # steps are 2^-24 to 2^24
 LANE_BITS = 28  # of a lane that no symbol uses, of 16 to 32
 SAMPLED = 8  # of so many tokens one tells where to look for a step
@@ -248,10 +248,14 @@ class RoutedCodec(nn.Module):
         part = len(ys[0]) / len(ys[0][some])
         few = [y[some] for y in ys], [c[some] for c in classes]
         guess = smallest(lambda s: head + part * self.bits(*few, s) / 8 <= room, -STEPS, STEPS)
+
+        def fits(step: int) -> bool:
+            return head + self.bits(ys, classes, step) / 8 <= room
+
         low = max(-STEPS, guess - NEAR)
-        high = smallest(
-            lambda s: head + self.bits(ys, classes, s) / 8 <= room, low, min(guess + NEAR, STEPS)
-        )
+        while low > -STEPS and fits(low):  # the few promised too little
+            low = max(-STEPS, low - NEAR)
+        high = smallest(fits, low, min(guess + NEAR, STEPS))
         string = self.string(ys, classes, high)
         while len(string) > room and high < STEPS:  # by a few bytes of lanes
             high = min(STEPS, high + OCTAVE // 16)

@@ -316,6 +316,20 @@ def test_the_finest_step_still_reaches_the_largest_coordinates(found):
         assert (y - have).abs().max() < basis.size_of(block.spread[0]) / 2000
 
 
+def test_the_step_does_not_depend_on_where_it_is_looked_for_first(found, monkeypatch):
+    """A first guess from tokens that vary most, which is far too coarse, leaves the string as it is
+    where all tokens make it."""
+    codec = codec_of(coded_model(found))
+    torch.manual_seed(0)
+    ys = [torch.randn(64, len(b.spread)) * basis.size_of(b.spread) for b in codec.blocks]
+    for y in ys:
+        y[::8] *= 30
+    classes = [torch.full((64,), routed.MIDDLE_CLASS) for _ in ys]
+    got = codec.fitting(ys, classes, 69)
+    monkeypatch.setattr(routed, "SAMPLED", 1)
+    assert torch.equal(got, codec.fitting(ys, classes, 69))
+
+
 def test_a_basis_has_what_its_share_uses_and_says_how_large_it_is(found):
     """A smaller share holds fewer coordinates; their bytes are those of tensors."""
     sizes = []

@@ -71,7 +71,7 @@ class EvalConfig:
     kv_byte_budgets: str = opt(
         "",
         "bytes that compressed layers hold of a prompt as shares of 16 bits a number, a list "
-        "(select: bits are routed, too; empty: --kv_bytes; routed, kvtc, rdkv: what codes may take)",
+        "(select: bits are routed, too; empty: --kv_bytes; routed, kvtc, rdkv: of their codes)",
     )
     kv_bits: str = opt(
         "",

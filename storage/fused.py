@@ -1,7 +1,8 @@
 """What a decode step does between two attentions, in four Triton kernels a layer.
 
 A new token of each sequence is so little work that a step is the time of its launches: PyTorch
-dispatches 43 operators a layer. So what surrounds a product is done by the program that computes it, in its registers:
+dispatches 43 operators a layer. So what surrounds a product is done by the program that computes
+it, in its registers:
 
     project_heads   q, k, v = rope(norm(x) W)     and norm(x) itself, for paths that route by it
     add_product     x + y W                       twice: attention's output, then the MLP's

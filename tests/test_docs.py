@@ -292,3 +292,21 @@ def test_checker_sees_a_table_without_script():
     """A table's script is looked for in its own section only."""
     text = "# a\nruns/x.sh\n| 1 |\n|---|\ntext\n| 2 |\n# b\n| 3 |\n"
     assert [bool(re.search(r"runs/\w+\.sh", t)) for _, t in tables_of(text)] == [True, True, False]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_python_in_scripts_names_what_there_is(script):
+    """What a script's own Python takes from modules is there."""
+    for code in re.findall(r'python -c "\n(.*?)\n"', script.read_text(), re.DOTALL):
+        tree = ast.parse(code.replace('\\"', '"'))
+        modules = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                modules |= {a.asname or a.name: importlib.import_module(a.name) for a in node.names}
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert [a.name for a in node.names if not hasattr(module, a.name)] == []
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = modules.get(node.value.id)
+                assert module is None or hasattr(module, node.attr), ast.unparse(node)

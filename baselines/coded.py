@@ -1,5 +1,6 @@
-"""What the rivals that code a prompt share (kvtc.py, rdkv.py): a cache that holds a prompt as bytes
-but for its first tokens and its newest, and a path that stores a prompt once.
+"""What methods that code a prompt share (kvtc.py, rdkv.py, coding/routed.py): a cache that holds a
+prompt as bytes but for its first tokens and its newest, and paths that store a prompt once, each
+layer by itself or all together.
 
 A prompt reads itself whole. Then its *middle*, all tokens but the first `sinks` and the newest
 `tail`, becomes one string of bytes for each sequence, and everything that comes later stays whole.
@@ -18,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ModelConfig, check
-from model import attend, attend_masked, attention_mask, put_dense_back
+from model import (
+    Transformer,
+    apply_rope,
+    attend,
+    attend_masked,
+    attention_mask,
+    put_dense_back,
+)
 from storage.cache import DenseCache, NewTokens, check_range, check_truncation
 from storage.integers.format import pack_bits, unpack_bits
 from storage.layout import cdiv, starts
@@ -176,11 +184,17 @@ class CodedCache(DenseCache):
         self.n_window = n_whole
         self.room = 0
         self.fresh = False
-        slot = torch.arange(int(self.n_coded.max()), device=k.device)
-        there = slot < self.n_coded[:, None]
-        number = (kept.sinks + slot).expand_as(there)
+        number, there = self.middle_columns()
         middle_k, middle_v = columns(number)
         return Middle(middle_k, middle_v, number, there)
+
+    def middle_columns(self) -> tuple[Tensor, Tensor]:
+        """Return the numbers in their sequence of the tokens that are coded, (B, M) int64, and
+        which columns hold one, (B, M) bool."""
+        longest = int(self.n_coded.max()) if self.batch else 0
+        slot = torch.arange(longest, device=self.n_coded.device)
+        there = slot < self.n_coded[:, None]
+        return (self.codec.kept.sinks + slot).expand_as(there), there
 
     def set_payload(self, strings: list[Tensor]) -> None:
         """Hold these bytes (n,) uint8 of every sequence."""
@@ -266,6 +280,49 @@ class CodedPath(nn.Module):
 
     def graph_safe(self) -> bool:
         return False
+
+
+class TogetherPath(CodedPath):
+    """One layer that waits for the others of its prompt: the last of them codes it, by
+    codec.encode(what all layers told)."""
+
+    def __init__(self, m: ModelConfig, codec: Any, n_layers: int):
+        super().__init__(m, codec)
+        self.n_layers = n_layers
+
+    def told(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Any:
+        """Return what the layer tells the last one."""
+        return middle
+
+    def code(self, cache: CodedCache, middle: Middle, q, k, v, y, n_pad) -> None:
+        seen = cache.prompt.seen
+        seen.append(self.told(middle, q, k, n_pad))
+        if len(seen) == self.n_layers:
+            cache.set_payload(self.codec.encode(seen))
+            seen.clear()
+
+
+def attach_together(
+    model: Transformer, codec: Any, path: type[TogetherPath] = TogetherPath
+) -> Transformer:
+    """Let all layers but those that slide code prompts together, in place. Returns the model."""
+    blocks = coded_layers(model)
+    for block in blocks:
+        block.self_attn.kv_path = path(model.cfg, codec, len(blocks))
+    return model
+
+
+def unturned(k: Tensor, model: Transformer, number: Tensor, back: bool = False) -> Tensor:
+    """Return keys k (B, Hkv, T, D) of tokens number (B, T) without their RoPE; back: with it."""
+    cos = model.rope_cos[number][:, None]
+    sin = model.rope_sin[number][:, None]
+    return apply_rope(k, cos, sin if back else -sin)
+
+
+def as_vectors(layers: list[Tensor]) -> Tensor:
+    """Return each token's numbers of all layers (B, Hkv, T, D) as one vector: (B, T, p)."""
+    by_token = [t.transpose(1, 2).flatten(2) for t in layers]
+    return torch.cat(by_token, -1)
 
 
 def coded_layers(model: nn.Module) -> list[nn.Module]:

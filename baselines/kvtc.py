@@ -47,18 +47,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from baselines.coded import (
     CodedCache,
-    CodedPath,
     Decoded,
     Kept,
     Middle,
     Reader,
+    as_vectors,
+    attach_together,
     check_kept,
     coded_layers,
     pack_codes,
     to_bytes,
+    unturned,
 )
 from config import check
-from model import Transformer, apply_rope, evaluating, record_layers
+from model import Transformer, evaluating, record_layers
 from storage.integers.format import LEVEL_BITS, LEVEL_STEPS
 from storage.layout import at_least_float32
 
@@ -205,19 +207,6 @@ def principal(xs: list[Tensor], total: Tensor, moment: Tensor, n: int) -> Stream
     some = sample[::every]
     dropped = some.square().mean(0).double().cpu()
     return Stream(mean, basis, group_errors(some), dropped, sample)
-
-
-def unturned(k: Tensor, model: Transformer, number: Tensor, back: bool = False) -> Tensor:
-    """Return keys k (B, Hkv, T, D) of tokens number (B, T) without their RoPE; back: with it."""
-    cos = model.rope_cos[number][:, None]
-    sin = model.rope_sin[number][:, None]
-    return apply_rope(k, cos, sin if back else -sin)
-
-
-def as_vectors(layers: list[Tensor]) -> Tensor:
-    """Return each token's numbers of all layers (B, Hkv, T, D) as one vector: (B, T, p)."""
-    by_token = [t.transpose(1, 2).flatten(2) for t in layers]
-    return torch.cat(by_token, -1)
 
 
 def calibrate(model: Transformer, batches: Sequence[Tensor], sinks: int = 4) -> list[Stream]:
@@ -388,9 +377,7 @@ class KvtcCodec(nn.Module):
             inflated = list(pool.map(zlib.decompress, strings))
         counts = cache.n_coded.tolist()
         device = cache.n_coded.device
-        slot = torch.arange(max(counts, default=0), device=device)
-        number = (self.kept.sinks + slot).expand(len(counts), -1)
-        there = (slot < cache.n_coded[:, None])[:, None]
+        number, there = cache.middle_columns()
         coded = []
         for data, n in zip(inflated, counts, strict=True):
             coded.append(read(as_tensor(data, device), n, self.plan))
@@ -403,7 +390,7 @@ class KvtcCodec(nn.Module):
             whole.append(by_layer.permute(2, 0, 3, 1, 4))  # (L, B, Hkv, T, D)
         for layer, k, v in zip(caches, *whole, strict=True):
             k = unturned(k, self._model[0], number, back=True)
-            layer.middle = Decoded(k, v.contiguous(), there)
+            layer.middle = Decoded(k, v.contiguous(), there[:, None])
 
 
 def as_tensor(data: bytes, device) -> Tensor:
@@ -412,27 +399,8 @@ def as_tensor(data: bytes, device) -> Tensor:
     return torch.from_numpy(numbers).to(device)
 
 
-class KvtcPath(CodedPath):
-    """One layer that waits for the others of its prompt: the last of them codes it."""
-
-    def __init__(self, m, codec: KvtcCodec, n_layers: int):
-        super().__init__(m, codec)
-        self.n_layers = n_layers
-
-    def code(self, cache: CodedCache, middle: Middle, q, k, v, y, n_pad) -> None:
-        seen = cache.prompt.seen
-        seen.append(middle)
-        if len(seen) == self.n_layers:
-            cache.set_payload(self.codec.encode(seen))
-            seen.clear()
-
-
 def attach(model: Transformer, streams: list[Stream], kept: Kept, n_tokens: int) -> Transformer:
     """Let all layers but those that slide code prompts of n_tokens together, in place;
     coded.detach undoes it. Returns the model. ValueError where the share is too small."""
     check_kept(kept)
-    codec = KvtcCodec(model, streams, kept, n_tokens)
-    blocks = coded_layers(model)
-    for block in blocks:
-        block.self_attn.kv_path = KvtcPath(model.cfg, codec, len(blocks))
-    return model
+    return attach_together(model, KvtcCodec(model, streams, kept, n_tokens))

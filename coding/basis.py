@@ -33,8 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.coded import coded_layers
-from baselines.kvtc import as_vectors, unturned
+from baselines.coded import as_vectors, coded_layers, unturned
 from config import check
 from model import Transformer, evaluating, record_layers
 from storage.entropy import Table, table_of

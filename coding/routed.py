@@ -23,7 +23,7 @@ Plain PyTorch and NumPy; all layers are decoded when the first is read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,17 +33,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from baselines.coded import (
     CodedCache,
-    CodedPath,
     Decoded,
     Kept,
     Middle,
     Reader,
+    TogetherPath,
+    attach_together,
     check_kept,
     coded_layers,
     pack_codes,
     to_bytes,
+    unturned,
 )
-from baselines.kvtc import unturned
 from coding.basis import (
     FIRST,
     MIDDLE,
@@ -51,7 +52,6 @@ from coding.basis import (
     ROWS,
     ZERO,
     Basis,
-    Block,
     block_vectors,
     codes_of,
     low_bits,
@@ -195,11 +195,14 @@ class RoutedCodec(nn.Module):
 
     # ---- strings
 
-    def steps_of(self, step: int, classes: Tensor, block: Block) -> Tensor:
-        """Return the steps (n, 1) of tokens of these classes in a block, 64ths of an octave: none
-        is so small that the largest coordinate needs a row beyond the last."""
-        least = int(block.spread[0]) - (ROWS - 1 - MIDDLE) * OCTAVE // 4
-        return (step - (classes - MIDDLE_CLASS) * (OCTAVE // 2)).clamp_min(least)[:, None]
+    def rounding(self, step: int, classes: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield of each block the steps (n, 1) of tokens of its classes (n,), 64ths of an octave,
+        and the rows (n, r) of their coordinates. No step is so small that the largest coordinate
+        needs a row beyond the last."""
+        for block, c in zip(self.blocks, classes, strict=True):
+            least = int(block.spread[0]) - (ROWS - 1 - MIDDLE) * OCTAVE // 4
+            steps = (step - (c - MIDDLE_CLASS) * (OCTAVE // 2)).clamp_min(least)[:, None]
+            yield steps, row_of(block.spread, steps)
 
     def room(self, n_tokens: int, n_middle: int) -> int:
         """Count the bytes that a sequence's string may have."""
@@ -214,9 +217,7 @@ class RoutedCodec(nn.Module):
         have it, and those of the lanes."""
         total = 0.0
         n = 0
-        for y, c, block in zip(ys, classes, self.blocks, strict=True):
-            steps = self.steps_of(step, c, block)
-            row = row_of(block.spread, steps)
+        for y, (steps, row) in zip(ys, self.rounding(step, classes), strict=True):
             symbols = symbols_of(codes_of(y, steps, row), row)
             cost = self.cost[row.long(), symbols.long()]
             coded = row >= FIRST
@@ -228,9 +229,7 @@ class RoutedCodec(nn.Module):
         """Return the bytes of one sequence's coordinates ys (n, r)."""
         codes = []
         rows = []
-        for y, c, block in zip(ys, classes, self.blocks, strict=True):
-            steps = self.steps_of(step, c, block)
-            row = row_of(block.spread, steps)
+        for y, (steps, row) in zip(ys, self.rounding(step, classes), strict=True):
             coded = row >= FIRST
             codes.append(codes_of(y, steps, row)[coded])
             rows.append(row[coded])
@@ -295,17 +294,16 @@ class RoutedCodec(nn.Module):
         head = torch.empty(1, dtype=torch.int16, device=string.device)
         head.view(torch.uint8).copy_(reader.take(2))
         classes = reader.codes(n * len(self.blocks), 4).long().split(n)
-        steps = [self.steps_of(int(head), c, b) for b, c in zip(self.blocks, classes, strict=True)]
-        rows = [row_of(b.spread, s) for b, s in zip(self.blocks, steps, strict=True)]
-        coded = [row >= FIRST for row in rows]
-        of_codes = torch.cat([row[there] for row, there in zip(rows, coded, strict=True)])
+        rounding = list(self.rounding(int(head), classes))
+        coded = [row >= FIRST for _, row in rounding]
+        of_codes = torch.cat([row[there] for (_, row), there in zip(rounding, coded, strict=True)])
         symbols = entropy.read(string[reader.at :], with_low(of_codes), self.table)
         codes = joined(symbols, of_codes)
         parts = codes.split([int(there.sum()) for there in coded])
         out = []
-        for row, there, step, part in zip(rows, coded, steps, parts, strict=True):
+        for (steps, row), there, part in zip(rounding, coded, parts, strict=True):
             y = torch.zeros(row.shape, device=string.device)
-            wide = step.expand_as(row)[there]
+            wide = steps.expand_as(row)[there]
             y[there] = part.float() * size_of(wide)
             out.append(y)
         return out
@@ -314,9 +312,7 @@ class RoutedCodec(nn.Module):
         """Decode the strings, which the last layer's cache holds, for the caches of all layers."""
         caches = [c for c in cache.prompt.layers if isinstance(c, CodedCache)]
         counts = cache.n_coded.tolist()
-        slot = torch.arange(max(counts, default=0), device=cache.n_coded.device)
-        number = (self.kept.sinks + slot).expand(len(counts), -1)
-        there = (slot < cache.n_coded[:, None])[:, None]
+        number, there = cache.middle_columns()
         decoded = [self.numbers(s, n) for s, n in zip(caches[-1].strings(), counts, strict=True)]
         Hkv = cache.window_k.size(1)
         for i, block in enumerate(self.blocks):
@@ -326,33 +322,20 @@ class RoutedCodec(nn.Module):
             parts = x.unflatten(-1, (2, len(some), Hkv, -1)).permute(2, 3, 0, 4, 1, 5)
             for layer, k, v in zip(some, *parts, strict=True):
                 k = unturned(k.contiguous(), self._model[0], number, back=True)
-                layer.middle = Decoded(k, v.contiguous(), there)
+                layer.middle = Decoded(k, v.contiguous(), there[:, None])
 
 
-class RoutedPath(CodedPath):
-    """One layer that waits for the others of its prompt: the last of them codes it."""
+class RoutedPath(TogetherPath):
+    """One layer that tells how much its tokens are read, too."""
 
-    def __init__(self, m, codec: RoutedCodec, n_layers: int):
-        super().__init__(m, codec)
-        self.n_layers = n_layers
-
-    def code(self, cache: CodedCache, middle: Middle, q, k, v, y, n_pad) -> None:
+    def told(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Seen:
         read = read_by_last(q, k, n_pad, self.cap).mean(1)  # (B, T)
         at = middle.number if n_pad is None else middle.number + n_pad[:, None]
-        weight = read.gather(1, at.clamp_max(read.size(1) - 1)) * middle.there
-        seen = cache.prompt.seen
-        seen.append(Seen(middle, weight))
-        if len(seen) == self.n_layers:
-            cache.set_payload(self.codec.encode(seen))
-            seen.clear()
+        return Seen(middle, read.gather(1, at.clamp_max(read.size(1) - 1)) * middle.there)
 
 
 def attach(model: Transformer, basis: Basis, kept: Kept, n_tokens: int) -> Transformer:
     """Let all layers but those that slide code prompts together, in place; baselines.coded.detach
     undoes it. Returns the model. n_tokens: of prompts that the share is meant for."""
     check_kept(kept)
-    codec = RoutedCodec(model, basis, kept, n_tokens)
-    blocks = coded_layers(model)
-    for block in blocks:
-        block.self_attn.kv_path = RoutedPath(model.cfg, codec, len(blocks))
-    return model
+    return attach_together(model, RoutedCodec(model, basis, kept, n_tokens), RoutedPath)

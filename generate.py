@@ -218,15 +218,10 @@ def check_request(
             f"token ids {low}..{high} in a prompt: "
             f"the vocabulary has 0..{model.cfg.vocab_size - 1}; use the model's own tokenizer"
         )
-    allowed = {
-        "max_new_tokens": (max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        "temperature": (flags["temperature"], flags["temperature"] >= 0, "at least 0"),
-        "top_k": (flags["top_k"], flags["top_k"] >= 0, "at least 0"),
-        "top_p": (flags["top_p"], 0 < flags["top_p"] <= 1, "within (0, 1]"),
-        "prefill_tokens": (flags["prefill_tokens"], flags["prefill_tokens"] >= 0, "at least 0"),
-    }
-    for name, (value, fine, range_) in allowed.items():
-        check(fine, f"{name}={value}", range_, "correct it")
+    check(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens}", "at least 1", "correct it")
+    for name in ("temperature", "top_k", "prefill_tokens"):
+        check(flags[name] >= 0, f"{name}={flags[name]}", "at least 0", "correct it")
+    check(0 < flags["top_p"] <= 1, f"top_p={flags['top_p']}", "within (0, 1]", "correct it")
     held = 0 if cache is None else cache.length
     T = max(map(len, prompts))
     if held + T + max_new_tokens > model.cfg.block_size:
@@ -235,16 +230,21 @@ def check_request(
             f"a prompt of {T} tokens{after} and {max_new_tokens} new ones: the context is "
             f"{model.cfg.block_size}; shorten either"
         )
-    if cache is not None and len(prompts) != len(cache.lengths):
-        raise ValueError(
-            f"{len(prompts)} prompts after a cache of {len(cache.lengths)} sequences: "
-            "one for each; give as many"
-        )
-    if cache is not None and min(map(len, prompts)) != T:
-        raise ValueError(
-            f"prompts of {min(map(len, prompts))} to {T} tokens after a cache: all of one length; "
-            "continue them one by one, or give no cache"
-        )
+    if cache is None:
+        return
+    check(
+        len(prompts) == len(cache.lengths),
+        f"{len(prompts)} prompts after a cache of {len(cache.lengths)} sequences",
+        "one for each",
+        "give as many",
+    )
+    shortest = min(map(len, prompts))
+    check(
+        shortest == T,
+        f"prompts of {shortest} to {T} tokens after a cache",
+        "all of one length",
+        "continue them one by one, or give no cache",
+    )
 
 
 def first_not_finite(model: Transformer, ids: list[int]) -> str:

@@ -144,10 +144,12 @@ def change(s: Segments, held: Tensor, ridge: float, cap: float = 0.0) -> Tensor:
     x = ridge_rows(moves[:, fit], (wanted - p @ z)[:, fit], n, ridge)  # (G, N, D)
 
     column = column.unsqueeze(-1)
-    told = moves[:, held] @ (x * s.stored.take_along_dim(column, 1))
-    read = torch.cat((at_least_float32(s.read), z[:, C:]), 1)
-    missed = wanted[:, held] - p[:, held] @ read
-    share = (told * missed).sum((1, 2)) / told.square().sum((1, 2)).clamp_min(TINY**2)
+    # X is fitted on exact values, and judged by what will be read.
+    moved = moves[:, held] @ (x * s.stored.take_along_dim(column, 1))
+    as_read = torch.cat((at_least_float32(s.read), z[:, C:]), 1)
+    missed = wanted[:, held] - p[:, held] @ as_read
+    size = moved.square().sum((1, 2)).clamp_min(TINY**2)
+    share = (moved * missed).sum((1, 2)) / size
     x = x * share.clamp(0, 1)[:, None, None]
     return torch.zeros_like(z[:, :C]).scatter(1, column.expand_as(x), x)
 

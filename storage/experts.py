@@ -107,21 +107,19 @@ class ExpertCache(WindowCache):
         leaves = comes * (self.n_window == W)
         row = torch.arange(self.batch, device=comes.device)
         slot = (self.n_packed + self.n_window) % max(W, 1)
-        gone = tokens
-        if W:
-            gone = {name: getattr(self, name)[row, :, slot].unsqueeze(2) for name in tokens}
-        for name, new in tokens.items() if W else ():
-            here = comes.bool().view(-1, 1, 1, *[1] * (new.dim() - 3))
-            new = torch.where(here, new.to(gone[name].dtype), gone[name])
-            getattr(self, name)[row, :, slot] = new.squeeze(2)
+        gone = dict(tokens)
+        for name in tokens if W else ():
+            ring = getattr(self, name)
+            old = ring[row, :, slot]  # (B, h, ...)
+            new = tokens[name].squeeze(2).to(ring.dtype)
+            here = comes.bool().view(-1, *[1] * (old.dim() - 1))
+            ring[row, :, slot] = torch.where(here, new, old)
+            gone[name] = old.unsqueeze(2)
         self.n_packed += leaves
         self.n_window += comes - leaves
         index = gone["window_index"][:, 0, 0]
         for e, part in enumerate(self.parts):
-            size = self.window_k.size(1) // part.Hkv
-            k = averaged(gone["window_k"], size)
-            v = averaged(gone["window_v"], size)
-            part.append(NewTokens(k, v, 1 - leaves * (index == e)))
+            self._store(part, gone["window_k"], gone["window_v"], 1 - leaves * (index == e))
 
     def _append_many(self, tokens: dict[str, Tensor], n_pad: Tensor | None) -> None:
         """Take T tokens, by ring (B, h, T, ...)."""
@@ -139,14 +137,19 @@ class ExpertCache(WindowCache):
             return
         order = mine.byte().argsort(dim=-1, stable=True)[:, -width:]  # its own last, in their order
         order = order[:, None, :, None]
-        size = k.size(1) // part.Hkv
-        k = averaged(k.take_along_dim(order, 2), size)
-        v = averaged(v.take_along_dim(order, 2), size)
         longest = int(part.lengths.max())
         part.reserve(int((part.lengths + count).max()) - longest)
         part.room = width  # what shorter sequences get fits below the longest
-        part.append(NewTokens(k, v, width - count))
+        k = k.take_along_dim(order, 2)
+        v = v.take_along_dim(order, 2)
+        self._store(part, k, v, width - count)
         part.room = part.cap - int(part.lengths.max())
+
+    @staticmethod
+    def _store(part: PackedCache, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
+        """Let an expert store tokens k, v (B, Hkv, n, D), averaged over its heads."""
+        size = k.size(1) // part.Hkv
+        part.append(NewTokens(averaged(k, size), averaged(v, size), n_pad))
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens.

@@ -172,6 +172,8 @@ def cells_of(same: list[dict]) -> dict[str, str]:
         cells["of dense"] = f"{of_dense:.2%}"
         cells[r["metric"]] = with_spread(values)
         cells["seeds"] = str(len(same))
+    if "rouge_l" in r:  # of answers that a row of mixSGA's table gave beside its perplexity
+        cells["ROUGE-L"] = with_spread([row["rouge_l"] for row in same])
     if "dense_value" in r and r["method"] != "dense":
         over = mean(row["value"] - row["dense_value"] for row in same)
         cells["over whole"] = f"{over:+.4f}"

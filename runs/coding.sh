@@ -12,12 +12,13 @@ TEST="${4:-wikitext2.test.txt}"
 CALIBRATION="${CALIBRATION:-24}" # windows that bases are calibrated on
 SEQUENCES="${SEQUENCES:-8}"      # windows of each text
 
-measure() {  # measure NAME MIXTURE FLAGS...
+measure() {  # measure NAME LENGTH MIXTURE FLAGS...
   name="$1"
-  mixture="$2"
-  shift 2
+  length="$2"
+  mixture="$3"
+  shift 3
   python eval.py --init_from="$MODEL" --methods=dense,routed,kvtc --calibrate="$mixture" \
-    --calibration="$CALIBRATION" --block_size=2048 --batch_size=4 --query=4 \
+    --calibration="$CALIBRATION" --block_size="$length" --batch_size=4 --query=4 \
     --results="$OUT/$name" "$@"
 }
 text() {  # text NAME DATASET SPLIT: one text, calibrated on the others
@@ -27,8 +28,12 @@ text() {  # text NAME DATASET SPLIT: one text, calibrated on the others
       mixture="$mixture,$kind"
     fi
   done
-  measure "texts/$1" "$mixture" --tasks=continuation --detokenize --dataset="$2" --split="$3" \
+  measure "texts/$1" 2048 "$mixture" --tasks=continuation --detokenize --dataset="$2" --split="$3" \
     --sequences="$SEQUENCES" --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
+}
+needle() {  # needle LENGTH QUESTION PROMPTS
+  measure "needles/$1_$2" "$1" "text:$VALID,shakespeare,pydocs,pycode,markup,dialogue" \
+    --tasks=needle --question="$2" --sequences="$3" --kv_byte_budgets=0.04
 }
 
 text wikitext "text:$TEST" all
@@ -38,6 +43,6 @@ for kind in shakespeare pydocs pycode markup dialogue; do
   text "$kind" "$kind" val
 done
 for question in seen unseen; do
-  measure "needle_$question" "text:$VALID,shakespeare,pydocs,pycode,markup,dialogue" \
-    --tasks=needle --question=$question --sequences=32 --kv_byte_budgets=0.125,0.0625,0.04
+  needle 600 "$question" 100
+  needle 2048 "$question" 32
 done

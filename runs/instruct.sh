@@ -4,9 +4,9 @@
 # without the consistency loss and with a random router; and of a prompt in 25, 12.5 and 6.25 % of
 # its bytes.
 # SmolLM2 has three KV heads (groups of 1 and 3), the model pretrained here eight (1, 2 and 4).
-# TRAIN, TEST: JSONL of instruction, input, output, of tasks that are not in both. Not run yet.
+# TRAIN, TEST: JSONL of instruction, input, output, of tasks that are not in both.
 # usage: [STEPS="50 200"] [SEEDS=2] [MORE=FLAGS] [PARTS="base smollm2 eight long"] [SHAPE=FLAGS] \
-#   [PRETRAIN_STEPS=3000] [CONTINUE_STEPS=1000] [SELECT_STEPS=400] [LONGEST=2048] [ANSWERS=400] \
+#   [PRETRAIN_STEPS=3000] [CONTINUE_STEPS=200] [SELECT_STEPS=400] [LONGEST=2048] [ANSWERS=400] \
 #   runs/instruct.sh [TRAIN] [TEST] [MODEL] [OUT]
 set -euo pipefail
 TRAIN="${1:-train.jsonl}"
@@ -37,7 +37,7 @@ fi
 
 # three KV heads: shares 1:3 of groups of 1 and 3 keep 50 %, 1:39 keep 35 %
 if [[ " $PARTS " == *" smollm2 "* ]]; then
-  rows smollm2 --init_from="$MODEL" --mixes=1-3@1:3,1-3@1:39 --block_size=512 --batch_size=32 \
+  rows smollm2 --init_from="$MODEL" --mixes=1-3@1:3,1-3@1:39 --block_size=512 --batch_size=16 \
     --sequences=64 --answer_tokens=48
 fi
 
@@ -48,9 +48,9 @@ if [[ " $PARTS " == *" eight "* ]]; then
     --dataset=pydocs,dialogue,markup --pretrain_steps="${PRETRAIN_STEPS:-3000}" \
     --pretrain_batch_size=32 --pretrain_lr=1e-3 --out_dir="$OUT/eight" $MORE
   python train.py --stage=continue --kv=dense --init_from="$OUT/eight/pretrain" \
-    --dataset="instruct:$TRAIN" --adapt_steps="${CONTINUE_STEPS:-1000}" --adapt_batch_size=32 \
+    --dataset="instruct:$TRAIN" --adapt_steps="${CONTINUE_STEPS:-200}" --adapt_batch_size=32 \
     --adapt_lr=5e-4 --out_dir="$OUT/eight-tuned" $MORE
-  rows eight --out_dir="$OUT/eight-tuned/dense-s0" --mixes=3:1:6,1:1:8 --batch_size=32 \
+  rows eight --out_dir="$OUT/eight-tuned/dense-s0" --mixes=3:1:6,1:1:8 --batch_size=16 \
     --sequences=64 --answer_tokens=200
 fi
 

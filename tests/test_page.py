@@ -190,6 +190,16 @@ def test_page_shows_a_measured_zero():
     assert (cells["agreement"], cells["trainable"], cells["KL"]) == ("0.0%", "0", "")
 
 
+def test_page_shows_rouge_l_beside_perplexity():
+    """A row of mixSGA's table that answered instructions, too: both means, with their spread."""
+    row = {"task": "mixsga", "method": "gqa", "name": "GQA 50%", "metric": "perplexity"}
+    bytes_held = {"cache_bytes": 50, "dense_bytes": 100, "of_dense": 0.5}
+    same = [row | bytes_held | {"value": v, "rouge_l": r} for v, r in ((8.0, 0.2), (9.0, 0.3))]
+    cells = page.cells_of(same)
+    assert cells["perplexity"].startswith("8.5000 +- ")
+    assert cells["ROUGE-L"].startswith("0.2500 +- ")
+
+
 def test_page_joins_the_seeds_of_a_budget_of_bytes(tmp_path):
     """Seeds of one budget are one line, though each keeps another share of the values."""
     mark = page.Mark("x", "runs/a.sh", [tmp_path / "a"], {})

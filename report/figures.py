@@ -1,4 +1,4 @@
-"""Pictures of results: report.png, groups.png (ST figure 1) and bytes.png."""
+"""Pictures of results: report.png, groups.png (ST figure 1), bytes.png and layers.png."""
 
 from __future__ import annotations
 
@@ -301,3 +301,41 @@ def scale_axes(ax, points: list[tuple[float, float]]) -> None:
     ticks = [t for t in usual if least <= t <= 101]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     ax.set_xticks([], minor=True)
+
+
+# -- layers.png
+
+OF_MAPS = {"all": "all heads of the layer", "own": "each head's own"}
+OF_KEYS = {"integers": "integers", "coordinates": "calibrated coordinates"}
+
+
+def layers_figure(folder: Path, rows: list[dict]) -> None:
+    """Draw layers.png of the rows of benchmarks/layers.py: what keys tell of values, after how many
+    tokens the maps have saved their own bits, and what few bits of keys do to logits."""
+    layers = [r for r in rows if r["impl"] != "all layers"]
+    numbers = [int(r["impl"].removeprefix("layer ")) for r in layers]
+    plt = pyplot()
+    fig, (told, pays, error) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for marker, (name, label) in zip(MARKERS, OF_MAPS.items(), strict=False):
+        share = [100 * r[f"told_{name}"] for r in layers]
+        tokens = [r[f"pays_after_{name}"] for r in layers]
+        told.plot(numbers, share, f"{marker}-", ms=4, lw=1, label=label)
+        pays.plot(numbers, tokens, f"{marker}-", ms=4, lw=1, label=label)
+    told.set_ylim(0, 100)
+    told.set(ylabel="energy told, %", title="Values that keys tell, as W_o writes them")
+    pays.set_yscale("log")
+    pays.set(ylabel="tokens", title="Tokens after which W has saved its own bits")
+    fields = [f for f in layers[0] if f.startswith(tuple(OF_KEYS))]
+    for marker, field in zip(MARKERS, fields, strict=False):
+        way, _, bits = field.partition("_")
+        label = f"{OF_KEYS[way]}, {int(bits) + 0.5:g} bits a number"
+        error.plot(numbers, [r[field] for r in layers], f"{marker}-", ms=4, lw=1, label=label)
+    error.set_yscale("log")
+    error.set(ylabel="error / variance", title="Squared error of logits, keys of few bits")
+    for ax in (told, pays, error):
+        ax.set(xlabel="layer")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.savefig(folder / "layers.png", dpi=100)
+    plt.close(fig)

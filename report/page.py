@@ -57,6 +57,16 @@ NUMBERS = (
     ("peak_memory_bytes", "peak memory, bytes", "{:,.0f}"),
     ("first_step_s", "first step, s", "{:.1f}"),
     ("ended_after_s", "ended after, s", "{:.1f}"),
+    ("told_own", "own head tells", "{:.1%}"),
+    ("told_all", "all heads tell", "{:.1%}"),
+    ("map_bytes_own", "bytes of W, own", "{:,.0f}"),
+    ("map_bytes_all", "bytes of W, all", "{:,.0f}"),
+    ("pays_after_own", "own pays after, tokens", "{:,.0f}"),
+    ("pays_after_all", "all pay after, tokens", "{:,.0f}"),
+    ("integers_2", "integers, 2.5 bits", "{:.4f}"),
+    ("coordinates_2", "coordinates, 2.5 bits", "{:.4f}"),
+    ("integers_4", "integers, 4.5 bits", "{:.4f}"),
+    ("coordinates_4", "coordinates, 4.5 bits", "{:.4f}"),
 )
 
 

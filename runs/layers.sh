@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Layer by layer: how much of a value its key tells, what the map for it weighs beside what it saves,
-# and what few bits of a key do to its logits. Fitted on WikiText-2 validation, measured on another
-# text. A CPU does it in some minutes.
+# Layer by layer: how much of a value its key tells, what the map for it weighs beside what it
+# saves, and what few bits of a key do to its logits. Fitted on WikiText-2 validation, measured on
+# another text. A CPU does it in some minutes.
 # usage: runs/layers.sh [MODEL] [OUT] [VALID_TEXT] [OTHER]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -397,7 +397,7 @@ def main() -> None:
     text = {"corpus": label_of(cfg.dataset), "sha256": content_hash(cfg.dataset, ARGS.data)}
     rows = [row | {"text": text, "seed": cfg.seed} for row in rows]
     folder = Path(cfg.results)
-    leave_rows(folder, rows, device_name(device), began)
+    leave_rows(folder, rows, device_name(device), began, ARGS)
     layers_figure(folder, rows)
     print_rows(rows, cfg.json)
 

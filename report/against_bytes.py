@@ -88,11 +88,13 @@ def points_on(tables: dict[str, str]) -> list[Point]:
     for name, only in PICTURED.items():
         for cells in cells_of(tables.get(name, "")):
             asked = all(cells.get(title) in allowed for title, allowed in only.items())
-            over = cells.get("over whole", "")
-            held = float(cells.get("of dense", "101%").rstrip("%"))
-            if asked and over and held < 100:
-                kl = float(cells["KL"]) if cells.get("KL") else None
-                point = Point(series_of(cells["row"]), held, float(over), kl)
+            if not asked or not cells.get("over whole"):
+                continue
+            held = float(cells["of dense"].rstrip("%"))
+            over = float(cells["over whole"])
+            kl = float(cells["KL"]) if cells.get("KL") else None
+            if held < 100:
+                point = Point(series_of(cells["row"]), held, over, kl)
                 sources.setdefault(f"table {name}", []).append(point)
     return told_apart(sources)
 
@@ -100,12 +102,16 @@ def points_on(tables: dict[str, str]) -> list[Point]:
 def told_apart(sources: dict[str, list[Point]]) -> list[Point]:
     """Return all points. A series that several sources have is one in each: they were measured in
     different ways."""
-    seen = Counter(series for points in sources.values() for series in {p.series for p in points})
+    seen: Counter[str] = Counter()
+    for points in sources.values():
+        seen.update({p.series for p in points})
     out = []
     for source, points in sources.items():
         for p in points:
-            several = seen[p.series] > 1
-            out.append(p._replace(series=f"{p.series}, {source}") if several else p)
+            name = p.series
+            if seen[name] > 1:
+                name = f"{name}, {source}"
+            out.append(p._replace(series=name))
     return out
 
 
@@ -164,11 +170,15 @@ def draw_series(
     used = {}
     for i, (name, mine) in enumerate(by_name.items()):
         style = {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)]}
-        used[name] = styles[name] if styles else style
-        ax.plot(*zip(*sorted(mine), strict=True), ls="-", lw=0.6, ms=6, label=name, **used[name])
+        if styles:
+            style = styles[name]
+        used[name] = style
+        held, values = zip(*sorted(mine), strict=True)
+        ax.plot(held, values, ls="-", lw=0.6, ms=6, label=name, **style)
     best = envelope([(held, value) for _, held, value in points])
     if len(best) > 2:
-        ax.plot(*zip(*best, strict=True), color="k", lw=3, alpha=0.25, label="lower envelope")
+        held, values = zip(*best, strict=True)
+        ax.plot(held, values, color="k", lw=3, alpha=0.25, label="lower envelope")
     ax.set_xscale("log")
     ax.margins(x=0.05)
     least = 0.8 * min(held for _, held, _ in points)

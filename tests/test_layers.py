@@ -210,6 +210,7 @@ def test_rows_of_all_layers_are_made_and_drawn(long_base, text, own_cache, tmp_p
     assert cells["own head tells"] == f"{rows[0]['told_own']:.1%}"
     made = json.loads((tmp_path / "rows" / "made.json").read_text())
     assert [t["sha256"] for t in made["texts"]] == [rows[0]["text"]["sha256"]]
+    assert [file["flag"] for file in made["files"]] == ["dataset"]
 
 
 def test_layers_are_drawn_one_by_one(tmp_path, monkeypatch, pictures):

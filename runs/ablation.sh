@@ -72,5 +72,7 @@ for TEXT in ${TEXTS//,/ }; do
   chosen keys keys
   chosen keys_refit keys --refit
   based keys_alone --methods=dense,value_groups --n_groups=16 --topk_groups=0 --reconstructor=keys
-  based string --methods=routed --kv_byte_budgets="$SHARES"
+  BESIDE="$OUT/$TEXT/zeros,$OUT/$TEXT/refit,$OUT/$TEXT/keys,$OUT/$TEXT/keys_refit"
+  # its bytes.png has all of them
+  based string --methods=routed --kv_byte_budgets="$SHARES" --beside="$BESIDE,$OUT/$TEXT/keys_alone"
 done

@@ -87,7 +87,8 @@ from loaders import checkpoint
 from loaders.compress import windows_of
 from loaders.device import check_weights, device_name, pick_device
 from loaders.runs import Run, attach_storage, is_foreign, load_run
-from report.figures import bytes_figure, groups_figure, report_figure
+from report.against_bytes import bytes_figure, points_of
+from report.figures import groups_figure, report_figure
 from report.made import write_record
 from report.plan import STORED_AS, Asked, Setting, bits_of, is_trained, plan_of
 from report.progress import EVERY, progress
@@ -500,8 +501,9 @@ def write_results(
         groups_figure(folder, shown.choice, shown.rule)
         names.append("groups.png")
     checkpoint.write_json(folder / "results.json", rows)
-    if any(r["metric"] == "loss" for r in means + beside):
-        bytes_figure(folder, means + beside)
+    points = points_of(means + beside)
+    if points:
+        bytes_figure(folder / "bytes.png", points)
         names.append("bytes.png")
     return names
 

@@ -209,8 +209,11 @@ class CodedCache(DenseCache):
 
     def read(self) -> Decoded:
         """Return all that is held as it is read: the middle, decoded once, then whole tokens."""
-        if self.middle is None:
+        if self.middle is None and self.n_coded.any():
             self.codec.read(self)
+        elif self.middle is None:
+            none = self.window_k[:, :, :0]
+            self.middle = Decoded(none, none, none[..., 0].bool())
         k = torch.cat((self.middle.k, self.window_k), 2)
         v = torch.cat((self.middle.v, self.window_v), 2)
         slot = torch.arange(self.window_k.size(2), device=k.device)

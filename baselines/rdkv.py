@@ -410,10 +410,6 @@ class RdkvCodec:
     def read(self, cache: CodedCache) -> None:
         """Decode the strings of a layer's cache."""
         _, Hkv, _, D = cache.window_k.shape
-        if not cache.n_coded.any():
-            none = cache.window_k[:, :, :0]
-            cache.middle = Decoded(none, none, none[..., 0].bool())
-            return
         k, v, kept = read(cache.strings(), cache.n_coded, Hkv, D)
         cache.middle = Decoded(k.to(cache.dtype), v.to(cache.dtype), kept)
 

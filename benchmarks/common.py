@@ -19,11 +19,12 @@ PLAIN_ROUNDS = 3  # rounds of entries that wait for the host
 LEAST_CALLS = 8  # calls that are timed together, so that a graph's own launch does not count
 
 
-def leave_rows(folder: Path, rows: list[dict], device: str, began: float) -> None:
-    """Leave results.json, and made.json beside it, in a folder that is made if need be."""
+def leave_rows(folder: Path, rows: list[dict], device: str, began: float, args=None) -> None:
+    """Leave results.json, and made.json beside it, in a folder that is made if need be. args: the
+    program's settings by group, whose texts are recorded."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(folder / "results.json", rows)
-    write_record(folder, device, began)
+    write_record(folder, device, began, args)
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:

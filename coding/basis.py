@@ -74,6 +74,10 @@ class Block(NamedTuple):
         cut = (self.to[:, :r].contiguous(), self.back[:r].contiguous(), self.spread[:r])
         return Block(self.mean, *cut)
 
+    def on(self, device: torch.device) -> Block:
+        """Return the block there."""
+        return Block(*(t.to(device) for t in self))
+
     def nbytes(self) -> int:
         """Count the bytes as they would be saved, spreads in 16 bits."""
         parts = (self.mean, self.to, self.back)
@@ -94,8 +98,10 @@ class Basis(NamedTuple):
 def row_of(spread: Tensor, step: Tensor) -> Tensor:
     """Return the row of coordinates of a spread that are rounded to a step, both in 64ths of an
     octave, as uint8."""
-    quarter = (spread - step + OCTAVE // 8).div(OCTAVE // 4, rounding_mode="floor")
-    return (quarter + MIDDLE).clamp(0, ROWS - 1).to(torch.uint8)
+    half = OCTAVE // 8
+    quarter = (spread - step + half).div(OCTAVE // 4, rounding_mode="floor")
+    row = (quarter + MIDDLE).clamp(0, ROWS - 1)
+    return row.to(torch.uint8)
 
 
 def low_bits(row: Tensor) -> Tensor:
@@ -108,7 +114,8 @@ def reach(device=None) -> Tensor:
     row = torch.arange(ROWS, device=device)
     spread = ((row - MIDDLE).double() / 4).exp2()
     longest = (ZERO - 1) << low_bits(row)
-    return ((REACH * spread).ceil().long() + 1).minimum(longest)
+    far = (REACH * spread).ceil().long()
+    return (far + 1).minimum(longest)
 
 
 def size_of(step: Tensor) -> Tensor:
@@ -120,18 +127,21 @@ def codes_of(y: Tensor, step: Tensor, row: Tensor) -> Tensor:
     """Return the codes (n, r) int64 of coordinates y (n, r) float32 with steps (n, 1) in 64ths of
     an octave and rows (n, r)."""
     most = reach(y.device).float()[row.long()]
-    return (y / size_of(step)).round().maximum(-most).minimum(most).long()
+    codes = (y / size_of(step)).round()
+    return codes.maximum(-most).minimum(most).long()
 
 
 def symbols_of(codes: Tensor, row: Tensor) -> Tensor:
     """Return the symbols uint8 of codes: all but their lowest bits."""
-    return ((codes >> low_bits(row)) + ZERO).to(torch.uint8)
+    high = codes >> low_bits(row)
+    return (high + ZERO).to(torch.uint8)
 
 
 def counted_as(row: Tensor) -> Tensor:
     """Return the first row (n,) int64 whose symbols are as likely as those of rows (n,) int64: a
     long code that varies twice as much has one more bit that is no symbol's."""
-    return torch.where(row > LONG, LONG + 1 + (row - LONG - 1) % 4, row)
+    first = LONG + 1
+    return torch.where(row > LONG, first + (row - first) % 4, row)
 
 
 def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
@@ -144,11 +154,12 @@ def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
     reached = reach(ys[0].device)
     for y, spread in zip(ys, spreads, strict=True):
         token = torch.arange(len(y), device=y.device)[:, None]
-        step = spread[0] - 8 * OCTAVE + token * 619 % (16 * OCTAVE)
+        above = token * 619 % (16 * OCTAVE)
+        step = spread[0] - 8 * OCTAVE + above
         row = row_of(spread, step)
-        codes = codes_of(y, step, row)
-        at = (counted_as(row.long()) * 256 + symbols_of(codes, row).long()).flatten()
-        counts.view(-1).index_add_(0, at, torch.ones_like(at, dtype=torch.float64))
+        symbols = symbols_of(codes_of(y, step, row), row).long()
+        at = counted_as(row.long()) * 256 + symbols
+        counts += at.flatten().bincount(minlength=counts.numel()).view_as(counts)
     row = torch.arange(ROWS, device=counts.device)
     counts = counts[counted_as(row)]
     most = (reached >> low_bits(row))[:, None] + 1
@@ -176,8 +187,10 @@ def principal(mean: Tensor, covariance: Tensor, fisher: Tensor) -> Block:
     variance, axes = torch.linalg.eigh(root @ covariance.float() @ root)
     variance = variance.flip(0).clamp_min(1e-12)
     axes = axes.flip(1)
+    to = root @ axes
+    back = axes.T @ inverse
     spread = (variance.log2() * OCTAVE / 2).round().long()
-    return Block(mean.half(), (root @ axes).half(), (axes.T @ inverse).half(), spread)
+    return Block(mean.half(), to.half(), back.half(), spread)
 
 
 def gradients(

@@ -23,6 +23,7 @@ Plain PyTorch and NumPy; all layers are decoded when the first is read."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -62,18 +63,27 @@ from coding.basis import (
 from config import check
 from model import Transformer, attention_mask
 from storage import entropy
-from storage.layout import soft_cap
+from storage.layout import cdiv, soft_cap
 
 TAIL = 4  # newest tokens that stay whole
 ASKING = 64  # last queries that weights are of
 LEAST_WEIGHT = 2.0**-8
 MIDDLE_CLASS = 8  # the class of a weight of 1; there are 16
-SPARE = 2  # classes above the middle that a basis is cut for: few tokens have more
+# Classes above the middle that a basis is cut for, here four times the mean weight. For twice the
+# mean it has a sixth fewer bytes and 1.07 and 1.5 times the KL at 4 %, for eight times it had more
+# bytes for no gain (docs/log.md).
+SPARE = 2
+CLASS = OCTAVE // 2  # between the steps of neighbouring classes: Delta / sqrt(w)
 STEPS = 24 * OCTAVE  # steps are 2^-24 to 2^24
-LANE_BITS = 28  # of a lane that no symbol uses, of 16 to 32
+# Bits of a lane whatever it holds: its last state takes 32, of which symbols fill 0 to 16, each as
+# often. The mean is 24; with 28 few strings are too long and have to be written again.
+LANE_BITS = 28
 SAMPLED = 8  # of so many tokens one tells where to look for a step
-NEAR = OCTAVE // 4  # how far from there
+# How far from there. It decides no step, only how many are tried on all tokens: 5, where a search
+# of all steps tries 12, and one more for each time that the few were further off.
+NEAR = OCTAVE // 4
 COUNTS = 4 * 8  # bytes of a layer's four counts of a sequence
+HEAD = 2  # bytes of a string's step
 
 
 class Seen(NamedTuple):
@@ -91,41 +101,48 @@ def read_by_last(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float = 0.0) -
     B, _, T, D = q.shape
     W = min(ASKING, T)
     Hkv = k.size(1)
-    scaled = (q[:, :, T - W :].float() * D**-0.5).unflatten(1, (Hkv, -1))
-    logits = soft_cap(scaled @ k.float().unsqueeze(2).mT, cap)
+    last = q[:, :, T - W :].float() * D**-0.5
+    by_head = last.unflatten(1, (Hkv, -1))
+    logits = soft_cap(by_head @ k.float().unsqueeze(2).mT, cap)
     mask = attention_mask(W, T, n_pad, q.device)[:, None]
     share = logits.masked_fill(~mask, float("-inf")).softmax(-1)  # (B, Hkv, n, W, T)
     real = torch.ones(B, W, device=q.device)
     if n_pad is not None:
-        real = (torch.arange(T - W, T, device=q.device) >= n_pad[:, None]).float()
-    part = (real / real.sum(1, keepdim=True).clamp_min(1))[:, None, None, :, None]
-    return (share.square() * part).sum(3).mean(2).sqrt()
+        column = torch.arange(T - W, T, device=q.device)
+        real = (column >= n_pad[:, None]).float()
+    part = real / real.sum(1, keepdim=True).clamp_min(1)
+    square = share.square() * part[:, None, None, :, None]
+    return square.sum(3).mean(2).sqrt()
 
 
 def classes_of(weight: Tensor) -> Tensor:
     """Return the classes (n,) int64 of weights (n,), of which the mean is made 1."""
     relative = weight / weight.mean().clamp_min(1e-30)
-    return (relative.clamp_min(LEAST_WEIGHT).log2().round().long() + MIDDLE_CLASS).clamp(0, 15)
+    octave = relative.clamp_min(LEAST_WEIGHT).log2().round().long()
+    return (octave + MIDDLE_CLASS).clamp(0, 15)
 
 
 def with_low(rows: Tensor) -> Tensor:
     """Return the rows of symbols, and after them those of the lowest bits of long codes."""
     low = low_bits(rows)
-    return torch.cat((rows, (ROWS + low[low > 0] - 1).to(torch.uint8)))
+    of_low = ROWS - 1 + low[low > 0]
+    return torch.cat((rows, of_low.to(torch.uint8)))
 
 
 def split(codes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes (n,) of rows (n,) as symbols and then their lowest bits, and with_low(rows)."""
     low = low_bits(rows)
     rest = codes - ((codes >> low) << low)
-    return torch.cat((symbols_of(codes, rows), rest[low > 0].to(torch.uint8))), with_low(rows)
+    lowest = rest[low > 0].to(torch.uint8)
+    return torch.cat((symbols_of(codes, rows), lowest)), with_low(rows)
 
 
 def joined(symbols: Tensor, rows: Tensor) -> Tensor:
     """Return the codes (n,) int64 that split has made symbols of."""
+    n = len(rows)
     low = low_bits(rows)
-    codes = (symbols[: len(rows)].long() - ZERO) << low
-    codes[low > 0] += symbols[len(rows) :].long()
+    codes = (symbols[:n].long() - ZERO) << low
+    codes[low > 0] += symbols[n:].long()
     return codes
 
 
@@ -153,29 +170,50 @@ class RoutedCodec(nn.Module):
         self._model = (model,)  # in a tuple, so that it does not become a part of this module
         self.span = basis.span
         self.table = basis.table
+        of_symbols = self.table.cost()[:ROWS]
         low = low_bits(torch.arange(ROWS))[:, None]
-        self.cost = (self.table.cost()[:ROWS] + low).to(basis.blocks[0].mean.device)
+        self.cost = (of_symbols + low).to(basis.blocks[0].mean.device)
         used = self._used(basis, n_tokens)
         self.blocks = [block.first(r) for block, r in zip(basis.blocks, used, strict=True)]
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> RoutedCodec:
+        """Take the coordinates where the model goes. They keep their types, unlike its weights:
+        strings are read by these very bits."""
+        super()._apply(fn, recurse)
+        device = fn(self.cost).device
+        self.cost = self.cost.to(device)
+        self.blocks = [block.on(device) for block in self.blocks]
+        return self
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in 16 bits a number."""
+        return 2 * sum(len(block.mean) for block in self.blocks)
 
     def _used(self, basis: Basis, n_tokens: int) -> list[int]:
         """Count the coordinates of each block that tokens of up to 2^SPARE times the mean weight
         code within the share."""
         p = sum(len(block.mean) for block in basis.blocks)
         n_middle = max(1, n_tokens - self.kept.whole)
-        bits = 16 * p * (self.kept.share * n_tokens - self.kept.whole) / n_middle
-        part = torch.from_numpy(self.table.part[:ROWS]).to(self.cost.device) / entropy.PARTS
-        of_row = (part * self.cost.clamp_max(1e3)).sum(1)
+        tokens = self.kept.share * n_tokens - self.kept.whole  # that would fit uncoded
+        bits = 16 * p * tokens / n_middle
+        part = torch.from_numpy(self.table.part[:ROWS]).to(self.cost.device)
+        never = 1e3  # bits of what has no part: not infinitely many, for 0 times that is no number
+        of_row = (part / entropy.PARTS * self.cost.clamp_max(never)).sum(1)
         of_row[:FIRST] = 0
         spread = torch.cat([block.spread for block in basis.blocks])
 
         def bits_of(step: int) -> float:
-            return float(of_row[row_of(spread, torch.tensor(step)).long()].sum())
+            row = row_of(spread, torch.tensor(step))
+            return float(of_row[row.long()].sum())
 
         usual = smallest(lambda step: bits_of(step) <= bits, -STEPS, STEPS)
-        least = torch.tensor(usual - SPARE * OCTAVE // 2)
-        used = [int((row_of(b.spread, least) >= FIRST).sum()) for b in basis.blocks]
-        return [max(1, r) for r in used]
+        least = torch.tensor(usual - SPARE * CLASS)
+        used = []
+        for block in basis.blocks:
+            coded = row_of(block.spread, least) >= FIRST
+            used.append(max(1, int(coded.sum())))
+        return used
 
     def constants(self) -> dict[str, Tensor]:
         held = {"parts": torch.from_numpy(self.table.part)}
@@ -201,16 +239,18 @@ class RoutedCodec(nn.Module):
         needs a row beyond the last."""
         for block, c in zip(self.blocks, classes, strict=True):
             least = int(block.spread[0]) - (ROWS - 1 - MIDDLE) * OCTAVE // 4
-            steps = (step - (c - MIDDLE_CLASS) * (OCTAVE // 2)).clamp_min(least)[:, None]
+            steps = step - (c - MIDDLE_CLASS) * CLASS
+            steps = steps.clamp_min(least)[:, None]
             yield steps, row_of(block.spread, steps)
 
-    def room(self, n_tokens: int, n_middle: int) -> int:
-        """Count the bytes that a sequence's string may have."""
+    def beside(self) -> int:
+        """Count the bytes that a sequence holds beside its string: whole tokens and counts."""
         L = len(coded_layers(self._model[0]))
-        number = 2 * sum(len(block.mean) for block in self.blocks)
-        return (
-            int(self.kept.share * number * n_tokens) - number * (n_tokens - n_middle) - COUNTS * L
-        )
+        return self.kept.whole * self.token_bytes + COUNTS * L
+
+    def room(self, n_tokens: int) -> int:
+        """Count the bytes that a sequence's string may have."""
+        return int(self.kept.share * n_tokens * self.token_bytes) - self.beside()
 
     def bits(self, ys: list[Tensor], classes: list[Tensor], step: int) -> float:
         """Count the bits of the codes of one sequence's coordinates ys (n, r), as probabilities
@@ -241,16 +281,20 @@ class RoutedCodec(nn.Module):
     def fitting(self, ys: list[Tensor], classes: list[Tensor], n_tokens: int) -> Tensor:
         """Return the string of the smallest step that fits a sequence's share. ValueError where
         none does."""
-        room = self.room(n_tokens, len(ys[0]))
-        head = 2 + (sum(map(len, classes)) + 1) // 2
+        room = self.room(n_tokens)
+        of_codes = 8 * (room - HEAD - cdiv(sum(map(len, classes)), 2))  # bits for them
         some = slice(None, None, SAMPLED)  # a first guess, of few tokens
         part = len(ys[0]) / len(ys[0][some])
-        few = [y[some] for y in ys], [c[some] for c in classes]
-        guess = smallest(lambda s: head + part * self.bits(*few, s) / 8 <= room, -STEPS, STEPS)
+        few = [y[some] for y in ys]
+        few_classes = [c[some] for c in classes]
+
+        def seems_to_fit(step: int) -> bool:
+            return part * self.bits(few, few_classes, step) <= of_codes
 
         def fits(step: int) -> bool:
-            return head + self.bits(ys, classes, step) / 8 <= room
+            return self.bits(ys, classes, step) <= of_codes
 
+        guess = smallest(seems_to_fit, -STEPS, STEPS)
         low = max(-STEPS, guess - NEAR)
         while low > -STEPS and fits(low):  # the few promised too little
             low = max(-STEPS, low - NEAR)
@@ -259,13 +303,21 @@ class RoutedCodec(nn.Module):
         while len(string) > room and high < STEPS:  # by a few bytes of lanes
             high = min(STEPS, high + OCTAVE // 16)
             string = self.string(ys, classes, high)
-        check(
-            len(string) <= room,
-            f"a share of {self.kept.share:g} of {n_tokens} tokens",
-            f"{self.kept.whole} of them stay whole",
-            "give a larger --kv_byte_budgets, a smaller --query or longer contexts",
-        )
+        self.check_fits(len(string), n_tokens)
         return string
+
+    def check_fits(self, n_bytes: int, n_tokens: int) -> None:
+        """Raise ValueError where a sequence's shortest string has more bytes than its share."""
+        least = (self.beside() + n_bytes) / (n_tokens * self.token_bytes)
+        least = math.ceil(1000 * least) / 1000
+        enough = f"--kv_byte_budgets={least:g} or more, or " if least < 1 else ""
+        check(
+            n_bytes <= self.room(n_tokens),
+            f"a share of {self.kept.share:g} of {n_tokens} tokens",
+            f"{self.kept.whole} stay whole, and with the others in as few bytes as can be that is "
+            f"{least:.1%} of the bytes",
+            f"give {enough}longer contexts",
+        )
 
     def encode(self, seen: list[Seen]) -> list[Tensor]:
         """Return the strings (bytes,) uint8 of all sequences; seen: of each layer."""
@@ -283,7 +335,8 @@ class RoutedCodec(nn.Module):
             own = weights[:, b, :n]
             own = own / own.mean(1, keepdim=True).clamp_min(1e-30)
             classes = [classes_of(w.mean(0)) for w in own.split(self.span)]
-            strings.append(self.fitting([y[b, :n] for y in ys], classes, n + self.kept.whole))
+            coordinates = [y[b, :n] for y in ys]
+            strings.append(self.fitting(coordinates, classes, n + self.kept.whole))
         return strings
 
     def numbers(self, string: Tensor, n: int) -> list[Tensor]:
@@ -292,19 +345,20 @@ class RoutedCodec(nn.Module):
             return [b.mean.new_zeros(0, len(b.spread)).float() for b in self.blocks]
         reader = Reader(string)
         head = torch.empty(1, dtype=torch.int16, device=string.device)
-        head.view(torch.uint8).copy_(reader.take(2))
+        head.view(torch.uint8).copy_(reader.take(HEAD))
         classes = reader.codes(n * len(self.blocks), 4).long().split(n)
         rounding = list(self.rounding(int(head), classes))
-        coded = [row >= FIRST for _, row in rounding]
-        of_codes = torch.cat([row[there] for (_, row), there in zip(rounding, coded, strict=True)])
-        symbols = entropy.read(string[reader.at :], with_low(of_codes), self.table)
-        codes = joined(symbols, of_codes)
-        parts = codes.split([int(there.sum()) for there in coded])
+        of_codes = [row[row >= FIRST] for _, row in rounding]
+        rows = torch.cat(of_codes)
+        symbols = entropy.read(string[reader.at :], with_low(rows), self.table)
+        codes = joined(symbols, rows)
+        parts = codes.split([len(row) for row in of_codes])
         out = []
-        for (steps, row), there, part in zip(rounding, coded, parts, strict=True):
+        for (steps, row), part in zip(rounding, parts, strict=True):
+            coded = row >= FIRST
+            size = size_of(steps.expand_as(row)[coded])
             y = torch.zeros(row.shape, device=string.device)
-            wide = steps.expand_as(row)[there]
-            y[there] = part.float() * size_of(wide)
+            y[coded] = part.float() * size
             out.append(y)
         return out
 
@@ -313,14 +367,17 @@ class RoutedCodec(nn.Module):
         caches = [c for c in cache.prompt.layers if isinstance(c, CodedCache)]
         counts = cache.n_coded.tolist()
         number, there = cache.middle_columns()
-        decoded = [self.numbers(s, n) for s, n in zip(caches[-1].strings(), counts, strict=True)]
+        strings = caches[-1].strings()
+        decoded = [self.numbers(s, n) for s, n in zip(strings, counts, strict=True)]
         Hkv = cache.window_k.size(1)
         for i, block in enumerate(self.blocks):
-            y = pad_sequence([of_sequence[i] for of_sequence in decoded], batch_first=True)
-            x = block.decode(y).to(cache.dtype)
-            some = caches[i * self.span : (i + 1) * self.span]
-            parts = x.unflatten(-1, (2, len(some), Hkv, -1)).permute(2, 3, 0, 4, 1, 5)
-            for layer, k, v in zip(some, *parts, strict=True):
+            own = [of_sequence[i] for of_sequence in decoded]
+            x = block.decode(pad_sequence(own, batch_first=True)).to(cache.dtype)
+            first = i * self.span
+            some = caches[first : first + self.span]
+            by_layer = x.unflatten(-1, (2, len(some), Hkv, -1))
+            keys, values = by_layer.permute(2, 3, 0, 4, 1, 5)  # (layers, B, Hkv, T, D)
+            for layer, k, v in zip(some, keys, values, strict=True):
                 k = unturned(k.contiguous(), self._model[0], number, back=True)
                 layer.middle = Decoded(k, v.contiguous(), there[:, None])
 
@@ -330,8 +387,11 @@ class RoutedPath(TogetherPath):
 
     def told(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Seen:
         read = read_by_last(q, k, n_pad, self.cap).mean(1)  # (B, T)
-        at = middle.number if n_pad is None else middle.number + n_pad[:, None]
-        return Seen(middle, read.gather(1, at.clamp_max(read.size(1) - 1)) * middle.there)
+        column = middle.number
+        if n_pad is not None:
+            column = column + n_pad[:, None]
+        weight = read.gather(1, column.clamp_max(read.size(1) - 1))
+        return Seen(middle, weight * middle.there)
 
 
 def attach(model: Transformer, basis: Basis, kept: Kept, n_tokens: int) -> Transformer:

@@ -1,4 +1,5 @@
-"""Pictures of results: report.png, groups.png (ST figure 1) and bytes.png."""
+"""Pictures of results: report.png, groups.png (ST figure 1) and layers.png. bytes.png is drawn by
+report/against_bytes.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from statistics import mean, stdev
 
 from torch import Tensor
 
-from report.tables import share_of_dense, text_hash
+from report.tables import text_hash
 from selector import Selection
 from storage.layout import cdiv
 
@@ -223,81 +224,39 @@ def groups_figure(folder: Path, choice: Selection, title: str) -> None:
     plt.close(fig)
 
 
-# -- bytes.png
+# -- layers.png
+
+OF_MAPS = {"all": "all heads of the layer", "own": "each head's own"}
+OF_KEYS = {"integers": "integers", "coordinates": "calibrated coordinates"}
 
 
-def envelope(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points (bytes, loss) that no other has both fewer or equal bytes and less or equal loss
-    than, by bytes."""
-    out: list[tuple[float, float]] = []
-    for size, loss in sorted(set(points)):
-        if not out or loss < out[-1][1]:
-            out.append((size, loss))
-    return out
-
-
-def series_of(r: dict) -> str:
-    """What a row's point is drawn with: method, basis and bits; for selection how it chooses."""
-    bits = bits_of(r)
-    if r["method"] != "select":
-        return f"{r['method']}, {bits}"
-    select = r["select"]
-    keeps_all = (select["kv_keep"] or select["token_keep"] * select["value_keep"]) == 1
-    if bits != "16 bits" and keeps_all and not select["kv_bytes"]:
-        nearest = select.get("key_rounding", "nearest") == "nearest"
-        return "uniform bits (KIVI)" if nearest else "uniform bits, keys rounded for queries"
-    jointly = select["kv_keep"] or select["kv_bytes"]
-    how = "tokens" if select["value_keep"] == 1 and not jointly else "tokens and groups"
-    return f"{how}, {bits}, {r['relevance'].split(' ')[0]}"
-
-
-def bits_of(r: dict) -> str:
-    """The bits of a row's numbers. Earlier results do not name them: they have 16."""
-    if r.get("key_bits", 16) == 16:
-        return "16 bits"
-    return f"K{r['key_bits']} V{r['value_bits']}" if r["value_bits"] else "routed bits"
-
-
-def bytes_figure(folder: Path, rows: list[dict]) -> None:
-    """Draw bytes.png: loss over dense against bytes held, of all rows of the first task whose
-    metric is a loss (of several texts the means), and the lower envelope of three points or
-    more."""
-    rows = [r for r in rows if r["metric"] == "loss"]
-    rows = [r for r in rows if r["task"] == rows[0]["task"]]
-    series: dict[str, list[tuple[float, float]]] = {}
-    for r in rows:
-        held = 100 * share_of_dense(r)
-        series.setdefault(series_of(r), []).append((held, r["value"] - r["dense_value"]))
-    points = [p for mine in series.values() for p in mine]
+def layers_figure(folder: Path, rows: list[dict]) -> None:
+    """Draw layers.png of the rows of benchmarks/layers.py: what keys tell of values, after how many
+    tokens the maps have saved their own bits, and what few bits of keys do to logits."""
+    layers = [r for r in rows if r["impl"] != "all layers"]
+    numbers = [int(r["impl"].removeprefix("layer ")) for r in layers]
     plt = pyplot()
-    fig, ax = plt.subplots(figsize=(11, 7), layout="constrained")
-    for i, (name, mine) in enumerate(series.items()):
-        marker = MARKERS[i % len(MARKERS)]
-        ax.plot(*zip(*sorted(mine), strict=True), marker=marker, ls="-", lw=0.6, ms=6, label=name)
-    best = envelope(points)
-    if len(best) > 2:
-        ax.plot(*zip(*best, strict=True), color="k", lw=3, alpha=0.25, label="lower envelope")
-    scale_axes(ax, points)
-    ax.grid(alpha=0.3)
-    ax.set(
-        xlabel="bytes held, % of dense (scales, masks, offsets and whole tokens included)",
-        ylabel="loss over dense, nats (of several texts the mean)",
-        title="Loss against bytes",
-    )
-    ax.legend(fontsize=8)
-    fig.savefig(folder / "bytes.png", dpi=100)
+    fig, (told, pays, error) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for marker, (name, label) in zip(MARKERS, OF_MAPS.items(), strict=False):
+        share = [100 * r[f"told_{name}"] for r in layers]
+        tokens = [r[f"pays_after_{name}"] for r in layers]
+        told.plot(numbers, share, f"{marker}-", ms=4, lw=1, label=label)
+        pays.plot(numbers, tokens, f"{marker}-", ms=4, lw=1, label=label)
+    told.set_ylim(0, 100)
+    told.set(ylabel="energy told, %", title="Values that keys tell, as W_o writes them")
+    pays.set_yscale("log")
+    pays.set(ylabel="tokens", title="Tokens after which W has saved its own bits")
+    fields = [f for f in layers[0] if f.startswith(tuple(OF_KEYS))]
+    for marker, field in zip(MARKERS, fields, strict=False):
+        way, _, bits = field.partition("_")
+        label = f"{OF_KEYS[way]}, {int(bits) + 0.5:g} bits a number"
+        error.plot(numbers, [r[field] for r in layers], f"{marker}-", ms=4, lw=1, label=label)
+    error.set_yscale("log")
+    error.set(ylabel="error / variance", title="Squared error of logits, keys of few bits")
+    for ax in (told, pays, error):
+        ax.set(xlabel="layer")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    fig.savefig(folder / "layers.png", dpi=100)
     plt.close(fig)
-
-
-def scale_axes(ax, points: list[tuple[float, float]]) -> None:
-    """Logarithmic axes, with ticks at the shares of bytes that are usual."""
-    ax.set_xscale("log")
-    ax.set_yscale("symlog", linthresh=0.002)
-    losses = [loss for _, loss in points]
-    ax.set_ylim(min(-0.0005, 1.5 * min(losses)), max(0.001, 1.5 * max(losses)))
-    ax.margins(x=0.05)
-    least = 0.8 * min(held for held, _ in points)
-    usual = (3, 4, 6.25, 9, 12.5, 16, 19, 22, 28, 40, 50, 75, 100)
-    ticks = [t for t in usual if least <= t <= 101]
-    ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
-    ax.set_xticks([], minor=True)

@@ -8,9 +8,13 @@ the folders whose results it shows with all that lies in them, and fields that a
     <!-- table NAME: runs/SCRIPT.sh out/FOLDER key_bits=16 -->
     <!-- end -->
 
+With `across=bytes` among them the table has a column for each share of the bytes, and a line for
+each way to store and text: report/across.py.
+
 What stands between them is replaced by a table of those results and a line that says how they were
 made. Where a folder has no results, what stands there stays. Either way a table that was not made
 by the code as it is now says so in its last line; one that ends in "(not measured yet)" need not.
+Where the page changes, its picture of loss against bytes, docs/bytes.png, is drawn anew from it.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from typing import NamedTuple
 
 from cli import exit_on_bad_input
 from config import check
+from report.across import across_shares
+from report.against_bytes import bytes_figure, points_on
 from report.made import code_version, read_record, replace_file
 from report.tables import label_of, share_of_dense, text_hash, with_spread
 
@@ -57,16 +63,28 @@ NUMBERS = (
     ("peak_memory_bytes", "peak memory, bytes", "{:,.0f}"),
     ("first_step_s", "first step, s", "{:.1f}"),
     ("ended_after_s", "ended after, s", "{:.1f}"),
+    ("told_own", "own head tells", "{:.1%}"),
+    ("told_all", "all heads tell", "{:.1%}"),
+    ("map_bytes_own", "bytes of W, own", "{:,.0f}"),
+    ("map_bytes_all", "bytes of W, all", "{:,.0f}"),
+    ("pays_after_own", "own pays after, tokens", "{:,.0f}"),
+    ("pays_after_all", "all pay after, tokens", "{:,.0f}"),
+    ("integers_2", "integers, 2.5 bits", "{:.4f}"),
+    ("coordinates_2", "coordinates, 2.5 bits", "{:.4f}"),
+    ("integers_4", "integers, 4.5 bits", "{:.4f}"),
+    ("coordinates_4", "coordinates, 4.5 bits", "{:.4f}"),
 )
 
 
 class Mark(NamedTuple):
-    """The first mark of a table: its name, script and folders, and fields that rows must have."""
+    """The first mark of a table: its name, script and folders, fields that rows must have, and
+    whether shares of the bytes are its columns."""
 
     name: str
     script: str
     folders: list[Path]
     only: dict[str, str]
+    across: bool = False
 
 
 # -- rows
@@ -128,6 +146,8 @@ def run_name(path: Path, mark: Mark, rows: list[dict]) -> str:
 def lines_of(paths: list[Path], mark: Mark) -> list[dict[str, str]]:
     """The cells of a table by their titles, a line each: the rows of one setting that differ in
     their seeds are one."""
+    if mark.across:
+        return across_shares([r for path in paths for r in read_rows(path, mark.only)])
     lines: dict[tuple, list[dict]] = {}
     seen: Counter[tuple] = Counter()
     for path in paths:
@@ -281,14 +301,15 @@ def rebuilt(page: str, code: str) -> tuple[str, list[str]]:
 def mark_of(match: re.Match) -> Mark:
     """What the first mark of a table, found by TABLE, says."""
     folders = []
-    only = {}
+    only: dict[str, str] = {}
     for word in match["words"].split():
         name, equals, value = word.partition("=")
         if equals:
             only[name] = value
         else:
             folders.append(Path(word))
-    return Mark(match["name"], match["script"], folders, only)
+    across = only.pop("across", "") == "bytes"
+    return Mark(match["name"], match["script"], folders, only, across)
 
 
 def main() -> None:
@@ -298,6 +319,9 @@ def main() -> None:
     after, faults = rebuilt(before, code_version())
     if after != before:
         replace_file(PAGE, after)
+        points = points_on({m["name"]: m["body"] for m in TABLE.finditer(after)})
+        if points:
+            bytes_figure(PAGE.with_name("bytes.png"), points)
     if faults:
         raise ValueError("; ".join(faults))
 

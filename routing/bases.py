@@ -42,9 +42,7 @@ def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Ten
     if kind == "pca":
         u = torch.linalg.eigh(cov)[1].flip(-1)  # columns: largest energy first
         return u, u.mT.contiguous()
-    n = w_o.size(1) // (Hkv * D)
-    w = w_o.double().view(-1, Hkv, n, D)
-    e, u = torch.linalg.eigh(torch.einsum("ehnd,ehnf->hdf", w, w))  # G per KV head
+    e, u = torch.linalg.eigh(output_metric(w_o, Hkv, D))
     e = e.clamp_min(1e-6 * e.amax(-1, keepdim=True)).sqrt().unsqueeze(-2)  # (Hkv, 1, D)
     root = (u * e) @ u.mT
     inverse = (u / e) @ u.mT
@@ -55,15 +53,21 @@ def value_basis(kind: str, cov: Tensor, w_o: Tensor, seed: int = 0) -> tuple[Ten
     return fwd * scale, bwd / scale
 
 
+def output_metric(w_o: Tensor, n_kv_head: int, head_dim: int) -> Tensor:
+    """Return G (Hkv, D, D) float64 with v^T G v the squared norm that w_o (n_embd, H*D) writes for
+    a value v of a KV head, summed over the query heads that read it."""
+    w = w_o.double().unflatten(1, (n_kv_head, -1, head_dim))
+    return torch.einsum("ehnd,ehnf->hdf", w, w)
+
+
 def read_metric(attn: nn.Module) -> Tensor:
     """Return M (Hkv, D, D) float64 with z^T M z the squared norm that o_proj writes for coordinates
     z, summed over the query heads of a KV head."""
     path = attn.kv_path
-    w = attn.o_proj.weight.double().view(-1, path.Hkv, attn.n_head // path.Hkv, path.D)
-    metric = torch.einsum("ehnd,ehnf->hdf", w, w)
+    metric = output_metric(attn.o_proj.weight, path.Hkv, path.D)
     if path.folded:
         return metric
-    dec = path.basis()[1].to(w.device)
+    dec = path.basis()[1].to(metric.device)
     return dec @ metric @ dec.mT
 
 

@@ -20,7 +20,8 @@ from config import KVConfig, SelectConfig
 from data import content_hash, documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
-from report.figures import bytes_figure, pyplot, report_figure
+from report.against_bytes import bytes_figure, points_of
+from report.figures import pyplot, report_figure
 from report.plan import Asked
 from report.rows import RowAbout, measure_row, sweep
 from report.tables import mean_over_texts, result_table
@@ -528,10 +529,11 @@ def test_bytes_picture_has_room_for_its_points(tmp_path, monkeypatch, pictures):
     """The highest loss lies within the axes, and two points have no envelope; three have."""
     rows = [some_row("a", 2.0 + i / 9, of_dense=1 - i / 4) for i in range(3)]
     for n in (2, 3):
-        (ax,) = drawn(monkeypatch, bytes_figure, tmp_path, rows[:n])
-        assert ax.get_ylim()[1] > 1.2 * (n - 1) / 9
-        labels = [line.get_label() for line in ax.lines]
-        assert ("lower envelope" in labels) == (n == 3)
+        axes = drawn(monkeypatch, bytes_figure, tmp_path / "bytes.png", points_of(rows[:n]))
+        assert axes[0].get_ylim()[1] > 1.2 * (n - 1) / 9
+        for ax in axes:  # loss, and KL
+            labels = [line.get_label() for line in ax.lines]
+            assert ("lower envelope" in labels) == (n == 3)
 
 
 def test_bases_are_calibrated_apart_from_what_is_measured(base, text, tmp_path, monkeypatch):

@@ -278,6 +278,34 @@ def test_page_leaves_out_what_is_begun_and_rows_without_a_field(place):
     assert body("made").count("| dense | 100.0% | 100.00% | 2.0000 | 1 |") == 2  # no two seeds
 
 
+def test_page_has_a_table_across_shares_of_the_bytes(place):
+    """A line for each way to store and text, KL and loss over dense where the nearest share's column
+    is, bytes beside it that are others, means of seeds; dense rows and other numbers are none."""
+    page.PAGE.write_text(BEFORE.replace("out/a -->", "out/a across=bytes -->"))
+    row = ROW | STORED | dict(method="select", relevance="future bytes=0.5", dense_value=2.0)
+    row |= dict(setting="output S=8 keys:4 values:routed", select={})
+    texts = [dict(text={"corpus": name, "sha256": name}) for name in "uv"]
+    rows = [
+        row | texts[0] | dict(value=2.125, kl=0.01, of_dense=0.124, seed=0),
+        row | texts[0] | dict(value=2.375, kl=0.03, of_dense=0.126, seed=1),
+        row | texts[0] | dict(value=2.5, kl=0.4, of_dense=0.03, seed=0),
+        row | texts[1] | dict(value=2.0, kl=0.2, of_dense=0.52, seed=0),
+        row | texts[1] | dict(value=2.0, of_dense=0.22, seed=0),
+        row | texts[1] | dict(method="dense", setting="", value=2.0, kl=0, of_dense=1.0, seed=0),
+    ]
+    shutil.rmtree("out/a/x-1")
+    shutil.rmtree("out/a/y")
+    leave(Path("out/a/x-0"), rows)
+    page.main()
+    series = "tokens and groups, routed bits, future"
+    assert body("made").splitlines()[1:5] == [
+        "| what is stored | text | 50 % | 12.5 % | 4 % |",
+        "| --- | --- | --- | --- | --- |",
+        f"| {series} | u |  | 0.0200 / +0.2500 | 0.4000 / +0.5000 (3.0%) |",
+        f"| {series} | v | 0.2000 / +0.0000 (52.0%) |  |  |",
+    ]
+
+
 @pytest.mark.parametrize("page_text", ["<!-- end -->\n", BEFORE.replace("<!-- end -->", "", 1)])
 def test_page_refuses_marks_that_are_no_pairs(place, page_text):
     """Nothing is replaced between the first mark of one table and the last of another."""

@@ -5,6 +5,7 @@ a prompt against a simulation in loops."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -348,7 +349,37 @@ def test_a_basis_has_what_its_share_uses_and_says_how_large_it_is(found):
 def test_what_routed_coding_cannot_do_is_said_in_one_line(found):
     """A share that whole tokens fill, no share, and calibration without tokens."""
     model = coded_model(found, KEPT._replace(share=0.05))
-    assert "give a larger --kv_byte_budgets" in error_line(filled, model, tokens(1, 90))
+    assert "5 stay whole, and" in error_line(filled, model, tokens(1, 90))
     assert "above 0 and below 1" in error_line(coded_model, found, KEPT._replace(share=1.0))
     tiny = tiny_model(0, torch.float64, CFG)
     assert "1 tokens to calibrate on" in error_line(basis.calibrate, tiny, [tokens(1, 5)])
+
+
+def test_a_prompt_of_one_coded_token_names_the_share_that_it_needs(found):
+    """One token more than what stays whole: the line has the least share that the prompt can be held
+    in, which is taken, and where no share is enough it asks for longer contexts."""
+    x = tokens(1, KEPT.whole + 1)
+    line = error_line(filled, coded_model(found, KEPT._replace(share=0.5), 6), x)
+    assert line.startswith("a share of 0.5 of 6 tokens: 5 stay whole, ") and "--query" not in line
+    least = float(re.search(r"give --kv_byte_budgets=([\d.]+) or more", line)[1])
+    assert 5 / 6 < least < 0.9
+    (string,) = filled(coded_model(found, KEPT._replace(share=least), 6), x).layers[-1].strings()
+    assert len(string) > 0
+    line = error_line(filled, coded_model(found, KEPT._replace(share=least - 0.001), 6), x)
+    assert f"={least:.3f} or more" in line
+    codec = codec_of(coded_model(found))
+    assert error_line(codec.check_fits, 10**6, 6).endswith("of the bytes; give longer contexts")
+
+
+def test_coordinates_go_where_the_model_goes_and_keep_their_bits(found):
+    """model.to moves them to its device, and its dtype is not theirs: strings are read by these
+    bits."""
+    model = coded_model(found)
+    codec = codec_of(model)
+    before = [t for block in codec.blocks for t in block]
+    model.to(torch.bfloat16)
+    after = [t for block in codec.blocks for t in block]
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    model.to("meta")
+    assert {t.device.type for block in codec.blocks for t in block} == {"meta"}
+    assert codec.cost.device.type == "meta"

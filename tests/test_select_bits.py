@@ -17,7 +17,7 @@ from test_selector import config, prefilled, run, selecting
 import eval as evaluation
 from config import SelectConfig
 from generate import generate
-from report.figures import envelope
+from report.against_bytes import envelope
 from report.rows import filled_cache
 from selection.calibration import calibrate, see_layers
 from storage import packing

@@ -351,6 +351,22 @@ def test_coded_caches_are_picked_joined_saved_and_cut(method, streams, tmp_path)
 
 
 @pytest.mark.parametrize("method", ALL_CODED)
+def test_no_sequences_are_read_as_none(method, streams):
+    """A cache of which no sequence was picked holds no bytes, is read, and can be joined again."""
+    model = coded_model(method, streams)
+    x = tokens(2, 50)
+    cache = filled(model, x)
+    none = cache.select_sequences([])
+    for layer in none.layers:
+        read = layer.read()
+        assert layer.strings() == [] and len(read.k) == len(read.v) == len(read.there) == 0
+    joined = KVCache.cat([none, cache.select_sequences([0, 1])])
+    with torch.no_grad():
+        want = model.decode(x[:, :1], cache)
+        torch.testing.assert_close(model.decode(x[:, :1], joined), want)
+
+
+@pytest.mark.parametrize("method", ALL_CODED)
 def test_coding_is_detached(method, streams):
     """After detach the model is dense."""
     model = coded.detach(coded_model(method, streams))

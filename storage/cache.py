@@ -129,7 +129,8 @@ class LayerCacheBase(Protocol):
     # what a subclass does
 
     def reserve(self, n_tokens: int) -> None:
-        """Make room: after it, n_tokens appends neither allocate nor wait for the device."""
+        """Make room: after it, n_tokens appends neither allocate nor wait for the device. A ring,
+        which does not grow, does nothing."""
 
     def append(self, new: NewTokens) -> None:
         """Take T new tokens of every sequence."""

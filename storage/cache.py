@@ -537,7 +537,8 @@ class KVCache:
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens (one number, or (B,)) of every sequence. Where a layer
-        refuses, nothing is forgotten."""
+        refuses, nothing is forgotten. What is left without a token is as good as new: the next
+        prompt is a first one."""
         before = self.snapshot()
         try:
             for layer in self.layers:
@@ -546,6 +547,9 @@ class KVCache:
             self.restore(before)
             raise
         self.length = min(self.length, int(torch.as_tensor(n_tokens).max()))
+        if not self.length:
+            for layer in self.layers:
+                layer.fresh = True
 
     def select_sequences(self, rows: Sequence[int]) -> KVCache:
         """Return a cache of these sequences only, in this order; it shares nothing."""

@@ -67,7 +67,8 @@ class KVPath(Protocol):
     x     (B, T, n_embd), the attention's input
     q     (B, H, T, D), after RoPE
     k, v  (B, Hkv, T, D), k after RoPE
-    Each verb returns the attention output (B, H, T, D)."""
+    pad, n_pad  (B,) int64, leading columns that are padding; None: none
+    Each verb returns the attention output (B, H, T, D), in q's floating dtype."""
 
     losses: dict[str, Tensor]  # of the last training forward, by name
     reads_pieces: bool  # whether a prompt may come in pieces

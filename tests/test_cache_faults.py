@@ -741,6 +741,11 @@ def test_a_refused_cut_changes_no_layer(name, model):
     assert not refused if possible else refused < 9
 
 
+def named(way) -> str:
+    """The name of a way to store, or of the function that makes it."""
+    return getattr(way, "__name__", way)
+
+
 def quest_pages() -> Transformer:
     return quest.attach(tiny_model(), KVConfig(topk_groups=4), read_tokens=16, whole_layers=0)
 
@@ -749,7 +754,7 @@ def kivi_codes() -> Transformer:
     return kivi.attach(tiny_model(), kivi.Format(4, group=8, residual=16))
 
 
-@pytest.mark.parametrize("ways", [*PATHS, quest_pages, kivi_codes], ids=str)
+@pytest.mark.parametrize("ways", [*PATHS, quest_pages, kivi_codes], ids=named)
 @pytest.mark.parametrize("n", [26, 2], ids=["long", "short"])
 def test_an_emptied_cache_is_as_good_as_new(ways, n):
     """After truncate(0) another prompt, in rows of two lengths, a piece and steps give the logits

@@ -311,8 +311,9 @@ class PackedCache(WindowCache):
         self.mask_heads = n_kv_head if cfg.mask_scope == "head" else 1
         self.basis = basis
         self.codec = codec or FloatCodec()
-        self.owners |= {**self.codec.owners, "bits": "mask", "window_bits": "sequence"}
+        self.owners |= {**self.codec.owners, "bits": "mask"}
         self.owners |= dict.fromkeys(("token_base", "row_base", "mask_base"), "base")
+        self.owners["window_bits"] = "sequence"
         slots = (batch, self.mask_heads, self.window_k.size(2))
         self.window_bits = like.new_zeros(slots, dtype=mask_dtype(self.S))
         self.sinks_open = self.codec.n_sinks > 0  # whether some sequence may still fill its sinks

@@ -223,6 +223,7 @@ class ValueGroupPath(nn.Module):
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, pad: Tensor | None = None
     ) -> Tensor:
+        """Read values (B, Hkv, T, D) as decoding would: (B, H, T, D) in q's dtype."""
         self.losses = {}
         if self.cfg.ints and not (self.training or self.record or self.whole):
             return self._through_cache(x, q, k, v, pad)
@@ -368,6 +369,7 @@ class ValueGroupPath(nn.Module):
         return top_k_mask(self.scores(x, v), cache.k)  # of v these scores take the shape alone
 
     def prefill(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store T tokens, K groups of every value, and read them: (B, H, T, D) in q's dtype."""
         new = NewTokens(k, v, n_pad, self._route(x, v, cache))
         if self.cfg.prefill == "routed":
             y = self._read_routed(q, new, cache)
@@ -379,6 +381,7 @@ class ValueGroupPath(nn.Module):
         return y
 
     def decode(self, x, q, k, v, cache: PackedCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store and read one token of each sequence: (B, H, 1, D) in q's dtype."""
         cache.append(NewTokens(k, v, n_pad, self._route(x, v, cache)))
         basis = cache.basis
         if basis.dec is None and basis.from_keys is None and self.reconstructor is None:

@@ -290,6 +290,8 @@ class GroupedHeads(SharingPath):
         return self.read(q, keys, values, (k, v), self.window, pad, self.cap)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
+        """Read k, v (B, Hkv, T, D) as experts would store them, chosen by equation 2 in training,
+        else by 3: (B, H, T, D) in q's dtype."""
         check(
             self.training or not self.stored_as.ints,
             "integers without a cache",
@@ -327,7 +329,8 @@ class GroupedHeads(SharingPath):
         return ExpertCache(parts, batch, self.window, self.Hkv, self.D, n_scores, like)
 
     def prefill(self, x, q, k, v, cache: ExpertCache, n_pad: Tensor | None = None) -> Tensor:
-        """Choose over a whole prompt; what follows others is decoded token by token."""
+        """Choose experts over a whole prompt k, v (B, Hkv, T, D), store it in them, and read it as
+        they do: (B, H, T, D) in q's dtype. What follows others is decoded token by token."""
         if not cache.fresh:
             return self.one_by_one(x, q, k, v, cache, n_pad)
         logits = self.logits(x, n_pad, cache)
@@ -341,6 +344,8 @@ class GroupedHeads(SharingPath):
         return codec.one_by_one(self.D, self.stored_as.kv_tail)
 
     def decode(self, x, q, k, v, cache: ExpertCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store k, v (B, Hkv, 1, D) with the expert of largest score (equation 3), and read what
+        all experts hold: (B, H, 1, D) in q's dtype."""
         index = self.logits(x, n_pad, cache).argmax(-1)
         cache.append(NewTokens(k, v, n_pad, index))
         return attend_view(q, cache.view(), self.cap)[0]

@@ -192,9 +192,12 @@ class DensePath(nn.Module):
         return DenseCache(batch, max_len, *shape, like)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
+        """Attend causally to whole k, v (B, Hkv, T, D): (B, H, T, D) in q's dtype."""
         return attend(q, k, v, pad, self.cap, self.window)
 
     def prefill(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store k, v (B, Hkv, T, D), and attend to them and to what was held: (B, H, T, D) in q's
+        dtype."""
         fresh = cache.fresh
         # of a window, new tokens overwrite what the first of them still read
         before = cache.beside(k, v, n_pad) if self.window and not fresh else None
@@ -206,6 +209,7 @@ class DensePath(nn.Module):
         return attend_view(q, cache.view(), self.cap)[0]
 
     def decode(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store k, v (B, Hkv, 1, D), and attend to all that is held: (B, H, 1, D) in q's dtype."""
         cache.append(NewTokens(k, v, n_pad))
         return attend_view(q, cache.view(), self.cap)[0]
 

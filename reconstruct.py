@@ -41,11 +41,15 @@ class MLPReconstructor(nn.Module):
         B, Hkv, T, D = kept.shape
         values = kept.transpose(1, 2).flatten(2)
         bits = mask.transpose(1, 2).flatten(2).to(kept.dtype)
-        weights = [self.up.weight, self.up.bias, self.down.weight, self.down.bias]
+        seen = torch.cat((values, bits), -1)  # (B, T, Hkv*D + Hm*S)
+        up = (self.up.weight, self.up.bias)
+        down = (self.down.weight, self.down.bias)
         if constant:
-            weights = [w.detach() for w in weights]
-        hidden = F.gelu(F.linear(torch.cat((values, bits), -1), *weights[:2]))
-        return F.linear(hidden, *weights[2:]).view(B, T, Hkv, D).transpose(1, 2)
+            up = [w.detach() for w in up]
+            down = [w.detach() for w in down]
+        hidden = F.gelu(F.linear(seen, *up))
+        rebuilt = F.linear(hidden, *down).view(B, T, Hkv, D)
+        return rebuilt.transpose(1, 2)
 
 
 def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
@@ -99,22 +103,27 @@ class Moments:
             weight = ridge_solve(self.kk, self.kz, 1e-4)
         told = self.kz.T @ weight
         change = weight.T @ self.kk @ weight - told - told.T
-        heads = change.unflatten(0, self.cov.shape[:2]).unflatten(2, self.cov.shape[:2])
-        return weight, self.cov + torch.einsum("hdhe->hde", heads)
+        return weight, self.cov + own_heads(change, *self.cov.shape[:2])
 
 
 def as_held(path: nn.Module, weight: Tensor) -> Tensor:
     """Return of a map (Hkv*D, Hkv*D) what a path holds: all of it, or own heads (Hkv, D, D)."""
     if path.key_map.ndim == 2:
         return weight
-    heads = (path.Hkv, path.D)
-    return torch.einsum("hdhe->hde", weight.unflatten(0, heads).unflatten(2, heads))
+    return own_heads(weight, path.Hkv, path.D)
+
+
+def own_heads(x: Tensor, Hkv: int, D: int) -> Tensor:
+    """Return the blocks (Hkv, D, D) on the diagonal of x (Hkv*D, Hkv*D)."""
+    by_head = x.view(Hkv, D, Hkv, D)
+    return torch.einsum("hdhe->hde", by_head)
 
 
 def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
     """Return the weights of a ridge regression from its moments, X^T X (n, n) and X^T Y (n, ...).
     The ridge is `strength` times the mean of the diagonal."""
-    ridge = strength * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    eye = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    ridge = strength * xx.diagonal().mean() * eye
     return torch.linalg.solve(xx + ridge, xy)
 
 
@@ -122,6 +131,7 @@ def fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
     """Fit a router by ridge regression of group energies, in units of their mean, on the layer's
     input: it starts near the norm rule."""
     w = ridge_solve(xx, xe, 1e-4)  # (n_embd + 1, Hm*S)
-    w = w / (xe[-1] / xx[-1, -1]).mean().clamp_min(1e-30)
+    mean_energy = xe[-1] / xx[-1, -1]  # the ones' row holds sums, and their number
+    w = w / mean_energy.mean().clamp_min(1e-30)
     router.weight.copy_(w[:-1].T)
     router.bias.copy_(w[-1])

@@ -387,6 +387,8 @@ class SelectPath(ValueGroupPath):
         return cache
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
+        """Attend to whole k, v (B, Hkv, T, D), or to what a selection that is replayed leaves of
+        them: (B, H, T, D) in q's dtype."""
         if self.selector.replayed is None:
             return attend(q, k, v, pad, self.cap)
         selection, C = self.selector.replayed
@@ -404,6 +406,8 @@ class SelectPath(ValueGroupPath):
         return self.own_maps().untold(k, z, numbers(k, pad))
 
     def prefill(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store a first prompt k, v (B, Hkv, T, D): its newest kv_tail tokens whole, of the rest
+        what is chosen. Returns (B, H, T, D) in q's dtype."""
         C = q.size(2) - self.cfg.kv_tail
         if not cache.fresh:  # what follows a prompt stays whole, and reads the prompt as stored
             return self.decode(x, q, k, v, cache, n_pad)
@@ -492,6 +496,8 @@ class SelectPath(ValueGroupPath):
         return torch.cat((exact, y), 2)
 
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store k, v (B, Hkv, T, D) whole, and read them, and the prompt as stored: (B, H, T, D) in
+        q's dtype."""
         cache.append(NewTokens(k, v, n_pad))
         basis = cache.basis
         as_it_is = basis.dec is None and basis.from_keys is None

@@ -230,6 +230,7 @@ class FarReads(nn.Module):
         self.cost: list[Tensor] = []
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
+        """Read k, v (B, Hkv, T, D) whole, and keep their gradients by `far`: (B, H, T, D)."""
         self.input = x.detach()
         self.far = (k * 1, v * 1)  # tensors of their own
         for t in self.far:

@@ -257,11 +257,13 @@ class CodedPath(nn.Module):
         return CodedCache(batch, self.Hkv, self.D, like, self.codec)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
-        """Read everything whole: there is no prompt to code."""
+        """Read k, v (B, Hkv, T, D) whole, for there is no prompt to code: (B, H, T, D) in q's
+        dtype."""
         return attend(q, k, v, pad, self.cap)
 
     def prefill(self, x, q, k, v, cache: CodedCache, n_pad: Tensor | None = None) -> Tensor:
-        """Let a first prompt read itself whole, and code it; what comes later is stored whole."""
+        """Let a first prompt k, v (B, Hkv, T, D) read itself whole, and code it; what comes later
+        is stored whole. Returns (B, H, T, D) in q's dtype."""
         if not cache.fresh:
             return self.decode(x, q, k, v, cache, n_pad)
         y = attend(q, k, v, n_pad, self.cap)
@@ -270,7 +272,8 @@ class CodedPath(nn.Module):
         return y
 
     def decode(self, x, q, k, v, cache: CodedCache, n_pad: Tensor | None = None) -> Tensor:
-        """Let new tokens read themselves, and what came before as it is stored."""
+        """Let new tokens k, v (B, Hkv, T, D) read themselves, and what came before as it is stored:
+        (B, H, T, D)."""
         T = q.size(2)
         old = cache.read()
         n = q.size(1) // old.there.size(1)

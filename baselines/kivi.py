@@ -366,7 +366,7 @@ class KiviPath(nn.Module):
         return KiviCache(batch, max_len, self.Hkv, self.D, self.fmt, like)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
-        """Let every token read what it would read when it is decoded."""
+        """Let every token read what it would read when it is decoded: (B, H, T, D) in q's dtype."""
         if pad is not None:
             return self._row_by_row(x, q, k, v, pad)
         residual = self.fmt.residual
@@ -413,7 +413,8 @@ class KiviPath(nn.Module):
         return old_k, old_v
 
     def prefill(self, x, q, k, v, cache: KiviCache, n_pad: Tensor | None = None) -> Tensor:
-        """Let a first piece read itself whole, a later one what came before as it is stored too."""
+        """Let a first piece read itself whole, a later one what came before as it is stored too:
+        (B, H, T, D) in q's dtype. Of k, v (B, Hkv, T, D) all but the newest become codes."""
         if cache.fresh:
             y = attend(q, k, v, n_pad, self.cap)
         else:
@@ -422,6 +423,8 @@ class KiviPath(nn.Module):
         return y
 
     def decode(self, x, q, k, v, cache: KiviCache, n_pad: Tensor | None = None) -> Tensor:
+        """Read k, v (B, Hkv, 1, D) whole, and what came before as it is stored, then store them:
+        (B, H, 1, D) in q's dtype."""
         y = self._read(q, k, v, cache, n_pad)
         cache.append(NewTokens(k, v, n_pad))
         return y

@@ -194,7 +194,7 @@ class QuestPath(ValueGroupPath):
         return QuestGroupCache(*shape, self.cfg, self.k, like, self.maps())
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
-        """Let every token read what it would read when it is decoded."""
+        """Let every token read what it would read when it is decoded: (B, H, T, D) in q's dtype."""
         self.losses = {}
         visible = self._picked(q, k, pad) & attention_mask(q.size(2), q.size(2), pad, q.device)
         n = q.size(1) // self.Hkv  # query heads of a KV head
@@ -223,8 +223,8 @@ class QuestPath(ValueGroupPath):
         return read.take_along_dim(page[:, None, None], 3)
 
     def prefill(self, x, q, k, v, cache, n_pad: Tensor | None = None) -> Tensor:
-        """A prompt reads itself whole; what comes after it is read token by token, as if it were
-        generated."""
+        """Let a prompt k, v (B, Hkv, T, D) read itself whole; what comes after it is read token by
+        token, as if it were generated. Returns (B, H, T, D) in q's dtype."""
         if cache.fresh:
             self._store(x, k, v, cache, n_pad)
             return attend(q, k, v, n_pad, self.cap)
@@ -239,6 +239,8 @@ class QuestPath(ValueGroupPath):
         return torch.cat(out, 2)
 
     def decode(self, x, q, k, v, cache, n_pad: Tensor | None = None) -> Tensor:
+        """Store k, v (B, Hkv, 1, D), and read the pages that are worth most: (B, H, 1, D) in q's
+        dtype."""
         self._store(x, k, v, cache, n_pad)
         n_tokens = cache.lengths.clamp_min(1)  # padding before a first token reads something
         last = (n_tokens - 1) // PAGE

@@ -89,17 +89,20 @@ class SourceLayer(SharingPath):
         return DenseCache(batch, max_len, *self.shape, like)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
+        """Read k, v (B, Hkv, T, D) whole, and leave them for the layers above: (B, H, T, D)."""
         if self.n_readers:
             self.seen[get_ident()] = (k, v)
         return self.read(q, k, v, (k, v), self.window, pad, self.cap)
 
     def prefill(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store and read a prompt k, v (B, Hkv, T, D) whole: (B, H, T, D) in q's dtype."""
         if not cache.fresh:
             return self.decode(x, q, k, v, cache, n_pad)
         cache.append(NewTokens(k, v, n_pad))
         return self.read(q, k, v, (k, v), self.window, n_pad, self.cap)
 
     def decode(self, x, q, k, v, cache: DenseCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store k, v (B, Hkv, T, D), and read all that is held: (B, H, T, D) in q's dtype."""
         cache.append(NewTokens(k, v, n_pad))
         return attend_view(q, cache.view(), self.cap)[0]
 
@@ -122,6 +125,8 @@ class ReaderLayer(SharingPath):
         return WindowCache(batch, self.window, *self.shape, like)
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
+        """Read k, v (B, Hkv, T, D) of the newest tokens and the source's of all others: (B, H, T,
+        D)."""
         source = self.source[0]
         far = source.seen[get_ident()]
         if self.number == source.n_readers:
@@ -129,6 +134,8 @@ class ReaderLayer(SharingPath):
         return self.read(q, *far, (k, v), self.window, pad, self.cap)
 
     def prefill(self, x, q, k, v, cache: WindowCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store the newest tokens of a prompt k, v (B, Hkv, T, D), and read what forward reads: (B,
+        H, T, D). What follows others is decoded token by token."""
         if not cache.fresh:
             return self.one_by_one(x, q, k, v, cache, n_pad)
         cache.append(NewTokens(k, v, n_pad))
@@ -141,6 +148,8 @@ class ReaderLayer(SharingPath):
         return self.read(q, *far, (k, v), self.window, n_pad, self.cap)
 
     def decode(self, x, q, k, v, cache: WindowCache, n_pad: Tensor | None = None) -> Tensor:
+        """Store k, v (B, Hkv, 1, D), and read the window and the source's older tokens: (B, H, 1,
+        D) in q's dtype."""
         cache.append(NewTokens(k, v, n_pad))
         source = cache.prompt.layers[self.below]
         # what has left the own window

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Adapters of the small model over whole and over routed values, nine seeds.
-# Measuring took 472 seconds on two CPU cores; the time of training was not noted.
+# The commands that measure took 379 seconds on one CPU thread.
 # usage: runs/adapters.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/adapters}"

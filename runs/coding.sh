@@ -2,7 +2,8 @@
 # Routed transform coding beside KVTC's rule on eight texts. Both are calibrated on the same windows
 # of a mixture that the measured text is not in (of WikiText-2 it has the validation split), and
 # keep the same tokens whole. Then a needle in a prompt that is coded so. Strings are made by the
-# CPU, one prompt at a time: most of the time.
+# CPU, one prompt at a time: most of the time. Seven texts took 2,284 seconds on an
+# H200; dialogue, the shares of 22 and 2 % and the needles were not run to the end there.
 # usage: [CALIBRATION=24] [SEQUENCES=8] runs/coding.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Is it routing or the basis? The small model with groups chosen per token by norm, and with the
-# first K groups of every token. Measuring took 57 seconds on two CPU cores; the time of training
-# was not noted.
+# first K groups of every token. The commands that measure took 84 seconds on
+# one CPU thread.
 # usage: runs/static_router.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/static_router}"

@@ -32,14 +32,18 @@ def value_statistics(
     n = 0
     for z in values:
         wide = [at_least_float32(t) for t in z]
-        cov = torch.stack([torch.einsum("bhtd,bhte->hde", t, t) for t in wide]).double()
+        moments = [torch.einsum("bhtd,bhte->hde", t, t) for t in wide]
+        cov = torch.stack(moments).double()
         energy = energy + cov.diagonal(dim1=-2, dim2=-1).sum(-1)
         written = written + (cov * metrics).sum((-1, -2))
         later = [t[:, :, n_sinks:] for t in wide]  # first tokens are stored whole
-        squares = squares + torch.stack([t.square().sum((0, 2)) for t in later])
-        n += len(later[0]) * later[0].size(2)
+        of_layers = [t.square().sum((0, 2)) for t in later]
+        squares = squares + torch.stack(of_layers)
+        B, _, T, _ = later[0].shape
+        n += B * T
     gain = (written / energy.clamp_min(1e-30)).sqrt()
-    return gain, (squares / max(1, n)).sqrt().clamp_min(1e-6)
+    rms = (squares / max(1, n)).sqrt()
+    return gain, rms.clamp_min(1e-6)
 
 
 def layer_sensitivity(model: Transformer, layers: list[nn.Module], batches: list[Tensor]) -> Tensor:
@@ -61,8 +65,10 @@ def layer_sensitivity(model: Transformer, layers: list[nn.Module], batches: list
         for idx in batches:
             written.clear()
             with evaluating(model), torch.enable_grad():
-                lm_loss(model(idx[:, :-1]), idx[:, 1:]).backward()
-            total = total + torch.stack([t.grad.float().square().sum(-1).mean() for t in written])
+                logits = model(idx[:, :-1])
+                lm_loss(logits, idx[:, 1:]).backward()
+            squares = [t.grad.float().square().sum(-1).mean() for t in written]
+            total = total + torch.stack(squares)
     finally:
         for h in hooks:
             h.remove()
@@ -107,7 +113,8 @@ def look(
     asking = n_prompt if n_prompt < all_of_it.T else n_context
     alpha = all_of_it.causal(all_of_it.column[asking:])
     x = tuple(t[:, :n_prompt] for t in x)
-    q, k = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
+    q = tuple(t[:, :, :n_prompt] for t in q)
+    k = tuple(t[:, :, :n_prompt] for t in k)
     return Prompt(x, q, k, context, n_context, **about), alpha
 
 

@@ -36,16 +36,18 @@ def strips(x: Tensor, C: int, R: int) -> Tensor:
     masked."""
     D = x.size(-1)
     flat = in_blocks(x, C).reshape(-1, D)
-    n = len(flat) // C
-    return torch.cat((flat.new_zeros(R, D), flat)).as_strided((n, R + C, D), (C * D, D, 1))
+    n_blocks = len(flat) // C
+    shifted = torch.cat((flat.new_zeros(R, D), flat))
+    return shifted.as_strided((n_blocks, R + C, D), (C * D, D, 1))
 
 
 def of_tokens(dx: Tensor, like: Tensor, C: int, R: int) -> Tensor:
     """Return the gradient of x, like (B, Hkv, T, D), of the gradient dx of strips(x)."""
     B, Hkv, T, D = like.shape
     own = dx[:, R:].contiguous()
-    own[:-1, C - R :] += dx[1:, :R]
-    return own.view(B, Hkv, -1, D)[:, :, :T]
+    own[:-1, C - R :] += dx[1:, :R]  # what the next block reads of this one
+    by_head = own.view(B, Hkv, -1, D)
+    return by_head[:, :, :T]
 
 
 class BandedAttention(torch.autograd.Function):
@@ -56,16 +58,21 @@ class BandedAttention(torch.autograd.Function):
         R = window.reach
         C = max(R, LEAST_BLOCK)
         ctx.sizes = (C, R)
+        B, _, T, D = q.shape
         Hkv = k.size(1)
         y, (lse,) = causal(q, k, routed)
-        queries = query_blocks(q * q.size(-1) ** -0.5, Hkv, C).flatten(0, 2)
+        # blocks of all sequences and heads in one dimension, which bmm wants
+        queries = query_blocks(q * D**-0.5, Hkv, C).flatten(0, 2)
+        sums = query_blocks(lse.unsqueeze(-1), Hkv, C).flatten(0, 2)
         keys = strips(k, C, R)
         values = strips(lost, C, R)
-        p = torch.bmm(queries, keys.mT) - query_blocks(lse.unsqueeze(-1), Hkv, C).flatten(0, 2)
-        bias = band_bias(q.size(2), C, R, window, q.device)
-        p.view(len(q) * Hkv, len(bias), -1, *bias.shape[2:]).add_(bias)
+        p = torch.bmm(queries, keys.mT) - sums  # becomes the weights, in place
+        bias = band_bias(T, C, R, window, q.device)  # (blocks, 1, C, R + C)
+        by_head = p.view(B * Hkv, len(bias), -1, *bias.shape[2:])
+        by_head.add_(bias)
         p.exp_()
-        y = y + BandedAttention.of_queries(torch.bmm(p, values), q, Hkv)
+        missing = torch.bmm(p, values)
+        y = y + BandedAttention.of_queries(missing, q, Hkv)
         ctx.save_for_backward(q, k, routed, y, lse, queries, keys, values, p)
         return y
 
@@ -73,19 +80,24 @@ class BandedAttention(torch.autograd.Function):
     def of_queries(x: Tensor, q: Tensor, Hkv: int) -> Tensor:
         """Lay x (B*Hkv*blocks, n*C, D) out like q (B, H, T, D)."""
         B, H, T, _ = q.shape
-        return of_queries(x.view(B, Hkv, -1, *x.shape[1:]), H // Hkv, T)
+        blocks = x.view(B, Hkv, -1, *x.shape[1:])
+        return of_queries(blocks, H // Hkv, T)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, routed, y, lse, queries, keys, values, p = ctx.saved_tensors
         C, R = ctx.sizes
         Hkv = k.size(1)
+        scale = q.size(-1) ** -0.5
         dq, dk, drouted = causal_backward(dy, q, k, routed, y, (lse,))
         dy = query_blocks(dy, Hkv, C).flatten(0, 2)
-        ds = torch.bmm(dy, values.mT).mul_(p)
-        dq += BandedAttention.of_queries(torch.bmm(ds, keys), q, Hkv) * q.size(-1) ** -0.5
-        dk += of_tokens(torch.bmm(ds.mT, queries), k, C, R)
-        dlost = of_tokens(torch.bmm(p.mT, dy), k, C, R)
+        dlogits = torch.bmm(dy, values.mT).mul_(p)
+        dqueries = torch.bmm(dlogits, keys)
+        dq += BandedAttention.of_queries(dqueries, q, Hkv) * scale
+        dkeys = torch.bmm(dlogits.mT, queries)
+        dk += of_tokens(dkeys, k, C, R)
+        dvalues = torch.bmm(p.mT, dy)
+        dlost = of_tokens(dvalues, k, C, R)
         return dq, dk, drouted, dlost, None
 
 

@@ -67,7 +67,8 @@ class KVPath(Protocol):
     x     (B, T, n_embd), the attention's input
     q     (B, H, T, D), after RoPE
     k, v  (B, Hkv, T, D), k after RoPE
-    Each verb returns the attention output (B, H, T, D)."""
+    pad, n_pad  (B,) int64, leading columns that are padding; None: none
+    Each verb returns the attention output (B, H, T, D), in q's floating dtype."""
 
     losses: dict[str, Tensor]  # of the last training forward, by name
     reads_pieces: bool  # whether a prompt may come in pieces
@@ -129,7 +130,8 @@ class LayerCacheBase(Protocol):
     # what a subclass does
 
     def reserve(self, n_tokens: int) -> None:
-        """Make room: after it, n_tokens appends neither allocate nor wait for the device."""
+        """Make room: after it, n_tokens appends neither allocate nor wait for the device. A ring,
+        which does not grow, does nothing."""
 
     def append(self, new: NewTokens) -> None:
         """Take T new tokens of every sequence."""
@@ -536,7 +538,8 @@ class KVCache:
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens (one number, or (B,)) of every sequence. Where a layer
-        refuses, nothing is forgotten."""
+        refuses, nothing is forgotten. What is left without a token is as good as new: the next
+        prompt is a first one."""
         before = self.snapshot()
         try:
             for layer in self.layers:
@@ -545,6 +548,9 @@ class KVCache:
             self.restore(before)
             raise
         self.length = min(self.length, int(torch.as_tensor(n_tokens).max()))
+        if not self.length:
+            for layer in self.layers:
+                layer.fresh = True
 
     def select_sequences(self, rows: Sequence[int]) -> KVCache:
         """Return a cache of these sequences only, in this order; it shares nothing."""

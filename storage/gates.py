@@ -15,6 +15,28 @@ from storage.layout import cdiv
 
 
 @jit
+def _score_places(token, N: tl.constexpr, R: tl.constexpr, BRANCHES: tl.constexpr):
+    """Return where in h the scores of tokens (TOKENS,) lie, behind their activations: (TOKENS,
+    BRANCHES)."""
+    branch = tl.arange(0, BRANCHES)
+    row = token[:, None] * (N * R + N)
+    return row + N * R + branch[None, :]
+
+
+@jit
+def _activations(
+    valid, N: tl.constexpr, R: tl.constexpr, BRANCHES: tl.constexpr, RANK: tl.constexpr
+):
+    """Return the column of each activation in its token's row, (1, BRANCHES, RANK), and which of
+    them the tokens valid (TOKENS,) have, (TOKENS, BRANCHES, RANK) bool."""
+    branch = tl.arange(0, BRANCHES)[:, None]
+    r = tl.arange(0, RANK)[None, :]
+    column = branch * R + r
+    exists = (branch < N) & (r < R)
+    return column[None], valid[:, None, None] & exists[None]
+
+
+@jit
 def _gates(
     h_ptr,
     bias_ptr,
@@ -28,19 +50,28 @@ def _gates(
     """Load the scores of tokens (TOKENS,): probabilities, what is kept of them, and gates, each
     (TOKENS, BRANCHES) float32."""
     branch = tl.arange(0, BRANCHES)
-    real = valid[:, None] & (branch < N)[None, :]
-    at = token[:, None] * (N * R + N) + N * R + branch[None, :]
-    score = tl.load(h_ptr + at, mask=real, other=0.0).to(tl.float32)
-    score += tl.load(bias_ptr + branch, mask=branch < N, other=0.0).to(tl.float32)[None, :]
-    score = tl.where((branch < N)[None, :], score, float("-inf"))
-    other = score[:, None, :]  # (TOKENS, branches, branches)
-    mine = score[:, :, None]
+    exists = branch < N
+    place = _score_places(token, N, R, BRANCHES)
+    real = valid[:, None] & exists[None, :]
+    score = tl.load(h_ptr + place, mask=real, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + branch, mask=exists, other=0.0).to(tl.float32)
+    score += bias[None, :]
+    score = tl.where(exists[None, :], score, float("-inf"))
+
+    # a branch is kept when fewer than K are better; of equal ones the lower is
+    mine = score[:, :, None]  # (TOKENS, branches, branches)
+    other = score[:, None, :]
     lower = branch[None, None, :] < branch[None, :, None]
     better = (other > mine) | ((other == mine) & lower)
-    kept = (tl.sum(better.to(tl.int32), 2) < K) & (branch < N)[None, :]
-    e = tl.exp(score - tl.max(score, 1)[:, None])
+    n_better = tl.sum(better.to(tl.int32), 2)
+    kept = (n_better < K) & exists[None, :]
+
+    best = tl.max(score, 1)
+    e = tl.exp(score - best[:, None])
+    probs = e / tl.sum(e, 1)[:, None]
     chosen = tl.where(kept, e, 0.0)
-    return e / tl.sum(e, 1)[:, None], kept, chosen / tl.sum(chosen, 1)[:, None]
+    gates = chosen / tl.sum(chosen, 1)[:, None]
+    return probs, kept, gates
 
 
 @jit
@@ -65,18 +96,22 @@ def _weigh_kernel(
     valid = t < T
     token = b.to(tl.int64) * T + t
     probs, kept, gates = _gates(h_ptr, bias_ptr, token, valid, N, R, K, BRANCHES)
+
+    column, real = _activations(valid, N, R, BRANCHES, RANK)
+    row = token[:, None, None]
+    u = tl.load(h_ptr + row * (N * R + N) + column, mask=real, other=0.0)
+    weight = gates * scale
+    out = u.to(tl.float32) * weight[:, :, None]
+    tl.store(out_ptr + row * (N * R) + column, out, mask=real)
+
     branch = tl.arange(0, BRANCHES)
-    r = tl.arange(0, RANK)
-    column = branch[:, None] * R + r[None, :]
-    real = valid[:, None, None] & ((branch < N)[:, None] & (r < R)[None, :])[None]
-    u = tl.load(h_ptr + token[:, None, None] * (N * R + N) + column[None], mask=real, other=0.0)
-    out = u.to(tl.float32) * (gates * scale)[:, :, None]
-    tl.store(out_ptr + token[:, None, None] * (N * R) + column[None], out, mask=real)
+    exists = branch < N
     tile = b * tl.num_programs(1) + tl.program_id(1)
-    at = sums_ptr + tile * (2 * N) + branch
+    count_ptr = sums_ptr + tile * (2 * N) + branch
     count = tl.sum(tl.where(valid[:, None], kept.to(tl.float32), 0.0), 0)
-    tl.store(at, count, mask=branch < N)
-    tl.store(at + N, tl.sum(tl.where(valid[:, None], probs, 0.0), 0), mask=branch < N)
+    tl.store(count_ptr, count, mask=exists)
+    total = tl.sum(tl.where(valid[:, None], probs, 0.0), 0)
+    tl.store(count_ptr + N, total, mask=exists)
 
 
 @jit
@@ -102,26 +137,31 @@ def _weigh_backward_kernel(
     valid = t < T
     token = b.to(tl.int64) * T + t
     probs, _, gates = _gates(h_ptr, bias_ptr, token, valid, N, R, K, BRANCHES)
+
+    # activations
+    column, real = _activations(valid, N, R, BRANCHES, RANK)
+    row = token[:, None, None]
+    place = row * (N * R + N) + column
+    u = tl.load(h_ptr + place, mask=real, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + row * (N * R) + column, mask=real, other=0.0).to(tl.float32)
+    weight = gates * scale
+    tl.store(dh_ptr + place, dout * weight[:, :, None], mask=real)
+
+    # scores: what reaches them through the gates, and through the probabilities
     branch = tl.arange(0, BRANCHES)
-    r = tl.arange(0, RANK)
-    column = branch[:, None] * R + r[None, :]
-    real = valid[:, None, None] & ((branch < N)[:, None] & (r < R)[None, :])[None]
-    at = token[:, None, None] * (N * R + N) + column[None]
-    u = tl.load(h_ptr + at, mask=real, other=0.0).to(tl.float32)
-    dout = tl.load(
-        dout_ptr + token[:, None, None] * (N * R) + column[None], mask=real, other=0.0
-    ).to(tl.float32)
-    tl.store(dh_ptr + at, dout * (gates * scale)[:, :, None], mask=real)
+    exists = branch < N
     dgates = tl.sum(dout * u, 2) * scale
-    dscore = gates * (dgates - tl.sum(gates * dgates, 1)[:, None])
-    dprobs = tl.load(dprobs_ptr + b * N + branch, mask=branch < N, other=0.0)[None, :]
-    dscore += probs * (dprobs - tl.sum(probs * dprobs, 1)[:, None])
-    real = valid[:, None] & (branch < N)[None, :]
+    mean = tl.sum(gates * dgates, 1)
+    dscore = gates * (dgates - mean[:, None])
+    dprobs = tl.load(dprobs_ptr + b * N + branch, mask=exists, other=0.0)[None, :]
+    mean = tl.sum(probs * dprobs, 1)
+    dscore += probs * (dprobs - mean[:, None])
+    real = valid[:, None] & exists[None, :]
     dscore = tl.where(real, dscore, 0.0)
-    at = token[:, None] * (N * R + N) + N * R + branch[None, :]
-    tl.store(dh_ptr + at, dscore, mask=real)
+    place = _score_places(token, N, R, BRANCHES)
+    tl.store(dh_ptr + place, dscore, mask=real)
     tile = b * tl.num_programs(1) + tl.program_id(1)
-    tl.store(dbias_ptr + tile * N + branch, tl.sum(dscore, 0), mask=branch < N)
+    tl.store(dbias_ptr + tile * N + branch, tl.sum(dscore, 0), mask=exists)
 
 
 def kernel_sizes(n: int, r: int, k: int) -> tuple[int, ...]:
@@ -143,7 +183,8 @@ class GateAndWeigh(torch.autograd.Function):
         n = len(bias)
         ctx.sizes = kernel_sizes(n, r, k)
         ctx.scale = scale
-        grid = (B, cdiv(T, ctx.sizes[3]))
+        tokens = ctx.sizes[3]
+        grid = (B, cdiv(T, tokens))
         out = h.new_empty(B, T, n * r)
         sums = h.new_empty(*grid, 2, n, dtype=torch.float32)
         _weigh_kernel[grid](h, bias, out, sums, T, scale, *ctx.sizes)
@@ -156,7 +197,8 @@ class GateAndWeigh(torch.autograd.Function):
     def backward(ctx, dout: Tensor, _, dprobs: Tensor):
         h, bias = ctx.saved_tensors
         B, T, _ = h.shape
-        grid = (B, cdiv(T, ctx.sizes[3]))
+        tokens = ctx.sizes[3]
+        grid = (B, cdiv(T, tokens))
         dh = torch.empty_like(h)
         dbias = h.new_empty(*grid, len(bias), dtype=torch.float32)
         given = (h, bias, dout.contiguous(), dprobs.contiguous())

@@ -14,8 +14,7 @@ Letters: storage/layout.py.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +23,7 @@ from torch import Tensor
 
 from config import KVConfig
 from kernels import append_packed, can_append
-from storage.cache import (
-    CacheView,
-    LayerCacheBase,
-    NewTokens,
-    check_range,
-    check_truncation,
-)
+from storage.cache import CacheView, LayerCacheBase, NewTokens, check_range, check_truncation
 from storage.from_keys import FromKeys
 from storage.kernel_base import use_triton
 from storage.layout import (
@@ -43,7 +36,7 @@ from storage.layout import (
     mask_to_bits,
     top_k_mask,
 )
-from storage.packing import pack_values
+from storage.packing import Context, pack_values
 
 
 class ValueBasis(NamedTuple):
@@ -118,7 +111,6 @@ class FloatCodec:
 
     def ints(self, cache: PackedCache) -> None:
         """Return what turns integers back into numbers: nothing to turn back here."""
-        return None
 
     def one_by_one(self, D: int, window: int) -> bool:
         """Say whether a kernel can append single tokens."""
@@ -129,23 +121,15 @@ class FloatCodec:
 
     @staticmethod
     def pack_sequences(
-        codecs: Sequence[FloatCodec],
-        k: Tensor,
-        z: Tensor,
-        keep: Tensor,
-        mask: Tensor,
-        query_moment: Tensor | None,
-        told: Callable[[Tensor], Tensor] | None = None,
+        codecs: Sequence[FloatCodec], context: Context
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """Return what RaggedCache holds of contexts (see its pack), those of the first layer's
-        sequences, then those of the next's, a codec per layer: the tensors named in owners, and
-        bits, before, tile_rows, n_packed, n_rows.
-
-        told: what stored keys (tokens, D) of all segments in turn tell of z, which is left out"""
-        if told is not None:
-            here = keep.expand(-1, k.size(1), -1)
-            z = z.masked_scatter(here.unsqueeze(-1), z[here] - told(k[here]))
-        keys, rows, *index = pack_values(k, z, keep, mask)
+        """Return what RaggedCache holds of a context, a codec per layer: the tensors named in
+        owners, and bits, before, tile_rows, n_packed, n_rows."""
+        z = context.z
+        if context.told is not None:
+            here = context.here
+            z = z.masked_scatter(here.unsqueeze(-1), z[here] - context.told(context.k[here]))
+        keys, rows, *index = pack_values(context.k, z, context.keep, context.mask)
         return {"keys": keys, "rows": rows}, tuple(index)
 
 
@@ -202,9 +186,6 @@ class WindowCache(LayerCacheBase):
             "kv_tail": self.window,
             "block": self.block,
         }
-
-    def reserve(self, n_tokens: int) -> None:
-        """Do nothing: a ring does not grow."""
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:
@@ -300,8 +281,7 @@ class PackedCache(WindowCache):
 
     window_bits  (B, Hm, W), the masks that its tokens will be packed with
 
-    Where the codec wants some, first tokens stay whole for good. n_packed and n_window leave them
-    out:
+    Where the codec wants some, first tokens stay whole for good, outside n_packed and n_window:
 
     sink_k, sink_v  (B, Hkv, n_sinks, D)
     n_sink          (B,) int64
@@ -331,12 +311,11 @@ class PackedCache(WindowCache):
         self.mask_heads = n_kv_head if cfg.mask_scope == "head" else 1
         self.basis = basis
         self.codec = codec or FloatCodec()
-        names = ("token_base", "row_base", "mask_base")
-        self.owners |= {**self.codec.owners, "bits": "mask", **dict.fromkeys(names, "base")}
-        W = self.window_k.size(2)
-        bits = torch.zeros(batch, self.mask_heads, W, dtype=mask_dtype(self.S), device=like.device)
-        self.window_bits = bits
+        self.owners |= {**self.codec.owners, "bits": "mask"}
+        self.owners |= dict.fromkeys(("token_base", "row_base", "mask_base"), "base")
         self.owners["window_bits"] = "sequence"
+        slots = (batch, self.mask_heads, self.window_k.size(2))
+        self.window_bits = like.new_zeros(slots, dtype=mask_dtype(self.S))
         self.sinks_open = self.codec.n_sinks > 0  # whether some sequence may still fill its sinks
         if self.sinks_open:
             self.owners |= dict.fromkeys(("sink_k", "sink_v", "n_sink"), "sequence")
@@ -391,7 +370,7 @@ class PackedCache(WindowCache):
 
     @classmethod
     def alike(cls, caches: Sequence[PackedCache]) -> list[PackedCache]:
-        parts = [copy.copy(c) for c in caches]
+        parts = super().alike(caches)
         most = max(c.cap for c in parts)
         for part in parts:
             part._grow(most, exact=True)
@@ -409,12 +388,13 @@ class PackedCache(WindowCache):
     # ---- capacity
 
     def _allocate(self, cap: int) -> None:
-        B = self.n_packed.size(0)
         cap = cdiv(cap, self.codec.block) * self.codec.block
-        parts = self.codec.empty(B * self.Hkv * cap, self.k, self.S, self.D, self.window_k[:0])
+        parts = self.codec.empty(
+            self.batch * self.Hkv * cap, self.k, self.S, self.D, self.window_k[:0]
+        )
         for name, t in parts.items():
             setattr(self, name, t)
-        n_masks = B * self.mask_heads * cap if self.k else 0
+        n_masks = self.batch * self.mask_heads * cap if self.k else 0
         self.bits = torch.zeros(n_masks, dtype=mask_dtype(self.S), device=self.n_packed.device)
         self.set_bases()
 
@@ -425,8 +405,7 @@ class PackedCache(WindowCache):
 
     def _resize(self, cap: int) -> None:
         """Have room for `cap` packed tokens in every segment, of whole blocks."""
-        names = [*self.codec.owners, "bits"]
-        old = {name: getattr(self, name) for name in names}
+        old = {name: getattr(self, name) for name in (*self.codec.owners, "bits")}
         self._allocate(cap)
         for name, t in old.items():
             new = getattr(self, name)
@@ -608,10 +587,7 @@ class PackedCache(WindowCache):
         whole blocks, whose keys share steps: ValueError inside one."""
         check_truncation(n_tokens)
         n = torch.as_tensor(n_tokens, device=self.n_packed.device).expand_as(self.n_packed)
-        if self.codec.n_sinks:
-            rest = (n - self.n_sink).clamp_min(0)
-        else:
-            rest = n
+        rest = (n - self.n_sink).clamp_min(0) if self.codec.n_sinks else n
         self.codec.check_cut(rest.minimum(self.n_packed))
         if self.codec.n_sinks:
             self.n_sink = self.n_sink.minimum(n)

@@ -9,6 +9,7 @@ C is the number of tokens of a context here; other letters as in storage/layout.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -235,6 +236,26 @@ def _sum_up(x: Tensor) -> Tensor:
 
 
 # -------------------- packing
+
+
+class Context(NamedTuple):
+    """What a RaggedCache packs: contexts of C columns, those of the first layer's sequences, then
+    those of the next's."""
+
+    k: Tensor  # (B, Hkv, C, D) keys
+    z: Tensor  # (B, Hkv, C, D) values in the coordinates that are cut into groups
+    keep: Tensor  # (B, Hm, C) bool, tokens that survive; Hm = 1 or Hkv
+    mask: Tensor  # (B, Hm, C, S) bool, groups of theirs; or uint8, their levels 0 to 3
+    # (B, Hkv, D, D) float64, second moments of queries for which integer keys are rounded; None: to
+    # the nearest
+    query_moment: Tensor | None = None
+    # what keys (n, D) of all segments in turn, as they will be read, tell of z, which is left out
+    told: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def here(self) -> Tensor:
+        """The tokens that survive of every KV head: (B, Hkv, C) bool."""
+        return self.keep.expand(-1, self.k.size(1), -1)
 
 
 class PackedValues(NamedTuple):

@@ -24,12 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import check
-from storage.cache import (
-    CacheView,
-    DenseCache,
-    check_range,
-    check_truncation,
-)
+from storage.cache import CacheView, DenseCache, check_range, check_truncation
 from storage.layout import (
     PackedView,
     WindowView,
@@ -42,6 +37,7 @@ from storage.layout import (
     tile_size,
 )
 from storage.packed import FloatCodec, ValueBasis
+from storage.packing import Context
 
 SHARED = ("bits", "before", "tile_rows", "n_packed", "n_rows")  # by layers of one mask
 BASES = ("token_base", "row_base", "mask_base", "tile_base")
@@ -230,8 +226,8 @@ class RaggedCache(DenseCache):
             b, head, column = keep.expand(-1, self.Hkv, -1).nonzero(as_tuple=True)
             told = partial(self.basis.from_keys.predict_each, head=head, position=number[b, column])
             self._place(keep, valid)
-        args = (k, z, keep, mask, query_moment)
-        held, index = self.codec.pack_sequences([self.codec], *args, told)
+        context = Context(k, z, keep, mask, query_moment, told)
+        held, index = self.codec.pack_sequences([self.codec], context)
         for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
             setattr(self, name, t)
         self.n_context = valid.sum(-1)
@@ -409,7 +405,7 @@ def _pack_some(
     codecs = [cache.codec for cache in caches]
     moment = None if query_moment is None else query_moment.flatten(0, 1)
     flat = (t.flatten(0, 1) for t in (k, z, keep, mask))
-    held, index = one.codec.pack_sequences(codecs, *flat, moment)
+    held, index = one.codec.pack_sequences(codecs, Context(*flat, moment))
     held |= dict(zip(SHARED, index, strict=True))
     counts = {name: held.pop(name).unflatten(0, (L, B)) for name in ("n_packed", "n_rows")}
     bases = segment_starts(*(t.flatten(0, 1) for t in counts.values()), one.Hkv, one.tile)

@@ -62,8 +62,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
     if q.dtype == torch.float32:
         y, *rest = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True)
         return y, tuple(rest)
-    y, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-    return y, tuple(rest[:-1])  # without the matrix that is for debugging
+    y, *rest, _for_debugging = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    return y, tuple(rest)
 
 
 def causal_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, rest: tuple):
@@ -93,46 +93,57 @@ def in_blocks(x: Tensor, C: int) -> Tensor:
 
 def query_blocks(q: Tensor, Hkv: int, C: int) -> Tensor:
     """Lay queries q (B, H, T, D) out as (B, Hkv, N, n*C, D), a KV head's n query heads in turn."""
-    return in_blocks(q, C).unflatten(1, (Hkv, -1)).transpose(2, 3).flatten(3, 4)
+    by_kv_head = in_blocks(q, C).unflatten(1, (Hkv, -1))  # (B, Hkv, n, N, C, D)
+    return by_kv_head.transpose(2, 3).flatten(3, 4)
 
 
 def of_queries(x: Tensor, n: int, T: int) -> Tensor:
     """Undo query_blocks: (B, Hkv, N, n*C, D) becomes (B, H, T, D)."""
-    return x.unflatten(3, (n, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :, :T]
+    by_kv_head = x.unflatten(3, (n, -1)).transpose(2, 3)  # (B, Hkv, n, N, C, D)
+    by_head = by_kv_head.flatten(3, 4).flatten(1, 2)
+    return by_head[:, :, :T]
 
 
 def with_block_before(x: Tensor, C: int) -> Tensor:
     """Give every block of x (B, Hkv, T, D) the one before it: (B, Hkv, N, 2 C, D)."""
-    x = in_blocks(x, C)
-    return torch.cat((F.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)), x), 3)
+    own = in_blocks(x, C)
+    before = F.pad(own[:, :, :-1], (0, 0, 0, 0, 1, 0))  # zeros before the first block
+    return torch.cat((before, own), 3)
 
 
 def of_tokens(dx: Tensor, T: int) -> Tensor:
     """Return the gradient (B, Hkv, T, D) of what with_block_before got, of its result's dx."""
     before, own = dx.chunk(2, 3)
-    return (own + F.pad(before[:, :, 1:], (0, 0, 0, 0, 0, 1))).flatten(2, 3)[:, :, :T]
+    of_next = F.pad(before[:, :, 1:], (0, 0, 0, 0, 0, 1))  # nothing follows the last block
+    both = (own + of_next).flatten(2, 3)
+    return both[:, :, :T]
 
 
 def band_bias(T: int, C: int, R: int, window: Window, device) -> Tensor:
     """Return 0 where a query of a block reads a key of its block and of the R tokens before it
     whole, else -inf: (N, 1, C, R + C) float32, for all query heads."""
-    i = torch.arange(cdiv(T, C) * C, device=device).view(-1, 1, C, 1)
-    j = i[:, :, :1] + torch.arange(-R, C, device=device)
-    # keys before the first token are none of a window: a count is never negative
     size, block, n_sinks = window
-    left = n_sinks + packed_count(i + 1 - n_sinks, size, block)
-    routed = (j > i) | (j < left)
+    query = torch.arange(cdiv(T, C) * C, device=device).view(-1, 1, C, 1)
+    first = query[:, :, :1]  # of each block
+    key = first + torch.arange(-R, C, device=device)
+    # keys before the first token are none of a window: a count is never negative
+    n_left = packed_count(query + 1 - n_sinks, size, block)
+    outside = (key > query) | (key < n_sinks + n_left)
     # filled, since numbers of the host cannot be copied while a graph is captured
-    return torch.zeros(routed.shape, device=device).masked_fill_(routed, float("-inf"))
+    bias = torch.zeros(outside.shape, device=device)
+    return bias.masked_fill_(outside, float("-inf"))
 
 
 def band_weights(q: Tensor, k: Tensor, lse: Tensor, bias: Tensor) -> Tensor:
     """Return p (B, Hkv, N, n*C, 2 C) of queries and keys in blocks, 0 outside the windows; lse (B,
     H, T)."""
     C = bias.size(2)
-    lse = query_blocks(lse.unsqueeze(-1), q.size(1), C)
-    logits = at_least_float32((q * q.size(-1) ** -0.5) @ k.mT) - lse
-    return (logits.unflatten(3, (-1, C)) + bias).exp_().flatten(3, 4).to(q.dtype)
+    sums = query_blocks(lse.unsqueeze(-1), q.size(1), C)
+    scaled = q * q.size(-1) ** -0.5
+    logits = at_least_float32(scaled @ k.mT) - sums
+    by_head = logits.unflatten(3, (-1, C)) + bias
+    p = by_head.exp_().flatten(3, 4)
+    return p.to(q.dtype)
 
 
 class WindowedAttention(torch.autograd.Function):
@@ -140,17 +151,22 @@ class WindowedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, routed, window: Window):
-        ctx.n = q.size(1) // k.size(1)
-        ctx.C = max(window.reach, LEAST_BLOCK)
-        heads = WindowedAttention.per_query_head
-        y, rest = causal(q, heads(k, ctx.n), heads(routed, ctx.n))
-        lost = with_block_before(v - routed, ctx.C)
-        bias = band_bias(q.size(2), ctx.C, ctx.C, window, q.device)
-        _, _, p = WindowedAttention.band(ctx.C, q, k, rest[0], bias)
-        y = y + of_queries(p @ lost, ctx.n, q.size(2))
-        ctx.others = [t for t in rest if not isinstance(t, Tensor)]
+        n = q.size(1) // k.size(1)
+        C = max(window.reach, LEAST_BLOCK)
+        T = q.size(2)
+        full_k = WindowedAttention.per_query_head(k, n)
+        full_routed = WindowedAttention.per_query_head(routed, n)
+        y, rest = causal(q, full_k, full_routed)
+        bias = band_bias(T, C, C, window, q.device)
+        _, _, p = WindowedAttention.band(C, q, k, rest[0], bias)
+        lost = with_block_before(v - routed, C)
+        y = y + of_queries(p @ lost, n, T)
+        ctx.n = n
+        ctx.C = C
         ctx.is_tensor = [isinstance(t, Tensor) for t in rest]
-        ctx.save_for_backward(q, k, v, routed, y, bias, *(t for t in rest if isinstance(t, Tensor)))
+        ctx.others = [t for t in rest if not isinstance(t, Tensor)]
+        tensors = [t for t in rest if isinstance(t, Tensor)]
+        ctx.save_for_backward(q, k, v, routed, y, bias, *tensors)
         return y
 
     @staticmethod
@@ -159,31 +175,37 @@ class WindowedAttention(torch.autograd.Function):
         return x if x.device.type == "cpu" else x.repeat_interleave(n, 1)
 
     @staticmethod
+    def per_kv_head(dx: Tensor, like: Tensor) -> Tensor:
+        """Return the gradient of x, like (B, Hkv, T, D), of that of per_query_head(x)."""
+        return dx if dx.shape == like.shape else dx.unflatten(1, (like.size(1), -1)).sum(2)
+
+    @staticmethod
     def band(C: int, q: Tensor, k: Tensor, lse: Tensor, bias: Tensor):
         """Return queries and keys in blocks of C, and the weights between them."""
         lse = lse[:, :, : q.size(2)]  # some calls pad their sums
-        q = query_blocks(q, k.size(1), C)
-        k = with_block_before(k, C)
-        return q, k, band_weights(q, k, lse, bias)
+        queries = query_blocks(q, k.size(1), C)
+        keys = with_block_before(k, C)
+        return queries, keys, band_weights(queries, keys, lse, bias)
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v, routed, y, bias, *tensors = ctx.saved_tensors
-        left = (iter(ctx.others), iter(tensors))
+        left = {True: iter(tensors), False: iter(ctx.others)}
         rest = tuple(next(left[is_tensor]) for is_tensor in ctx.is_tensor)
+        n = ctx.n
+        C = ctx.C
         T = q.size(2)
-        heads = WindowedAttention.per_query_head
-        full = (heads(k, ctx.n), heads(routed, ctx.n))
-        dq, dk, drouted = causal_backward(dy, q, *full, y, rest)
-        if full[0] is not k:
-            dk = dk.unflatten(1, (-1, ctx.n)).sum(2)
-            drouted = drouted.unflatten(1, (-1, ctx.n)).sum(2)
-        lost = with_block_before(v - routed, ctx.C)
-        dy = query_blocks(dy, k.size(1), ctx.C)
-        queries, keys, p = WindowedAttention.band(ctx.C, q, k, rest[0], bias)
-        ds = p * (dy @ lost.mT) * q.size(-1) ** -0.5
-        dq = dq + of_queries(ds @ keys, ctx.n, T)
-        dk = dk + of_tokens(ds.mT @ queries, T)
+        full_k = WindowedAttention.per_query_head(k, n)
+        full_routed = WindowedAttention.per_query_head(routed, n)
+        dq, dk, drouted = causal_backward(dy, q, full_k, full_routed, y, rest)
+        dk = WindowedAttention.per_kv_head(dk, k)
+        drouted = WindowedAttention.per_kv_head(drouted, routed)
+        queries, keys, p = WindowedAttention.band(C, q, k, rest[0], bias)
+        lost = with_block_before(v - routed, C)
+        dy = query_blocks(dy, k.size(1), C)
+        dlogits = p * (dy @ lost.mT) * q.size(-1) ** -0.5
+        dq = dq + of_queries(dlogits @ keys, n, T)
+        dk = dk + of_tokens(dlogits.mT @ queries, T)
         dv = of_tokens(p.mT @ dy, T)
         return dq, dk, dv, drouted - dv, None
 

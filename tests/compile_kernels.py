@@ -166,7 +166,8 @@ def others() -> None:
     moment = torch.eye(64, dtype=torch.float64).expand(2, 2, 64, 64)
     for bits, seen in ((4, moment), (3, None)):
         fmt = IntFormat(bits, 0, 64, torch.ones(2, 64))
-        contexts.pack_context([fmt], k, v, chosen[..., 0] > 0, chosen, seen, impl="triton")
+        context = packing.Context(k, v, chosen[..., 0] > 0, chosen, seen)
+        contexts.pack_context([fmt], context, impl="triton")
     for n, dtype in ((8, torch.bfloat16), (5, torch.float32)):
         h = torch.randn(2, 67, n * 3, dtype=dtype, requires_grad=True)
         bias = torch.randn(n, requires_grad=True)

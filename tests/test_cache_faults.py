@@ -22,7 +22,7 @@ import kv_router
 import lora
 import mixsga
 import selector
-from baselines import shared_heads
+from baselines import kivi, quest, shared_heads
 from baselines.align import Moments, align_heads, calibrate
 from config import KVConfig, SelectConfig
 from generate import DecodeGraph, generate, prefill
@@ -739,6 +739,45 @@ def test_a_refused_cut_changes_no_layer(name, model):
         assert torch.isfinite(decoded(model, cache, 2)).all()
     possible = name.startswith(("dense", "value", "no tail", "tail", "not", "rout", "reb", "cla"))
     assert not refused if possible else refused < 9
+
+
+def named(way) -> str:
+    """The name of a way to store, or of the function that makes it."""
+    return getattr(way, "__name__", way)
+
+
+def quest_pages() -> Transformer:
+    return quest.attach(tiny_model(), KVConfig(topk_groups=4), read_tokens=16, whole_layers=0)
+
+
+def kivi_codes() -> Transformer:
+    return kivi.attach(tiny_model(), kivi.Format(4, group=8, residual=16))
+
+
+@pytest.mark.parametrize("ways", [*PATHS, quest_pages, kivi_codes], ids=named)
+@pytest.mark.parametrize("n", [26, 2], ids=["long", "short"])
+def test_an_emptied_cache_is_as_good_as_new(ways, n):
+    """After truncate(0) another prompt, in rows of two lengths, a piece and steps give the logits
+    of a cache that was never filled; only a selected context is not forgotten."""
+    model = ways() if callable(ways) else PATHS[ways]()
+    idx, pad = padded((24, 11))
+    with torch.no_grad():
+        used = model.new_cache(2, 90)
+        model.prefill(tokens(2, n, seed=9), used)
+        decoded(model, used, 3)
+        if n > 3 and isinstance(used.layers[-1], RaggedCache):
+            assert "selected context" in error_line(used.truncate, 0)
+            return
+        used.truncate(0)
+        new = model.new_cache(2, 90)
+        for cache in (used, new):
+            cache.logits = [model.prefill(idx, cache, pad)]
+            cache.logits.append(model.prefill(tokens(2, 3, seed=4), cache))
+            cache.logits.append(decoded(model, cache, 3))
+    assert used.lengths.tolist() == new.lengths.tolist() == [30, 17]
+    assert used.length == new.length
+    for got, want in zip(used.logits, new.logits, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_length_is_no_more_than_what_is_held(model):

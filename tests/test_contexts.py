@@ -6,6 +6,7 @@ import torch
 from storage.integers import contexts
 from storage.integers.format import IntFormat
 from storage.kernel_base import triton
+from storage.packing import Context
 
 pytestmark = pytest.mark.skipif(triton is None, reason="the kernels need triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +36,7 @@ def inputs(case: str, dtype: torch.dtype = torch.float32):
         moment = (q.mT @ q / 30).to(DEVICE)
     gain = 0.5 + torch.rand(L, Hkv, D, generator=g)
     fmts = [IntFormat(bits, 0, block, one.to(DEVICE)) for one in gain]
-    return fmts, *(t.to(DEVICE) for t in (k, z, keep, levels)), moment
+    return fmts, Context(*(t.to(DEVICE) for t in (k, z, keep, levels)), moment)
 
 
 def share_equal(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -64,13 +65,13 @@ def test_kernels_pack_what_the_plain_passes_pack(case, dtype):
 
 def test_layers_lie_one_after_the_other():
     """The kernels give every layer of several the bytes that it gets alone, at its own gain."""
-    fmts, k, z, keep, levels, moment = inputs("heads apart")
-    together = contexts.pack_context(fmts, k, z, keep, levels, moment, impl="triton")
+    fmts, context = inputs("heads apart")
+    together = contexts.pack_context(fmts, context, impl="triton")
     alone = []
     for i, fmt in enumerate(fmts):
         part = slice(2 * i, 2 * i + 2)
-        args = (t[part] for t in (k, z, keep, levels, moment))
-        alone.append(contexts.pack_context([fmt], *args, impl="triton"))
+        mine = Context(*(t[part] for t in context[:5]))
+        alone.append(contexts.pack_context([fmt], mine, impl="triton"))
     for name in contexts.PackedInts._fields:
         parts = torch.cat([getattr(one, name) for one in alone])
         assert torch.equal(getattr(together, name), parts), name

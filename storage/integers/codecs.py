@@ -10,7 +10,7 @@ Letters: storage/layout.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from storage.integers.format import (
 )
 from storage.layout import bits_to_mask
 from storage.packed import FloatCodec, kept_rows
+from storage.packing import Context
 
 # numbers of keys or values that are turned into integers at a time, without kernels
 LARGE = {"cpu": 1 << 23, "cuda": 1 << 26}
@@ -138,17 +139,9 @@ class IntCodec:
 
     @staticmethod
     def pack_sequences(
-        codecs: Sequence[IntCodec],
-        k: Tensor,
-        z: Tensor,
-        keep: Tensor,
-        mask: Tensor,
-        query_moment: Tensor | None,
-        told: Callable[[Tensor], Tensor] | None = None,
+        codecs: Sequence[IntCodec], context: Context
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """See FloatCodec.pack_sequences; mask (L*B, Hm, C, S) holds the groups kept, or their
-        levels 0 to 3, uint8."""
-        fmts = [codec.fmt for codec in codecs]
-        packed = pack_context(fmts, k, z, keep, mask, query_moment, told=told)
+        """See FloatCodec.pack_sequences."""
+        packed = pack_context([codec.fmt for codec in codecs], context)
         held = {name: getattr(packed, name) for name in IntCodec.owners}
         return held, packed[len(held) :]

@@ -10,7 +10,7 @@ of a context; n chosen tokens of all segments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ from storage.integers.format import (
 from storage.integers.rounding import QueryMoments, error_feedback, gptq_round
 from storage.kernel_base import dense_rows, jit, tl, use_triton
 from storage.layout import cdiv, mask_dtype, mask_to_bits, starts, tile_index, tile_size
-from storage.packing import long_cumsum
+from storage.packing import Context, long_cumsum
 
 TOKENS = 16  # whose values a program takes
 
@@ -60,19 +60,12 @@ def gains(fmts: Sequence[IntFormat], B: int) -> Tensor:
     return gain.repeat_interleave(B // len(fmts), 0).flatten(0, 1)
 
 
-def pack_context_ref(
-    fmts: Sequence[IntFormat],
-    k: Tensor,
-    z: Tensor,
-    keep: Tensor,
-    mask: Tensor,
-    query_moment: Tensor | None,
-    told: Callable[[Tensor], Tensor] | None = None,
-) -> PackedInts:
+def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
     """Compute pack_context in passes over all numbers."""
+    k, z, keep, mask, query_moment, told = context
     fmt = fmts[0]
     B, Hkv, _, _ = k.shape
-    here = keep.expand(-1, Hkv, -1)  # (B, Hkv, C)
+    here = context.here
     keys, key_scale, block = _keys(fmt, k[here], here.sum(-1), query_moment)
     mine = mask.expand(-1, Hkv, -1, -1)[here]  # (n, S)
     values = z[here]  # (n, D)
@@ -321,31 +314,17 @@ def kernels_pack(fmt: IntFormat, k: Tensor, S: int, impl: str) -> bool:
     return fits and use_triton(impl, k.device, k.dtype)
 
 
-def pack_context(
-    fmts: Sequence[IntFormat],
-    k: Tensor,
-    z: Tensor,
-    keep: Tensor,
-    mask: Tensor,
-    query_moment: Tensor | None,
-    impl: str = "auto",
-    told: Callable[[Tensor], Tensor] | None = None,
-) -> PackedInts:
-    """Pack contexts, those of the first layer's sequences, then those of the next's.
+def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto") -> PackedInts:
+    """Pack a context of any strides.
 
-    fmts          one per layer; they differ in their gain
-    k, z          (B, Hkv, C, D) of any strides
-    keep          (B, Hm, C) bool, tokens that survive; Hm = 1 or Hkv
-    mask          (B, Hm, C, S) bool, groups of theirs, or uint8, their levels
-    query_moment  (B, Hkv, D, D) float64, second moments of queries for which keys are rounded;
-                  None: to the nearest
-    told          what keys (n, D) as they will be read tell of z, which is left out; by the
-                  reference alone
-    The host waits for sizes, three times. Kernel and reference round sums differently: where two
-    steps of a token are as good, or a number lies between two codes, they may differ."""
+    fmts: one per layer; they differ in their gain
+    Where keys tell values the reference packs. The host waits for sizes, three times. Kernel and
+    reference round sums differently: where two steps of a token are as good, or a number lies
+    between two codes, they may differ."""
+    k, z, keep, mask, query_moment, told = context
     fmt = fmts[0]
     if told is not None or not kernels_pack(fmt, k, mask.size(-1), impl):
-        return pack_context_ref(fmts, k, z, keep, mask, query_moment, told)
+        return pack_context_ref(fmts, context)
     B, Hkv, C, D = k.shape
     S = mask.size(-1)
     G = Hkv // mask.size(1)

@@ -300,7 +300,7 @@ def measured(sweep: Sweep) -> list[dict]:
             for row in part(sweep):
                 print(json.dumps(row), flush=True)
                 rows.append(row)
-        except (ValueError, RuntimeError) as error:
+        except (AssertionError, RuntimeError, ValueError) as error:
             print(f"left out, {part.__name__}: {one_line(error)}", file=sys.stderr)
         gc.collect()
         if sweep.device.type == "cuda":

@@ -26,7 +26,8 @@ from torch import Tensor
 from baselines.pages import PAGE, logit_bounds, page_bounds
 from config import SelectConfig, count_kept
 from model import apply_rope
-from selection.relevance import NEVER, Prompt, norms, pooled
+from selection.group_norms import norms
+from selection.relevance import NEVER, Prompt, pooled
 from storage.layout import at_least_float32, cdiv
 
 WINDOW = 32  # queries that snapkv observes

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kv_router
 from benchmarks.common import dtype_name, random_model, shape_name, wait_for
+from benchmarks.parts import prefill_parts
 from config import KVConfig, ModelConfig, SelectConfig
 from generate import DecodeGraph, prefill
 from loaders.device import device_name, in_bfloat16, pick_device
@@ -65,8 +66,13 @@ def bench_generate(
         "device": device_name(device),
         "shape": shape_name(cfg.batch_size, T, m),
     }
+    parts = []
+    if cfg.parts:
+        sizes = (idx.size(1) + cfg.new_tokens, cfg.prefill_tokens)
+        parts = prefill_parts({"dense": dense, "packed": packed}, idx, *sizes)
     impl = {"packed": f"packed {cfg.out_dir or kept_name(kv, select)}", "dense": "dense"}
-    return [{**about, "impl": impl[name], **figures(cfg, runs, name)} for name in runs]
+    rows = [{**about, "impl": impl[name], **figures(cfg, runs, name)} for name in runs]
+    return rows + [about | row | {"name": "prefill"} for row in parts]
 
 
 # -------------------- models

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import SelectConfig
-from selection.relevance import TINY, Prompt, norms, pooled
+from selection.group_norms import norms
+from selection.relevance import TINY, Prompt, pooled
 
 
 def drawn(*shape: int) -> nn.Parameter:

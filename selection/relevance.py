@@ -26,6 +26,7 @@ from torch import Tensor
 
 from config import SelectConfig, check
 from model import apply_rope
+from selection.group_norms import group_norms
 from selection.received import received
 from storage.kernel_base import use_triton
 from storage.layout import soft_cap
@@ -107,17 +108,17 @@ class Prompt:
     @cached_property
     def keys(self) -> Tensor:
         """(L, B, Hkv, T, D)."""
-        return torch.stack(self.k)
+        return beside(self.k)
 
     @cached_property
     def values(self) -> Tensor:
         """(L, B, Hkv, C, D), encoded."""
-        return torch.stack(tuple(self.z))
+        return beside(self.z)
 
     @cached_property
     def norms(self) -> Tensor:
         """Norms of the values' groups: (L, B, Hkv, C, S)."""
-        return norms(self.values.unflatten(-1, (self.n_groups, -1)))
+        return group_norms(self.values, self.n_groups, self.impl)
 
     @cached_property
     def observed(self) -> Tensor:
@@ -272,17 +273,19 @@ class Prompt:
         return self.received(self.moved(columns, cfg.ahead), weight=there)[0]
 
 
+def beside(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape as they lie in memory: projections lie token by token, and copies
+    in that order are plain ones."""
+    order = sorted(range(tensors[0].ndim), key=lambda i: -tensors[0].stride(i))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    stacked = torch.stack([t.permute(order) for t in tensors])
+    return stacked.permute(0, *(i + 1 for i in back))
+
+
 def weighed(weight: Tensor, shares: Tensor) -> Tensor:
     """Sum shares (l, B, Hkv, n Q, C) by weight (B, 1, 1, n Q), in float32: (l, B, Hkv, C)."""
     with torch.autocast(shares.device.type, enabled=False):
         return (weight @ shares).squeeze(-2)
-
-
-def norms(t: Tensor) -> Tensor:
-    """Norms over the last dimension, summed in at least float32, as float32."""
-    return torch.linalg.vector_norm(
-        t, dim=-1, dtype=torch.promote_types(t.dtype, torch.float32)
-    ).float()
 
 
 def pooled(a: Tensor, width: int) -> Tensor:

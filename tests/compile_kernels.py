@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from views import packed_view, window_view
 
 import kernels
-from selection import received
+from selection import group_norms, received
 from storage import append, fused, gates, levels, packing, pieces
 from storage.integers import append as int_append
 from storage.integers import attention, contexts, rounding, words
@@ -158,6 +158,7 @@ def others() -> None:
     energy = torch.rand(2, 272, 8)
     for gain, price in (((0.9, 0.08, 0.02), (4, 4, 8)), ((1.0,), (8,))):
         levels.choose_levels(energy, torch.tensor([99, 0]), gain, price, 83, impl="triton")
+    group_norms.group_norms(v[None], 8, impl="triton")
     q = torch.randn(1, 2, 2, 48, 64).bfloat16()
     weight = torch.ones(2, 1, 1, 48) / 48
     for last, pad in ((torch.arange(256, 272), None), (None, torch.tensor([0, 9]))):
@@ -182,7 +183,7 @@ def others() -> None:
         fused.add_product(x, torch.randn(B, 1536).bfloat16(), weight.T.contiguous())
 
 
-WITH_KERNELS = (kernels, append, fused, gates, levels, packing, pieces, received)
+WITH_KERNELS = (kernels, append, fused, gates, group_norms, levels, packing, pieces, received)
 FOR_INTEGERS = (int_append, attention, contexts, rounding, words)
 for module in WITH_KERNELS + FOR_INTEGERS:
     for name, fn in [*vars(module).items()]:

@@ -14,8 +14,9 @@ from config import SelectConfig
 from model import apply_rope, rope_table
 from selection import relevance
 from selection.budgets import row_budgets
+from selection.group_norms import group_norms
 from selection.predictors import HiddenPredictor, QueryPredictor
-from selection.relevance import Prompt
+from selection.relevance import Prompt, beside
 from selector import WITHOUT_TRAINING
 from storage.kernel_base import triton
 from storage.layout import soft_cap
@@ -26,6 +27,7 @@ HKV = TINY.n_kv_head
 D = TINY.head_dim
 E = TINY.n_embd
 S = 4
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAD = (0, 21, 85)  # the last row is shorter than the query region
 CLOSE = dict(rtol=2e-5, atol=2e-6)  # scores are float32
 KERNEL = pytest.param(
@@ -719,3 +721,27 @@ def test_rope_of_the_tests_is_the_models():
     torch.testing.assert_close(
         turned(x, at[None]), apply_rope(x, cos[at], sin[at]), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.skipif(triton is None, reason="the kernel needs triton")
+@pytest.mark.parametrize("C, D, S", [(1, 8, 2), (70, 32, 8), (65, 16, 16)])
+def test_group_norms_are_those_of_loops(C, D, S):
+    """Kernel and reference, of values that lie token by token, against sums in float64."""
+    z = torch.randn(2, 3, C, 2, D, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
+    z = z.to(DEVICE)
+    for impl in ("triton", "torch"):
+        got = group_norms(z, S, impl)
+        assert got.dtype == torch.float32 and got.shape == (2, 3, 2, C, S)
+        for g in range(S):
+            group = z[..., g * (D // S) : (g + 1) * (D // S)].double()
+            want = sum(group[..., i] ** 2 for i in range(D // S)).sqrt()
+            assert (got[..., g] - want).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 3, 2)])
+def test_tensors_beside_one_another_are_a_stack(order):
+    """Whatever their order in memory, which the stack keeps."""
+    ts = [torch.randn(3, 4, 5, 6).permute(order) for _ in range(3)]
+    got = beside(ts)
+    assert torch.equal(got, torch.stack(ts))
+    assert got.stride()[1:] == ts[0].stride()

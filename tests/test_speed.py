@@ -4,6 +4,7 @@ speed.png."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from helpers import error_line
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
-from benchmarks import speed
+from benchmarks import parts, speed
+from benchmarks.common import random_model
+from benchmarks.generate import store_by
 from benchmarks.limits import (
     Machine,
     Work,
@@ -235,3 +238,22 @@ def test_wrong_lists_get_one_line():
     for name in ("batches", "contexts", "train_batches"):
         for text in ("1,x", "0", "-3", "1.5"):
             assert "whole numbers" in error_line(speed.SpeedConfig, **{name: text})
+
+
+def test_parts_of_a_prefill_are_all_of_it():
+    """Every part that a selecting prefill passes has a time, the sum of them is the whole, and
+    nothing stays in the functions' places."""
+    models = {}
+    for name, (kv, select) in speed.STORAGES.items():
+        model = random_model(replace(TINY, block_size=99), torch.device("cpu"), "float32")
+        models[name] = model if kv.kv == "dense" else store_by(model, kv, select)
+    before = {name: vars(place)[own] for name, (place, own) in parts.PARTS.items()}
+    idx = torch.randint(0, TINY.vocab_size, (3, 90))
+    rows = parts.prefill_parts(models, idx, 95, at_once=100)
+    assert before == {name: vars(place)[own] for name, (place, own) in parts.PARTS.items()}
+    for name in models:
+        took = {r["impl"].split(": ", 1)[1]: r["ms"] for r in rows if r["impl"].startswith(name)}
+        whole = took.pop(parts.ALL)
+        assert whole == pytest.approx(sum(took.values()), rel=0.5) and whole > 0
+    # on a CPU keys are rounded elsewhere, and a dense path attends in another place
+    assert {*parts.PARTS} - took.keys() == {"rounding for queries"}

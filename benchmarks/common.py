@@ -56,7 +56,7 @@ def rows_of_peers(
         job.returncode == 0,
         "peers",
         said[-1] if said else f"exit code {job.returncode}",
-        "leave --peers out",
+        "leave the peers out",
     )
     return [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from config import SelectConfig, check
 from model import apply_rope
 from selection.group_norms import group_norms
+from selection.moments import turned_moments
 from selection.received import received
 from storage.kernel_base import use_triton
 from storage.layout import soft_cap
@@ -246,10 +247,17 @@ class Prompt:
 
         Each is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
         queries, as if they came among the READ tokens after it, or as many as fit the model's
-        context (RoPE turns them further)."""
+        context (RoPE turns them further). A kernel sums in float32."""
         last = [q[:, :, -SPAN:] for q in self.q]  # (B, H, Q, D)
         real = self.real[:, -SPAN:, None].double()  # (B, Q, 1)
         n = real.sum(1).clamp_min(1)[:, None, None]  # (B, 1, 1, 1)
+        D = last[0].size(-1)
+        fits = D >= 16 and D & (D - 1) == 0
+        if fits and use_triton(self.impl, last[0].device, last[0].dtype):
+            Hkv = self.k[0].size(1)
+            there = None if self.pad is None else self.real[:, -SPAN:]
+            total = turned_moments(beside(last), *self.to_come, there, Hkv)
+            return total.double() / (n * (last[0].size(1) // Hkv))
         step = max(1, (CHUNK >> 2) // max(1, last[0].numel()))
         out = []
         for i in range(0, self.L, step):

@@ -109,12 +109,19 @@ class Prompt:
     @cached_property
     def keys(self) -> Tensor:
         """(L, B, Hkv, T, D)."""
-        return beside(self.k)
+        return self.stacked(self.k)
 
     @cached_property
     def values(self) -> Tensor:
         """(L, B, Hkv, C, D), encoded."""
-        return beside(self.z)
+        return self.stacked(self.z)
+
+    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Stack the layers' tensors: for kernels, which take any strides, as they lie in memory;
+        else in order, which products take without a copy."""
+        if use_triton(self.impl, tensors[0].device, tensors[0].dtype):
+            return beside(tensors)
+        return torch.stack(tuple(tensors))
 
     @cached_property
     def norms(self) -> Tensor:

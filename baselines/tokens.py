@@ -26,8 +26,7 @@ from torch import Tensor
 from baselines.pages import PAGE, logit_bounds, page_bounds
 from config import SelectConfig, count_kept
 from model import apply_rope
-from selection.group_norms import norms
-from selection.relevance import NEVER, Prompt, pooled
+from selection.relevance import NEVER, Prompt, norms, pooled
 from storage.layout import at_least_float32, cdiv
 
 WINDOW = 32  # queries that snapkv observes

@@ -1,5 +1,6 @@
 """Norms of value groups in one pass over the values, as the selector scores them: a reduction over
-so few numbers is slow as an operator of PyTorch's.
+so few numbers is slow as an operator of PyTorch's. Prompt.norms (relevance.py) has the plain form,
+the reference.
 
 Letters: storage/layout.py; L layers, C context tokens."""
 
@@ -8,22 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from storage.kernel_base import dense_rows, jit, tl, use_triton
+from storage.kernel_base import dense_rows, jit, tl
 from storage.layout import cdiv
 
 TOKENS = 64  # whose groups a program takes
-
-
-def norms(t: Tensor) -> Tensor:
-    """Norms over the last dimension, summed in at least float32, as float32."""
-    return torch.linalg.vector_norm(
-        t, dim=-1, dtype=torch.promote_types(t.dtype, torch.float32)
-    ).float()
-
-
-def group_norms_ref(z: Tensor, S: int) -> Tensor:
-    """Compute group_norms by PyTorch's norm."""
-    return norms(z.unflatten(-1, (S, -1)))
 
 
 @jit
@@ -53,14 +42,10 @@ def _norms_kernel(
     tl.store(to, norm, mask=(t < C)[:, None] & (g >= 0)[None, :])
 
 
-def group_norms(z: Tensor, S: int, impl: str = "auto") -> Tensor:
-    """Return the norms of the S groups of values z (L, B, Hkv, C, D), summed in at least float32:
-    (L, B, Hkv, C, S) float32."""
-    D = z.size(-1)
-    powers = D & (D - 1) == 0 and S & (S - 1) == 0
-    if not powers or z.requires_grad or not use_triton(impl, z.device, z.dtype):
-        return group_norms_ref(z, S)
-    L, B, Hkv, C, _ = z.shape
+def group_norms(z: Tensor, S: int) -> Tensor:
+    """Return the norms of the S groups of values z (L, B, Hkv, C, D), summed in float32:
+    (L, B, Hkv, C, S) float32. D and S are powers of 2."""
+    L, B, Hkv, C, D = z.shape
     norm = torch.empty(L, B, Hkv, C, S, device=z.device)
     if not norm.numel():
         return norm

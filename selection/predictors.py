@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import SelectConfig
-from selection.group_norms import norms
-from selection.relevance import TINY, Prompt, pooled
+from selection.relevance import TINY, Prompt, norms, pooled
 
 
 def drawn(*shape: int) -> nn.Parameter:

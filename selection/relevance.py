@@ -126,7 +126,12 @@ class Prompt:
     @cached_property
     def norms(self) -> Tensor:
         """Norms of the values' groups: (L, B, Hkv, C, S)."""
-        return group_norms(self.values, self.n_groups, self.impl)
+        z = self.values
+        S = self.n_groups
+        fits = is_power_of_2(z.size(-1)) and is_power_of_2(S) and not z.requires_grad
+        if fits and use_triton(self.impl, z.device, z.dtype):
+            return group_norms(z, S)
+        return norms(z.unflatten(-1, (S, -1)))
 
     @cached_property
     def observed(self) -> Tensor:
@@ -259,7 +264,7 @@ class Prompt:
         real = self.real[:, -SPAN:, None].double()  # (B, Q, 1)
         n = real.sum(1).clamp_min(1)[:, None, None]  # (B, 1, 1, 1)
         D = last[0].size(-1)
-        fits = D >= 16 and D & (D - 1) == 0
+        fits = D >= 16 and is_power_of_2(D)
         if fits and use_triton(self.impl, last[0].device, last[0].dtype):
             Hkv = self.k[0].size(1)
             there = None if self.pad is None else self.real[:, -SPAN:]
@@ -301,6 +306,17 @@ def weighed(weight: Tensor, shares: Tensor) -> Tensor:
     """Sum shares (l, B, Hkv, n Q, C) by weight (B, 1, 1, n Q), in float32: (l, B, Hkv, C)."""
     with torch.autocast(shares.device.type, enabled=False):
         return (weight @ shares).squeeze(-2)
+
+
+def is_power_of_2(n: int) -> bool:
+    return n & (n - 1) == 0
+
+
+def norms(t: Tensor) -> Tensor:
+    """Norms over the last dimension, summed in at least float32, as float32."""
+    return torch.linalg.vector_norm(
+        t, dim=-1, dtype=torch.promote_types(t.dtype, torch.float32)
+    ).float()
 
 
 def pooled(a: Tensor, width: int) -> Tensor:

@@ -14,7 +14,6 @@ from config import SelectConfig
 from model import apply_rope, rope_table
 from selection import relevance
 from selection.budgets import row_budgets
-from selection.group_norms import group_norms
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.relevance import Prompt, beside
 from selector import WITHOUT_TRAINING
@@ -729,19 +728,18 @@ def test_rope_of_the_tests_is_the_models():
     )
 
 
-@pytest.mark.skipif(triton is None, reason="the kernel needs triton")
+@pytest.mark.parametrize("impl", ["torch", KERNEL])
 @pytest.mark.parametrize("C, D, S", [(1, 8, 2), (70, 32, 8), (65, 16, 16)])
-def test_group_norms_are_those_of_loops(C, D, S):
-    """Kernel and reference, of values that lie token by token, against sums in float64."""
+def test_norms_of_groups_are_those_of_loops(C, D, S, impl):
+    """Of values that lie token by token, against sums in float64."""
     z = torch.randn(2, 3, C, 2, D, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
     z = z.to(DEVICE)
-    for impl in ("triton", "torch"):
-        got = group_norms(z, S, impl)
-        assert got.dtype == torch.float32 and got.shape == (2, 3, 2, C, S)
-        for g in range(S):
-            group = z[..., g * (D // S) : (g + 1) * (D // S)].double()
-            want = sum(group[..., i] ** 2 for i in range(D // S)).sqrt()
-            assert (got[..., g] - want).abs().max() < 1e-6
+    p = dataclasses.replace(prompt_of()[0], z=list(z), n_groups=S, impl=impl)
+    assert p.norms.dtype == torch.float32 and p.norms.shape == (2, 3, 2, C, S)
+    for g in range(S):
+        group = z[..., g * (D // S) : (g + 1) * (D // S)].double()
+        want = sum(group[..., i] ** 2 for i in range(D // S)).sqrt()
+        assert (p.norms[..., g] - want).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 3, 2)])

@@ -183,6 +183,7 @@ class EvalConfig:
         "mixsga: for the first of --mixes, rows without what this project adds, with a random "
         "router, and others",
     )
+    parts: bool = opt(False, "generate: what prefills spend their time on, too, part by part")
     json: bool = opt(
         False, "print the rows as JSON on stdout, as is done where that is no terminal"
     )
@@ -509,6 +510,7 @@ class BenchConfig:
         0, "generate: tokens of the prompts processed at a time (0: all)", least=0
     )
     compile: bool = opt(False, "generate: torch.compile what lies between two attentions")
+    parts: bool = opt(False, "generate: what prefills spend their time on, too, part by part")
     json: bool = opt(
         False, "print the rows as JSON on stdout, as is done where that is no terminal"
     )

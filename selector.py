@@ -221,6 +221,9 @@ class Selector(nn.Module):
         if alpha.ndim == 5:  # a predictor of pairs
             return alpha
         hedge = self.cfg.hedge
+        if self.kv.mask_scope == "head":  # the weights of few first, then those of every group
+            weight = alpha.unsqueeze(-1) ** hedge * self.layer_weights(prompt, hedge)
+            return weight * prompt.norms
         return alpha.unsqueeze(-1) ** hedge * self.norms(prompt, hedge)
 
     def token_scores(self, prompt: Prompt, alpha: Tensor) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
@@ -12,10 +16,14 @@ from torch import Tensor
 
 from config import ModelConfig
 from loaders import checkpoint
+from loaders.device import place
+from model import Transformer
 from report.made import write_record
+from settings.fields import check
 from storage.layout import cdiv
 
 PLAIN_ROUNDS = 3  # rounds of entries that wait for the host
+PEERS = Path(__file__).with_name("peers.py")
 LEAST_CALLS = 8  # calls that are timed together, so that a graph's own launch does not count
 
 
@@ -25,6 +33,44 @@ def leave_rows(folder: Path, rows: list[dict], device: str, began: float, args=N
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(folder / "results.json", rows)
     write_record(folder, device, began, args)
+
+
+def random_model(shape: ModelConfig, device: torch.device, weights: str) -> Transformer:
+    """Return a model of random weights, made on the device, the same in every process."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Transformer(shape)
+    return place(model, device, getattr(torch, weights))
+
+
+def rows_of_peers(
+    shape: ModelConfig, device: torch.device, dtype: str, **cases: list[list]
+) -> list[dict]:
+    """Return rows of other projects' code, measured by a process of its own. ValueError where it
+    fails. cases: `lora` and `generate` of benchmarks/peers.py."""
+    computed = "bfloat16" if dtype == "auto" else dtype
+    asked = asdict(shape) | dict(device=str(device), dtype=computed) | cases
+    command = [sys.executable, "-P", str(PEERS), json.dumps(asked)]
+    job = subprocess.run(command, capture_output=True, text=True)
+    said = job.stderr.strip().splitlines()
+    check(
+        job.returncode == 0,
+        "peers",
+        said[-1] if said else f"exit code {job.returncode}",
+        "leave the peers out",
+    )
+    return [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that were given out on a GPU; a CPU tells none."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:

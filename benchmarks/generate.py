@@ -4,6 +4,7 @@ turns, and token by token without them."""
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 import kv_router
-from benchmarks.common import dtype_name, shape_name
+from benchmarks.common import dtype_name, random_model, shape_name, wait_for
+from benchmarks.parts import prefill_parts
 from config import KVConfig, ModelConfig, SelectConfig
 from generate import DecodeGraph, prefill
-from loaders.device import device_name, in_bfloat16, pick_device, place
+from loaders.device import device_name, in_bfloat16, pick_device
 from loaders.runs import attach_storage, load_run
 from measure_config import BenchConfig
 from model import Transformer, evaluating
 from settings.base import BaseConfig
 from settings.fields import check
+from storage.cache import KVCache
 
 CALIBRATION_SHAPE = (2, 256)  # random ids that a model without a run is calibrated on, at most
 TURNS = 8  # parts that the timed tokens are cut into
@@ -53,14 +56,9 @@ def bench_generate(
     T = longest - cfg.new_tokens
     torch.manual_seed(0)
     idx = torch.randint(0, m.vocab_size, (cfg.batch_size, T), device=device)
-    with evaluating(packed), evaluating(dense), torch.no_grad():
-        runs = {
-            "packed": started(cfg, packed, idx, "packed"),
-            "dense": started(cfg, dense, idx, "dense"),
-        }
-        time_graphs(runs, cfg.new_tokens - DecodeGraph.WARM - 1 - SPARE)
-        for run in runs.values():
-            time_eager(run, cfg.batch_size)
+    runs = decoded(cfg, {"packed": packed, "dense": dense}, idx)
+    for run in runs.values():
+        time_eager(run, cfg.batch_size)
     about = {
         "name": "generate",
         "peer": "dense",
@@ -68,8 +66,13 @@ def bench_generate(
         "device": device_name(device),
         "shape": shape_name(cfg.batch_size, T, m),
     }
+    parts = []
+    if cfg.parts:
+        sizes = (idx.size(1) + cfg.new_tokens, cfg.prefill_tokens)
+        parts = prefill_parts({"dense": dense, "packed": packed}, idx, *sizes)
     impl = {"packed": f"packed {cfg.out_dir or kept_name(kv, select)}", "dense": "dense"}
-    return [{**about, "impl": impl[name], **figures(cfg, runs, name)} for name in runs]
+    rows = [{**about, "impl": impl[name], **figures(cfg, runs, name)} for name in runs]
+    return rows + [about | row | {"name": "prefill"} for row in parts]
 
 
 # -------------------- models
@@ -86,19 +89,24 @@ def both_models(
     def fresh() -> Transformer:
         if cfg.out_dir or base.init_from != "scratch":
             return load_run(base.place(cfg.out_dir), device, **options).model
-        torch.manual_seed(0)
-        return place(Transformer(c), device, weights).eval()
+        return random_model(c, device, dtype_name(weights)).eval()
 
     packed = fresh()
     if kv.kv != "dense" and not cfg.out_dir:
-        m = packed.cfg
-        shape = (CALIBRATION_SHAPE[0], min(CALIBRATION_SHAPE[1], m.block_size))
-        seen = [torch.randint(0, m.vocab_size, shape, device=device)]
-        kv_router.fold(attach_storage(packed, kv, select, seen))
+        store_by(packed, kv, select)
     if cfg.out_dir:
         # Any weights take the same time.
-        return packed, place(Transformer(packed.cfg), device, weights).eval()
+        return packed, random_model(packed.cfg, device, dtype_name(weights)).eval()
     return packed, fresh()
+
+
+def store_by(model: Transformer, kv: KVConfig, select: SelectConfig) -> Transformer:
+    """Let a model store by settings that are calibrated on random ids, in place: for times, any
+    calibration will do. Returns the model."""
+    m = model.cfg
+    shape = (CALIBRATION_SHAPE[0], min(CALIBRATION_SHAPE[1], m.block_size))
+    seen = [torch.randint(0, m.vocab_size, shape, device=model.norm.weight.device)]
+    return kv_router.fold(attach_storage(model, kv, select, seen))
 
 
 def kept_name(kv: KVConfig, select: SelectConfig) -> str:
@@ -115,37 +123,69 @@ def kept_name(kv: KVConfig, select: SelectConfig) -> str:
 # -------------------- times
 
 
+class EagerSteps:
+    """Decoding without a graph, as DecodeGraph decodes with one."""
+
+    def __init__(self, model: Transformer, cache: KVCache, idx: Tensor):
+        self.model = model
+        self.cache = cache
+        self.idx = idx
+
+    @torch.no_grad()
+    def next(self) -> Tensor:
+        """Return the next token of every sequence, (B, 1)."""
+        logits = self.model.decode(self.idx, self.cache)
+        self.idx = likeliest(logits[:, -1])
+        return self.idx
+
+
 @dataclass
 class Decoding:
     """A model after its prompt, ready to decode, and what has been measured of it."""
 
     model: Transformer
-    graph: DecodeGraph
+    graph: DecodeGraph | EagerSteps
     measured: dict  # as rows have it: bytes, prefill_s, capture_s, later eager_tokens_per_s
     seconds: list[float] = field(default_factory=list)  # of a token, in each turn
 
 
+def decoded(cfg: BenchConfig, models: dict[str, Transformer], idx: Tensor) -> dict[str, Decoding]:
+    """Process the prompts idx (B, T) with every model, and decode after them in turns."""
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
+        runs = {name: started(cfg, model, idx, name) for name, model in models.items()}
+        time_graphs(runs, cfg.new_tokens - DecodeGraph.WARM - 1 - SPARE)
+    return runs
+
+
 def started(cfg: BenchConfig, model: Transformer, idx: Tensor, name: str) -> Decoding:
-    """Process the prompts idx (B, T) and capture the decode step, both timed."""
+    """Process the prompts idx (B, T) and capture the decode step, both timed; on a CPU, which has
+    no graphs, the step stays as it is."""
     n_tokens = idx.size(1) + cfg.new_tokens
+    device = idx.device
     prefill(model, idx[:1], n_tokens, at_once=cfg.prefill_tokens)  # warm
-    torch.cuda.synchronize()
+    wait_for(device)
     start = time.perf_counter()
     logits, cache = prefill(model, idx, n_tokens, at_once=cfg.prefill_tokens)
-    torch.cuda.synchronize()
+    wait_for(device)
     prefill_s = time.perf_counter() - start
-    check(
-        DecodeGraph.possible(model),
-        f"{name} storage",
-        "it has no kernels to step with",
-        "choose another reconstructor",
-    )
-    graph = DecodeGraph(model, cache, likeliest(logits), likeliest, cfg.new_tokens, cfg.compile)
+    first = likeliest(logits)
+    if device.type == "cuda":
+        check(
+            DecodeGraph.possible(model),
+            f"{name} storage",
+            "it has no kernels to step with",
+            "choose another reconstructor",
+        )
+        graph = DecodeGraph(model, cache, first, likeliest, cfg.new_tokens, cfg.compile)
+    else:
+        graph = EagerSteps(model, cache, first)
     held = cache.nbytes()
     start = time.perf_counter()
     for _ in range(DecodeGraph.WARM + 1):
         graph.next()
-    torch.cuda.synchronize()
+    wait_for(device)
     capture_s = time.perf_counter() - start
     measured = {
         "bytes": held,
@@ -169,25 +209,21 @@ def time_graphs(runs: dict[str, Decoding], n: int) -> None:
             start = time.perf_counter()
             for _ in range(count):
                 run.graph.next()
-            torch.cuda.synchronize()
+            wait_for(run.graph.idx.device)
             run.seconds.append((time.perf_counter() - start) / count)
 
 
 def time_eager(run: Decoding, batch_size: int) -> None:
     """Decode a few tokens without graphs: launches and all."""
-    token = run.graph.idx
-
-    def step(token: Tensor) -> Tensor:
-        logits = run.model.decode(token, run.graph.cache)
-        return likeliest(logits[:, -1])
-
-    for _ in range(EAGER_WARM):
-        token = step(token)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(EAGER_TIMED):
-        token = step(token)
-    torch.cuda.synchronize()
+    steps = EagerSteps(run.model, run.graph.cache, run.graph.idx)
+    with evaluating(run.model):
+        for _ in range(EAGER_WARM):
+            steps.next()
+        wait_for(steps.idx.device)
+        start = time.perf_counter()
+        for _ in range(EAGER_TIMED):
+            steps.next()
+        wait_for(steps.idx.device)
     rate = EAGER_TIMED * batch_size / (time.perf_counter() - start)
     run.measured["eager_tokens_per_s"] = round(rate, 1)
 

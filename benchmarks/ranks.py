@@ -63,8 +63,8 @@ if __name__ == "__main__":
 
 import torch
 
-from benchmarks.common import largest_difference, leave_rows, shape_name
-from benchmarks.step import Case, LoggedTrainer, random_model, stage_of
+from benchmarks.common import largest_difference, leave_rows, random_model, shape_name
+from benchmarks.step import Case, LoggedTrainer, stage_of
 from generate import generate
 from loaders.device import autocast, device_name, pick_device
 from loaders.split import devices_of, layers_by_device, split

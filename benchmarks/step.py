@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -62,10 +60,15 @@ import torch
 
 import kv_router
 import lora
-from benchmarks.common import largest_difference, leave_rows
+from benchmarks.common import (
+    largest_difference,
+    leave_rows,
+    peak_memory,
+    random_model,
+    rows_of_peers,
+)
 from data import Corpus
-from loaders.device import device_name, pick_device, place
-from model import Transformer
+from loaders.device import device_name, pick_device
 from training.loop import Stage, Trainer
 from training.world import World
 
@@ -102,14 +105,6 @@ class LoggedTrainer(Trainer):
 
     def log(self, **entry) -> None:
         self.rows.append(entry)
-
-
-def random_model(shape: ModelConfig, device, weights: str) -> Transformer:
-    """Return a model of random weights, made on the device, the same in every process."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Transformer(shape)
-    return place(model, device, getattr(torch, weights))
 
 
 def stage_of(
@@ -172,7 +167,7 @@ def measured(cfg: StepConfig, shape: ModelConfig, name: str, capture: bool) -> d
         "device": device_name(device),
         "ms": round(1e3 * tokens / speed, 2),
         "tokens_per_s": round(speed),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_memory_bytes": peak_memory(device),
         "first_step_s": round(tokens / speeds[0], 2),
         "all_steps_s": round(seconds, 2),
         "losses": [row["loss"] for row in trainer.rows],
@@ -180,22 +175,9 @@ def measured(cfg: StepConfig, shape: ModelConfig, name: str, capture: bool) -> d
 
 
 def peer_rows(cfg: StepConfig, shape: ModelConfig) -> list[dict]:
-    """Return rows of PEFT's LoRA, measured by a process of its own. ValueError where it fails."""
-    asked = asdict(shape) | dict(batch_size=cfg.batch_size, steps=cfg.steps)
-    asked["device"] = str(pick_device(cfg.device))
-    asked["dtype"] = "bfloat16" if cfg.dtype == "auto" else cfg.dtype
-    asked["compiled"] = [False, True]
-    program = Path(__file__).with_name("peft_step.py")
-    command = [sys.executable, "-P", str(program), json.dumps(asked)]
-    job = subprocess.run(command, capture_output=True, text=True)
-    said = job.stderr.strip().splitlines()
-    check(
-        job.returncode == 0,
-        "peers",
-        said[-1] if said else f"exit code {job.returncode}",
-        "leave --peers out",
-    )
-    return [json.loads(line) for line in job.stdout.splitlines() if line.startswith("{")]
+    """Return rows of PEFT's LoRA, eager and compiled. ValueError where it fails."""
+    steps = [[cfg.batch_size, shape.block_size, cfg.steps, compiled] for compiled in (False, True)]
+    return rows_of_peers(shape, pick_device(cfg.device), cfg.dtype, lora=steps)
 
 
 def check_peers(cfg: StepConfig, names: list[str]) -> None:
@@ -203,6 +185,11 @@ def check_peers(cfg: StepConfig, names: list[str]) -> None:
     if not cfg.peers:
         return
     check("LoRA" in names, f"cases={cfg.cases}", "peers train LoRA", "add LoRA")
+    check_packages()
+
+
+def check_packages() -> None:
+    """Raise ValueError where a package that peers need is absent."""
     absent = [package for package in ("peft", "transformers") if find_spec(package) is None]
     needed = f"needs {' and '.join(absent)}"
     check(not absent, "peers", needed, "pip install peft transformers")

@@ -1,5 +1,5 @@
-"""Pictures of results: report.png, groups.png (ST figure 1) and layers.png. bytes.png is drawn by
-report/against_bytes.py."""
+"""Pictures of results: report.png, groups.png (ST figure 1), layers.png and speed.png. bytes.png is
+drawn by report/against_bytes.py."""
 
 from __future__ import annotations
 
@@ -260,3 +260,62 @@ def layers_figure(folder: Path, rows: list[dict]) -> None:
         ax.legend(fontsize=8)
     fig.savefig(folder / "layers.png", dpi=100)
     plt.close(fig)
+
+
+# -- speed.png
+
+
+def speed_figure(folder: Path, rows: list[dict]) -> None:
+    """Draw speed.png: tokens per second of benchmarks/speed.py's rows and the limits of this
+    machine, a panel for each number of sequences that are decoded, one for training against the
+    number of sequences, one for attention alone."""
+    decoded = [r for r in rows if r["task"] == "decode"]
+    panels = []
+    for batch_size in sorted({r["batch_size"] for r in decoded}):
+        mine = [r for r in decoded if r["batch_size"] == batch_size]
+        panels.append((f"Decoding, batch {batch_size}", mine, "n_tokens"))
+    trained = [r for r in rows if r["task"] == "training"]
+    if trained:
+        title = f"Training, sequences of {trained[0]['n_tokens']:,} tokens"
+        panels.append((title, trained, "batch_size"))
+    alone = [r for r in rows if r["task"] == "attention"]
+    if alone:
+        title = f"Attention alone, all layers, batch {alone[0]['batch_size']}"
+        panels.append((title, alone, "n_tokens"))
+    plt = pyplot()
+    height = cdiv(len(panels), 3)
+    size = (18, 5.5 * height)
+    fig, axes = plt.subplots(height, 3, figsize=size, layout="constrained", squeeze=False)
+    for ax, panel in itertools.zip_longest(axes.flat, panels):
+        if panel is None:
+            ax.remove()
+        else:
+            draw_speed(ax, *panel)
+    fig.savefig(folder / "speed.png", dpi=80)
+    plt.close(fig)
+
+
+def draw_speed(ax, title: str, rows: list[dict], along: str) -> None:
+    """Tokens per second against rows' field `along`: measured with a line, the limit by bytes of
+    the same rows dashed in the same colour, and the highest of their limits by FLOPs dotted."""
+    series: dict[str, list[dict]] = {}
+    for r in rows:
+        series.setdefault(r["impl"], []).append(r)
+    for marker, (name, mine) in zip(itertools.cycle(MARKERS), series.items(), strict=False):
+        mine = sorted(mine, key=lambda r: r[along])
+        at = [r[along] for r in mine]
+        (line,) = ax.plot(at, [r["tokens_per_s"] for r in mine], marker=marker, label=name)
+        bound = [r["limit_by_bytes"] for r in mine]
+        ax.plot(at, bound, "--", color=line.get_color(), lw=0.8)
+    places = sorted({r[along] for r in rows})
+    flops = [max(r["limit_by_flops"] for r in rows if r[along] == at) for at in places]
+    ax.plot([], [], "--", color="grey", lw=0.8, label="limit by bytes, in its colour")
+    ax.plot(places, flops, ":", color="k", label="limit by FLOPs")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xticks(places, [f"{at:,}" for at in places], minor=False)
+    ax.set_xticks([], minor=True)
+    ax.grid(alpha=0.3)
+    of = "tokens of context" if along == "n_tokens" else "sequences in a step"
+    ax.set(xlabel=of, ylabel="tokens per second", title=title)
+    ax.legend(fontsize=7)

@@ -86,6 +86,7 @@ table decode_speed out/decode_speed GPU "attention of one token over a packed ca
 table step_speed out/step_speed CPU "training steps beside a plain loop's and LoRA's"
 table train_speed out/train_speed GPU "training steps as one CUDA graph, beside PEFT's"
 table generate_speed out/generate_speed "GPU, model" "tokens per second of the whole model"
+table speed_plot out/speed_plot GPU "tokens per second against batch and context, with limits"
 table two_gpus out/two_gpus "two GPUs" "training and generation over two GPUs"
 table memory out/memory GPU "how many sequences fit"
 

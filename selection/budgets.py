@@ -258,7 +258,7 @@ def spend_bytes(
     heads = prompt.values.size(2) // pair.size(2)  # KV heads of a mask
     price = prices(kv, D, heads)
     there = after_first(prompt.valid, kv.kv_sinks)[None, :, None, :, None]
-    energy = pair.square().masked_fill(~there, float("-inf"))
+    energy = pair.square().masked_fill_(~there, float("-inf"))
     region = prompt.T - prompt.n_context
     masks = masks_sharing(pair, cfg.allocation)
     about = (region, kv.kv_sinks, D, heads, prompt.left is not None)
@@ -280,4 +280,4 @@ def spend_bytes(
         keep = taken.any(-1)
         levels = taken[..., :-1].unflatten(-1, (S, -1)).sum(-1).to(torch.uint8)
     mask = levels > 0 if kv.value_bits else levels
-    return Selection(keep, mask, pair.square().sum(-1).sqrt())
+    return Selection(keep, mask, torch.linalg.vector_norm(pair, dim=-1))

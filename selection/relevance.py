@@ -26,6 +26,8 @@ from torch import Tensor
 
 from config import SelectConfig, check
 from model import apply_rope
+from selection.group_norms import group_norms
+from selection.moments import turned_moments
 from selection.received import received
 from storage.kernel_base import use_triton
 from storage.layout import soft_cap
@@ -107,17 +109,29 @@ class Prompt:
     @cached_property
     def keys(self) -> Tensor:
         """(L, B, Hkv, T, D)."""
-        return torch.stack(self.k)
+        return self.stacked(self.k)
 
     @cached_property
     def values(self) -> Tensor:
         """(L, B, Hkv, C, D), encoded."""
-        return torch.stack(tuple(self.z))
+        return self.stacked(self.z)
+
+    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Stack the layers' tensors: for kernels, which take any strides, as they lie in memory;
+        else in order, which products take without a copy."""
+        if use_triton(self.impl, tensors[0].device, tensors[0].dtype):
+            return beside(tensors)
+        return torch.stack(tuple(tensors))
 
     @cached_property
     def norms(self) -> Tensor:
         """Norms of the values' groups: (L, B, Hkv, C, S)."""
-        return norms(self.values.unflatten(-1, (self.n_groups, -1)))
+        z = self.values
+        S = self.n_groups
+        fits = is_power_of_2(z.size(-1)) and is_power_of_2(S) and not z.requires_grad
+        if fits and use_triton(self.impl, z.device, z.dtype):
+            return group_norms(z, S)
+        return norms(z.unflatten(-1, (S, -1)))
 
     @cached_property
     def observed(self) -> Tensor:
@@ -245,10 +259,17 @@ class Prompt:
 
         Each is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
         queries, as if they came among the READ tokens after it, or as many as fit the model's
-        context (RoPE turns them further)."""
+        context (RoPE turns them further). A kernel sums in float32."""
         last = [q[:, :, -SPAN:] for q in self.q]  # (B, H, Q, D)
         real = self.real[:, -SPAN:, None].double()  # (B, Q, 1)
         n = real.sum(1).clamp_min(1)[:, None, None]  # (B, 1, 1, 1)
+        D = last[0].size(-1)
+        fits = D >= 16 and is_power_of_2(D)
+        if fits and use_triton(self.impl, last[0].device, last[0].dtype):
+            Hkv = self.k[0].size(1)
+            there = None if self.pad is None else self.real[:, -SPAN:]
+            total = turned_moments(beside(last), *self.to_come, there, Hkv)
+            return total.double() / (n * (last[0].size(1) // Hkv))
         step = max(1, (CHUNK >> 2) // max(1, last[0].numel()))
         out = []
         for i in range(0, self.L, step):
@@ -272,10 +293,23 @@ class Prompt:
         return self.received(self.moved(columns, cfg.ahead), weight=there)[0]
 
 
+def beside(tensors: Sequence[Tensor]) -> Tensor:
+    """Stack tensors of one shape as they lie in memory: projections lie token by token, and copies
+    in that order are plain ones."""
+    order = sorted(range(tensors[0].ndim), key=lambda i: -tensors[0].stride(i))
+    back = sorted(range(len(order)), key=order.__getitem__)
+    stacked = torch.stack([t.permute(order) for t in tensors])
+    return stacked.permute(0, *(i + 1 for i in back))
+
+
 def weighed(weight: Tensor, shares: Tensor) -> Tensor:
     """Sum shares (l, B, Hkv, n Q, C) by weight (B, 1, 1, n Q), in float32: (l, B, Hkv, C)."""
     with torch.autocast(shares.device.type, enabled=False):
         return (weight @ shares).squeeze(-2)
+
+
+def is_power_of_2(n: int) -> bool:
+    return n & (n - 1) == 0
 
 
 def norms(t: Tensor) -> Tensor:

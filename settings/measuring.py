@@ -122,7 +122,7 @@ OF_BENCHES = {
     "steps": ("train", "adapter", "select", "decode", "generate"),
     "cases": ("decode", "memory"),
     "memory_gb": ("memory",),
-    **dict.fromkeys(("new_tokens", "prefill_tokens", "compile"), ("generate",)),
+    **dict.fromkeys(("new_tokens", "prefill_tokens", "compile", "parts"), ("generate",)),
     "out_dir": MODELS,
 }
 LAYER = {

@@ -60,21 +60,25 @@ def _order_steps_kernel(
     TOKENS: tl.constexpr,
 ):
     """Write what select_joint sorts for n tokens with energies (n, S): score (n, P) float32, price
-    (n, P) and part (n, P) uint8, best first. PARTS: P up to a power of 2."""
+    (n, P) and part (n, P) uint8, best first. PARTS: P up to a power of 2.
+
+    A group's steps fall in value, so the best step that is left is the next one of some group: of S
+    candidates, not of P."""
     P: tl.constexpr = S * J
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     p = tl.arange(0, PARTS)
-    at = token[None, :] * S + (p // J)[:, None]
-    real = (p < P)[:, None] & (token < n)[None, :]
-    energy = tl.load(energy_ptr + at, mask=real, other=float("-inf"))
-    step = (p % J)[:, None]
-    each = _by_step(step, cost_0, cost_1, cost_2)  # (PARTS, 1)
-    gain = _by_step(step, gain_0, gain_1, gain_2)
-    wide = each.to(tl.float32) + tl.zeros_like(energy)
-    value = tl.div_rn(energy * gain, wide)
+    g = tl.arange(0, S)
+    real = (g >= 0)[:, None] & (token < n)[None, :]
+    at = token[None, :] * S + g[:, None]
+    energy = tl.load(energy_ptr + at, mask=real, other=float("-inf"))  # (S, TOKENS)
+    zero = tl.zeros_like(energy)
+    value_0 = tl.div_rn(energy * gain_0, zero + cost_0)
+    value_1 = tl.div_rn(energy * gain_1, zero + cost_1)
+    value_2 = tl.div_rn(energy * gain_2, zero + cost_2)
 
     # one after the other: the best that is left, of equal ones the first
-    left = (p < P)[:, None] & (token >= 0)[None, :]
+    step = tl.zeros([S, TOKENS], tl.int32)  # of each group, the next
+    value = value_0
     order = tl.zeros([PARTS, TOKENS], tl.int32)
     best = tl.zeros([PARTS, TOKENS], tl.float32)
     worth = tl.zeros([TOKENS], tl.float32)
@@ -83,9 +87,10 @@ def _order_steps_kernel(
     last = tl.zeros([TOKENS], tl.int32)
     paid = tl.zeros([TOKENS], tl.int32) + key + cost_0
     for r in tl.range(0, P):
+        left = step < J
         top = tl.max(tl.where(left, value, float("-inf")), 0)
         among = left & (value == top[None, :])
-        chosen = tl.min(tl.where(among, p[:, None], PARTS), 0)
+        chosen = tl.min(tl.where(among, g[:, None] * J + step, PARTS), 0)
         cost = _by_step(chosen % J, cost_0, cost_1, cost_2)
         spent += cost
         worth += top * cost.to(tl.float32)
@@ -94,7 +99,8 @@ def _order_steps_kernel(
         density = tl.where(better, now, density)
         last = tl.where(better, r, last)
         paid = tl.where(better, spent, paid)
-        left = left & (p[:, None] != chosen[None, :])
+        step += (g[:, None] == (chosen // J)[None, :]).to(tl.int32)
+        value = _by_step(step, value_0, value_1, value_2)
         here = (p == r)[:, None]
         order = tl.where(here, chosen[None, :], order)
         best = tl.where(here, top[None, :], best)
@@ -105,6 +111,7 @@ def _order_steps_kernel(
     first = tl.where((p == 0)[:, None], paid[None, :], 0)
     price = tl.where(with_key, first, _by_step(order % J, cost_0, cost_1, cost_2))
     to = token[None, :] * P + p[:, None]
+    real = (p < P)[:, None] & (token < n)[None, :]
     tl.store(score_ptr + to, score, mask=real)
     tl.store(price_ptr + to, price.to(price_ptr.dtype.element_ty), mask=real)
     tl.store(part_ptr + to, order.to(tl.uint8), mask=real)
@@ -121,19 +128,28 @@ def _levels_kernel(
     PARTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Count the steps taken of every group: part, taken (n, P) to level (n, S) uint8."""
+    """Count the steps taken of every group: part, taken (n, P) to level (n, S) uint8. A token's
+    levels, 3 at most, lie in a word of 2 bits each, which one sum fills."""
     P: tl.constexpr = S * J
+    WORD: tl.constexpr = tl.int32 if S <= 16 else tl.int64
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     p = tl.arange(0, PARTS)
     at = token[:, None] * P + p[None, :]
     real = (token < n)[:, None] & (p < P)[None, :]
-    taken = tl.load(taken_ptr + at, mask=real, other=0).to(tl.int32)
-    group = tl.load(part_ptr + at, mask=real, other=0).to(tl.int32) // J
+    taken = tl.load(taken_ptr + at, mask=real, other=0).to(WORD)
+    group = tl.load(part_ptr + at, mask=real, other=0).to(WORD) // J
+    word = tl.sum(taken << (2 * group), 1)
     g = tl.arange(0, S)
-    own = group[:, None, :] == g[None, :, None]  # (TOKENS, S, PARTS)
-    level = tl.sum(tl.where(own, taken[:, None, :], 0), 2)
+    level = (word[:, None] >> (2 * g)[None, :].to(WORD)) & 3
     there = (token < n)[:, None] & (g >= 0)[None, :]
     tl.store(level_ptr + token[:, None] * S + g[None, :], level.to(tl.uint8), mask=there)
+
+
+def price_dtype(most: int) -> torch.dtype:
+    """Return the narrowest integers that hold a price of `most`: the search reads it ten times."""
+    if most < 2**8:
+        return torch.uint8
+    return torch.int16 if most < 2**15 else torch.int32
 
 
 def choose_levels(
@@ -157,15 +173,14 @@ def choose_levels(
     S = energy.size(-1)
     J = len(gain)  # 1 or 3: what kernels are told of
     P = S * J
-    if P > 256 or not energy.numel() or not use_triton(impl, energy.device, energy.dtype):
+    if S > 32 or P > 256 or not energy.numel() or not use_triton(impl, energy.device, energy.dtype):
         return choose_levels_ref(energy, m, gain, cost, key)
     energy = energy.contiguous()
     n = energy.numel() // S
     most = key + S * sum(cost)
     plane = (*energy.shape[:-1], P)
     score = torch.empty(plane, device=energy.device)
-    dtype = torch.int16 if most < 2**15 else torch.int32
-    price = torch.empty(plane, dtype=dtype, device=energy.device)
+    price = torch.empty(plane, dtype=price_dtype(most), device=energy.device)
     part = torch.empty(plane, dtype=torch.uint8, device=energy.device)
     parts = triton.next_power_of_2(P)
     steps = (*gain, *gain[:1] * (3 - J), *cost, *cost[:1] * (3 - J))
@@ -175,6 +190,6 @@ def choose_levels(
     )
     taken = take_within(score.flatten(-2), m, price.flatten(-2), impl)
     levels = torch.empty_like(energy, dtype=torch.uint8)
-    few = max(1, TOKENS // S)
+    few = max(1, 4 * TOKENS // parts)
     _levels_kernel[(cdiv(n, few),)](part, taken, levels, n, S, J, parts, few)
     return levels

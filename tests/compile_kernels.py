@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from views import packed_view, window_view
 
 import kernels
-from selection import received
+from selection import group_norms, moments, received
 from storage import append, fused, gates, levels, packing, pieces
 from storage.integers import append as int_append
 from storage.integers import attention, contexts, rounding, words
@@ -152,12 +152,16 @@ def others() -> None:
     packing.take_within(torch.randn(2, 300), torch.tensor([5, 6]), cost, impl="triton")
     keep = torch.ones(2, 2, 272, 4, dtype=torch.bool)
     packing.pack_values(k, v, keep[..., 0], keep, impl="triton")
-    moments = rounding.QueryMoments(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
+    known = rounding.QueryMoments(torch.eye(64, dtype=torch.float64)[None], torch.tensor([40]))
     step = torch.ones(40, 64).half()
-    rounding.gptq_round(moments, torch.randn(40, 64), step, 0 * step, 4, impl="triton")
+    rounding.gptq_round(known, torch.randn(40, 64), step, 0 * step, 4, impl="triton")
     energy = torch.rand(2, 272, 8)
     for gain, price in (((0.9, 0.08, 0.02), (4, 4, 8)), ((1.0,), (8,))):
         levels.choose_levels(energy, torch.tensor([99, 0]), gain, price, 83, impl="triton")
+    turn = torch.randn(2, 2, 1, 48, 32)
+    for real in (None, torch.ones(2, 48, dtype=torch.bool)):
+        moments.turned_moments(torch.randn(1, 2, 6, 48, 64).bfloat16(), *turn, real, 2)
+    group_norms.group_norms(v[None], 8)
     q = torch.randn(1, 2, 2, 48, 64).bfloat16()
     weight = torch.ones(2, 1, 1, 48) / 48
     for last, pad in ((torch.arange(256, 272), None), (None, torch.tensor([0, 9]))):
@@ -183,7 +187,18 @@ def others() -> None:
         fused.add_product(x, torch.randn(B, 1536).bfloat16(), weight.T.contiguous())
 
 
-WITH_KERNELS = (kernels, append, fused, gates, levels, packing, pieces, received)
+WITH_KERNELS = (
+    kernels,
+    append,
+    fused,
+    gates,
+    group_norms,
+    levels,
+    moments,
+    packing,
+    pieces,
+    received,
+)
 FOR_INTEGERS = (int_append, attention, contexts, rounding, words)
 for module in WITH_KERNELS + FOR_INTEGERS:
     for name, fn in [*vars(module).items()]:

@@ -10,32 +10,46 @@ from types import SimpleNamespace
 import pytest
 from helpers import error_line
 
+from benchmarks import common
 from benchmarks import step as comparison
 from config import ModelConfig
 
-PROGRAM = Path(__file__).parents[1] / "benchmarks" / "peft_step.py"
+PROGRAM = Path(__file__).parents[1] / "benchmarks" / "peers.py"
 TINY = dict(vocab_size=64, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_kv_head=2, head_dim=8)
+
+
+def run(folder: Path, **cases: list[list]) -> subprocess.CompletedProcess:
+    """The peers on a CPU, as a process of its own in some folder."""
+    asked = TINY | dict(block_size=24, device="cpu", dtype="bfloat16") | cases
+    command = [sys.executable, "-P", str(PROGRAM), json.dumps(asked)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
 def test_steps_of_peft_train_every_parameter_of_its_lora(tmp_path):
     """Eager steps on a CPU: one row, of as many tokens a second as its milliseconds say. After one
     step, where LoRA's A has a gradient of zeros still, it refuses."""
-
-    def run(steps: int) -> subprocess.CompletedProcess:
-        sizes = dict(block_size=16, batch_size=2, steps=steps)
-        asked = TINY | sizes | dict(device="cpu", dtype="bfloat16", compiled=[False])
-        command = [sys.executable, "-P", str(PROGRAM), json.dumps(asked)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-    job = run(4)
+    job = run(tmp_path, lora=[[2, 16, 4, False]])
     assert job.returncode == 0, job.stderr
     (row,) = map(json.loads, job.stdout.splitlines())
-    assert row["impl"] == "PEFT, eager"
+    assert (row["impl"], row["batch_size"], row["n_tokens"]) == ("PEFT, eager", 2, 16)
     assert abs(row["tokens_per_s"] * row["ms"] / 1e3 - 2 * 16) < 0.5
-    job = run(1)
+    job = run(tmp_path, lora=[[2, 16, 1, False]])
     assert job.returncode != 0
     assert "lora_A" in job.stderr and "no gradient after 1 steps" in job.stderr
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers")
+def test_generation_of_transformers_is_timed_token_by_token(tmp_path):
+    """A row for each case: one token of every sequence takes its milliseconds, and the prompt is
+    no part of them."""
+    job = run(tmp_path, generate=[[1, 12, 8], [3, 16, 8]])
+    assert job.returncode == 0, job.stderr
+    rows = [json.loads(line) for line in job.stdout.splitlines()]
+    assert [(r["batch_size"], r["n_tokens"]) for r in rows] == [(1, 12), (3, 16)]
+    for row in rows:
+        assert row["impl"] == "transformers generate" and row["prefill_s"] > 0
+        assert row["tokens_per_s"] * row["ms"] / 1e3 == pytest.approx(row["batch_size"], rel=0.01)
 
 
 def test_peers_that_cannot_be_measured_are_refused_before_anything_is(monkeypatch):
@@ -61,7 +75,8 @@ def test_peers_are_measured_on_the_device_that_is_asked_for(monkeypatch):
         asked.update(json.loads(command[-1]))
         return SimpleNamespace(returncode=0, stderr="", stdout='a warning\n{"name": "LoRA"}\n')
 
-    monkeypatch.setattr(comparison.subprocess, "run", run)
+    monkeypatch.setattr(common.subprocess, "run", run)
     rows = comparison.peer_rows(comparison.StepConfig(device="cpu", steps=5), ModelConfig())
     assert rows == [{"name": "LoRA"}]
-    assert (asked["device"], asked["steps"], asked["compiled"]) == ("cpu", 5, [False, True])
+    assert asked["device"] == "cpu" and asked["dtype"] == "bfloat16"
+    assert asked["lora"] == [[8, 256, 5, False], [8, 256, 5, True]]

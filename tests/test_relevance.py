@@ -15,7 +15,7 @@ from model import apply_rope, rope_table
 from selection import relevance
 from selection.budgets import row_budgets
 from selection.predictors import HiddenPredictor, QueryPredictor
-from selection.relevance import Prompt
+from selection.relevance import Prompt, beside
 from selector import WITHOUT_TRAINING
 from storage.kernel_base import triton
 from storage.layout import soft_cap
@@ -26,6 +26,7 @@ HKV = TINY.n_kv_head
 D = TINY.head_dim
 E = TINY.n_embd
 S = 4
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PAD = (0, 21, 85)  # the last row is shorter than the query region
 CLOSE = dict(rtol=2e-5, atol=2e-6)  # scores are float32
 KERNEL = pytest.param(
@@ -242,13 +243,19 @@ def test_moved_queries_are_those_of_the_new_position(pad):
         )
 
 
+@pytest.mark.parametrize("impl", ["torch", KERNEL])
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
-def test_moments_are_of_queries_to_come(pad, monkeypatch):
+def test_moments_are_of_queries_to_come(pad, impl, monkeypatch):
     """Query by query from their raw form, the last SPAN of a row, each rotated where one of the
     READ tokens to come stands, none past the context; every row as if alone."""
     p, raw = prompt_of(pad)
     monkeypatch.setattr(relevance, "SPAN", 30)
+    if impl == "triton":  # which knows 32 bits alone
+        p = dataclasses.replace(
+            p, impl=impl, q=[q.float() for q in p.q], k=[k.float() for k in p.k]
+        )
     got = p.moments()
+    assert got.dtype == torch.float64
     D = TINY.head_dim
     n = TINY.n_head // TINY.n_kv_head
     for i in range(L):
@@ -719,3 +726,26 @@ def test_rope_of_the_tests_is_the_models():
     torch.testing.assert_close(
         turned(x, at[None]), apply_rope(x, cos[at], sin[at]), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("impl", ["torch", KERNEL])
+@pytest.mark.parametrize("C, D, S", [(1, 8, 2), (70, 32, 8), (65, 16, 16)])
+def test_norms_of_groups_are_those_of_loops(C, D, S, impl):
+    """Of values that lie token by token, against sums in float64."""
+    z = torch.randn(2, 3, C, 2, D, generator=torch.Generator().manual_seed(0)).transpose(2, 3)
+    z = z.to(DEVICE)
+    p = dataclasses.replace(prompt_of()[0], z=list(z), n_groups=S, impl=impl)
+    assert p.norms.dtype == torch.float32 and p.norms.shape == (2, 3, 2, C, S)
+    for g in range(S):
+        group = z[..., g * (D // S) : (g + 1) * (D // S)].double()
+        want = sum(group[..., i] ** 2 for i in range(D // S)).sqrt()
+        assert (p.norms[..., g] - want).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (1, 0, 3, 2)])
+def test_tensors_beside_one_another_are_a_stack(order):
+    """Whatever their order in memory, which the stack keeps."""
+    ts = [torch.randn(3, 4, 5, 6).permute(order) for _ in range(3)]
+    got = beside(ts)
+    assert torch.equal(got, torch.stack(ts))
+    assert got.stride()[1:] == ts[0].stride()

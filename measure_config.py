@@ -464,6 +464,12 @@ class SampleConfig:
             "one text is put away",
             "leave one of them out",
         )
+        check(
+            not (self.unpark and self.devices),
+            f"unpark with devices={self.devices}",
+            "a cache goes to one device",
+            "leave one of them out",
+        )
 
 
 def check_sample_flags(given: Collection[str], cfg: SampleConfig, kv: str) -> None:

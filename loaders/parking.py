@@ -31,7 +31,7 @@ def put_away(path: str, held: Held, model: Transformer) -> str:
     held.cache.fit(0)
     n_held = held.cache.nbytes()
     data = park(held.cache, model, {"ids": held.ids, "messages": held.messages})
-    with new_file(Path(path).expanduser(), ".part") as f:
+    with new_file(Path(path), ".part") as f:
         f.write(data)
     share = len(data) / n_held
     return f"parked in {path}: {len(data):,} bytes, {share:.1%} of the {n_held:,} that were held"
@@ -41,7 +41,7 @@ def take_up(path: str, model: Transformer, chat: bool) -> Held:
     """Read what put_away wrote for this model. ValueError where it is damaged, of another model, or
     a text and not a conversation (chat), or the other way round."""
     try:
-        cache, beside = unpark(Path(path).expanduser().read_bytes(), model)
+        cache, beside = unpark(Path(path).read_bytes(), model)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     held = Held(cache, beside.get("ids", []), beside.get("messages", []))

@@ -86,6 +86,7 @@ table train_speed out/train_speed GPU "training steps as one CUDA graph, beside 
 table generate_speed out/generate_speed "GPU, model" "tokens per second of the whole model"
 table two_gpus out/two_gpus "two GPUs" "training and generation over two GPUs"
 table memory out/memory GPU "how many sequences fit"
+table park out/park "CPU, model" "caches put away as strings of bytes, and back"
 
 python -m report.page
 if [[ -n "$FAILED" ]]; then

@@ -156,11 +156,11 @@ def check_above(path: Path, place: str, do: str) -> None:
 def check_parked(park: str, unpark: str) -> None:
     """Raise ValueError where --park=FILE cannot be written, or --unpark=FILE is not there."""
     if park:
-        path = Path(park).expanduser()
+        path = Path(park)
         check(not path.is_dir(), f"park={park}", "is a folder", "give --park=FILE")
         check_above(path.absolute().parent, f"park={park}", "give --park=FILE in another folder")
     if unpark:
-        there = Path(unpark).expanduser().is_file()
+        there = Path(unpark).is_file()
         check(there, f"unpark={unpark}", "there is no such file", "give what --park=FILE wrote")
 
 

@@ -19,6 +19,8 @@ from generate import generate
 from model import Transformer
 from storage import entropy, parked, planes
 from storage.cache import KVCache, storage_bytes
+from storage.integers.format import split_levels
+from storage.layout import mask_to_bits
 from storage.parked import park, unpark
 from storage.saved import tensors_of
 
@@ -256,6 +258,27 @@ def test_generation_goes_on_with_the_same_tokens():
         back, beside = unpark(data, model)
         (rest,), _ = generate(model, [beside["ids"][-1:]], 18, cache=back)
         assert first + rest == want
+
+
+def test_rows_are_told_by_their_levels():
+    """A row's level and which plane of it that is, token by token and group by group; where heads
+    have masks of their own a selection's planes are coded by them."""
+    levels = torch.randint(4, (40, 8), generator=torch.Generator().manual_seed(0))
+    want = []
+    for token in levels.tolist():
+        for level in token:
+            want += [4 * level + plane for plane in range((0, 1, 2, 4)[level])]
+    bits = mask_to_bits(split_levels(levels.to(torch.uint8)))
+    assert parked.row_levels(bits, 8).tolist() == want
+    cache = ragged(storing("levels"))
+    tensors = tensors_of(cache)
+    kinds = {name: parked.Kind("uint8", list(t.shape)) for name, t in tensors.items()}
+    layers = [{"bits": "4:0", "n_groups": "4"} for _ in cache.layers]
+    known = parked.known_of(["0.rows", "1.rows"], kinds, tensors, layers)
+    each = [parked.row_levels(layer.bits, 4) for layer in cache.layers]
+    width = cache.layers[0].rows.size(1)
+    assert torch.equal(known["level"], torch.cat(each).repeat_interleave(width))
+    assert known["layer"].sum() == tensors["1.rows"].numel()
 
 
 def test_layers_of_one_mask_put_it_away_once():

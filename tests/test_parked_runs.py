@@ -4,6 +4,7 @@ process as if they had not been; files that do not fit are refused."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from test_chat import chatting, typed
 
 import runs
 import sample
+from benchmarks import park as comparison
 from loaders import parking
 from loaders.export import export
 from loaders.runs import load_run
-from storage.parked import park
+from storage.parked import Parked, park
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("jinja2", "tokenizers"))),
@@ -113,6 +115,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, capsys):
         ((f"--park={tmp_path}",), "is a folder"),
         ((f"--park={file}/in/it",), "nothing can be written"),
         ((f"--park={file}", "--num_samples=2"), "one text is put away"),
+        ((f"--unpark={file}", "--devices=cpu,cpu"), "a cache goes to one device"),
     ):
         with pytest.raises((ValueError, SystemExit)) as e:
             given = flags_of(folder, 3, *flags)
@@ -145,3 +148,25 @@ def test_a_cache_without_its_text_is_refused(folder, tmp_path):
     model.prefill(torch.tensor([[1, 2, 3]]), cache)
     path.write_bytes(park(cache, model))
     assert "no text beside" in error_line(parking.take_up, str(path), model, False)
+
+
+def test_what_parking_takes_is_measured(folder, tmp_path, monkeypatch, capsys):
+    """benchmarks/park.py leaves a row for each way to store: the medians of what each prompt's
+    cache took, and refuses one that does not come back."""
+    text = f"--dataset=text:{folder.parent}/corpus.txt"
+    flags = [f"--init_from={folder}", text, f"--data_dir={tmp_path}", f"--results={tmp_path}"]
+    flags += ["--block_size=300", "--sequences=3"]
+    monkeypatch.setattr(comparison, "WAYS", comparison.WAYS[:1])
+    runs.call(comparison, *flags)
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert json.loads(capsys.readouterr().out) == [row]
+    model = load_run(folder, weights="bfloat16").model
+    assert row["bytes"] == model.new_cache(1, 300).nbytes()
+    assert row["ratio"] == row["parked_bytes"] / row["bytes"] < 1 and row["prompts"] == 3
+    assert all(row[name] > 0 for name in ("park_ms", "unpark_ms", "prefill_ms", "deflate_ms"))
+
+    def another(data: bytes, model) -> Parked:
+        return Parked(model.new_cache(1, 300), {})
+
+    monkeypatch.setattr(comparison, "unpark", another)
+    assert "another cache" in error_line(runs.call, comparison, *flags)

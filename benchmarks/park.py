@@ -50,7 +50,7 @@ import torch
 
 import kv_router
 from benchmarks.common import dtype_name, leave_rows, shape_name
-from data import prepare_splits
+from data import TokenFile, content_hash, label_of, prepare_splits
 from generate import prefill
 from loaders.compress import CALIBRATION_TOKENS, windows_of
 from loaders.device import device_name, pick_device
@@ -75,7 +75,7 @@ class Way(NamedTuple):
 def routed(share: float) -> Way:
     """Routed bits, chosen by what a prompt's last tokens attend to: nothing is trained."""
     select = SelectConfig(relevance="observed", kv_bytes=share)
-    return Way(f"routed bits, {share:.2%} of the bytes", KVConfig(kv="select", kv_tail=16), select)
+    return Way(f"routed bits, {100 * share:g} % of the bytes", KVConfig(kv="select", kv_tail=16), select)
 
 
 WAYS = (
@@ -115,9 +115,11 @@ def row_of(cfg: ParkConfig, base: BaseConfig, way: Way) -> dict:
     options = {**base.options(""), "weights": WEIGHTS}
     run = load_run(base.place(""), device, **options)
     if way.kv.kv != "dense":
-        seen = text_of(cfg, run, cfg.calibrate, cfg.calibration, CALIBRATION_TOKENS)
+        text = tokens_of(cfg, run, cfg.calibrate)
+        seen = windows_of(text, run, 0, cfg.calibration, CALIBRATION_TOKENS, at_once=2)
         kv_router.fold(attach_storage(run.model, way.kv, way.select, seen))
-    prompts = text_of(cfg, run, cfg.dataset, cfg.sequences, cfg.block_size)
+    text = tokens_of(cfg, run, cfg.dataset)
+    prompts = windows_of(text, run, 0, cfg.sequences, cfg.block_size, at_once=1)
     with evaluating(run.model):
         measured(run, prompts[0])  # what a first call takes longer is not the cache's
         figures = [measured(run, prompt) for prompt in prompts]
@@ -130,6 +132,7 @@ def row_of(cfg: ParkConfig, base: BaseConfig, way: Way) -> dict:
         "peer": "the cache in memory",
         "shape": shape_name(1, cfg.block_size, run.model.cfg),
         "dtype": dtype_name(run.model.norm.weight.dtype),
+        "text": {"corpus": label_of(cfg.dataset), "sha256": content_hash(cfg.dataset, DataConfig())},
         "prompts": len(prompts),
         **middle._asdict(),
         "ratio": middle.parked_bytes / middle.bytes,
@@ -139,11 +142,11 @@ def row_of(cfg: ParkConfig, base: BaseConfig, way: Way) -> dict:
     }
 
 
-def text_of(cfg: ParkConfig, run: Run, corpus: str, n: int, length: int) -> list[torch.Tensor]:
-    """Return n windows (1, length) of a corpus."""
+def tokens_of(cfg: ParkConfig, run: Run, corpus: str) -> TokenFile:
+    """Return the tokens of a corpus, less its part for validation."""
     data = DataConfig(data_dir=cfg.data_dir)
     (text,) = prepare_splits(corpus, data, run.tokenizer, ["train"])
-    return windows_of(text, run, 0, n, min(length, run.model.cfg.block_size), at_once=1)
+    return text
 
 
 def measured(run: Run, prompt: torch.Tensor) -> Figures:

@@ -74,8 +74,9 @@ class Way(NamedTuple):
 
 def routed(share: float) -> Way:
     """Routed bits, chosen by what a prompt's last tokens attend to: nothing is trained."""
+    kv = KVConfig(kv="select", kv_tail=16)
     select = SelectConfig(relevance="observed", kv_bytes=share)
-    return Way(f"routed bits, {100 * share:g} % of the bytes", KVConfig(kv="select", kv_tail=16), select)
+    return Way(f"routed bits, {100 * share:g} % of the bytes", kv, select)
 
 
 WAYS = (
@@ -119,6 +120,7 @@ def row_of(cfg: ParkConfig, base: BaseConfig, way: Way) -> dict:
         seen = windows_of(text, run, 0, cfg.calibration, CALIBRATION_TOKENS, at_once=2)
         kv_router.fold(attach_storage(run.model, way.kv, way.select, seen))
     text = tokens_of(cfg, run, cfg.dataset)
+    sha256 = content_hash(cfg.dataset, DataConfig())
     prompts = windows_of(text, run, 0, cfg.sequences, cfg.block_size, at_once=1)
     with evaluating(run.model):
         measured(run, prompts[0])  # what a first call takes longer is not the cache's
@@ -132,7 +134,7 @@ def row_of(cfg: ParkConfig, base: BaseConfig, way: Way) -> dict:
         "peer": "the cache in memory",
         "shape": shape_name(1, cfg.block_size, run.model.cfg),
         "dtype": dtype_name(run.model.norm.weight.dtype),
-        "text": {"corpus": label_of(cfg.dataset), "sha256": content_hash(cfg.dataset, DataConfig())},
+        "text": {"corpus": label_of(cfg.dataset), "sha256": sha256},
         "prompts": len(prompts),
         **middle._asdict(),
         "ratio": middle.parked_bytes / middle.bytes,

@@ -420,6 +420,10 @@ class SampleConfig:
     prompt: str = opt("The ", "text to continue; with --chat the first message (empty: ask)")
     prompt_file: str = opt("", "file of UTF-8 text, instead of --prompt")
     chat: bool = opt(False, "talk with a model that was trained to, by its own chat template")
+    park: str = opt(
+        "", "file that the cache is put away in at the end, in few bytes, with its text"
+    )
+    unpark: str = opt("", "file of --park to go on from; a prompt that is given follows its text")
     max_new_tokens: int = opt(200, "tokens to generate, at most; with --chat in an answer", least=1)
     num_samples: int = opt(1, "continuations, each from its own random stream", least=1)
     temperature: float = opt(0.8, "0 is greedy", least=0)
@@ -453,6 +457,18 @@ class SampleConfig:
             self.num_samples == 1 or not self.chat,
             f"num_samples={self.num_samples} with chat",
             "a conversation has one answer a turn",
+            "leave one of them out",
+        )
+        check(
+            self.num_samples == 1 or not (self.park or self.unpark),
+            f"num_samples={self.num_samples} with park or unpark",
+            "one text is put away",
+            "leave one of them out",
+        )
+        check(
+            not (self.unpark and self.devices),
+            f"unpark with devices={self.devices}",
+            "a cache goes to one device",
             "leave one of them out",
         )
 

@@ -6,6 +6,8 @@ with the bytes that cache held.
     python sample.py --init_from=SmolLM2-135M-Instruct.Q4_1.gguf --chat \\
         --kv=select --kv_bytes=0.125
     python sample.py --out_dir=out/... --prompt="def " --max_new_tokens=200 --temperature=0
+    python sample.py --out_dir=out/... --prompt_file=book.txt --park=book.parked
+    python sample.py --out_dir=out/... --unpark=book.parked --prompt=" So it ends that"
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from cli import exit_on_bad_input, note, parse_args
 from config import KVConfig, SelectConfig, check
 from measure_config import SampleConfig, check_sample_flags, storage_flags
 from settings.base import BaseConfig
-from settings.places import check_inputs, read_prompt
+from settings.places import check_inputs, check_parked, read_prompt
 
 CONFIGS = {"sample": SampleConfig, "kv": KVConfig, "select": SelectConfig, "base": BaseConfig}
 
@@ -35,18 +37,20 @@ def check_places(args) -> None:
     there."""
     args.base.place(args.sample.out_dir)
     check_inputs(args, "init_from", "out_dir")
+    check_parked(args.sample.park, args.sample.unpark)
     first_prompt(args)
 
 
 def first_prompt(args) -> str:
-    """Return the text to begin with: of --prompt_file or --prompt; in a chat "" where neither is
-    given. Raises ValueError where there is none, or a file cannot be read as text."""
+    """Return the text to begin with: of --prompt_file or --prompt; in a chat, and after --unpark,
+    "" where neither is given. Raises ValueError where there is none, or a file cannot be read as
+    text."""
     cfg: SampleConfig = args.sample
     given = args.given & {"prompt", "prompt_file"}
     check(len(given) < 2, "prompt and prompt_file", "there is one prompt", "give one of them")
     if cfg.prompt_file:
         return read_prompt(cfg.prompt_file)
-    if cfg.chat:
+    if cfg.chat or cfg.unpark:
         return cfg.prompt if given else ""
     check(
         bool(cfg.prompt),
@@ -67,9 +71,10 @@ from generate import generate
 from loaders.chat import LEAST_WHOLE, Conversation, Turn
 from loaders.compress import stored_as_asked
 from loaders.device import autocast, check_weights
+from loaders.parking import Held, put_away, take_up
 from loaders.runs import Run, load_run
 from loaders.split import devices_of, split
-from loaders.tokenizer import TextStream, decode_after, encoded, end_tokens
+from loaders.tokenizer import TextStream, decode_after, encode_after, encoded, end_tokens
 from selector import selector_of
 from settings.train import DataConfig
 
@@ -108,10 +113,15 @@ def main() -> None:
         if cfg.devices:
             attached = run.kv.kv == "dense" and storage_flags(ARGS.given)
             split(run.model, cfg.devices, ARGS.kv.kv if attached else run.kv.kv)
+        held = take_up(cfg.unpark, run.model, cfg.chat) if cfg.unpark else None
         if talk is not None:
+            if held is not None:
+                talk.go_on(held)
             chat(run, talk, prompt)
+            if cfg.park and talk.cache is not None:
+                say(put_away(cfg.park, talk.held(), run.model))
         else:
-            sample(run, cfg, prompt)
+            sample(run, cfg, prompt, held)
 
 
 def options_of(cfg: SampleConfig) -> dict:
@@ -139,9 +149,16 @@ def say(line: str) -> None:
 # ----------------------------------------------------------------------------- plain text
 
 
-def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
-    """Continue the prompt num_samples times; one continuation is shown as it comes."""
-    ids = encoded(run.tokenizer, prompt)
+def sample(run: Run, cfg: SampleConfig, prompt: str, held: Held | None) -> None:
+    """Continue the prompt num_samples times, after what is held; one continuation is shown as it
+    comes."""
+    if held is None:
+        ids = encoded(run.tokenizer, prompt)
+        unread = ids
+    else:
+        new = encode_after(run.tokenizer, run.tokenizer.decode(held.ids), prompt)
+        ids = [*held.ids, *new]
+        unread = [*held.pending, *new]
     ends = end_tokens(run.tokenizer)
     stream = TextStream(run.tokenizer, ids)
     alone = cfg.num_samples == 1
@@ -155,9 +172,10 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
     start = time.perf_counter()
     rows, cache = generate(
         run.model,
-        [ids for _ in range(cfg.num_samples)],
+        [unread for _ in range(cfg.num_samples)],
         cfg.max_new_tokens,
         stop=ends,
+        cache=None if held is None else held.cache,
         on_token=shown if alone else None,
         **options_of(cfg),
     )
@@ -172,6 +190,8 @@ def sample(run: Run, cfg: SampleConfig, prompt: str) -> None:
         f"bytes for {cache.length} tokens{' a row' if len(rows) > 1 else ''}, "
         f"{share:.1%} of a dense one's (floats counted with 16 bits in both)"
     )
+    if cfg.park:
+        say(put_away(cfg.park, Held(cache, [*ids, *rows[0]], []), run.model))
 
 
 # ----------------------------------------------------------------------------- chat

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from config import check
 from generate import generate
+from loaders.parking import Held
 from loaders.templates import ChatTemplate
 from loaders.tokenizer import TextStream
 from model import Transformer
@@ -61,6 +62,18 @@ class Conversation:
         self.ids: list[int] = []
         self.pending: list[int] = []
         self.last_answer = ""
+
+    def go_on(self, held: Held) -> None:
+        """Go on with a conversation that was put away."""
+        self.cache = held.cache
+        self.ids = held.ids[: held.cache.length]
+        self.pending = held.pending
+        self.messages = held.messages
+        self.last_answer = held.messages[-1]["content"]
+
+    def held(self) -> Held:
+        """Return what is put away of it; after the first turn."""
+        return Held(self.cache, [*self.ids, *self.pending], self.messages)
 
     def prompt(self, text: str) -> list[int]:
         """Add a user's message and return the ids that the cache has to read before the answer."""

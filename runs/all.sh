@@ -89,6 +89,7 @@ table generate_speed out/generate_speed "GPU, model" "tokens per second of the w
 table speed_plot out/speed_plot GPU "tokens per second against batch and context, with limits"
 table two_gpus out/two_gpus "two GPUs" "training and generation over two GPUs"
 table memory out/memory GPU "how many sequences fit"
+table park out/park "CPU, model" "caches put away as strings of bytes, and back"
 
 python -m report.page
 if [[ -n "$FAILED" ]]; then

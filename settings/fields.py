@@ -20,6 +20,8 @@ PATHS = (
     "results",
     "beside",
     "prompt_file",
+    "park",
+    "unpark",
     "questions",
     "shots_from",
     "items",

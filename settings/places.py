@@ -139,13 +139,29 @@ def check_folder(flag: str, name: str | os.PathLike) -> None:
     path = Path(name).expanduser()
     place = f"{flag}={name}"
     check(path.is_dir() or not path.exists(), place, "is a file", f"give --{flag}=DIR")
+    check_above(path, place, f"give --{flag}=DIR of another folder")
+
+
+def check_above(path: Path, place: str, do: str) -> None:
+    """Raise ValueError where nothing can be written to a path, or be made where it is missing."""
     above = next(p for p in (path, *path.absolute().parents) if p.exists())
     check(
         above.is_dir() and os.access(above, os.W_OK | os.X_OK),
         place,
         f"nothing can be written in {above}",
-        f"give --{flag}=DIR of another folder",
+        do,
     )
+
+
+def check_parked(park: str, unpark: str) -> None:
+    """Raise ValueError where --park=FILE cannot be written, or --unpark=FILE is not there."""
+    if park:
+        path = Path(park)
+        check(not path.is_dir(), f"park={park}", "is a folder", "give --park=FILE")
+        check_above(path.absolute().parent, f"park={park}", "give --park=FILE in another folder")
+    if unpark:
+        there = Path(unpark).is_file()
+        check(there, f"unpark={unpark}", "there is no such file", "give what --park=FILE wrote")
 
 
 def check_fresh(folder: str | os.PathLike) -> None:

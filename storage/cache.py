@@ -538,8 +538,7 @@ class KVCache:
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens (one number, or (B,)) of every sequence. Where a layer
-        refuses, nothing is forgotten. What is left without a token is as good as new: the next
-        prompt is a first one."""
+        refuses, nothing is forgotten. A cache left without a token is as good as new."""
         before = self.snapshot()
         try:
             for layer in self.layers:
@@ -574,19 +573,23 @@ class KVCache:
         out._link()
         return out
 
-    def save(self, path, model=None) -> None:
-        """Write everything held to one safetensors file, with a fingerprint of the model and of how
-        it stores. ValueError where the model is gone: then give it."""
-        from storage.saved import save_cache
-
+    def filled_by(self, model=None):
+        """Return `model`, or the one that made this cache; ValueError where that is gone, too."""
         model = model or (self._model() if self._model else None)
         check(
             model is not None,
             "a cache whose model is gone",
             "its fingerprint is saved, too",
-            "give save(path, model)",
+            "give save or park the model",
         )
-        save_cache(self, path, model)
+        return model
+
+    def save(self, path, model=None) -> None:
+        """Write everything held to one safetensors file, with a fingerprint of the model and of how
+        it stores. ValueError where the model is gone: then give it."""
+        from storage.saved import save_cache
+
+        save_cache(self, path, self.filled_by(model))
 
     @staticmethod
     def load(path, model) -> KVCache:

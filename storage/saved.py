@@ -74,55 +74,71 @@ def model_settings(model) -> dict[str, str]:
     return shape | {"weights": fingerprint(model)}
 
 
-def save_cache(cache: KVCache, path: str | os.PathLike, model) -> None:
-    """Write a cache; what layers share is written once for each of them."""
-    cache.check_usable()
-    tensors = {}
+def tensors_of(cache: KVCache) -> dict[str, Tensor]:
+    """Return every tensor that a cache holds, "3.keys" for layer 3; layers may share some."""
+    named = {}
     for i, layer in enumerate(cache.layers):
-        for name, t in layer.state_dict().items():
-            # layers may share storage, which the format refuses
-            tensors[f"{i}.{name}"] = t.detach().clone(memory_format=torch.contiguous_format)
-    about = {
+        named |= {f"{i}.{name}": t for name, t in layer.state_dict().items()}
+    return named
+
+
+def about(cache: KVCache, model) -> dict:
+    """Return what has to be known of a cache besides its tensors, as JSON takes it. ValueError for
+    one that cannot be used."""
+    cache.check_usable()
+    return {
         "layers": [layer_settings(layer) for layer in cache.layers],
         "model": model_settings(model),
         "fresh": cache.layers[0].fresh,
     }
-    about = json.dumps(about)
-    digest = hashlib.sha256((numbers_hash(tensors) + about).encode()).hexdigest()
-    save_file(tensors, path, {"format": FORMAT, "about": about, "sha256": digest})
+
+
+def rebuilt(about: dict, tensors: dict[str, Tensor], model) -> KVCache:
+    """Make the cache of `model` that `about` and tensors_of were taken of. KeyError, TypeError or
+    ValueError where they are not those of such a cache."""
+    held = [t for name, t in tensors.items() if name.endswith("n_window") and t.ndim]
+    check(bool(held), "no sequences", "the tensors of a cache", "save it again")
+    cache = model.new_cache(len(held[0]), 1)
+    of_layer: dict[str, dict[str, Tensor]] = {}
+    for name, t in tensors.items():
+        number, _, own = name.partition(".")
+        of_layer.setdefault(number, {})[own] = t
+    n = len(about["layers"])
+    check(n == len(cache.layers), f"{n} layers", f"{len(cache.layers)}", "use its own model")
+    for i, (layer, saved) in enumerate(zip(cache.layers, about["layers"], strict=True)):
+        if "keep_all" in saved and hasattr(layer, "keep_all"):  # known once a context is packed
+            layer.keep_all = saved["keep_all"] == str(True)
+        refuse_difference(layer_settings(layer), saved, f"layer {i}")
+        layer.load_state_dict(of_layer.get(str(i), {}))
+        layer.fresh = bool(about["fresh"])
+    # a setting that had no name when it was saved has its usual value
+    usual = {f.name: str(f.default) for f in fields(model.cfg) if f.name != "block_size"}
+    refuse_difference(model_settings(model), usual | about["model"], "the model")
+    lengths = torch.stack([layer.lengths for layer in cache.layers])
+    alike = bool((lengths == lengths[0]).all())
+    check(alike, "layers of unequal lengths", "the same tokens in all", "save it again")
+    cache.length = int(lengths.max()) if lengths.numel() else 0
+    return cache
+
+
+def save_cache(cache: KVCache, path: str | os.PathLike, model) -> None:
+    """Write a cache; what layers share is written once for each of them."""
+    text = json.dumps(about(cache, model))
+    # layers may share storage, which the format refuses
+    whole = torch.contiguous_format
+    tensors = {name: t.detach().clone(memory_format=whole) for name, t in tensors_of(cache).items()}
+    digest = hashlib.sha256((numbers_hash(tensors) + text).encode()).hexdigest()
+    save_file(tensors, path, {"format": FORMAT, "about": text, "sha256": digest})
 
 
 def load_cache(path: str | os.PathLike, model) -> KVCache:
     """Read a cache that save_cache wrote for this model, to its device."""
     try:
-        about, tensors = _read(path, str(model.norm.weight.device))
-        held = [t for name, t in tensors.items() if name.endswith("n_window") and t.ndim]
-        check(bool(held), "no sequences", "the tensors of a cache", "save it again")
-        cache = model.new_cache(len(held[0]), 1)
-        of_layer: dict[str, dict[str, Tensor]] = {}
-        for name, t in tensors.items():
-            number, _, own = name.partition(".")
-            of_layer.setdefault(number, {})[own] = t
-        n = len(about["layers"])
-        check(n == len(cache.layers), f"{n} layers", f"{len(cache.layers)}", "use its own model")
-        for i, (layer, saved) in enumerate(zip(cache.layers, about["layers"], strict=True)):
-            if "keep_all" in saved and hasattr(layer, "keep_all"):  # known once a context is packed
-                layer.keep_all = saved["keep_all"] == str(True)
-            refuse_difference(layer_settings(layer), saved, f"layer {i}")
-            layer.load_state_dict(of_layer.get(str(i), {}))
-            layer.fresh = bool(about["fresh"])
-        # a setting that had no name when it was saved has its usual value
-        usual = {f.name: str(f.default) for f in fields(model.cfg) if f.name != "block_size"}
-        refuse_difference(model_settings(model), usual | about["model"], "the model")
-        lengths = torch.stack([layer.lengths for layer in cache.layers])
-        alike = bool((lengths == lengths[0]).all())
-        check(alike, "layers of unequal lengths", "the same tokens in all", "save it again")
-        cache.length = int(lengths.max()) if lengths.numel() else 0
+        return rebuilt(*_read(path, str(model.norm.weight.device)), model)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as e:
         raise ValueError(
             f"{path} is not a cache of this model ({e}); give a file that KVCache.save wrote for it"
         ) from None
-    return cache
 
 
 def _read(path: str | os.PathLike, device: str) -> tuple[dict, dict[str, Tensor]]:

@@ -192,6 +192,11 @@ EARLY = (
     Wrong("sample", "--out_dir={d}/run --init_from=nothere.gguf", "nothere.gguf: no such file"),
     Wrong("sample", "--init_from={d}/run --prompt_file={d}/missing", "prompt_file={d}/missing"),
     Wrong("sample", "--init_from={d}/run --prompt_file={d}/empty", "prompt_file={d}/empty: it h"),
+    Wrong(
+        "sample", "--init_from={d}/run --unpark={d}/missing", "unpark={d}/missing: there is no s"
+    ),
+    Wrong("sample", "--init_from={d}/run --park={d}/texts", "park={d}/texts: is a folder"),
+    Wrong("sample", "--init_from={d}/run --park={d}/note.txt/a", "nothing can be written in {d}/n"),
     Wrong("export", "--to={d}/new", "give --out_dir=DIR or --init_from=PATH"),
     Wrong("export", "--init_from={d}/missing --to={d}/new", "{d}/missing: no such folder"),
     Wrong("export", "--out_dir={d}/run --to={d}/texts", "is not an empty folder"),

@@ -558,8 +558,9 @@ def state(model: Transformer) -> dict[str, Tensor]:
 def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
     """Put `saved` into a selector fresh from attach. ValueError lists what does not fit."""
     own = state(model)
-    # runs that were made before it was measured have none
-    saved = {"selector.drop_weight": torch.ones_like(own["selector.drop_weight"]), **saved}
+    name = "selector.drop_weight"
+    if name in own:  # runs that were made before it was measured have none
+        saved = {name: torch.ones_like(own[name]), **saved}
     copy_tensors(own, saved, "selector state")
 
 

@@ -24,7 +24,8 @@ groups; or in bytes (--kv_bytes), where every group gets a number of bits, too. 
 every head, to a layer, or to all layers and heads together (one threshold). Across layers scores
 are multiplied by what a value writes to the residual stream (output_gain) and by how much the loss
 feels it there (layer_sensitivity^hedge), both measured once on calibration text; a joint budget
-takes their squares, for errors of many tokens add up so.
+takes their squares, for errors of many tokens add up so. A budget of bytes also multiplies by what
+dropped tokens of a head were measured to cost there (drop_weight).
 
 What is chosen may be refitted before it is packed (--refit, selection/refit.py).
 
@@ -111,6 +112,8 @@ class Selector(nn.Module):
         self.register_buffer("output_gain", torch.ones(self.L, m.n_kv_head))
         # how much the loss feels what a layer's attention writes there
         self.register_buffer("layer_sensitivity", torch.ones(self.L))
+        # what dropped tokens of a head cost beside what their scores say
+        self.register_buffer("drop_weight", torch.ones(self.L, m.n_kv_head))
         # root mean square of every coordinate of z, which levels are relative to
         self.register_buffer("rms", torch.ones(self.L, m.n_kv_head, m.head_dim))
         made = {name: self._predictor(name) for name in cfg.trained}
@@ -187,9 +190,12 @@ class Selector(nn.Module):
         return t.mean(0, keepdim=True) if self.kv.mask_scope == "shared" else t
 
     def layer_weights(self, prompt: Prompt, hedge: float) -> Tensor:
-        """Return layer_sensitivity^hedge * output_gain of a prompt's layers: (L, 1, Hkv, 1, 1)."""
+        """Return layer_sensitivity^hedge * output_gain of a prompt's layers, under a budget of
+        bytes times drop_weight: (L, 1, Hkv, 1, 1)."""
         at = prompt.layers
         weight = self.layer_sensitivity[at, None] ** hedge * self.output_gain[at]
+        if self.cfg.kv_bytes:
+            weight = weight * self.drop_weight[at]
         return weight[:, None, :, None, None]
 
     def norms(self, prompt: Prompt, hedge: float | None = None) -> Tensor:
@@ -560,7 +566,11 @@ def state(model: Transformer) -> dict[str, Tensor]:
 
 def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
     """Put `saved` into a selector fresh from attach. ValueError lists what does not fit."""
-    copy_tensors(state(model), saved, "selector state")
+    own = state(model)
+    name = "selector.drop_weight"
+    if name in own:  # runs that were made before it was measured have none
+        saved = {name: torch.ones_like(own[name]), **saved}
+    copy_tensors(own, saved, "selector state")
 
 
 @contextmanager

@@ -56,12 +56,17 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
     return replace(kv, kv="select", key_block=block, **bits)
 
 
+# What bits beyond a group's first count in a choice, of the squared error that they take off. A
+# guess that a token is not read is wrong more often than a bit is too few (docs/log.md).
+REFINED = 0.25
+
+
 class Prices(NamedTuple):
     """What a kept token and its groups cost, in half bytes."""
 
     key: int  # a token that is kept
     step: tuple[int, ...]  # from each level of a group to the next
-    gain: tuple[float, ...]  # of it: squared error that it takes off a group of variance 1
+    gain: tuple[float, ...]  # of it: squared error off a group of variance 1, as it counts
 
 
 def prices(kv: KVConfig, head_dim: int, heads: int) -> Prices:
@@ -84,7 +89,8 @@ def prices(kv: KVConfig, head_dim: int, heads: int) -> Prices:
     key = math.ceil(2 * (heads * per_head + per_mask))
     row = [2 * heads * row_bytes(head_dim // S, b) for b in bits]
     step = (b - a for a, b in pairwise(row))
-    return Prices(key, tuple(step), level_gains(error))
+    first, *later = level_gains(error)
+    return Prices(key, tuple(step), (first, *(REFINED * gain for gain in later)))
 
 
 def level_gains(error: tuple[float, ...]) -> tuple[float, ...]:

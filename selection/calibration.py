@@ -1,9 +1,10 @@
 """What a selector sees in uncached passes: the attention that is paid to a prompt, and once, on
-calibration text, how values are spread and what the loss feels."""
+calibration text, how values are spread, what the loss feels and what dropped tokens cost."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 import torch.nn as nn
@@ -11,8 +12,14 @@ from torch import Tensor
 
 from model import Transformer, evaluating, lm_loss, record_layers
 from routing.bases import read_metric
-from selection.relevance import NOBODY_ASKS, Prompt
-from storage.layout import at_least_float32
+from selection.relevance import NEVER, NOBODY_ASKS, Prompt, future
+from storage.layout import at_least_float32, soft_cap
+
+# Of windows on which the cost of dropped tokens is measured:
+WINDOWS = 8
+LONGEST = 2048  # tokens of one, at most
+READERS = 128  # its last tokens, at most, whose attention is measured
+KEPT = 0.2  # share of the tokens before them that is kept
 
 
 def value_statistics(
@@ -118,9 +125,90 @@ def look(
     return Prompt(x, q, k, context, n_context, **about), alpha
 
 
+def output_errors(
+    q: Tensor, k: Tensor, z: Tensor, keep: Tensor, metric: Tensor, cap: float = 0.0
+) -> Tensor:
+    """Return what a layer writes otherwise where dropped tokens are not read: of each KV head the
+    mean squared norm over sequences and queries, (Hkv,).
+
+    q       (B, H, R, D), queries of the last R of T tokens
+    k, z    (B, Hkv, T, D)
+    keep    (B, Hkv, T) bool; each sequence's last token at least
+    metric  (Hkv, D, D), z^T M z is the squared norm that o_proj writes for z
+    cap     of attention logits"""
+    B, H, R, D = q.shape
+    T = k.size(2)
+    asking = (q * D**-0.5).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, Hkv, n R, D)
+    logits = soft_cap(at_least_float32(asking @ k.mT), cap)
+    place = torch.arange(T, device=q.device)
+    visible = (place <= place[T - R :, None]).repeat(H // k.size(1), 1)
+    logits.masked_fill_(~visible, NEVER)
+    whole = logits.softmax(-1)
+    left = logits.masked_fill(~keep.unsqueeze(2), NEVER).softmax(-1)
+    missed = (left - whole) @ at_least_float32(z)  # (B, Hkv, n R, D)
+    squares = torch.einsum("bhqd,hde,bhqe->h", missed, metric.to(missed), missed)
+    return squares / (B * missed.size(2))
+
+
+def drop_ratios(
+    selector: nn.Module, model: Transformer, idx: Tensor, metrics: Tensor
+) -> Tensor | None:
+    """Return the logarithm of what dropped tokens of a window idx (1, T) cost over what their
+    scores say, (L, Hkv); None where it is too short.
+
+    KEPT of the context is kept, by the untrained signal `future`; the window's last tokens read
+    it."""
+    T = idx.size(1)
+    n_readers = min(READERS, T // 4)
+    n_prompt = T - n_readers
+    n_context = n_prompt - selector.kv.kv_tail
+    n_first = selector.kv.kv_sinks
+    if n_readers < 1 or n_context - n_first < 1:
+        return None
+    x, q, k, z = see_layers(selector, model, idx)
+    cfg = selector.cfg
+    about = dict(pad=None, rope=selector.rope, n_groups=selector.S, cap=selector.cap)
+    before = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
+    context = tuple(t[:, :, :n_context] for t in z)
+    observers = max(1, cfg.observers)
+    prompt = Prompt(x, *before, context, n_context, observers=observers, **about)
+    norm = selector.layer_weights(prompt, cfg.hedge) * prompt.norms
+    energy = (future(prompt, cfg) ** (2 * cfg.hedge)) * norm.square().sum(-1)  # (L, 1, Hkv, C)
+    energy[..., :n_first] = 0
+    n_kept = max(1, int(KEPT * energy.numel()))
+    keep = energy >= energy.flatten().topk(n_kept).values[-1]
+    keep[..., :n_first] = True
+    said = (energy * ~keep).sum((1, 3))
+    there = torch.cat((keep, keep.new_ones(*keep.shape[:-1], T - n_context)), -1)
+    cost = []
+    for i, metric in enumerate(metrics):
+        readers = q[i][:, :, n_prompt:]
+        cost.append(output_errors(readers, k[i], z[i], there[i], metric, selector.cap))
+    cost = torch.stack(cost) * selector.layer_sensitivity[:, None].square()
+    # heads of which nothing is dropped have the ratio of all together
+    few = [t.mean().clamp_min(1e-30) * 1e-3 for t in (cost, said)]
+    return (cost + few[0]).log() - (said + few[1]).log()
+
+
+def drop_weight(
+    selector: nn.Module, model: Transformer, batches: Iterable[Tensor], metrics: Tensor
+) -> Tensor:
+    """Return the factor by which scores of a layer's KV head are multiplied under a budget of bytes
+    so that they tell what is lost where its tokens are dropped, (L, Hkv): the fourth root of cost
+    over scores, which are squared; that is half of the way. Its geometric mean is 1."""
+    windows = (row[:, :LONGEST] for idx in batches for row in idx.split(1))
+    each = (drop_ratios(selector, model, idx, metrics) for idx in islice(windows, WINDOWS))
+    ratios = [ratio for ratio in each if ratio is not None]
+    if not ratios:
+        return torch.ones_like(selector.drop_weight)
+    ratio = torch.stack(ratios).mean(0)
+    return ((ratio - ratio.mean()) / 4).exp()
+
+
 @torch.no_grad()
 def calibrate(selector: nn.Module, model: Transformer, batches: list[Tensor]) -> None:
-    """Measure a selector's output_gain, rms and layer_sensitivity on batches of windows (B, T).
+    """Measure a selector's output_gain, rms, layer_sensitivity, drop_weight on batches of windows
+    (B, T).
 
     The tensors are replaced, not written into: caches keep the ones they were packed with."""
     layers = [model.layers[i].self_attn for i in selector.kv.layers_of(model.cfg)]
@@ -140,3 +228,6 @@ def calibrate(selector: nn.Module, model: Transformer, batches: list[Tensor]) ->
     short = [idx[:2, :512] for idx in batches[:2]]
     sensitivity = layer_sensitivity(model, layers, short)
     selector.layer_sensitivity = sensitivity.to(selector.layer_sensitivity)
+    selector.drop_weight = torch.ones_like(selector.drop_weight)
+    weight = drop_weight(selector, model, batches, metrics)
+    selector.drop_weight = weight.to(selector.drop_weight)

@@ -19,6 +19,7 @@ from config import SelectConfig
 from generate import generate
 from report.against_bytes import envelope
 from report.rows import filled_cache
+from selection.budgets import REFINED
 from selection.calibration import calibrate, see_layers
 from storage import packing
 from storage.cache import KVCache
@@ -149,7 +150,10 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
     worth = (alpha.unsqueeze(-1) ** cfg.hedge * norm).square()
     # the planner's below 20 % of the bytes
     key, cost = half_bytes(bits or 4, bits, 64 if bits else 32, scope)
-    gain = [1.0] if bits else [LEVEL_ERRORS[i] - LEVEL_ERRORS[i + 1] for i in range(3)]
+    gain = [1.0]
+    if not bits:
+        errors = [LEVEL_ERRORS[i] - LEVEL_ERRORS[i + 1] for i in range(3)]
+        gain = [errors[0], REFINED * errors[1], REFINED * errors[2]]
     n = C - 3  # tokens of the context
     per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (4 + W)) - 4 * 16 - 80)
     shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]

@@ -20,7 +20,7 @@ from loaders.runs import find_checkpoint, load_run
 from model import rope_table
 from report.rows import filled_cache
 from runs import tensors
-from selection.budgets import half_bytes_for, prices
+from selection.budgets import REFINED, half_bytes_for, prices
 from selection.calibration import look, see_layers
 from selection.relevance import pooled
 from storage.cache import KVCache
@@ -130,14 +130,16 @@ def test_the_choice_is_the_greedy_one():
     for i in range(2):
         for h in range(3):
             weight = float(s.layer_sensitivity[i]) ** 0.4 * float(s.output_gain[i, h])
+            weight *= float(s.drop_weight[i, h])
             value = []
             for t in range(C):
                 score = (float(alpha[i, 0, h, t]) ** 0.4 * weight) ** 2
                 energy = left[i][0, h, t].view(s.S, -1).square().sum(-1) * score
                 parts = []
                 for g in range(s.S):
+                    off = [LEVEL_ERRORS[j] - LEVEL_ERRORS[j + 1] for j in range(3)]
                     parts += [
-                        float(energy[g]) * (LEVEL_ERRORS[j] - LEVEL_ERRORS[j + 1]) for j in range(3)
+                        float(energy[g]) * a for a in (off[0], *(REFINED * o for o in off[1:]))
                     ]
                 told = float(prompt.z[i][0, h, t].square().sum() * score - energy.sum())
                 first = max(p / c for p, c in zip(parts, cost, strict=False))

@@ -41,6 +41,7 @@ from model import evaluating
 from settings.adapters import AdapterConfig
 from storage import cpu_gates
 from storage import gates as gate_kernels
+from storage.dropout import dropout
 from storage.kernel_base import use_triton
 from storage.layout import at_least_float32, top_k_mask
 from storage.state import copy_tensors
@@ -121,7 +122,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        u = self.down(F.dropout(as_trained(x, self.lora_A), self.p, self.training))
+        u = self.down(dropout(as_trained(x, self.lora_A), self.p, self.training))
         return y + F.linear(u, self.lora_B).to(y.dtype)
 
     def weigh(self, u: Tensor, gates: Tensor) -> Tensor:

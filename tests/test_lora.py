@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import lora
 from config import ModelConfig
 from settings.adapters import AdapterConfig
+from storage.dropout import dropout
 from storage.layout import top_k_mask
 
 SHAPE = ModelConfig(
@@ -358,7 +359,7 @@ def test_dropout_touches_only_the_branch(kind):
     torch.manual_seed(3)
     got = m(x)
     torch.manual_seed(3)
-    dropped = torch.nn.functional.dropout(x, 0.5)
+    dropped = dropout(x, 0.5, True)
     router = () if kind == "lora" else ((m.gate.linear.weight, m.gate.linear.bias), K)
     zero = torch.zeros_like(m.weight)
     base = torch.nn.functional.linear(x, m.weight, m.bias)
@@ -781,3 +782,26 @@ def test_a_bfloat16_base_needs_no_autocast(kind):
     off = (got(x).float() - want(x)).std() / want(x).std()
     assert got(x).dtype == torch.bfloat16 and off < 0.1
     assert (want(x) - base(x).float()).std() / want(x).std() > 0.2
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.4, 1 - 2**-20])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    """Of a million ones: those left are all 1 / (1 - p), as many as asked for by four standard
+    deviations, drawn anew each time and the same with the same seed; gradients have the mask. A
+    share too near to 1 for 16 bits is PyTorch's own; without training nothing is dropped."""
+    x = torch.ones(1000, 999, requires_grad=True)
+    torch.manual_seed(0)
+    y = dropout(x, p, True)
+    left = y != 0
+    share = left.double().mean().item()
+    assert abs(share - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5 + 2**-16
+    torch.testing.assert_close(y[left], torch.full_like(y[left], 1 / (1 - p)), rtol=1e-4, atol=0)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert p == 0 or not torch.equal(dropout(x, p, True), y) or p > 0.9
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p, True), y)
+    assert torch.equal(dropout(x, p, False), x)
+    if 0 < p < 0.9:  # neighbours are drawn apart: no share of four by one draw
+        together = (left.flatten()[:-1] & left.flatten()[1:]).double().mean().item()
+        assert abs(together - share**2) < 0.003

@@ -243,6 +243,15 @@ def test_moved_queries_are_those_of_the_new_position(pad):
         )
 
 
+def in_float32(p: Prompt) -> Prompt:
+    """A prompt as kernels take it: in 32 bits, where they run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seen = {name: [t.float().to(device) for t in getattr(p, name)] for name in "xqkz"}
+    pad = None if p.pad is None else p.pad.to(device)
+    rope = tuple(t.to(device) for t in p.rope)
+    return dataclasses.replace(p, impl="triton", pad=pad, rope=rope, **seen)
+
+
 @pytest.mark.parametrize("impl", ["torch", KERNEL])
 @pytest.mark.parametrize("pad", [(0, 0, 0), PAD], ids=["full", "padded"])
 def test_moments_are_of_queries_to_come(pad, impl, monkeypatch):
@@ -251,10 +260,8 @@ def test_moments_are_of_queries_to_come(pad, impl, monkeypatch):
     p, raw = prompt_of(pad)
     monkeypatch.setattr(relevance, "SPAN", 30)
     if impl == "triton":  # which knows 32 bits alone
-        p = dataclasses.replace(
-            p, impl=impl, q=[q.float() for q in p.q], k=[k.float() for k in p.k]
-        )
-    got = p.moments()
+        p = in_float32(p)
+    got = p.moments().cpu()
     assert got.dtype == torch.float64
     D = TINY.head_dim
     n = TINY.n_head // TINY.n_kv_head

@@ -183,7 +183,6 @@ class EvalConfig:
         "mixsga: for the first of --mixes, rows without what this project adds, with a random "
         "router, and others",
     )
-    parts: bool = opt(False, "generate: what prefills spend their time on, too, part by part")
     json: bool = opt(
         False, "print the rows as JSON on stdout, as is done where that is no terminal"
     )

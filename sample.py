@@ -117,9 +117,11 @@ def main() -> None:
         if talk is not None:
             if held is not None:
                 talk.go_on(held)
-            chat(run, talk, prompt)
-            if cfg.park and talk.cache is not None:
-                say(put_away(cfg.park, talk.held(), run.model))
+            try:
+                chat(run, talk, prompt)
+            finally:  # a conversation that its context has no more room for, too
+                if cfg.park and talk.cache is not None:
+                    say(put_away(cfg.park, talk.held(), run.model))
         else:
             sample(run, cfg, prompt, held)
 

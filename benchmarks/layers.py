@@ -357,7 +357,9 @@ def measure(model: Transformer, windows: list[Tensor], fitted: Fitted) -> list[d
 def of_all(rows: list[dict]) -> dict:
     """Return the row of all layers."""
     row = {"name": "layers", "impl": "all layers"}
-    for field in rows[0].keys() - {"name", "impl"}:
+    for field in rows[0]:
+        if field in row:
+            continue
         numbers = [r[field] for r in rows]
         adds_up = field.startswith(("map_bytes", "saved_bits"))
         if not field.startswith("pays_after"):

@@ -316,6 +316,8 @@ def main() -> None:
         step.check_packages()
     sweep = sweep_of(cfg, ARGS.model, began)
     rows = measured(sweep)
+    late = f"nothing was measured in {cfg.most_seconds:g} s"
+    check(bool(rows), "no rows", late, "give a longer --most_seconds, or mend what was left out")
     folder = Path(cfg.results)
     leave_rows(folder, rows, device_name(sweep.device), began)
     speed_figure(folder, rows)

@@ -105,46 +105,60 @@ class Conversation:
     ) -> Turn:
         """Answer a user's message; show gets the answer's text, piece by piece as it comes, and
         after each token is_stopped() says whether it was the last. Raises ValueError where the
-        context has no room for it."""
+        context has no room for it. Where it fails, at a Ctrl-C too, the conversation is as it was
+        before."""
         start = time.perf_counter()
-        ids = self.prompt(text)
-        anew = self.outgrown()
-        cache = None if anew else self.cache
-        if anew:
-            ids = self.ids + ids
-        before = 0 if cache is None else cache.length
-        room = self.model.cfg.block_size - before - len(ids)
-        check(
-            room > 0,
-            f"{len(ids)} more tokens after {before}",
-            f"the context is {self.model.cfg.block_size}",
-            "begin a new conversation",
-        )
-        stream = TextStream(self.tokenizer, ids[-CONTEXT_SHOWN:])
-
-        def shown(new: list[int]) -> bool:
-            if new[0] not in self.template.ends:
-                show(stream.add(new))
-            return is_stopped()
-
         turn = len(self.messages) // 2
-        options = {**self.options, "seed": self.options.get("seed", 0) + turn}
-        (answer,), self.cache = generate(
-            self.model,
-            [ids],
-            min(self.max_new_tokens, room),
-            stop=self.template.ends,
-            cache=cache,
-            on_token=shown,
-            **options,
-        )
-        show(stream.end())
-        self.pending = answer[self.cache.length - before - len(ids) :]
-        held = self.ids[:before]
-        self.ids = [*held, *ids, *answer][: self.cache.length]
-        self.cache.fit(0)
-        self.last_answer = self.tokenizer.decode(answer)
-        self.messages.append({"role": "assistant", "content": self.last_answer})
+        before = (self.cache, self.ids, self.pending, self.last_answer)
+        saved = None
+        try:
+            ids = self.prompt(text)
+            anew = self.outgrown()
+            cache = None if anew else self.cache
+            if anew:
+                ids = self.ids + ids
+            n_held = 0 if cache is None else cache.length
+            room = self.model.cfg.block_size - n_held - len(ids)
+            check(
+                room > 0,
+                f"{len(ids)} more tokens after {n_held}",
+                f"the context is {self.model.cfg.block_size}",
+                "begin a new conversation",
+            )
+            n_new = min(self.max_new_tokens, room)
+            if cache is not None:
+                cache.fit(len(ids) + n_new - 1)  # first: what is saved shares its memory then
+                saved = cache.snapshot()
+            stream = TextStream(self.tokenizer, ids[-CONTEXT_SHOWN:])
+
+            def shown(new: list[int]) -> bool:
+                if new[0] not in self.template.ends:
+                    show(stream.add(new))
+                return is_stopped()
+
+            options = {**self.options, "seed": self.options.get("seed", 0) + turn}
+            (answer,), self.cache = generate(
+                self.model,
+                [ids],
+                n_new,
+                stop=self.template.ends,
+                cache=cache,
+                on_token=shown,
+                **options,
+            )
+            show(stream.end())
+            self.pending = answer[self.cache.length - n_held - len(ids) :]
+            self.ids = [*self.ids[:n_held], *ids, *answer][: self.cache.length]
+            self.cache.fit(0)
+            self.last_answer = self.tokenizer.decode(answer)
+            self.messages.append({"role": "assistant", "content": self.last_answer})
+        except BaseException:
+            del self.messages[2 * turn :]
+            self.cache, self.ids, self.pending, self.last_answer = before
+            if saved is not None:
+                self.cache.restore(saved)
+                self.cache.broken = False
+            raise
         return Turn(
             n_read=len(ids),
             n_new=len(answer),

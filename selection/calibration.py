@@ -170,7 +170,7 @@ def drop_ratios(
     about = dict(pad=None, rope=selector.rope, n_groups=selector.S, cap=selector.cap)
     before = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
     context = tuple(t[:, :, :n_context] for t in z)
-    observers = max(1, cfg.observers)
+    observers = cfg.observers or selector.kv.kv_tail or 1
     prompt = Prompt(x, *before, context, n_context, observers=observers, **about)
     norm = selector.layer_weights(prompt, cfg.hedge) * prompt.norms
     energy = (future(prompt, cfg) ** (2 * cfg.hedge)) * norm.square().sum(-1)  # (L, 1, Hkv, C)

@@ -352,7 +352,8 @@ class DenseCache(LayerCacheBase):
         """Give the window W slots."""
         for name in self.GROWS:
             window = getattr(self, name)
-            setattr(self, name, F.pad(window, (0, 0, 0, W - window.size(2))).contiguous())
+            if window.size(2) != W:
+                setattr(self, name, F.pad(window, (0, 0, 0, W - window.size(2))).contiguous())
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:

@@ -345,6 +345,11 @@ def test_flags_that_torchrun_takes_for_its_own_are_noted():
     assert read.training_script_args[-1] == "--r=4"
 
 
+def test_flags_of_benchmarks_are_not_those_of_eval(capsys):
+    """What only bench.py does is no flag of eval.py, which would do nothing with it."""
+    assert "parts" in complaint(capsys, "eval", "--init_from=x", "--parts")
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_defaults_exist_once(name):
     """Without flags, parse_args gives the dataclasses' own defaults; no field is defined twice,

@@ -45,12 +45,13 @@ def test_output_errors_equal_loops():
     assert got[0] == 0 and (got[1:] > 0).all()
 
 
-def attached(**kv):
+def attached(observers: int = 16, **kv):
     """A model that selects under a budget of bytes, calibrated, and its calibration text."""
     model = tiny_model()
     text = tokens(3, 60, seed=1)
     kv = KVConfig(kv="select", n_groups=4, kv_tail=2, kv_sinks=2, key_block=16, **kv)
-    return selector.attach(model, kv, SelectConfig(kv_bytes=0.5), [text]), text
+    cfg = SelectConfig(kv_bytes=0.5, observers=observers)
+    return selector.attach(model, kv, cfg, [text]), text
 
 
 @pytest.mark.parametrize("scope", ["head", "layer"])
@@ -66,6 +67,15 @@ def test_a_head_whose_drops_cost_more_gets_more_weight(scope):
     torch.testing.assert_close(got.double(), (ratios - ratios.mean()).div(4).exp().double())
     assert got.log().mean().abs() < 1e-6 and got.std() > 0
     assert (drop_weight(s, model, [text[:, :3]], metrics) == 1).all()
+
+
+def test_no_observers_are_those_that_stay_whole():
+    """observers=0 is the tokens of the query region here, too, as where a prompt is chosen from."""
+    weights = []
+    for observers in (0, 2, 1):
+        model, _ = attached(observers=observers)
+        weights.append(model.selector.drop_weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_only_a_budget_of_bytes_asks_for_it():

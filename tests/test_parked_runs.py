@@ -22,6 +22,8 @@ from benchmarks import park as comparison
 from loaders import parking
 from loaders.export import export
 from loaders.runs import load_run
+from loaders.tokenizer import TextStream
+from model import Transformer
 from storage.parked import Parked, park
 
 pytestmark = pytest.mark.skipif(
@@ -170,3 +172,51 @@ def test_what_parking_takes_is_measured(folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(comparison, "unpark", another)
     assert "another cache" in error_line(runs.call, comparison, *flags)
+
+
+@pytest.mark.parametrize("kv", [(), GROUPS, SELECT], ids=["dense", "value groups", "selection"])
+@pytest.mark.parametrize("where", ["between steps", "in a step"])
+def test_a_turn_that_fails_leaves_the_conversation_as_it_was(
+    folder, kv, where, tmp_path, monkeypatch, capsys
+):
+    """Where the second answer is broken off, between two steps of it or in the middle of one, what
+    is put away is the conversation up to there, and goes on as if that turn had not been."""
+
+    def chat(*messages: str, flags: tuple[str, ...] = ()) -> str:
+        typed(monkeypatch, *messages)
+        runs.call(sample, *flags_of(folder, 6, "--chat", *flags, *kv))
+        return capsys.readouterr().out.rstrip("\n")
+
+    whole = tmp_path / "whole.parked"
+    first = chat("hello there", flags=(f"--park={whole}",))
+    broken = tmp_path / "broken.parked"
+    count = []
+
+    def broken_off(real):
+        def run(*args, **kwargs):
+            out = real(*args, **kwargs)
+            count.append(None)
+            if len(count) == 9:  # of the second answer
+                raise KeyboardInterrupt
+            return out
+
+        return run
+
+    place, name = (Transformer, "decode_step") if where == "in a step" else (TextStream, "add")
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, broken_off(getattr(place, name)))
+        said = chat("hello there", "and then?", "so?", flags=(f"--park={broken}",))
+    assert said.startswith(first) and len(count) == 9
+    assert broken.read_bytes() == whole.read_bytes()
+    chat("so?", flags=(f"--unpark={broken}",))
+
+
+def test_a_conversation_that_fills_the_context_is_put_away(folder, tmp_path, monkeypatch, capsys):
+    """Where there is no room for the next message, all that was said before it is in the file."""
+    file = tmp_path / "chat.parked"
+    typed(monkeypatch, *["hello there, all of you"] * 9)
+    line = error_line(runs.call, sample, *flags_of(folder, 6, "--chat", f"--park={file}"))
+    assert "the context is 400" in line
+    n_answers = capsys.readouterr().err.count("tokens/s")
+    held = parking.take_up(str(file), load_run(folder, device="cpu").model, chat=True)
+    assert len(held.messages) == 2 * n_answers > 2

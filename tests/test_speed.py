@@ -12,6 +12,7 @@ from helpers import error_line
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora
+import runs
 from benchmarks import parts, speed
 from benchmarks.common import random_model
 from benchmarks.generate import store_by
@@ -157,6 +158,12 @@ def test_nothing_begins_when_time_is_over(capsys):
     assert speed.measured(speed.sweep_of(cfg, TINY, time.time() - 151)) == []
     said = capsys.readouterr().err
     assert "decoding, B1 T40" in said and "training, LoRA, B1" in said and "attention" in said
+
+
+def test_a_sweep_without_a_row_is_refused(tmp_path):
+    """Where nothing was measured, one line says so, and no empty results are left."""
+    line = error_line(runs.call, speed, "--most_seconds=1e-9", f"--results={tmp_path}/rows")
+    assert "nothing was measured" in line and not (tmp_path / "rows").exists()
 
 
 def test_what_fails_is_left_out(monkeypatch, capsys):

@@ -567,10 +567,9 @@ def state(model: Transformer) -> dict[str, Tensor]:
 def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
     """Put `saved` into a selector fresh from attach. ValueError lists what does not fit."""
     own = state(model)
-    name = "selector.drop_weight"
-    if name in own:  # runs that were made before it was measured have none
-        saved = {name: torch.ones_like(own[name]), **saved}
-    copy_tensors(own, saved, "selector state")
+    # runs that were made before it was measured have no drop_weight
+    ones = {name: torch.ones_like(t) for name, t in own.items() if name.endswith(".drop_weight")}
+    copy_tensors(own, ones | saved, "selector state")
 
 
 @contextmanager

@@ -168,10 +168,11 @@ def drop_ratios(
     x, q, k, z = see_layers(selector, model, idx)
     cfg = selector.cfg
     about = dict(pad=None, rope=selector.rope, n_groups=selector.S, cap=selector.cap)
+    inputs = tuple(t[:, :n_prompt] for t in x)
     before = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
     context = tuple(t[:, :, :n_context] for t in z)
     observers = cfg.observers or selector.kv.kv_tail or 1
-    prompt = Prompt(x, *before, context, n_context, observers=observers, **about)
+    prompt = Prompt(inputs, *before, context, n_context, observers=observers, **about)
     norm = selector.layer_weights(prompt, cfg.hedge) * prompt.norms
     energy = (future(prompt, cfg) ** (2 * cfg.hedge)) * norm.square().sum(-1)  # (L, 1, Hkv, C)
     energy[..., :n_first] = 0

@@ -664,20 +664,20 @@ def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base, monke
     """A call from the beginning takes a row's first seed at its best rate from the comparison of
     rates: no log has a step twice. Whether another seed has time is asked with half of what two
     rates took."""
-    took = []
+    clock = SimpleNamespace(now=100, time=lambda: clock.now)
     at_best_rate = adapters.at_best_rate
+    asked = []
 
-    def timed(*given):
-        start = time.time()
-        best = at_best_rate(*given)
-        took.append(time.time() - start)
-        return best
+    def four_seconds(*given):
+        clock.now += 4
+        return at_best_rate(*given)
 
     def seeds_in_time(cfg, w, begin, seconds):
-        took.append(seconds)
+        asked.append((begin, seconds))
         return [cfg.seed]
 
-    monkeypatch.setattr(adapters, "at_best_rate", timed)
+    monkeypatch.setattr(adapters, "time", clock)
+    monkeypatch.setattr(adapters, "at_best_rate", four_seconds)
     monkeypatch.setattr(adapters, "seeds_in_time", seeds_in_time)
     flags = [f"--init_from={base}", f"--adapt_dataset={text}", "--adapt_steps=2", "--seeds=1"]
     flags += ["--adapt_rates=1e-3,1e-4", "--adapt_batch_size=1", "--eval_sequences=1"]
@@ -688,5 +688,4 @@ def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base, monke
     assert {log.parent.name for log in logs} == names
     for log in logs:
         assert [r["step"] for r in checkpoint.read_jsonl(log) if "loss" in r] == [0, 1], log
-    *rows, seconds = took
-    assert len(rows) == 3 and sum(rows) / 2 <= seconds < sum(rows)
+    assert asked == [(100, 3 * 4 / 2)]  # three rows of four seconds at two rates

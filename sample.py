@@ -161,26 +161,35 @@ def sample(run: Run, cfg: SampleConfig, prompt: str, held: Held | None) -> None:
         new = encode_after(run.tokenizer, run.tokenizer.decode(held.ids), prompt)
         ids = [*held.ids, *new]
         unread = [*held.pending, *new]
+        check(
+            bool(unread),
+            f"{cfg.unpark} holds a text that has ended",
+            "there is nothing to continue",
+            "give --prompt=TEXT, what follows it",
+        )
     ends = end_tokens(run.tokenizer)
     stream = TextStream(run.tokenizer, ids)
     alone = cfg.num_samples == 1
 
-    def shown(new: list[int]) -> None:
+    def shown(new: list[int]) -> bool:
         if len(stream.ids) == len(ids):  # not before: a request may be refused
             show(prompt)
         if new[0] not in ends:
             show(stream.add(new))
+        return bool(noted)
 
     start = time.perf_counter()
-    rows, cache = generate(
-        run.model,
-        [unread for _ in range(cfg.num_samples)],
-        cfg.max_new_tokens,
-        stop=ends,
-        cache=None if held is None else held.cache,
-        on_token=shown if alone else None,
-        **options_of(cfg),
-    )
+    # what is to be put away ends between two tokens
+    with noted_interrupt() if cfg.park else contextlib.nullcontext([]) as noted:
+        rows, cache = generate(
+            run.model,
+            [unread for _ in range(cfg.num_samples)],
+            cfg.max_new_tokens,
+            stop=ends,
+            cache=None if held is None else held.cache,
+            on_token=shown if alone else None,
+            **options_of(cfg),
+        )
     seconds = time.perf_counter() - start
     for row in rows:
         text = stream.end() if alone else prompt + decode_after(run.tokenizer, ids, row)

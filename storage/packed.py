@@ -405,6 +405,8 @@ class PackedCache(WindowCache):
 
     def _resize(self, cap: int) -> None:
         """Have room for `cap` packed tokens in every segment, of whole blocks."""
+        if cdiv(cap, self.codec.block) == self.cap // self.codec.block:
+            return
         old = {name: getattr(self, name) for name in (*self.codec.owners, "bits")}
         self._allocate(cap)
         for name, t in old.items():

@@ -293,6 +293,9 @@ def test_packed_caches_fit_their_tokens(bits, n_tokens):
             model.prefill(idx[:, :n_tokens], cache)
         caches[1].fit(0)
         assert caches[1].nbytes() == caches[0].nbytes()
+        place = caches[1].layers[0].keys.data_ptr()
+        caches[1].fit(0)  # fits already: nothing is copied
+        assert caches[1].layers[0].keys.data_ptr() == place
         caches[1].fit(20)
         held = caches[1].nbytes()
         for t in range(n_tokens, n_tokens + 20):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,45 @@ def test_a_fresh_process_goes_on_with_the_same_tokens(folder, kv, tmp_path):
     more, _ = elsewhere(folder, 3, f"--unpark={file}", "--prompt= and so", *kv)
     assert more.startswith(" and so")
     assert [path.name for path in tmp_path.iterdir()] == ["text.parked"]
+
+
+def test_a_text_that_ctrl_c_ends_is_put_away(folder, tmp_path, monkeypatch, capsys):
+    """A first Ctrl-C ends a text that is to be put away between two tokens: what was shown is in
+    the file, and goes on from there as if nothing had been."""
+    file = tmp_path / "text.parked"
+    prompt = "--prompt=some words"
+
+    def written(*flags: str) -> str:
+        runs.call(sample, *flags)
+        return capsys.readouterr().out.removesuffix("\n" + "-" * 20 + "\n")
+
+    whole = written(*flags_of(folder, 9, prompt))
+    steps = []
+
+    def interrupted(real):
+        def step(*args, **kwargs):
+            steps.append(None)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*args, **kwargs)
+
+        return step
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Transformer, "decode_step", interrupted(Transformer.decode_step))
+        first = written(*flags_of(folder, 9, prompt, f"--park={file}"))
+    assert len(steps) == 3 and len(first) < len(whole)
+    assert first + written(*flags_of(folder, 5, f"--unpark={file}")) == whole
+
+
+def test_a_text_that_has_ended_wants_a_prompt(folder, tmp_path, monkeypatch):
+    """Of a text whose last token ended it nothing is left to continue: one line says so."""
+    file = tmp_path / "text.parked"
+    with monkeypatch.context() as patched:
+        patched.setattr(sample, "end_tokens", lambda _: set(range(259)))
+        runs.call(sample, *flags_of(folder, 3, "--prompt=hello", f"--park={file}"))
+    line = error_line(runs.call, sample, *flags_of(folder, 3, f"--unpark={file}"))
+    assert f"{file} holds a text that has ended" in line and "--prompt=TEXT" in line
 
 
 @pytest.mark.parametrize("kv", [(), SELECT], ids=["dense", "selection"])

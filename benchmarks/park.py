@@ -9,6 +9,11 @@ RESULTS/results.json. What comes back is compared bit by bit with what was put a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import time
 from dataclasses import dataclass
 from pathlib import Path

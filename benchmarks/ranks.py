@@ -12,6 +12,11 @@ and left in RESULTS/NAME/results.json.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import json
 import os
 import signal

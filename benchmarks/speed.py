@@ -13,6 +13,11 @@ decode, benchmarks/step.py and benchmarks/peers.py. Leaves results.json and spee
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import gc
 import json
 import sys

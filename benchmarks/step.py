@@ -11,6 +11,11 @@ as it is made, its ratio to the same case kernel by kernel; all are left in RESU
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # first of all: from here on Ctrl-C is answered by one line
+    from settings.begin import begin_program
+
+    begin_program()
+
 import gc
 import json
 import time

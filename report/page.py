@@ -115,6 +115,18 @@ def read_rows(path: Path, only: dict[str, str]) -> list[dict]:
     return [r for r in rows if is_asked(r)]
 
 
+def check_fields_asked(paths: list[Path], only: dict[str, str]) -> None:
+    """Raise ValueError where rows must have a field that none of these files' rows has."""
+    known = {name for path in paths for row in read_rows(path, {}) for name in row}
+    unknown = sorted(only.keys() - known)
+    check(
+        not paths or not unknown,
+        f"{', '.join(unknown)} in its first mark",
+        f"fields of its rows are {', '.join(sorted(known))}",
+        "mend the mark",
+    )
+
+
 def results_of(mark: Mark) -> list[Path]:
     """The results files of a table, by name; none where a folder has none, or belongs to a script
     that runs/all.sh has begun and not ended."""
@@ -278,7 +290,7 @@ def with_note(body: str, code: str) -> str:
 
 def rebuilt(page: str, code: str) -> tuple[str, list[str]]:
     """The page with the tables of all results that there are, and what is wrong with others, which
-    stay as they are. ValueError where marks are not in pairs."""
+    stay as they are. ValueError where marks are not in pairs, or one says what none may."""
     begun = page.count("<!-- table ")
     ended = page.count("<!-- end -->")
     pairs = len(TABLE.findall(page))
@@ -295,6 +307,7 @@ def rebuilt(page: str, code: str) -> tuple[str, list[str]]:
         body = match["body"]
         try:
             paths = results_of(mark)
+            check_fields_asked(paths, mark.only)
             lines = lines_of(paths, mark)
             if lines:
                 body = f"{markdown(lines)}\n\n{how_made(paths, mark)}"
@@ -307,7 +320,8 @@ def rebuilt(page: str, code: str) -> tuple[str, list[str]]:
 
 
 def mark_of(match: re.Match) -> Mark:
-    """What the first mark of a table, found by TABLE, says."""
+    """What the first mark of a table, found by TABLE, says. ValueError for columns that there are
+    none of."""
     folders = []
     only: dict[str, str] = {}
     for word in match["words"].split():
@@ -316,8 +330,14 @@ def mark_of(match: re.Match) -> Mark:
             only[name] = value
         else:
             folders.append(Path(word))
-    across = only.pop("across", "") == "bytes"
-    return Mark(match["name"], match["script"], folders, only, across)
+    across = only.pop("across", None)
+    check(
+        across in (None, "bytes"),
+        f"table {match['name']}: across={across}",
+        "columns are shares of the bytes or fields of rows",
+        "give across=bytes, or leave it out",
+    )
+    return Mark(match["name"], match["script"], folders, only, across is not None)
 
 
 def main() -> None:

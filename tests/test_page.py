@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import error_line
 
 import bench
 import cli
@@ -304,6 +305,21 @@ def test_page_has_a_table_across_shares_of_the_bytes(place):
         f"| {series} | u |  | 0.0200 / +0.2500 | 0.4000 / +0.5000 (3.0%) |",
         f"| {series} | v | 0.2000 / +0.0000 (52.0%) |  |  |",
     ]
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("across=byte", "across=byte: columns are shares"),
+        ("acros=bytes", "acros in its first mark"),
+    ],
+)
+def test_page_refuses_a_word_that_says_nothing(place, word, says):
+    """A mark whose columns there are none of, or that asks for a field that no row has: one line,
+    and the table stays."""
+    page.PAGE.write_text(BEFORE.replace("out/a -->", f"out/a {word} -->"))
+    assert says in error_line(page.main)
+    assert "| old |" in body("made")
 
 
 @pytest.mark.parametrize("page_text", ["<!-- end -->\n", BEFORE.replace("<!-- end -->", "", 1)])

@@ -39,6 +39,12 @@ from training.lock import owned
 
 PROGRAMS = {"train": train, "eval": evaluation, "sample": sample, "bench": bench, "export": export}
 CALLED = {name: f"{name}.py" for name in PROGRAMS} | {"export": "python -m loaders.export"}
+# comparisons with a command of their own
+COMPARISONS = [
+    f"python -m benchmarks.{path.stem}"
+    for path in sorted((runs.ROOT / "benchmarks").glob("*.py"))
+    if "ARGS = parse_args" in path.read_text()
+]
 # argparse's, cli.py's, torchrun's; stand-ins for any flag
 NOT_OURS = {"help", "all", "nproc_per_node", "key", "flag"}
 
@@ -464,16 +470,16 @@ def test_interrupted_while_loading_ends_by_one_line():
     assert (p.returncode, out, err) == (130, "", "sample.py: interrupted\n")
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_interrupted_at_its_first_import_ends_by_one_line(program, tmp_path):
+@pytest.mark.parametrize("called", [*CALLED.values(), *COMPARISONS])
+def test_interrupted_at_its_first_import_ends_by_one_line(called, tmp_path):
     """Ctrl-C while the first module that a program imports is loaded, here an argparse of the
     test's, which sends it: one line, exit 130, no traceback."""
     source = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     (tmp_path / "argparse.py").write_text(source)
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = CALLED[program].removeprefix("python ").split()
+    command = called.removeprefix("python ").split()
     p = runs.python(*command, "--help", env=env, wait=30)
-    assert (p.returncode, p.out, p.err) == (130, "", f"{CALLED[program]}: interrupted\n")
+    assert (p.returncode, p.out, p.err) == (130, "", f"{called}: interrupted\n")
 
 
 def test_rank_that_is_told_to_end_while_loading_says_so(tmp_path):

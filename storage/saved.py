@@ -24,6 +24,9 @@ from storage.state import refuse_difference
 
 FORMAT = "5"
 SAMPLE = 65536  # numbers of a tensor that the fingerprint looks at, evenly spread
+# Tensors, by how their names begin, that caches saved before there were any are read without: made
+# from the model's settings, and what is asked only when a prompt's tokens are chosen.
+NO_PART = ("rope_", "selector.drop_weight")
 
 
 def numbers_hash(tensors: dict[str, Tensor], sample: int = 0) -> str:
@@ -45,7 +48,7 @@ def fingerprint(model) -> str:
     in any order and on any device."""
     tensors = dict(model.named_parameters())
     for name, t in model.named_buffers():
-        if not name.startswith("rope_"):
+        if not name.startswith(NO_PART):
             tensors[name] = t
     sums = {f"{name} bits": bit_sum(t) for name, t in tensors.items()}
     scales = {

@@ -1056,6 +1056,28 @@ def test_a_fingerprint_sees_any_number_and_an_adapters_scale():
     assert len(seen) == 4
 
 
+def test_a_cache_saved_before_dropped_tokens_were_measured_is_read(tmp_path):
+    """What weighs heads when tokens are chosen is no part of what reads them: a model without that
+    measurement, as before there was one, has the same fingerprint, and its cache is read. Any other
+    tensor of the selector counts."""
+    kv = KVConfig(kv="select", n_groups=4, kv_tail=4)
+    model = tiny_model()
+    selector.attach(model, kv, SelectConfig(relevance="future", kv_keep=0.5), [tokens(2, 40)])
+    drop_weight = model.selector.drop_weight
+    assert not torch.equal(drop_weight, torch.ones_like(drop_weight))
+    seen = fingerprint(model)
+    cache = model.new_cache(1, 40)
+    with torch.no_grad():
+        model.prefill(tokens(1, 30), cache)
+    model.selector.drop_weight = None
+    assert fingerprint(model) == seen
+    cache.save(tmp_path / "cache", model)
+    model.selector.drop_weight = drop_weight
+    assert KVCache.load(tmp_path / "cache", model).nbytes() == cache.nbytes()
+    model.selector.output_gain += 1
+    assert fingerprint(model) != seen
+
+
 def test_a_cache_keeps_its_window_where_a_prompt_reads_routed():
     """A piece into a cache made with another window is read by the cache's own: the logits are
     those of a model that has it for good."""

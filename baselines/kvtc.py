@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -193,6 +193,10 @@ class Stream(NamedTuple):
         components = self.basis[:, : y.size(-1)]
         return y @ components.T + self.mean
 
+    def on(self, device: torch.device) -> Stream:
+        """Return the same on a device, as far as prompts are coded by it."""
+        return self._replace(mean=self.mean.to(device), basis=self.basis.to(device))
+
 
 def principal(xs: list[Tensor], total: Tensor, moment: Tensor, n: int) -> Stream:
     """Return the components of n tokens whose sum is total (p,) and whose sum of squares is moment
@@ -332,6 +336,13 @@ class KvtcCodec(nn.Module):
         if n_middle:
             bits = room * 2 * p * 16
             self.plan = planned(streams, bits / n_middle)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> KvtcCodec:
+        """Take the components where the model goes. They keep their type, unlike its weights."""
+        super()._apply(fn, recurse)
+        device = fn(self.streams[0].mean).device
+        self.streams = [stream.on(device) for stream in self.streams]
+        return self
 
     def constants(self) -> dict[str, Tensor]:
         names = ("keys", "values")

@@ -303,6 +303,18 @@ def test_coded_rows_do_not_depend_on_neighbours_padding_or_pieces(method, stream
         torch.testing.assert_close(both[b : b + 1], alone, rtol=0, atol=1e-4)
 
 
+def test_components_go_where_the_model_goes_and_keep_their_type(streams):
+    """model.to moves what prompts are coded by to its device; its dtype is not theirs."""
+    model = coded_model("kvtc", streams)
+    codec = model.layers[0].self_attn.kv_path.codec
+    before = [t for stream in codec.streams for t in (stream.mean, stream.basis)]
+    model.to(torch.bfloat16)
+    after = [t for stream in codec.streams for t in (stream.mean, stream.basis)]
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    model.to("meta")
+    assert {t.device.type for stream in codec.streams for t in stream[:2]} == {"meta"}
+
+
 @pytest.mark.parametrize("method", CODED)
 def test_bytes_of_coded_caches_are_those_of_tensors(method, streams):
     """A cache's bytes are its strings, its whole tokens and its counts; the share of the bytes is

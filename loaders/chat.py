@@ -44,6 +44,17 @@ class Turn(NamedTuple):
     anew: bool
 
 
+class Reading(NamedTuple):
+    """What an answer begins from. ids: tokens to be read; cache: what they follow, None for the
+    beginning of a conversation, or all of it anew; n_held: tokens in it; n_new: of the answer, at
+    most."""
+
+    ids: list[int]
+    cache: KVCache | None
+    n_held: int
+    n_new: int
+
+
 class Conversation:
     """Messages so far, and the cache that holds them.
 
@@ -108,61 +119,80 @@ class Conversation:
         context has no room for it. Where it fails, at a Ctrl-C too, the conversation is as it was
         before."""
         start = time.perf_counter()
-        turn = len(self.messages) // 2
+        n_before = len(self.messages)
         before = (self.cache, self.ids, self.pending, self.last_answer)
         saved = None
         try:
-            ids = self.prompt(text)
-            anew = self.outgrown()
-            cache = None if anew else self.cache
-            if anew:
-                ids = self.ids + ids
-            n_held = 0 if cache is None else cache.length
-            room = self.model.cfg.block_size - n_held - len(ids)
-            check(
-                room > 0,
-                f"{len(ids)} more tokens after {n_held}",
-                f"the context is {self.model.cfg.block_size}",
-                "begin a new conversation",
-            )
-            n_new = min(self.max_new_tokens, room)
-            if cache is not None:
-                cache.fit(len(ids) + n_new - 1)  # first: what is saved shares its memory then
-                saved = cache.snapshot()
-            stream = TextStream(self.tokenizer, ids[-CONTEXT_SHOWN:])
-
-            def shown(new: list[int]) -> bool:
-                if new[0] not in self.template.ends:
-                    show(stream.add(new))
-                return is_stopped()
-
-            options = {**self.options, "seed": self.options.get("seed", 0) + turn}
-            (answer,), self.cache = generate(
-                self.model,
-                [ids],
-                n_new,
-                stop=self.template.ends,
-                cache=cache,
-                on_token=shown,
-                **options,
-            )
-            show(stream.end())
-            self.pending = answer[self.cache.length - n_held - len(ids) :]
-            self.ids = [*self.ids[:n_held], *ids, *answer][: self.cache.length]
-            self.cache.fit(0)
-            self.last_answer = self.tokenizer.decode(answer)
-            self.messages.append({"role": "assistant", "content": self.last_answer})
+            reading = self._reading(text)
+            if reading.cache is not None:
+                # first: what is saved shares its memory then
+                reading.cache.fit(len(reading.ids) + reading.n_new - 1)
+                saved = reading.cache.snapshot()
+            answer = self._answer(reading, show, is_stopped)
+            self._take(reading, answer)
         except BaseException:
-            del self.messages[2 * turn :]
+            del self.messages[n_before:]
             self.cache, self.ids, self.pending, self.last_answer = before
             if saved is not None:
                 self.cache.restore(saved)
                 self.cache.broken = False
             raise
         return Turn(
-            n_read=len(ids),
+            n_read=len(reading.ids),
             n_new=len(answer),
             seconds=time.perf_counter() - start,
             ended=not self.pending,
-            anew=anew,
+            anew=reading.cache is None and before[0] is not None,
         )
+
+    def _reading(self, text: str) -> Reading:
+        """Add a user's message and return what has to be read before its answer: all of the
+        conversation where a selecting path chooses anew."""
+        ids = self.prompt(text)
+        cache = self.cache
+        if self.outgrown():
+            ids = self.ids + ids
+            cache = None
+        n_held = 0 if cache is None else cache.length
+        room = self.model.cfg.block_size - n_held - len(ids)
+        check(
+            room > 0,
+            f"{len(ids)} more tokens after {n_held}",
+            f"the context is {self.model.cfg.block_size}",
+            "begin a new conversation",
+        )
+        return Reading(ids, cache, n_held, min(self.max_new_tokens, room))
+
+    def _answer(
+        self, reading: Reading, show: Callable[[str], None], is_stopped: Callable[[], bool]
+    ) -> list[int]:
+        """Read, fill the cache, and return the answer's tokens, shown as they come."""
+        stream = TextStream(self.tokenizer, reading.ids[-CONTEXT_SHOWN:])
+
+        def shown(new: list[int]) -> bool:
+            if new[0] not in self.template.ends:
+                show(stream.add(new))
+            return is_stopped()
+
+        turn = len(self.messages) // 2
+        options = {**self.options, "seed": self.options.get("seed", 0) + turn}
+        (answer,), self.cache = generate(
+            self.model,
+            [reading.ids],
+            reading.n_new,
+            stop=self.template.ends,
+            cache=reading.cache,
+            on_token=shown,
+            **options,
+        )
+        show(stream.end())
+        return answer
+
+    def _take(self, reading: Reading, answer: list[int]) -> None:
+        """Add an answer to what was said, and make the cache as small as what it holds."""
+        n_held = reading.n_held
+        self.pending = answer[self.cache.length - n_held - len(reading.ids) :]
+        self.ids = [*self.ids[:n_held], *reading.ids, *answer][: self.cache.length]
+        self.cache.fit(0)
+        self.last_answer = self.tokenizer.decode(answer)
+        self.messages.append({"role": "assistant", "content": self.last_answer})

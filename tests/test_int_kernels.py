@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from views import finite, normal, packed_view, to_device, window_view
 
 from kernels import append_packed, packed_attention
-from storage.integers import attention, words
+from storage.integers import attention, unpack, words
 from storage.integers.format import IntFormat, Ints, quantise_keys, quantise_values
-from storage.kernel_base import triton
+from storage.kernel_base import jit, tl, triton
 from storage.layout import (
     PackedView,
     WindowView,
@@ -295,6 +295,32 @@ def test_ragged_contexts_of_integers_are_cut_end_to_end(value_bits, launches):
     first, second, _ = launches[0][1]
     assert second == 1
     assert first < 4 * 7
+
+
+@jit
+def _order_kernel(out_ptr, factor_ptr, BITS: tl.constexpr):
+    """Store what sixteen joins, and field_factor of the fields of a byte."""
+    n = tl.zeros([1], tl.float32)
+    low = (n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7)
+    high = (n + 8, n + 9, n + 10, n + 11, n + 12, n + 13, n + 14, n + 15)
+    i = tl.arange(0, 16)
+    tl.store(out_ptr + i, tl.reshape(unpack.sixteen(*low, *high), [16]))
+    field = tl.arange(0, 4)
+    tl.store(factor_ptr + field, unpack.field_factor(field, BITS))
+
+
+@pytest.mark.parametrize(
+    ("bits", "factors"),
+    [(2, [1, 4, 16, 64]), (3, [1, 1, 16, 16]), (4, [1, 16]), (8, [1])],
+)
+def test_outputs_of_ptx_are_joined_in_order_and_scaled_as_they_come(bits, factors):
+    """What only the path of a GPU asks: sixteen outputs keep their order, and field_factor is how
+    much too large PTX leaves a code (tests/test_compiled.py reads it)."""
+    out = torch.zeros(16, device=DEVICE)
+    factor = torch.zeros(4, device=DEVICE)
+    _order_kernel[(1,)](out, factor, BITS=bits)
+    assert out.tolist() == list(range(16))
+    assert factor[: len(factors)].tolist() == factors
 
 
 # -------------------- appending

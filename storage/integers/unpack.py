@@ -114,7 +114,7 @@ def eight(a, b, c, d, e, f, g, h):
 
 
 @jit
-def _sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2):
+def sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2):
     """Join sixteen to (..., 2, 2, 2, 2), in order."""
     return tl.join(eight(a, c, e, g, a2, c2, e2, g2), eight(b, d, f, h, b2, d2, f2, h2))
 
@@ -165,7 +165,7 @@ def key_codes(words, thirds, like, BITS: tl.constexpr, ASM: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        x = _sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2)
+        x = sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2)
     elif BITS == 3:
         a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2 = tl.inline_asm_elementwise(
             KEY_ASM_3,
@@ -175,7 +175,7 @@ def key_codes(words, thirds, like, BITS: tl.constexpr, ASM: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        x = _sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2)
+        x = sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2)
     elif BITS == 4:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             KEY_ASM_4,

@@ -137,6 +137,7 @@ def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:
 def others() -> None:
     """Compile everything but attention, and capped attention over several queries and ragged
     segments."""
+    append_tokens(3)
     for bits in (4, 16):
         append_tokens(bits)
         append_tokens(bits, shared=True)

@@ -376,6 +376,11 @@ class IntRing:
         (2, 1, 4, 8, True, 16),
         (4, 4, 2, 2, False, 32),
         (4, 3, 8, 2, True, 64),
+        (4, 2, 3, 3, False, 64),
+        (2, 2, 4, 3, True, 16),
+        (8, 5, 3, 8, True, 32),
+        (1, 1, 3, 3, False, 32),
+        (16, 3, 2, 4, False, 64),
     ],
 )
 def test_append_packed_forms_the_blocks_of_the_format(S, K, key_bits, value_bits, shared, D):

@@ -16,6 +16,11 @@ python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=327
   --batch_size=8 --cases=4:1:1:4,4:1:1:8,4:0.5:1:4,8:0.9:0.43:4:0,8:0.9:0.43:4 \
   --results="$OUT/integers"
 
+# the same shape in 2 and 3 bits, which no table has yet
+python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=32768 \
+  --batch_size=8 --cases=4:1:1:3,4:0.5:1:3,4:1:1:2,4:0.5:1:2,8:0.9:0.43:3:0 \
+  --results="$OUT/few_bits"
+
 # one sequence
 python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=32768 \
   --batch_size=1 --cases=16:0.5:0.5,4:1:1:4,4:0.5:1:4,8:0.9:0.43:4:0 \

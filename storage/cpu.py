@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from storage.layout import PackedView, WindowView, soft_cap
@@ -310,9 +311,14 @@ def expand_bits(bits: Tensor, n_bits: int) -> Tensor:
 
 def take_rows(rows: Tensor, number: Tensor) -> Tensor:
     """Return rows[number]: rows (n, x), number (...) int32, result (..., x)."""
-    size = rows.size(-1) * rows.element_size()
+    x = rows.size(-1)
+    size = x * rows.element_size()
+    longer = [n for n in AS_ONE if n > size]
+    if longer and size not in AS_ONE:
+        rows = F.pad(rows, (0, longer[0] // rows.element_size() - x))
+        size = longer[0]
     whole = rows
     if size in AS_ONE:
         whole = rows.view(AS_ONE[size]).flatten()
     taken = whole.index_select(0, number.flatten())
-    return taken.view(rows.dtype).view(*number.shape, -1)
+    return taken.view(rows.dtype).view(*number.shape, -1)[..., :x]

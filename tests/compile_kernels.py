@@ -137,14 +137,15 @@ def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:
 def others() -> None:
     """Compile everything but attention, and capped attention over several queries and ragged
     segments."""
+    append_tokens(3)
     for bits in (4, 16):
         append_tokens(bits)
         append_tokens(bits, shared=True)
         append_tokens(bits, skip=torch.zeros(2, dtype=torch.int64))
     route = torch.ones(2, 2, 4, dtype=torch.bool)
     append_tokens(16, route=route, enc=torch.randn(2, 64, 64).bfloat16())
-    for bits in (3, 4, 16):  # by bytes, by words, whole numbers
-        attend(4, 0, bits, bits, 64, torch.bfloat16, T=3, cap=50.0, lengths=((N, 5), (3, 4)))
+    for S, bits in ((8, 3), (4, 4), (4, 16)):  # by bytes, by words, whole numbers
+        attend(S, 0, bits, bits, 64, torch.bfloat16, T=3, cap=50.0, lengths=((N, 5), (3, 4)))
     k, v = torch.randn(2, 2, 2, 272, 64).bfloat16()
     window = window_view(k, v, None, [5, 5])
     kernels.append_window(window, k[:, :, :1], v[:, :, :1], impl="triton")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage.integers import attention, unpack
-from storage.integers.format import LEVEL_BITS, LEVEL_STEPS, zero_code
+from storage.integers import attention, level_words, unpack
+from storage.integers.format import LEVEL_BITS, LEVEL_STEPS, pack_bits, zero_code
 from storage.kernel_base import TRITON, triton
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,11 @@ CASES = [
     ("word: levels", 8, 0, 4, 0, 128, "bfloat16"),
     ("word: levels, 64", 8, 0, 4, 0, 64, "bfloat16"),
     ("word: levels, float32", 4, 0, 8, 0, 32, "float32"),
-    ("byte: levels", 8, 0, 3, 0, 64, "bfloat16"),
+    ("word: levels, keys of 3 bits", 8, 0, 3, 0, 64, "bfloat16"),
+    ("word: half, 3 bits", 4, 2, 3, 3, 64, "bfloat16"),
+    ("word: all, 3 bits", 4, 4, 3, 3, 64, "bfloat16"),
+    ("word: counted, 2 bits", 4, 0, 2, 2, 128, "bfloat16"),
+    ("byte: levels", 4, 0, 3, 0, 48, "bfloat16"),
     ("byte: half", 4, 2, 4, 3, 32, "bfloat16"),
     ("float: half", 4, 2, 16, 16, 128, "bfloat16"),
     ("float: counted", 16, 0, 16, 16, 128, "bfloat16"),
@@ -98,9 +102,9 @@ def test_codes_in_words_move_little_between_lanes(compiled):
 
 
 def run_ptx(text: str, *inputs: int) -> list[int]:
-    """What PTX of moves, shifts, look-ups of bytes and of bits leaves in its outputs $0, $1, ..., for
-    32-bit inputs, which come after them."""
-    lines = [line for line in text.strip("{}").replace("\n", "").split(";") if line]
+    """What PTX of moves, masks, shifts, look-ups of bytes and of bits leaves in its outputs $0, $1,
+    ..., for 32-bit inputs, which come after them."""
+    lines = [line for line in text[1:-1].replace("\n", "").split(";") if line]
     names = re.findall(r"\$(\d+)", text)
     first = max(map(int, names)) + 1 - len(inputs)
     held = {f"${first + i}": x for i, x in enumerate(inputs)}
@@ -112,10 +116,16 @@ def run_ptx(text: str, *inputs: int) -> list[int]:
         name, *operands = line.replace(",", " ").split()
         if name == ".reg":
             continue
+        if operands[0].startswith("{"):  # a pair of half registers
+            low, high, x = (operand.strip("{}") for operand in operands)
+            held |= {low: value(x) & 0xFFFF, high: value(x) >> 16}
+            continue
         to, *rest = operands
         x, *more = map(value, rest)
         if name == "mov.b32":
             held[to] = x
+        elif name == "and.b32":
+            held[to] = x & more[0]
         elif name == "shl.b32":
             held[to] = x << more[0] & 0xFFFFFFFF
         elif name == "shr.u32":
@@ -135,22 +145,81 @@ def run_ptx(text: str, *inputs: int) -> list[int]:
     return [held[f"${i}"] for i in range(first)]
 
 
+def word_of(packed: torch.Tensor) -> int:
+    """Bytes as they lie in memory, as one word."""
+    return sum(byte << 8 * i for i, byte in enumerate(packed.tolist()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_of_keys_become_codes(bits):
+    """The PTX, read line by line, for every word of a key of 64 numbers: output by output the code
+    of the channel that key_order names, times field_factor's power of 2."""
+    n_fields = 4 if bits == 3 else 8 // bits
+    codes = torch.randint(0, 1 << bits, (64,), generator=torch.Generator().manual_seed(bits))
+    packed = pack_bits(codes.to(torch.uint8), bits)
+    n_bytes = 64 // n_fields  # of the first plane
+    for word in range(n_bytes // 4):
+        inputs = [word_of(packed[4 * word :][:4])]
+        if bits == 3:
+            later, third = divmod(word, n_bytes // 8)
+            inputs.append(word_of(packed[n_bytes + 4 * third :][:4]) >> later)
+        got = run_ptx(getattr(unpack, f"KEY_ASM_{bits}").value, *inputs)
+        assert len(got) == 4 * n_fields
+        for i, code in enumerate(got):
+            byte = 4 * word + i // (2 * n_fields) + i % 2 * 2
+            field = i // 2 % n_fields
+            want = codes[byte + field * n_bytes].item()
+            assert code == want << factor_bits(field, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_of_two_values_become_codes(bits):
+    """The same for rows of 32 numbers of two tokens, of 2 and 3 bits half a word at a time: first
+    all codes of the one, then those of the other."""
+    n_fields = 4 if bits == 3 else 8 // bits
+    size = 2 if bits < 4 else 4  # bytes of a word
+    shape = (2, 32)
+    codes = torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(bits))
+    packed = pack_bits(codes.to(torch.uint8), bits)
+    n_bytes = 32 // n_fields
+    for word in range(n_bytes // size):
+        inputs = [word_of(row[size * word :][:size]) for row in packed]
+        if bits == 3:
+            later, third = divmod(word, n_bytes // 4)
+            inputs += [word_of(row[n_bytes + 2 * third :][:2]) >> later for row in packed]
+        got = run_ptx(getattr(unpack, f"VALUE_ASM_{bits}").value, *inputs)
+        assert len(got) == 2 * size * n_fields
+        for i, code in enumerate(got):
+            token, number = divmod(i, size * n_fields)
+            byte, field = divmod(number, n_fields)
+            want = codes[token, size * word + byte + field * n_bytes].item()
+            assert code == want << factor_bits(field, bits)
+
+
+def factor_bits(field: int, bits: int) -> int:
+    """Where in a byte the PTX finds a code: of 3 bits in half bytes of two registers in turn."""
+    return field // 2 * 4 if bits == 3 else field * bits
+
+
 def test_planes_in_words_become_codes_and_levels_factors():
     """The PTX, read line by line: four planes of four numbers of four groups become the codes whose
     bits they are, and levels of two tokens choose their factors."""
     planes = torch.randint(0, 2**32, (20, 4), generator=torch.Generator().manual_seed(0)).tolist()
     for a, b, c, d in planes:
-        left = run_ptx(unpack.SWAP_ASM_2.value, a, b), run_ptx(unpack.SWAP_ASM_2.value, c, d)
+        left = (
+            run_ptx(level_words.SWAP_ASM_2.value, a, b),
+            run_ptx(level_words.SWAP_ASM_2.value, c, d),
+        )
         got = [0] * 4
         for i in (0, 1):
-            got[i], got[i + 2] = run_ptx(unpack.SWAP_ASM_4.value, left[0][i], left[1][i])
+            got[i], got[i + 2] = run_ptx(level_words.SWAP_ASM_4.value, left[0][i], left[1][i])
         for quarter, byte in itertools.product(range(4), range(4)):
             fields = [plane >> 8 * byte + 2 * quarter & 3 for plane in (a, b, c, d)]
             code = sum(field << 2 * i for i, field in enumerate(fields))
             assert got[quarter] >> 8 * byte & 255 == code
     for one, two in itertools.product(range(4), range(4)):
-        got = run_ptx(unpack.FACTOR_ASM.value, one, two)
-        table = zip(unpack.LEVEL_FMA[one], unpack.LEVEL_FMA[two], strict=True)
+        got = run_ptx(level_words.FACTOR_ASM.value, one, two)
+        table = zip(level_words.LEVEL_FMA[one], level_words.LEVEL_FMA[two], strict=True)
         assert got == [low | high << 16 for low, high in table]
 
 
@@ -164,6 +233,6 @@ def test_a_code_as_a_subnormal_times_a_constant_is_its_value():
 
     for level in range(4):
         codes = torch.arange(2 ** LEVEL_BITS[level])
-        times, plus = (number(torch.tensor([c])) for c in unpack.LEVEL_FMA[level])
+        times, plus = (number(torch.tensor([c])) for c in level_words.LEVEL_FMA[level])
         want = (codes.double() - zero_code(level)) * LEVEL_STEPS[level]
         assert torch.equal(number(codes) * times + plus, want * 2.0**-13)

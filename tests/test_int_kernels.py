@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from views import finite, normal, packed_view, to_device, window_view
 
 from kernels import append_packed, packed_attention
-from storage.integers import attention, words
+from storage.integers import attention, unpack, words
 from storage.integers.format import IntFormat, Ints, quantise_keys, quantise_values
-from storage.kernel_base import triton
+from storage.kernel_base import jit, tl, triton
 from storage.layout import (
     PackedView,
     WindowView,
@@ -147,7 +147,14 @@ def expect(launches: list, kernel: str, dtype: torch.dtype = torch.float32) -> N
         (2, 3, 1, 32, 4, 8, 3, 0, "byte"),
         (8, 8, 3, 40, 2, 1, 1, 32, "word"),
         (4, 0, 1, 32, 4, 4, 1, 32, "word"),
-        (3, 0, 3, 64, 8, 2, 2, 0, "byte"),
+        (3, 0, 3, 64, 8, 2, 2, 0, "word"),
+        (2, 0, 1, 32, 2, 1, 1, 32, "word"),
+        (3, 3, 3, 64, 4, 3, 1, 32, "word"),
+        (2, 2, 1, 80, 2, 2, 2, 0, "word"),
+        (3, 2, 3, 96, 4, 1, 1, 0, "word"),
+        (2, 3, 1, 96, 2, 3, 1, 32, "word"),
+        (3, 3, 3, 128, 4, 1, 1, 0, "word"),
+        (3, 0, 3, 48, 4, 2, 1, 0, "byte"),
         (4, 0, 3, 64, 16, 1, 1, 64, "word"),
         (4, 0, 3, 48, 4, 2, 1, 32, "byte"),
         (8, 0, 1, 128, 8, 3, 2, 0, "word"),
@@ -205,13 +212,13 @@ def test_attention_over_integers_of_any_shape(case):
 @pytest.mark.parametrize(
     "change", ["nothing", "code", "step", "middle", "mask", "key block", "value row"]
 )
-@pytest.mark.parametrize("value_bits", [4, 2, 0])
-def test_the_comparison_notices(change, value_bits):
+@pytest.mark.parametrize(("value_bits", "S"), [(4, 4), (3, 4), (3, 8), (0, 4)])
+def test_the_comparison_notices(change, value_bits, S):
     """One code of a key, one step or middle of a value, one bit of a mask, one base off by one: the
     comparison fails, in words and in bytes."""
     if change == "middle" and value_bits == 0:
         pytest.skip("levels have no middle")
-    case = Context(4, value_bits, 3, D=64, seed=1)
+    case = Context(4, value_bits, 3, D=64, S=S, seed=1)
     q = case.queries(2, 1)
     p = case.packed
     n = int(p.n[0, 0])
@@ -253,6 +260,11 @@ def test_the_comparison_notices(change, value_bits):
         (4, (4, 8), 48, 2, 1),
         (4, (4, 4), 32, 5, 2),
         (3, (2, 2), 32, 3, 1),
+        (4, (3, 3), 64, 2, 1),
+        (4, (2, 2), 16, 1, 2),
+        (2, (3, 2), 96, 1, 1),
+        (1, (4, 3), 64, 2, 3),
+        (4, (3, 3), 32, 2, 1),
     ],
 )
 def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, launches):
@@ -262,7 +274,8 @@ def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, launches):
     assert len(case.packed.n.unique()) > 1  # rows of different lengths
     for chunk in (0, 32):
         compare(case, case.queries(n, T), chunk)
-    expect(launches, "word" if min(bits) > 3 else "byte", dtype)
+    # with 3 bits a row of 8 numbers has a byte of third bits
+    expect(launches, "byte" if bits[1] == 3 and D < 64 else "word", dtype)
 
 
 @pytest.mark.parametrize("value_bits", [4, 0])
@@ -282,6 +295,32 @@ def test_ragged_contexts_of_integers_are_cut_end_to_end(value_bits, launches):
     first, second, _ = launches[0][1]
     assert second == 1
     assert first < 4 * 7
+
+
+@jit
+def _order_kernel(out_ptr, factor_ptr, BITS: tl.constexpr):
+    """Store what sixteen joins, and field_factor of the fields of a byte."""
+    n = tl.zeros([1], tl.float32)
+    low = (n, n + 1, n + 2, n + 3, n + 4, n + 5, n + 6, n + 7)
+    high = (n + 8, n + 9, n + 10, n + 11, n + 12, n + 13, n + 14, n + 15)
+    i = tl.arange(0, 16)
+    tl.store(out_ptr + i, tl.reshape(unpack.sixteen(*low, *high), [16]))
+    field = tl.arange(0, 4)
+    tl.store(factor_ptr + field, unpack.field_factor(field, BITS))
+
+
+@pytest.mark.parametrize(
+    ("bits", "factors"),
+    [(2, [1, 4, 16, 64]), (3, [1, 1, 16, 16]), (4, [1, 16]), (8, [1])],
+)
+def test_outputs_of_ptx_are_joined_in_order_and_scaled_as_they_come(bits, factors):
+    """What only the path of a GPU asks: sixteen outputs keep their order, and field_factor is how
+    much too large PTX leaves a code (tests/test_compiled.py reads it)."""
+    out = torch.zeros(16, device=DEVICE)
+    factor = torch.zeros(4, device=DEVICE)
+    _order_kernel[(1,)](out, factor, BITS=bits)
+    assert out.tolist() == list(range(16))
+    assert factor[: len(factors)].tolist() == factors
 
 
 # -------------------- appending
@@ -337,6 +376,11 @@ class IntRing:
         (2, 1, 4, 8, True, 16),
         (4, 4, 2, 2, False, 32),
         (4, 3, 8, 2, True, 64),
+        (4, 2, 3, 3, False, 64),
+        (2, 2, 4, 3, True, 16),
+        (8, 5, 3, 8, True, 32),
+        (1, 1, 3, 3, False, 32),
+        (16, 3, 2, 4, False, 64),
     ],
 )
 def test_append_packed_forms_the_blocks_of_the_format(S, K, key_bits, value_bits, shared, D):

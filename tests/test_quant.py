@@ -299,28 +299,6 @@ def test_routers_learn_over_integers_as_over_numbers():
     assert torch.cosine_similarity(*grads, 0) > 0.99
 
 
-def test_planes_of_three_bits_are_not_formed_in_graphs():
-    """A graph needs a kernel for the block that forms, and 3 bits have none: generate takes the
-    other way then."""
-    how = dict(
-        n_groups=2,
-        topk_groups=1,
-        prefill="exact",
-        mask_scope="head",
-        value_router="norm",
-        kv_tail=2,
-        key_block=16,
-    )
-    safe = [
-        {
-            p.graph_safe()
-            for p in kv_router.paths(grouped_model(key_bits=kb, value_bits=vb, **how)).values()
-        }
-        for kb, vb in ((3, 3), (4, 3), (3, 4), (4, 2))
-    ]
-    assert safe == [{False}] * 3 + [{triton is not None}]
-
-
 @pytest.mark.skipif(triton is None, reason="the kernels need triton")
 @pytest.mark.parametrize(
     ("S", "K", "kb", "vb", "scope", "D"),
@@ -331,6 +309,8 @@ def test_planes_of_three_bits_are_not_formed_in_graphs():
         (2, 1, 4, 8, "layer", 16),
         (4, 4, 2, 2, "head", 32),
         (4, 3, 8, 2, "layer", 64),
+        (4, 2, 3, 3, "head", 64),
+        (2, 1, 4, 3, "layer", 16),
     ],
 )
 def test_tokens_by_kernel_form_the_blocks_that_append_forms(S, K, kb, vb, scope, D, monkeypatch):

@@ -29,6 +29,31 @@ def _codes(x, step, middle, BITS: tl.constexpr):
 
 
 @jit
+def _bytes(codes, BITS: tl.constexpr, ROWS: tl.constexpr, n: tl.constexpr):
+    """Pack codes (ROWS, n) of BITS bits, of which 8 is a multiple: format.pack_bits."""
+    PARTS: tl.constexpr = 8 // BITS
+    parts = tl.reshape(codes, (ROWS, PARTS, n // PARTS))
+    shift = tl.arange(0, PARTS)[None, :, None] * BITS
+    return tl.sum(parts << shift, 1).to(tl.uint8)
+
+
+@jit
+def _store_codes(ptr, codes, there, BITS: tl.constexpr, ROWS: tl.constexpr, n: tl.constexpr):
+    """Store codes (ROWS, n) of BITS bits as bytes from ptr (ROWS,) on, in rows that are there
+    (ROWS,): format.pack_bits."""
+    ptr = ptr[:, None]
+    there = there[:, None]
+    if BITS == 3:  # the lower 2 of all codes, then the third of all
+        lower = _bytes(codes & 3, 2, ROWS, n)
+        third = _bytes(codes >> 2, 1, ROWS, n)
+        tl.store(ptr + tl.arange(0, n // 4)[None, :], lower, mask=there)
+        tl.store(ptr + n // 4 + tl.arange(0, n // 8)[None, :], third, mask=there)
+    else:
+        byte = _bytes(codes, BITS, ROWS, n)
+        tl.store(ptr + tl.arange(0, n * BITS // 8)[None, :], byte, mask=there)
+
+
+@jit
 def _quantise_block_kernel(
     keys_ptr,
     rows_ptr,
@@ -69,22 +94,16 @@ def _quantise_block_kernel(
     i = tl.arange(0, BLOCK)
     slot = seg * W + (n_packed + i) % W
     token = tl.load(token_base_ptr + seg) + n_packed
-    KEY_BYTES: tl.constexpr = D * KEY // 8
-    VALUE_BYTES: tl.constexpr = D * VALUE // 8
-    ROW_BYTES: tl.constexpr = D // S * VALUE // 8
+    dim = tl.arange(0, D)[None, :]
 
-    # Keys: a step and a middle per channel. Byte c holds codes of channels c, c + KEY_BYTES, ...
-    c = tl.arange(0, KEY_BYTES)
-    byte = tl.zeros([BLOCK, KEY_BYTES], tl.int32)
-    for p in tl.static_range(8 // KEY):
-        channel = p * KEY_BYTES + c
-        x = tl.load(window_k_ptr + slot[:, None] * D + channel[None, :]).to(tl.float32)
-        step, middle = _scale(tl.min(x, 0), tl.max(x, 0), KEY)
-        scales = key_scale_ptr + token // BLOCK * 2 * D + channel
-        tl.store(scales, step)
-        tl.store(scales + D, middle)
-        byte |= _codes(x, step[None, :], middle[None, :], KEY) << (KEY * p)
-    tl.store(keys_ptr + (token + i)[:, None] * KEY_BYTES + c[None, :], byte.to(tl.uint8))
+    # Keys: a step and a middle per channel.
+    x = tl.load(window_k_ptr + slot[:, None] * D + dim).to(tl.float32)
+    step, middle = _scale(tl.min(x, 0)[None, :], tl.max(x, 0)[None, :], KEY)
+    scales = key_scale_ptr + token // BLOCK * 2 * D + dim
+    tl.store(scales, step)
+    tl.store(scales + D, middle)
+    to = keys_ptr + (token + i) * (D * KEY // 8)
+    _store_codes(to, _codes(x, step, middle, KEY), i >= 0, KEY, BLOCK, D)
 
     mask_seg = b if SHARED else seg
     word = tl.load(window_bits_ptr + mask_seg * W + (n_packed + i) % W).to(tl.int64)
@@ -92,30 +111,24 @@ def _quantise_block_kernel(
         masks = bits_ptr + tl.load(mask_base_ptr + mask_seg) + n_packed + i
         tl.store(masks, word.to(bits_ptr.dtype.element_ty))
 
-    # Values: a step and a middle per token, for what it keeps. Byte c is of group c // ROW_BYTES.
-    c = tl.arange(0, VALUE_BYTES)
+    # Values: a step and a middle per token, for what it keeps.
     word = word.to(tl.uint64, bitcast=True)[:, None]
-    group = (c // ROW_BYTES)[None, :]
-    bit = tl.full([1, 1], 1, tl.uint64) << group.to(tl.uint64)
-    kept = (word & bit) != 0
-    low = tl.full([BLOCK], float("inf"), tl.float32)
-    high = tl.full([BLOCK], float("-inf"), tl.float32)
-    for p in tl.static_range(8 // VALUE):
-        dim = group * (D // S) + p * ROW_BYTES + (c % ROW_BYTES)[None, :]
-        x = tl.load(window_v_ptr + slot[:, None] * D + dim).to(tl.float32)
-        low = tl.minimum(low, tl.min(tl.where(kept, x, float("inf")), 1))
-        high = tl.maximum(high, tl.max(tl.where(kept, x, float("-inf")), 1))
+    one = tl.full([1, 1], 1, tl.uint64)
+    kept = (word >> (dim // (D // S)).to(tl.uint64) & one) != 0
+    x = tl.load(window_v_ptr + slot[:, None] * D + dim).to(tl.float32)
+    low = tl.min(tl.where(kept, x, float("inf")), 1)
+    high = tl.max(tl.where(kept, x, float("-inf")), 1)
     step, middle = _scale(low, high, VALUE)
     tl.store(value_scale_ptr + (token + i) * 2, step)
     tl.store(value_scale_ptr + (token + i) * 2 + 1, middle)
-    byte = tl.zeros([BLOCK, VALUE_BYTES], tl.int32)
-    for p in tl.static_range(8 // VALUE):
-        dim = group * (D // S) + p * ROW_BYTES + (c % ROW_BYTES)[None, :]
-        x = tl.load(window_v_ptr + slot[:, None] * D + dim).to(tl.float32)
-        byte |= _codes(x, step[:, None], middle[:, None], VALUE) << (VALUE * p)
-    row = (tl.load(row_base_ptr + seg) + (n_packed + i) * K)[:, None] + popcount(word & (bit - 1))
-    to = rows_ptr + row * ROW_BYTES + (c % ROW_BYTES)[None, :]
-    tl.store(to, byte.to(tl.uint8), mask=kept)
+    codes = _codes(x, step[:, None], middle[:, None], VALUE)
+    bit = one << tl.arange(0, S)[None, :].to(tl.uint64)
+    row = (tl.load(row_base_ptr + seg) + (n_packed + i) * K)[:, None] + popcount(word & (bit - one))
+    row = tl.reshape(row, [BLOCK * S])
+    kept = tl.reshape((word & bit) != 0, [BLOCK * S])
+    codes = tl.reshape(codes, [BLOCK * S, D // S])
+    to = rows_ptr + row * (D // S * VALUE // 8)
+    _store_codes(to, codes, kept, VALUE, BLOCK * S, D // S)
 
 
 def quantise_block(

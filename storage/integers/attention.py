@@ -2,8 +2,8 @@
 
 * _byte_attention_kernel (here) reads any bits and levels, byte by byte: kernels._attention_kernel
   with other loads.
-* _word_attention_kernel (words.py) reads what the hardware turns into numbers by a mask: 4 and 8
-  bits and levels, whose rows fill words.
+* _word_attention_kernel (words.py) reads what the hardware turns into numbers by a mask: codes and
+  levels whose rows fill words.
 
 storage/integers/format.py is the specification. `kernels.packed_attention` asks int_variant.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import load_queries, query_rows, read_window, softmax_step
 from storage.integers import words
 from storage.integers.format import IntFormat
-from storage.integers.unpack import (
+from storage.integers.level_words import (
     STEP_1,
     STEP_2,
     STEP_3,
@@ -25,6 +25,9 @@ from storage.integers.unpack import (
     ZERO_3,
     group_levels,
     of_level,
+)
+from storage.integers.unpack import (
+    fields_of_byte,
 )
 from storage.kernel_base import (
     TRITON,
@@ -334,18 +337,22 @@ def _byte_attention_kernel(
 # -------------------- which kernel
 
 
-def fill_words(fmt: IntFormat, head_dim: int, n_groups: int) -> bool:
-    """Say whether integers can be read in words, where tokens are stored as n_groups rows (1: every
-    group is kept): 4 or 8 bits of keys, and values of 4 or 8 bits whose rows fill words, or levels
-    whose bit planes have 1, 2, 4, ... bytes."""
+def fill_words(fmt: IntFormat, head_dim: int, n_groups: int, k: int) -> bool:
+    """Say whether integers can be read in words, where tokens keep k of n_groups groups (k = 0:
+    they are counted): keys that fill words of 4 bytes, values whose rows fill words of 4 bytes, of
+    2 and 3 bits words of 2 bytes, or levels whose bit planes have 1, 2, 4, ... bytes. Of 3 bits
+    each plane fills them."""
     d = head_dim // n_groups
-    if not {fmt.key_bits, fmt.value_bits or 4} <= {4, 8}:
+    if 16 in (fmt.key_bits, fmt.value_bits) or n_groups > 16:
         return False
-    if n_groups > 16 or head_dim * fmt.key_bits % 32:
+    key_codes = {2: 16, 3: 32, 4: 8, 8: 4}[fmt.key_bits]  # that fill words
+    if head_dim % key_codes:
         return False
-    if fmt.value_bits:
-        return d * fmt.value_bits % 32 == 0
-    return d & (d - 1) == 0 and head_dim >= 16
+    if fmt.levelled:
+        return d & (d - 1) == 0 and head_dim >= 16
+    value_codes = {2: 8, 3: 16, 4: 8, 8: 4}[fmt.value_bits]
+    together = k == n_groups and fmt.value_bits != 3  # rows without planes lie side by side
+    return (head_dim if together else d) % value_codes == 0
 
 
 def _word_variant(q: Tensor, packed: PackedView, rows: int, known: dict) -> Variant:
@@ -359,12 +366,15 @@ def _word_variant(q: Tensor, packed: PackedView, rows: int, known: dict) -> Vari
         stages = 1
     else:
         stages = 3 if packed.k and key_bits + value_bits == 8 else 2
+    value_words = 0
+    if value_bits:
+        value_words = D // fields_of_byte(value_bits) // (2 if value_bits < 4 else 4)
     constants = dict(
         **known,
         M=M,
         N=min(64 if value_bits else LEVEL_TOKENS, block),
-        KP=max(4, triton.next_power_of_2(D * key_bits // 32)),
-        VP=max(8, triton.next_power_of_2(D * value_bits // 32)),
+        KP=max(4, triton.next_power_of_2(D // fields_of_byte(key_bits) // 4)),
+        VP=max(8, triton.next_power_of_2(value_words)),
         ASM=q.is_cuda and narrow and torch.version.hip is None,
         STAGES=stages,
     )
@@ -410,8 +420,7 @@ def int_variant(q: Tensor, packed: PackedView, rows: int) -> Variant:
         BLOCK=fmt.block,
         DP=max(16, triton.next_power_of_2(D)),
     )
-    stored_rows = 1 if packed.k == packed.n_groups else packed.n_groups
     few = q.dtype != torch.float16 and rows <= 32
-    if WORDS and few and fill_words(fmt, D, stored_rows):
+    if WORDS and few and fill_words(fmt, D, packed.n_groups, packed.k):
         return _word_variant(q, packed, rows, known)
     return _byte_variant(q, packed, rows, known)

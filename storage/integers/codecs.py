@@ -115,9 +115,8 @@ class IntCodec:
 
     def one_by_one(self, D: int, window: int) -> bool:
         """See FloatCodec.one_by_one: the newest token would be part of the block that is formed
-        where there is no window, and no kernel forms planes of 3 bits."""
-        bits = (self.fmt.key_bits, self.fmt.value_bits)
-        return can_append(D) and window > 0 and 3 not in bits
+        where there is no window."""
+        return can_append(D) and window > 0
 
     def check_cut(self, n_packed: Tensor) -> None:
         """See FloatCodec.check_cut: the keys of a block share steps."""

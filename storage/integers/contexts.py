@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from storage.integers.append import _codes, _scale
+from storage.integers.append import _codes, _scale, _store_codes
 from storage.integers.format import (
     LEVEL_STEPS,
     SMALLEST,
@@ -111,15 +111,6 @@ def _keys(
 
 
 @jit
-def _bytes(codes, BITS: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr):
-    """Pack codes (TOKENS, D) of BITS bits, of which 8 is a multiple: format.pack_bits."""
-    PARTS: tl.constexpr = 8 // BITS
-    parts = tl.reshape(codes, (TOKENS, PARTS, D // PARTS))
-    shift = tl.arange(0, PARTS)[None, :, None] * BITS
-    return tl.sum(parts << shift, 1).to(tl.uint8)
-
-
-@jit
 def _pack_keys_kernel(
     k_ptr,
     source_ptr,
@@ -178,16 +169,7 @@ def _pack_keys_kernel(
             share = tl.load(share_ptr + j * D)  # 0 for what has been rounded
             off = tl.where(mine[None, :], code[:, None], off - left[:, None] * share[None, :])
         codes = off.to(tl.int32)
-    WIDTH: tl.constexpr = D * BITS // 8
-    to = keys_ptr + token[:, None] * WIDTH
-    if BITS == 3:  # the lower 2 of all codes, then the third of all
-        two = _bytes(codes & 3, 2, BLOCK, D)
-        one_bit = _bytes(codes >> 2, 1, BLOCK, D)
-        tl.store(to + tl.arange(0, D // 4)[None, :], two, mask=valid[:, None])
-        tl.store(to + D // 4 + tl.arange(0, D // 8)[None, :], one_bit, mask=valid[:, None])
-    else:
-        packed = _bytes(codes, BITS, BLOCK, D)
-        tl.store(to + tl.arange(0, WIDTH)[None, :], packed, mask=valid[:, None])
+    _store_codes(keys_ptr + token * (D * BITS // 8), codes, valid, BITS, BLOCK, D)
 
 
 # -------------------- values with levels

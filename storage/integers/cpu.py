@@ -30,7 +30,6 @@ from storage.integers.format import (
     LEVEL_PLANES,
     LEVEL_STEPS,
     pack_bits,
-    unpack_bits,
     zero_code,
 )
 from storage.layout import PackedView, cdiv
@@ -56,9 +55,7 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
     Yields 2^(8-bits) (code - 2^(bits-1)) (..., numbers), which the next one overwrites, and which
     of the n these are."""
     if bits == 3:
-        codes = unpack_bits(packed, 3)
-        signed = ((codes << 5) ^ 128).view(torch.int8)
-        yield signed.to(dtype), slice(0, codes.size(-1))
+        yield from fields_of_planes(packed, dtype)
         return
     m = packed.size(-1)
     floats = torch.empty(packed.shape, dtype=dtype)
@@ -70,6 +67,24 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
         if i:
             part.bitwise_and_(256 - (1 << 8 - bits))  # others lie below it
         at = slice(i * m, (i + 1) * m)
+        yield floats.copy_(part.view(torch.int8)), at
+
+
+def fields_of_planes(packed: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, slice]]:
+    """Do what `fields` does for codes of 3 bits, whose bytes (..., 3 m) are 2 m of their lower two
+    bits and m of the third."""
+    m = packed.size(-1) // 3
+    lower, third = packed.split((2 * m, m), -1)
+    third = ~torch.cat((third, third >> 1), -1)  # field f: bit 2 f; what has none is below 0
+    # a code in each half byte: fields 0 and 2, fields 1 and 3
+    even = (third << 2).bitwise_and_(0x44).bitwise_or_(lower & 0x33)
+    odd = (lower >> 2).bitwise_and_(0x33).bitwise_or_(third.bitwise_and_(0x44))
+    floats = torch.empty(lower.shape, dtype=dtype)
+    for i, above in enumerate((5, 5, 1, 1)):
+        part = (odd if i % 2 else even) << above
+        if above == 1:
+            part.bitwise_and_(0xE0)
+        at = slice(2 * m * i, 2 * m * (i + 1))
         yield floats.copy_(part.view(torch.int8)), at
 
 

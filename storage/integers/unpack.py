@@ -1,83 +1,94 @@
-"""How codes in words become the factors of products, on the device: what words.py needs of it.
+"""How codes in words become the factors of products, on the device: what words.py needs of it, but
+for levels (level_words.py).
 
 The bits of a code, alone in a bfloat16 whose other bits are zeros, are that multiple of the
 smallest subnormal. PTX takes them out, two tokens or two numbers to a register, and an argument ASM
 says so; where there is none (float32, Triton's interpreter) the same is written plainly. Codes come
-in an order of their own, which key_order, value_order, paired and by_fours tell.
+in an order of their own, which key_order, value_order and paired tell.
+
+A byte holds 8 / b codes of b bits, its *fields*. Of 3 bits there are two planes, the lower two bits
+of all codes and then the third bits, and field f of a byte has its third bit at bit 2 f of a byte
+of the second plane, or one higher. So words of both planes, the second shifted by that one, become
+codes by a mask, too: see _words_of_fields.
 
 storage/integers/format.py is the specification.
 """
 
 from __future__ import annotations
 
-import torch
-
-from storage.integers.format import LEVEL_STEPS, zero_code
-from storage.kernel_base import as_word, jit, popcount, tl, triton
-
-# -------------------- levels, for bytes and words
-
-STEP_1, STEP_2, STEP_3 = (tl.constexpr(s) if triton else s for s in LEVEL_STEPS[1:])
-ZERO_1, ZERO_2, ZERO_3 = (tl.constexpr(zero_code(i)) if triton else 0.0 for i in (1, 2, 3))
+from storage.kernel_base import jit, tl, triton
 
 
-@jit
-def of_level(level, a, b, c):
-    """Return a, b or c where the level is 1, 2 or 3."""
-    return tl.where(level == 1, a, tl.where(level == 2, b, c))
+def fields_of_byte(bits: int) -> int:
+    """Return how many codes begin in a byte; of 3 bits, in one of the lower bits."""
+    return 4 if bits == 3 else 8 // bits
 
 
-@jit
-def group_levels(word, group, S: tl.constexpr):
-    """Return the levels of groups `group` of tokens with 2 S bits `word` (broadcast), int32, and
-    the bit planes of the groups before them."""
-    one = tl.full([1, 1], 1, word.dtype)
-    mine = word >> group
-    level = (mine & 1 | mine >> (S - 1) & 2).to(tl.int32)
-    below = (one << group) - one
-    # A level's planes are its bits, its high one once more, its low one once more if it has both.
-    seen = word & (below | below << S)
-    twice = seen & (word >> S | ((1 << S) - 1) << S)
-    return level, popcount(seen) + popcount(twice)
+def _words_of_fields(bits: int, word: str, thirds: str) -> tuple[str, tuple[str, ...]]:
+    """Write PTX that copies a word of codes, and name the registers that hold fields 0, 1, ... of
+    its bytes in turn.
 
-
-# -------------------- codes from words
+    Of 3 bits fields overlap where they are joined, so two registers hold every second one: the
+    lower bits of `word`, bits 2 and 3 of every half byte from `thirds`. lop3 0xE4 takes the first
+    where the third is 1, else the second."""
+    if bits != 3:
+        return f"mov.b32 x, {word};\n", ("x",)
+    text = f"shl.b32 y, {thirds}, 2;\nlop3.b32 x, {word}, y, 0x33333333, 0xE4;\n"
+    text += f"shr.u32 y, {word}, 2;\nlop3.b32 z, y, {thirds}, 0x33333333, 0xE4;\n"
+    return text, ("x", "z")
 
 
 def _unpack_asm(bits: int, pairs: bool) -> str:
     """Write PTX that turns words of codes into bfloat16, two to a register, by a mask.
 
-    Codes that begin at bit 4 come out 16 times too large. Of one word, numbers lie as key_codes
-    says. Of two words, of two tokens (`pairs`), the same number of both shares a register."""
-    mask = {4: 0x000F000F, 8: 0x00FF00FF}[bits]
-    n = 32 // bits
-    text = "{\n.reg .b32 p, q, x, y;\n"
+    Codes that begin at bit i of a byte come out 2^i times too large. Of one word, numbers lie as
+    key_codes says. Of two words, of two tokens (`pairs`), the same number of both shares a
+    register; of 2 and 3 bits these are half words. Inputs: the words, of 3 bits those of the third
+    bits behind them."""
+    mask = (1 << bits) - 1
+    n_fields = fields_of_byte(bits)
+    n = (2 if pairs and bits < 4 else 4) * n_fields
+    text = "{\n.reg .b32 p, q, t, x, y, z;\n"
     words = (f"${n}",)
+    thirds = f"${n + 1}"
     if pairs:
-        text += f"prmt.b32 p, ${2 * n}, ${2 * n + 1}, 0x5410;\n"
-        text += f"prmt.b32 q, ${2 * n}, ${2 * n + 1}, 0x7632;\n"
-        words = ("p", "q")
+        first = 2 * n
+        text += f"prmt.b32 p, ${first}, ${first + 1}, 0x5410;\n"
+        words = ("p",)
+        thirds = "t"
+        if bits == 3:
+            text += f"prmt.b32 t, ${first + 2}, ${first + 3}, 0x5410;\n"
+        if bits >= 4:
+            text += f"prmt.b32 q, ${first}, ${first + 1}, 0x7632;\n"
+            words = ("p", "q")
     out = 0
     for word in words:
-        for move in (f"mov.b32 x, {word};\n", "shr.u32 x, x, 8;\n"):
-            text += move
-            for shift in range(0, 8, bits):
+        copy, registers = _words_of_fields(bits, word, thirds)
+        text += copy
+        apart = 8 * len(registers) // n_fields  # bits from one field of a register to the next
+        for byte in (0, 1):
+            for field in range(n_fields):
+                register = registers[field % len(registers)]
+                shift = field // len(registers) * apart
                 to = f"{{${out}, ${out + n}}}" if pairs else f"{{${2 * out}, ${2 * out + 1}}}"
-                text += f"and.b32 y, x, 0x{mask << shift:08X};\nmov.b32 {to}, y;\n"
+                both = (mask << shift) * 0x00010001
+                text += f"and.b32 y, {register}, 0x{both:08X};\nmov.b32 {to}, y;\n"
                 out += 1
+            if byte == 0:
+                text += "".join(f"shr.u32 {register}, {register}, 8;\n" for register in registers)
     return text + "}"
 
 
-def _asm(text: str):
+def ptx(text: str):
     """Make PTX known to kernels."""
     return tl.constexpr(text) if triton else ""
 
 
-KEY_ASM_4 = _asm(_unpack_asm(4, pairs=False))
-KEY_ASM_8 = _asm(_unpack_asm(8, pairs=False))
-VALUE_ASM_4 = _asm(_unpack_asm(4, pairs=True))
-VALUE_ASM_8 = _asm(_unpack_asm(8, pairs=True))
-PAIR_ASM = _asm("mov.b32 {$0, $1}, $2;")
+KEY_ASM_2, KEY_ASM_3, KEY_ASM_4, KEY_ASM_8 = (ptx(_unpack_asm(b, False)) for b in (2, 3, 4, 8))
+VALUE_ASM_2, VALUE_ASM_3, VALUE_ASM_4, VALUE_ASM_8 = (
+    ptx(_unpack_asm(b, True)) for b in (2, 3, 4, 8)
+)
+PAIR_ASM = ptx("mov.b32 {$0, $1}, $2;")
 
 
 @jit
@@ -91,123 +102,179 @@ def subnormal_scale(ASM: tl.constexpr):
 
 
 @jit
-def _four(a, b, c, d):
+def four(a, b, c, d):
     """Join four to (..., 2, 2), in order."""
     return tl.join(tl.join(a, c), tl.join(b, d))
 
 
 @jit
-def _eight(a, b, c, d, e, f, g, h):
+def eight(a, b, c, d, e, f, g, h):
     """Join eight to (..., 2, 2, 2), in order."""
-    return tl.join(_four(a, c, e, g), _four(b, d, f, h))
+    return tl.join(four(a, c, e, g), four(b, d, f, h))
 
 
 @jit
-def key_codes(words, like, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Turn words (N, W) of keys into codes (N, 32 W / BITS), in units of the smallest subnormal;
-    those of high half bytes times 16.
+def sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2):
+    """Join sixteen to (..., 2, 2, 2, 2), in order."""
+    return tl.join(eight(a, c, e, g, a2, c2, e2, g2), eight(b, d, f, h, b2, d2, f2, h2))
+
+
+@jit
+def field_factor(field, BITS: tl.constexpr):
+    """Return how much too large the codes of a field of a byte come out, float32."""
+    if BITS == 2:
+        return tl.where(field % 2 == 0, 1.0, 4.0) * tl.where(field < 2, 1.0, 16.0)
+    elif BITS == 3:
+        return tl.where(field < 2, 1.0, 16.0)
+    else:
+        return tl.where(field == 0, 1.0, 16.0)
+
+
+@jit
+def _codes_at(words, thirds, shift, BITS: tl.constexpr):
+    """Return the codes that begin at bit `shift` of words (broadcast), float32."""
+    shift = shift.to(tl.uint32)
+    if BITS == 3:
+        return (words >> shift & 3 | (thirds >> shift & 1) << 2).to(tl.float32)
+    else:
+        return (words >> shift & ((1 << BITS) - 1)).to(tl.float32)
+
+
+@jit
+def key_codes(words, thirds, like, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Turn words (N, W) of keys into codes (N, places), in units of the smallest subnormal and
+    times field_factor. thirds (N, W): of 3 bits, the third bits of those words, else anything.
 
     They come in key_order: there the product finds what lies in the registers of words that are
     loaded 4 at a time."""
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    if BITS == 4:
-        if ASM:
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                KEY_ASM_4,
-                "=h,=h,=h,=h,=h,=h,=h,=h,r",
-                [words],
-                dtype=(like.dtype,) * 8,
-                is_pure=True,
-                pack=1,
-            )
-            x = _eight(a, b, c, d, e, f, g, h)  # (N, W, odd, half, pair)
-        else:
-            i = tl.arange(0, 8)
-            shift = i // 4 * 8 + i // 2 % 2 * 4 + i % 2 * 16
-            x = (words[:, :, None] >> shift.to(tl.uint32) & 15).to(tl.float32)
-            x = (x * tl.where(i // 2 % 2 == 0, 1.0, 16.0)).to(like.dtype)
-        x = tl.permute(tl.reshape(x, [N, 4, W // 4, 2, 2, 2]), [0, 2, 3, 1, 4, 5])
+    F: tl.constexpr = 4 if BITS < 4 else 8 // BITS
+    if not ASM:
+        i = tl.arange(0, 4 * F)[None, None, :]
+        field = i // 2 % F
+        shift = i // (2 * F) * 8 + field * (8 // F) + i % 2 * 16
+        x = _codes_at(words[:, :, None], thirds[:, :, None], shift, BITS)
+        x = (x * field_factor(field, BITS)).to(like.dtype)
+    elif BITS == 2:
+        a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2 = tl.inline_asm_elementwise(
+            KEY_ASM_2,
+            "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r",
+            [words],
+            dtype=(like.dtype,) * 16,
+            is_pure=True,
+            pack=1,
+        )
+        x = sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2)
+    elif BITS == 3:
+        a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2 = tl.inline_asm_elementwise(
+            KEY_ASM_3,
+            "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            [words, thirds],
+            dtype=(like.dtype,) * 16,
+            is_pure=True,
+            pack=1,
+        )
+        x = sixteen(a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2)
+    elif BITS == 4:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            KEY_ASM_4,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r",
+            [words],
+            dtype=(like.dtype,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+        x = eight(a, b, c, d, e, f, g, h)
     else:
-        if ASM:
-            a, b, c, d = tl.inline_asm_elementwise(
-                KEY_ASM_8,
-                "=h,=h,=h,=h,r",
-                [words],
-                dtype=(like.dtype,) * 4,
-                is_pure=True,
-                pack=1,
-            )
-            x = _four(a, b, c, d)
-        else:
-            i = tl.arange(0, 4)
-            shift = i // 2 * 8 + i % 2 * 16
-            x = (words[:, :, None] >> shift.to(tl.uint32) & 255).to(tl.float32).to(like.dtype)
-        x = tl.permute(tl.reshape(x, [N, 4, W // 4, 2, 2]), [0, 2, 1, 3, 4])
-    return tl.reshape(x, [N, W * (32 // BITS)])
+        a, b, c, d = tl.inline_asm_elementwise(
+            KEY_ASM_8,
+            "=h,=h,=h,=h,r",
+            [words],
+            dtype=(like.dtype,) * 4,
+            is_pure=True,
+            pack=1,
+        )
+        x = four(a, b, c, d)
+    x = tl.reshape(x, [N, 4, W // 4, F, 4])  # the last three: byte % 2, field, byte / 2
+    return tl.reshape(tl.permute(x, [0, 2, 3, 1, 4]), [N, W * 4 * F])
 
 
 @jit
 def key_order(i, KP: tl.constexpr, BITS: tl.constexpr):
-    """Return (byte, half) of place i of a key of KP words, as key_codes has it."""
-    if BITS == 4:
-        return 4 * (i // 4 % 4 * (KP // 4) + i // 32) + i // 16 % 2 + i % 2 * 2, i // 2 % 2
-    else:
-        return 4 * (i // 4 % 4 * (KP // 4) + i // 16) + i // 2 % 2 + i % 2 * 2, i * 0
+    """Return (byte, field) of place i of a key of KP words, as key_codes has it."""
+    F: tl.constexpr = 4 if BITS < 4 else 8 // BITS
+    word = i // 4 % 4 * (KP // 4) + i // (16 * F)
+    number = i // 16 % F * 4 + i % 4  # of a code in its word
+    return 4 * word + number // (2 * F) + number % 2 * 2, number // 2 % F
 
 
 @jit
-def value_codes(words, like, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Turn words (N, W) of values into codes (32 W / BITS, N), as key_codes; in value_order, and
-    tokens in the order of paired."""
+def value_codes(words, thirds, like, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Turn words (N, W) of values, of 2 and 3 bits half words, into codes (places, N), as
+    key_codes; in value_order, and tokens in the order of paired."""
     N: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    E: tl.constexpr = 32 // BITS
-    # Words of tokens that are 4 apart.
-    words = tl.permute(tl.reshape(words, [N // 8, 2, 4, 8, W // 8]), [0, 2, 3, 4, 1])
-    one, two = tl.split(words)
-    if ASM:
-        if BITS == 4:
+    E: tl.constexpr = 4 if BITS == 8 else 8  # codes of a word
+    one, two = _four_apart(words)
+    if not ASM:
+        F: tl.constexpr = 4 if BITS < 4 else 8 // BITS
+        i = tl.reshape(tl.arange(0, E), [1, 1, 1, 1, 1, E, 1])
+        both = tl.reshape(tl.join(one, two), [N // 16, 2, 4, 8, W // 8, 1, 2])
+        one, two = _four_apart(thirds)
+        both_thirds = tl.reshape(tl.join(one, two), [N // 16, 2, 4, 8, W // 8, 1, 2])
+        x = _codes_at(both, both_thirds, i * (8 // F), BITS)
+        x = (x * field_factor(i % F, BITS)).to(like.dtype)
+    elif BITS == 8:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            VALUE_ASM_8,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            [one, two],
+            dtype=(like.dtype,) * 8,
+            is_pure=True,
+            pack=1,
+        )
+        x = tl.join(four(a, b, c, d), four(e, f, g, h))
+    else:
+        if BITS == 3:
+            one_third, two_third = _four_apart(thirds)
             a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2 = tl.inline_asm_elementwise(
-                VALUE_ASM_4,
+                VALUE_ASM_3,
+                "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
+                [one, two, one_third, two_third],
+                dtype=(like.dtype,) * 16,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            a, b, c, d, e, f, g, h, a2, b2, c2, d2, e2, f2, g2, h2 = tl.inline_asm_elementwise(
+                VALUE_ASM_2 if BITS == 2 else VALUE_ASM_4,
                 "=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,=h,r,r",
                 [one, two],
                 dtype=(like.dtype,) * 16,
                 is_pure=True,
                 pack=1,
             )
-            one = _eight(a, b, c, d, e, f, g, h)
-            two = _eight(a2, b2, c2, d2, e2, f2, g2, h2)
-        else:
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                VALUE_ASM_8,
-                "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
-                [one, two],
-                dtype=(like.dtype,) * 8,
-                is_pure=True,
-                pack=1,
-            )
-            one = _four(a, b, c, d)
-            two = _four(e, f, g, h)
-        x = tl.reshape(tl.join(one, two), [N // 16, 2, 4, 8, W // 8, E, 2])
-    else:
-        i = tl.arange(0, E)
-        x = tl.reshape(tl.join(one, two), [N // 16, 2, 4, 8, W // 8, 1, 2])
-        i = tl.reshape(i, [1, 1, 1, 1, 1, E, 1])
-        x = ((x >> (i * BITS).to(tl.uint32)) & ((1 << BITS) - 1)).to(tl.float32)
-        if BITS == 4:
-            x *= tl.where(i % 2 == 0, 1.0, 16.0)
-        x = x.to(like.dtype)
+        x = tl.join(eight(a, b, c, d, e, f, g, h), eight(a2, b2, c2, d2, e2, f2, g2, h2))
     x = tl.reshape(x, [N // 16, 2, 4, 8, W // 8, E // 2, 2, 2])
     return tl.reshape(tl.permute(x, [5, 4, 6, 3, 0, 2, 1, 7]), [W * E, N])
 
 
 @jit
+def _four_apart(words):
+    """Split words (N, W) into those of tokens that are 4 apart: (N / 8, 4, 8, W / 8) each."""
+    N: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    return tl.split(tl.permute(tl.reshape(words, [N // 8, 2, 4, 8, W // 8]), [0, 2, 3, 4, 1]))
+
+
+@jit
 def value_order(i, VP: tl.constexpr, BITS: tl.constexpr):
-    """Return (byte, half) of place i of a value of VP words, as value_codes has it."""
-    number = i // 8 % 2 + i // (2 * VP) * 2
+    """Return (byte, field) of place i of a value of VP words, as value_codes has it."""
+    F: tl.constexpr = 4 if BITS < 4 else 8 // BITS
+    number = i // 8 % 2 + i // (2 * VP) * 2  # of a code in its word
     word = i % 8 * (VP // 8) + i // 16 % (VP // 8)
-    return word * 4 + number * BITS // 8, number * BITS % 8 // 4
+    return word * (2 if BITS < 4 else 4) + number // F, number % F
 
 
 @jit
@@ -242,265 +309,3 @@ def each_group(x, group, S: tl.constexpr):
         row = tl.sum(tl.where(tl.arange(0, 16)[:, None] == i, x, 0.0), 0)
         out += tl.where(group[:, None] == i, row[None, :], 0.0)
     return out
-
-
-# -------------------- levels from words
-
-
-def _level_asm(n_bytes: int) -> str:
-    """Write PTX that turns codes (bytes) of two tokens into numbers: a word of each, or two bytes
-    of either that share a word.
-
-    Codes are subnormals, as in _unpack_asm, and one multiply-add of two bfloat16 takes the zero
-    code off and multiplies by the level's step. Steps have few bits, so it rounds once."""
-    x, y, times, plus = (f"${2 * n_bytes + i}" for i in range(4))
-    halves = [f"mov.b32 p, {x};\n"]
-    if n_bytes == 4:
-        halves = [f"prmt.b32 p, {x}, {y}, {order};\n" for order in ("0x5410", "0x7632")]
-    text = "{\n.reg .b32 p, x;\n"
-    for half, both in enumerate(halves):
-        text += both
-        for i in (4 * half, 4 * half + 2):
-            text += "and.b32 x, p, 0x00FF00FF;\n"
-            text += f"fma.rn.bf16x2 x, x, {times}, {plus};\n"
-            text += f"mov.b32 {{${i}, ${i + 1}}}, x;\nshr.u32 p, p, 8;\n"
-    return text + "}"
-
-
-def _bits(x: float) -> int:
-    """Return the bits of x in bfloat16."""
-    bits = torch.tensor(x, dtype=torch.float64).bfloat16()
-    assert bits.double().item() == x, f"{x} is rounded"
-    return bits.view(torch.int16).item() & 0xFFFF
-
-
-LEVEL_ASM_2 = _asm(_level_asm(2))
-LEVEL_ASM_4 = _asm(_level_asm(4))
-# What a subnormal code is multiplied by, and what is added then, for a value times 2^-13: by level,
-# two to a word.
-LEVEL_FMA = [
-    (_bits(LEVEL_STEPS[i] * 2.0**120), _bits(-zero_code(i) * LEVEL_STEPS[i] * 2.0**-13 if i else 0))
-    for i in range(4)
-]
-
-
-def _factor_asm() -> str:
-    """Write PTX that looks up the factors of two tokens, whose levels choose bytes of a table."""
-    text = "{\n.reg .b32 p, q, bytes;\n"
-    text += "mad.lo.s32 bytes, $3, 0x2200, 0x1010;\nmad.lo.s32 bytes, $2, 0x22, bytes;\n"
-    for out in (0, 1):
-        low, high = (LEVEL_FMA[i][out] | LEVEL_FMA[i + 1][out] << 16 for i in (0, 2))
-        text += f"mov.b32 p, {low};\nmov.b32 q, {high};\nprmt.b32 ${out}, p, q, bytes;\n"
-    return text + "}"
-
-
-FACTOR_ASM = _asm(_factor_asm())
-
-
-@jit
-def _as_is(word, ASM: tl.constexpr):
-    """Return word (uint32), of which the compiler then knows nothing: what it knows makes it count
-    and shift in 8 and 16 bits, which costs more."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1
-        )
-    else:
-        return word
-
-
-def _swap_asm(bits: int, low: int) -> str:
-    """Write PTX for _swap: lop3 0xE4 takes the first where the third is 1, else the second."""
-    return (
-        "{\n.reg .b32 t;\n"
-        f"shl.b32 t, $3, {bits};\nlop3.b32 $0, $2, t, {low}, 0xE4;\n"
-        f"shr.u32 t, $2, {bits};\nlop3.b32 $1, t, $3, {low}, 0xE4;\n}}"
-    )
-
-
-SWAP_ASM_2 = _asm(_swap_asm(2, 0x33333333))
-SWAP_ASM_4 = _asm(_swap_asm(4, 0x0F0F0F0F))
-
-
-@jit
-def _swap(x, y, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Exchange every second field of BITS bits: the upper ones of x (uint32) with the lower ones of
-    y."""
-    if ASM:
-        return tl.inline_asm_elementwise(
-            SWAP_ASM_2 if BITS == 2 else SWAP_ASM_4,
-            "=r,=r,r,r",
-            [x, y],
-            dtype=(tl.uint32, tl.uint32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        low: tl.constexpr = 0x33333333 if BITS == 2 else 0x0F0F0F0F
-        return (x & low) | (y & low) << BITS, (x >> BITS & low) | (y >> BITS & low) << BITS
-
-
-@jit
-def level_masks(
-    bits_ptr,
-    before_ptr,
-    tile_rows_ptr,
-    t0,
-    end,
-    S: tl.constexpr,
-    N: tl.constexpr,
-    TILE: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Load the masks of tokens t0 + 4 (2 i + {0, 1}) + j in place (j, i), 0 from `end` on, and the
-    bit planes before each: load_masks, twice, with addresses that differ by constants."""
-    lane = tl.arange(0, 4)[:, None]
-    eight = tl.arange(0, N // 8)[None, :] * 8
-    left = end - t0
-    bits_ptr = bits_ptr + t0 + lane
-    before_ptr = before_ptr + t0 + lane
-    tile_rows_ptr += t0 // TILE
-    one = tl.load(bits_ptr + eight, mask=eight < left - lane, other=0)
-    two = tl.load(bits_ptr + (eight + 4), mask=eight < left - 4 - lane, other=0)
-    one_before = tl.load(before_ptr + eight, mask=eight < left - lane, other=0)
-    two_before = tl.load(before_ptr + (eight + 4), mask=eight < left - 4 - lane, other=0)
-    one_tile = tl.load(tile_rows_ptr + eight // TILE, mask=eight < left, other=0)
-    two_tile = one_tile
-    if TILE < 8:
-        two_tile = tl.load(tile_rows_ptr + (eight + 4) // TILE, mask=eight < left - 4, other=0)
-    return (
-        _as_is(as_word(one, 2 * S), ASM),
-        one_tile + one_before.to(tl.int32),
-        _as_is(as_word(two, 2 * S), ASM),
-        two_tile + two_before.to(tl.int32),
-    )
-
-
-@jit
-def _plane_words(rows_ptr, word, offset, S: tl.constexpr, U: tl.constexpr):
-    """Load tokens (4, n) with masks `word` and `offset` bit planes before them.
-
-    Returns levels (4, S, n), and the four planes, in words of 4 bytes, or of the U bytes that a
-    plane has: (4, S, n, words) four times, zeros where the level has none."""
-    E: tl.constexpr = U if U < 4 else 4
-    if E == 4:
-        rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
-    elif E == 2:
-        rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
-    group = tl.arange(0, S)[None, :, None].to(word.dtype)
-    level, before = group_levels(word[:, None, :], group, S)
-    first = ((offset[:, None, :] + before) * (U // E))[:, :, :, None]
-    at = rows_ptr + first + tl.arange(0, U // E)[None, None, None, :]
-    high = level[:, :, :, None]
-    a = tl.load(at, mask=high > 0, other=0).to(tl.uint32)
-    b = tl.load(at + U // E, mask=high > 1, other=0).to(tl.uint32)
-    c = tl.load(at + 2 * (U // E), mask=high > 2, other=0).to(tl.uint32)
-    d = tl.load(at + 3 * (U // E), mask=high > 2, other=0).to(tl.uint32)
-    return level, a, b, c, d
-
-
-@jit
-def _codes_of_planes(a, b, c, d, ASM: tl.constexpr):
-    """Turn words of four bit planes into codes, a byte each: those of each quarter of a group's
-    numbers. It transposes the 4 x 4 fields of 2 bits that the bytes of a place have."""
-    a, b = _swap(a, b, 2, ASM)
-    c, d = _swap(c, d, 2, ASM)
-    one, three = _swap(a, c, 4, ASM)
-    two, four = _swap(b, d, 4, ASM)
-    return one, two, three, four
-
-
-@jit
-def _level_numbers(level, x, like, E: tl.constexpr):
-    """Turn codes x (4, S, n, words) into numbers in units of step and gain: (4, S, n, words, E)."""
-    x = (x[:, :, :, :, None] >> (8 * tl.arange(0, E)).to(tl.uint32) & 255).to(tl.float32)
-    step = tl.where(level > 0, of_level(level, STEP_1, STEP_2, STEP_3), 0.0)
-    zero = of_level(level, ZERO_1, ZERO_2, ZERO_3)
-    return ((x - zero[:, :, :, None, None]) * step[:, :, :, None, None]).to(like.dtype)
-
-
-@jit
-def _level_factors(one, two):
-    """Return what _level_fma takes for two tokens of these levels."""
-    times, plus = tl.inline_asm_elementwise(
-        FACTOR_ASM, "=r,=r,r,r", [one, two], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-    )
-    return times[:, :, :, None], plus[:, :, :, None]
-
-
-@jit
-def _level_fma(x, y, times, plus, like, E: tl.constexpr):
-    """Turn codes x, y (4, S, n, 1) of two tokens into numbers (4, S, n, 1, E, 2), as
-    _level_numbers, a power of 2 too small."""
-    if E == 4:
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            LEVEL_ASM_4,
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r",
-            [x, y, times, plus],
-            dtype=(like.dtype,) * 8,
-            is_pure=True,
-            pack=1,
-        )
-        x = _eight(a, b, c, d, e, f, g, h)
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            LEVEL_ASM_2,
-            "=h,=h,=h,=h,r,r,r,r",
-            [x, y, times, plus],
-            dtype=(like.dtype,) * 4,
-            is_pure=True,
-            pack=1,
-        )
-        x = _four(a, b, c, d)
-    return tl.reshape(x, [4, y.shape[1], y.shape[2], 1, E, 2])
-
-
-@jit
-def level_values(
-    rows_ptr,
-    one_word,
-    one_offset,
-    two_word,
-    two_offset,
-    like,
-    D: tl.constexpr,
-    S: tl.constexpr,
-    FMA: tl.constexpr,
-):
-    """Return values (D, N) in units of their token's step and gain (with FMA 2^-13 of that): number
-    i of group g in row i S + g, tokens as by_fours has them.
-
-    Masks and offsets (4, N / 8) are those of tokens 4 (2 i + {0, 1}) + j in place (j, i)."""
-    U: tl.constexpr = D // S // 4  # bytes of a bit plane
-    E: tl.constexpr = U if U < 4 else 4
-    n: tl.constexpr = one_word.shape[1]
-    one, w1, w2, w3, w4 = _plane_words(rows_ptr, one_word, one_offset, S, U)
-    two, v1, v2, v3, v4 = _plane_words(rows_ptr, two_word, two_offset, S, U)
-    if FMA and E == 2:
-        w1, w2, w3, w4 = w1 | v1 << 16, w2 | v2 << 16, w3 | v3 << 16, w4 | v4 << 16
-    w1, w2, w3, w4 = _codes_of_planes(w1, w2, w3, w4, FMA)
-    if FMA and E == 2:
-        v1, v2, v3, v4 = w1, w2, w3, w4
-    else:
-        v1, v2, v3, v4 = _codes_of_planes(v1, v2, v3, v4, FMA)
-    if FMA:
-        times, plus = _level_factors(one, two)
-        a = _level_fma(w1, v1, times, plus, like, E)
-        b = _level_fma(w2, v2, times, plus, like, E)
-        c = _level_fma(w3, v3, times, plus, like, E)
-        d = _level_fma(w4, v4, times, plus, like, E)
-    else:
-        a = tl.join(_level_numbers(one, w1, like, E), _level_numbers(two, v1, like, E))
-        b = tl.join(_level_numbers(one, w2, like, E), _level_numbers(two, v2, like, E))
-        c = tl.join(_level_numbers(one, w3, like, E), _level_numbers(two, v3, like, E))
-        d = tl.join(_level_numbers(one, w4, like, E), _level_numbers(two, v4, like, E))
-    x = tl.reshape(_four(a, b, c, d), [4, S, n // 2, 2, U // E, E, 2, 4])
-    return tl.reshape(tl.permute(x, [7, 4, 5, 1, 2, 0, 3, 6]), [D, 8 * n])
-
-
-@jit
-def by_fours(w):
-    """Bring weights (N, M) of tokens into the order that level_values gives them."""
-    N: tl.constexpr = w.shape[0]
-    fours = tl.reshape(w, [N // 16, 4, 4, w.shape[1]])
-    return tl.reshape(tl.permute(fours, [0, 2, 1, 3]), w.shape)

@@ -1,4 +1,4 @@
-"""Attention over integers of 4 and 8 bits and over levels, word by word: a Triton kernel.
+"""Attention over integers of 2, 3, 4 and 8 bits and over levels, word by word: a Triton kernel.
 
 Unpacking is what reading integers costs, so this kernel does little of it. The bits of a code,
 alone in a bfloat16 whose other bits are zeros, are that multiple of the smallest subnormal, and
@@ -10,9 +10,10 @@ besides its code, (code - 2^(b-1)) * step + middle, is done elsewhere:
 * middles of keys are summed with the queries, middles of values with the weights, by a product with
   the masks where groups are dropped. The words of a dropped group are zeros.
 
-A word is 4 bytes as they lie in memory; codes come out of it in an order of their own, and so do
-tokens, so that nothing moves between the lanes of a warp: what the codes are multiplied with is
-brought into that order instead (key_order, value_order, paired, by_fours).
+A word is 4 bytes as they lie in memory, of values of 2 and 3 bits 2 bytes; codes come out of it in
+an order of their own, and so do tokens, so that nothing moves between the lanes of a warp: what the
+codes are multiplied with is brought into that order instead (key_order, value_order, paired,
+by_fours).
 
 Tokens and dimensions of values are the long side of the products, M rows of queries the short one.
 storage/integers/format.py is the specification.
@@ -20,13 +21,16 @@ storage/integers/format.py is the specification.
 
 from __future__ import annotations
 
-from storage.integers.unpack import (
+from storage.integers.level_words import (
     by_fours,
-    each_group,
-    key_codes,
-    key_order,
     level_masks,
     level_values,
+)
+from storage.integers.unpack import (
+    each_group,
+    field_factor,
+    key_codes,
+    key_order,
     paired,
     rows_of_pairs,
     subnormal_scale,
@@ -88,56 +92,115 @@ def _float16_pair(pair):
 
 @jit
 def _key_steps(steps, KP: tl.constexpr, KEY: tl.constexpr):
-    """Bring the steps and middles of a block, (2, 8 / KEY, 4 KP) float16, into key_order: step and
+    """Bring the steps and middles of a block, (2, fields, 4 KP) float16, into key_order: step and
     middle (places,)."""
-    H2: tl.constexpr = 8 // KEY  # numbers of a byte
-    # (middle, half, word / (KP / 4), word % (KP / 4), byte / 2, byte % 2)
-    steps = tl.reshape(steps, [2, H2, 4, KP // 4, 2, 2])
-    if KEY == 4:
+    F: tl.constexpr = 4 if KEY < 4 else 8 // KEY
+    # (middle, field, word / (KP / 4), word % (KP / 4), byte / 2, byte % 2)
+    steps = tl.reshape(steps, [2, F, 4, KP // 4, 2, 2])
+    if F == 4:
+        steps = tl.reshape(steps, [2, 2, 2, 4, KP // 4, 2, 2])
+        steps = tl.permute(steps, [4, 6, 1, 3, 2, 5, 0])
+    elif F == 2:
         steps = tl.permute(steps, [3, 5, 2, 1, 4, 0])
     else:
         steps = tl.permute(steps, [3, 1, 2, 5, 4, 0])
-    return tl.split(tl.reshape(steps, [KP * 4 * H2, 2]))
+    return tl.split(tl.reshape(steps, [KP * 4 * F, 2]))
 
 
 @jit
-def _key_logits(words, x, step, middle, unit, down, like, KEY: tl.constexpr, ASM: tl.constexpr):
-    """Compute logits (N, M) of N keys in words (N, KP) for queries x (places, M).
+def _key_logits(
+    words,
+    thirds,
+    x,
+    step,
+    middle,
+    unit,
+    down,
+    like,
+    KEY: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Compute logits (N, M) of N keys in words (N, KP), and thirds, for queries x (places, M).
 
     unit: what factors of codes are multiplied by; down: what undoes it"""
     N: tl.constexpr = words.shape[0]
     M: tl.constexpr = x.shape[1]
-    HALVES: tl.constexpr = 0x88888888 if KEY == 4 else 0x80808080  # a word of codes 2^(KEY - 1)
+    # A word of codes 2^(KEY - 1); of 3 bits these are third bits alone.
+    HALVES: tl.constexpr = 0 if KEY == 3 else 0xFFFFFFFF // ((1 << KEY) - 1) << (KEY - 1)
     half_codes = tl.full([16, words.shape[1]], HALVES, tl.uint32)
+    half_thirds = tl.full([16, words.shape[1]], 0xFFFFFFFF, tl.uint32)
     y = (x * (step.to(tl.float32) * unit)[:, None]).to(like.dtype)
     base = tl.sum(x * middle.to(tl.float32)[:, None], 0)
-    too_much = product(key_codes(half_codes, like, KEY, ASM), y, tl.zeros([16, M], tl.float32))
+    halves = key_codes(half_codes, half_thirds, like, KEY, ASM)
+    too_much = product(halves, y, tl.zeros([16, M], tl.float32))
     base -= tl.max(too_much, 0) * down
-    codes = key_codes(words, like, KEY, ASM)
+    codes = key_codes(words, thirds, like, KEY, ASM)
     return product(codes, y, tl.zeros([N, M], tl.float32)) * down + base[None, :]
 
 
 @jit
-def _row_words(
+def _rows_of(
+    t, bits, offset, group, S: tl.constexpr, K: tl.constexpr, TOKEN: tl.constexpr, ROW: tl.constexpr
+):
+    """Return the first word of group `group` (VP,) of tokens t (N,), and whether it is kept: (N,
+    VP) each.
+
+    bits, offset (N,): masks, and rows before each token; not asked where all are kept
+    TOKEN, ROW: words of a token that keeps all groups, of a row"""
+    if K == S:
+        first = (t * TOKEN)[:, None] + (group * ROW)[None, :]
+        return first, first >= 0
+    else:
+        word = as_word(bits, S)[:, None]
+        one = tl.full([1, 1], 1, tl.uint32)
+        group = group[None, :].to(tl.uint32)
+        kept = (word >> group & one) != 0
+        return (offset[:, None] + popcount(word & ((one << group) - one))) * ROW, kept
+
+
+@jit
+def _value_words(
     rows_ptr,
-    word,
-    offset,
+    first,
+    kept,
     vw,
     VW: tl.constexpr,
-    VP: tl.constexpr,
     RW: tl.constexpr,
+    ROW: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """Load the words of values (N, VP) whose rows have RW words each, zeros where a group is
-    dropped. word, offset (N, 1): masks, and rows before each token."""
-    one = tl.full([1, 1], 1, tl.uint32)
-    group = (vw // RW)[None, :].to(tl.uint32)
-    kept = (word >> group & one) != 0
-    place = (offset + popcount(word & ((one << group) - one))) * RW + (vw % RW)[None, :]
-    ALIGN: tl.constexpr = 4 if RW % 4 == 0 else RW & -RW
-    if ALIGN > 1:
-        place = tl.max_contiguous(tl.multiple_of(place, [1, ALIGN]), [1, ALIGN])
-        kept = tl.max_constancy(kept, [1, ALIGN])
-    return _load(rows_ptr + place, kept, (vw < VW)[None, :], True, VP > VW)
+    """Load words of values (N, VP), uint32, zeros where a group is dropped.
+
+    first, kept (N, VP): see _rows_of
+    VW, RW, ROW: words of a value, of a row, of a row with all its planes; ALL: none is dropped"""
+    in_row = (vw % RW)[None, :]
+    there = (vw < VW)[None, :]
+    if ALL:
+        words = _load(rows_ptr + first + in_row, True, there, False, vw.shape[0] > VW)
+    else:
+        place = first + in_row
+        ALIGN: tl.constexpr = 4 if ROW % 4 == 0 else ROW & -ROW
+        if ALIGN > 1:
+            place = tl.max_contiguous(tl.multiple_of(place, [1, ALIGN]), [1, ALIGN])
+            kept = tl.max_constancy(kept, [1, ALIGN])
+        words = _load(rows_ptr + place, kept, there, True, vw.shape[0] > VW)
+    return words.to(tl.uint32)
+
+
+@jit
+def _value_planes(rows_ptr, first, kept, vw, VW: tl.constexpr, RW: tl.constexpr, ALL: tl.constexpr):
+    """Load words of values of 3 bits, and those of their third bits: (N, VP) uint32 each, as
+    _value_words. They are loaded together, so that both lie in the same lanes."""
+    both = tl.join(vw % RW, RW + vw % (RW // 2))
+    words = _load(
+        rows_ptr + (first[:, :, None] + both[None, :, :]),
+        kept[:, :, None],
+        (vw < VW)[None, :, None],
+        not ALL,
+        vw.shape[0] > VW,
+    )
+    words, thirds = tl.split(words.to(tl.uint32))
+    return words, thirds >> (vw % RW // (RW // 2)).to(tl.uint32)[None, :]
 
 
 @jit
@@ -254,12 +317,13 @@ def _word_attention_kernel(
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
 ):
-    """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (4 or
-    8; VALUE 0: levels), N tokens at a time: kernels._attention_kernel.
+    """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (VALUE
+    0: levels), N tokens at a time: kernels._attention_kernel.
 
-    KP, VP: words of a key and of a value, rounded up. ASM: codes become numbers by PTX. Where every
-    token keeps K groups (K > 0), segments are whole blocks, so that no load needs a mask for the
-    last tokens; where it keeps all of them (K = S), masks are not read."""
+    KP, VP: words of a key and of a value, rounded up; of 3 bits those of their lower bits. ASM:
+    codes become numbers by PTX. Where every token keeps K groups (K > 0), segments are whole
+    blocks, so that no load needs a mask for the last tokens; where it keeps all of them (K = S),
+    masks are not read."""
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -279,15 +343,25 @@ def _word_attention_kernel(
     b = seg // Hkv
     h = seg % Hkv
     row = tl.program_id(2) * M + tl.arange(0, M)
-    KW: tl.constexpr = D * KEY // 32  # words of a token's key, of its value
-    VW: tl.constexpr = D * VALUE // 32
+    # Of 3 bits there are two planes: words of the lower two bits, and half as many of the third.
+    KF: tl.constexpr = 4 if KEY < 4 else 8 // KEY  # fields of a byte
+    KW: tl.constexpr = D // KF // 4  # words of a token's key, in the first plane
+    KEY_WORDS: tl.constexpr = D * KEY // 32  # in all
+    VF: tl.constexpr = 4 if VALUE < 4 else 8 // VALUE
+    WORD: tl.constexpr = 2 if VALUE == 2 or VALUE == 3 else 4  # bytes of a word of values
+    PLANE_BYTES: tl.constexpr = D // S // VF  # of a row, in the first plane
+    VW: tl.constexpr = D // VF // WORD
+    VALUE_WORDS: tl.constexpr = D * VALUE // 8 // WORD
     ROW_BYTES: tl.constexpr = D // S * (VALUE if VALUE > 0 else 2) // 8
+    # Words of a row, in the first plane; those of a value that keeps all groups lie in one.
+    RW: tl.constexpr = VW if K == S and VALUE != 3 else PLANE_BYTES // WORD
+    ROW: tl.constexpr = VALUE_WORDS // (VW // RW) if VALUE > 0 else 0  # in all planes
     FMA: tl.constexpr = ASM and (D // S == 8 or D // S == 16)  # levels: planes of 2 or 4 bytes
     token_base = tl.load(token_base_ptr + seg)
     keys_ptr = (keys_ptr + token_base * (D * KEY // 8)).to(tl.pointer_type(tl.uint32), bitcast=True)
     rows_ptr += tl.load(row_base_ptr + seg) * ROW_BYTES
     if VALUE > 0:
-        rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+        rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint16 if WORD == 2 else tl.uint32), bitcast=True)
         value_scale_ptr = value_scale_ptr + token_base * 2
         value_scale_ptr = value_scale_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
     else:
@@ -323,9 +397,9 @@ def _word_attention_kernel(
     q_ptr += b * q_stride_b + (h * n + head)[None, :] * q_stride_h + query[None, :] * q_stride_t
 
     # Queries in the order in which codes of keys come.
-    byte, half = key_order(tl.arange(0, KP * 4 * (8 // KEY)), KP, KEY)
+    byte, field = key_order(tl.arange(0, KP * 4 * KF), KP, KEY)
     like = tl.load(
-        q_ptr + (byte + half * (D // 2))[:, None],
+        q_ptr + (byte + field * (D // KF))[:, None],
         mask=(byte < KW * 4)[:, None] & in_row[None, :],
         other=0.0,
     )
@@ -333,11 +407,11 @@ def _word_attention_kernel(
     if DEAL:
         x += _nothing(any_ptr, byte)[:, None]
     up, down = subnormal_scale(ASM)
-    unit = tl.where(half == 0, up, up / 16)
+    unit = up / field_factor(field, KEY)
 
     # Columns: weights times steps, and weights times middles where they do not go to all groups.
     C: tl.constexpr = M if K == S or VALUE == 0 else 2 * M
-    DV: tl.constexpr = VP * 32 // VALUE if VALUE > 0 else D
+    DV: tl.constexpr = VP * WORD * VF if VALUE > 0 else D
     m = tl.full([M], -1e38, tl.float32)
     den = tl.zeros([8, M], tl.float32)
     acc = tl.zeros([DV, C], tl.float32)
@@ -351,7 +425,7 @@ def _word_attention_kernel(
     channel = tl.arange(0, KP * 4)
     scales = (
         tl.arange(0, 2)[:, None, None] * D
-        + tl.arange(0, 8 // KEY)[None, :, None] * (D // 2)
+        + tl.arange(0, KF)[None, :, None] * (D // KF)
         + channel[None, None, :]
     )
     if VALUE == 0:
@@ -369,13 +443,23 @@ def _word_attention_kernel(
         t = t0 + at
         live = t < end
         # All that is read of these tokens, and the masks of the next ones.
-        words = _load(
-            keys_ptr + t[:, None] * KW + kw[None, :],
-            live[:, None],
-            (kw < KW)[None, :],
-            K == 0,
-            KP > KW,
-        )
+        token_ptr = keys_ptr + t[:, None] * KEY_WORDS
+        in_key = (kw < KW)[None, :]
+        if KEY == 3:
+            both = tl.join(kw, KW + kw % (KW // 2))[None, :, :]
+            words, thirds = tl.split(
+                _load(
+                    token_ptr[:, :, None] + both,
+                    live[:, None, None],
+                    in_key[:, :, None],
+                    K == 0,
+                    KP > KW,
+                )
+            )
+            thirds = thirds >> (kw // (KW // 2)).to(tl.uint32)[None, :]
+        else:
+            words = _load(token_ptr + kw[None, :], live[:, None], in_key, K == 0, KP > KW)
+            thirds = words
         steps = _load(
             key_scale_ptr + t0 // BLOCK * (2 * D) + scales,
             True,
@@ -400,22 +484,24 @@ def _word_attention_kernel(
                 bits_ptr, before_ptr, tile_rows_ptr, t0 + N, end, S, N, TILE, ASM
             )
             own_step = tl.load(value_scale_ptr + t + N, mask=t + N < end, other=0.0)
-        elif K == S:
-            codes = _load(
-                rows_ptr + t[:, None] * VW + vw[None, :], True, (vw < VW)[None, :], False, VP > VW
-            )
         else:
             if K > 0:
                 offset = t * K
-            codes = _row_words(
-                rows_ptr, as_word(bits, S)[:, None], offset[:, None], vw, VW, VP, ROW_BYTES // 4
-            )
-            bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t + N, end, K, TILE)
+            if K == S:
+                bits = t  # not asked
+            first_word, kept = _rows_of(t, bits, offset, vw // RW, S, K, VALUE_WORDS, ROW)
+            if VALUE == 3:
+                codes, code_thirds = _value_planes(rows_ptr, first_word, kept, vw, VW, RW, K == S)
+            else:
+                codes = _value_words(rows_ptr, first_word, kept, vw, VW, RW, ROW, K == S)
+                code_thirds = codes
+            if K < S:
+                bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t + N, end, K, TILE)
         if VALUE > 0:
             value_scale = _load(value_scale_ptr + t, live, True, K == 0, False)
 
         step, middle = _key_steps(steps, KP, KEY)
-        logits = _key_logits(words, x, step, middle, unit, down, like, KEY, ASM)
+        logits = _key_logits(words, thirds, x, step, middle, unit, down, like, KEY, ASM)
         logits = capped(logits, CAP)
         if K == 0:
             logits = tl.where(live[:, None], logits, -2e38)
@@ -446,7 +532,9 @@ def _word_attention_kernel(
                 two_bits = tl.load(bits_ptr + pairs + 4, mask=pairs + 4 < end, other=0)
             w = paired(w.to(like.dtype))
             sums = product(rows_of_pairs(ones, like, ASM), w, sums * alpha[None, :])
-            acc = product(value_codes(codes, like, VALUE, ASM), w, acc * alpha[None, :])
+            acc = product(
+                value_codes(codes, code_thirds, like, VALUE, ASM), w, acc * alpha[None, :]
+            )
 
     # From sums over codes to sums over numbers.
     den = tl.sum(den, 0)
@@ -455,10 +543,10 @@ def _word_attention_kernel(
         in_dims = dims < D
         acc *= (tl.load(gain_ptr + h * D + dims) * (8192.0 if FMA else 1.0))[:, None]
     else:
-        byte, half = value_order(tl.arange(0, DV), VP, VALUE)
-        group = byte // ROW_BYTES
-        dims = group * (D // S) + half * ROW_BYTES + byte % ROW_BYTES
-        in_dims = byte < VW * 4
+        byte, field = value_order(tl.arange(0, DV), VP, VALUE)
+        group = byte // PLANE_BYTES
+        dims = group * (D // S) + field * PLANE_BYTES + byte % PLANE_BYTES
+        in_dims = byte < VW * WORD
         HALF: tl.constexpr = 1 << (VALUE - 1)
         if K == S:
             add = (tl.sum(middles, 0) - tl.max(sums, 0) * (HALF * down))[None, :]
@@ -466,7 +554,7 @@ def _word_attention_kernel(
             acc, _ = tl.split(tl.reshape(acc, [DV, M, 2]))
             by_step, by_middle = tl.split(tl.reshape(sums, [16, M, 2]))
             add = each_group((by_middle - by_step * HALF) * down, group, S)
-        acc = acc * tl.where(half == 0, down, down / 16)[:, None] + add
+        acc = acc * (down / field_factor(field, VALUE))[:, None] + add
 
     m, den, acc = _read_window(
         q_ptr,

@@ -230,5 +230,6 @@ def calibrate(selector: nn.Module, model: Transformer, batches: list[Tensor]) ->
     sensitivity = layer_sensitivity(model, layers, short)
     selector.layer_sensitivity = sensitivity.to(selector.layer_sensitivity)
     selector.drop_weight = torch.ones_like(selector.drop_weight)
-    weight = drop_weight(selector, model, batches, metrics)
-    selector.drop_weight = weight.to(selector.drop_weight)
+    if selector.kv.mask_scope != "shared":  # a shared mask has no budget of bytes
+        weight = drop_weight(selector, model, batches, metrics)
+        selector.drop_weight = weight.to(selector.drop_weight)

@@ -216,8 +216,8 @@ def test_picture_has_a_panel_for_each_batch_and_task(tmp_path, monkeypatch):
     panels = []
     draw = figures.draw_speed
 
-    def seen(ax, *panel) -> None:
-        draw(ax, *panel)
+    def seen(ax, **panel) -> None:
+        draw(ax, **panel)
         panels.append(ax)
 
     monkeypatch.setattr(figures, "draw_speed", seen)

@@ -114,7 +114,7 @@ def process(name: str, *flags, cwd=None) -> tuple[int, str, str, float]:
         env=os.environ | {"PYTHONPATH": str(runs.ROOT)},  # for -m, which looks in cwd
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     after = os.times()
     user = after.children_user - before.children_user

@@ -254,8 +254,8 @@ def test_eval_says_what_a_second_question_gets(base, measure):
 
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "run"])
 def test_bench_select(trained, selected, capsys, monkeypatch):
-    """Three rows: a dense prefill, one with selection, the choice alone; times and ratios are
-    positive, the dense one's is 1."""
+    """Three rows of one shape: a dense prefill, one with selection, the choice alone; times and
+    ratios are positive, the dense one's is 1."""
     flags = (
         [f"--out_dir={selected.folder}"]
         if trained
@@ -283,9 +283,7 @@ def test_bench_select(trained, selected, capsys, monkeypatch):
     assert rows[0]["ratio"] == 1 and all(
         r["ms"] > 0 and r["ratio"] > 0 and r["tokens_per_s"] > 0 for r in rows
     )
-    assert rows[2]["ms"] < rows[1]["ms"] and {r["shape"] for r in rows} == {
-        "B3 T77 L2 d32 H4/2 D16"
-    }
+    assert {r["shape"] for r in rows} == {"B3 T77 L2 d32 H4/2 D16"}
 
 
 def test_sample_from_a_select_run(selected, capsys):

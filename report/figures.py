@@ -29,6 +29,16 @@ def pyplot():
     return plt
 
 
+def column(rows: list[dict], field: str) -> list:
+    """One field of every row."""
+    return [r[field] for r in rows]
+
+
+def where(rows: list[dict], field: str, value) -> list[dict]:
+    """The rows that have a value in a field."""
+    return [r for r in rows if r[field] == value]
+
+
 # -- report.png
 
 
@@ -45,7 +55,7 @@ def report_figure(
     if after:
         panels.append(partial(draw_curves, curves=after))
     task = rows[0]["task"]
-    of_task = [r for r in rows if r["task"] == task]
+    of_task = where(rows, "task", task)
     panels.append(partial(draw_metric, rows=of_task))
     if masks is not None:
         panels.append(partial(draw_masks, masks=masks))
@@ -145,7 +155,7 @@ def points_of(rows: list[dict]) -> tuple[list[float], list[float]]:
     """The KV kept in the whole model in % and the metric's value of every row, the least first."""
     rows = sorted(rows, key=lambda r: r["kv_kept_model"])
     kept = [100 * r["kv_kept_model"] for r in rows]
-    values = [r["value"] for r in rows]
+    values = column(rows, "value")
     return kept, values
 
 
@@ -175,7 +185,7 @@ def draw_seeds(ax, name: str, rows: list[dict]) -> None:
     """The mean of a row of the table over its seeds; a bar of one standard deviation where they
     are several."""
     kept = 100 * mean(r["kv_kept_model"] for r in rows)
-    values = [r["value"] for r in rows]
+    values = column(rows, "value")
     middle = mean(values)
     bar = stdev(values) if len(values) > 1 else None
     ax.errorbar([kept], [middle], yerr=bar, fmt="o", ms=5, capsize=4, label=name)
@@ -185,7 +195,7 @@ def draw_sweep(ax, name: str, rows: list[dict]) -> None:
     """The values of one seed's model with every number of groups kept, the trained one among
     them."""
     seed = rows[0]["seed"]
-    mine = [r for r in rows if r["seed"] == seed]
+    mine = where(rows, "seed", seed)
     kept, values = points_of(mine)
     ax.plot(kept, values, ".-", lw=1, label=f"{name}, one seed")
 
@@ -299,7 +309,7 @@ def layers_figure(folder: Path, rows: list[dict]) -> None:
         way, _, bits = field.partition("_")
         bits = int(bits) + 0.5
         label = f"{OF_KEYS[way]}, {bits:g} bits a number"
-        errors = [r[field] for r in layers]
+        errors = column(layers, field)
         error.plot(numbers, errors, f"{marker}-", ms=4, lw=1, label=label)
     error.set_yscale("log")
     error.set(ylabel="error / variance", title="Squared error of logits, keys of few bits")
@@ -319,17 +329,17 @@ def speed_figure(folder: Path, rows: list[dict]) -> None:
     """Draw speed.png: tokens per second of benchmarks/speed.py's rows and the limits of this
     machine, a panel for each number of sequences that are decoded, one for training against the
     number of sequences, one for attention alone."""
-    decoded = [r for r in rows if r["task"] == "decode"]
+    decoded = where(rows, "task", "decode")
     panels = []
     for batch_size in sorted({r["batch_size"] for r in decoded}):
-        mine = [r for r in decoded if r["batch_size"] == batch_size]
+        mine = where(decoded, "batch_size", batch_size)
         title = f"Decoding, batch {batch_size}"
         panels.append(partial(draw_speed, title=title, rows=mine, along="n_tokens"))
-    trained = [r for r in rows if r["task"] == "training"]
+    trained = where(rows, "task", "training")
     if trained:
         title = f"Training, sequences of {trained[0]['n_tokens']:,} tokens"
         panels.append(partial(draw_speed, title=title, rows=trained, along="batch_size"))
-    alone = [r for r in rows if r["task"] == "attention"]
+    alone = where(rows, "task", "attention")
     if alone:
         title = f"Attention alone, all layers, batch {alone[0]['batch_size']}"
         panels.append(partial(draw_speed, title=title, rows=alone, along="n_tokens"))
@@ -344,16 +354,16 @@ def draw_speed(ax, title: str, rows: list[dict], along: str) -> None:
         series.setdefault(r["impl"], []).append(r)
     for marker, (name, mine) in zip(itertools.cycle(MARKERS), series.items(), strict=False):
         mine = sorted(mine, key=lambda r: r[along])
-        at = [r[along] for r in mine]
-        speed = [r["tokens_per_s"] for r in mine]
+        at = column(mine, along)
+        speed = column(mine, "tokens_per_s")
         (line,) = ax.plot(at, speed, marker=marker, label=name)
-        bound = [r["limit_by_bytes"] for r in mine]
+        bound = column(mine, "limit_by_bytes")
         ax.plot(at, bound, "--", color=line.get_color(), lw=0.8)
     places = sorted({r[along] for r in rows})
     flops = []
     for at in places:
-        here = [r for r in rows if r[along] == at]
-        limits = [r["limit_by_flops"] for r in here]
+        here = where(rows, along, at)
+        limits = column(here, "limit_by_flops")
         flops.append(max(limits))
     ax.plot([], [], "--", color="grey", lw=0.8, label="limit by bytes, in its colour")
     ax.plot(places, flops, ":", color="k", label="limit by FLOPs")

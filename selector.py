@@ -59,12 +59,7 @@ from baselines.tokens import AS_PUBLISHED, ONE_FOR_A_LAYER, TOKEN_LEVEL
 from config import KVConfig, SelectConfig, check
 from kernels import attend_view, can_append
 from kv_router import ValueGroupPath
-from model import (
-    Transformer,
-    attend,
-    attend_masked,
-    attention_mask,
-)
+from model import Transformer, attend, attend_masked, attention_mask
 from selection.budgets import Selection, planned, spend_bytes, spend_in_turn, spend_jointly
 from selection.calibration import calibrate, look
 from selection.predictors import HiddenPredictor, QueryPredictor

@@ -62,7 +62,8 @@ class Block(NamedTuple):
     def encode(self, x: Tensor) -> Tensor:
         """Return the coordinates (..., r) of vectors x (..., p), float32 under autocast, too."""
         with torch.autocast(x.device.type, enabled=False):
-            return (x.float() - self.mean.float()) @ self.to.float()
+            centred = x.float() - self.mean.float()
+            return centred @ self.to.float()
 
     def decode(self, y: Tensor) -> Tensor:
         """Return the vectors (..., p) float32 of coordinates y (..., r)."""
@@ -71,8 +72,9 @@ class Block(NamedTuple):
 
     def first(self, r: int) -> Block:
         """Return the block with its first r coordinates only."""
-        cut = (self.to[:, :r].contiguous(), self.back[:r].contiguous(), self.spread[:r])
-        return Block(self.mean, *cut)
+        to = self.to[:, :r].contiguous()
+        back = self.back[:r].contiguous()
+        return Block(self.mean, to, back, self.spread[:r])
 
     def on(self, device: torch.device) -> Block:
         """Return the block there."""
@@ -81,7 +83,8 @@ class Block(NamedTuple):
     def nbytes(self) -> int:
         """Count the bytes as they would be saved, spreads in 16 bits."""
         parts = (self.mean, self.to, self.back)
-        return sum(t.numel() * t.element_size() for t in parts) + 2 * len(self.spread)
+        of_parts = sum(t.numel() * t.element_size() for t in parts)
+        return of_parts + 2 * len(self.spread)
 
 
 class Basis(NamedTuple):
@@ -141,7 +144,8 @@ def counted_as(row: Tensor) -> Tensor:
     """Return the first row (n,) int64 whose symbols are as likely as those of rows (n,) int64: a
     long code that varies twice as much has one more bit that is no symbol's."""
     first = LONG + 1
-    return torch.where(row > LONG, first + (row - first) % 4, row)
+    alike = first + (row - first) % 4
+    return torch.where(row > LONG, alike, row)
 
 
 def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
@@ -153,20 +157,22 @@ def counted(ys: list[Tensor], spreads: list[Tensor]) -> Table:
     counts = torch.zeros(ROWS, 256, dtype=torch.float64, device=ys[0].device)
     reached = reach(ys[0].device)
     for y, spread in zip(ys, spreads, strict=True):
-        token = torch.arange(len(y), device=y.device)[:, None]
-        above = token * 619 % (16 * OCTAVE)
+        token = torch.arange(len(y), device=y.device)
+        above = token[:, None] * 619 % (16 * OCTAVE)
         step = spread[0] - 8 * OCTAVE + above
         row = row_of(spread, step)
         symbols = symbols_of(codes_of(y, step, row), row).long()
         at = counted_as(row.long()) * 256 + symbols
-        counts += at.flatten().bincount(minlength=counts.numel()).view_as(counts)
+        found = at.flatten().bincount(minlength=counts.numel())
+        counts += found.view_as(counts)
     row = torch.arange(ROWS, device=counts.device)
     counts = counts[counted_as(row)]
     most = (reached >> low_bits(row))[:, None] + 1
     code = torch.arange(256, device=counts.device) - ZERO
     allowed = (code >= -most) & (code <= most)
     n = int(low_bits(row[-1]))  # rows of the lowest bits, all alike
-    alike = torch.arange(256) < (2 << torch.arange(n))[:, None]
+    many = 2 << torch.arange(n)
+    alike = torch.arange(256) < many[:, None]
     counts = torch.cat((counts.cpu(), alike.double()))
     return table_of(counts, torch.cat((allowed.cpu(), alike)))
 
@@ -180,11 +186,13 @@ def principal(mean: Tensor, covariance: Tensor, fisher: Tensor) -> Block:
     p = len(mean)
     ridge = RIDGE * fisher.diagonal().mean().clamp_min(1e-30)
     eye = torch.eye(p, dtype=fisher.dtype, device=fisher.device)
-    found, axes = torch.linalg.eigh((fisher + ridge * eye).float())
+    metric = (fisher + ridge * eye).float()
+    found, axes = torch.linalg.eigh(metric)
     found = found.clamp_min(float(ridge) / 2)
     root = (axes * found.sqrt()) @ axes.T
     inverse = (axes * found.rsqrt()) @ axes.T
-    variance, axes = torch.linalg.eigh(root @ covariance.float() @ root)
+    in_metric = root @ covariance.float() @ root
+    variance, axes = torch.linalg.eigh(in_metric)
     variance = variance.flip(0).clamp_min(1e-12)
     axes = axes.flip(1)
     to = root @ axes
@@ -211,22 +219,51 @@ def gradients(
         with torch.enable_grad(), record_layers([b.self_attn for b in blocks], see):
             logits = model(ids)[0].float()
             share = logits.detach().softmax(-1)
-            drawn = torch.multinomial(share.cpu(), 1, generator=draw)[:, 0].to(ids.device)
-            loss = F.cross_entropy(logits, drawn, reduction="sum")
+            drawn = torch.multinomial(share.cpu(), 1, generator=draw)
+            targets = drawn[:, 0].to(ids.device)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
             found = torch.autograd.grad(loss, seen[0] + seen[1])
     finally:
         hook.remove()
     number = torch.arange(ids.size(1), device=ids.device)[None]
     n = len(blocks)
     keys = [unturned(k.detach(), model, number) for k in seen[0]]
-    key_gradients = [unturned(g, model, number) for g in found[:n]]
-    return [keys, [v.detach() for v in seen[1]]], [key_gradients, list(found[n:])]
+    values = [v.detach() for v in seen[1]]
+    of_keys = [unturned(g, model, number) for g in found[:n]]
+    of_values = list(found[n:])
+    return [keys, values], [of_keys, of_values]
 
 
 def block_vectors(keys: list[Tensor], values: list[Tensor], span: int) -> list[Tensor]:
     """Return the vectors (B, T, p) of each block of layers' keys and values (B, Hkv, T, D)."""
-    firsts = range(0, len(keys), span)
-    return [as_vectors([*keys[i : i + span], *values[i : i + span]]) for i in firsts]
+    vectors = []
+    for first in range(0, len(keys), span):
+        end = first + span
+        layers = [*keys[first:end], *values[first:end]]
+        vectors.append(as_vectors(layers))
+    return vectors
+
+
+class Moments:
+    """Sums over a block's tokens, float64, and some of its vectors."""
+
+    def __init__(self):
+        self.total: Tensor | float = 0.0  # (p,) of x
+        self.squares: Tensor | float = 0.0  # (p, p) of x x^T
+        self.costs: Tensor | float = 0.0  # (p, p) of g g^T
+        self.some: list[Tensor] = []  # (n, p) each, float32
+
+    def add(self, x: Tensor, g: Tensor, every: int) -> None:
+        """Take tokens' vectors x (T, p) and gradients g (T, p), and every so many of x as they
+        are."""
+        x = x.float()
+        g = g.float()
+        gram = x.T @ x
+        fisher = g.T @ g
+        self.total = self.total + x.double().sum(0)
+        self.squares = self.squares + gram.double()
+        self.costs = self.costs + fisher.double()
+        self.some.append(x[::every].clone())
 
 
 def calibrate(
@@ -250,25 +287,31 @@ def calibrate(
     every = max(1, n // SAMPLED)
     draw = torch.Generator().manual_seed(seed)
     n_blocks = cdiv(len(coded_layers(model)), span)
-    totals: list = [[0.0, 0.0, 0.0] for _ in range(n_blocks)]
-    some: list[list[Tensor]] = [[] for _ in range(n_blocks)]
+    moments = [Moments() for _ in range(n_blocks)]
     with evaluating(model):
         for ids in (row for batch in batches for row in batch.split(1)):
             here, costs = gradients(model, ids, draw)
-            vectors = zip(block_vectors(*here, span), block_vectors(*costs, span), strict=True)
-            for total, sample, (x, g) in zip(totals, some, vectors, strict=True):
-                x = x[0, sinks:].float()
-                g = g[0, sinks:].float()
-                total[0] = total[0] + x.double().sum(0)
-                total[1] = total[1] + (x.T @ x).double()
-                total[2] = total[2] + (g.T @ g).double()
-                sample.append(x[::every].clone())
-    # M in units near 1, so that float16 holds its roots: a power of 4, so that nothing is rounded.
-    size = torch.stack([fisher.diagonal().mean() for _, _, fisher in totals]).mean() / n
-    unit = 4.0 ** float(size.clamp_min(1e-30).log2().div(2).round())
+            xs = block_vectors(*here, span)
+            gs = block_vectors(*costs, span)
+            for of_block, x, g in zip(moments, xs, gs, strict=True):
+                of_block.add(x[0, sinks:], g[0, sinks:], every)
+    sizes = torch.stack([m.costs.diagonal().mean() for m in moments])
+    unit = unit_of(sizes.mean() / n)
     blocks = []
-    for at_sum, square, fisher in totals:
-        mean = at_sum / n
-        blocks.append(principal(mean, square / n - mean.outer(mean), fisher / n / unit))
-    ys = [block.encode(torch.cat(xs)) for block, xs in zip(blocks, some, strict=True)]
-    return Basis(blocks, span, counted(ys, [block.spread for block in blocks]))
+    ys = []
+    for m in moments:
+        mean = m.total / n
+        covariance = m.squares / n - mean.outer(mean)
+        block = principal(mean, covariance, m.costs / n / unit)
+        blocks.append(block)
+        ys.append(block.encode(torch.cat(m.some)))
+    spreads = [block.spread for block in blocks]
+    return Basis(blocks, span, counted(ys, spreads))
+
+
+def unit_of(size: Tensor) -> float:
+    """Return a unit in which M, of this mean diagonal, is near 1, so that float16 holds its root: a
+    power of 4, so that nothing is rounded."""
+    log2 = size.clamp_min(1e-30).log2()
+    half = (log2 / 2).round()
+    return 4.0 ** float(half)

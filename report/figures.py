@@ -4,6 +4,7 @@ drawn by report/against_bytes.py."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -28,6 +29,16 @@ def pyplot():
     return plt
 
 
+def column(rows: list[dict], field: str) -> list:
+    """One field of every row."""
+    return [r[field] for r in rows]
+
+
+def where(rows: list[dict], field: str, value) -> list[dict]:
+    """The rows that have a value in a field."""
+    return [r for r in rows if r[field] == value]
+
+
 # -- report.png
 
 
@@ -36,20 +47,43 @@ def report_figure(
 ) -> None:
     """Draw report.png: the loss curves that there are, the first task's metric against whole-model
     KV kept, and where tokens kept groups, which."""
-    before = {name: points for name, points in curves.items() if name == "pretrain"}
-    after = {name: points for name, points in curves.items() if name != "pretrain"}
-    panels = [partial(draw_curves, curves=part) for part in (before, after) if part]
-    panels.append(partial(draw_metric, rows=[r for r in rows if r["task"] == rows[0]["task"]]))
+    panels = []
+    after = dict(curves)
+    before = after.pop("pretrain", None)
+    if before is not None:
+        panels.append(partial(draw_curves, curves={"pretrain": before}))
+    if after:
+        panels.append(partial(draw_curves, curves=after))
+    task = rows[0]["task"]
+    of_task = where(rows, "task", task)
+    panels.append(partial(draw_metric, rows=of_task))
     if masks is not None:
         panels.append(partial(draw_masks, masks=masks))
-    plt = pyplot()
-    height = cdiv(len(panels), 2)
     width = min(2, len(panels))
-    size = (7 * width, 4.5 * height)
-    fig, axes = plt.subplots(height, width, figsize=size, layout="constrained", squeeze=False)
-    for ax, draw in itertools.zip_longest(axes.flat, panels, fillvalue=lambda ax: ax.remove()):
-        draw(ax)
-    fig.savefig(folder / "report.png", dpi=100)
+    save_panels(folder / "report.png", panels, width, (7, 4.5), dpi=100)
+
+
+def save_panels(
+    path: Path, panels: list[Callable], width: int, size: tuple[float, float], dpi: int
+) -> None:
+    """Draw panels into a picture, `width` of them side by side, each of a size in inches. A panel
+    is a function of its axes."""
+    plt = pyplot()
+    height = cdiv(len(panels), width)
+    across, down = size
+    fig, axes = plt.subplots(
+        height,
+        width,
+        figsize=(across * width, down * height),
+        layout="constrained",
+        squeeze=False,
+    )
+    for ax, draw in itertools.zip_longest(axes.flat, panels):
+        if draw is None:
+            ax.remove()
+        else:
+            draw(ax)
+    fig.savefig(path, dpi=dpi)
     plt.close(fig)
 
 
@@ -58,9 +92,13 @@ def draw_curves(ax, curves: dict[str, list[dict]]) -> None:
     the mean of the last 5."""
     for name, points in curves.items():
         steps = [p for p in points if "loss" in p]
+        numbers = [p["step"] + 1 for p in steps]
         losses = [p["loss"] for p in steps]
-        smooth = [mean(losses[max(0, i - 4) : i + 1]) for i in range(len(losses))]
-        ax.plot([p["step"] + 1 for p in steps], smooth, label=name, lw=1)
+        smooth = []
+        for end in range(1, len(losses) + 1):
+            newest = losses[max(0, end - 5) : end]
+            smooth.append(mean(newest))
+        ax.plot(numbers, smooth, label=name, lw=1)
     title = "Adaptation"
     unit = ", nats per token"
     if "pretrain" in curves:
@@ -81,17 +119,22 @@ def draw_metric(ax, rows: list[dict]) -> None:
     with the row that it belongs to. A base far above the others is named, not drawn."""
     by_name: dict[str, list[dict]] = {}
     for r in rows:
-        by_name.setdefault(r.get("name", setting_of(r)), []).append(r)
+        name = r.get("name", setting_of(r))
+        by_name.setdefault(name, []).append(r)
     metric = rows[0]["metric"]
     task = rows[0]["task"]
     beside = ""
     if len(by_name) > 1 and "base" in by_name:
         base = by_name.pop("base")
         beside = f" (base without adapter: {base[0]['value']:.2f})"
-    texts = {text_hash(r): r["text"]["corpus"] for r in rows if "text" in r}
+    of_texts = [r for r in rows if "text" in r]
+    texts = {}
+    for r in of_texts:
+        texts[text_hash(r)] = r["text"]["corpus"]
     for name, mine in by_name.items():
         if SWEEP in name:
-            draw_sweep(ax, name, mine + by_name[name.removesuffix(SWEEP)])
+            trained = by_name[name.removesuffix(SWEEP)]
+            draw_sweep(ax, name, mine + trained)
         elif "name" in mine[0] and len(texts) < 2:
             draw_seeds(ax, name, mine)
         else:
@@ -111,7 +154,9 @@ def draw_metric(ax, rows: list[dict]) -> None:
 def points_of(rows: list[dict]) -> tuple[list[float], list[float]]:
     """The KV kept in the whole model in % and the metric's value of every row, the least first."""
     rows = sorted(rows, key=lambda r: r["kv_kept_model"])
-    return [100 * r["kv_kept_model"] for r in rows], [r["value"] for r in rows]
+    kept = [100 * r["kv_kept_model"] for r in rows]
+    values = column(rows, "value")
+    return kept, values
 
 
 def draw_texts(ax, name: str, rows: list[dict], texts: list[str]) -> None:
@@ -119,9 +164,10 @@ def draw_texts(ax, name: str, rows: list[dict], texts: list[str]) -> None:
     sha256; empty where the task has none."""
     colour = None
     for marker, text in zip(itertools.cycle(MARKERS), texts or [""], strict=False):
-        mine = points_of([r for r in rows if text_hash(r) == text])
+        mine = [r for r in rows if text_hash(r) == text]
+        kept, values = points_of(mine)
         label = name if colour is None else None
-        (line,) = ax.plot(*mine, marker, ms=5, color=colour, label=label)
+        (line,) = ax.plot(kept, values, marker, ms=5, color=colour, label=label)
         colour = line.get_color()
 
 
@@ -130,7 +176,8 @@ def widen(ax) -> None:
     effect."""
     low, high = ax.get_ylim()
     middle = (low + high) / 2
-    half = max(high - low, 0.01 * abs(middle)) / 2
+    least = 0.01 * abs(middle)
+    half = max(high - low, least) / 2
     ax.set_ylim(middle - half, middle + half)
 
 
@@ -138,16 +185,19 @@ def draw_seeds(ax, name: str, rows: list[dict]) -> None:
     """The mean of a row of the table over its seeds; a bar of one standard deviation where they
     are several."""
     kept = 100 * mean(r["kv_kept_model"] for r in rows)
-    values = [r["value"] for r in rows]
+    values = column(rows, "value")
+    middle = mean(values)
     bar = stdev(values) if len(values) > 1 else None
-    ax.errorbar([kept], [mean(values)], yerr=bar, fmt="o", ms=5, capsize=4, label=name)
+    ax.errorbar([kept], [middle], yerr=bar, fmt="o", ms=5, capsize=4, label=name)
 
 
 def draw_sweep(ax, name: str, rows: list[dict]) -> None:
     """The values of one seed's model with every number of groups kept, the trained one among
     them."""
-    mine = [r for r in rows if r["seed"] == rows[0]["seed"]]
-    ax.plot(*points_of(mine), ".-", lw=1, label=f"{name}, one seed")
+    seed = rows[0]["seed"]
+    mine = where(rows, "seed", seed)
+    kept, values = points_of(mine)
+    ax.plot(kept, values, ".-", lw=1, label=f"{name}, one seed")
 
 
 def seeds_of(rows: list[dict]) -> str:
@@ -165,7 +215,8 @@ def setting_of(r: dict) -> str:
     if r["method"] == "value_groups":
         return f"{r['basis']}, S = {r['n_groups']}"
     if r["method"] == "select":
-        return f"{r['relevance'].split(' ')[0]}, {r.get('setting')}"
+        signal = r["relevance"].split(" ")[0]
+        return f"{signal}, {r.get('setting')}"
     return r["setting"]
 
 
@@ -202,16 +253,21 @@ def groups_figure(folder: Path, choice: Selection, title: str) -> None:
     plt = pyplot()
     S = choice.mask.size(-1)
     C = choice.mask.size(-2)
-    kept = (choice.mask > 0).sum(-1).float().flatten(0, -2).cpu()  # (masks, C)
-    order = choice.score.flatten(0, -2).cpu().argsort(-1, descending=True)
-    by_rank = kept.gather(-1, order).mean(0)
+    n_kept = (choice.mask > 0).sum(-1)
+    kept = n_kept.flatten(0, -2).cpu()  # (masks, C)
+    score = choice.score.flatten(0, -2).cpu()
+    order = score.argsort(-1, descending=True)
+    by_rank = kept.gather(-1, order).float().mean(0)
     fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    shares = kept.long().flatten().bincount(minlength=S + 1) / kept.numel()
+    tokens = kept.flatten().bincount(minlength=S + 1)
+    shares = tokens / kept.numel()
     left.bar(range(S + 1), shares.tolist(), color="tab:blue")
     left.set(xlabel=f"groups kept of {S}", ylabel="share of tokens", title="Groups kept per token")
     width = max(1, C // 64)
-    bins = by_rank[: C // width * width].view(-1, width).mean(-1)
-    ranks = [100 * i / len(bins) for i in range(len(bins))]
+    n_bins = C // width
+    full = by_rank[: n_bins * width]
+    bins = full.view(-1, width).mean(-1)
+    ranks = [100 * i / n_bins for i in range(n_bins)]
     right.step(ranks, bins.tolist(), where="post", color="tab:blue")
     right.set(
         xlabel="rank by relevance, % of the context (0: most relevant)",
@@ -240,17 +296,21 @@ def layers_figure(folder: Path, rows: list[dict]) -> None:
     for marker, (name, label) in zip(MARKERS, OF_MAPS.items(), strict=False):
         share = [100 * r[f"told_{name}"] for r in layers]
         tokens = [r[f"pays_after_{name}"] for r in layers]
-        told.plot(numbers, share, f"{marker}-", ms=4, lw=1, label=label)
-        pays.plot(numbers, tokens, f"{marker}-", ms=4, lw=1, label=label)
+        line = f"{marker}-"
+        told.plot(numbers, share, line, ms=4, lw=1, label=label)
+        pays.plot(numbers, tokens, line, ms=4, lw=1, label=label)
     told.set_ylim(0, 100)
     told.set(ylabel="energy told, %", title="Values that keys tell, as W_o writes them")
     pays.set_yscale("log")
     pays.set(ylabel="tokens", title="Tokens after which W has saved its own bits")
-    fields = [f for f in layers[0] if f.startswith(tuple(OF_KEYS))]
+    ways = tuple(OF_KEYS)
+    fields = [f for f in layers[0] if f.startswith(ways)]
     for marker, field in zip(MARKERS, fields, strict=False):
         way, _, bits = field.partition("_")
-        label = f"{OF_KEYS[way]}, {int(bits) + 0.5:g} bits a number"
-        error.plot(numbers, [r[field] for r in layers], f"{marker}-", ms=4, lw=1, label=label)
+        bits = int(bits) + 0.5
+        label = f"{OF_KEYS[way]}, {bits:g} bits a number"
+        errors = column(layers, field)
+        error.plot(numbers, errors, f"{marker}-", ms=4, lw=1, label=label)
     error.set_yscale("log")
     error.set(ylabel="error / variance", title="Squared error of logits, keys of few bits")
     for ax in (told, pays, error):
@@ -269,30 +329,21 @@ def speed_figure(folder: Path, rows: list[dict]) -> None:
     """Draw speed.png: tokens per second of benchmarks/speed.py's rows and the limits of this
     machine, a panel for each number of sequences that are decoded, one for training against the
     number of sequences, one for attention alone."""
-    decoded = [r for r in rows if r["task"] == "decode"]
+    decoded = where(rows, "task", "decode")
     panels = []
     for batch_size in sorted({r["batch_size"] for r in decoded}):
-        mine = [r for r in decoded if r["batch_size"] == batch_size]
-        panels.append((f"Decoding, batch {batch_size}", mine, "n_tokens"))
-    trained = [r for r in rows if r["task"] == "training"]
+        mine = where(decoded, "batch_size", batch_size)
+        title = f"Decoding, batch {batch_size}"
+        panels.append(partial(draw_speed, title=title, rows=mine, along="n_tokens"))
+    trained = where(rows, "task", "training")
     if trained:
         title = f"Training, sequences of {trained[0]['n_tokens']:,} tokens"
-        panels.append((title, trained, "batch_size"))
-    alone = [r for r in rows if r["task"] == "attention"]
+        panels.append(partial(draw_speed, title=title, rows=trained, along="batch_size"))
+    alone = where(rows, "task", "attention")
     if alone:
         title = f"Attention alone, all layers, batch {alone[0]['batch_size']}"
-        panels.append((title, alone, "n_tokens"))
-    plt = pyplot()
-    height = cdiv(len(panels), 3)
-    size = (18, 5.5 * height)
-    fig, axes = plt.subplots(height, 3, figsize=size, layout="constrained", squeeze=False)
-    for ax, panel in itertools.zip_longest(axes.flat, panels):
-        if panel is None:
-            ax.remove()
-        else:
-            draw_speed(ax, *panel)
-    fig.savefig(folder / "speed.png", dpi=80)
-    plt.close(fig)
+        panels.append(partial(draw_speed, title=title, rows=alone, along="n_tokens"))
+    save_panels(folder / "speed.png", panels, 3, (6, 5.5), dpi=80)
 
 
 def draw_speed(ax, title: str, rows: list[dict], along: str) -> None:
@@ -303,17 +354,23 @@ def draw_speed(ax, title: str, rows: list[dict], along: str) -> None:
         series.setdefault(r["impl"], []).append(r)
     for marker, (name, mine) in zip(itertools.cycle(MARKERS), series.items(), strict=False):
         mine = sorted(mine, key=lambda r: r[along])
-        at = [r[along] for r in mine]
-        (line,) = ax.plot(at, [r["tokens_per_s"] for r in mine], marker=marker, label=name)
-        bound = [r["limit_by_bytes"] for r in mine]
+        at = column(mine, along)
+        speed = column(mine, "tokens_per_s")
+        (line,) = ax.plot(at, speed, marker=marker, label=name)
+        bound = column(mine, "limit_by_bytes")
         ax.plot(at, bound, "--", color=line.get_color(), lw=0.8)
     places = sorted({r[along] for r in rows})
-    flops = [max(r["limit_by_flops"] for r in rows if r[along] == at) for at in places]
+    flops = []
+    for at in places:
+        here = where(rows, along, at)
+        limits = column(here, "limit_by_flops")
+        flops.append(max(limits))
     ax.plot([], [], "--", color="grey", lw=0.8, label="limit by bytes, in its colour")
     ax.plot(places, flops, ":", color="k", label="limit by FLOPs")
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_xticks(places, [f"{at:,}" for at in places], minor=False)
+    named = [f"{at:,}" for at in places]
+    ax.set_xticks(places, named, minor=False)
     ax.set_xticks([], minor=True)
     ax.grid(alpha=0.3)
     of = "tokens of context" if along == "n_tokens" else "sequences in a step"

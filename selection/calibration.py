@@ -41,8 +41,10 @@ def value_statistics(
         wide = [at_least_float32(t) for t in z]
         moments = [torch.einsum("bhtd,bhte->hde", t, t) for t in wide]
         cov = torch.stack(moments).double()
-        energy = energy + cov.diagonal(dim1=-2, dim2=-1).sum(-1)
-        written = written + (cov * metrics).sum((-1, -2))
+        trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)
+        energy = energy + trace
+        in_metric = cov * metrics
+        written = written + in_metric.sum((-1, -2))
         later = [t[:, :, n_sinks:] for t in wide]  # first tokens are stored whole
         of_layers = [t.square().sum((0, 2)) for t in later]
         squares = squares + torch.stack(of_layers)
@@ -74,7 +76,8 @@ def layer_sensitivity(model: Transformer, layers: list[nn.Module], batches: list
             with evaluating(model), torch.enable_grad():
                 logits = model(idx[:, :-1])
                 lm_loss(logits, idx[:, 1:]).backward()
-            squares = [t.grad.float().square().sum(-1).mean() for t in written]
+            felt = [t.grad.float() for t in written]
+            squares = [g.square().sum(-1).mean() for g in felt]
             total = total + torch.stack(squares)
     finally:
         for h in hooks:
@@ -84,20 +87,53 @@ def layer_sensitivity(model: Transformer, layers: list[nn.Module], batches: list
     return (total / total.mean()).sqrt()
 
 
+def compressed_layers(selector: nn.Module, model: Transformer) -> list[nn.Module]:
+    """Return the attentions of the layers that a selector chooses for."""
+    numbers = selector.kv.layers_of(model.cfg)
+    return [model.layers[i].self_attn for i in numbers]
+
+
 def see_layers(
     selector: nn.Module, model: Transformer, idx: Tensor, pad: Tensor | None = None
 ) -> tuple:
     """Return (x, q, k, z), each a tuple over compressed layers, of an uncached pass over idx
     (B, T) that reads whole values."""
-    layers = [model.layers[i].self_attn for i in selector.kv.layers_of(model.cfg)]
+    layers = compressed_layers(selector, model)
     seen = []
 
     def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        seen.append((x, q, k, layers[i].kv_path.own_maps().encode(v)))
+        maps = layers[i].kv_path.own_maps()
+        z = maps.encode(v)
+        seen.append((x, q, k, z))
 
     with evaluating(model), record_layers(layers, see):
         model(idx, pad=pad, last_only=True)
     return tuple(zip(*seen, strict=True))
+
+
+def prompt_of(
+    selector: nn.Module,
+    seen: tuple,
+    n_context: int,
+    n_prompt: int,
+    observers: int,
+    pad: Tensor | None = None,
+) -> Prompt:
+    """Return the first n_prompt columns of what see_layers gives as a prompt, n_context of them its
+    context."""
+    x, q, k, z = seen
+    return Prompt(
+        [t[:, :n_prompt] for t in x],
+        [t[:, :, :n_prompt] for t in q],
+        [t[:, :, :n_prompt] for t in k],
+        [t[:, :, :n_context] for t in z],
+        n_context,
+        pad=pad,
+        rope=selector.rope,
+        n_groups=selector.S,
+        observers=observers,
+        cap=selector.cap,
+    )
 
 
 def look(
@@ -112,17 +148,12 @@ def look(
     it (of its query region where there are none), (L, B, Hkv, C)."""
     if n_context >= n_prompt:
         raise ValueError(NOBODY_ASKS)
-    x, q, k, z = see_layers(selector, model, idx, pad)
-    context = tuple(t[:, :, :n_context] for t in z)
-    about = dict(pad=pad, rope=selector.rope, n_groups=selector.S)
-    about |= dict(observers=selector.cfg.observers, cap=selector.cap)
-    all_of_it = Prompt(x, q, k, context, n_context, **about)
+    seen = see_layers(selector, model, idx, pad)
+    observers = selector.cfg.observers
+    all_of_it = prompt_of(selector, seen, n_context, idx.size(1), observers, pad)
     asking = n_prompt if n_prompt < all_of_it.T else n_context
     alpha = all_of_it.causal(all_of_it.column[asking:])
-    x = tuple(t[:, :n_prompt] for t in x)
-    q = tuple(t[:, :, :n_prompt] for t in q)
-    k = tuple(t[:, :, :n_prompt] for t in k)
-    return Prompt(x, q, k, context, n_context, **about), alpha
+    return prompt_of(selector, seen, n_context, n_prompt, observers, pad), alpha
 
 
 def output_errors(
@@ -137,16 +168,21 @@ def output_errors(
     metric  (Hkv, D, D), z^T M z is the squared norm that o_proj writes for z
     cap     of attention logits"""
     B, H, R, D = q.shape
+    Hkv = k.size(1)
     T = k.size(2)
-    asking = (q * D**-0.5).unflatten(1, (k.size(1), -1)).flatten(2, 3)  # (B, Hkv, n R, D)
+    scaled = q * D**-0.5
+    asking = scaled.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, Hkv, n R, D)
     logits = soft_cap(at_least_float32(asking @ k.mT), cap)
     place = torch.arange(T, device=q.device)
-    visible = (place <= place[T - R :, None]).repeat(H // k.size(1), 1)
+    causal = place <= place[T - R :, None]
+    visible = causal.repeat(H // Hkv, 1)
     logits.masked_fill_(~visible, NEVER)
     whole = logits.softmax(-1)
-    left = logits.masked_fill(~keep.unsqueeze(2), NEVER).softmax(-1)
+    dropped = ~keep.unsqueeze(2)
+    left = logits.masked_fill(dropped, NEVER).softmax(-1)
     missed = (left - whole) @ at_least_float32(z)  # (B, Hkv, n R, D)
-    squares = torch.einsum("bhqd,hde,bhqe->h", missed, metric.to(missed), missed)
+    metric = metric.to(missed)
+    squares = torch.einsum("bhqd,hde,bhqe->h", missed, metric, missed)
     return squares / (B * missed.size(2))
 
 
@@ -165,30 +201,41 @@ def drop_ratios(
     n_first = selector.kv.kv_sinks
     if n_readers < 1 or n_context - n_first < 1:
         return None
-    x, q, k, z = see_layers(selector, model, idx)
-    cfg = selector.cfg
-    about = dict(pad=None, rope=selector.rope, n_groups=selector.S, cap=selector.cap)
-    inputs = tuple(t[:, :n_prompt] for t in x)
-    before = (tuple(t[:, :, :n_prompt] for t in ts) for ts in (q, k))
-    context = tuple(t[:, :, :n_context] for t in z)
-    observers = cfg.observers or selector.kv.kv_tail or 1
-    prompt = Prompt(inputs, *before, context, n_context, observers=observers, **about)
-    norm = selector.layer_weights(prompt, cfg.hedge) * prompt.norms
-    energy = (future(prompt, cfg) ** (2 * cfg.hedge)) * norm.square().sum(-1)  # (L, 1, Hkv, C)
+    seen = see_layers(selector, model, idx)
+    observers = selector.cfg.observers or selector.kv.kv_tail or 1
+    prompt = prompt_of(selector, seen, n_context, n_prompt, observers)
+    energy = token_energy(selector, prompt)
     energy[..., :n_first] = 0
     n_kept = max(1, int(KEPT * energy.numel()))
-    keep = energy >= energy.flatten().topk(n_kept).values[-1]
+    least = energy.flatten().topk(n_kept).values[-1]
+    keep = energy >= least
     keep[..., :n_first] = True
     said = (energy * ~keep).sum((1, 3))
-    there = torch.cat((keep, keep.new_ones(*keep.shape[:-1], T - n_context)), -1)
-    cost = []
-    for i, metric in enumerate(metrics):
-        readers = q[i][:, :, n_prompt:]
-        cost.append(output_errors(readers, k[i], z[i], there[i], metric, selector.cap))
-    cost = torch.stack(cost) * selector.layer_sensitivity[:, None].square()
-    # heads of which nothing is dropped have the ratio of all together
-    few = [t.mean().clamp_min(1e-30) * 1e-3 for t in (cost, said)]
-    return (cost + few[0]).log() - (said + few[1]).log()
+    rest = keep.new_ones(*keep.shape[:-1], T - n_context)
+    there = torch.cat((keep, rest), -1)
+    errors = []
+    for _, q, k, z, kept, metric in zip(*seen, there, metrics, strict=True):
+        readers = q[:, :, n_prompt:]
+        errors.append(output_errors(readers, k, z, kept, metric, selector.cap))
+    felt = selector.layer_sensitivity.square()
+    cost = torch.stack(errors) * felt[:, None]
+    return log_above_zero(cost) - log_above_zero(said)
+
+
+def token_energy(selector: nn.Module, prompt: Prompt) -> Tensor:
+    """Return the squared scores of a prompt's context tokens by the untrained signal `future`,
+    (L, 1, Hkv, C)."""
+    cfg = selector.cfg
+    norm = selector.layer_weights(prompt, cfg.hedge) * prompt.norms
+    relevance = future(prompt, cfg) ** (2 * cfg.hedge)
+    return relevance * norm.square().sum(-1)
+
+
+def log_above_zero(t: Tensor) -> Tensor:
+    """Return the logarithm of t >= 0 plus a thousandth of its mean: heads of which nothing is
+    dropped then have the ratio of all together."""
+    few = t.mean().clamp_min(1e-30) * 1e-3
+    return (t + few).log()
 
 
 def drop_weight(
@@ -198,12 +245,16 @@ def drop_weight(
     so that they tell what is lost where its tokens are dropped, (L, Hkv): the fourth root of cost
     over scores, which are squared; that is half of the way. Its geometric mean is 1."""
     windows = (row[:, :LONGEST] for idx in batches for row in idx.split(1))
-    each = (drop_ratios(selector, model, idx, metrics) for idx in islice(windows, WINDOWS))
-    ratios = [ratio for ratio in each if ratio is not None]
+    ratios = []
+    for window in islice(windows, WINDOWS):
+        ratio = drop_ratios(selector, model, window, metrics)
+        if ratio is not None:
+            ratios.append(ratio)
     if not ratios:
         return torch.ones_like(selector.drop_weight)
     ratio = torch.stack(ratios).mean(0)
-    return ((ratio - ratio.mean()) / 4).exp()
+    fourth_root = (ratio - ratio.mean()) / 4
+    return fourth_root.exp()
 
 
 @torch.no_grad()
@@ -212,7 +263,7 @@ def calibrate(selector: nn.Module, model: Transformer, batches: list[Tensor]) ->
     (B, T).
 
     The tensors are replaced, not written into: caches keep the ones they were packed with."""
-    layers = [model.layers[i].self_attn for i in selector.kv.layers_of(model.cfg)]
+    layers = compressed_layers(selector, model)
     metrics = torch.stack([read_metric(attn) for attn in layers])
     # a pass holds what every layer saw: two windows at a time
     few = (part for idx in batches for part in idx.split(2))
@@ -230,5 +281,6 @@ def calibrate(selector: nn.Module, model: Transformer, batches: list[Tensor]) ->
     sensitivity = layer_sensitivity(model, layers, short)
     selector.layer_sensitivity = sensitivity.to(selector.layer_sensitivity)
     selector.drop_weight = torch.ones_like(selector.drop_weight)
-    weight = drop_weight(selector, model, batches, metrics)
-    selector.drop_weight = weight.to(selector.drop_weight)
+    if selector.kv.mask_scope != "shared":  # a shared mask has no budget of bytes
+        weight = drop_weight(selector, model, batches, metrics)
+        selector.drop_weight = weight.to(selector.drop_weight)

@@ -56,7 +56,9 @@ class Segments(NamedTuple):
 def turned_queries(prompt: Prompt) -> Tensor:
     """Return the prompt's last QUERIES queries as if they came after it: (L, B, H, Q, D)."""
     q = torch.stack([q[:, :, -QUERIES:] for q in prompt.q])
-    return apply_rope(q, *(t[..., -q.size(-2) :, :] for t in prompt.to_come))
+    Q = q.size(-2)
+    cos, sin = prompt.to_come
+    return apply_rope(q, cos[..., -Q:, :], sin[..., -Q:, :])
 
 
 def held_out(n: int, device: torch.device) -> Tensor:
@@ -69,25 +71,35 @@ def segments(prompt: Prompt, tail: Tensor, keep: Tensor, stored: Tensor, n_first
     """Return all segments of a prompt, layer by layer, then row by row: see refitted."""
     L, B, Hkv, C, _ = prompt.values.shape
     q = turned_queries(prompt)
-    first = prompt.valid & (prompt.valid.cumsum(-1) <= n_first)
-    free = keep & (prompt.valid & ~first)[:, None]
+    Q = q.size(-2)
+    n_heads = q.size(2) // Hkv  # query heads of a KV head
+    number = prompt.valid.cumsum(-1)
+    first = prompt.valid & (number <= n_first)
+    may_move = prompt.valid & ~first
+    free = keep & may_move[:, None]
     always = torch.cat((first, prompt.real[:, C:]), -1)
-    kept = torch.cat((free, free.new_zeros(*free.shape[:-1], prompt.T - C)), -1)
-    asks = prompt.real[:, -q.size(-2) :].repeat(1, q.size(2) // Hkv)
+    after = free.new_zeros(*free.shape[:-1], prompt.T - C)
+    there = torch.cat((free, after), -1) | always[:, None]
+    asks = prompt.real[:, -Q:].repeat(1, n_heads)
+    z = torch.cat((prompt.values, tail), -2)
+    whole = stored | ~free.unsqueeze(-1)
     told = prompt.values - prompt.stored.values  # what is read of a group that is not stored
+    read = torch.where(whole, prompt.values, told)
 
     def flat(t: Tensor, own: int) -> Tensor:
         """By segment: t (..., and `own` dimensions of a segment)."""
-        return t.expand(L, B, Hkv, *t.shape[-own:]).flatten(0, 2)
+        shape = t.shape[-own:]
+        each = t.expand(L, B, Hkv, *shape)
+        return each.flatten(0, 2)
 
     return Segments(
         q=flat(prompt.scaled(q), 2),
         k=flat(prompt.keys, 2),
-        z=flat(torch.cat((prompt.values, tail), -2), 2),
-        read=flat(torch.where(stored | ~free.unsqueeze(-1), prompt.values, told), 2),
+        z=flat(z, 2),
+        read=flat(read, 2),
         stored=flat(stored, 2),
         free=flat(free, 1),
-        there=flat(kept | always[:, None], 1),
+        there=flat(there, 1),
         real=flat(prompt.real[:, None], 1),
         asks=flat(asks[:, None], 1),
     )
@@ -107,12 +119,15 @@ def refitted(
 
     The host waits for the numbers of tokens that are kept."""
     every = segments(prompt, tail, keep, stored, n_first)
+    m = every.q.size(1)
     n_heads = prompt.q[0].size(1) // prompt.k[0].size(1)
-    held = held_out(every.q.size(1) // n_heads, every.q.device).repeat(n_heads)
+    of_head = held_out(m // n_heads, every.q.device)
+    held = of_head.repeat(n_heads)
     out = prompt.values.flatten(0, 2).clone()
-    for at in alike(every.free.sum(-1), every.q.size(1) * prompt.T):
+    for at in alike(every.free.sum(-1), m * prompt.T):
         some = Segments(*(t[at] for t in every))
-        out[at] += change(some, held, ridge, prompt.cap).to(out.dtype)
+        moved = change(some, held, ridge, prompt.cap)
+        out[at] += moved.to(out.dtype)
     return out.view_as(prompt.values)
 
 
@@ -120,38 +135,52 @@ def alike(n: Tensor, size: int) -> Iterator[Tensor]:
     """Yield the indices of segments with n (G,) tokens, 1 or more, that are fitted together: nearly
     as many tokens each, and few enough segments that attention of `size` weights each fits."""
     bucket = cdiv(n, BUCKET)
+    most = max(1, (CHUNK >> 2) // size)
     for number in bucket.unique().tolist():
         if number:
-            same = (bucket == number).nonzero().squeeze(1)
-            yield from same.split(max(1, (CHUNK >> 2) // size))
+            here = bucket == number
+            same = here.nonzero().squeeze(1)
+            yield from same.split(most)
 
 
 def change(s: Segments, held: Tensor, ridge: float, cap: float = 0.0) -> Tensor:
     """Return what is added to the context's coordinates: (G, C, D), float32 at least, 0 where a
     token may not move. held: (m,) bool, queries that are not fitted but decide how far."""
     C = s.free.size(1)
-    logits = soft_cap(at_least_float32(s.q) @ at_least_float32(s.k).mT, cap)  # (G, m, T)
+    q = at_least_float32(s.q)
+    k = at_least_float32(s.k)
     z = at_least_float32(s.z)
-    p = logits.masked_fill(~s.there[:, None], NEVER).softmax(-1)
-    whole = logits.masked_fill_(~s.real[:, None], NEVER).softmax(-1)
+    logits = soft_cap(q @ k.mT, cap)  # (G, m, T)
+    dropped = ~s.there[:, None]
+    padding = ~s.real[:, None]
+    p = logits.masked_fill(dropped, NEVER).softmax(-1)
+    whole = logits.masked_fill_(padding, NEVER).softmax(-1)
     wanted = whole @ z
 
     n = s.free.sum(-1)
-    column = s.free.byte().argsort(dim=-1, descending=True, stable=True)[:, : int(n.max())]
-    counts = s.asks.unsqueeze(-1) & s.free.take_along_dim(column, -1)[:, None]
-    moves = p.take_along_dim(column[:, None], -1) * counts  # (G, m, N)
+    N = int(n.max())
+    first_free = s.free.byte().argsort(dim=-1, descending=True, stable=True)
+    column = first_free[:, :N]
+    moves = s.free.take_along_dim(column, -1)[:, None]  # (G, 1, N)
+    counts = s.asks.unsqueeze(-1) & moves
+    weight = p.take_along_dim(column[:, None], -1) * counts  # (G, m, N)
     fit = ~held
-    x = ridge_rows(moves[:, fit], (wanted - p @ z)[:, fit], n, ridge)  # (G, N, D)
+    left = wanted - p @ z
+    x = ridge_rows(weight[:, fit], left[:, fit], n, ridge)  # (G, N, D)
 
     column = column.unsqueeze(-1)
     # X is fitted on exact values, and judged by what will be read.
-    moved = moves[:, held] @ (x * s.stored.take_along_dim(column, 1))
-    as_read = torch.cat((at_least_float32(s.read), z[:, C:]), 1)
-    missed = wanted[:, held] - p[:, held] @ as_read
-    size = moved.square().sum((1, 2)).clamp_min(TINY**2)
-    share = (moved * missed).sum((1, 2)) / size
-    x = x * share.clamp(0, 1)[:, None, None]
-    return torch.zeros_like(z[:, :C]).scatter(1, column.expand_as(x), x)
+    stored = s.stored.take_along_dim(column, 1)
+    moved = weight[:, held] @ (x * stored)
+    read = torch.cat((at_least_float32(s.read), z[:, C:]), 1)
+    missed = wanted[:, held] - p[:, held] @ read
+    squares = moved.square().sum((1, 2))
+    along = (moved * missed).sum((1, 2))
+    share = along / squares.clamp_min(TINY**2)
+    share = share.clamp(0, 1)
+    x = x * share[:, None, None]
+    unmoved = torch.zeros_like(z[:, :C])
+    return unmoved.scatter(1, column.expand_as(x), x)
 
 
 def ridge_rows(p: Tensor, e: Tensor, n: Tensor, ridge: float) -> Tensor:
@@ -160,12 +189,22 @@ def ridge_rows(p: Tensor, e: Tensor, n: Tensor, ridge: float) -> Tensor:
     p  (G, m, N) weights, 0 in columns that do not count
     e  (G, m, D)
     n  (G,) columns that count, 1 or more"""
-    strength = ridge * p.square().sum((1, 2)) / n
-    strength = torch.where(strength > 0, strength, 1).double()[:, None]
-    few = p.size(2) <= p.size(1)
-    gram = (p.mT @ p if few else p @ p.mT).double()  # the latter has the same solution
-    gram.diagonal(dim1=1, dim2=2).add_(strength)
+    trace = p.square().sum((1, 2))
+    strength = ridge * trace / n
+    strength = torch.where(strength > 0, strength, 1).double()
+    m, N = p.shape[1:]
+    if m >= N:
+        gram = p.mT @ p
+        right = p.mT @ e
+        return solved(gram, strength, right).to(e.dtype)
+    gram = p @ p.mT  # smaller, and has the same solution
+    return p.mT @ solved(gram, strength, e).to(e.dtype)
+
+
+def solved(gram: Tensor, strength: Tensor, right: Tensor) -> Tensor:
+    """Solve (gram + strength I) x = right in float64: gram (G, n, n), strength (G,), x and right
+    (G, n, D)."""
+    gram = gram.double()
+    gram.diagonal(dim1=1, dim2=2).add_(strength[:, None])
     lower = torch.linalg.cholesky_ex(gram)[0]
-    if few:
-        return torch.cholesky_solve((p.mT @ e).double(), lower).to(e.dtype)
-    return p.mT @ torch.cholesky_solve(e.double(), lower).to(e.dtype)
+    return torch.cholesky_solve(right.double(), lower)

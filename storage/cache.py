@@ -228,9 +228,8 @@ class LayerCacheBase(Protocol):
         """Take what state_dict gave; ValueError for what is not its own."""
         own = self.state_dict()
         names = sorted(set(own) ^ set(state))
-        check(
-            not names, f"{', '.join(names)}", "another kind of cache", "load it where it was saved"
-        )
+        named = ", ".join(names)
+        check(not names, named, "another kind of cache", "load it where it was saved")
         for name, t in state.items():
             fits = t.dtype == own[name].dtype and t.ndim == own[name].ndim
             if self.owners[name] == "sequence":
@@ -267,8 +266,7 @@ class LayerCacheBase(Protocol):
             check(fits, f"{name} of {len(t)} slots", f"{int(count.sum())}", "save it again")
 
     def snapshot(self) -> LayerCacheBase:
-        """Return what puts this cache back as it is now (`restore`), whatever is appended
-        meanwhile."""
+        """Return what `restore` takes to put it back as it is now, whatever is appended then."""
         out = copy.copy(self)
         for name, owner in self.owners.items():
             if name in self.RING or (owner == "sequence" and getattr(self, name).ndim == 1):

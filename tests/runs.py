@@ -123,7 +123,7 @@ def python(*command, wait: float | None = 120, **kwargs):
     return p
 
 
-def wait_for_steps(stage: Path, p: subprocess.Popen, n: int = 3, limit: float = 90) -> None:
+def wait_for_steps(stage: Path, p: subprocess.Popen, n: int = 3, limit: float = 300) -> None:
     """Wait until a run has logged n steps; it must be alive then."""
     end = time.time() + limit
     metrics = stage / "metrics.jsonl"

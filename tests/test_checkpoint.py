@@ -617,10 +617,9 @@ def test_graceful_stop_first_signal_waits_second_raises(first, second):
     with pytest.raises(KeyboardInterrupt), checkpoint.GracefulStop() as stop:
         assert stop.signal is None and stop.exit_code == 0
         os.kill(os.getpid(), first)
-        time.sleep(0.01)
         assert stop.signal == first and stop.exit_code == 128 + first
         os.kill(os.getpid(), second)
-        time.sleep(1)
+        time.sleep(60)
         pytest.fail("the second signal must raise")
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 

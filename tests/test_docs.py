@@ -94,7 +94,7 @@ def commands_of(script: str, folder: Path) -> list[list[str]]:
         env={"PATH": str(programs), "NOTES": str(notes), "END": END, "HOME": str(folder)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=120,
     )
     if "syntax error" in done.stderr or (done.returncode and "set -e" in script):
         raise ValueError(done.stderr)
@@ -152,7 +152,7 @@ def answers(calls: list[tuple[str, list[str]]]) -> list[str]:
         input=json.dumps(calls),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -10,6 +10,7 @@ import torch
 
 import selector
 from config import KVConfig, SelectConfig
+from selection import calibration
 from selection.calibration import calibrate, drop_ratios, drop_weight, output_errors
 from tests.helpers import tiny_model, tokens
 
@@ -92,6 +93,26 @@ def test_only_a_budget_of_bytes_asks_for_it():
     s.drop_weight.copy_(weight)
     s.cfg = replace(s.cfg, kv_bytes=0.0, kv_keep=0.5)
     assert torch.equal(s.pair_scores(prompt, alpha), plain)
+
+
+def test_it_is_measured_where_a_budget_of_bytes_may_follow(monkeypatch):
+    """A calibration under a budget of groups measures it, for --kv_bytes may be asked of the same
+    run later; a mask that layers share, which --kv_bytes refuses, costs no pass over windows."""
+    measured = []
+
+    def seen(selector, model, batches, metrics):
+        measured.append(selector.kv.mask_scope)
+        return drop_weight(selector, model, batches, metrics)
+
+    monkeypatch.setattr(calibration, "drop_weight", seen)
+    text = tokens(3, 60, seed=1)
+    for scope in ("head", "layer", "shared"):
+        kv = KVConfig(kv="select", n_groups=4, kv_tail=2, kv_sinks=2, mask_scope=scope)
+        model = selector.attach(tiny_model(), kv, SelectConfig(kv_keep=0.5), [text])
+        assert (model.selector.drop_weight == 1).all() == (scope == "shared")
+    assert measured == ["head", "layer"]
+    with pytest.raises(ValueError, match="mask_scope=shared"):
+        model.selector.set(SelectConfig(kv_bytes=0.5))
 
 
 def test_a_run_without_it_loads_with_ones():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from choosing import config, run, selecting
 from helpers import error_line, tokens
 from test_rounding import quantise_keys_for
-from test_selector import config, run, selecting
 
 from config import SelectConfig
 from storage.integers.rounding import QueryMoments

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import error_line, tiny_model, tokens
-from test_cache_faults import FOREIGN, PATHS, decoded, padded
+from stores import FOREIGN, PATHS, decoded, padded
 
 from generate import generate
 from model import Transformer

@@ -112,7 +112,7 @@ ends[1 - rank].close()
 ranks.Peers._host = ranks.Peers._join = lambda self: [ends[rank]]
 peers = ranks.Peers(rank, 2)
 if rank == 0:
-    time.sleep(1)
+    time.sleep(60 if sys.argv[1] == "killed" else 1)
 elif sys.argv[1] == "killed":
     os._exit(1)
 peers.say_goodbye()
@@ -122,9 +122,9 @@ peers.leave()
 
 @pytest.mark.parametrize("how, code", [("done", 0), ("killed", ranks.PEER_GONE)])
 def test_rank_that_is_done_leaves_the_others_at_work(how, code):
-    """Rank 1 ends at once, rank 0 works ten times as long as it has to end by itself: it comes to
-    its end where rank 1 had come to its own, and ends with PEER_GONE where rank 1 was killed; no
-    thread of either ends by an error."""
+    """Rank 1 ends at once, rank 0 works ten times as long as it has to end by itself, or more: it
+    comes to its end where rank 1 had come to its own, and ends with PEER_GONE where rank 1 was
+    killed; no thread of either ends by an error."""
     p = python("-c", TWO_ENDS, how)
     assert p.returncode == code, p.err
     assert ("another process of this job is gone" in p.err) == (how == "killed")
@@ -137,19 +137,18 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 from training.world import ended_by_sigterm
 store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
 with ended_by_sigterm():
-    store.wait(["never"], timedelta(seconds=20))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    store.wait(["never"], timedelta(seconds=600))
 """
 
 
 def test_rank_that_is_told_to_end_says_so():
     """SIGTERM before the first step, while a rank waits for the others where no handler of Python's
-    runs, ends it at once, with one line that names rank and signal, and exit code 143."""
-    start = time.monotonic()
+    runs, ends it long before it has waited enough, with one line that names rank and signal, and
+    exit code 143."""
     p = python("-c", TOLD_TO_END, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
     assert (p.returncode, p.err) == (143, "rank 1 of 2: ended by SIGTERM\n")
-    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from choosing import PAD, Y, config, prefilled, run, selecting
 from helpers import TINY, error_line, tokens
-from test_selector import PAD, Y, config, prefilled, run, selecting
 
 from config import SelectConfig
 from model import rope_table

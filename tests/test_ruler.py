@@ -6,7 +6,7 @@ import re
 from collections import Counter
 
 import pytest
-from test_tasks import read, tokenizer
+from answering import read, tokenizer
 
 from tasks.ruler import COMMON, FREQUENT, KEYS, MAKERS, VALUES, Found, largest, ruler
 

@@ -8,11 +8,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from choosing import config, prefilled, run, selecting
 from helpers import TINY, error_line, tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_select_stage import base, measure, selected  # noqa: F401 (fixtures)
-from test_selector import config, prefilled, run, selecting
+from select_runs import base, measure, selected  # noqa: F401 (fixtures)
 
 import eval as evaluation
 from config import SelectConfig

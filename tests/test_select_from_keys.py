@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from choosing import PAD, X, Y, config, real, run, selecting
 from helpers import TINY, error_line, tiny_model, tokens
+from select_runs import base, measure, select  # noqa: F401 (fixtures)
 from test_select_bits import greedy
-from test_select_stage import base, measure, select  # noqa: F401 (fixtures)
-from test_selector import PAD, X, Y, config, real, run, selecting
 
 import kv_router
 import selector

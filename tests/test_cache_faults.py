@@ -25,6 +25,8 @@ from stores import (  # noqa: F401 (fixtures)
 
 import kv_router
 import lora
+import selector
+from config import KVConfig, SelectConfig
 from generate import generate, prefill
 from routing.bases import read_metric
 from settings.adapters import AdapterConfig

@@ -40,6 +40,14 @@ COMMAND["export"] = ["-m", "loaders.export"]
 CALLED = {name: f"{name}.py" for name in COMMAND} | {"export": "python -m loaders.export"}
 PRETRAIN = [*runs.TINY, "--stage=pretrain", "--pretrain_steps=2"]
 ADAPT = [*runs.TINY, "--stage=adapt", "--adapt_steps=2"]
+STORED_CONTEXT = [
+    "--stage=adapt",
+    "--init_from=x",
+    "--kv=select",
+    "--kv_from=x",
+    "--adapter=lora",
+    "--objective=distill",
+]
 TINY = [*runs.TABLE, "--pretrain_steps=2", "--adapt_steps=2", "--seeds=1"]
 NEEDED = {"train": [], "eval": ["--out_dir=x"], "sample": ["--out_dir=x"], "export": ["--to=x"]}
 
@@ -636,7 +644,15 @@ def test_out_of_range(name, f, capsys, here):
         (["--stage=select"], "init_from=scratch"),
         (["--stage=select", "--init_from=no/where"], "no such folder"),
         (["--kv=select"], "give --stage=select"),
-        (["--kv=select", "--stage=adapt", "--init_from=x"], "give --stage=select"),
+        (["--kv=select", "--stage=adapt", "--init_from=x"], "give --kv_from=RUN"),
+        ([*STORED_CONTEXT, "--objective=lm"], "objective=lm with kv=select"),
+        ([*STORED_CONTEXT, "--adapter=none"], "adapter=none with kv=select"),
+        ([*STORED_CONTEXT, "--compile"], "compile with kv=select"),
+        ([*STORED_CONTEXT, "--shard"], "shard with kv=select"),
+        ([*STORED_CONTEXT, "--kv_byte_budgets=0.1,1"], "a list of shares above 0 and below 1"),
+        ([*STORED_CONTEXT, "--kv_byte_budgets="], "a list of shares above 0 and below 1"),
+        ([*STORED_CONTEXT, "--context=1"], "context=1"),
+        (["--stage=adapt", "--init_from=x", "--context=0.5"], "or give --kv=select"),
         (
             ["--stage=select", "--init_from=x", "--objective=distill"],
             "objective=distill with stage=select",

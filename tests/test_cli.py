@@ -486,6 +486,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "kv_tail": [-1],
     "kv_tail_block": [0],
     "val_fraction": [0, 1],
+    "context": [0, 1],
     "seed": [-1, 2**32],
     "seeds": [0, 10**7],
     "max_minutes": [0],

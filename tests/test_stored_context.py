@@ -3,6 +3,7 @@ leaves alone, that a run is stored and resumed as it was, and what is refused.""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import contextmanager
@@ -293,9 +294,16 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, text, base, chos
             logits.append(m.prefill(x[:2, CONTEXT:], cache, last_only=False))
     assert (logits[0] - logits[1]).abs().max() < 1e-3 * logits[0].abs().max()
     measured = ["--tasks=continuation", f"--dataset={text}", "--sequences=2", "--continuation=16"]
+    measured += ["--methods=dense,select", "--kv_byte_budgets=0.3"]
     call(evaluation, f"--out_dir={out}", *measured, f"--results={tmp_path / 'rows'}")
-    (row,) = checkpoint.read_json(tmp_path / "rows" / "results.json")
-    assert row["select"]["kv_bytes"] == 0.3 and row["adapter"] == "lora"
+    rows = json.loads((tmp_path / "rows" / "results.json").read_text())
+    dense = ["--methods=dense", *measured[:4], f"--results={tmp_path / 'base'}"]
+    call(evaluation, f"--init_from={base}", "--split=val", *dense)
+    (untouched,) = json.loads((tmp_path / "base" / "results.json").read_text())
+    assert [row["method"] for row in rows] == ["dense", "select"]
+    for row in rows:  # a trained adapter is measured against its teacher, also with all kept
+        assert row["adapter"] == "lora" and row["kl"] > 1e-6
+        assert row["dense_value"] == pytest.approx(untouched["value"], rel=1e-5)
 
 
 def test_resumes_bitwise(tmp_path, text, base, chosen, monkeypatch, capsys):

@@ -505,12 +505,9 @@ class SelectPath(ValueGroupPath):
         return torch.cat((exact, y), 2)
 
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
-        """Store k, v (B, Hkv, T, D) whole, and read them, with their gradient, and the prompt as
-        stored: (B, H, T, D) in q's dtype."""
-        new = NewTokens(k, v, n_pad)
-        view = cache.beside(new) if k.requires_grad or v.requires_grad else None
-        cache.append(new)
-        view = view or cache.view()
+        """Store k, v (B, Hkv, T, D) whole, and read them, and the prompt as stored: (B, H, T, D) in
+        q's dtype."""
+        view = cache.take(NewTokens(k, v, n_pad))
         basis = cache.basis
         as_it_is = basis.dec is None and basis.from_keys is None
         if as_it_is or not len(cache.keys):  # rows are read as they are, or none

@@ -381,19 +381,19 @@ def test_what_passes_a_gradient_is_read_and_stored_as_without(pad):
         assert (a - b).abs().max() < 1e-12
 
 
-def test_beside_shows_what_view_will():
-    """The window that beside shows is that of view once the tokens are appended."""
+def test_tokens_with_a_gradient_are_shown_as_they_are_stored():
+    """The window that tokens pass a gradient through is the one that is stored."""
     model = tiny_model()
     attach_storage(model, KVConfig(kv="select", kv_tail=2), SelectConfig(), [tokens(2, 30)])
     cache = model.new_cache(2, 30)
     with torch.no_grad():
         model.prefill(tokens(2, 17), cache)
     layer = cache.layers[0]
-    k, v = torch.randn(2, 2, TINY.n_kv_head, 4, TINY.head_dim).unbind(0)
+    k, v = torch.randn(2, 2, TINY.n_kv_head, 4, TINY.head_dim, requires_grad=True).unbind(0)
     new = NewTokens(k, v, torch.tensor([1, 0]))
-    shown = layer.beside(new).window
-    layer.append(new)
+    shown = layer.take(new).window
     window = layer.view().window
+    assert shown.k.requires_grad and not window.k.requires_grad
     assert torch.equal(shown.count, window.count)
     for b, n in enumerate(window.count.tolist()):
         assert torch.equal(shown.k[b, :, :n], window.k[b, :, :n])

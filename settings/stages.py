@@ -247,10 +247,10 @@ def check_stored_context_flags(args) -> None:
         "give --objective=distill",
     )
     check(
-        args.adapter.adapter != "none",
+        args.adapter.adapter != "none" or args.kv.learn_basis,
         "adapter=none with kv=select",
         "nothing is left to train",
-        "give --adapter=lora",
+        "give --adapter=lora or --learn_basis",
     )
     for name in ("compile", "shard"):
         check(

@@ -349,6 +349,50 @@ def test_what_does_not_fit_is_refused(stored_stage, tmp_path, text, base, chosen
         adapt_stage(args, tmp_path / "x", w, run, adaptation(args))
 
 
+def test_maps_are_trained_where_they_read_what_is_stored(tmp_path, text, base, chosen, trainers):
+    """--learn_basis without adapters: trained is each layer's map out of the basis alone, by the
+    gradient that the loss has at one of its elements; a trained run, folded, reads as it did in
+    training, and of a whole cache what the base reads."""
+    flags = ["--adapter=none", "--learn_basis"]
+    plain = [flag for flag in STORED if not flag.startswith(("--adapter=", "--lora", "--r="))]
+    out = tmp_path / "run"
+    steps = ["--adapt_steps=20", "--adapt_lr=0.003"]
+    places = [out, text, base, f"--kv_from={chosen}"]
+    train.run(adapt_arguments(*places, *plain, *flags, *steps))
+    stage = trainers[-1].s
+    model = stage.model.eval()
+    names = {p: name for name, p in model.named_parameters()}
+    assert [names[p] for p in stage.params] == [
+        f"layers.{i}.self_attn.kv_path.dec" for i in range(model.cfg.n_layer)
+    ]
+    x = data.sequential(stage.corpus.val, 4, WINDOW)[0]
+    run = load_run(out)
+    assert run.kv == stage.kv and run.kv.learn_basis
+    model.selector.set(run.select)
+    logits = []
+    for m in (model, run.model):
+        cache = m.new_cache(2, WINDOW)
+        with torch.no_grad():
+            m.prefill(x[:2, :CONTEXT], cache)
+            logits.append(m.prefill(x[:2, CONTEXT:], cache, last_only=False))
+    assert (logits[0] - logits[1]).abs().max() < 1e-3 * logits[0].abs().max()
+    with torch.no_grad():
+        whole = load_run(base).model(x)
+        assert torch.equal(model(x), whole)
+        assert (run.model(x) - whole).abs().max() < 1e-4 * whole.abs().max()
+    model.double()
+    grads = torch.autograd.grad(loss_of(stage, x), stage.params)
+    for p, grad in zip(stage.params, grads, strict=True):
+        at = int(grad.abs().argmax())
+        sides = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                p.view(-1)[at] += step
+                sides.append(loss_of(stage, x).item())
+                p.view(-1)[at] -= step
+        assert grad.view(-1)[at].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-4)
+
+
 @contextmanager
 def with_gradient(model):
     """Keys and values that want a gradient, inside the `with`."""

@@ -159,7 +159,8 @@ def attach_selection(
     """Give a base the selection of --kv_from, in place. Returns the adaptation with its storage,
     the sha256 of its file, and what a checkpoint says of it besides. ValueError for a setting of
     storage that is not the run's, or a window without a context."""
-    kv, select, began = take_selection(base.model, what.kv_from, base.base_sha256)
+    learn_basis = args.kv.learn_basis
+    kv, select, began = take_selection(base.model, what.kv_from, base.base_sha256, learn_basis)
     for name, value in to_dict(kv).items():
         check(
             name not in args.given or getattr(args.kv, name) == value,
@@ -187,8 +188,11 @@ def parameters_to_train(model: Transformer, what: Adaptation) -> list[torch.nn.P
     adapter = what.adapter.adapter
     kv = what.kv
     params = [p for p in model.parameters() if p.requires_grad]
-    if kv.kv != "select":  # what a selection stores is a constant
+    if kv.kv != "select":
         params += kv_router.trainable(model)
+    elif kv.learn_basis:  # what is stored is a constant: of the maps, the one that reads it
+        maps = [path.dec for path in kv_router.paths(model).values()]
+        params += [p.requires_grad_(True) for p in maps]
     groups = "--kv=value_groups with " if kv.kv == "dense" else ""
     check(
         bool(params),

@@ -144,10 +144,12 @@ def adapt_window(args, base: Run) -> int:
 
 
 def take_selection(
-    model: Transformer, where: str | Path, base_sha256: str
+    model: Transformer, where: str | Path, base_sha256: str, learn_basis: bool
 ) -> tuple[KVConfig, SelectConfig, str]:
     """Give a model the selection that the run at `where` trained, with its storage and settings:
-    returns both, and the sha256 of its file. ValueError where the base differs."""
+    returns both, and the sha256 of its file. ValueError where the base differs.
+
+    learn_basis: whether its maps are to be trained on"""
     path = find_checkpoint(where)
     saved = checkpoint.load(path)
     check(
@@ -158,6 +160,7 @@ def take_selection(
     )
     check_base(saved, where, base_sha256)
     kv = from_dict(KVConfig, saved.config["kv"])
+    kv = replace(kv, learn_basis=kv.learn_basis or learn_basis)
     select = from_dict(SelectConfig, saved.config["select"])
     attach_storage(model, kv, select)
     load_added_state(model, saved.tensors["selector"])

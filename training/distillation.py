@@ -5,7 +5,8 @@ Value groups are read as routed at every token. A selection is made once, of a p
 is cut into a context, which is compressed as eval.py and sample.py do it, rounded and dropped, and
 its continuation, whose tokens read that as generated ones do. What is stored is a constant:
 adapters learn from the continuation's own queries, keys and values alone. They are on while the
-prompt is read, too: a trained adapter is one like any other, and can be merged.
+prompt is read, too: a trained adapter is one like any other, and can be merged. Maps of a value
+basis are trained where they read what is stored.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def continuation_loss(
     model: Transformer, x: Tensor, budgets: list[float], n_context: int
 ) -> Tensor:
     """Return the mean KL in nats from the model without its adapters, which reads everything whole
-    (no gradient), to the one with them, over the tokens of windows x (B, T) after the first
+    (no gradient), to itself, with adapters, over the tokens of windows x (B, T) after the first
     n_context. Those are stored, without gradient, in one of `budgets`, shares of their bytes."""
     selector = selector_of(model)
     total = 0.0

@@ -17,7 +17,7 @@ training/shared_heads.py. training/loop.py trains what they build.
     python train.py --stage=adapt --init_from=model.gguf --adapter=none --learn_basis \\
         --objective=distill --dataset=text:some.txt
     python train.py --stage=adapt --init_from=model.gguf --kv=select --kv_from=out/SELECT \\
-        --adapter=lora --lora_targets=q,o --objective=distill --dataset=text:some.txt
+        --adapter=none --learn_basis --objective=distill --dataset=text:some.txt
     torchrun --nproc_per_node=2 -- train.py --stage=pretrain
 """
 

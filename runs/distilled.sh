@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Trained with storage in the loop: what a model predicts from what is stored is fitted to what it
 # predicts with everything whole, nothing else. At 75 and 50 % of keys and values: value groups over
-# values from keys, whose maps are trained. At 12.5 and 6.25 %: low-rank adapters on q and o, over
-# contexts that the run of runs/mixture.sh selects. Beside each the same storage without training,
-# on WikiText-2's test split and on a kind of text that nothing was trained on.
+# values from keys, whose maps are trained. At 12.5 and 6.25 %: the map that reads what is stored,
+# alone and with low-rank adapters on q and o, over contexts that the run of runs/mixture.sh
+# selects. Beside each the same storage without training, on WikiText-2's test split and on a kind
+# of text that nothing was trained on.
 # usage: [STEPS=600] runs/distilled.sh [MODEL] [RUN] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
@@ -36,10 +37,17 @@ for K in 8 0; do
     --topk_groups=$K --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
 done
 
-# selected contexts
-train "$OUT/adapter" --kv=select --kv_from="$RUN" --adapter=lora --lora_targets=q,o \
-  --kv_byte_budgets=0.125,0.0625 --block_size=2048 --context=0.9 --adapt_batch_size=4 \
-  --adapt_lr=1e-4
+# selected contexts, each share by itself: maps alone, and with low-rank adapters
 SHARES=0.125,0.0625
-measure adapter --out_dir="$OUT/adapter" --methods=dense,select --kv_byte_budgets=$SHARES
-measure untrained --out_dir="$RUN" --methods=dense,select --kv_byte_budgets=$SHARES
+for SHARE in ${SHARES//,/ }; do
+  for KIND in none lora; do
+    TARGETS=""
+    [[ $KIND == none ]] || TARGETS="--lora_targets=q,o"
+    train "$OUT/$KIND-$SHARE" --kv=select --kv_from="$RUN" --adapter=$KIND $TARGETS --learn_basis \
+      --kv_byte_budgets="$SHARE" --block_size=2048 --context=0.9 --adapt_batch_size=4 \
+      --adapt_lr=2e-4
+    measure "select-$KIND-$SHARE" --out_dir="$OUT/$KIND-$SHARE" --methods=dense,select \
+      --kv_byte_budgets="$SHARE"
+  done
+done
+measure select-untrained --out_dir="$RUN" --methods=dense,select --kv_byte_budgets=$SHARES

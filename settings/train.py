@@ -144,11 +144,11 @@ class TrainConfig:
     objective: str = opt(
         "lm",
         "adapt: lm: next-token loss; distill: KL to the same model reading whole values (needs "
-        "--adapter=none, or --kv=select)",
+        "--adapter=none, or --kv=select and --kv_from)",
         OBJECTIVES,
     )
     kv_byte_budgets: str = opt(
-        "0.125,0.0625,0.04",
+        "0.125",
         "adapt with --kv=select: shares of a context's bytes, a list, of which each window draws "
         "the one at which its context is stored",
     )

@@ -59,12 +59,7 @@ from baselines.tokens import AS_PUBLISHED, ONE_FOR_A_LAYER, TOKEN_LEVEL
 from config import KVConfig, SelectConfig, check
 from kernels import attend_view, can_append
 from kv_router import ValueGroupPath
-from model import (
-    Transformer,
-    attend,
-    attend_masked,
-    attention_mask,
-)
+from model import Transformer, attend, attend_masked, attention_mask
 from selection.budgets import Selection, planned, spend_bytes, spend_in_turn, spend_jointly
 from selection.calibration import calibrate, look
 from selection.predictors import HiddenPredictor, QueryPredictor
@@ -507,7 +502,10 @@ class SelectPath(ValueGroupPath):
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         """Store k, v (B, Hkv, T, D) whole, and read them, and the prompt as stored: (B, H, T, D) in
         q's dtype."""
-        view = cache.take(NewTokens(k, v, n_pad))
+        new = NewTokens(k, v, n_pad)
+        view = cache.with_gradient(new) if k.requires_grad or v.requires_grad else None
+        cache.append(new)
+        view = view or cache.view()
         basis = cache.basis
         as_it_is = basis.dec is None and basis.from_keys is None
         if as_it_is or not len(cache.keys):  # rows are read as they are, or none

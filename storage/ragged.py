@@ -334,17 +334,9 @@ class RaggedCache(DenseCache):
         window = WindowView(self.window_k, self.window_v, None, self.n_window)
         return CacheView((packed,), window, None)
 
-    def take(self, new: NewTokens) -> CacheView:
-        """Append new tokens and return all that attention may read. A gradient that their keys or
-        values want passes through what is returned; what is stored passes none."""
-        view = None
-        if new.k.requires_grad or new.v.requires_grad:
-            view = self._with_gradient(new)
-        self.append(new)
-        return view or self.view()
-
-    def _with_gradient(self, new: NewTokens) -> CacheView:
-        """Return what `view` will be once `new` is appended, with a window of its own."""
+    def with_gradient(self, new: NewTokens) -> CacheView:
+        """Return what `view` will be once `new` is appended, with a window of its own, through
+        which their keys and values get a gradient: what is stored passes none."""
         T = new.k.size(2)
         k = F.pad(self.window_k, (0, 0, 0, T))
         v = F.pad(self.window_v, (0, 0, 0, T))

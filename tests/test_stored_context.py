@@ -435,7 +435,8 @@ def test_tokens_with_a_gradient_are_shown_as_they_are_stored():
     layer = cache.layers[0]
     k, v = torch.randn(2, 2, TINY.n_kv_head, 4, TINY.head_dim, requires_grad=True).unbind(0)
     new = NewTokens(k, v, torch.tensor([1, 0]))
-    shown = layer.take(new).window
+    shown = layer.with_gradient(new).window
+    layer.append(new)
     window = layer.view().window
     assert shown.k.requires_grad and not window.k.requires_grad
     assert torch.equal(shown.count, window.count)

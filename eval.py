@@ -28,7 +28,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kv_router
+import lora
 import mixsga
 import selector
 from data import batch, content_hash, label_of, prepare_splits, same_text, whole_split
@@ -381,12 +382,15 @@ def storing(run: Run, kv: KVConfig):
 
 
 def dense_value(work: Work, task: Task, kv: KVConfig) -> float | None:
-    """What a setting's rows are compared with. For integers it is measured where it is not known;
-    others measure it themselves."""
+    """What a setting's rows are compared with: the base, where adapters have learned from it. For
+    those and for integers it is measured where it is not known; others measure it themselves."""
     name = name_of(task.name, task.text)
-    if name not in work.known and kv.ints:
-        cfg = work.asked.eval
-        work.known[name] = whole_value(work.run.model, task, cfg.batch_size, cfg.dtype)
+    run = work.run
+    cfg = work.asked.eval
+    taught = run.adapter.adapter != "none" and run.config.get("objective") == "distill"
+    if name not in work.known and (kv.ints or taught):
+        with lora.switched_off(run.model) if taught else nullcontext():
+            work.known[name] = whole_value(run.model, task, cfg.batch_size, cfg.dtype)
     return work.known.get(name)
 
 

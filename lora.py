@@ -28,6 +28,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -93,6 +94,8 @@ class LoRALinear(nn.Linear):
     """nn.Linear with `n` low-rank branches of rank r; n = 1 and no gate is plain LoRA. attach
     freezes weight and bias."""
 
+    off = False  # see switched_off
+
     def __init__(
         self,
         d_in: int,
@@ -122,6 +125,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
+        if self.off:
+            return y
         u = self.down(dropout(as_trained(x, self.lora_A), self.p, self.training))
         return y + F.linear(u, self.lora_B).to(y.dtype)
 
@@ -258,6 +263,19 @@ def attach(model: nn.Module, cfg: AdapterConfig) -> nn.Module:
 
 def _adapted(model: nn.Module):
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear | Gate))
+
+
+@contextmanager
+def switched_off(model: nn.Module):
+    """Let the model compute as its base does, bit for bit, inside the `with`."""
+    layers = [m for _, m in _adapted(model) if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

@@ -502,12 +502,15 @@ class SelectPath(ValueGroupPath):
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         """Store k, v (B, Hkv, T, D) whole, and read them, and the prompt as stored: (B, H, T, D) in
         q's dtype."""
-        cache.append(NewTokens(k, v, n_pad))
+        new = NewTokens(k, v, n_pad)
+        view = cache.with_gradient(new) if k.requires_grad or v.requires_grad else None
+        cache.append(new)
+        view = view or cache.view()
         basis = cache.basis
         as_it_is = basis.dec is None and basis.from_keys is None
         if as_it_is or not len(cache.keys):  # rows are read as they are, or none
-            return attend_view(q, cache.view(), self.cap)[0]
-        return self._read(q, cache.view(), cache)
+            return attend_view(q, view, self.cap)[0]
+        return self._read(q, view, cache)
 
     def graph_safe(self) -> bool:
         reads_rows = self.keep_all or (self.folded and self.key_map is None)

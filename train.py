@@ -16,6 +16,8 @@ training/shared_heads.py. training/loop.py trains what they build.
         --predictors=predictor,predictor_query
     python train.py --stage=adapt --init_from=model.gguf --adapter=none --learn_basis \\
         --objective=distill --dataset=text:some.txt
+    python train.py --stage=adapt --init_from=model.gguf --kv=select --kv_from=out/SELECT \\
+        --adapter=none --learn_basis --objective=distill --dataset=text:some.txt
     torchrun --nproc_per_node=2 -- train.py --stage=pretrain
 """
 

@@ -39,6 +39,7 @@ LOOP = (
 PRETRAIN = ("pretrain_steps", "pretrain_batch_size", "pretrain_lr")
 ADAPT = ("adapt_dataset", "adapt_steps", "adapt_batch_size", "adapt_lr")
 SELECT = ("adapt_dataset", "select_steps", "select_batch_size", "select_lr")
+STORED_CONTEXT = ("kv_byte_budgets", "context")
 TABLE = (
     "test_dataset",
     "test_sequences",
@@ -67,7 +68,17 @@ READS = {
     ),
     "adapt": Reads(
         ("model", "data", "base", "adapter", "kv"),
-        (*RUN, *LOOP, *ADAPT, "compile", "capture", "shard", "kv_from", "objective"),
+        (
+            *RUN,
+            *LOOP,
+            *ADAPT,
+            *STORED_CONTEXT,
+            "compile",
+            "capture",
+            "shard",
+            "kv_from",
+            "objective",
+        ),
     ),
     "select": Reads(
         ("model", "data", "base", "kv", "select"), (*RUN, *LOOP, *SELECT, "kv_from"), FIXED_K
@@ -118,17 +129,17 @@ READ_WITH = {
     "align_heads": EXPERTS,
     "expert_groups": EXPERTS,
     "kv_share": ("kv", ("gqa", "cla")),
+    "kv_byte_budgets": ("kv", ("select",)),
+    "context": ("kv", ("select",)),
 }
 # Said to who trains something else, and wants to select.
-ASKED_LATER = (
-    " to train predictors of relevance; to select with a model as it is, give --kv=select to "
-    "sample.py or eval.py"
-)
+AS_IT_IS = "; to select with a model as it is, give --kv=select to sample.py or eval.py"
+ASKED_LATER = f" to train predictors of relevance{AS_IT_IS}"
 # What --kv may be, the first where it is not given.
 STORED = {
     "all": ("value_groups", "dense"),
-    "adapt": ("value_groups", "dense"),
     "select": ("select",),
+    "adapt": ("value_groups", "dense", "select"),
     "continue": ("mixsga", "gqa", "cla", "dense"),
 }
 GROUPS = ("train", "model", "adapter", "kv", "select", "data", "base", "mix")
@@ -159,6 +170,7 @@ def check_flags(args) -> None:
     read. args: cli.parse_args of train.py's settings."""
     check_base_flags(args)
     check_storage_flags(args)
+    check_stored_context_flags(args)
     check_objective_flags(args)
     check_read(args)
     fresh = args.train.stage == "all" and args.base.init_from == "scratch"
@@ -215,6 +227,38 @@ def check_storage_flags(args) -> None:
         "there are no value groups",
         "leave one out, or give --kv=value_groups",
     )
+
+
+def check_stored_context_flags(args) -> None:
+    """Whether an adaptation over a selection has one, and learns from what that stores."""
+    cfg: TrainConfig = args.train
+    if cfg.stage != "adapt" or args.kv.kv != "select":
+        return
+    check(
+        bool(cfg.kv_from),
+        "kv=select with stage=adapt",
+        "its predictors are trained before",
+        f"give --kv_from=RUN of train.py --stage=select{AS_IT_IS}",
+    )
+    check(
+        cfg.objective == "distill",
+        f"objective={cfg.objective} with kv=select",
+        "it reads everything whole",
+        "give --objective=distill",
+    )
+    check(
+        args.adapter.adapter != "none" or args.kv.learn_basis,
+        "adapter=none with kv=select",
+        "nothing is left to train",
+        "give --adapter=lora or --learn_basis",
+    )
+    for name in ("compile", "shard"):
+        check(
+            not getattr(cfg, name),
+            f"{name} with kv=select",
+            "a step goes through a cache",
+            "leave it out",
+        )
 
 
 def check_objective_flags(args) -> None:

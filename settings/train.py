@@ -59,6 +59,14 @@ def check_corpora(names: str, flag: str = "dataset") -> None:
         check(alone, f"{flag}={names!r}", "instructions are not mixed", "give them alone")
 
 
+def all_between(listed: str, top: float) -> bool:
+    """Say whether a comma-separated list holds nothing but numbers above 0 and below `top`."""
+    try:
+        return all(0 < float(number) < top for number in comma_list(listed))
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Text and its tokens."""
@@ -136,8 +144,19 @@ class TrainConfig:
     objective: str = opt(
         "lm",
         "adapt: lm: next-token loss; distill: KL to the same model reading whole values (needs "
-        "--adapter=none)",
+        "--adapter=none, or --kv=select and --kv_from)",
         OBJECTIVES,
+    )
+    kv_byte_budgets: str = opt(
+        "0.125",
+        "adapt with --kv=select: shares of a context's bytes, a list, of which each window draws "
+        "the one at which its context is stored",
+    )
+    context: float = opt(
+        0.75,
+        "adapt with --kv=select: share of a window that is stored so; the rest reads it",
+        above=0,
+        below=1,
     )
     seed: int = opt(0, "seed of initialisation, batches and dropout", least=0, most=MAX_SEED)
     seeds: int = opt(
@@ -229,15 +248,17 @@ class TrainConfig:
             "the table's rows use it",
             "give --stage=all, or --objective=distill",
         )
-        try:
-            fine = all(0 < rate < math.inf for rate in self.rates)
-        except ValueError:
-            fine = False
         check(
-            fine,
+            all_between(self.adapt_rates, math.inf),
             f"adapt_rates={self.adapt_rates!r}",
             "a list of finite numbers above 0",
             "give for example 5e-4,1e-3,2e-3",
+        )
+        check(
+            bool(comma_list(self.kv_byte_budgets)) and all_between(self.kv_byte_budgets, 1),
+            f"kv_byte_budgets={self.kv_byte_budgets!r}",
+            "a list of shares above 0 and below 1",
+            "give for example 0.125,0.0625",
         )
         check(
             not (self.shard and self.compile),
@@ -256,6 +277,11 @@ class TrainConfig:
     def rates(self) -> list[float]:
         """Learning rates that are tried for each row of the table."""
         return [float(rate) for rate in comma_list(self.adapt_rates)]
+
+    @property
+    def byte_budgets(self) -> list[float]:
+        """Shares of bytes at which windows of an adaptation are stored."""
+        return [float(share) for share in comma_list(self.kv_byte_budgets)]
 
     def corpus(self, stage: str) -> str:
         """Return the corpus of `stage` ('pretrain' or 'adapt', which selection's predictors go

@@ -50,7 +50,8 @@ def packed_attention_cpu(
     out = q.new_empty(B, Hkv, H // Hkv * T, D)
     dtype = torch.promote_types(q.dtype, torch.float32)
     lse = q.new_empty(out.shape[:3], dtype=dtype)
-    with torch.inference_mode():  # a sixth faster where there is little to read
+    # a sixth faster where there is little to read; numbers are as wide as they were chosen
+    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         scaled = (q * D**-0.5).reshape(out.shape)
         older = packed_sequences(packed) if packed else B * [None]
         newest = filled_slots(window) if window else B * [()]

@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import check
-from storage.cache import CacheView, DenseCache, check_range, check_truncation
+from storage.cache import (
+    CacheView,
+    DenseCache,
+    NewTokens,
+    check_range,
+    check_truncation,
+    write_ring,
+)
 from storage.layout import (
     PackedView,
     WindowView,
@@ -326,6 +333,17 @@ class RaggedCache(DenseCache):
         )
         window = WindowView(self.window_k, self.window_v, None, self.n_window)
         return CacheView((packed,), window, None)
+
+    def with_gradient(self, new: NewTokens) -> CacheView:
+        """Return what `view` will be once `new` is appended, with a window of its own, through
+        which their keys and values get a gradient: what is stored passes none."""
+        T = new.k.size(2)
+        k = F.pad(self.window_k, (0, 0, 0, T))
+        v = F.pad(self.window_v, (0, 0, 0, T))
+        write_ring(k, new.k, self.n_window, new.n_pad)
+        write_ring(v, new.v, self.n_window, new.n_pad)
+        count = self.n_window + (T if new.n_pad is None else T - new.n_pad)
+        return self.view()._replace(window=WindowView(k, v, None, count))
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens. ValueError inside the context, which is kept as it

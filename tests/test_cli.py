@@ -19,6 +19,15 @@ import cli
 import train
 from settings import stages
 
+STORED_CONTEXT = [
+    "--stage=adapt",
+    "--init_from=x",
+    "--kv=select",
+    "--kv_from=x",
+    "--adapter=lora",
+    "--objective=distill",
+]
+
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_defaults_exist_once(name):
@@ -148,6 +157,7 @@ OUT_OF_RANGE = {  # every numeric field, and values just outside its range
     "kv_tail": [-1],
     "kv_tail_block": [0],
     "val_fraction": [0, 1],
+    "context": [0, 1],
     "seed": [-1, 2**32],
     "seeds": [0, 10**7],
     "max_minutes": [0],
@@ -306,7 +316,15 @@ def test_out_of_range(name, f, capsys, here):
         (["--stage=select"], "init_from=scratch"),
         (["--stage=select", "--init_from=no/where"], "no such folder"),
         (["--kv=select"], "give --stage=select"),
-        (["--kv=select", "--stage=adapt", "--init_from=x"], "give --stage=select"),
+        (["--kv=select", "--stage=adapt", "--init_from=x"], "give --kv_from=RUN"),
+        ([*STORED_CONTEXT, "--objective=lm"], "objective=lm with kv=select"),
+        ([*STORED_CONTEXT, "--adapter=none"], "adapter=none with kv=select"),
+        ([*STORED_CONTEXT, "--compile"], "compile with kv=select"),
+        ([*STORED_CONTEXT, "--shard"], "shard with kv=select"),
+        ([*STORED_CONTEXT, "--kv_byte_budgets=0.1,1"], "a list of shares above 0 and below 1"),
+        ([*STORED_CONTEXT, "--kv_byte_budgets="], "a list of shares above 0 and below 1"),
+        ([*STORED_CONTEXT, "--context=1"], "context=1"),
+        (["--stage=adapt", "--init_from=x", "--context=0.5"], "or give --kv=select"),
         (
             ["--stage=select", "--init_from=x", "--objective=distill"],
             "objective=distill with stage=select",

@@ -112,6 +112,23 @@ def test_integers_are_read_as_the_plain_version_reads_them(
         expect_equal(q, packed, ring(D, torch.float32), 1e-4)
 
 
+@pytest.mark.parametrize("key_bits, value_bits", [(8, 8), (3, 0), (16, 16)])
+def test_autocast_changes_nothing(key_bits, value_bits):
+    """Inside autocast, where a model computes in bfloat16, a cache is read bit for bit as outside:
+    integers, levels and whole numbers."""
+    fmt = None
+    if key_bits < 16:
+        fmt = IntFormat(key_bits, value_bits, 16, torch.rand(Hkv, 64) + 0.5)
+    packed = context(8, 0 if fmt else 2, Hkv, 64, fmt=fmt, dtype=torch.float32)
+    window = ring(64, torch.float32)
+    q = normal(B, 2 * Hkv, 2, 64).float()
+    want = packed_attention_cpu(q, packed, window)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = packed_attention_cpu(q, packed, window)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_numbers_lose_no_more_than_in_the_plain_version(dtype):
     """In 16 bits the error against float64 is at most twice the plain version's."""

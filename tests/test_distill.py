@@ -32,6 +32,7 @@ from tasks.text import Perplexity
 from training import loop as trainer
 from training.adapters import adapt_stage, adaptation
 from training.base import load_base
+from training.distillation import distillation_loss
 
 DISTILL = ["--adapter=none", "--learn_basis", "--objective=distill"]
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -70,6 +71,10 @@ def distill_stage(tmp_path, text, base):
     return make
 
 
+def loss_of(stage, x) -> torch.Tensor:
+    return distillation_loss(stage.model, stage.kv, stage.model, x)
+
+
 def batch_of(stage) -> torch.Tensor:
     return data.batch(stage.corpus.train, "train", 0, 0, 5, stage.window)[0]
 
@@ -87,7 +92,7 @@ def test_distillation_loss_is_the_divergence_from_the_base(flags, distill_stage,
     predictions and q those of routed values, summed here one token at a time in float64."""
     stage, _ = distill_stage(*flags)
     x = batch_of(stage)
-    got = trainer.distillation_loss(stage, stage.model, x).item()
+    got = loss_of(stage, x).item()
     with torch.no_grad():
         p, q = (m(x).double().softmax(-1) for m in (load_run(base).model, stage.model.eval()))
     terms = [
@@ -109,7 +114,7 @@ def test_distillation_loss_is_zero_when_nothing_is_dropped(distill_stage):
         with torch.no_grad():
             for p in stage.params:
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-        loss = abs(trainer.distillation_loss(stage, stage.model, batch_of(stage)).item())
+        loss = abs(loss_of(stage, batch_of(stage)).item())
         assert loss <= most and (loss > 1e-9) == (most == math.inf)
 
 
@@ -127,7 +132,7 @@ def test_distillation_reaches_the_maps_only(distill_stage):
         p.grad.abs().max() > 0 for p in stage.params
     )
     x = batch_of(stage)
-    got = torch.autograd.grad(trainer.distillation_loss(stage, stage.model, x), stage.params)
+    got = torch.autograd.grad(loss_of(stage, x), stage.params)
     kv_router.set_kept(stage.model, stage.kv.n_groups)
     p = stage.model(x).detach().softmax(-1)
     kv_router.set_kept(stage.model, stage.kv.topk_groups)
@@ -163,7 +168,8 @@ def test_distillation_lowers_its_loss_and_leaves_the_base(tmp_path, base, run_st
     )
     assert {p: p.read_bytes() for p in base.rglob("*") if p.is_file()} == on_disk
     with torch.no_grad():
-        after = trainer.distillation_loss(s, s.model.eval(), x).item()
+        s.model.eval()
+        after = loss_of(s, x).item()
         run = load_run(stage)
         kv_router.set_kept(run.model, 4)
         assert (run.model(x) - fresh(x)).abs().max() < 1e-4
@@ -176,7 +182,7 @@ def test_distillation_lowers_its_loss_and_leaves_the_base(tmp_path, base, run_st
             0,
         )
         s.model = fresh
-        before = trainer.distillation_loss(s, fresh, x).item()
+        before = loss_of(s, x).item()
     assert after < 0.9 * before
 
 

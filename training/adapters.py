@@ -35,6 +35,7 @@ from report.figures import SWEEP, report_figure
 from report.rows import RowAbout, kept_groups, measure_row, sweep
 from report.tables import result_table, share_of_dense
 from settings.adapters import AdapterConfig
+from settings.fields import to_dict
 from settings.train import TrainConfig
 from storage.layout import cdiv
 from tasks.text import Perplexity
@@ -46,6 +47,7 @@ from training.base import (
     load_base,
     pretrain_stage,
     start_from,
+    take_selection,
     text_record,
 )
 from training.loop import NonFinite, Stage, train
@@ -90,8 +92,9 @@ def adapt_stage(args, run_dir: Path, w: World, base: Run, what: Adaptation) -> S
     training/loop.py trains."""
     cfg: TrainConfig = args.train
     window = adapt_window(args, base)
+    selects = what.kv.kv == "select"
     check(
-        what.objective == "lm" or what.adapter.adapter == "none",
+        what.objective == "lm" or what.adapter.adapter == "none" or selects,
         f"objective={what.objective} with adapter={what.adapter.adapter}",
         "the base itself is the teacher",
         "give --adapter=none and --learn_basis",
@@ -99,7 +102,11 @@ def adapt_stage(args, run_dir: Path, w: World, base: Run, what: Adaptation) -> S
     name = cfg.corpus("adapt")
     corpus = corpus_of(args, name, base.tokenizer, window)
     torch.manual_seed(what.seed)
-    began = attach_value_groups(base, what, corpus.train, window, w)
+    stored: dict = {}
+    if selects:
+        what, began, stored = attach_selection(args, base, what, window)
+    else:
+        began = attach_value_groups(base, what, corpus.train, window, w)
     lora.attach(base.model, what.adapter)
     share_parameters(base.model, w)
     params = parameters_to_train(base.model, what)
@@ -120,8 +127,11 @@ def adapt_stage(args, run_dir: Path, w: World, base: Run, what: Adaptation) -> S
         kv=what.kv,
         adapter=what.adapter,
         objective=what.objective,
+        byte_budgets=cfg.byte_budgets if selects else [],
+        n_context=stored.get("n_context", 0),
         about={
             "kv_from": began,
+            **stored,
             **text_record(args, name, corpus),
             **base_record(args, base, folder),
         },
@@ -143,12 +153,46 @@ def attach_value_groups(base: Run, what: Adaptation, text, window: int, w: World
     return ""
 
 
+def attach_selection(
+    args, base: Run, what: Adaptation, window: int
+) -> tuple[Adaptation, str, dict]:
+    """Give a base the selection of --kv_from, in place. Returns the adaptation with its storage,
+    the sha256 of its file, and what a checkpoint says of it besides. ValueError for a setting of
+    storage that is not the run's, or a window without a context."""
+    learn_basis = args.kv.learn_basis
+    kv, select, began = take_selection(base.model, what.kv_from, base.base_sha256, learn_basis)
+    for name, value in to_dict(kv).items():
+        check(
+            name not in args.given or getattr(args.kv, name) == value,
+            f"{name}={getattr(args.kv, name)} with kv_from={what.kv_from}",
+            f"it was trained with {value}",
+            f"leave --{name} out",
+        )
+    n_context = int(args.train.context * window)
+    needed = kv.kv_tail + max(kv.kv_sinks, select.observers) + 1
+    check(
+        needed <= n_context < window,
+        f"context={args.train.context:g} of {window} tokens",
+        f"that is a context of {n_context}, and needed are {needed} to {window - 1}",
+        "give another --context, or a larger --block_size",
+    )
+    budgets = args.train.byte_budgets
+    select = replace(select, kv_bytes=budgets[0])
+    stored = {"select": to_dict(select), "kv_byte_budgets": budgets, "n_context": n_context}
+    return replace(what, kv=kv), began, stored
+
+
 def parameters_to_train(model: Transformer, what: Adaptation) -> list[torch.nn.Parameter]:
-    """The parameters of adapters, value routers and reconstructors. Raises ValueError where nothing
-    would be trained."""
+    """The parameters of adapters, and of value groups' routers and reconstructors. Raises
+    ValueError where nothing would be trained."""
     adapter = what.adapter.adapter
     kv = what.kv
-    params = [p for p in model.parameters() if p.requires_grad] + kv_router.trainable(model)
+    params = [p for p in model.parameters() if p.requires_grad]
+    if kv.kv != "select":
+        params += kv_router.trainable(model)
+    elif kv.learn_basis:  # what is stored is a constant: of the maps, the one that reads it
+        maps = [path.dec for path in kv_router.paths(model).values()]
+        params += [p.requires_grad_(True) for p in maps]
     groups = "--kv=value_groups with " if kv.kv == "dense" else ""
     check(
         bool(params),

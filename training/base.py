@@ -9,13 +9,22 @@ from pathlib import Path
 import torch
 
 import kv_router
-from config import KVConfig, check
+from config import KVConfig, SelectConfig, check
 from data import Corpus, TokenFile, batch, check_length, prepare
 from loaders import checkpoint
 from loaders.instructions import instruct_corpus
-from loaders.runs import Run, base_reference, find_checkpoint, is_foreign, load_run, split_added
+from loaders.runs import (
+    Run,
+    attach_storage,
+    base_reference,
+    find_checkpoint,
+    is_foreign,
+    load_added_state,
+    load_run,
+    split_added,
+)
 from model import Transformer
-from settings.fields import to_dict
+from settings.fields import from_dict, to_dict
 from settings.train import TrainConfig
 from training.loop import Stage
 from training.world import World, share_parameters
@@ -134,6 +143,40 @@ def adapt_window(args, base: Run) -> int:
     return base.config.get("block_size", usual)
 
 
+def take_selection(
+    model: Transformer, where: str | Path, base_sha256: str, learn_basis: bool
+) -> tuple[KVConfig, SelectConfig, str]:
+    """Give a model the selection that the run at `where` trained, with its storage and settings:
+    returns both, and the sha256 of its file. ValueError where the base differs.
+
+    learn_basis: whether its maps are to be trained on"""
+    path = find_checkpoint(where)
+    saved = checkpoint.load(path)
+    check(
+        "selector" in saved.tensors,
+        f"kv_from={where}",
+        "it trained no selection",
+        "give a select stage's folder",
+    )
+    check_base(saved, where, base_sha256)
+    kv = from_dict(KVConfig, saved.config["kv"])
+    kv = replace(kv, learn_basis=kv.learn_basis or learn_basis)
+    select = from_dict(SelectConfig, saved.config["select"])
+    attach_storage(model, kv, select)
+    load_added_state(model, saved.tensors["selector"])
+    return kv, select, checkpoint.tensor_hash(path, "selector.safetensors")
+
+
+def check_base(saved: checkpoint.Checkpoint, where: str | Path, base_sha256: str) -> None:
+    """Raise ValueError where the checkpoint at `where` belongs to another base."""
+    check(
+        saved.config.get("base_sha256") == base_sha256,
+        f"kv_from={where}",
+        "it was trained on another base",
+        "give a run on this one",
+    )
+
+
 def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256: str) -> str:
     """Attach value groups as the run at `where` left them; returns the sha256 of their file.
     ValueError where base or settings differ."""
@@ -145,12 +188,7 @@ def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256:
         "it trained no value groups",
         "give an adapt stage's folder",
     )
-    check(
-        saved.config.get("base_sha256") == base_sha256,
-        f"kv_from={where}",
-        "it was trained on another base",
-        "give a run on this one",
-    )
+    check_base(saved, where, base_sha256)
     names = BASIS_SETTINGS if kv.kv == "select" else to_dict(kv)
     check(
         all(saved.config["kv"].get(name) == getattr(kv, name) for name in names),

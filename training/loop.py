@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,15 +35,15 @@ from loaders.device import autocast, in_bfloat16
 from loaders.examples import Examples
 from loaders.runs import added_state, load_added_state
 from loaders.weights import model_state
-from model import Transformer, lm_loss
+from model import Transformer, evaluating, lm_loss
 from report.progress import progress
 from selection.training import predictor_loss
 from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 from settings.train import TrainConfig
-from storage.layout import at_least_float32
 from tasks.text import answers_loss, mean_loss
 from training.captured import CapturedStep, Result
+from training.distillation import continuation_loss, distillation_loss
 from training.messages import end_of, start_of
 from training.optimizer import (
     learning_rate,
@@ -97,6 +96,8 @@ class Stage:
     kv: KVConfig
     adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig(adapter="none"))
     objective: str = "lm"  # lm, distill or select
+    byte_budgets: list[float] = field(default_factory=list)  # distill over a selection: its shares
+    n_context: int = 0  # distill over a selection: tokens of a window that are compressed
     about: dict = field(default_factory=dict)  # what checkpoints say besides the fields above
 
     @property
@@ -157,21 +158,12 @@ class Stage:
         select."""
         if self.objective == "select":
             return predictor_loss(self.model, x)
+        if self.objective == "distill" and self.kv.kv == "select":
+            return continuation_loss(self.model, x, self.byte_budgets, self.n_context)
         if self.objective == "distill":
-            return distillation_loss(self, forward, x)
+            return distillation_loss(self.model, self.kv, forward, x)
         loss = answers_loss if isinstance(self.corpus.train, Examples) else lm_loss
         return loss(forward(x), y)
-
-
-def distillation_loss(stage: Stage, forward, x: Tensor) -> Tensor:
-    """Mean KL in nats from the model that reads whole values (no gradient) to itself with routed
-    ones, over the tokens of x (B, T)."""
-    with torch.no_grad():
-        kv_router.set_kept(stage.model, stage.kv.n_groups, whole=True)
-        target = at_least_float32(forward(x)).log_softmax(-1)
-        kv_router.set_kept(stage.model, stage.kv.topk_groups)
-    got = at_least_float32(forward(x)).log_softmax(-1)
-    return F.kl_div(got, target, reduction="none", log_target=True).sum(-1).mean()
 
 
 def with_side_losses(stage: Stage, loss: Tensor) -> Tensor:
@@ -251,8 +243,8 @@ def why_not_captured(stage: Stage, cfg: TrainConfig, w: World) -> str:
         return "--capture=false"
     if w.size > 1:
         return "sums over processes are not captured"
-    if stage.objective == "select":
-        return "the host cuts windows by their tokens"
+    if stage.kv.kv == "select":
+        return "the host looks at windows and their tokens"
     return ""
 
 
@@ -263,11 +255,11 @@ def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
     mine = slice(w.rank, None, w.size)
     n = len(x[mine])
     total = torch.zeros(1, dtype=torch.float64, device=w.device)
-    if n and stage.objective == "select":
-        with torch.no_grad(), autocast(w.device, cfg.dtype):
+    if n and stage.kv.kv == "select":
+        with evaluating(stage.model), autocast(w.device, cfg.dtype):
             for part in x[mine].split(stage.batch_size):
-                loss = predictor_loss(stage.model, part.to(w.device))
-                total += loss.double() * len(part)
+                part = part.to(w.device)
+                total += stage.loss(stage.model, part, part).double() * len(part)
     elif n:
         total += mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n
     return w.sum(total).item() / len(x)

@@ -25,6 +25,8 @@ SAME_WHEN_RESUMED = (
     "objective",
     "kv_from",
     "select",
+    "kv_byte_budgets",
+    "n_context",
     "mix",
     "optimizer",
     "data",

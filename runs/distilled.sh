@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Trained with storage in the loop: what a model predicts from what is stored is fitted to what it
+# predicts with everything whole, nothing else. At 75 and 50 % of keys and values: value groups over
+# values from keys, whose maps are trained. At 12.5 and 6.25 %: the map that reads what is stored,
+# alone and with low-rank adapters on q and o, over contexts that the run of runs/mixture.sh
+# selects. Beside each the same storage without training, on WikiText-2's test split and on a kind
+# of text that nothing was trained on.
+# usage: [STEPS=600] runs/distilled.sh [MODEL] [RUN] [OUT] [VALID_TEXT] [TEST_TEXT]
+set -euo pipefail
+MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
+RUN="${2:-out/mixture}"
+OUT="${3:-out/distilled}"
+VALID="${4:-wikitext2.valid.txt}"
+TEST="${5:-wikitext2.test.txt}"
+STEPS="${STEPS:-600}" # of training, each
+MIXTURE="pydocs,pycode,dialogue,markup,shakespeare,text:$VALID"
+
+train() {  # train FOLDER FLAGS...
+  out="$1"
+  shift
+  python train.py --stage=adapt --init_from="$MODEL" --objective=distill --detokenize \
+    --dataset="$MIXTURE" --adapt_steps="$STEPS" --eval_sequences=16 --out_dir="$out" "$@"
+}
+measure() {  # measure NAME FLAGS...: 128 tokens after a stored context, 16 windows of each text
+  name="$1"
+  shift
+  python eval.py --tasks=continuation --dataset="text:$TEST,cheaders" --split=all --detokenize \
+    --sequences=16 --block_size=2048 --batch_size=16 --results="$OUT/results/$name" "$@"
+}
+
+# 8 of 16 groups, and keys alone
+for K in 8 0; do
+  train "$OUT/maps-$K" --adapter=none --n_groups=16 --topk_groups=$K --reconstructor=keys \
+    --learn_basis --kv_tail=4 --block_size=1024 --adapt_batch_size=8 --adapt_lr=1e-3
+  measure "maps-$K" --out_dir="$OUT/maps-$K" --methods=dense,value_groups --query=4
+  measure "untrained-$K" --init_from="$MODEL" --methods=dense,value_groups --n_groups=16 \
+    --topk_groups=$K --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
+done
+
+# selected contexts, each share by itself: maps alone, and with low-rank adapters
+SHARES=0.125,0.0625
+for SHARE in ${SHARES//,/ }; do
+  for KIND in none lora; do
+    TARGETS=""
+    [[ $KIND == none ]] || TARGETS="--lora_targets=q,o"
+    train "$OUT/$KIND-$SHARE" --kv=select --kv_from="$RUN" --adapter=$KIND $TARGETS --learn_basis \
+      --kv_byte_budgets="$SHARE" --block_size=2048 --context=0.9 --adapt_batch_size=4 \
+      --adapt_lr=2e-4
+    measure "select-$KIND-$SHARE" --out_dir="$OUT/$KIND-$SHARE" --methods=dense,select \
+      --kv_byte_budgets="$SHARE"
+  done
+done
+measure select-untrained --out_dir="$RUN" --methods=dense,select --kv_byte_budgets=$SHARES

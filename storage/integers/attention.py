@@ -328,6 +328,7 @@ def _byte_attention_kernel(
         D,
         DP,
         SPLIT,
+        D,
     )
 
 

@@ -24,17 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.cases import WINDOW, Case, parse_cases
 from benchmarks.common import dtype_name, in_turns
 from config import ModelConfig
-from kernels import attend_view, packed_attention
+from kernels import packed_attention
 from loaders.device import device_name, in_bfloat16, pick_device
 from measure_config import BenchConfig
-from storage.cache import CacheView
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.layout import (
     PackedView,
     WindowView,
     cdiv,
     expand_mask,
-    merge_softmax,
     packed_attention_ref,
 )
 from storage.packed import PackedCache
@@ -224,8 +222,7 @@ def read_predicted(q: Tensor, cache: PackedCache, maps: FromKeys, impl: str) -> 
     """Read a cache as a decode step does whose values are predicted from keys: (B, H, 1, D)."""
     view = cache.view()
     position = cache.packed_positions()
-    part = attend_predicted(q, view.packed[0], maps, position, impl=impl)
-    return merge_softmax(part, attend_view(q, CacheView((), view.window, None)))
+    return attend_predicted(q, view.packed[0], maps, position, impl=impl, window=view.window)[0]
 
 
 def drawn_maps(shape: tuple[int, ...], D: int, n_positions: int, device: torch.device) -> FromKeys:

@@ -29,7 +29,7 @@ from torch import Tensor
 from kernels import packed_attention, wants_gradient
 from storage.kernel_base import use_triton
 from storage.key_sums import attend_with_key_sums, can_sum_keys
-from storage.layout import PackedView, at_least_float32, soft_cap
+from storage.layout import PackedView, WindowView, at_least_float32, merge_softmax, soft_cap
 
 
 def numbers(k: Tensor, pad: Tensor | None) -> Tensor:
@@ -113,6 +113,7 @@ def attend_predicted(
     cap: float = 0.0,
     impl: str = "auto",
     chunk: int = 0,
+    window: WindowView | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Let queries q (B, H, T, D) read all packed tokens, whose rows are residuals, by equation (1):
     one attention over rows, one sum of keys. By storage/key_sums.py's kernel where heads are told
@@ -122,13 +123,18 @@ def attend_predicted(
         room for every segment, as PackedCache has it
     position: of the slots of a segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads
     impl: see storage/kernel_base.py; cap, chunk: see kernels.packed_attention
+    window: newer tokens with whole values, value coordinates, too; or None
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""
     by_kernel = from_keys.own_head and can_sum_keys(q, packed)
-    if by_kernel and use_triton(impl, q.device, q.dtype) and not wants_gradient(q, packed, None):
-        cos = from_keys.cos
-        sums, lse = attend_with_key_sums(q, packed, cos, from_keys.sin, position, cap, chunk)
+    if by_kernel and use_triton(impl, q.device, q.dtype) and not wants_gradient(q, packed, window):
+        tables = (from_keys.cos, from_keys.sin)
+        sums, lse = attend_with_key_sums(q, packed, window, *tables, position, cap, chunk)
         return told_by_sums(sums, from_keys.weight).to(q.dtype), lse
-    return _attend_plainly(q, packed, from_keys, position, cap)
+    part = _attend_plainly(q, packed, from_keys, position, cap)
+    if window is None:
+        return part
+    whole = packed_attention(q, None, window, cap=cap)
+    return merge_softmax(part, whole), torch.logaddexp(part[1], whole[1])
 
 
 def told_by_sums(sums: Tensor, weight: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ and adds it up beside the rows. Pieces are joined as ever, their accumulators tw
 product with W is one small matrix product of a step. A key and a row are read once; the tables'
 cos t and sin t, D numbers a token, are the same for all heads and sequences whose tokens are.
 
-    sums, lse = attend_with_key_sums(q, packed, cos, sin, position)
+    sums, lse = attend_with_key_sums(q, packed, None, cos, sin, position)
     rows, keys = sums.chunk(2, -1)                       # out = rows + keys @ W
 
-The plain form is attend_predicted (storage/from_keys.py). Maps of all heads keep it: there a query
-head needs every head's keys with weights of its own, which no program reads. Letters:
-storage/layout.py.
+A window whose values have the coordinates of rows is read by the same programs. The plain form is
+attend_predicted (storage/from_keys.py), and what else there is keeps it: keys in few bits, and maps
+of all heads. There a query head needs every head's keys with its own weights, so that the keys of
+a layer would be loaded Hkv times a step, or the weights of H query heads written and read again.
+Letters: storage/layout.py.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import load_queries, query_rows, softmax_weights
+from kernels import load_queries, query_rows, read_window, softmax_weights
 from storage.kernel_base import (
     capped,
     dense_rows,
@@ -93,13 +95,15 @@ def _key_sums_kernel(
     DP: tl.constexpr,
     HALF: tl.constexpr,
     ALONE: tl.constexpr,
+    WINDOW: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment, N tokens at a time: sums of rows, unless
-    keys are ALONE, and of keys before RoPE. HALF: D/2 rounded up to a power of 2; the window is
-    empty; the rest as in kernels._attention_kernel."""
+    keys are ALONE, and of keys before RoPE. Slots of the window, where there is a WINDOW, come
+    first: no key has been summed then that would have to be weighed anew. HALF: D/2 rounded up to a
+    power of 2; the rest as in kernels._attention_kernel."""
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -128,7 +132,7 @@ def _key_sums_kernel(
         if K == 0:
             before_ptr += mask_base
             tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, _, _, _, size, active = segment_pieces(
+    n_packed, n_slots, first, count, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -155,6 +159,29 @@ def _key_sums_kernel(
     other = tl.zeros([M, HALF], tl.float32)
     none = tl.zeros([M, N], tl.float32)
 
+    if WINDOW:
+        m, den, stored = read_window(
+            load_queries(q_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D, DP),
+            m,
+            den,
+            stored,
+            window_k_ptr + seg.to(tl.int64) * W * D,
+            window_v_ptr + seg.to(tl.int64) * W * D,
+            row,
+            tl.maximum(piece * size - n_packed, 0),
+            tl.minimum((piece + 1) * size - n_packed, n_slots),
+            first,
+            count,
+            W,
+            n,
+            T,
+            scale,
+            D,
+            N,
+            DP,
+            STAGES,
+            CAP,
+        )
     dim = tl.arange(0, HALF)[None, :]
     start = piece * size
     end = tl.minimum((piece + 1) * size, n_packed)
@@ -182,10 +209,13 @@ def _key_sums_kernel(
             bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t, end, K, TILE)
             value = load_rows(rows_ptr, bits, offset, D, S, DP, ALIGN)
             stored = product(p, value, stored * alpha[:, None])
+        elif WINDOW:
+            stored *= alpha[:, None]
 
     place = tl.program_id(0) if SEGS > 0 else seg * parts + piece
-    WIDE: tl.constexpr = D if ALONE else 2 * D
-    if not ALONE:
+    ROWS: tl.constexpr = WINDOW or not ALONE
+    WIDE: tl.constexpr = 2 * D if ROWS else D
+    if ROWS:
         store_rows(
             out_ptr,
             lse_ptr,
@@ -253,21 +283,23 @@ def can_sum_keys(q: Tensor, packed: PackedView) -> bool:
 def attend_with_key_sums(
     q: Tensor,
     packed: PackedView,
+    window: WindowView | None,
     cos: Tensor,
     sin: Tensor,
     position: Tensor,
     cap: float = 0.0,
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Let queries q (B, H, T, D) read all packed tokens, and sum up rows and keys before RoPE.
+    """Let queries q (B, H, T, D) read all packed tokens and a window, and sum up rows, the window's
+    values among them, and keys of packed tokens before RoPE.
 
     cos, sin: (positions, D/2) of RoPE's angles
     position: of the tokens of a segment, (B or 1, N) or (B or 1, 1 or Hkv, N) int64
     cap, chunk: see kernels.packed_attention
     Returns the sums of rows and of keys beside one another, (B, H, T, 2 D) float32, or those of
-    keys alone where no token has rows, (B, H, T, D), and lse (B, H, T) as packed_attention. Keys
-    turned back and weights are rounded to the dtype of keys, as kernels.softmax_step rounds
-    weights. Source: equation (1) of storage/from_keys.py."""
+    keys alone where no token has rows and no window is given, (B, H, T, D), and lse (B, H, T) as
+    packed_attention. Keys turned back and weights are rounded to the dtype of keys, as
+    kernels.softmax_step rounds weights. Source: equation (1) of storage/from_keys.py."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
     if position.ndim == 2:
@@ -287,6 +319,7 @@ def attend_with_key_sums(
         DP=max(16, triton.next_power_of_2(D)),
         HALF=max(16, triton.next_power_of_2(D // 2)),
         ALONE=packed.keys_alone,
+        WINDOW=window is not None,
         ALIGN=d & -d,
         STAGES=1 if narrow else 2,
         CAP=cap,
@@ -298,7 +331,9 @@ def attend_with_key_sums(
         position_stride_b=position.stride(0),
         position_stride_h=position.stride(1),
     )
-    sums = 1 if packed.keys_alone else 2
+    sums = 1 if packed.keys_alone and window is None else 2
     variant = Variant(_key_sums_kernel, M, N, 4, constants, reads, sums, torch.float32)
-    window = WindowView(q[:, :, :0], q[:, :, :0], None, packed.n.new_zeros(B))
+    window = window or WindowView(q[:, :, :0], q[:, :, :0], None, packed.n.new_zeros(B))
+    if window.k.numel():
+        assert window.k.is_contiguous() and window.v.is_contiguous(), "a window is read by address"
     return attend_in_pieces(dense_rows(q), packed, window, variant, chunk)

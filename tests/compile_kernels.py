@@ -124,12 +124,13 @@ def attend(
 
 def sum_keys(D: int, alone: bool) -> None:
     """Compile attention over values predicted from keys."""
-    packed, _ = views(4, 2, 16, 16, D, torch.bfloat16)
+    packed, window = views(4, 2, 16, 16, D, torch.bfloat16)
     if alone:
         packed = packed._replace(k=0)
     q = torch.randn(2, 6, 1, D).bfloat16()
     angles = torch.randn(2, N, D // 2)
-    key_sums.attend_with_key_sums(q, packed, *angles, torch.arange(N)[None], chunk=64)
+    for read in (None, window):
+        key_sums.attend_with_key_sums(q, packed, read, *angles, torch.arange(N)[None], chunk=64)
 
 
 def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:

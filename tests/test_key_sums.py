@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from views import packed_view, to_device
+from views import finite, packed_view, to_device, window_view
 
 from storage import from_keys
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.kernel_base import triton
-from storage.layout import PackedView, top_k_mask
+from storage.layout import PackedView, merge_softmax, packed_attention_ref, top_k_mask
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -134,3 +134,30 @@ def test_the_kernel_is_asked_for_own_whole_keys_alone(monkeypatch):
     attend_predicted(q.double(), as_double(packed), exact, position, impl="triton")
     attend_predicted(q.clone().requires_grad_(), packed, maps, position, impl="triton")
     assert asked == [1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [0, 32])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_window_is_read_beside_packed_tokens(shape, chunk, dtype):
+    """Whole values of newer tokens, in a ring, with and without tokens before them: as two
+    attentions that are joined."""
+    q, packed, maps = drawn(shape, [37, 0, 70], dtype)
+    position = torch.arange(75, device=DEVICE)[None]
+    g = torch.Generator().manual_seed(2)
+    whole = torch.randn(2, 3, packed.token_base.size(1), 21, q.size(-1), generator=g).to(dtype)
+    window = to_device(window_view(*whole, [15, 3, 0], [17, 9, 21]), DEVICE)
+    near = finite(window)
+    near = near._replace(k=near.k.double(), v=near.v.double())
+    exact = FromKeys(*(t.double() for t in maps))
+    told = attend_predicted_ref(q.double(), as_double(packed), exact, position, 5.0)
+    want = merge_softmax(told, packed_attention_ref(q.double(), None, near, 5.0))
+    results = {}
+    for impl in ("torch", "triton"):
+        seen = window if impl == "triton" else finite(window)
+        how = dict(impl=impl, chunk=chunk, window=seen)
+        results[impl], _ = attend_predicted(q, packed, maps, position, 5.0, **how)
+    error = (results["triton"] - want).abs().max()
+    plain = (results["torch"] - want).abs().max()
+    assert error <= 2 * plain + 4 * torch.finfo(dtype).eps * want.abs().max()
+    assert want[1].abs().max() > 0.1

@@ -42,12 +42,11 @@ from torch import Tensor
 from storage.append import append_packed, can_append
 from storage.cpu import packed_attention_cpu
 from storage.kernel_base import (
-    as_word,
     capped,
     dense_rows,
     jit,
     load_masks,
-    popcount,
+    load_rows,
     product,
     tl,
     triton,
@@ -151,18 +150,28 @@ def load_queries(q_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D, 
 
 
 @jit
+def softmax_weights(logits, m, den):
+    """Weigh a block of N tokens beside those before it.
+
+    logits (M, N) in units of log 2, -inf for what is not read; m, den (M,) as in softmax_step
+    Returns m and den with the block in them, its weights (M, N), and what those of all earlier
+    tokens are to be multiplied by, (M,)."""
+    top = tl.maximum(m, tl.max(logits, 1))
+    base = tl.where(top == float("-inf"), 0.0, top)  # nothing has been read yet
+    p = tl.exp2(logits - base[:, None])
+    alpha = tl.exp2(m - base)
+    return top, den * alpha + tl.sum(p, 1), p, alpha
+
+
+@jit
 def softmax_step(logits, values, m, den, acc):
     """Add a block of N tokens to a running softmax.
 
     logits (M, N) in units of log 2, -inf for what is not read; values (N, DP)
     m, den (M,), acc (M, DP): largest logit so far, sum of weights, weighted values
     Returns m, den, acc with the block in them."""
-    top = tl.maximum(m, tl.max(logits, 1))
-    base = tl.where(top == float("-inf"), 0.0, top)  # nothing has been read yet
-    p = tl.exp2(logits - base[:, None])
-    alpha = tl.exp2(m - base)
-    den = den * alpha + tl.sum(p, 1)
-    return top, den, product(p.to(values.dtype), values, acc * alpha[:, None])
+    m, den, p, alpha = softmax_weights(logits, m, den)
+    return m, den, product(p.to(values.dtype), values, acc * alpha[:, None])
 
 
 @jit
@@ -328,23 +337,7 @@ def _attention_kernel(
         )
         logits = capped(product(x, tl.trans(key), none) * scale, CAP)
         logits = tl.where(live[None, :], logits, float("-inf"))
-        # Equation (2) for every number of every token; masks past `end` are 0.
-        word = as_word(bits, S)[:, None]
-        one = tl.full([1, 1], 1, word.dtype)
-        group = (dim // (D // S)).to(word.dtype)
-        kept = ((word >> group) & one) != 0
-        row_of = offset[:, None] + popcount(word & ((one << group) - one))
-        place = row_of * (D // S) + dim % (D // S)
-        if ALIGN > 1:
-            # Numbers of a group lie side by side: loads may be as wide as that allows.
-            place = tl.max_contiguous(tl.multiple_of(place, [1, ALIGN]), [1, ALIGN])
-            kept = tl.max_constancy(kept, [1, ALIGN])
-        value = tl.load(
-            rows_ptr + place,
-            mask=kept if DP == D else kept & in_dim,
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        value = load_rows(rows_ptr, bits, offset, D, S, DP, ALIGN)
         # Masks of the next block, while this one's values are on their way.
         bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t + N, end, K, TILE)
         m, den, acc = softmax_step(logits, value, m, den, acc)
@@ -388,6 +381,7 @@ def _attention_kernel(
         D,
         DP,
         SPLIT,
+        D,
     )
 
 

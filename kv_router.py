@@ -408,9 +408,15 @@ class ValueGroupPath(nn.Module):
         if from_keys is None:
             y, lse = packed_attention(q, packed, None, cap=self.cap)
         else:
-            y, lse = attend_predicted(q, packed, from_keys, cache.packed_positions(), self.cap)
+            # one kernel reads both where whole values have the coordinates of packed ones
+            window = view.window if cache.basis.dec is None and view.window.k.size(2) else None
+            position = cache.packed_positions()
+            y, lse = attend_predicted(q, packed, from_keys, position, self.cap, window=window)
+            if window is not None:
+                view = view._replace(window=None)
         y = cache.basis.decode(y.reshape(len(q), self.Hkv, -1, self.D)).view(q.shape)
-        if view.window.k.size(2) == 0 and view.sinks is None:
+        no_window = view.window is None or view.window.k.size(2) == 0
+        if no_window and view.sinks is None:
             return y
         whole = attend_view(q, view._replace(packed=()), self.cap)
         return merge_softmax((y, lse), whole)

@@ -519,6 +519,11 @@ class BenchConfig:
         "decode, memory: what is kept, a list of S:share of groups:share of tokens:bits "
         "of keys:of values (0: levels)",
     )
+    from_keys: bool = opt(
+        False,
+        "decode: also read each case of 16 bits whose tokens keep as many groups as "
+        "residuals of values predicted from keys",
+    )
     memory_gb: float = opt(1.0, "memory: the memory that sequences are put into, in GiB", above=0)
     new_tokens: int = opt(256, "generate: tokens after prompts of block_size less these", least=1)
     prefill_tokens: int = opt(

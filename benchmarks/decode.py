@@ -3,8 +3,9 @@ heads of the flags, block_size tokens, batch_size sequences.
 
 Beside our kernel: its PyTorch reference, the masked path (full-size values times their mask),
 PyTorch's fused attention over whole keys and values with each backend that runs, our own kernel
-over whole ones. Every time is taken in turns with its peers', after the results have been compared
-with float64; bytes are those of tensors that exist.
+over whole ones. --from_keys adds the same bytes read as residuals of values predicted from keys, as
+a decode step reads them (storage/from_keys.py). Every time is taken in turns with its peers', after
+the results have been compared with float64; bytes are those of tensors that exist.
 
 Letters: B sequences, H heads, Hkv KV heads, D head dimension, C context tokens, N = C + WINDOW."""
 
@@ -26,7 +27,15 @@ from config import ModelConfig
 from kernels import packed_attention
 from loaders.device import device_name, in_bfloat16, pick_device
 from measure_config import BenchConfig
-from storage.layout import PackedView, WindowView, cdiv, expand_mask, packed_attention_ref
+from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
+from storage.layout import (
+    PackedView,
+    WindowView,
+    cdiv,
+    expand_mask,
+    packed_attention_ref,
+)
+from storage.packed import PackedCache
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -76,6 +85,8 @@ def bench_decode(cfg: BenchConfig, c: ModelConfig) -> list[dict]:
     for case in cases:
         for fixed in case.forms():
             add_case(entries, case, fixed, data, dense_bytes)
+            if cfg.from_keys and fixed and case.key_bits == 16:
+                add_predicted(entries, case, data)
     ms = in_turns(entries.calls, cfg.steps, device, entries.plain)
     about = {
         "name": "decode",
@@ -185,6 +196,60 @@ def add_case(entries: Entries, case: Case, fixed: bool, data: list[QKV], dense_b
     entries.add(f"packed {name}", packed, held)
 
 
+def add_predicted(entries: Entries, case: Case, data: list[QKV]) -> None:
+    """Add what reads the same caches as residuals of values predicted from keys: own heads by
+    kernel on all sets, after a comparison with float64; on the first, own heads and all heads
+    plainly."""
+    name = case.name(True)
+    _, Hkv, N, D = data[0][1].shape
+    device = data[0][1].device
+    own = drawn_maps((Hkv, D, D), D, N, device)
+    joint = drawn_maps((Hkv * D, Hkv * D), D, N, device)
+    by_kernel = []
+    for i, (q, k, v) in enumerate(data):
+        cache, _ = case.fill(k, v, True)
+        if i == 0:
+            held = cache.nbytes()
+            check_predicted(q, cache, own, name)
+            for which, of in (("own", own), ("all", joint)):
+                plain = partial(read_predicted, q, cache, of, "torch")
+                entries.add(f"reference {name} from {which} keys", [plain], held)
+        by_kernel.append(partial(read_predicted, q, cache, own, "auto"))
+    entries.add(f"packed {name} from own keys", by_kernel, held)
+
+
+def read_predicted(q: Tensor, cache: PackedCache, maps: FromKeys, impl: str) -> Tensor:
+    """Read a cache as a decode step does whose values are predicted from keys: (B, H, 1, D)."""
+    view = cache.view()
+    position = cache.packed_positions()
+    return attend_predicted(q, view.packed[0], maps, position, impl=impl, window=view.window)[0]
+
+
+def drawn_maps(shape: tuple[int, ...], D: int, n_positions: int, device: torch.device) -> FromKeys:
+    """Draw maps of such a shape, as FromKeys.weight has it, and RoPE's tables."""
+    weight = torch.randn(shape, device=device) / shape[-1] ** 0.5
+    half = D // 2
+    frequency = 10_000.0 ** (-torch.arange(half, device=device) / half)
+    angle = torch.arange(n_positions, device=device)[:, None] * frequency
+    return FromKeys(weight, angle.cos(), angle.sin())
+
+
+def check_predicted(q: Tensor, cache: PackedCache, maps: FromKeys, name: str) -> None:
+    """Compare what attend_predicted gives of the packed part with values written out in float64, as
+    check_kernel does, sequence by sequence."""
+    packed = cache.view().packed[0]
+    position = cache.packed_positions()
+    got = attend_predicted(q, packed, maps, position)[0]
+    plain = attend_predicted(q, packed, maps, position, impl="torch")[0]
+    exact = packed._replace(keys=packed.keys.double(), rows=packed.rows.double())
+    exact_maps = FromKeys(*(t.double() for t in maps))
+    for b in range(q.size(0)):
+        one = slice(b, b + 1)
+        here = sequence_of(exact, b)
+        want = attend_predicted_ref(q[one].double(), here, exact_maps, position)[0]
+        hold(got[one], plain[one], want, torch.finfo(q.dtype).eps, f"{name} from own keys")
+
+
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Callable:
     """Return attention over full-size values times their mask (B, Hkv, C, S)."""
     wide = expand_mask(F.pad(mask > 0, (0, 0, 0, WINDOW), value=True), v.size(-1))
@@ -212,13 +277,19 @@ def check_kernel(q: Tensor, packed: PackedView | None, window: WindowView, name:
         near_exact = near._replace(k=near.k.double(), v=near.v.double())
         want = packed_attention_ref(q[one].double(), sequence_of(exact, b), near_exact)[0]
         plain = packed_attention_ref(q[one], sequence_of(packed, b), near)[0]
-        error = (got[one] - want).abs().max().item()
-        plain_error = (plain - want).abs().max().item()
-        allowed = 2 * plain_error + units * want.abs().max().item()
-        assert error <= allowed, (
-            f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}: its time would "
-            "mean nothing"
-        )
+        hold(got[one], plain, want, units, name)
+
+
+def hold(got: Tensor, plain: Tensor, want: Tensor, units: float, name: str) -> None:
+    """Raise AssertionError where `got` is further from `want` (float64) than twice `plain`, plus
+    `units` of its largest number."""
+    error = (got - want).abs().max().item()
+    plain_error = (plain - want).abs().max().item()
+    allowed = 2 * plain_error + units * want.abs().max().item()
+    assert error <= allowed, (
+        f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}: its time would "
+        "mean nothing"
+    )
 
 
 def sequence_of(packed: PackedView | None, b: int) -> PackedView | None:

@@ -121,6 +121,7 @@ MODELS = ("select", "generate")  # comparisons that load a model
 OF_BENCHES = {
     "steps": ("train", "adapter", "select", "decode", "generate"),
     "cases": ("decode", "memory"),
+    "from_keys": ("decode",),
     "memory_gb": ("memory",),
     **dict.fromkeys(("new_tokens", "prefill_tokens", "compile", "parts"), ("generate",)),
     "out_dir": MODELS,

@@ -26,8 +26,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import packed_attention
-from storage.layout import PackedView, at_least_float32, soft_cap
+from kernels import packed_attention, wants_gradient
+from storage.kernel_base import use_triton
+from storage.key_sums import attend_with_key_sums, can_sum_keys
+from storage.layout import PackedView, WindowView, at_least_float32, merge_softmax, soft_cap
 
 
 def numbers(k: Tensor, pad: Tensor | None) -> Tensor:
@@ -94,6 +96,7 @@ def attend_predicted_ref(
 ) -> tuple[Tensor, Tensor]:
     """Compute attend_predicted by writing every predicted value out."""
     k, r, _, _ = packed.unpack()
+    position = position[..., : k.size(2)]
     if from_keys.own_head:
         raw = from_keys.before_rope(k, position)
         z = r + raw @ from_keys.weight.to(raw.dtype)
@@ -103,18 +106,63 @@ def attend_predicted_ref(
 
 
 def attend_predicted(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float = 0.0
+    q: Tensor,
+    packed: PackedView,
+    from_keys: FromKeys,
+    position: Tensor,
+    cap: float = 0.0,
+    impl: str = "auto",
+    chunk: int = 0,
+    window: WindowView | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Let queries q (B, H, T, D) read all packed tokens, whose rows are residuals, by equation (1):
-    one attention over rows, one sum of keys.
+    one attention over rows, one sum of keys. By storage/key_sums.py's kernel where heads are told
+    by their own whole keys and nothing wants a gradient.
 
-    packed: of N tokens in the longest segment; maps of all heads want whole keys, with the same
+    packed: of at most N tokens in a segment; maps of all heads want whole keys, with the same
         room for every segment, as PackedCache has it
-    position: of the tokens of a segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads
+    position: of the slots of a segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads
+    impl: see storage/kernel_base.py; cap, chunk: see kernels.packed_attention
+    window: newer tokens with whole values, value coordinates, too; or None
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""
+    by_kernel = from_keys.own_head and can_sum_keys(q, packed)
+    if by_kernel and use_triton(impl, q.device, q.dtype) and not wants_gradient(q, packed, window):
+        tables = (from_keys.cos, from_keys.sin)
+        sums, lse = attend_with_key_sums(q, packed, window, *tables, position, cap, chunk)
+        return told_by_sums(sums, from_keys.weight).to(q.dtype), lse
+    part = _attend_plainly(q, packed, from_keys, position, cap)
+    if window is None:
+        return part
+    whole = packed_attention(q, None, window, cap=cap)
+    return merge_softmax(part, whole), torch.logaddexp(part[1], whole[1])
+
+
+def told_by_sums(sums: Tensor, weight: Tensor) -> Tensor:
+    """Multiply the sums of keys by the maps of their heads and add the sums of rows.
+
+    sums: (B, H, T, 2 D) float32, rows, then keys; or (B, H, T, D), keys alone
+    weight: (Hkv, D, D)
+    Returns (B, H, T, D) float32."""
+    B, H, T, _ = sums.shape
+    Hkv, D, _ = weight.shape
+    weight = weight.to(sums.dtype)
+    by_head = sums.view(B, Hkv, -1, sums.size(-1)).transpose(0, 1).flatten(1, 2)
+    keys = by_head[..., -D:]
+    if keys.size(-1) == by_head.size(-1):
+        out = torch.bmm(keys, weight)
+    else:
+        out = torch.baddbmm(by_head[..., :D], keys, weight)
+    return out.unflatten(1, (B, -1)).transpose(0, 1).reshape(B, H, T, D)
+
+
+def _attend_plainly(
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Compute attend_predicted with the weights of all tokens in memory."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
-    N = position.size(-1)
+    N = int(packed.n.max()) if packed.n.numel() else 0
+    position = position[..., :N]
     if from_keys.own_head:
         k = packed.unpack(q.dtype)[0]
     else:

@@ -105,3 +105,35 @@ def load_masks(
     else:
         tile = tl.load(tile_rows_ptr + t // TILE, mask=t < end, other=0)
         return bits, tile + tl.load(before_ptr + t, mask=t < end, other=0).to(tl.int32)
+
+
+@jit
+def load_rows(
+    rows_ptr,
+    bits,
+    offset,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    DP: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Load the values (N, DP) of tokens with masks `bits` (N,), which have `offset` (N,) rows
+    before them; zeros where a group was dropped, and past D."""
+    dim = tl.arange(0, DP)[None, :]
+    # Equation (2) of kernels.py for every number of every token; masks past the last are 0.
+    word = as_word(bits, S)[:, None]
+    one = tl.full([1, 1], 1, word.dtype)
+    group = (dim // (D // S)).to(word.dtype)
+    kept = ((word >> group) & one) != 0
+    row_of = offset[:, None] + popcount(word & ((one << group) - one))
+    place = row_of * (D // S) + dim % (D // S)
+    if ALIGN > 1:
+        # Numbers of a group lie side by side: loads may be as wide as that allows.
+        place = tl.max_contiguous(tl.multiple_of(place, [1, ALIGN]), [1, ALIGN])
+        kept = tl.max_constancy(kept, [1, ALIGN])
+    return tl.load(
+        rows_ptr + place,
+        mask=kept if DP == D else kept & (dim < D),
+        other=0.0,
+        eviction_policy="evict_first",
+    )

@@ -481,9 +481,10 @@ class PackedCache(WindowCache):
     # ---- writing
 
     def packed_positions(self) -> Tensor:
-        """Return the numbers in their sequence of the packed tokens: (1, N) int64."""
-        N = int(self.n_packed.max()) if self.batch else 0
-        return self.codec.n_sinks + torch.arange(N, device=self.n_packed.device)[None]
+        """Return the numbers in their sequence of the tokens in the slots of a segment: (1, slots)
+        int64, for those that hold none, too, so that nothing waits for the device."""
+        first = self.codec.n_sinks
+        return torch.arange(first, first + self.cap, device=self.n_packed.device)[None]
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:

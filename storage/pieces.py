@@ -116,22 +116,24 @@ def store_rows(
     D: tl.constexpr,
     DP: tl.constexpr,
     SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Store what M rows of queries of a segment have read: the result, or, where the segment is
-    SPLIT into pieces, m, den and acc of the piece in `place` for _merge_kernel."""
+    SPLIT into pieces, m, den and acc of the piece in `place` for _merge_kernel. D: numbers that are
+    stored; WIDE: those from a row to the next."""
     dim = tl.arange(0, DP)[None, :]
     in_row = row < T * n
     there = in_row[:, None] & (dim < D)
     if SPLIT:
         at = place.to(tl.int64) * (T * n) + row
-        tl.store(part_ptr + at[:, None] * D + dim, acc, mask=there)
+        tl.store(part_ptr + at[:, None] * WIDE + dim, acc, mask=there)
         tl.store(part_ml_ptr + at * 2, m, mask=in_row)
         tl.store(part_ml_ptr + at * 2 + 1, den, mask=in_row)
     else:
         at = (seg.to(tl.int64) * n + row % n) * T + row // n % T
         total = tl.where(den > 0, den, 1.0)
         result = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at[:, None] * D + dim, result, mask=there)
+        tl.store(out_ptr + at[:, None] * WIDE + dim, result, mask=there)
         tl.store(lse_ptr + at, (m + tl.log2(total)) * 0.6931471805599453, mask=in_row)
 
 
@@ -237,6 +239,8 @@ class Variant(NamedTuple):
     warps: int
     constants: dict[str, Any]  # what is known when compiling
     pointers: dict[str, Any]  # what it reads beside what every variant reads
+    sums: int = 1  # of D numbers each, that a query gets beside one another
+    dtype: torch.dtype | None = None  # of the result; None: that of queries
 
 
 class Pieces(NamedTuple):
@@ -298,16 +302,17 @@ def _launch(
 ) -> tuple[Any, Tensor, Tensor]:
     """Run the attention kernel and, for more than one piece, _merge_kernel.
 
-    Returns the compiled kernel, out and lse as in packed_attention."""
+    Returns the compiled kernel, out (B, H, T, variant.sums * D) and lse as in packed_attention."""
     B, H, T, D = q.shape
+    width = variant.sums * D
     Hkv = packed.token_base.size(1)
     Hm = packed.mask_base.size(1)
     n = H // Hkv
     split = pieces.parts > 1
     places = math.prod(pieces.grid) * n * T if split else 0
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty(B, H, T, width, dtype=variant.dtype or q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    part = torch.empty(places * D, dtype=torch.float32, device=q.device)
+    part = torch.empty(places * width, dtype=torch.float32, device=q.device)
     part_ml = torch.empty(places * 2, dtype=torch.float32, device=q.device)
     both = dict(
         n_packed_ptr=packed.n,
@@ -354,10 +359,10 @@ def _launch(
     )
     if split:
         C = min(256, max(16, triton.next_power_of_2(pieces.parts)))
-        DP = max(16, triton.next_power_of_2(D))
+        DP = max(16, triton.next_power_of_2(width))
         DS = min(DP, 8192 // C)
         _merge_kernel[(n * T, B * Hkv, DP // DS)](
-            **both, D=D, UNIT=variant.unit, DS=DS, C=C, num_warps=4
+            **both, D=width, UNIT=variant.unit, DS=DS, C=C, num_warps=4
         )
     return compiled, out, lse
 

@@ -21,7 +21,7 @@ from views import packed_view, window_view
 
 import kernels
 from selection import group_norms, moments, received
-from storage import append, fused, gates, levels, packing, pieces
+from storage import append, fused, gates, key_sums, levels, packing, pieces
 from storage.integers import append as int_append
 from storage.integers import attention, contexts, rounding, words
 from storage.integers.format import IntFormat
@@ -122,6 +122,17 @@ def attend(
     kernels.packed_attention(q, packed, window, impl="triton", chunk=64, cap=cap)
 
 
+def sum_keys(D: int, alone: bool) -> None:
+    """Compile attention over values predicted from keys."""
+    packed, window = views(4, 2, 16, 16, D, torch.bfloat16)
+    if alone:
+        packed = packed._replace(k=0)
+    q = torch.randn(2, 6, 1, D).bfloat16()
+    angles = torch.randn(2, N, D // 2)
+    for read in (None, window):
+        key_sums.attend_with_key_sums(q, packed, read, *angles, torch.arange(N)[None], chunk=64)
+
+
 def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:
     """Compile the append to a packed cache of these bits, whose heads may share a mask."""
     packed, window = views(4, 2, bits, bits, 64, torch.bfloat16)
@@ -142,6 +153,8 @@ def others() -> None:
         append_tokens(bits)
         append_tokens(bits, shared=True)
         append_tokens(bits, skip=torch.zeros(2, dtype=torch.int64))
+    for D, alone in ((64, False), (128, False), (80, True)):
+        sum_keys(D, alone)
     route = torch.ones(2, 2, 4, dtype=torch.bool)
     append_tokens(16, route=route, enc=torch.randn(2, 64, 64).bfloat16())
     for S, bits in ((8, 3), (4, 4), (4, 16)):  # by bytes, by words, whole numbers
@@ -194,6 +207,7 @@ WITH_KERNELS = (
     fused,
     gates,
     group_norms,
+    key_sums,
     levels,
     moments,
     packing,

@@ -64,6 +64,28 @@ def test_decode_rows_name_the_peer_and_count_the_bytes_held():
     } <= {r["impl"] for r in rows}
 
 
+def test_predicted_values_are_timed_at_the_same_bytes():
+    """--from_keys adds a row by kernel and two plain ones to a case that keeps as many groups of
+    every token, none to others, and counts their bytes."""
+    cfg = BenchConfig(
+        what="decode",
+        cases="4:0.5,8:0.25:0.5",
+        steps=1,
+        batch_size=2,
+        device="cpu",
+        from_keys=True,
+    )
+    rows = bench_decode(cfg, ModelConfig(**SHAPE))
+    told = {r["impl"]: r for r in rows if r["impl"].endswith("keys")}
+    assert sorted(told) == [
+        "packed S=4 K=2 from own keys",
+        "reference S=4 K=2 from all keys",
+        "reference S=4 K=2 from own keys",
+    ]
+    held = next(r["bytes"] for r in rows if r["impl"] == "packed S=4 K=2")
+    assert all(r["bytes"] == held for r in told.values())
+
+
 def test_memory_rows_are_what_is_held():
     """Bytes equal what the caches say, within 2 % of keys and kept values, and as many more
     sequences fit as bytes are fewer."""

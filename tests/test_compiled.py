@@ -72,6 +72,7 @@ def test_every_kernel_compiles_for_a_gpu(compiled):
         "_gate_kernel",
         "_gptq_kernel",
         "_heads_kernel",
+        "_key_sums_kernel",
         "_levels_kernel",
         "_merge_kernel",
         "_order_steps_kernel",

@@ -31,6 +31,7 @@ from report.rows import setting_of
 from storage import from_keys
 from storage.cache import KVCache
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
+from storage.kernel_base import triton
 from storage.layout import top_k_mask
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -248,6 +249,43 @@ def test_summing_keys_equals_writing_values_out(scope, cap, K):
     got, lse = attend_predicted(q, packed, layer.basis.from_keys, layer.packed_positions(), cap)
     assert (got - want).abs().max() < 1e-10 and torch.allclose(lse, want_lse, rtol=0, atol=1e-12)
     assert got[0].abs().max() > 0.1 and not got[2].any()
+
+
+@pytest.mark.skipif(
+    triton is None or torch.cuda.is_available(), reason="the kernel is asked on a CPU"
+)
+@pytest.mark.parametrize("K", [0, 2])
+@torch.no_grad()
+def test_a_step_by_kernel_gives_the_same_logits(monkeypatch, K):
+    """Decoding with maps of own heads reads packed tokens and window by one kernel, first tokens
+    beside it: the logits of the plain form, with padding."""
+    logits = {}
+    asked = []
+    right = from_keys.attend_with_key_sums
+
+    def count(q, packed, window, *more):
+        asked.append(window)
+        return right(q, packed, window, *more)
+
+    monkeypatch.setattr(from_keys, "attend_with_key_sums", count)
+    for by_kernel in (False, True):
+        torch.manual_seed(0)
+        model = predicting(**{**SETTINGS["norm"], "topk_groups": K}).float()
+        for path in kv_router.paths(model).values():
+            whole = path.key_map.unflatten(-1, (3, 16))
+            own = torch.stack([whole[16 * h : 16 * h + 16, h] for h in range(3)])
+            maps = FromKeys(own, path.cos, path.sin)
+            basis = path.maps()._replace(from_keys=maps)
+            monkeypatch.setattr(path, "maps", lambda basis=basis: basis)
+            monkeypatch.setattr(path, "own_maps", lambda basis=basis: basis)
+        monkeypatch.setattr(from_keys, "use_triton", lambda *_, yes=by_kernel: yes)
+        cache = model.new_cache(2, 40)
+        pieces = [20, *[1] * 9]
+        logits[by_kernel] = read_in_pieces(
+            model, tokens(2, 29), cache, pieces, torch.tensor([0, 5])
+        )
+    assert asked and asked[0] is not None
+    assert (logits[True] - logits[False]).abs().max() < 1e-4
 
 
 def test_the_map_is_the_ridge_regression_and_its_residual():

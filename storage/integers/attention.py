@@ -331,6 +331,7 @@ def _byte_attention_kernel(
         D,
         DP,
         SPLIT,
+        D,
     )
 
 

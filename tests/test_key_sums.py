@@ -1,0 +1,163 @@
+"""Attention over values predicted from keys by kernel, against values that are written out, in
+float64.
+
+On a GPU where there is one, else in Triton's interpreter. Outputs hold NaN before they are written,
+and so does what lies between segments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from views import finite, packed_view, to_device, window_view
+
+from storage import from_keys
+from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
+from storage.kernel_base import triton
+from storage.layout import PackedView, merge_softmax, packed_attention_ref, top_k_mask
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+# the interpreter truncates where a GPU rounds
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if CUDA else [torch.float32]
+pytestmark = pytest.mark.skipif(triton is None, reason="the kernels need triton")
+# D, S, K (0: counted, -1: keys alone), KV heads, query heads of each, T, one mask for all heads
+SHAPES = {
+    "SmolLM2": (64, 8, 2, 3, 3, 1, False),
+    "128, one mask": (128, 4, 3, 2, 1, 1, True),
+    "80, counted": (80, 5, 0, 1, 3, 3, False),
+    "48, many queries": (48, 4, 1, 2, 3, 7, True),
+    "16, every group": (16, 2, 2, 1, 1, 2, False),
+    "keys alone": (64, 8, -1, 3, 1, 2, True),
+    "96, keys alone": (96, 4, -1, 1, 3, 1, True),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty returns NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def as_double(packed: PackedView) -> PackedView:
+    """The same tokens in float64."""
+    return packed._replace(keys=packed.keys.double(), rows=packed.rows.double())
+
+
+def drawn(shape, lengths: list[int], dtype: torch.dtype, seed: int = 0):
+    """Queries, packed tokens of such lengths (a sequence each) and maps from keys of the shape."""
+    D, S, K, Hkv, n, T, shared = shape
+    g = torch.Generator().manual_seed(seed)
+    B = len(lengths)
+    N = max(*lengths, 1)
+    Hm = 1 if shared else Hkv
+    k, z = torch.randn(2, B, Hkv, N, D, generator=g).to(dtype)
+    score = torch.rand(B, Hm, N, S, generator=g)
+    mask = top_k_mask(score, K) if K > 0 else score < 0.4
+    if K < 0:
+        mask = torch.zeros_like(mask)
+    length = torch.tensor(lengths)[:, None].expand(-1, Hm)
+    packed = packed_view(k, z, mask, length, max(K, 0))
+    if K < 0:
+        packed = packed._replace(before=None, tile_rows=None)
+    q = (2 * torch.randn(B, Hkv * n, T, D, generator=g)).to(dtype).to(DEVICE)
+    angle = 7 * torch.rand(2 * N + 9, D // 2, generator=g)
+    weight = torch.randn(Hkv, D, D, generator=g) / D**0.5
+    maps = FromKeys(*(t.to(DEVICE) for t in (weight, angle.cos(), angle.sin())))
+    return q, to_device(packed, DEVICE), maps
+
+
+def compare(q, packed, maps, position, cap: float = 0.0, chunk: int = 0) -> torch.Tensor:
+    """Hold the kernel against float64: no further from it than twice the plain form in the same
+    dtype, and a unit in the last place; returns what the kernel gave."""
+    wide = as_double(packed)
+    exact = FromKeys(*(t.double() for t in maps))
+    want, want_lse = attend_predicted_ref(q.double(), wide, exact, position, cap)
+    plain = attend_predicted(q, packed, maps, position, cap, impl="torch")[0]
+    got, lse = attend_predicted(q, packed, maps, position, cap, impl="triton", chunk=chunk)
+    assert got.shape == q.shape and got.dtype == q.dtype
+    allowed = 2 * (plain - want).abs().max() + 4 * torch.finfo(q.dtype).eps * want.abs().max()
+    assert (got - want).abs().max() <= allowed
+    there = want_lse > float("-inf")
+    assert torch.equal(there, lse > float("-inf"))
+    assert (lse - want_lse)[there].abs().max() < 1e-5 * (1 + want_lse[there].abs().max())
+    return got
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_key_sums_equal_written_out_values(shape, cap, dtype):
+    """In one piece and in several, lengths no multiple of a tile, an empty segment, positions that
+    begin behind whole tokens."""
+    q, packed, maps = drawn(shape, [37, 0, 70], dtype)
+    position = torch.arange(4, 4 + 75, device=DEVICE)[None]
+    whole = compare(q, packed, maps, position, cap)
+    split = compare(q, packed, maps, position, cap, chunk=32)
+    assert not whole[1].any() and not split[1].any()
+    assert whole[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_head_may_hold_tokens_of_other_positions(dtype):
+    """Positions in no order, of each sequence, and of each head."""
+    q, packed, maps = drawn(SHAPES["80, counted"], [37, 21, 5], dtype)
+    many = drawn(SHAPES["SmolLM2"], [37, 21, 5], dtype)
+    for case in ((q, packed, maps), many):
+        Hkv = case[1].token_base.size(1)
+        g = torch.Generator().manual_seed(1)
+        for heads in (1, Hkv):
+            position = torch.randint(0, 80, (3, heads, 37), generator=g).to(DEVICE)
+            compare(*case, position, chunk=16)
+
+
+def test_segments_of_very_different_lengths_share_one_row_of_programs():
+    """One long segment beside short ones: pieces are laid in a row (storage/pieces.py)."""
+    lengths = [300, 0, 3, 1, 17, 2]
+    q, packed, maps = drawn(SHAPES["48, many queries"], lengths, torch.float32)
+    position = torch.arange(300, device=DEVICE)[None]
+    compare(q, packed, maps, position, chunk=32)
+
+
+def test_the_kernel_is_asked_for_own_whole_keys_alone(monkeypatch):
+    """Float64 and what wants a gradient are computed plainly."""
+    q, packed, maps = drawn(SHAPES["SmolLM2"], [9, 4], torch.float32)
+    position = torch.arange(9, device=DEVICE)[None]
+    asked = []
+    right = from_keys.attend_with_key_sums
+    monkeypatch.setattr(from_keys, "attend_with_key_sums", lambda *a: asked.append(1) or right(*a))
+    attend_predicted(q, packed, maps, position, impl="triton")
+    assert asked == [1]
+    attend_predicted(q, packed, maps, position, impl="torch")
+    exact = FromKeys(*(t.double() for t in maps))
+    attend_predicted(q.double(), as_double(packed), exact, position, impl="triton")
+    attend_predicted(q.clone().requires_grad_(), packed, maps, position, impl="triton")
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [0, 32])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_window_is_read_beside_packed_tokens(shape, chunk, dtype):
+    """Whole values of newer tokens, in a ring, with and without tokens before them: as two
+    attentions that are joined."""
+    q, packed, maps = drawn(shape, [37, 0, 70], dtype)
+    position = torch.arange(75, device=DEVICE)[None]
+    g = torch.Generator().manual_seed(2)
+    whole = torch.randn(2, 3, packed.token_base.size(1), 21, q.size(-1), generator=g).to(dtype)
+    window = to_device(window_view(*whole, [15, 3, 0], [17, 9, 21]), DEVICE)
+    near = finite(window)
+    near = near._replace(k=near.k.double(), v=near.v.double())
+    exact = FromKeys(*(t.double() for t in maps))
+    told = attend_predicted_ref(q.double(), as_double(packed), exact, position, 5.0)
+    want = merge_softmax(told, packed_attention_ref(q.double(), None, near, 5.0))
+    results = {}
+    for impl in ("torch", "triton"):
+        seen = window if impl == "triton" else finite(window)
+        how = dict(impl=impl, chunk=chunk, window=seen)
+        results[impl], _ = attend_predicted(q, packed, maps, position, 5.0, **how)
+    error = (results["triton"] - want).abs().max()
+    plain = (results["torch"] - want).abs().max()
+    assert error <= 2 * plain + 4 * torch.finfo(dtype).eps * want.abs().max()
+    assert want[1].abs().max() > 0.1

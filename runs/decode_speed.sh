@@ -26,8 +26,8 @@ python bench.py decode --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=327
   --batch_size=1 --cases=16:0.5:0.5,4:1:1:4,4:0.5:1:4,8:0.9:0.43:4:0 \
   --results="$OUT/one"
 
-# the same bytes read as residuals of values predicted from keys: by kernel and plainly for own heads,
-# plainly for all heads; and SmolLM2's shape
+# the same bytes read as residuals of values predicted from keys: by kernel and plainly for own
+# heads, plainly for all heads; and SmolLM2's shape
 python bench.py decode --from_keys --n_head=32 --n_kv_head=8 --head_dim=128 --block_size=32768 \
   --batch_size=8 --cases=4:0.5,8:0.25 --results="$OUT/from_keys/128"
 python bench.py decode --from_keys --n_head=9 --n_kv_head=3 --head_dim=64 --block_size=8192 \

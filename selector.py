@@ -506,8 +506,7 @@ class SelectPath(ValueGroupPath):
         view = cache.with_gradient(new) if k.requires_grad or v.requires_grad else None
         cache.append(new)
         view = view or cache.view()
-        basis = cache.basis
-        as_it_is = basis.dec is None and basis.from_keys is None
+        as_it_is = cache.basis.dec is None and cache.basis.from_keys is None
         if as_it_is or not len(cache.keys):  # rows are read as they are, or none
             return attend_view(q, view, self.cap)[0]
         return self._read(q, view, cache)

@@ -389,9 +389,8 @@ class PackedCache(WindowCache):
 
     def _allocate(self, cap: int) -> None:
         cap = cdiv(cap, self.codec.block) * self.codec.block
-        parts = self.codec.empty(
-            self.batch * self.Hkv * cap, self.k, self.S, self.D, self.window_k[:0]
-        )
+        n_tokens = self.batch * self.Hkv * cap
+        parts = self.codec.empty(n_tokens, self.k, self.S, self.D, self.window_k[:0])
         for name, t in parts.items():
             setattr(self, name, t)
         n_masks = self.batch * self.mask_heads * cap if self.k else 0

@@ -134,7 +134,7 @@ GROUPS = (2, 4, 8, 16, 32, 64)
 BASES = ("native", "random", "pca", "output")
 ROUTERS = ("linear", "norm", "static")
 SCOPES = ("shared", "layer", "head")
-RECONSTRUCTORS = ("zero", "mlp", "keys")
+RECONSTRUCTORS = ("zero", "mlp", "keys", "own_keys")
 PREFILLS = ("exact", "routed")
 INT_BITS = (16, 8, 4, 3, 2)
 KEY_BLOCKS = (16, 32, 64, 128)
@@ -153,7 +153,7 @@ class KVConfig:
     )
     n_groups: int = opt(4, "value groups S per head", GROUPS)
     topk_groups: int = opt(
-        2, "groups K kept per token; 0 with reconstructor=keys: keys alone", least=0
+        2, "groups K kept per token; 0 where keys tell values: keys alone", least=0
     )
     value_basis: str = opt(
         "output", "basis in which values are cut into groups, folded into W_v and W_o", BASES
@@ -176,7 +176,8 @@ class KVConfig:
     reconstructor: str = opt(
         "zero",
         "what stands for a dropped group when it is read; keys: what a linear map makes of the "
-        "token's keys, and groups hold the rest",
+        "token's keys, all of the layer's (kv=select: the head's own), and groups hold the rest; "
+        "own_keys: the same of the head's own, which attention reads faster and which tell less",
         RECONSTRUCTORS,
     )
     recon_hidden: int = opt(0, "hidden width of the MLP reconstructor; 0 means Hkv * D", least=0)
@@ -218,7 +219,7 @@ class KVConfig:
         KEY_BLOCKS,
     )
     kv_sinks: int = opt(
-        4, "fewer than 16 bits, reconstructor=keys: first tokens that stay whole", least=0
+        4, "fewer than 16 bits, values told by keys: first tokens that stay whole", least=0
     )
 
     def __post_init__(self):
@@ -230,18 +231,19 @@ class KVConfig:
             f"give --topk_groups of at most {self.n_groups}",
         )
         check(
-            self.topk_groups > 0 or self.reconstructor == "keys",
+            self.topk_groups > 0 or self.told_by_keys,
             f"topk_groups=0 with reconstructor={self.reconstructor}",
             "nothing would tell a value",
             "give --topk_groups=1 or more, or --reconstructor=keys",
         )
         check(
-            self.kv != "select" or (self.reconstructor != "mlp" and self.value_router == "norm"),
+            self.kv != "select"
+            or (self.reconstructor in ("zero", "keys") and self.value_router == "norm"),
             f"kv=select with reconstructor={self.reconstructor}, value_router={self.value_router}",
             "relevance and norms choose, no network rebuilds",
             "leave both out, or give --reconstructor=keys",
         )
-        told = self.kv == "select" and self.reconstructor == "keys"
+        told = self.kv == "select" and self.told_by_keys
         check(
             not told or (self.prefill == "exact" and self.mask_scope != "shared"),
             f"kv=select with reconstructor=keys, prefill={self.prefill}, "
@@ -287,6 +289,11 @@ class KVConfig:
     def ints(self) -> bool:
         """Whether keys and values are stored as integers."""
         return self.key_bits < 16
+
+    @property
+    def told_by_keys(self) -> bool:
+        """Whether keys tell what stands for a dropped group."""
+        return self.reconstructor in ("keys", "own_keys")
 
     @property
     def tail_leaves(self) -> int:

@@ -118,10 +118,11 @@ class ValueGroupPath(nn.Module):
             sizes = (self.Hkv, self.D, self.S, self.mask_heads)
             self.reconstructor = MLPReconstructor(*sizes, cfg.recon_hidden)
         self.key_map = None  # keys before RoPE to value coordinates: FromKeys.weight
-        if cfg.reconstructor == "keys":
+        if cfg.told_by_keys:
             width = self.Hkv * self.D
             shape = (width, width)
-            if cfg.kv == "select":  # heads keep different tokens: each by its own keys
+            # under a selection heads keep different tokens: each is told by its own keys
+            if cfg.kv == "select" or cfg.reconstructor == "own_keys":
                 shape = (self.Hkv, self.D, self.D)
             self.key_map = nn.Parameter(torch.zeros(shape))
             self.share_rope(*rope_table(model_cfg))

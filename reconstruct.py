@@ -2,8 +2,9 @@
 
 * `zero`: nothing, and no code.
 * `mlp`, the paper's equation 7: a network from the groups kept.
-* `keys`: a linear map from the keys of all KV heads of the layer before RoPE. Groups of what it
-  leaves, the residual, are routed and stored (storage/from_keys.py says how they are read).
+* `keys`: a linear map from the keys of all KV heads of the layer before RoPE, `own_keys`: from
+  those of the value's own head. Groups of what it leaves, the residual, are routed and stored
+  (storage/from_keys.py says how they are read).
 
     seen = Moments(path)
     seen.add(x, q, k, v)                             # what the path got

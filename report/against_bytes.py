@@ -47,6 +47,8 @@ def series_of(label: str) -> str:
         more += ", keys alone"
     if "from keys" in label:
         more += ", values from keys"
+    elif "from own keys" in label:
+        more += ", values from own keys"
     if "refit=" in label:
         more += ", refit"
     if method != "select":

@@ -224,8 +224,8 @@ def setting_of(
     if method != "select" and grouped:
         kept = round(shares["value_keep"] * kv.n_groups)
         words += [basis_of(method, kv), f"S={kv.n_groups}", f"K={kept}"]
-        if kv.reconstructor == "keys":
-            words.append("from keys")
+        if kv.told_by_keys:
+            words.append("from own keys" if kv.reconstructor == "own_keys" else "from keys")
     elif method == "select":
         how = model.selector.cfg.allocation
         words += [basis_of(method, kv), f"S={kv.n_groups}"]

@@ -51,6 +51,7 @@ SETTINGS = {
     ),
     "maps": dict(BY_NORM, n_groups=8, topk_groups=1, kv_tail=1, learn_basis=True),
     "keys alone": dict(BY_NORM, n_groups=4, topk_groups=0, kv_tail=3, kv_sinks=1),
+    "own heads": dict(BY_NORM, reconstructor="own_keys", n_groups=4, topk_groups=2, kv_tail=3),
 }
 each = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 
@@ -90,7 +91,10 @@ def by_loops(model, x: torch.Tensor, exact_until: int = 0) -> list[torch.Tensor]
                         one, other = k[b, head, t, i], k[b, head, t, i + half]
                         raw[head, i] = one * c + other * s
                         raw[head, i + half] = other * c - one * s
-                told = (raw.flatten() @ path.key_map).view(path.Hkv, D)
+                if path.key_map.ndim == 3:  # of own heads
+                    told = torch.stack([raw[j] @ path.key_map[j] for j in range(path.Hkv)])
+                else:
+                    told = (raw.flatten() @ path.key_map).view(path.Hkv, D)
                 z = torch.stack([v[b, j, t] @ path.enc[j] for j in range(path.Hkv)])
                 rest = z - told
                 energy = rest.view(path.Hkv, path.S, d).square().sum(-1)
@@ -270,14 +274,7 @@ def test_a_step_by_kernel_gives_the_same_logits(monkeypatch, K):
     monkeypatch.setattr(from_keys, "attend_with_key_sums", count)
     for by_kernel in (False, True):
         torch.manual_seed(0)
-        model = predicting(**{**SETTINGS["norm"], "topk_groups": K}).float()
-        for path in kv_router.paths(model).values():
-            whole = path.key_map.unflatten(-1, (3, 16))
-            own = torch.stack([whole[16 * h : 16 * h + 16, h] for h in range(3)])
-            maps = FromKeys(own, path.cos, path.sin)
-            basis = path.maps()._replace(from_keys=maps)
-            monkeypatch.setattr(path, "maps", lambda basis=basis: basis)
-            monkeypatch.setattr(path, "own_maps", lambda basis=basis: basis)
+        model = predicting(**{**SETTINGS["own heads"], "topk_groups": K}).float()
         monkeypatch.setattr(from_keys, "use_triton", lambda *_, yes=by_kernel: yes)
         cache = model.new_cache(2, 40)
         pieces = [20, *[1] * 9]
@@ -455,6 +452,8 @@ def test_a_run_is_saved_loaded_and_resumed(tmp_path, run_stage, monkeypatch):
 
 def test_what_is_not_built_is_refused():
     """Integers, no groups without keys, and training's own reconstructor say so in one line."""
+    own = error_line(KVConfig, kv="select", reconstructor="own_keys")
+    assert own.startswith("kv=select with reconstructor=own_keys") and "--reconstructor=keys" in own
     ints = error_line(KVConfig, reconstructor="keys", key_bits=4, value_bits=4)
     assert "reconstructor=keys" in ints and "leave those out" in ints
     assert "nothing would tell a value" in error_line(KVConfig, topk_groups=0)

@@ -38,7 +38,8 @@ class Plan(NamedTuple):
 PLANS = (
     Plan(0.2, 8, 0, 128),
     Plan(0.14, 4, 0, 32),
-    Plan(0.0, 4, 0, 64),
+    Plan(0.03, 4, 0, 64),
+    Plan(0.0, 3, 0, 64),
 )
 
 

@@ -387,6 +387,7 @@ def test_the_planner_takes_what_was_best_at_that_budget():
     """Bits of keys, levels for values, tokens that share steps; what the user gives stays."""
     m = selecting(cfg=config(kv_bytes=0.04))
     for share, bits, block in (
+        (0.02, 3, 64),
         (0.04, 4, 64),
         (0.1, 4, 64),
         (0.15, 4, 32),

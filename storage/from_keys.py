@@ -146,13 +146,14 @@ def told_by_sums(sums: Tensor, weight: Tensor) -> Tensor:
     B, H, T, _ = sums.shape
     Hkv, D, _ = weight.shape
     weight = weight.to(sums.dtype)
-    by_head = sums.view(B, Hkv, -1, sums.size(-1)).transpose(0, 1).flatten(1, 2)
+    rows = H // Hkv * T  # of queries that share a KV head
+    by_head = sums.view(B, Hkv, rows, sums.size(-1)).transpose(0, 1).flatten(1, 2)
     keys = by_head[..., -D:]
     if keys.size(-1) == by_head.size(-1):
         out = torch.bmm(keys, weight)
     else:
         out = torch.baddbmm(by_head[..., :D], keys, weight)
-    return out.unflatten(1, (B, -1)).transpose(0, 1).reshape(B, H, T, D)
+    return out.view(Hkv, B, rows, D).transpose(0, 1).reshape(B, H, T, D)
 
 
 def _attend_plainly(
@@ -166,7 +167,8 @@ def _attend_plainly(
     if from_keys.own_head:
         k = packed.unpack(q.dtype)[0]
     else:
-        k = packed.keys.view(B, Hkv, -1, D)[:, :, :N]
+        room = len(packed.keys) // max(1, B * Hkv)
+        k = packed.keys.view(B, Hkv, room, D)[:, :, :N]
     number = torch.arange(N, device=q.device)
     n = packed.n if packed.n.size(1) == Hkv else packed.n.expand(-1, Hkv)
     seen = number < n[..., None, None]  # (B, Hkv, 1, N)
@@ -188,7 +190,7 @@ def _attend_plainly(
     else:
         raw = from_keys.turn_back(k, position)  # (B, N, Hkv*D)
         told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
-        told = told.view(B, Hkv, -1, Hkv * D)
+        told = told.view(B, Hkv, H // Hkv * T, Hkv * D)
         weight = weight.unflatten(-1, (Hkv, D)).transpose(0, 1)
     told = told @ weight.to(told.dtype)
     return rows + told.view(q.shape).to(q.dtype), lse

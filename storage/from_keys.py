@@ -129,7 +129,9 @@ def attend_predicted(
     if by_kernel and use_triton(impl, q.device, q.dtype) and not wants_gradient(q, packed, window):
         tables = (from_keys.cos, from_keys.sin)
         sums, lse = attend_with_key_sums(q, packed, window, *tables, position, cap, chunk)
-        return told_by_sums(sums, from_keys.weight).to(q.dtype), lse
+        with torch.autocast(q.device.type, enabled=False):  # sums are float32, whatever a model is
+            out = told_by_sums(sums, from_keys.weight)
+        return out.to(q.dtype), lse
     part = _attend_plainly(q, packed, from_keys, position, cap)
     if window is None:
         return part
@@ -160,6 +162,19 @@ def _attend_plainly(
     q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attend_predicted with the weights of all tokens in memory."""
+    with torch.autocast(q.device.type, enabled=False):
+        told, lse = _read_told(q, packed, from_keys, position, cap)
+    if packed.keys_alone:
+        return told.to(q.dtype), lse
+    rows, lse = packed_attention(q, packed, None, cap=cap)
+    return rows + told.to(q.dtype), lse
+
+
+def _read_told(
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Let queries read what keys tell of values, without the rows: out (B, H, T, D) and lse
+    (B, H, T), float32 at least."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
     N = int(packed.n.max()) if packed.n.numel() else 0
@@ -178,11 +193,6 @@ def _attend_plainly(
     logits = soft_cap(logits, cap).masked_fill(~seen, float("-inf"))
     own = logits.logsumexp(-1, keepdim=True)
     p = (logits - own.clamp_min(torch.finfo(own.dtype).min)).exp()  # (B, Hkv, n*T, N)
-    if packed.keys_alone:
-        rows = 0
-        lse = own.view(B, H, T)
-    else:
-        rows, lse = packed_attention(q, packed, None, cap=cap)
     weight = from_keys.weight
     if from_keys.own_head:
         raw = from_keys.before_rope(k, position)  # (B, Hkv, N, D)
@@ -193,4 +203,4 @@ def _attend_plainly(
         told = told.view(B, Hkv, H // Hkv * T, Hkv * D)
         weight = weight.unflatten(-1, (Hkv, D)).transpose(0, 1)
     told = told @ weight.to(told.dtype)
-    return rows + told.view(q.shape).to(q.dtype), lse
+    return told.view(q.shape), own.view(B, H, T)

@@ -134,6 +134,20 @@ def test_no_sequence_has_no_result(impl):
         assert out.shape == (0, 9, 1, 64) and lse.shape == (0, 9, 1)
 
 
+@pytest.mark.parametrize("shape", ["SmolLM2", "keys alone"])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_autocast_changes_nothing(shape, impl):
+    """Inside autocast, where a model computes in bfloat16, predicted values are read bit for bit as
+    outside."""
+    q, packed, maps = drawn(SHAPES[shape], [37, 5], torch.float32)
+    position = torch.arange(37, device=DEVICE)[None]
+    want = attend_predicted(q, packed, maps, position, impl=impl)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        got = attend_predicted(q, packed, maps, position, impl=impl)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_kernel_is_asked_for_own_whole_keys_alone(monkeypatch):
     """Float64 and what wants a gradient are computed plainly."""
     q, packed, maps = drawn(SHAPES["SmolLM2"], [9, 4], torch.float32)

@@ -247,7 +247,7 @@ def check_predicted(q: Tensor, cache: PackedCache, maps: FromKeys, name: str) ->
         one = slice(b, b + 1)
         here = sequence_of(exact, b)
         want = attend_predicted_ref(q[one].double(), here, exact_maps, position)[0]
-        hold(got[one], plain[one], want, torch.finfo(q.dtype).eps, f"{name} from own keys")
+        check_error(got[one], plain[one], want, torch.finfo(q.dtype).eps, f"{name} from own keys")
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Callable:
@@ -277,10 +277,10 @@ def check_kernel(q: Tensor, packed: PackedView | None, window: WindowView, name:
         near_exact = near._replace(k=near.k.double(), v=near.v.double())
         want = packed_attention_ref(q[one].double(), sequence_of(exact, b), near_exact)[0]
         plain = packed_attention_ref(q[one], sequence_of(packed, b), near)[0]
-        hold(got[one], plain, want, units, name)
+        check_error(got[one], plain, want, units, name)
 
 
-def hold(got: Tensor, plain: Tensor, want: Tensor, units: float, name: str) -> None:
+def check_error(got: Tensor, plain: Tensor, want: Tensor, units: float, name: str) -> None:
     """Raise AssertionError where `got` is further from `want` (float64) than twice `plain`, plus
     `units` of its largest number."""
     error = (got - want).abs().max().item()

@@ -311,7 +311,10 @@ def expand_bits(bits: Tensor, n_bits: int) -> Tensor:
 
 
 def take_rows(rows: Tensor, number: Tensor) -> Tensor:
-    """Return rows[number]: rows (n, x), number (...) int32, result (..., x)."""
+    """Return rows[number]: rows (n, x), number (...) int32, result (..., x).
+
+    A row is moved as one number of as many bytes; one of 3, 5, 6, 7, ... bytes gets zeros behind
+    it until there is such a number."""
     x = rows.size(-1)
     size = x * rows.element_size()
     longer = [n for n in AS_ONE if n > size]

@@ -129,7 +129,9 @@ def attend_predicted(
     if by_kernel and use_triton(impl, q.device, q.dtype) and not wants_gradient(q, packed, window):
         tables = (from_keys.cos, from_keys.sin)
         sums, lse = attend_with_key_sums(q, packed, window, *tables, position, cap, chunk)
-        return told_by_sums(sums, from_keys.weight).to(q.dtype), lse
+        with torch.autocast(q.device.type, enabled=False):  # sums are float32, whatever a model is
+            out = told_by_sums(sums, from_keys.weight)
+        return out.to(q.dtype), lse
     part = _attend_plainly(q, packed, from_keys, position, cap)
     if window is None:
         return part
@@ -146,19 +148,33 @@ def told_by_sums(sums: Tensor, weight: Tensor) -> Tensor:
     B, H, T, _ = sums.shape
     Hkv, D, _ = weight.shape
     weight = weight.to(sums.dtype)
-    by_head = sums.view(B, Hkv, -1, sums.size(-1)).transpose(0, 1).flatten(1, 2)
+    rows = H // Hkv * T  # of queries that share a KV head
+    by_head = sums.view(B, Hkv, rows, sums.size(-1)).transpose(0, 1).flatten(1, 2)
     keys = by_head[..., -D:]
     if keys.size(-1) == by_head.size(-1):
         out = torch.bmm(keys, weight)
     else:
         out = torch.baddbmm(by_head[..., :D], keys, weight)
-    return out.unflatten(1, (B, -1)).transpose(0, 1).reshape(B, H, T, D)
+    return out.view(Hkv, B, rows, D).transpose(0, 1).reshape(B, H, T, D)
 
 
 def _attend_plainly(
     q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attend_predicted with the weights of all tokens in memory."""
+    with torch.autocast(q.device.type, enabled=False):
+        told, lse = _read_told(q, packed, from_keys, position, cap)
+    if packed.keys_alone:
+        return told.to(q.dtype), lse
+    rows, lse = packed_attention(q, packed, None, cap=cap)
+    return rows + told.to(q.dtype), lse
+
+
+def _read_told(
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
+    """Let queries read what keys tell of values, without the rows: out (B, H, T, D) and lse
+    (B, H, T), float32 at least."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
     N = int(packed.n.max()) if packed.n.numel() else 0
@@ -166,7 +182,8 @@ def _attend_plainly(
     if from_keys.own_head:
         k = packed.unpack(q.dtype)[0]
     else:
-        k = packed.keys.view(B, Hkv, -1, D)[:, :, :N]
+        room = len(packed.keys) // max(1, B * Hkv)
+        k = packed.keys.view(B, Hkv, room, D)[:, :, :N]
     number = torch.arange(N, device=q.device)
     n = packed.n if packed.n.size(1) == Hkv else packed.n.expand(-1, Hkv)
     seen = number < n[..., None, None]  # (B, Hkv, 1, N)
@@ -176,11 +193,6 @@ def _attend_plainly(
     logits = soft_cap(logits, cap).masked_fill(~seen, float("-inf"))
     own = logits.logsumexp(-1, keepdim=True)
     p = (logits - own.clamp_min(torch.finfo(own.dtype).min)).exp()  # (B, Hkv, n*T, N)
-    if packed.keys_alone:
-        rows = 0
-        lse = own.view(B, H, T)
-    else:
-        rows, lse = packed_attention(q, packed, None, cap=cap)
     weight = from_keys.weight
     if from_keys.own_head:
         raw = from_keys.before_rope(k, position)  # (B, Hkv, N, D)
@@ -188,7 +200,7 @@ def _attend_plainly(
     else:
         raw = from_keys.turn_back(k, position)  # (B, N, Hkv*D)
         told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
-        told = told.view(B, Hkv, -1, Hkv * D)
+        told = told.view(B, Hkv, H // Hkv * T, Hkv * D)
         weight = weight.unflatten(-1, (Hkv, D)).transpose(0, 1)
     told = told @ weight.to(told.dtype)
-    return rows + told.view(q.shape).to(q.dtype), lse
+    return told.view(q.shape), own.view(B, H, T)

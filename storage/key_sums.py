@@ -5,10 +5,10 @@ The problem: in equation (1) of storage/from_keys.py,
     sum_j p_j z_j = (sum_j p_j k_j) W + sum_j p_j m_j r_j
 
 both sums have the weights of one softmax, and the keys of the first have been read for it. The
-idea: a program that has a tile of keys for its logits turns it back by its positions, (a, b) the
-halves of a key at an angle t, what RoPE made it from
+idea: a program that has a tile of keys for its logits turns it back by its positions, a key whose
+halves are (low, high) at an angle t into what RoPE made it from
 
-    (a cos t + b sin t, b cos t - a sin t)
+    (low cos t + high sin t, high cos t - low sin t)
 
 and adds it up beside the rows. Pieces are joined as ever, their accumulators twice as wide; the
 product with W is one small matrix product of a step. A key and a row are read once; the tables'
@@ -102,8 +102,10 @@ def _key_sums_kernel(
 ):
     """Let M rows of queries read one piece of one segment, N tokens at a time: sums of rows, unless
     keys are ALONE, and of keys before RoPE. Slots of the window, where there is a WINDOW, come
-    first: no key has been summed then that would have to be weighed anew. HALF: D/2 rounded up to a
-    power of 2; the rest as in kernels._attention_kernel."""
+    first: no key has been summed then that would have to be weighed anew.
+
+    low, high: the halves of a query, a key, a sum. HALF: D/2 rounded up to a power of 2; the rest
+    as in kernels._attention_kernel."""
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -149,14 +151,16 @@ def _key_sums_kernel(
         if piece >= active:
             return
     row = tl.program_id(2) * M + tl.arange(0, M)
-    other_q = q_ptr + D // 2
-    x = load_queries(q_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D // 2, HALF)
-    y = load_queries(other_q, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D // 2, HALF)
+    high_ptr = q_ptr + D // 2
+    q_low = load_queries(q_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D // 2, HALF)
+    q_high = load_queries(
+        high_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D // 2, HALF
+    )
     m = tl.full([M], float("-inf"), tl.float32)
     den = tl.zeros([M], tl.float32)
     stored = tl.zeros([M, DP], tl.float32)
-    one = tl.zeros([M, HALF], tl.float32)
-    other = tl.zeros([M, HALF], tl.float32)
+    sum_low = tl.zeros([M, HALF], tl.float32)
+    sum_high = tl.zeros([M, HALF], tl.float32)
     none = tl.zeros([M, N], tl.float32)
 
     if WINDOW:
@@ -190,21 +194,21 @@ def _key_sums_kernel(
         live = t < end
         there = live[:, None] & (dim < D // 2)
         at = t[:, None] * D + dim
-        a = tl.load(keys_ptr + at, mask=there, other=0.0, eviction_policy="evict_first")
-        c = tl.load(keys_ptr + at + D // 2, mask=there, other=0.0, eviction_policy="evict_first")
+        low = tl.load(keys_ptr + at, mask=there, other=0.0, eviction_policy="evict_first")
+        high = tl.load(keys_ptr + at + D // 2, mask=there, other=0.0, eviction_policy="evict_first")
         position = tl.load(position_ptr + t, mask=live, other=0)
         angle = position[:, None] * (D // 2) + dim
         cos = tl.load(cos_ptr + angle, mask=there, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + angle, mask=there, other=0.0).to(tl.float32)
-        logits = product(y, tl.trans(c), product(x, tl.trans(a), none))
+        logits = product(q_high, tl.trans(high), product(q_low, tl.trans(low), none))
         logits = capped(logits * scale, CAP)
         logits = tl.where(live[None, :], logits, float("-inf"))
         m, den, p, alpha = softmax_weights(logits, m, den)
-        raw = a * cos + c * sin
-        other_raw = c * cos - a * sin
-        p = p.to(a.dtype)
-        one = product(p, raw.to(a.dtype), one * alpha[:, None])
-        other = product(p, other_raw.to(a.dtype), other * alpha[:, None])
+        raw_low = low * cos + high * sin
+        raw_high = high * cos - low * sin
+        p = p.to(low.dtype)
+        sum_low = product(p, raw_low.to(low.dtype), sum_low * alpha[:, None])
+        sum_high = product(p, raw_high.to(low.dtype), sum_high * alpha[:, None])
         if not ALONE:
             bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t, end, K, TILE)
             value = load_rows(rows_ptr, bits, offset, D, S, DP, ALIGN)
@@ -243,7 +247,7 @@ def _key_sums_kernel(
         part_ml_ptr,
         m,
         den,
-        one,
+        sum_low,
         seg,
         place,
         row,
@@ -261,7 +265,7 @@ def _key_sums_kernel(
         part_ml_ptr,
         m,
         den,
-        other,
+        sum_high,
         seg,
         place,
         row,
@@ -306,9 +310,9 @@ def attend_with_key_sums(
         position = position[:, None]
     position = dense_rows(position.expand(B, Hkv, -1))
     d = D // packed.n_groups
-    narrow = q.dtype == torch.float32
+    wide = q.dtype == torch.float32
     M = query_rows(q, H // Hkv * T)
-    N = 16 if narrow else 32
+    N = 16 if wide else 32
     constants = dict(
         D=D,
         S=packed.n_groups,
@@ -321,7 +325,7 @@ def attend_with_key_sums(
         ALONE=packed.keys_alone,
         WINDOW=window is not None,
         ALIGN=d & -d,
-        STAGES=1 if narrow else 2,
+        STAGES=1 if wide else 2,
         CAP=cap,
     )
     reads = dict(

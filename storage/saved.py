@@ -24,8 +24,9 @@ from storage.state import refuse_difference
 
 FORMAT = "5"
 SAMPLE = 65536  # numbers of a tensor that the fingerprint looks at, evenly spread
-# Tensors, by how their names begin, that caches saved before there were any are read without: made
-# from the model's settings, and what is asked only when a prompt's tokens are chosen.
+# Buffers that are no part of the fingerprint, by how their names begin: RoPE's tables follow from
+# the settings, and drop_weight is asked only when a prompt's tokens are chosen. A cache that was
+# saved before a model had them is read.
 NO_PART = ("rope_", "selector.drop_weight")
 
 

@@ -278,6 +278,15 @@ def test_attention_reads_blocks_of_integers(K, bits, D, n, T, dtype, launches):
     expect(launches, "byte" if bits[1] == 3 and D < 64 else "word", dtype)
 
 
+@pytest.mark.parametrize(("K", "kernel"), [(32, "word"), (5, "byte")])
+def test_more_than_16_groups_are_read_in_words_where_all_are_kept(K, kernel, launches):
+    """Rows that lie side by side fill words however many groups they are; those of tokens that drop
+    some are read byte by byte, for words hold a row of sums for each of 16 groups."""
+    case = Context(4, 4, 3, D=128, S=32, K=K)
+    compare(case, case.queries(2, 1), 32)
+    expect(launches, kernel)
+
+
 @pytest.mark.parametrize("value_bits", [4, 0])
 def test_ragged_contexts_of_integers_are_cut_end_to_end(value_bits, launches):
     """One head with all tokens, others with few: the grid has no programs for pieces that are not

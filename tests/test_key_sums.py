@@ -120,6 +120,34 @@ def test_segments_of_very_different_lengths_share_one_row_of_programs():
     compare(q, packed, maps, position, chunk=32)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_no_sequence_has_no_result(impl):
+    """A batch of 0, with maps of own heads and of all heads."""
+    q, packed, maps = drawn(SHAPES["SmolLM2"], [5], torch.float32)
+    bases = ("n", "token_base", "row_base", "mask_base", "tile_base", "keys", "rows", "bits")
+    nothing = {name: getattr(packed, name)[:0] for name in bases}
+    packed = packed._replace(**nothing, longest=0, held=0)
+    position = torch.arange(5, device=DEVICE)[None]
+    joint = maps._replace(weight=torch.zeros(3 * 64, 3 * 64, device=DEVICE))
+    for which in (maps, joint):
+        out, lse = attend_predicted(q[:0], packed, which, position, impl=impl)
+        assert out.shape == (0, 9, 1, 64) and lse.shape == (0, 9, 1)
+
+
+@pytest.mark.parametrize("shape", ["SmolLM2", "keys alone"])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_autocast_changes_nothing(shape, impl):
+    """Inside autocast, where a model computes in bfloat16, predicted values are read bit for bit as
+    outside."""
+    q, packed, maps = drawn(SHAPES[shape], [37, 5], torch.float32)
+    position = torch.arange(37, device=DEVICE)[None]
+    want = attend_predicted(q, packed, maps, position, impl=impl)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        got = attend_predicted(q, packed, maps, position, impl=impl)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_kernel_is_asked_for_own_whole_keys_alone(monkeypatch):
     """Float64 and what wants a gradient are computed plainly."""
     q, packed, maps = drawn(SHAPES["SmolLM2"], [9, 4], torch.float32)
@@ -151,12 +179,15 @@ def test_a_window_is_read_beside_packed_tokens(shape, chunk, dtype):
     near = near._replace(k=near.k.double(), v=near.v.double())
     exact = FromKeys(*(t.double() for t in maps))
     told = attend_predicted_ref(q.double(), as_double(packed), exact, position, 5.0)
-    want = merge_softmax(told, packed_attention_ref(q.double(), None, near, 5.0))
+    beside = packed_attention_ref(q.double(), None, near, 5.0)
+    want = merge_softmax(told, beside)
+    want_lse = torch.logaddexp(told[1], beside[1])
     results = {}
     for impl in ("torch", "triton"):
         seen = window if impl == "triton" else finite(window)
         how = dict(impl=impl, chunk=chunk, window=seen)
-        results[impl], _ = attend_predicted(q, packed, maps, position, 5.0, **how)
+        results[impl], lse = attend_predicted(q, packed, maps, position, 5.0, **how)
+    assert (lse - want_lse).abs().max() < 1e-5 * (1 + want_lse.abs().max())  # the kernel's
     error = (results["triton"] - want).abs().max()
     plain = (results["torch"] - want).abs().max()
     assert error <= 2 * plain + 4 * torch.finfo(dtype).eps * want.abs().max()

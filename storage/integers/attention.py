@@ -26,9 +26,7 @@ from storage.integers.level_words import (
     group_levels,
     of_level,
 )
-from storage.integers.unpack import (
-    fields_of_byte,
-)
+from storage.integers.unpack import fields_of_byte
 from storage.kernel_base import (
     TRITON,
     as_word,
@@ -342,9 +340,11 @@ def fill_words(fmt: IntFormat, head_dim: int, n_groups: int, k: int) -> bool:
     """Say whether integers can be read in words, where tokens keep k of n_groups groups (k = 0:
     they are counted): keys that fill words of 4 bytes, values whose rows fill words of 4 bytes, of
     2 and 3 bits words of 2 bytes, or levels whose bit planes have 1, 2, 4, ... bytes. Of 3 bits
-    each plane fills them."""
+    each plane fills them. Tokens that drop groups have 16 of them at most."""
     d = head_dim // n_groups
-    if 16 in (fmt.key_bits, fmt.value_bits) or n_groups > 16:
+    if 16 in (fmt.key_bits, fmt.value_bits):
+        return False
+    if n_groups > 16 and k < n_groups:
         return False
     key_codes = {2: 16, 3: 32, 4: 8, 8: 4}[fmt.key_bits]  # that fill words
     if head_dim % key_codes:

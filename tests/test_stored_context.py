@@ -30,6 +30,7 @@ from runs import (
     copies,
     losses,
     pretrain,
+    sharpened,
     tensors,
 )
 from settings.adapters import AdapterConfig
@@ -61,20 +62,11 @@ def base(tmp_path_factory, text) -> Path:
     """A pretrained stage with random weights so large that its predictions depend on what
     attention reads."""
     folder = tmp_path_factory.mktemp("sharp")
-    g = torch.Generator().manual_seed(0)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         flags = [f"--block_size={WINDOW}", "--pretrain_steps=1", "--eval_sequences=1"]
         stage = pretrain(folder / "run", text, *flags)
-    c = checkpoint.load(find_checkpoint(stage))
-    sharp = {
-        name: torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5 if t.ndim == 2 else t
-        for name, t in sorted(c.tensors["model"].items())
-    }
-    name = checkpoint.step_name(c.step)
-    about = dict(step=c.step, tensors={"model": sharp}, config=c.config)
-    checkpoint.save(folder / "pretrain", name, **about)
-    return folder / "pretrain"
+    return sharpened(stage, folder / "pretrain")
 
 
 @pytest.fixture(scope="module")

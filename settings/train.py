@@ -150,7 +150,7 @@ class TrainConfig:
     kv_byte_budgets: str = opt(
         "0.125",
         "adapt with --kv=select: shares of a context's bytes, a list, of which each window draws "
-        "the one at which its context is stored",
+        "the one at which its context is stored; the first is the trained run's own",
     )
     context: float = opt(
         0.75,

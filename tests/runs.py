@@ -14,6 +14,7 @@ import torch
 import cli
 import train
 from loaders import checkpoint
+from loaders.runs import find_checkpoint
 from training import loop as trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +44,21 @@ def pretrain(out: Path, text: str, *flags) -> Path:
     """Pretrain in this process; returns the stage's folder."""
     train.run(arguments("--stage=pretrain", f"--dataset={text}", f"--out_dir={out}", *flags))
     return out / "pretrain"
+
+
+def sharpened(stage: Path, folder: Path, scale: float = 1.0) -> Path:
+    """Save in folder what the stage is, with random weights so large that its predictions depend on
+    what attention reads; returns the folder."""
+    g = torch.Generator().manual_seed(0)
+    c = checkpoint.load(find_checkpoint(stage))
+    sharp = {}
+    for name, t in sorted(c.tensors["model"].items()):  # a file's order is not always the same
+        sharp[name] = t
+        if t.ndim == 2:
+            sharp[name] = scale * torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5
+    about = dict(step=c.step, tensors={"model": sharp}, config=c.config)
+    checkpoint.save(folder, checkpoint.step_name(c.step), **about)
+    return folder
 
 
 def adapt_arguments(out: Path, text: str, base: Path, *flags):

@@ -14,9 +14,7 @@ import eval as evaluation
 import kv_router
 import train
 from config import SelectConfig
-from loaders import checkpoint
-from loaders.runs import find_checkpoint
-from runs import arguments, call, copies, pretrain
+from runs import arguments, call, copies, pretrain, sharpened
 from training import loop as trainer
 
 ALL = "predictor,expected_attention,predictor_query"
@@ -47,7 +45,6 @@ def base(tmp_path_factory, text) -> Path:
     """A stage with a context of 480 and random weights so large that its predictions depend on what
     attention reads."""
     folder = tmp_path_factory.mktemp("sharp")
-    g = torch.Generator().manual_seed(0)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         stage = pretrain(
@@ -58,20 +55,7 @@ def base(tmp_path_factory, text) -> Path:
             "--pretrain_batch_size=1",
             "--eval_sequences=1",
         )
-    c = checkpoint.load(find_checkpoint(stage))
-    old = sorted(c.tensors["model"].items())  # a file's order is not the same every time
-    sharp = {
-        k: 1.5 * torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5 if t.ndim == 2 else t
-        for k, t in old
-    }
-    checkpoint.save(
-        folder / "pretrain",
-        checkpoint.step_name(c.step),
-        step=c.step,
-        tensors={"model": sharp},
-        config=c.config,
-    )
-    return folder / "pretrain"
+    return sharpened(stage, folder / "pretrain", scale=1.5)
 
 
 def select_arguments(out: Path, text: str, base: Path, *flags):

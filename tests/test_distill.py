@@ -16,7 +16,7 @@ import data
 import kv_router
 import train
 from loaders import checkpoint
-from loaders.runs import find_checkpoint, load_run
+from loaders.runs import load_run
 from runs import (
     adapt_arguments,
     arguments,
@@ -25,6 +25,7 @@ from runs import (
     copies,
     losses,
     rows_without_time,
+    sharpened,
     tensors,
 )
 from settings.train import DataConfig
@@ -42,17 +43,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 def base(base, tmp_path_factory) -> Path:
     """The pretrained stage with random weights so large that its predictions depend on what
     attention reads."""
-    c = checkpoint.load(find_checkpoint(base))
-    stage = tmp_path_factory.mktemp("sharp") / "pretrain"
-    g = torch.Generator().manual_seed(0)
-    sharp = {
-        k: torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5 if t.ndim == 2 else t
-        for k, t in c.tensors["model"].items()
-    }
-    checkpoint.save(
-        stage, checkpoint.step_name(c.step), step=c.step, tensors={"model": sharp}, config=c.config
-    )
-    return stage
+    return sharpened(base, tmp_path_factory.mktemp("sharp") / "pretrain")
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from runs import (
     copies,
     losses,
     pretrain,
+    sharpened,
     tensors,
 )
 from settings.adapters import AdapterConfig
@@ -61,20 +62,11 @@ def base(tmp_path_factory, text) -> Path:
     """A pretrained stage with random weights so large that its predictions depend on what
     attention reads."""
     folder = tmp_path_factory.mktemp("sharp")
-    g = torch.Generator().manual_seed(0)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         flags = [f"--block_size={WINDOW}", "--pretrain_steps=1", "--eval_sequences=1"]
         stage = pretrain(folder / "run", text, *flags)
-    c = checkpoint.load(find_checkpoint(stage))
-    sharp = {
-        name: torch.randn(t.shape, generator=g) / t.size(-1) ** 0.5 if t.ndim == 2 else t
-        for name, t in sorted(c.tensors["model"].items())
-    }
-    name = checkpoint.step_name(c.step)
-    about = dict(step=c.step, tensors={"model": sharp}, config=c.config)
-    checkpoint.save(folder / "pretrain", name, **about)
-    return folder / "pretrain"
+    return sharpened(stage, folder / "pretrain")
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +339,38 @@ def test_what_does_not_fit_is_refused(stored_stage, tmp_path, text, base, chosen
     run = load_base(args, other, w.device)
     with pytest.raises(ValueError, match="it was trained on another base"):
         adapt_stage(args, tmp_path / "x", w, run, adaptation(args))
+
+
+def changed(run: Path, folder: Path, **settings: dict) -> Path:
+    """A copy of a run, whose checkpoint has other settings: by group, by name."""
+    c = checkpoint.load(find_checkpoint(run))
+    config = dict(c.config)
+    for group, values in settings.items():
+        config[group] = {**config[group], **values}
+    about = dict(step=c.step, tensors=c.tensors, config=config)
+    checkpoint.save(folder, checkpoint.step_name(c.step), **about)
+    return folder
+
+
+@pytest.mark.parametrize("own", [{"kv_keep": 0.4}, {"token_keep": 0.5, "fixed_k": True}])
+def test_the_budget_is_in_bytes_whatever_the_runs_own_was(own, stored_stage, chosen, tmp_path):
+    """A run that had a budget of numbers is trained on as one that had none: the same loss."""
+    stage, _ = stored_stage("--lora_dropout=0")
+    other = changed(chosen, tmp_path / "numbers", select=own)
+    again, _ = stored_stage("--lora_dropout=0", f"--kv_from={other}")
+    x = batch_of(stage)
+    assert torch.equal(loss_of(stage, x), loss_of(again, x))
+
+
+@pytest.mark.parametrize(
+    "kv", [{"mask_scope": "shared"}, {"mask_scope": "shared", "prefill": "routed"}]
+)
+def test_storage_without_a_budget_of_bytes_is_refused(kv, stored_stage, chosen, tmp_path):
+    """One line that says which run is needed, before there is a folder of this one."""
+    other = changed(chosen, tmp_path / "shared", kv=kv)
+    with pytest.raises(ValueError, match=r"by layer or head; give a run of --stage=select"):
+        stored_stage(f"--kv_from={other}")
+    assert not (tmp_path / "stage").exists()
 
 
 def test_maps_are_trained_where_they_read_what_is_stored(tmp_path, text, base, chosen, trainers):

@@ -34,6 +34,7 @@ from model import Transformer
 from report.figures import SWEEP, report_figure
 from report.rows import RowAbout, kept_groups, measure_row, sweep
 from report.tables import result_table, share_of_dense
+from selector import selector_of
 from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 from settings.train import TrainConfig
@@ -158,7 +159,8 @@ def attach_selection(
 ) -> tuple[Adaptation, str, dict]:
     """Give a base the selection of --kv_from, in place. Returns the adaptation with its storage,
     the sha256 of its file, and what a checkpoint says of it besides. ValueError for a setting of
-    storage that is not the run's, or a window without a context."""
+    storage that is not the run's, a run whose storage takes no budget of bytes, or a window without
+    a context. The run's own budget is not read."""
     learn_basis = args.kv.learn_basis
     kv, select, began = take_selection(base.model, what.kv_from, base.base_sha256, learn_basis)
     for name, value in to_dict(kv).items():
@@ -168,6 +170,12 @@ def attach_selection(
             f"it was trained with {value}",
             f"leave --{name} out",
         )
+    check(
+        kv.prefill == "exact" and kv.mask_scope != "shared",
+        f"kv_from={what.kv_from} with prefill={kv.prefill}, mask_scope={kv.mask_scope}",
+        "bytes are counted after an exact prefill, by layer or head",
+        "give a run of --stage=select without --prefill and --mask_scope",
+    )
     n_context = int(args.train.context * window)
     needed = kv.kv_tail + max(kv.kv_sinks, select.observers) + 1
     check(
@@ -177,7 +185,8 @@ def attach_selection(
         "give another --context, or a larger --block_size",
     )
     budgets = args.train.byte_budgets
-    select = replace(select, kv_bytes=budgets[0])
+    select = replace(select.everything(), kv_bytes=budgets[0], kv_keep=0.0)
+    selector_of(base.model).set(select)
     stored = {"select": to_dict(select), "kv_byte_budgets": budgets, "n_context": n_context}
     return replace(what, kv=kv), began, stored
 

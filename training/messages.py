@@ -43,7 +43,9 @@ def end_of(trainer) -> list[str]:
         return lines
     lines += [f"  next: {command}" for command in next_commands(stage)]
     if stage.kind == "adapt" and not can_be_exported(stage):
-        lines.append("  (for transformers: of adapters, those of --adapter=lora can be exported)")
+        lines.append(
+            "  (for transformers: those of --adapter=lora can be exported, where --kv=dense)"
+        )
     return lines
 
 

@@ -237,8 +237,7 @@ class KVConfig:
             "give --topk_groups=1 or more, or --reconstructor=keys",
         )
         check(
-            self.kv != "select"
-            or (self.reconstructor in ("zero", "keys") and self.value_router == "norm"),
+            self.kv != "select" or (self.reconstructor != "mlp" and self.value_router == "norm"),
             f"kv=select with reconstructor={self.reconstructor}, value_router={self.value_router}",
             "relevance and norms choose, no network rebuilds",
             "leave both out, or give --reconstructor=keys",

@@ -167,7 +167,7 @@ class Selector(nn.Module):
             "give --kv_bytes=0.125",
         )
         check(
-            self.kv.reconstructor != "keys" or "predictor" not in (cfg.relevance, cfg.tokens_by),
+            not self.kv.told_by_keys or "predictor" not in (cfg.relevance, cfg.tokens_by),
             "relevance=predictor with reconstructor=keys",
             "it scores groups of whole values, and what keys leave of them is stored",
             "give --relevance=predictor_query",
@@ -302,7 +302,7 @@ class Selector(nn.Module):
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = columns
         left = None
-        if self.kv.reconstructor == "keys" and not self.cfg.whole:
+        if self.kv.told_by_keys and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
             left = [path.untold(k, z, n_pad) for path, k, z in parts]
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)

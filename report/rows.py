@@ -229,7 +229,7 @@ def setting_of(
     elif method == "select":
         how = model.selector.cfg.allocation
         words += [basis_of(method, kv), f"S={kv.n_groups}"]
-        words += ["from keys"] * (kv.reconstructor == "keys")
+        words += ["from keys"] * kv.told_by_keys
         words += [f"mask:{kv.mask_scope}", f"budget:{how}"]
     elif shared_heads.shares(model):
         words.append(shared_heads.described(model))

@@ -452,8 +452,6 @@ def test_a_run_is_saved_loaded_and_resumed(tmp_path, run_stage, monkeypatch):
 
 def test_what_is_not_built_is_refused():
     """Integers, no groups without keys, and training's own reconstructor say so in one line."""
-    own = error_line(KVConfig, kv="select", reconstructor="own_keys")
-    assert own.startswith("kv=select with reconstructor=own_keys") and "--reconstructor=keys" in own
     ints = error_line(KVConfig, reconstructor="keys", key_bits=4, value_bits=4)
     assert "reconstructor=keys" in ints and "leave those out" in ints
     assert "nothing would tell a value" in error_line(KVConfig, topk_groups=0)

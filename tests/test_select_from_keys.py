@@ -50,6 +50,18 @@ def told_by_loops(path, k: torch.Tensor, head: int, position: int) -> torch.Tens
     return raw @ path.key_map[head]
 
 
+def test_keys_are_a_head_s_own_by_either_name():
+    """Under a selection reconstructor=keys and own_keys fit the same maps and store the same."""
+    one, other = (
+        selecting(fold=False, cfg=config(kv_bytes=0.3), reconstructor=name)
+        for name in ("keys", "own_keys")
+    )
+    caches = [filled_cache(m, X) for m in (one, other)]
+    maps = [[path.key_map for path in kv_router.paths(m).values()] for m in (one, other)]
+    assert all(torch.equal(a, b) and a.ndim == 3 for a, b in zip(*maps, strict=True))
+    assert caches[0].nbytes() == caches[1].nbytes()
+
+
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("scope", ["head", "layer"])
 def test_packed_equals_masked(scope, fold):

@@ -58,7 +58,8 @@ def continuation_loss(
 ) -> Tensor:
     """Return the mean KL in nats from the model without its adapters, which reads everything whole
     (no gradient), to itself, with adapters, over the tokens of windows x (B, T) after the first
-    n_context. Those are stored, without gradient, in one of `budgets`, shares of their bytes."""
+    n_context. Those are stored, without gradient, in one of `budgets`, shares of their bytes.
+    What balances routers afterwards knows the windows of the last share alone."""
     selector = selector_of(model)
     total = 0.0
     for kv_bytes, windows in by_budget(x, budgets).items():

@@ -302,7 +302,7 @@ class Selector(nn.Module):
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = columns
         left = None
-        if self.kv.told_by_keys and not self.cfg.whole:
+        if paths[0].key_map is not None and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
             left = [path.untold(k, z, n_pad) for path, k, z in parts]
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)

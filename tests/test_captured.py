@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -376,7 +377,7 @@ def test_why_steps_are_not_captured(stage_of):
     assert "processes" in why(stage, cfg, trainer.World(1, 2, cuda))
     off = adapt_arguments("x", "text:x", "y", "--capture=false").train
     assert "--capture=false" in why(stage, off, trainer.World(0, 1, cuda))
-    stage.objective = "select"
+    stage.kv = replace(stage.kv, kv="select")
     assert "host" in why(stage, cfg, trainer.World(0, 1, cuda))
 
 

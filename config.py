@@ -245,7 +245,7 @@ class KVConfig:
         told = self.kv == "select" and self.told_by_keys
         check(
             not told or (self.prefill == "exact" and self.mask_scope != "shared"),
-            f"kv=select with reconstructor=keys, prefill={self.prefill}, "
+            f"kv=select with reconstructor={self.reconstructor}, prefill={self.prefill}, "
             f"mask_scope={self.mask_scope}",
             "a head's own keys tell its values, after an exact prefill",
             "leave out --prefill, and give --mask_scope=head or layer",

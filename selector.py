@@ -168,7 +168,7 @@ class Selector(nn.Module):
         )
         check(
             not self.kv.told_by_keys or "predictor" not in (cfg.relevance, cfg.tokens_by),
-            "relevance=predictor with reconstructor=keys",
+            f"relevance=predictor with reconstructor={self.kv.reconstructor}",
             "it scores groups of whole values, and what keys leave of them is stored",
             "give --relevance=predictor_query",
         )

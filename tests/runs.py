@@ -61,6 +61,15 @@ def sharpened(stage: Path, folder: Path, scale: float = 1.0) -> Path:
     return folder
 
 
+def sharp_stage(folder: Path, text: str, *flags: str, scale: float = 1.0) -> Path:
+    """Pretrain one step, with a cache of texts of its own, and return a sharpened stage of it."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        flags = ("--pretrain_steps=1", "--eval_sequences=1", *flags)
+        stage = pretrain(folder / "run", text, *flags)
+    return sharpened(stage, folder / "pretrain", scale)
+
+
 def adapt_arguments(out: Path, text: str, base: Path, *flags):
     return arguments(
         "--stage=adapt", f"--dataset={text}", f"--out_dir={out}", f"--init_from={base}", *flags

@@ -14,7 +14,7 @@ import eval as evaluation
 import kv_router
 import train
 from config import SelectConfig
-from runs import arguments, call, copies, pretrain, sharpened
+from runs import arguments, call, copies, sharp_stage
 from training import loop as trainer
 
 ALL = "predictor,expected_attention,predictor_query"
@@ -44,18 +44,8 @@ NEEDLES = [
 def base(tmp_path_factory, text) -> Path:
     """A stage with a context of 480 and random weights so large that its predictions depend on what
     attention reads."""
-    folder = tmp_path_factory.mktemp("sharp")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        stage = pretrain(
-            folder / "run",
-            text,
-            "--block_size=480",
-            "--pretrain_steps=1",
-            "--pretrain_batch_size=1",
-            "--eval_sequences=1",
-        )
-    return sharpened(stage, folder / "pretrain", scale=1.5)
+    flags = ["--block_size=480", "--pretrain_batch_size=1"]
+    return sharp_stage(tmp_path_factory.mktemp("sharp"), text, *flags, scale=1.5)
 
 
 def select_arguments(out: Path, text: str, base: Path, *flags):

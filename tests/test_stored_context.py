@@ -30,7 +30,7 @@ from runs import (
     copies,
     losses,
     pretrain,
-    sharpened,
+    sharp_stage,
     tensors,
 )
 from settings.adapters import AdapterConfig
@@ -61,12 +61,7 @@ STORED = [
 def base(tmp_path_factory, text) -> Path:
     """A pretrained stage with random weights so large that its predictions depend on what
     attention reads."""
-    folder = tmp_path_factory.mktemp("sharp")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        flags = [f"--block_size={WINDOW}", "--pretrain_steps=1", "--eval_sequences=1"]
-        stage = pretrain(folder / "run", text, *flags)
-    return sharpened(stage, folder / "pretrain")
+    return sharp_stage(tmp_path_factory.mktemp("sharp"), text, f"--block_size={WINDOW}")
 
 
 @pytest.fixture(scope="module")

@@ -76,9 +76,9 @@ class FromKeys(NamedTuple):
         tell, in their dtype."""
         if self.own_head:
             raw = self.before_rope(k, position[:, None])
-            return (raw @ self.weight.to(raw.dtype)).to(k.dtype)
+            return told_by_keys(raw, self.weight).to(k.dtype)
         raw = self.turn_back(k, position)
-        z = (raw @ self.weight.to(raw.dtype)).unflatten(-1, (k.size(1), -1))
+        z = told_by_keys(raw, self.weight).unflatten(-1, (k.size(1), -1))
         return z.transpose(1, 2).to(k.dtype)
 
     def predict_each(self, k: Tensor, head: Tensor, position: Tensor) -> Tensor:
@@ -87,8 +87,15 @@ class FromKeys(NamedTuple):
         raw = self.before_rope(k, position)
         out = torch.empty_like(raw)
         for h, weight in enumerate(self.weight):
-            out[head == h] = raw[head == h] @ weight.to(raw.dtype)
+            out[head == h] = told_by_keys(raw[head == h], weight)
         return out.to(k.dtype)
+
+
+def told_by_keys(raw: Tensor, weight: Tensor) -> Tensor:
+    """Return raw @ weight in raw's dtype, under autocast, too: what is stored is the rest of it, and
+    what reads it adds it in float32."""
+    with torch.autocast(raw.device.type, enabled=False):
+        return raw @ weight.to(raw.dtype)
 
 
 def attend_predicted_ref(
@@ -99,7 +106,7 @@ def attend_predicted_ref(
     position = position[..., : k.size(2)]
     if from_keys.own_head:
         raw = from_keys.before_rope(k, position)
-        z = r + raw @ from_keys.weight.to(raw.dtype)
+        z = r + told_by_keys(raw, from_keys.weight)
     else:
         z = r + from_keys.predict(k, position)
     return packed_attention(q, PackedView.of_whole(k, z, packed.n), None, cap=cap)

@@ -242,6 +242,21 @@ def test_rows_of_eval_say_where_values_come_from(base, measure):
         assert keys["value"] != zero["value"]
 
 
+@pytest.mark.parametrize("kind", ["keys", "own_keys", "zero"])
+def test_rows_in_bfloat16_are_near_those_in_float32(base, measure, kind):
+    """Under autocast prompts are packed and read by every way of storing them, refitted, too; what
+    is measured is that of float32 but for its rounding."""
+    flags = ["--tasks=continuation", "--query=6", "--continuation=9", "--block_size=61"]
+    flags += ["--sequences=3", "--methods=select", "--relevances=observed", "--refit"]
+    flags += ["--kv_byte_budgets=0.6", "--kv_budgets=0.3", f"--reconstructor={kind}"]
+    wide, narrow = (
+        measure(f"--init_from={base}", *flags, f"--dtype={dtype}")
+        for dtype in ("float32", "bfloat16")
+    )
+    for a, b in zip(wide, narrow, strict=True):
+        assert b["value"] == pytest.approx(a["value"], rel=0.05)
+
+
 def test_a_trained_run_has_its_maps(tmp_path, text, base):
     """train.py --stage=select fits maps of own heads, and the run that is loaded has them: what is
     left by them is smaller than the values."""

@@ -92,8 +92,8 @@ class FromKeys(NamedTuple):
 
 
 def told_by_keys(raw: Tensor, weight: Tensor) -> Tensor:
-    """Return raw @ weight in raw's dtype, under autocast, too: what is stored is the rest of it, and
-    what reads it adds it in float32."""
+    """Return raw @ weight in raw's dtype, under autocast, too: what is stored is the rest of it,
+    and what reads it adds it in float32."""
     with torch.autocast(raw.device.type, enabled=False):
         return raw @ weight.to(raw.dtype)
 

@@ -194,6 +194,23 @@ def test_keeping_everything_is_no_loss_and_no_gradient(stored_stage):
         assert (abs(loss.item()) < 1e-12) == (largest < 1e-9) == (budgets == [0.0])
 
 
+def test_in_bfloat16_loss_and_gradients_are_near_those_of_float32(stored_stage):
+    """Under autocast a context is stored and read as a GPU trains: every gradient points where that
+    of float32 does."""
+    stage, _ = stored_stage()
+    shaken(stage).model.float()
+    x = batch_of(stage)
+    found = []
+    for narrow in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = loss_of(stage, x)
+        found.append((loss.item(), torch.autograd.grad(loss, stage.params)))
+    (wide, grads), (narrow, narrow_grads) = found
+    assert narrow == pytest.approx(wide, rel=0.1)
+    for a, b in zip(grads, narrow_grads, strict=True):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.9
+
+
 def test_adapters_alone_are_trained_and_the_teacher_has_none(stored_stage, base):
     """Trained are the adapters, each gets a gradient and nothing else does; what the loss is
     measured against is bit for bit what the base says, however far the adapters are; after it, and

@@ -32,7 +32,7 @@ def attend_as_decoded(
 
     q (B, H, T, D); cap: see soft_cap
     rebuild  (kept (B, Hkv, ., D), mask (B, Hm, ., S)) to what stands for dropped groups"""
-    sink_k, sink_v, sinks = cache.sinks()
+    sink_k, sink_v, sinks = first_tokens(cache)
     old_k, old_v, old_mask = cache.unpack()
     k = torch.cat((sink_k, old_k, new.k), 2)
     v = torch.cat((sink_v, old_v, new.v), 2)
@@ -50,9 +50,20 @@ def attend_as_decoded(
     return y.view(q.shape)
 
 
+def first_tokens(cache: PackedCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first tokens that stay whole, k and v (B, Hkv, n, D), and which of the n slots
+    hold one, (B, n) bool; n may be 0."""
+    sinks = cache.view().sinks
+    if sinks is None:
+        none = cache.window_k[:, :, :0]
+        return none, none, none.new_zeros(cache.batch, 0, dtype=torch.bool)
+    slot = torch.arange(sinks.k.size(2), device=sinks.k.device)
+    return sinks.k, sinks.v, slot < sinks.count[:, None]
+
+
 def visible_columns(cache: PackedCache, sinks: Tensor, N: int, new: NewTokens) -> Tensor:
     """Mark the columns that each new token may read: (B, 1, T, C) bool. sinks: see
-    PackedCache.sinks."""
+    first_tokens."""
     B, _, T, _ = new.k.shape
     device = new.k.device
     n_pad = torch.zeros_like(cache.lengths) if new.n_pad is None else new.n_pad

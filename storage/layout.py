@@ -177,6 +177,17 @@ def slots(base: Tensor, count: Tensor) -> Tensor:
 # -------------------- what attention may read
 
 
+def copy_segments(old: Tensor, new: Tensor, n_segments: int) -> None:
+    """Copy the first slots of every segment from one flat tensor (slots, ...) into another, as many
+    as both have."""
+    if not old.numel() or not new.numel():
+        return
+    before = old.view(n_segments, -1, *old.shape[1:])
+    after = new.view(n_segments, -1, *new.shape[1:])
+    n = min(before.size(1), after.size(1))
+    after[:, :n] = before[:, :n]
+
+
 class PackedView(NamedTuple):
     """The packed tokens of one layer.
 

@@ -113,19 +113,21 @@ class Moments:
         heads in blocks on its diagonal, and the second moment (Hkv, D, D) per head of what it
         leaves. The metric in which values are measured makes no difference to a map that has all
         coefficients."""
-        if self.path.key_map.ndim == 3:  # own heads
-            kk = as_held(self.path, self.kk)
-            kz = as_held(self.path, self.kz)
-            heads = zip(kk, kz, strict=True)
-            own = [ridge_solve(*head, RIDGE) for head in heads]
-            weight = torch.block_diag(*own)
+        path = self.path
+        if path.key_map.ndim == 3:
+            weight = solve_own_heads(self.kk, self.kz, path.Hkv, path.D)
         else:
             weight = ridge_solve(self.kk, self.kz, RIDGE)
-        told = self.kz.T @ weight
-        change = weight.T @ self.kk @ weight - told - told.T
-        Hkv, D = self.cov.shape[:2]
-        left = self.cov + own_heads(change, Hkv, D)
+        change = change_by(weight, self.kk, self.kz)
+        left = self.cov + own_heads(change, path.Hkv, path.D)
         return weight, left
+
+
+def change_by(weight: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
+    """Return what is added to the second moment of y where x @ weight is taken off it, from X^T X
+    and X^T Y; all (p, p)."""
+    told = xy.T @ weight
+    return weight.T @ xx @ weight - told - told.T
 
 
 def as_held(path: nn.Module, weight: Tensor) -> Tensor:
@@ -139,6 +141,14 @@ def own_heads(x: Tensor, Hkv: int, D: int) -> Tensor:
     """Return the blocks (Hkv, D, D) on the diagonal of x (Hkv*D, Hkv*D)."""
     by_head = x.view(Hkv, D, Hkv, D)
     return torch.einsum("hdhe->hde", by_head)
+
+
+def solve_own_heads(xx: Tensor, xy: Tensor, Hkv: int, D: int) -> Tensor:
+    """Return ridge_solve of every head by itself, from the moments (Hkv*D, Hkv*D) of all: blocks on
+    the diagonal, zeros elsewhere."""
+    heads = zip(own_heads(xx, Hkv, D), own_heads(xy, Hkv, D), strict=True)
+    own = [ridge_solve(*head, RIDGE) for head in heads]
+    return torch.block_diag(*own)
 
 
 def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:

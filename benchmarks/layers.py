@@ -105,7 +105,7 @@ from loaders.compress import windows_of
 from loaders.device import device_name, pick_device
 from loaders.runs import Run, load_run
 from model import Transformer, evaluating, record_layers
-from reconstruct import RIDGE, own_heads, ridge_solve
+from reconstruct import RIDGE, change_by, own_heads, ridge_solve, solve_own_heads
 from report.figures import layers_figure
 from routing.bases import output_metric
 from storage.integers.format import keys_as_read
@@ -149,8 +149,7 @@ class Sums:
 
     def left(self, weight: Tensor) -> Tensor:
         """Return the second moment (p, p) of v - k @ weight."""
-        told = self.kv.T @ weight
-        return self.vv - told - told.T + weight.T @ self.kk @ weight
+        return self.vv + change_by(weight, self.kk, self.kv)
 
 
 # -------------------- values from keys
@@ -160,10 +159,8 @@ def maps(sums: Sums, n_kv_head: int) -> dict[str, Tensor]:
     """Return the maps (p, p) from keys to values by least squares: of own heads, in blocks on the
     diagonal, and of all heads."""
     D = len(sums.kk) // n_kv_head
-    kk = own_heads(sums.kk, n_kv_head, D)
-    kv = own_heads(sums.kv, n_kv_head, D)
-    own = [ridge_solve(*head, RIDGE) for head in zip(kk, kv, strict=True)]
-    return {"own": torch.block_diag(*own), "all": ridge_solve(sums.kk, sums.kv, RIDGE)}
+    own = solve_own_heads(sums.kk, sums.kv, n_kv_head, D)
+    return {"own": own, "all": ridge_solve(sums.kk, sums.kv, RIDGE)}
 
 
 def as_written(moment: Tensor, metric: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ from reconstruct import MLPReconstructor, straight_through
 from routing.as_decoded import attend_as_decoded
 from routing.bases import fold_basis
 from routing.calibration import calibrate
-from routing.in_window import plain_windowed_attention
+from routing.in_window import pieces_until_packed, plain_windowed_attention
 from storage.banded import banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.from_keys import FromKeys, attend_predicted, numbers
@@ -78,7 +78,7 @@ from storage.layout import (
     merge_softmax,
     top_k_mask,
 )
-from storage.packed import FloatCodec, PackedCache, ValueBasis, packed_count
+from storage.packed import FloatCodec, PackedCache, ValueBasis
 from storage.state import check_fit
 from storage.windowed import Window, is_fused, windowed_attention
 
@@ -350,27 +350,22 @@ class ValueGroupPath(nn.Module):
         a block leaves the window. Rows with padding one by one."""
         if pad is not None:
             out = torch.zeros_like(q)
-            for b, p in enumerate(pad.tolist()):
-                row = (x[b : b + 1, p:], *(t[b : b + 1, :, p:] for t in (q, k, v)))
-                out[b, :, p:] = self._through_cache(*row, None)[0]
+            for b, n_pad in enumerate(pad.tolist()):
+                row = slice(b, b + 1)
+                heads = (t[row, :, n_pad:] for t in (q, k, v))
+                out[row, :, n_pad:] = self._through_cache(x[row, n_pad:], *heads, None)
             return out
         T = q.size(2)
         cache = self.new_cache(len(q), T, k)
         out = []
-        a = 0
-        while a < T:
-            after_sinks = torch.tensor(a + 1 - self.cfg.kv_sinks)
-            packed = int(packed_count(after_sinks, self.cfg.kv_tail, self.cfg.tail_leaves))
-            # with one more than these a block leaves the window
-            fits = self.cfg.kv_sinks + self.cfg.kv_tail + packed + self.cfg.tail_leaves - 1
-            b = min(T, fits)
-            new = NewTokens(k[:, :, a:b], v[:, :, a:b], None)
-            cache.append(new._replace(route=self._route(x[:, a:b], new.v, cache)))
-            if a:
-                out.append(self._read(q[:, :, a:b], cache.view(), cache))
+        for some in pieces_until_packed(T, self.window):
+            new = NewTokens(k[:, :, some], v[:, :, some], None)
+            cache.append(new._replace(route=self._route(x[:, some], new.v, cache)))
+            if some.start:
+                y = self._read(q[:, :, some], cache.view(), cache)
             else:  # until the first block leaves everything is whole
-                out.append(attend(q[:, :, :b], new.k, new.v, cap=self.cap))
-            a = b
+                y = attend(q[:, :, some], new.k, new.v, cap=self.cap)
+            out.append(y)
         return torch.cat(out, 2)
 
     # ---- with a cache: packed execution

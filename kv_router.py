@@ -59,11 +59,12 @@ from torch import Tensor
 
 from config import KVConfig, ModelConfig, check
 from kernels import attend_view, packed_attention
-from model import DensePath, attend, attention_mask, rope_table
+from model import DensePath, attend, rope_table
 from reconstruct import MLPReconstructor, straight_through
+from routing.as_decoded import attend_as_decoded
 from routing.bases import fold_basis
 from routing.calibration import calibrate
-from routing.in_window import group_logits, group_weights, plain_windowed_attention
+from routing.in_window import pieces_until_packed, plain_windowed_attention
 from storage.banded import banded_attention, is_banded
 from storage.cache import CacheView, NewTokens, change_coordinates
 from storage.from_keys import FromKeys, attend_predicted, numbers
@@ -77,7 +78,7 @@ from storage.layout import (
     merge_softmax,
     top_k_mask,
 )
-from storage.packed import FloatCodec, PackedCache, ValueBasis, packed_count
+from storage.packed import FloatCodec, PackedCache, ValueBasis
 from storage.state import check_fit
 from storage.windowed import Window, is_fused, windowed_attention
 
@@ -238,27 +239,28 @@ class ValueGroupPath(nn.Module):
         mask = top_k_mask(logits.detach(), self.k)
         if self.record:
             self.last_mask = mask
-        learns = (self.router, self.reconstructor, self.key_map) != (None, None, None)
-        if learns and self.training and torch.is_grad_enabled():
-            rest = coords.detach()
-            if told is not None:
-                rest = rest - self._told(k.detach(), pad, constant=False)
-            self.losses["aux"] = self._aux_loss(logits, mask, rest)
+        if self._learns:
+            self.losses["aux"] = self._aux_loss(logits, mask, coords, k, pad)
         if whole:
             return attend(q, k, v, pad, self.cap)
         kept = self._routed(logits, mask, z)
         if self.cfg.ints:
-            check(
-                pad is None,
-                "training over integers with padding",
-                "keys are rounded by blocks that begin with a sequence",
-                "give rows of one length",
-            )
-            read = self._rounded(k, v, kept, mask)
-            return plain_windowed_attention(q, k, v, *read, self.window, pad, self.cap)
+            return self._read_rounded(q, k, v, kept, mask, pad)
         routed = self.maps().decode(kept if told is None else kept + told)
         if self.n_sinks:
             routed = torch.where(numbers(k, pad)[:, None, :, None] < self.n_sinks, v, routed)
+        return self._read_behind_window(q, k, v, routed, pad)
+
+    @property
+    def _learns(self) -> bool:
+        """Whether L_aux trains something of this path now."""
+        parts = (self.router, self.reconstructor, self.key_map)
+        return parts != (None, None, None) and self.training and torch.is_grad_enabled()
+
+    def _read_behind_window(
+        self, q: Tensor, k: Tensor, v: Tensor, routed: Tensor, pad: Tensor | None
+    ) -> Tensor:
+        """Read routed values, but v of what is in the window, by the fastest form there is."""
         window = self.window
         if window.reach == 0:  # a query reads its own token as routed, too
             return attend(q, k, routed, pad, self.cap)
@@ -269,6 +271,19 @@ class ValueGroupPath(nn.Module):
             if is_fused(q):
                 return windowed_attention(q, k, v, routed, window)
         return plain_windowed_attention(q, k, v, k, routed, window, pad, self.cap)
+
+    def _read_rounded(
+        self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor, pad: Tensor | None
+    ) -> Tensor:
+        """Read integers, but k and v of what is in the window."""
+        check(
+            pad is None,
+            "training over integers with padding",
+            "keys are rounded by blocks that begin with a sequence",
+            "give rows of one length",
+        )
+        read = self._rounded(k, v, kept, mask)
+        return plain_windowed_attention(q, k, v, *read, self.window, pad, self.cap)
 
     def _rounded(self, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values as they are read once they have left the window: integers, but of
@@ -314,9 +329,15 @@ class ValueGroupPath(nn.Module):
             return torch.zeros_like(kept)
         return self.reconstructor(kept, mask)
 
-    def _aux_loss(self, logits: Tensor, mask: Tensor, z: Tensor) -> Tensor:
-        """Return L_aux (15) of coordinates z that v gets no gradient from; gradients reach the
-        router straight through top-K, and the reconstructor or the map from keys."""
+    def _aux_loss(
+        self, logits: Tensor, mask: Tensor, coords: Tensor, k: Tensor, pad: Tensor | None
+    ) -> Tensor:
+        """Return L_aux (15), from which v and k get no gradient: it reaches the router straight
+        through top-K, and the reconstructor or the map from keys."""
+        z = coords.detach()
+        told = self._told(k.detach(), pad, constant=False)
+        if told is not None:
+            z = z - told
         rebuilt = self._rebuild(z * expand_mask(mask, self.D), mask)
         m = mask.to(z.dtype) if self.router is None else straight_through(logits, mask)
         m = expand_mask(m, self.D)
@@ -329,27 +350,22 @@ class ValueGroupPath(nn.Module):
         a block leaves the window. Rows with padding one by one."""
         if pad is not None:
             out = torch.zeros_like(q)
-            for b, p in enumerate(pad.tolist()):
-                row = (x[b : b + 1, p:], *(t[b : b + 1, :, p:] for t in (q, k, v)))
-                out[b, :, p:] = self._through_cache(*row, None)[0]
+            for b, n_pad in enumerate(pad.tolist()):
+                row = slice(b, b + 1)
+                heads = (t[row, :, n_pad:] for t in (q, k, v))
+                out[row, :, n_pad:] = self._through_cache(x[row, n_pad:], *heads, None)
             return out
         T = q.size(2)
         cache = self.new_cache(len(q), T, k)
         out = []
-        a = 0
-        while a < T:
-            after_sinks = torch.tensor(a + 1 - self.cfg.kv_sinks)
-            packed = int(packed_count(after_sinks, self.cfg.kv_tail, self.cfg.tail_leaves))
-            # with one more than these a block leaves the window
-            fits = self.cfg.kv_sinks + self.cfg.kv_tail + packed + self.cfg.tail_leaves - 1
-            b = min(T, fits)
-            new = NewTokens(k[:, :, a:b], v[:, :, a:b], None)
-            cache.append(new._replace(route=self._route(x[:, a:b], new.v, cache)))
-            if a:
-                out.append(self._read(q[:, :, a:b], cache.view(), cache))
+        for some in pieces_until_packed(T, self.window):
+            new = NewTokens(k[:, :, some], v[:, :, some], None)
+            cache.append(new._replace(route=self._route(x[:, some], new.v, cache)))
+            if some.start:
+                y = self._read(q[:, :, some], cache.view(), cache)
             else:  # until the first block leaves everything is whole
-                out.append(attend(q[:, :, :b], new.k, new.v, cap=self.cap))
-            a = b
+                y = attend(q[:, :, some], new.k, new.v, cap=self.cap)
+            out.append(y)
         return torch.cat(out, 2)
 
     # ---- with a cache: packed execution
@@ -373,7 +389,7 @@ class ValueGroupPath(nn.Module):
         """Store T tokens, K groups of every value, and read them: (B, H, T, D) in q's dtype."""
         new = NewTokens(k, v, n_pad, self._route(x, v, cache))
         if self.cfg.prefill == "routed":
-            y = self._read_routed(q, new, cache)
+            y = attend_as_decoded(q, new, cache, self._rebuild, self.cap)
         elif cache.fresh:
             y = attend(q, k, v, n_pad, self.cap)
         else:
@@ -431,48 +447,6 @@ class ValueGroupPath(nn.Module):
         packed = view.packed[0]._replace(longest=longest, held=held)
         window = cache.beside(new.k, new.v, new.n_pad)
         return self._read(q, CacheView((packed,), window, view.sinks), cache)
-
-    def _read_routed(self, q: Tensor, new: NewTokens, cache: PackedCache) -> Tensor:
-        """Let every query of a piece read as routed what has left the window by then: the prompt is
-        processed as decoding token by token would."""
-        B, H, T, _ = q.shape
-        n_pad = torch.zeros_like(cache.lengths) if new.n_pad is None else new.n_pad
-        sink_k, sink_v, sinks = cache.sinks()
-        old_k, old_v, old_mask = cache.unpack()
-        number = torch.arange(old_k.size(2), device=q.device)
-        old = number < (cache.n_packed + cache.n_window)[:, None]  # (B, N)
-        old = torch.cat((sinks, old), -1)[:, None, None].expand(-1, -1, T, -1)
-        own = attention_mask(T, T, n_pad, q.device).expand(B, -1, -1, -1)
-        logits = group_logits(q, torch.cat((sink_k, old_k, new.k), 2), self.cap)
-        p = group_weights(logits, torch.cat((old, own), -1)).to(new.v.dtype)
-        # what is in the window when query i reads it
-        first = cache.codec.n_sinks
-        new_position = cache.positions(new)  # (B, T)
-        seen = new_position + 1 - first
-        boundary = packed_count(seen, cache.window, cache.block).maximum(cache.n_packed[:, None])
-        old_position = torch.arange(first + len(number), device=q.device)[None]
-        position = torch.cat((old_position.expand(B, -1), new_position), 1)[:, None]
-        whole = (position >= first + boundary.unsqueeze(-1)) | (position < first)  # (B, T, columns)
-        whole = whole[:, None].repeat(1, 1, H // self.Hkv, 1)
-        # packed rows are stored already, the window's values are not
-        packed = (number < cache.n_packed[:, None])[:, None, :, None]
-        old_position = old_position[:, first:]
-        old_z = torch.where(packed, old_v, cache.basis.to_store(old_k, old_v, old_position))
-        new_z = cache.basis.to_store(new.k, new.v, new_position)
-        z = torch.cat((old_z, new_z), 2)
-        route = new.route
-        if route is None:
-            route = top_k_mask(group_energy(new_z, self.S, self.mask_heads), cache.k)
-        mask = torch.cat((old_mask, route), 2)
-        kept = expand_mask(mask, self.D)
-        routed = torch.where(kept, z, self._rebuild(z * kept, mask))
-        if cache.basis.from_keys is not None:
-            old_told = cache.basis.from_keys.predict(old_k, old_position)
-            new_told = cache.basis.from_keys.predict(new.k, new_position)
-            routed = routed + torch.cat((old_told, new_told), 2)
-        routed = torch.cat((torch.zeros_like(sink_v), routed), 2)
-        v = torch.cat((sink_v, old_v, new.v), 2)
-        return (cache.basis.decode((p * ~whole) @ routed) + (p * whole) @ v).view(q.shape)
 
 
 # -------------------- attaching, saving, loading

@@ -35,7 +35,8 @@ from torch import Tensor
 
 from config import ModelConfig
 from kernels import attend_view
-from storage.cache import DenseCache, KVCache, NewTokens
+from storage.cache import KVCache, NewTokens
+from storage.dense import DenseCache
 from storage.kernel_base import triton
 from storage.layout import at_least_float32, soft_cap
 from storage.sliding import SlidingCache

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from storage.layout import group_energy
 
+RIDGE = 1e-4  # of maps from keys and of routers: see ridge_solve
+
 
 class MLPReconstructor(nn.Module):
     """The paper's R (equation 7): a two-layer GELU MLP from a layer's kept groups, zeros elsewhere,
@@ -30,8 +32,9 @@ class MLPReconstructor(nn.Module):
     def __init__(self, n_kv_head: int, head_dim: int, n_groups: int, mask_heads: int, hidden: int):
         super().__init__()
         width = n_kv_head * head_dim
-        self.up = nn.Linear(width + mask_heads * n_groups, hidden or width)
-        self.down = nn.Linear(hidden or width, width)
+        hidden = hidden or width
+        self.up = nn.Linear(width + mask_heads * n_groups, hidden)
+        self.down = nn.Linear(hidden, width)
         nn.init.zeros_(self.down.weight)  # starts as zero fill
         nn.init.zeros_(self.down.bias)
 
@@ -43,14 +46,13 @@ class MLPReconstructor(nn.Module):
         values = kept.transpose(1, 2).flatten(2)
         bits = mask.transpose(1, 2).flatten(2).to(kept.dtype)
         seen = torch.cat((values, bits), -1)  # (B, T, Hkv*D + Hm*S)
-        up = (self.up.weight, self.up.bias)
-        down = (self.down.weight, self.down.bias)
+        weights = (self.up.weight, self.up.bias, self.down.weight, self.down.bias)
         if constant:
-            up = [w.detach() for w in up]
-            down = [w.detach() for w in down]
-        hidden = F.gelu(F.linear(seen, *up))
-        rebuilt = F.linear(hidden, *down).view(B, T, Hkv, D)
-        return rebuilt.transpose(1, 2)
+            weights = [w.detach() for w in weights]
+        up, up_bias, down, down_bias = weights
+        hidden = F.gelu(F.linear(seen, up, up_bias))
+        rebuilt = F.linear(hidden, down, down_bias)
+        return rebuilt.view(B, T, Hkv, D).transpose(1, 2)
 
 
 def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
@@ -76,35 +78,56 @@ class Moments:
         x = x[:, first:]
         k = k[:, :, first:]
         v = v[:, :, first:]
-        z = (v @ self.path.enc.to(v.dtype)).double()
+        enc = self.path.enc.to(v.dtype)
+        z = (v @ enc).double()
         self.cov = self.cov + torch.einsum("bhtd,bhte->hde", z, z)
         from_keys = self.path.own_maps().from_keys
         if from_keys is not None:
-            position = first + torch.arange(k.size(2), device=k.device)[None]
-            raw = from_keys.turn_back(k, position).double().flatten(0, 1)
-            self.kk = self.kk + raw.T @ raw
-            self.kz = self.kz + raw.T @ z.transpose(1, 2).reshape(raw.shape)
-            z = z - from_keys.predict(k, position).double()
-        ones = torch.cat((x, torch.ones_like(x[..., :1])), -1).double().flatten(0, 1)
+            number = torch.arange(k.size(2), device=k.device)
+            position = first + number[None]
+            self._add_keys(from_keys.turn_back(k, position), z)
+            told = from_keys.predict(k, position)
+            z = z - told.double()
+        self._add_router(x, z)
+
+    def _add_keys(self, k: Tensor, z: Tensor) -> None:
+        """Take keys before RoPE (B, T, Hkv*D) and coordinates (B, Hkv, T, D)."""
+        k = k.double().flatten(0, 1)  # (B*T, Hkv*D)
+        z = z.transpose(1, 2).reshape(k.shape)
+        self.kk = self.kk + k.T @ k
+        self.kz = self.kz + k.T @ z
+
+    def _add_router(self, x: Tensor, z: Tensor) -> None:
+        """Take the layer's inputs (B, T, n_embd) and what is cut into groups (B, Hkv, T, D)."""
+        one = torch.ones_like(x[..., :1])
+        x = torch.cat((x, one), -1).double()
+        x = x.flatten(0, 1)
         energy = group_energy(z, self.path.S, self.path.mask_heads)
-        energy = energy.transpose(1, 2).reshape(ones.size(0), -1)  # (B*T, Hm*S)
-        self.xx = self.xx + ones.T @ ones
-        self.xe = self.xe + ones.T @ energy
+        energy = energy.transpose(1, 2)
+        energy = energy.reshape(len(x), -1)  # (B*T, Hm*S)
+        self.xx = self.xx + x.T @ x
+        self.xe = self.xe + x.T @ energy
 
     def from_keys(self) -> tuple[Tensor, Tensor]:
         """Return the map (Hkv*D, Hkv*D) from keys by least squares with a little ridge, of own
         heads in blocks on its diagonal, and the second moment (Hkv, D, D) per head of what it
         leaves. The metric in which values are measured makes no difference to a map that has all
         coefficients."""
-        if self.path.key_map.ndim == 3:  # own heads
-            both = (as_held(self.path, t) for t in (self.kk, self.kz))
-            own = [ridge_solve(kk, kz, 1e-4) for kk, kz in zip(*both, strict=True)]
-            weight = torch.block_diag(*own)
+        path = self.path
+        if path.key_map.ndim == 3:
+            weight = solve_own_heads(self.kk, self.kz, path.Hkv, path.D)
         else:
-            weight = ridge_solve(self.kk, self.kz, 1e-4)
-        told = self.kz.T @ weight
-        change = weight.T @ self.kk @ weight - told - told.T
-        return weight, self.cov + own_heads(change, *self.cov.shape[:2])
+            weight = ridge_solve(self.kk, self.kz, RIDGE)
+        change = change_by(weight, self.kk, self.kz)
+        left = self.cov + own_heads(change, path.Hkv, path.D)
+        return weight, left
+
+
+def change_by(weight: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
+    """Return what is added to the second moment of y where x @ weight is taken off it, from X^T X
+    and X^T Y; all (p, p)."""
+    told = xy.T @ weight
+    return weight.T @ xx @ weight - told - told.T
 
 
 def as_held(path: nn.Module, weight: Tensor) -> Tensor:
@@ -120,6 +143,14 @@ def own_heads(x: Tensor, Hkv: int, D: int) -> Tensor:
     return torch.einsum("hdhe->hde", by_head)
 
 
+def solve_own_heads(xx: Tensor, xy: Tensor, Hkv: int, D: int) -> Tensor:
+    """Return ridge_solve of every head by itself, from the moments (Hkv*D, Hkv*D) of all: blocks on
+    the diagonal, zeros elsewhere."""
+    heads = zip(own_heads(xx, Hkv, D), own_heads(xy, Hkv, D), strict=True)
+    own = [ridge_solve(*head, RIDGE) for head in heads]
+    return torch.block_diag(*own)
+
+
 def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
     """Return the weights of a ridge regression from its moments, X^T X (n, n) and X^T Y (n, ...).
     The ridge is `strength` times the mean of the diagonal."""
@@ -131,8 +162,10 @@ def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:
 def fit_router(router: nn.Linear, xx: Tensor, xe: Tensor) -> None:
     """Fit a router by ridge regression of group energies, in units of their mean, on the layer's
     input: it starts near the norm rule."""
-    w = ridge_solve(xx, xe, 1e-4)  # (n_embd + 1, Hm*S)
-    mean_energy = xe[-1] / xx[-1, -1]  # the ones' row holds sums, and their number
-    w = w / mean_energy.mean().clamp_min(1e-30)
+    w = ridge_solve(xx, xe, RIDGE)  # (n_embd + 1, Hm*S)
+    sums = xe[-1]  # the ones' row
+    n = xx[-1, -1]
+    mean_energy = (sums / n).mean()
+    w = w / mean_energy.clamp_min(1e-30)
     router.weight.copy_(w[:-1].T)
     router.bias.copy_(w[-1])

@@ -59,12 +59,14 @@ from baselines.tokens import AS_PUBLISHED, ONE_FOR_A_LAYER, TOKEN_LEVEL
 from config import KVConfig, SelectConfig, check
 from kernels import attend_view, can_append
 from kv_router import ValueGroupPath
-from model import Transformer, attend, attend_masked, attention_mask
+from model import Transformer, attend
 from selection.budgets import Selection, planned, spend_bytes, spend_in_turn, spend_jointly
 from selection.calibration import calibrate, look
+from selection.masked import attend_to_kept
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.refit import refitted
 from selection.relevance import PLAIN, Prompt
+from selection.rules import check_together
 from storage.cache import NewTokens, PromptState, valid_columns
 from storage.from_keys import numbers
 from storage.integers.codecs import codec_of
@@ -141,37 +143,7 @@ class Selector(nn.Module):
         """Choose by these settings from now on; caches that exist stay as they are. Raises
         ValueError for a predictor it does not have, or what a routed prefill cannot do."""
         check_trained(cfg, self.predictors)
-        waits = self.kv.prefill == "routed" and self.kv.mask_scope != "shared"
-        check(
-            not (waits and cfg.allocation == "global"),
-            "allocation=global with prefill=routed",
-            "a layer cannot wait for those after it",
-            "give --allocation=layer, --mask_scope=shared or --prefill=exact",
-        )
-        check(
-            not cfg.refit or self.kv.prefill == "exact",
-            "refit with prefill=routed",
-            "a context is refitted once all layers have seen it whole",
-            "leave out --refit or --prefill",
-        )
-        check(
-            not cfg.kv_bytes or self.kv.mask_scope != "shared",
-            f"kv_bytes={cfg.kv_bytes:g} with mask_scope=shared",
-            "bytes are counted by layer or head",
-            "give --mask_scope=head",
-        )
-        check(
-            self.kv.value_bits or cfg.kv_bytes,
-            "value_bits=0 without kv_bytes",
-            "levels need a budget of bytes",
-            "give --kv_bytes=0.125",
-        )
-        check(
-            not self.kv.told_by_keys or "predictor" not in (cfg.relevance, cfg.tokens_by),
-            f"relevance=predictor with reconstructor={self.kv.reconstructor}",
-            "it scores groups of whole values, and what keys leave of them is stored",
-            "give --relevance=predictor_query",
-        )
+        check_together(self.kv, cfg)
         self.cfg = cfg
         self.stored.check_model(self.model_cfg)
 
@@ -298,9 +270,8 @@ class Selector(nn.Module):
         seen: list[SeenLayer] = state.seen
         state.seen = []
         rounded = self.stored.ints and self.cfg.key_rounding == "queries"
-        columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
-        paths, x, q, k, v, z, caches = columns
+        paths, x, q, k, v, z, caches = zip(*seen, strict=True)
         left = None
         if paths[0].key_map is not None and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
@@ -313,19 +284,28 @@ class Selector(nn.Module):
             values = self.refit(prompt, selection, paths, v, caches[0].codec.n_sinks)
             seen = [layer._replace(z=own) for layer, own in zip(seen, values, strict=True)]
         moments = prompt.moments() if rounded else None
-        shared = self.kv.mask_scope == "shared"
-        if shared or left is not None:  # one by one
-            first = None
-            for i, layer in enumerate(seen):
-                moment = None if moments is None else moments[i]
-                layer.path.store(layer, selection, n_pad, first, moment)
-                if shared:  # masks are those of the first layer
-                    first = first or layer.cache
+        if self.kv.mask_scope == "shared" or left is not None:
+            self._store_one_by_one(seen, selection, n_pad, moments)
             return
         keys = prompt.keys[..., :C, :]
         chosen = (selection.keep, selection.mask, prompt.valid)
         pack_layers(caches, keys, values, *chosen, moments)
         fill_windows(caches, k, v, C, n_pad)
+
+    def _store_one_by_one(
+        self,
+        seen: list[SeenLayer],
+        selection: Selection,
+        n_pad: Tensor | None,
+        moments: Tensor | None,
+    ) -> None:
+        """Pack layers that share their masks, or whose keys tell values."""
+        first = None
+        for i, layer in enumerate(seen):
+            moment = None if moments is None else moments[i]
+            layer.path.store(layer, selection, n_pad, first, moment)
+            if self.kv.mask_scope == "shared":  # masks are those of the first layer
+                first = first or layer.cache
 
     def refit(
         self, prompt: Prompt, selection: Selection, paths: Sequence[SelectPath], v, n_first: int
@@ -401,7 +381,9 @@ class SelectPath(ValueGroupPath):
         z = maps.encode(v[:, :, :C])
         left = z if maps.from_keys is None else self.untold(k, z, pad)
         routed = maps.decode(z - left + left * expand_mask(mask, self.D))
-        return self._masked(q, k, v, routed, keep, pad)
+        # the first column that reads routed values
+        first = min(C + self.cfg.kv_tail, q.size(2)) if self.cfg.prefill == "exact" else 0
+        return attend_to_kept(q, k, v, routed, keep, first, pad, self.cap)
 
     def untold(self, k: Tensor, z: Tensor, pad: Tensor | None = None) -> Tensor:
         """Return what keys (B, Hkv, T, D) do not tell of the coordinates z (B, Hkv, C, D) of the
@@ -451,7 +433,7 @@ class SelectPath(ValueGroupPath):
         state.first = state.first or seen.cache
         keep, mask = state.selection.layer(0)
         routed = seen.cache.basis.decode(seen.z * expand_mask(mask, self.D))
-        y = self._masked(seen.q, seen.k, seen.v, routed, keep, n_pad)
+        y = attend_to_kept(seen.q, seen.k, seen.v, routed, keep, 0, n_pad, self.cap)
         if self.index == s.L - 1:
             state.reset()  # the prompt is done
         return y
@@ -477,27 +459,6 @@ class SelectPath(ValueGroupPath):
         fill_windows([cache], [seen.k], [seen.v], C, n_pad)
         if first is not None:
             cache.n_context = first.n_context  # an equal one, held once
-
-    def _masked(self, q, k, v, routed: Tensor, keep: Tensor, pad: Tensor | None) -> Tensor:
-        """Attend, full-size and differentiable, to values of the context as they are read, routed
-        (B, Hkv, C, D), and whole ones after it; in an exact prefill context and query region read
-        whole values.
-
-        keep (B, Hm, C) bool, the tokens of the context that are there."""
-        B, H, T, _ = q.shape
-        C = routed.size(2)
-        # the first column that reads routed values
-        first = min(C + self.cfg.kv_tail, T) if self.cfg.prefill == "exact" else 0
-        read = torch.cat((routed, v[:, :, C:]), 2)
-        there = torch.cat((keep, keep.new_ones(B, keep.size(1), T - C)), -1)
-        there = there.expand(-1, self.Hkv, -1).repeat_interleave(H // self.Hkv, 1)
-        own = torch.eye(T, dtype=torch.bool, device=q.device)[first:]
-        visible = attention_mask(T, T, pad, q.device)[:, :, first:] & there.unsqueeze(-2) | own
-        y = attend_masked(q[:, :, first:], k, read, visible, self.cap)
-        if not first:
-            return y
-        exact = attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], pad, self.cap)
-        return torch.cat((exact, y), 2)
 
     def decode(self, x, q, k, v, cache: RaggedCache, n_pad: Tensor | None = None) -> Tensor:
         """Store k, v (B, Hkv, T, D) whole, and read them, and the prompt as stored: (B, H, T, D) in

@@ -27,7 +27,8 @@ from model import (
     attention_mask,
     put_dense_back,
 )
-from storage.cache import DenseCache, NewTokens, check_range, check_truncation
+from storage.cache import NewTokens, check_range, check_truncation
+from storage.dense import DenseCache
 from storage.integers.format import pack_bits, unpack_bits
 from storage.layout import cdiv, starts
 

@@ -37,7 +37,8 @@ from kv_router import ValueGroupPath
 from model import attend, attend_masked, attention_mask
 from routing.in_window import group_logits, group_weights, window_mask
 from selection.relevance import NEVER
-from storage.cache import DenseCache, LayerCacheBase, NewTokens
+from storage.cache import LayerCacheBase, NewTokens
+from storage.dense import DenseCache
 from storage.layout import at_least_float32, cdiv, expand_mask, soft_cap, top_k_mask
 from storage.packed import PackedCache
 

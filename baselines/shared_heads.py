@@ -36,7 +36,8 @@ from kernels import attend_view
 from mixsga import GroupedHeads, SharingPath, experts, newest_mask
 from model import attention_mask
 from settings.experts import MixConfig
-from storage.cache import DenseCache, KVCache, NewTokens
+from storage.cache import KVCache, NewTokens
+from storage.dense import DenseCache
 from storage.experts import ExpertCache
 from storage.layout import WindowView, at_least_float32, cdiv, soft_cap
 from storage.packed import WindowCache

@@ -105,7 +105,7 @@ from loaders.compress import windows_of
 from loaders.device import device_name, pick_device
 from loaders.runs import Run, load_run
 from model import Transformer, evaluating, record_layers
-from reconstruct import ridge_solve
+from reconstruct import RIDGE, change_by, own_heads, ridge_solve, solve_own_heads
 from report.figures import layers_figure
 from routing.bases import output_metric
 from storage.integers.format import keys_as_read
@@ -116,7 +116,6 @@ BLOCK = 64  # tokens whose keys share steps as integers
 BITS = (2, 4)  # of integers
 SCALES = 32 / BLOCK  # bits of a number's part of step and middle
 VALUE_BITS = 2  # of a value's number, at which it is said what W saves
-RIDGE = 1e-4  # of W, as in reconstruct.py
 SAMPLED = 1024  # vectors that codes are counted on
 
 
@@ -150,8 +149,7 @@ class Sums:
 
     def left(self, weight: Tensor) -> Tensor:
         """Return the second moment (p, p) of v - k @ weight."""
-        told = self.kv.T @ weight
-        return self.vv - told - told.T + weight.T @ self.kk @ weight
+        return self.vv + change_by(weight, self.kk, self.kv)
 
 
 # -------------------- values from keys
@@ -160,28 +158,29 @@ class Sums:
 def maps(sums: Sums, n_kv_head: int) -> dict[str, Tensor]:
     """Return the maps (p, p) from keys to values by least squares: of own heads, in blocks on the
     diagonal, and of all heads."""
-    heads = range(n_kv_head)
-    kk = sums.kk.unflatten(0, (n_kv_head, -1)).unflatten(2, (n_kv_head, -1))
-    kv = sums.kv.unflatten(0, (n_kv_head, -1)).unflatten(2, (n_kv_head, -1))
-    own = [ridge_solve(kk[h, :, h], kv[h, :, h], RIDGE) for h in heads]
-    return {"own": torch.block_diag(*own), "all": ridge_solve(sums.kk, sums.kv, RIDGE)}
+    D = len(sums.kk) // n_kv_head
+    own = solve_own_heads(sums.kk, sums.kv, n_kv_head, D)
+    return {"own": own, "all": ridge_solve(sums.kk, sums.kv, RIDGE)}
 
 
 def as_written(moment: Tensor, metric: Tensor) -> Tensor:
     """Return the variances (Hkv, D) of values of second moment (p, p) in the `output` basis, where
     squared error is that of what W_o writes. metric: (Hkv, D, D)."""
-    heads = metric.shape[:2]
-    own = torch.einsum("hdhe->hde", moment.unflatten(0, heads).unflatten(2, heads))
+    Hkv, D = metric.shape[:2]
+    own = own_heads(moment, Hkv, D)
     found, axes = torch.linalg.eigh(metric)
-    root = axes * found.clamp_min(0).sqrt().unsqueeze(-2)
-    return torch.linalg.eigvalsh(root.mT @ own @ root).clamp_min(0)
+    scale = found.clamp_min(0).sqrt()
+    root = axes * scale.unsqueeze(-2)
+    variance = torch.linalg.eigvalsh(root.mT @ own @ root)
+    return variance.clamp_min(0)
 
 
 def bits_of(variance: Tensor, step: int) -> float:
     """Count the bits that reverse water-filling gives numbers of these variances, theta the square
     of a step in 64ths of an octave."""
-    octaves = 0.5 * variance.clamp_min(1e-30).log2() - step / OCTAVE
-    return float(octaves.clamp_min(0).sum())
+    octaves = 0.5 * variance.clamp_min(1e-30).log2()
+    above = octaves - step / OCTAVE
+    return float(above.clamp_min(0).sum())
 
 
 def told(sums: Sums, weights: dict[str, Tensor], metric: Tensor) -> dict[str, float]:
@@ -193,7 +192,8 @@ def told(sums: Sums, weights: dict[str, Tensor], metric: Tensor) -> dict[str, fl
     row = {}
     for name, weight in weights.items():
         left = as_written(sums.left(weight) / sums.n, metric)
-        numbers = weight.numel() // (len(metric) if name == "own" else 1)
+        heads = len(metric) if name == "own" else 1  # of own heads the diagonal alone
+        numbers = weight.numel() // heads
         saved = bits_of(whole, step) - bits_of(left, step)
         row[f"told_{name}"] = 1 - float(left.sum() / whole.sum())
         row[f"map_bytes_{name}"] = 2 * numbers
@@ -210,7 +210,8 @@ def read_from(q: Tensor, model: Transformer, draw: torch.Generator) -> Tensor:
     its own: its product with a key there is the logit."""
     T = q.size(2)
     share = torch.rand(T, generator=draw).to(q.device)
-    token = (share * torch.arange(1, T + 1, device=q.device)).long()
+    seen = torch.arange(1, T + 1, device=q.device)  # tokens up to each
+    token = (share * seen).long()
     return unturned(q, model, token[None])
 
 
@@ -247,8 +248,9 @@ def logit_error(q: Tensor, k: Tensor, read: Tensor) -> tuple[float, float]:
     see where keys are read as `read`, and that of their logits, both summed over queries. What is
     the same for all keys changes no attention."""
     by_head = q.unflatten(1, (k.size(1), -1))
-    error = by_head @ (read - k).unsqueeze(2).mT
-    logits = by_head @ k.unsqueeze(2).mT
+    k = k.unsqueeze(2)
+    error = by_head @ (read.unsqueeze(2) - k).mT
+    logits = by_head @ k.mT
     return float(error.var(-1).sum()), float(logits.var(-1).sum())
 
 
@@ -274,7 +276,8 @@ def vectors(model: Transformer, seen: Seen) -> tuple[Tensor, Tensor]:
     """Return a layer's keys before RoPE and values but for the first tokens, (n, p) each."""
     number = torch.arange(seen.k.size(2), device=seen.k.device)[None]
     k = as_vectors([unturned(seen.k, model, number)])
-    return k[0, SINKS:], as_vectors([seen.v])[0, SINKS:]
+    v = as_vectors([seen.v])
+    return k[0, SINKS:], v[0, SINKS:]
 
 
 class Fitted(NamedTuple):
@@ -299,13 +302,16 @@ def fit(model: Transformer, windows: list[Tensor], seed: int) -> Fitted:
             k, v = vectors(model, layer)
             sums[i].add(k, v)
             some[i].append(k[::every].clone())
-            u = read_from(layer.q, model, draw)[0].unflatten(0, (Hkv, -1)).flatten(1, 2).double()
+            u = read_from(layer.q, model, draw)[0]  # (H, T, D)
+            u = u.unflatten(0, (Hkv, -1)).flatten(1, 2).double()
             moments[i] = moments[i] + u.mT @ u / u.size(1)
     blocks = [coordinates(s, m / len(windows)) for s, m in zip(sums, moments, strict=True)]
     ys = [block.encode(torch.cat(xs)) for block, xs in zip(blocks, some, strict=True)]
     table = counted(ys, [block.spread for block in blocks])
-    cost = table.cost()[:ROWS] + low_bits(torch.arange(ROWS))[:, None]
-    return Fitted([maps(s, Hkv) for s in sums], blocks, cost.to(blocks[0].to.device))
+    below = low_bits(torch.arange(ROWS))
+    cost = table.cost()[:ROWS] + below[:, None]
+    weights = [maps(s, Hkv) for s in sums]
+    return Fitted(weights, blocks, cost.to(blocks[0].to.device))
 
 
 def key_errors(model: Transformer, seen: Seen, block: Block, cost: Tensor) -> dict[str, Tensor]:
@@ -344,12 +350,12 @@ def measure(model: Transformer, windows: list[Tensor], fitted: Fitted) -> list[d
                 errors[i][name] = errors[i].get(name, 0) + pair
     rows = []
     shape = (model.cfg.n_kv_head, model.cfg.head_dim)
-    for (i, block), own, weights, pairs in zip(
-        layers.items(), sums, fitted.weights, errors, strict=True
-    ):
+    of_layers = zip(layers.items(), sums, fitted.weights, errors, strict=True)
+    for (i, block), own, weights, pairs in of_layers:
         row = {"name": "layers", "impl": f"layer {i}"}
-        row |= told(own, weights, output_metric(block.self_attn.o_proj.weight.detach(), *shape))
-        row |= {name: float(pair[0] / pair[1]) for name, pair in pairs.items()}
+        o_proj = block.self_attn.o_proj.weight.detach()
+        row |= told(own, weights, output_metric(o_proj, *shape))
+        row |= {name: float(error / variance) for name, (error, variance) in pairs.items()}
         rows.append(row)
     return [*rows, of_all(rows)]
 
@@ -395,7 +401,8 @@ def main() -> None:
     first = windows_from(cfg.calibrate, "train", cfg.calibration, run, ARGS)
     fitted = fit(run.model, first, cfg.seed)
     note(f"measuring on {cfg.dataset}")
-    rows = measure(run.model, windows_from(cfg.dataset, "val", cfg.sequences, run, ARGS), fitted)
+    second = windows_from(cfg.dataset, "val", cfg.sequences, run, ARGS)
+    rows = measure(run.model, second, fitted)
     text = {"corpus": label_of(cfg.dataset), "sha256": content_hash(cfg.dataset, ARGS.data)}
     rows = [row | {"text": text, "seed": cfg.seed} for row in rows]
     folder = Path(cfg.results)

@@ -13,7 +13,8 @@ from benchmarks.common import dtype_name
 from config import ModelConfig
 from loaders.device import device_name, in_bfloat16, pick_device
 from measure_config import BenchConfig
-from storage.cache import DenseCache, NewTokens
+from storage.cache import NewTokens
+from storage.dense import DenseCache
 from storage.packed import PackedCache
 from storage.ragged import RaggedCache
 

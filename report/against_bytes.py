@@ -22,6 +22,7 @@ PICTURED = {
     "bits_kept": {},
     "published": {"run": ("rivals", "coded")},
 }
+TICKS = (2, 3, 4, 6.25, 9, 12.5, 16, 22, 28, 40, 50, 75, 100)  # of the axis of bytes, %
 SMALLEST = 0.002  # nats: where the axis of losses becomes logarithmic; runs differ by so much
 
 
@@ -71,15 +72,16 @@ def bits_of(label: str) -> str:
 
 def points_of(rows: list[dict]) -> list[Point]:
     """Return the points of all rows of the first task whose metric is a loss."""
-    rows = [r for r in rows if r["metric"] == "loss"]
+    losses = [r for r in rows if r["metric"] == "loss"]
+    rows = [r for r in losses if r["task"] == losses[0]["task"]]
     sources: dict[str, list[Point]] = {}
     for r in rows:
-        if r["task"] == rows[0]["task"]:
-            held = 100 * share_of_dense(r)
-            over = r["value"] - r["dense_value"]
-            point = Point(series_of(label_of(r)), held, over, r.get("kl"))
-            source = f"{r['n']:,} tokens" if "n" in r else ""
-            sources.setdefault(source, []).append(point)
+        held = 100 * share_of_dense(r)
+        over = r["value"] - r["dense_value"]
+        series = series_of(label_of(r))
+        source = f"{r['n']:,} tokens" if "n" in r else ""
+        of_source = sources.setdefault(source, [])
+        of_source.append(Point(series, held, over, r.get("kl")))
     return told_apart(sources)
 
 
@@ -88,17 +90,23 @@ def points_on(tables: dict[str, str]) -> list[Point]:
     by name."""
     sources: dict[str, list[Point]] = {}
     for name, only in PICTURED.items():
-        for cells in cells_of(tables.get(name, "")):
-            asked = all(cells.get(title) in allowed for title, allowed in only.items())
-            if not asked or not cells.get("over whole"):
-                continue
-            held = float(cells["of dense"].rstrip("%"))
-            over = float(cells["over whole"])
-            kl = float(cells["KL"]) if cells.get("KL") else None
-            if held < 100:
-                point = Point(series_of(cells["row"]), held, over, kl)
-                sources.setdefault(f"table {name}", []).append(point)
+        rows = cells_of(tables.get(name, ""))
+        points = [point_of(cells, only) for cells in rows]
+        sources[f"table {name}"] = [p for p in points if p and p.held < 100]
     return told_apart(sources)
+
+
+def point_of(cells: dict[str, str], only: dict[str, tuple[str, ...]]) -> Point | None:
+    """Return the point of a table's row; None where it has no loss beside dense, or one of its
+    fields is not among those that `only` allows."""
+    if not all(cells.get(title) in allowed for title, allowed in only.items()):
+        return None
+    if not cells.get("over whole"):
+        return None
+    held = float(cells["of dense"].rstrip("%"))
+    over = float(cells["over whole"])
+    kl = float(cells["KL"]) if cells.get("KL") else None
+    return Point(series_of(cells["row"]), held, over, kl)
 
 
 def told_apart(sources: dict[str, list[Point]]) -> list[Point]:
@@ -122,7 +130,8 @@ def cells_of(table: str) -> list[dict[str, str]]:
     lines = []
     for line in table.splitlines():
         if line.startswith("|"):
-            lines.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+            cells = re.split(r"(?<!\\)\|", line)
+            lines.append([cell.strip() for cell in cells[1:-1]])
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
 
 
@@ -142,18 +151,21 @@ def bytes_figure(path: Path, points: list[Point]) -> None:
     diverging = [p for p in points if p.kl is not None and p.kl > 0]
     plt = pyplot()
     n = 2 if diverging else 1
-    size = (8 * n, 6 + 0.15 * len({p.series for p in points}))
+    n_series = len({p.series for p in points})
+    size = (8 * n, 6 + 0.15 * n_series)
     fig, axes = plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False)
     left = axes[0][0]
-    lines = draw_series(left, [(p.series, p.held, p.loss) for p in points])
-    least = min(p.loss for p in points)
-    most = max(p.loss for p in points)
+    styles = styles_of(points)
+    draw_series(left, [(p.series, p.held, p.loss) for p in points], styles)
+    losses = [p.loss for p in points]
+    bottom = min(-0.0005, 1.5 * min(losses))
+    top = max(0.001, 1.5 * max(losses))
     left.set_yscale("symlog", linthresh=SMALLEST)
-    left.set_ylim(min(-0.0005, 1.5 * least), max(0.001, 1.5 * most))
+    left.set_ylim(bottom, top)
     left.set(ylabel="loss over dense, nats (of several texts the mean)", title="Loss against bytes")
     if diverging:
         right = axes[0][1]
-        draw_series(right, [(p.series, p.held, p.kl) for p in diverging], lines)
+        draw_series(right, [(p.series, p.held, p.kl) for p in diverging], styles)
         right.set_yscale("log")
         right.set(ylabel="KL from dense, nats", title="Divergence against bytes")
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -161,33 +173,39 @@ def bytes_figure(path: Path, points: list[Point]) -> None:
     plt.close(fig)
 
 
-def draw_series(
-    ax, points: list[tuple[str, float, float]], styles: dict[str, dict] | None = None
-) -> dict[str, dict]:
-    """Draw points (series, bytes, value), a line for each series, and their envelope; return colour
-    and marker of each series. styles: those to take."""
+def styles_of(points: list[Point]) -> dict[str, dict]:
+    """Return colour and marker of each series, in the order in which they come."""
+    styles = {}
+    for i, name in enumerate(dict.fromkeys(p.series for p in points)):
+        marker = MARKERS[i % len(MARKERS)]
+        styles[name] = {"color": f"C{i % 10}", "marker": marker}
+    return styles
+
+
+def draw_series(ax, points: list[tuple[str, float, float]], styles: dict[str, dict]) -> None:
+    """Draw points (series, bytes, value), a line for each series in its style, and their
+    envelope."""
     by_name: dict[str, list[tuple[float, float]]] = {}
     for name, held, value in points:
         by_name.setdefault(name, []).append((held, value))
-    used = {}
-    for i, (name, mine) in enumerate(by_name.items()):
-        style = {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)]}
-        if styles:
-            style = styles[name]
-        used[name] = style
+    for name, mine in by_name.items():
         held, values = zip(*sorted(mine), strict=True)
-        ax.plot(held, values, ls="-", lw=0.6, ms=6, label=name, **style)
-    best = envelope([(held, value) for _, held, value in points])
+        ax.plot(held, values, ls="-", lw=0.6, ms=6, label=name, **styles[name])
+    everything = [point for mine in by_name.values() for point in mine]
+    best = envelope(everything)
     if len(best) > 2:
         held, values = zip(*best, strict=True)
         ax.plot(held, values, color="k", lw=3, alpha=0.25, label="lower envelope")
+    least, _ = min(everything)
+    mark_bytes(ax, least)
+
+
+def mark_bytes(ax, least: float) -> None:
+    """Let the axis across show bytes, logarithmically, from about `least` percent on."""
     ax.set_xscale("log")
     ax.margins(x=0.05)
-    least = 0.8 * min(held for _, held, _ in points)
-    usual = (2, 3, 4, 6.25, 9, 12.5, 16, 22, 28, 40, 50, 75, 100)
-    ticks = [t for t in usual if least <= t <= 101]
+    ticks = [t for t in TICKS if t >= 0.8 * least]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
     ax.set_xticks([], minor=True)
     ax.set(xlabel="bytes held, % of dense (scales, masks, offsets, whole tokens included)")
     ax.grid(alpha=0.3)
-    return used

@@ -7,6 +7,8 @@ Letters: storage/layout.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,10 @@ def plain_windowed_attention(
     B, H, T, D = q.shape
     Hkv = k.size(1)
     visible = attention_mask(T, T, pad, q.device)
-    seen = torch.arange(1, T + 1, device=q.device)[None]  # (1 or B, T)
-    seen = seen - window.n_sinks  # those are whole in any case
+    number = torch.arange(1, T + 1, device=q.device)
+    seen = number[None] - window.n_sinks  # those are whole in any case
     if pad is not None:
-        seen = seen - pad[:, None]
+        seen = seen - pad[:, None]  # (B, T)
     in_window = window_mask(seen, window.size, window.block)
     lost = v - routed
     out = []
@@ -54,7 +56,8 @@ def plain_windowed_attention(
             exact = torch.where(whole, exact, logits[..., near:])
             logits = torch.cat((logits[..., :near], exact), -1)
         p = group_weights(logits, visible[..., a:b, :b]).to(v.dtype)
-        y = p @ routed[:, :, :b] + (p[..., near:] * whole) @ lost[:, :, near:b]
+        of_routed = p @ routed[:, :, :b]
+        y = of_routed + (p[..., near:] * whole) @ lost[:, :, near:b]
         out.append(y.view(B, H, b - a, D))
     return torch.cat(out, 2)
 
@@ -73,8 +76,10 @@ def group_weights(logits: Tensor, visible: Tensor) -> Tensor:
     """Return attention weights of logits (B, Hkv, n*T, L), visible (B or 1, 1, T, L) bool."""
     n = logits.size(2) // visible.size(2)
     # added rather than filled: the backward of a sum is free
-    bias = torch.zeros_like(visible, dtype=logits.dtype).masked_fill(~visible, float("-inf"))
-    return (logits + bias.repeat(1, 1, n, 1)).softmax(-1)
+    bias = torch.zeros_like(visible, dtype=logits.dtype)
+    bias = bias.masked_fill(~visible, float("-inf"))
+    logits = logits + bias.repeat(1, 1, n, 1)
+    return logits.softmax(-1)
 
 
 def window_mask(seen: Tensor, window: int, block: int) -> Tensor:
@@ -82,3 +87,15 @@ def window_mask(seen: Tensor, window: int, block: int) -> Tensor:
     (B, 1, T, T) bool. seen (B, T): tokens up to each new one; window, block: see packed_count."""
     packed = packed_count(seen, window, block)
     return (seen[:, None, :] > packed[:, :, None])[:, None]
+
+
+def pieces_until_packed(T: int, window: Window) -> Iterator[slice]:
+    """Cut T tokens into pieces, each as long as it may be: one token more, and a block would leave
+    the window before the piece's first token has read it."""
+    start = 0
+    while start < T:
+        seen = torch.tensor(start + 1 - window.n_sinks)
+        packed = int(packed_count(seen, window.size, window.block))
+        stop = min(T, window.n_sinks + packed + window.reach)
+        yield slice(start, stop)
+        start = stop

@@ -46,23 +46,30 @@ def packed_attention_cpu(
 
     Slots that hold no token are not read, whatever lies in them."""
     B, H, T, D = q.shape
-    Hkv = (packed.token_base if packed else window.k).size(1)
-    out = q.new_empty(B, Hkv, H // Hkv * T, D)
+    of_heads = packed.token_base if packed else window.k
+    Hkv = of_heads.size(1)
+    M = H // Hkv * T
+    out = q.new_empty(B, Hkv, M, D)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(out.shape[:3], dtype=dtype)
+    lse = q.new_empty(B, Hkv, M, dtype=dtype)
     # a sixth faster where there is little to read; numbers are as wide as they were chosen
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
         scaled = (q * D**-0.5).reshape(out.shape)
         older = packed_sequences(packed) if packed else B * [None]
-        newest = filled_slots(window) if window else B * [()]
-        for b in range(B):
-            whole = []
-            for at in newest[b]:
-                keys = window.k[b, :, at]
-                values = window.v[b, :, at]
-                whole.append((keys, values))
-            out[b], lse[b] = read_sequence(scaled[b], older[b], whole, T, cap)
+        newest = whole_tokens(window) if window else B * [()]
+        sequences = zip(scaled, older, newest, strict=True)
+        for b, sequence in enumerate(sequences):
+            out[b], lse[b] = read_sequence(*sequence, T, cap)
     return out.view(B, H, T, D), lse.view(B, H, T)
+
+
+def whole_tokens(window: WindowView) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return, for every sequence, keys and values (Hkv, ., D) of the window where they lie, oldest
+    first, by the slices of filled_slots."""
+    found = []
+    for k, v, slots in zip(window.k, window.v, filled_slots(window), strict=True):
+        found.append([(k[:, at], v[:, at]) for at in slots])
+    return found
 
 
 def filled_slots(window: WindowView) -> list[list[slice]]:
@@ -177,7 +184,8 @@ class PackedSequence:
         keys = self.view.keys
         tokens = slice(0, self.longest)
         if is_even(self.token_base, self.counts, tokens):
-            return torch.bmm(q, gather(keys, self.token_base, self.counts, tokens).mT)
+            keys = gather(keys, self.token_base, self.counts, tokens)
+            return torch.bmm(q, keys.mT)
         out = q.new_full((*q.shape[:2], self.longest), float("-inf"))
         of_heads = zip(out, q, self.token_base, self.counts, strict=True)
         for own, own_q, first, n in of_heads:
@@ -216,8 +224,7 @@ class PackedSequence:
             at = slice(tokens.start * self.S, tokens.stop * self.S)
             rows = gather(self.view.rows, self.row_base[heads], counts, at)
             return rows.unflatten(1, (-1, self.S)), None
-        bits = self.gather(self.view.bits, self.mask_base[heads], heads, tokens)
-        kept = expand_bits(bits, self.S)
+        kept = expand_bits(self.masks(heads, tokens), self.S)
         number = count_up(kept)
         rows = self.next_rows(number, heads, row)
         return take_rows(rows, number * kept), kept
@@ -240,23 +247,26 @@ class PackedSequence:
         """A row of zeros: (1, x)."""
         return self.view.rows.new_zeros(1, self.view.rows.size(-1))
 
-    def gather(self, flat: Tensor, base: list[int], heads: slice, tokens: slice) -> Tensor:
-        """Return what a flat tensor (slots, ...) has of one block: (G, width, ...), zeros past a
-        head's tokens. base: where the tokens of each of its heads begin."""
-        return gather(flat, base, self.counts[heads], tokens)
+    def of_tokens(self, flat: Tensor, heads: slice, tokens: slice) -> Tensor:
+        """Return what a flat tensor (tokens, ...) has of one block: (G, width, ...), zeros past a
+        head's tokens."""
+        return gather(flat, self.token_base[heads], self.counts[heads], tokens)
+
+    def masks(self, heads: slice, tokens: slice) -> Tensor:
+        """Return the masks of one block, (G, width), 0 past a head's tokens."""
+        return gather(self.view.bits, self.mask_base[heads], self.counts[heads], tokens)
 
 
 def gather(flat: Tensor, base: list[int], counts: list[int], at: slice) -> Tensor:
     """Gather the entries `at` of segments that begin at base (G,) of a flat tensor (slots, ...) and
     have counts (G,) of them: (G, width, ...), zeros past a segment's end."""
-    width = at.stop - at.start
+    size = (len(base), at.stop - at.start, *flat.shape[1:])
     if is_even(base, counts, at):  # a view
-        size = (len(base), width, *flat.shape[1:])
         slot = flat.stride(0)
         stride = (distance(base) * slot, *flat.stride())
-        first = base[0] + at.start
-        return flat.as_strided(size, stride, flat.storage_offset() + first * slot)
-    out = flat.new_zeros(len(base), width, *flat.shape[1:])
+        first = (base[0] + at.start) * slot
+        return flat.as_strided(size, stride, flat.storage_offset() + first)
+    out = flat.new_zeros(size)
     for own, first, n in zip(out, base, counts, strict=True):
         n_there = min(n, at.stop) - at.start
         if n_there > 0:
@@ -269,8 +279,9 @@ def is_even(base: list[int], counts: list[int], at: slice) -> bool:
     """Say whether segments lie evenly apart, the later ones behind, and all have entries up to
     at.stop."""
     apart = distance(base)
-    even = [base[0] + h * apart for h in range(len(base))]
-    return apart >= 0 and base == even and min(counts) >= at.stop
+    if apart < 0 or min(counts) < at.stop:
+        return False
+    return all(base[h] == base[0] + h * apart for h in range(len(base)))
 
 
 def distance(base: list[int]) -> int:
@@ -282,8 +293,10 @@ def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, sli
     """Cut n_heads times n_tokens, of so many numbers each, into blocks of about CHUNK numbers.
 
     Yields heads, tokens."""
-    width = min(n_tokens, max(1, CHUNK // numbers))
-    G = max(1, CHUNK // (numbers * width))
+    width = max(1, CHUNK // numbers)
+    width = min(n_tokens, width)
+    G = CHUNK // (numbers * width)
+    G = max(1, G)
     for h in range(0, n_heads, G):
         heads = slice(h, min(h + G, n_heads))
         for a in range(0, n_tokens, width):
@@ -299,8 +312,9 @@ def count_up(x: Tensor) -> Tensor:
 @cache
 def bit_table(width: int) -> Tensor:
     """Return the lowest `width` bits of every byte: (256, width) uint8."""
-    byte = torch.arange(256, dtype=torch.uint8).unsqueeze(-1)
-    return byte >> torch.arange(width, dtype=torch.uint8) & 1
+    byte = torch.arange(256, dtype=torch.uint8)
+    bit = torch.arange(width, dtype=torch.uint8)
+    return byte.unsqueeze(-1) >> bit & 1
 
 
 def expand_bits(bits: Tensor, n_bits: int) -> Tensor:

@@ -56,10 +56,12 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     Of equal scores the lower index wins."""
     if is_read_here(scores) and 0 < k <= scores.size(-1):
         mask = scores >= kth_largest(scores, k)
-        if int(mask.sum()) * scores.size(-1) == k * scores.numel():  # no ties, all are numbers
+        rows = scores.numel() // scores.size(-1)
+        if int(mask.sum()) == k * rows:  # no ties, all are numbers
             return mask
-    best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    return none.scatter_(-1, order[..., :k], True)
 
 
 def is_read_here(x: Tensor) -> bool:
@@ -74,9 +76,9 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
     columns = list(scores.unbind(-1))
     for i in range(k):  # the largest of what is left rises to place i
         for j in range(len(columns) - 1, i, -1):
-            upper = torch.maximum(columns[j - 1], columns[j])
-            columns[j] = torch.minimum(columns[j - 1], columns[j])
-            columns[j - 1] = upper
+            pair = columns[j - 1 : j + 1]
+            columns[j - 1] = torch.maximum(*pair)
+            columns[j] = torch.minimum(*pair)
     return columns[k - 1].unsqueeze(-1)
 
 
@@ -89,7 +91,8 @@ def group_energy(z: Tensor, n_groups: int, mask_heads: int) -> Tensor:
     """Square and sum every group of z (B, Hkv, T, D): (B, 1 or Hkv, T, S).
 
     With mask_heads = 1 heads share a mask, so their energies are added."""
-    energy = at_least_float32(z).unflatten(-1, (n_groups, -1)).square().sum(-1)
+    groups = at_least_float32(z).unflatten(-1, (n_groups, -1))
+    energy = groups.square().sum(-1)
     return energy if mask_heads > 1 else energy.sum(1, keepdim=True)
 
 
@@ -116,7 +119,9 @@ def mask_to_bits(mask: Tensor) -> Tensor:
 
 def bits_to_mask(bits: Tensor, n_groups: int) -> Tensor:
     """Unpack integers (...) into bool (..., S): the inverse of mask_to_bits."""
-    return (bits.long().unsqueeze(-1) >> torch.arange(n_groups, device=bits.device) & 1).bool()
+    group = torch.arange(n_groups, device=bits.device)
+    mask = bits.long().unsqueeze(-1) >> group & 1
+    return mask.bool()
 
 
 def tile_size(n_groups: int, levelled: bool = False) -> int:
@@ -133,7 +138,7 @@ def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor
     n_packed     (B, Hm) tokens of each segment
     tile: tokens of a tile"""
     n = n_packed.flatten()
-    begin = (n.cumsum(0) - n).repeat_interleave(n, output_size=len(rows_before))
+    begin = sum_before(n).repeat_interleave(n, output_size=len(rows_before))
     number = torch.arange(len(rows_before), device=n.device) - begin  # of a token in its segment
     first = number % tile == 0
     tile_rows = rows_before[first].int()
@@ -144,11 +149,15 @@ def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor
 # -------------------- segments in a flat tensor
 
 
+def sum_before(count: Tensor) -> Tensor:
+    """Sum up what comes before each number of the last dimension: 0 for the first."""
+    return count.cumsum(-1) - count
+
+
 def starts(count: Tensor) -> Tensor:
     """Return the first slot of every segment when segments of count (B, h) slots lie one after the
     other: (B, h) int64."""
-    flat = count.flatten()
-    return (flat.cumsum(0) - flat).view(count.shape)
+    return sum_before(count.flatten()).view(count.shape)
 
 
 def segment_starts(
@@ -172,6 +181,17 @@ def slots(base: Tensor, count: Tensor) -> Tensor:
     shift = (base - starts(count)).flatten()
     shift = shift.repeat_interleave(count.flatten(), output_size=total)
     return torch.arange(total, device=base.device) + shift
+
+
+def copy_segments(old: Tensor, new: Tensor, n_segments: int) -> None:
+    """Copy the first slots of every segment from one flat tensor (slots, ...) into another, as many
+    as both have."""
+    if not old.numel() or not new.numel():
+        return
+    before = old.view(n_segments, -1, *old.shape[1:])
+    after = new.view(n_segments, -1, *new.shape[1:])
+    n = min(before.size(1), after.size(1))
+    after[:, :n] = before[:, :n]
 
 
 # -------------------- what attention may read
@@ -242,8 +262,9 @@ class PackedView(NamedTuple):
         if self.k or self.keys_alone:
             offset[b, h, t] = t * self.k
         else:
-            tile = self.tile_rows[self.tile_base[b, h] + t // self.tile]
-            offset[b, h, t] = tile.long() + self.before[self.mask_base[b, h] + t].long()
+            tile = self.tile_base[b, h] + t // self.tile
+            token = self.mask_base[b, h] + t
+            offset[b, h, t] = self.tile_rows[tile].long() + self.before[token].long()
         return self.row_base[..., None] + offset
 
     def unpack(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -260,12 +281,13 @@ class PackedView(NamedTuple):
         N = valid.size(-1)
         k = self.keys.new_zeros(B, Hkv, N, self.keys.size(-1))
         z = self.rows.new_zeros(B, Hkv, N, self.n_groups, self.rows.size(-1))
-        rank = mask.long().cumsum(-1) - mask.long()  # kept groups of the token before this one
+        rank = sum_before(mask.long())  # kept groups of the token before this one
         row = self.first_rows(valid).unsqueeze(-1) + rank  # (B, Hkv, N, S)
         kept = mask.expand(-1, Hkv, -1, -1)
         z[kept] = self.rows[row[kept]]
         b, h, t = valid.expand(-1, Hkv, -1).nonzero(as_tuple=True)
-        k[b, h, t] = self.keys[self.token_base[b, h] + t]
+        slot = self.token_base[b, h] + t
+        k[b, h, t] = self.keys[slot]
         return k, z.flatten(-2), mask, valid
 
     @staticmethod
@@ -276,11 +298,22 @@ class PackedView(NamedTuple):
         B, Hkv, N, D = k.shape
         base = torch.arange(B * Hkv, device=k.device).view(B, Hkv) * N
         mask_base = torch.arange(n.numel(), device=k.device).view(n.shape) * N
-        bits = torch.ones(n.numel() * N, dtype=torch.uint8, device=k.device)
-        keys = k.reshape(-1, D)
-        rows = v.reshape(-1, D)
-        bases = (base, base, mask_base, mask_base)
-        return PackedView(keys, rows, bits, None, None, n, *bases, 1, 1, N, B * Hkv * N)
+        return PackedView(
+            keys=k.reshape(-1, D),
+            rows=v.reshape(-1, D),
+            bits=torch.ones(n.numel() * N, dtype=torch.uint8, device=k.device),
+            before=None,
+            tile_rows=None,
+            n=n,
+            token_base=base,
+            row_base=base,
+            mask_base=mask_base,
+            tile_base=mask_base,
+            n_groups=1,
+            k=1,
+            longest=N,
+            held=B * Hkv * N,
+        )
 
 
 class WindowView(NamedTuple):
@@ -294,7 +327,8 @@ class WindowView(NamedTuple):
 
     def slots(self, width: int) -> Tensor:
         """Return the slots of the oldest `width` tokens, oldest first: (B, width) int64."""
-        number = torch.arange(width, device=self.k.device).expand(self.k.size(0), -1)
+        number = torch.arange(width, device=self.k.device)
+        number = number.expand(len(self.k), -1)
         if self.first is None:
             return number
         return (self.first[:, None] + number) % max(self.k.size(2), 1)
@@ -305,6 +339,16 @@ class WindowView(NamedTuple):
             return self.k[:, :, :width], self.v[:, :, :width]
         slot = self.slots(width)[:, None, :, None]
         return self.k.take_along_dim(slot, 2), self.v.take_along_dim(slot, 2)
+
+    def readable(self, T: int) -> Tensor:
+        """Mark which tokens, oldest first, each of the newest T may read, up to itself: (B, T,
+        width) bool, width the tokens of the longest sequence."""
+        device = self.count.device
+        width = int(self.count.max()) if self.count.numel() else 0
+        number = torch.arange(width, device=device)
+        count = self.count[:, None, None]
+        last = count - T + torch.arange(T, device=device)[:, None]  # (B, T, 1)
+        return (number <= last) & (number < count)
 
 
 # -------------------- plain attention: the specification of kernels.packed_attention
@@ -325,12 +369,8 @@ def packed_attention_ref(
         values.append(z)
         seen.append(valid[:, :, None].expand(-1, k.size(1), T, -1))
     if window:
-        # queries are the newest T tokens: query i reads the window up to its own token
-        last = window.count[:, None] - T + torch.arange(T, device=q.device)  # (B, T)
-        width = int(window.count.max()) if window.count.numel() else 0
-        number = torch.arange(width, device=q.device)
-        own = (number <= last[..., None]) & (number < window.count[:, None, None])  # (B, T, width)
-        k, v = window.aligned(width)
+        own = window.readable(T)
+        k, v = window.aligned(own.size(-1))
         keys.append(k)
         values.append(v)
         seen.append(own[:, None].expand(-1, k.size(1), -1, -1))
@@ -338,12 +378,14 @@ def packed_attention_ref(
     v = torch.cat(values, 2)
     seen = torch.cat(seen, -1).unsqueeze(2)  # (B, Hkv, 1, T, L)
     q = (q * D**-0.5).view(B, k.size(1), -1, T, D)
-    logits = soft_cap(at_least_float32(q @ k.unsqueeze(2).mT), cap)
+    logits = at_least_float32(q @ k.unsqueeze(2).mT)
+    logits = soft_cap(logits, cap)
     logits = logits.masked_fill(~seen, float("-inf"))
     lse = logits.logsumexp(-1)  # (B, Hkv, n, T)
     finite = lse.clamp_min(torch.finfo(lse.dtype).min)  # -inf where there is nothing to read
     p = (logits - finite.unsqueeze(-1)).exp().to(v.dtype)
-    return (p @ v.unsqueeze(2)).view(B, H, T, D), lse.view(B, H, T)
+    out = p @ v.unsqueeze(2)
+    return out.view(B, H, T, D), lse.view(B, H, T)
 
 
 def merge_softmax(*parts: tuple[Tensor, Tensor]) -> Tensor:
@@ -353,8 +395,11 @@ def merge_softmax(*parts: tuple[Tensor, Tensor]) -> Tensor:
     thing."""
     if len(parts) == 1:
         return parts[0][0]
-    lse = torch.stack([part_lse for _, part_lse in parts])
-    weight = (lse - lse.amax(0).clamp_min(torch.finfo(lse.dtype).min)).exp()
-    weight = weight / weight.sum(0).clamp_min(torch.finfo(lse.dtype).tiny)
-    mixed = sum(out * w.unsqueeze(-1) for (out, _), w in zip(parts, weight, strict=True))
-    return mixed.to(parts[0][0].dtype)
+    outs, lses = zip(*parts, strict=True)
+    lse = torch.stack(lses)
+    range_of = torch.finfo(lse.dtype)
+    most = lse.amax(0).clamp_min(range_of.min)  # -inf where none read a thing
+    weight = (lse - most).exp()
+    weight = weight / weight.sum(0).clamp_min(range_of.tiny)
+    mixed = sum(out * w.unsqueeze(-1) for out, w in zip(outs, weight, strict=True))
+    return mixed.to(outs[0].dtype)

@@ -31,12 +31,14 @@ from storage.layout import (
     WindowView,
     bits_to_mask,
     cdiv,
+    copy_segments,
     group_energy,
     mask_dtype,
     mask_to_bits,
     top_k_mask,
 )
 from storage.packing import Context, pack_values
+from storage.sinks import fill_sinks
 
 
 class ValueBasis(NamedTuple):
@@ -128,7 +130,8 @@ class FloatCodec:
         z = context.z
         if context.told is not None:
             here = context.here
-            z = z.masked_scatter(here.unsqueeze(-1), z[here] - context.told(context.k[here]))
+            left = z[here] - context.told(context.k[here])
+            z = z.masked_scatter(here.unsqueeze(-1), left)
         keys, rows, *index = pack_values(context.k, z, context.keep, context.mask)
         return {"keys": keys, "rows": rows}, tuple(index)
 
@@ -137,8 +140,10 @@ def kept_rows(rows: Tensor, bits: Tensor, n_kept: int) -> Tensor:
     """Gather the n_kept groups that masks bits (B, Hm, T) keep of rows (B, Hkv, T, S, x), in
     ascending order: (B, Hkv, T, n_kept, x)."""
     group = torch.arange(rows.size(3), device=bits.device)
-    kept = (bits.unsqueeze(-1) >> group & 1).argsort(dim=-1, descending=True, stable=True)
-    kept = kept[..., :n_kept, None].expand(-1, rows.size(1), -1, -1, rows.size(-1))
+    mask = bits.unsqueeze(-1) >> group & 1
+    order = mask.argsort(dim=-1, descending=True, stable=True)
+    kept = order[..., :n_kept, None]
+    kept = kept.expand(-1, rows.size(1), -1, -1, rows.size(-1))
     return rows.gather(3, kept)
 
 
@@ -199,9 +204,10 @@ class WindowCache(LayerCacheBase):
 
         Returns those that leave for them, oldest first, by ring (B, h, n, ...), and how many of the
         n each sequence has, (B,)."""
-        source, count = self._in_order(next(iter(tokens.values())).size(2), n_pad)
-        seen = self.n_packed + count
-        leaves = packed_count(seen, self.window, self.block).maximum(self.n_packed) - self.n_packed
+        T = next(iter(tokens.values())).size(2)
+        source, count = self._in_order(T, n_pad)
+        n_left = packed_count(self.n_packed + count, self.window, self.block)
+        leaves = n_left.maximum(self.n_packed) - self.n_packed
         number = torch.arange(source.size(1), device=source.device)
         stays = (number >= leaves[:, None]) & (number < count[:, None])
         b, i = stays.nonzero(as_tuple=True)
@@ -223,7 +229,8 @@ class WindowCache(LayerCacheBase):
         W = self.window_k.size(2)
         n_pad = torch.zeros_like(self.n_window) if n_pad is None else n_pad
         count = self.n_window + T - n_pad
-        number = torch.arange(int(count.max()) if self.batch else 0, device=count.device)
+        width = int(count.max()) if self.batch else 0
+        number = torch.arange(width, device=count.device)
         old = (self.n_packed[:, None] + number) % max(W, 1)
         new = W + n_pad[:, None] + number - self.n_window[:, None]
         source = torch.where(number < self.n_window[:, None], old, new)
@@ -360,9 +367,12 @@ class PackedCache(WindowCache):
 
     def set_bases(self) -> None:
         super().set_bases()
-        self.cap = len(self.bits) // max(1, self.batch * self.mask_heads)  # tokens of a segment
+        slots = self.bits
+        heads = self.mask_heads
         if not self.k:  # there are no masks
-            self.cap = len(self.keys) // max(1, self.batch * self.Hkv)
+            slots = self.keys
+            heads = self.Hkv
+        self.cap = len(slots) // max(1, self.batch * heads)  # tokens of a segment
         self.token_base, _ = self.segments("token")
         self.row_base, _ = self.segments("row")
         self.mask_base, _ = self.segments("mask")
@@ -409,13 +419,8 @@ class PackedCache(WindowCache):
         old = {name: getattr(self, name) for name in (*self.codec.owners, "bits")}
         self._allocate(cap)
         for name, t in old.items():
-            new = getattr(self, name)
-            if t.numel() and new.numel():
-                heads = self.mask_heads if name == "bits" else self.Hkv
-                before = t.view(self.batch * heads, -1, *t.shape[1:])
-                after = new.view(self.batch * heads, -1, *t.shape[1:])
-                n = min(before.size(1), after.size(1))
-                after[:, :n] = before[:, :n]
+            heads = self.mask_heads if name == "bits" else self.Hkv
+            copy_segments(t, getattr(self, name), self.batch * heads)
 
     def reserve(self, n_tokens: int) -> None:
         longest = int((self.n_packed + self.n_window).max()) if self.batch else 0
@@ -452,10 +457,14 @@ class PackedCache(WindowCache):
             ints=self.ints,
         )
         window = WindowView(self.window_k, self.window_v, self.n_packed, self.n_window)
-        sinks = None
-        if self.codec.n_sinks:
-            sinks = WindowView(self.sink_k, self.sink_v, None, self.n_sink)
-        return CacheView((packed,), window, sinks)
+        return CacheView((packed,), window, self._sinks)
+
+    @property
+    def _sinks(self) -> WindowView | None:
+        """First tokens that stay whole; None where the codec wants none."""
+        if not self.codec.n_sinks:
+            return None
+        return WindowView(self.sink_k, self.sink_v, None, self.n_sink)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return packed part and window as dense tensors, left-aligned; sinks are left out.
@@ -469,12 +478,14 @@ class PackedCache(WindowCache):
         k, z, mask, _ = view.packed[0].unpack()
         k, z, mask = (F.pad(t, (0, 0, 0, N - t.size(2))) for t in (k, z, mask))
         W = self.window_k.size(2)
-        b, i = (torch.arange(W, device=k.device) < self.n_window[:, None]).nonzero(as_tuple=True)
+        held = torch.arange(W, device=k.device) < self.n_window[:, None]
+        b, i = held.nonzero(as_tuple=True)
         to = self.n_packed[b] + i
         slot = view.window.slots(W)[b, i]
         k[b, :, to] = self.window_k[b, :, slot]
         z[b, :, to] = self.window_v[b, :, slot]
-        mask[b, :, to] = bits_to_mask(self.window_bits[b, :, slot], self.S)
+        bits = self.window_bits[b, :, slot]
+        mask[b, :, to] = bits_to_mask(bits, self.S)
         return k, z, mask
 
     # ---- writing
@@ -493,21 +504,12 @@ class PackedCache(WindowCache):
         self.room -= T
         new = new._replace(k=new.k.to(self.dtype), v=new.v.to(self.dtype))
         if self.sinks_open:
-            new = new._replace(n_pad=self._fill_sinks(new))
+            new = new._replace(n_pad=fill_sinks(self._sinks, new))
         if T == 1 and self.by_kernel:
             self._append_one(new)
         else:
             self._append_many(new)
         self.fresh = False
-
-    def sinks(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first tokens that stay whole, k and v (B, Hkv, n, D), and which of the n slots
-        hold one, (B, n) bool; n may be 0."""
-        if not self.codec.n_sinks:
-            none = self.window_k[:, :, :0]
-            return none, none, none.new_zeros(self.batch, 0, dtype=torch.bool)
-        number = torch.arange(self.codec.n_sinks, device=self.n_sink.device)
-        return self.sink_k, self.sink_v, number < self.n_sink[:, None]
 
     def positions(self, new: NewTokens) -> Tensor:
         """Return the numbers in their sequence of tokens that are to be appended, (B, T) int64."""
@@ -552,10 +554,12 @@ class PackedCache(WindowCache):
         least, first, last, need = facts.tolist()
         self._grow(need)
         width = k.size(2)
-        position = begin[:, None] + torch.arange(width, device=k.device) + self.codec.n_sinks
+        number = torch.arange(width, device=k.device)
+        position = begin[:, None] + number + self.codec.n_sinks
         z = self.basis.to_store(k, v, position)
         packed = self.codec.pack(k, z, bits, self.S, self.k)
-        packed |= {"bits": bits} if self.k else {}
+        if self.k:
+            packed["bits"] = bits
         for name, new in packed.items():  # (B, heads, width / each, ...)
             heads = new.size(1)
             each = width // new.size(2)  # tokens to an entry
@@ -564,25 +568,11 @@ class PackedCache(WindowCache):
                 cells[:, :, first // each : (first + width) // each] = new
                 continue
             entry = torch.arange(new.size(2), device=k.device)
-            written = (entry < leaves[:, None, None] // each).expand(-1, heads, -1)
+            n_new = leaves[:, None, None] // each
+            written = (entry < n_new).expand(-1, heads, -1)
             b, h, i = written.nonzero(as_tuple=True)
-            cells[b, h, begin[b] // each + i] = new[b, h, i]
-
-    def _fill_sinks(self, new: NewTokens) -> Tensor:
-        """Store first tokens of sequences that have room for them; return n_pad with those counted
-        as padding to the rest."""
-        T = new.k.size(2)
-        n_pad = torch.zeros_like(self.n_sink) if new.n_pad is None else new.n_pad
-        take = (T - n_pad).minimum(self.codec.n_sinks - self.n_sink)  # (B,)
-        slot = torch.arange(self.codec.n_sinks, device=take.device)
-        goes = (slot >= self.n_sink[:, None]) & (slot < (self.n_sink + take)[:, None])
-        column = (n_pad[:, None] + slot - self.n_sink[:, None]).clamp(0, T - 1)  # (B, n_sinks)
-        goes = goes[:, None, :, None]
-        column = column[:, None, :, None]
-        self.sink_k.copy_(torch.where(goes, new.k.take_along_dim(column, 2), self.sink_k))
-        self.sink_v.copy_(torch.where(goes, new.v.take_along_dim(column, 2), self.sink_v))
-        self.n_sink += take
-        return n_pad + take
+            to = begin[b] // each + i
+            cells[b, h, to] = new[b, h, i]
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens. What was packed stays packed; integers are kept in

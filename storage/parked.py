@@ -42,7 +42,7 @@ from settings.fields import one_line
 from storage import planes
 from storage.cache import KVCache
 from storage.integers.format import LEVEL_PLANES, bit_planes, join_levels
-from storage.layout import bits_to_mask
+from storage.layout import bits_to_mask, sum_before
 from storage.saved import about, rebuilt, tensors_of
 
 MAGIC = b"parked 1"
@@ -88,7 +88,7 @@ def row_levels(bits: Tensor, n_groups: int) -> Tensor:
     level of its group, and which of its planes it is: (rows,) uint8."""
     levels = join_levels(bits_to_mask(bits, 2 * n_groups)).flatten()
     n = bit_planes(levels)
-    first = (n.cumsum(0) - n).repeat_interleave(n)
+    first = sum_before(n).repeat_interleave(n)
     plane = torch.arange(len(first)) - first
     return (max(LEVEL_PLANES) * levels.repeat_interleave(n) + plane).to(torch.uint8)
 

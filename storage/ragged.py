@@ -24,14 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import check
-from storage.cache import (
-    CacheView,
-    DenseCache,
-    NewTokens,
-    check_range,
-    check_truncation,
-    write_ring,
-)
+from storage.cache import CacheView, NewTokens, check_range, check_truncation
+from storage.dense import DenseCache, write_ring
 from storage.layout import (
     PackedView,
     WindowView,

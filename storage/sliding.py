@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from config import check
-from storage.cache import (
-    CacheView,
-    DenseCache,
-    NewTokens,
-    check_range,
-    check_truncation,
-    write_ring,
-)
+from storage.cache import CacheView, NewTokens, check_range, check_truncation
+from storage.dense import DenseCache, write_ring
 from storage.layout import WindowView
 
 UNBOUNDED = 2**62  # tokens that a ring has room for

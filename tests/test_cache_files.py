@@ -126,6 +126,8 @@ def test_a_file_whose_parts_do_not_fit_is_refused(kind, tmp_path):
         }
         if t.numel() and not field.endswith("_base"):  # those follow from the others
             changes["shorter"] = t[:-1]
+        if t.ndim > 1 and t.size(-1):
+            changes["wider"] = torch.cat((t, t[..., :1]), -1)
         if field.split(".")[-1].startswith("n_"):
             changes["negative"] = torch.full_like(t, -1)
             changes["huge"] = torch.full_like(t, 2**40)

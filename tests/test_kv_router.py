@@ -30,7 +30,8 @@ from reconstruct import fit_router, straight_through
 from report.rows import filled_cache, kept_shares
 from routing.bases import value_basis
 from settings.adapters import AdapterConfig
-from storage.cache import DenseCache, NewTokens
+from storage.cache import NewTokens
+from storage.dense import DenseCache
 from storage.layout import expand_mask, top_k_mask
 from storage.packed import packed_count
 from tasks import text as tasks

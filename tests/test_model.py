@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from config import ModelConfig
 from generate import generate, sampling_probs
 from model import RMSNorm, Transformer, apply_rope, attend, lm_loss, rope_table
-from storage.cache import DenseCache, NewTokens
+from storage.cache import NewTokens
+from storage.dense import DenseCache
 
 VOCAB = 23
 CONTEXT = 31

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import ModelConfig
-from storage.cache import DenseCache, KVCache, NewTokens, storage_bytes
+from storage.cache import KVCache, NewTokens, storage_bytes
+from storage.dense import DenseCache
 from storage.integers import codecs
 from storage.integers.format import IntFormat
 from storage.layout import cdiv, tile_size

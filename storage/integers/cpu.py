@@ -59,13 +59,15 @@ def fields(packed: Tensor, bits: int, dtype: torch.dtype) -> Iterator[tuple[Tens
         return
     m = packed.size(-1)
     floats = torch.empty(packed.shape, dtype=dtype)
-    highest = 255 // (2**bits - 1) << bits - 1  # the highest bit of each code
+    lowest = 255 // (2**bits - 1)  # the lowest bit of each code
+    highest = lowest << bits - 1
     packed = packed ^ highest  # what is below the middle gets a sign
+    own = 256 - 2 ** (8 - bits)
     for i in range(8 // bits):
         above = 8 - bits * (i + 1)
         part = packed << above if above else packed
         if i:
-            part.bitwise_and_(256 - (1 << 8 - bits))  # others lie below it
+            part.bitwise_and_(own)  # others lie below it
         at = slice(i * m, (i + 1) * m)
         yield floats.copy_(part.view(torch.int8)), at
 
@@ -77,14 +79,18 @@ def fields_of_planes(packed: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tenso
     lower, third = packed.split((2 * m, m), -1)
     third = ~torch.cat((third, third >> 1), -1)  # field f: bit 2 f; what has none is below 0
     # a code in each half byte: fields 0 and 2, fields 1 and 3
-    even = (third << 2).bitwise_and_(0x44).bitwise_or_(lower & 0x33)
-    odd = (lower >> 2).bitwise_and_(0x33).bitwise_or_(third.bitwise_and_(0x44))
+    even = (third << 2).bitwise_and_(0x44)
+    even.bitwise_or_(lower & 0x33)
+    odd = (lower >> 2).bitwise_and_(0x33)
+    odd.bitwise_or_(third.bitwise_and_(0x44))
     floats = torch.empty(lower.shape, dtype=dtype)
-    for i, above in enumerate((5, 5, 1, 1)):
-        part = (odd if i % 2 else even) << above
+    start = 0
+    for pair, above in ((even, 5), (odd, 5), (even, 1), (odd, 1)):
+        part = pair << above
         if above == 1:
             part.bitwise_and_(0xE0)
-        at = slice(2 * m * i, 2 * m * (i + 1))
+        at = slice(start, start + 2 * m)
+        start = at.stop
         yield floats.copy_(part.view(torch.int8)), at
 
 
@@ -101,15 +107,16 @@ class IntSequence(PackedSequence):
 
     def logits(self, q: Tensor) -> Tensor:
         """See PackedSequence.logits; by (1)."""
-        q = q.to(torch.promote_types(q.dtype, torch.float32))
-        n_blocks = max(self.n_blocks)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q = q.to(dtype)
         groups = {}  # by their first head: what its blocks of work give, oldest first
         numbers = q.size(-1) * self.fmt.block
-        for heads, blocks in work(len(q), n_blocks, numbers):
+        for heads, blocks in work(len(q), max(self.n_blocks), numbers):
             part = self.block_logits(q[heads], heads, blocks)
             groups.setdefault(heads.start, []).append(part)
         of_heads = [torch.cat(parts, -1) for parts in groups.values()]
-        out = torch.cat(of_heads)[..., : self.longest]
+        out = torch.cat(of_heads)
+        out = out[..., : self.longest]
         for h, n in enumerate(self.counts):
             if n < self.longest:
                 out[h, :, n:] = float("-inf")
@@ -118,16 +125,11 @@ class IntSequence(PackedSequence):
     def block_logits(self, q: Tensor, heads: slice, blocks: slice) -> Tensor:
         """Return q . key for q (G, M, D) and the tokens of some blocks: (G, M, width)."""
         bits = self.fmt.key_bits
-        block = self.fmt.block
-        tokens = slice(blocks.start * block, blocks.stop * block)
-        keys = self.gather(self.view.keys, self.token_base[heads], heads, tokens)
-        keys = keys.reshape(-1, block, keys.size(-1))  # (blocks of all heads, block, bytes)
-        n_blocks = self.n_blocks[heads]
-        scale = gather(self.ints.key_scale, self.block_base[heads], n_blocks, blocks)
+        keys, scale = self.key_blocks(heads, blocks)
         step, middle = scale.to(q.dtype).unbind(2)  # (G, blocks, D)
         middles = torch.bmm(middle, q.mT)  # (G, blocks, M)
         middles = middles.view(len(keys), -1, 1)
-        logits = middles.expand(-1, -1, block).contiguous()  # (., M, block)
+        logits = middles.expand(-1, -1, keys.size(1)).contiguous()  # (., M, block)
         scaled = q.unsqueeze(1) * step.unsqueeze(2)
         scaled = scaled.flatten(0, 1)  # (., M, D)
         unit = 2.0 ** (bits - 8)
@@ -136,11 +138,21 @@ class IntSequence(PackedSequence):
         by_head = logits.unflatten(0, (len(q), -1))
         return by_head.transpose(1, 2).flatten(2)
 
+    def key_blocks(self, heads: slice, blocks: slice) -> tuple[Tensor, Tensor]:
+        """Return the bytes of some blocks of keys, those of one head after another's,
+        (G * blocks, block, bytes), and their steps and middles (G, blocks, 2, D)."""
+        block = self.fmt.block
+        tokens = slice(blocks.start * block, blocks.stop * block)
+        keys = self.of_tokens(self.view.keys, heads, tokens)
+        first = self.block_base[heads]
+        scale = gather(self.ints.key_scale, first, self.n_blocks[heads], blocks)
+        return keys.reshape(-1, block, keys.size(-1)), scale
+
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """See PackedSequence.block_values; by (2)."""
         bits = self.fmt.value_bits
         placed, kept = self.place(heads, tokens, row)  # (G, width, S, bytes)
-        scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
+        scale = self.of_tokens(self.ints.value_scale, heads, tokens)
         scale = scale.mT.contiguous().to(p.dtype)  # (G, 2, width)
         weights = p.unsqueeze(1) * scale.unsqueeze(2)
         stepped, middles = weights.unbind(1)  # (G, M, width)
@@ -148,9 +160,8 @@ class IntSequence(PackedSequence):
             middles = middles.sum(-1, keepdim=True)
         else:
             middles = torch.bmm(middles, kept.to(p.dtype))  # (G, M, S)
-        parts = []
-        for part, _ in fields(placed, bits, p.dtype):
-            parts.append(torch.bmm(stepped, part.flatten(2)))
+        codes = fields(placed, bits, p.dtype)
+        parts = [torch.bmm(stepped, part.flatten(2)) for part, _ in codes]
         total = torch.stack(parts, -2)  # (G, M, fields, S bytes)
         total = total.unflatten(-1, (self.S, -1))
         total = total.transpose(-2, -3)
@@ -182,11 +193,13 @@ def level_bytes(d: int) -> tuple[Tensor, Tensor]:
     for level in (1, 2, 3):
         bits = LEVEL_BITS[level]
         lowest = 2 ** (8 - bits)  # of the bits that hold the code
-        rest = 2 ** (bits - 1) - zero_code(level)
+        middle = 2 ** (bits - 1)
+        rest = middle - zero_code(level)
         own.append(256 - lowest)
         turn.append(128 + int(rest * lowest))
-    both = torch.tensor([own, turn], dtype=torch.uint8).unsqueeze(-1)
-    return tuple(both.expand(-1, -1, d).contiguous())
+    both = torch.tensor([own, turn], dtype=torch.uint8)
+    both = both.unsqueeze(-1).expand(-1, -1, d)
+    return tuple(both.contiguous())
 
 
 class LevelSequence(IntSequence):
@@ -194,33 +207,47 @@ class LevelSequence(IntSequence):
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """See PackedSequence.block_values; by (3)."""
-        bits = self.gather(self.view.bits, self.mask_base[heads], heads, tokens)
-        halves = expand_bits(bits, 2 * self.S)
-        halves = halves.unflatten(-1, (2, -1))
-        low, high = halves.permute(2, 0, 1, 3).contiguous()
-        level = torch.add(low, high, alpha=2)  # (G, width, S)
-        number = count_up(level.addcmul(low, high))  # of a group's last plane
-        joined = join_planes(self.next_rows(number, heads, row))
-        code = take_rows(joined, number).view(torch.uint8)  # (G, width, S, d)
-        level = level.int()
-        own, turn = level_bytes(code.size(-1))
-        code.bitwise_and_(take_rows(own, level))  # in place: memory at hand is written faster
-        code.bitwise_xor_(take_rows(turn, level))
+        level, number = self.levels(heads, tokens)
+        planes = self.next_rows(number, heads, row)
         unit = take_rows(level_units(p.dtype), level)  # (G, width, S, 1)
-        scale = self.gather(self.ints.value_scale, self.token_base[heads], heads, tokens)
+        numbers = signed_codes(planes, number, level) * unit
+        scale = self.of_tokens(self.ints.value_scale, heads, tokens)
         p = p * scale.mT  # (G, M, width)
-        numbers = code.view(torch.int8) * unit
         total = torch.bmm(p, numbers.flatten(2))  # codes of a byte side by side
         total = total.view(*p.shape[:2], self.S, -1, 4)
         total = total.mT.flatten(2)  # as format.pack_bits has them
         gain = self.fmt.gain[heads].unsqueeze(1)
         return total * gain.to(p.dtype)
 
+    def levels(self, heads: slice, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Return of one block each group's level, and the number of its last plane, counted from
+        the block's first: (G, width, S) int32 each."""
+        halves = expand_bits(self.masks(heads, tokens), 2 * self.S)
+        halves = halves.unflatten(-1, (2, -1))
+        low, high = halves.permute(2, 0, 1, 3).contiguous()
+        level = torch.add(low, high, alpha=2)
+        n_planes = level.addcmul(low, high)  # level 3 has four
+        return level.int(), count_up(n_planes)
+
     @property
     def none(self) -> Tensor:
         """The bytes of no plane, as many as join_planes takes together."""
         n_planes = max(LEVEL_PLANES)
         return self.view.rows.new_zeros(n_planes, self.view.rows.size(-1))
+
+
+def signed_codes(planes: Tensor, number: Tensor, level: Tensor) -> Tensor:
+    """Return codes in the highest bits of bytes, around the one that means 0: int8 (..., d).
+
+    planes  (n, x) uint8, first of all LevelSequence.none
+    number  (...) int32, of a group's last plane
+    level   (...) int32"""
+    joined = join_planes(planes)
+    code = take_rows(joined, number).view(torch.uint8)
+    own, turn = level_bytes(code.size(-1))
+    code.bitwise_and_(take_rows(own, level))  # in place: memory at hand is written faster
+    code.bitwise_xor_(take_rows(turn, level))
+    return code.view(torch.int8)
 
 
 def join_planes(rows: Tensor) -> Tensor:
@@ -236,5 +263,7 @@ def spread_codes(rows: Tensor) -> Tensor:
     """Give each of the four codes of 2 bits in bytes (n, x) uint8 a byte of its own: (n, x) int32,
     the lowest code in the lowest byte."""
     word = rows.int()
-    word = torch.add(word, word, alpha=1 << 12).bitwise_and_(0x000F000F)  # two codes, two codes
-    return torch.add(word, word, alpha=1 << 6).bitwise_and_(0x03030303)
+    word = torch.add(word, word, alpha=1 << 12)
+    word.bitwise_and_(0x000F000F)  # two codes, two codes
+    word = torch.add(word, word, alpha=1 << 6)
+    return word.bitwise_and_(0x03030303)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from storage.layout import PackedView, bits_to_mask
+from storage.layout import PackedView, bits_to_mask, sum_before
 
 BITS = (16, 8, 4, 3, 2)  # 16: not integers, but the type computed in
 SMALLEST = 2.0**-24  # the least float16 above 0
@@ -99,9 +99,8 @@ class Ints(NamedTuple):
         b, h, t = valid.expand(-1, Hkv, -1).nonzero(as_tuple=True)  # n tokens
         slot = view.token_base[b, h] + t
         block = self.block_base[b, h] + t // self.fmt.block
-        k[b, h, t] = dequantise_keys(
-            view.keys[slot], self.key_scale, block, self.fmt.key_bits, dtype
-        )
+        bits = self.fmt.key_bits
+        k[b, h, t] = dequantise_keys(view.keys[slot], self.key_scale, block, bits, dtype)
         kept = mask.expand(-1, Hkv, -1, -1)[b, h, t]  # (n, S)
         first = view.first_rows(valid)[b, h, t]  # (n,)
         scale = self.value_scale[slot]
@@ -109,12 +108,11 @@ class Ints(NamedTuple):
             gain = self.fmt.gain[h]
             z[b, h, t] = dequantise_levels(view.rows, kept, first, scale, gain, dtype)
             return k, z
-        row = first.unsqueeze(-1) + kept.long().cumsum(-1) - kept.long()  # (n, S)
+        row = first.unsqueeze(-1) + sum_before(kept.long())  # (n, S)
+        rows = view.rows[row[kept]]
         scale = scale.unsqueeze(1).expand(-1, S, -1)
         groups = torch.zeros(len(t), S, D // S, dtype=dtype, device=mask.device)
-        groups[kept] = dequantise_values(
-            view.rows[row[kept]], scale[kept], self.fmt.value_bits, dtype
-        )
+        groups[kept] = dequantise_values(rows, scale[kept], self.fmt.value_bits, dtype)
         z[b, h, t] = groups.flatten(-2)
         return k, z
 
@@ -127,7 +125,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
     n bits must be a multiple of 8; of 3 bits n itself."""
     if bits == 3:
-        return torch.cat((pack_bits(codes & 3, 2), pack_bits(codes >> 2, 1)), -1)
+        two = pack_bits(codes & 3, 2)
+        one = pack_bits(codes >> 2, 1)
+        return torch.cat((two, one), -1)
     parts = codes.unflatten(-1, (8 // bits, -1))  # (..., codes of a byte, bytes)
     out = parts[..., 0, :].clone()
     for i in range(1, 8 // bits):
@@ -142,7 +142,9 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
         two, one = packed.split((2 * third, third), -1)
         return unpack_bits(two, 2) | unpack_bits(one, 1) << 2
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(-2) >> shifts.unsqueeze(-1) & (1 << bits) - 1).flatten(-2)
+    codes = packed.unsqueeze(-2) >> shifts.unsqueeze(-1)
+    codes = codes & 2**bits - 1
+    return codes.flatten(-2)
 
 
 def row_bytes(n: int, bits: int) -> int:
@@ -153,7 +155,8 @@ def row_bytes(n: int, bits: int) -> int:
 def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Return step and middle for numbers between low and high (...): (..., 2) float16."""
     # Division by a tensor: a GPU would multiply by the inverse of a Python number.
-    step = ((high - low) / torch.full_like(low, 2**bits - 1)).clamp(SMALLEST, 65504)
+    n_steps = torch.full_like(low, 2**bits - 1)
+    step = ((high - low) / n_steps).clamp(SMALLEST, 65504)
     # A product with a power of 2 is exact, so fused and separate additions agree.
     middle = low + 2 ** (bits - 1) * step
     return torch.stack((step, middle.clamp(-65504, 65504)), -1).half()
@@ -161,8 +164,10 @@ def scale_for(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 def to_codes(x: Tensor, step: Tensor, middle: Tensor, bits: int) -> Tensor:
     """Round x to the nearest codes, uint8 like x; step and middle broadcast to it."""
-    place = (x.float() - middle.float()) / step.float() + (2 ** (bits - 1) + 0.5)
-    return place.floor().clamp(0, 2**bits - 1).to(torch.uint8)
+    half = 2 ** (bits - 1)  # the code of the middle
+    steps = (x.float() - middle.float()) / step.float()
+    code = (steps + (half + 0.5)).floor()
+    return code.clamp(0, 2**bits - 1).to(torch.uint8)
 
 
 def from_codes(
@@ -170,7 +175,9 @@ def from_codes(
 ) -> Tensor:
     """Return the numbers that codes stand for, computed in at least float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return ((codes.to(wide) - 2 ** (bits - 1)) * step.to(wide) + middle.to(wide)).to(dtype)
+    steps = codes.to(wide) - 2 ** (bits - 1)
+    x = steps * step.to(wide) + middle.to(wide)
+    return x.to(dtype)
 
 
 # -------------------- keys
@@ -199,14 +206,19 @@ def quantise_keys(
     Returns bytes (n, D bits / 8) uint8 and scales (n_blocks, 2, D) float16."""
     x = k.float()
     scale = key_scale(x, block, n_blocks, bits)
-    return pack_bits(round_to(x, scale[block, 0], scale[block, 1], bits), bits), scale
+    step = scale[block, 0]
+    middle = scale[block, 1]
+    codes = round_to(x, step, middle, bits)
+    return pack_bits(codes, bits), scale
 
 
 def dequantise_keys(
     packed: Tensor, scale: Tensor, block: Tensor, bits: int, dtype: torch.dtype
 ) -> Tensor:
     """Turn bytes (n, D bits / 8) of blocks block (n,) into keys (n, D)."""
-    return from_codes(unpack_bits(packed, bits), scale[block, 0], scale[block, 1], bits, dtype)
+    step = scale[block, 0]
+    middle = scale[block, 1]
+    return from_codes(unpack_bits(packed, bits), step, middle, bits, dtype)
 
 
 # -------------------- values, all of the same number of bits
@@ -226,7 +238,8 @@ def quantise_values(z: Tensor, mask: Tensor, bits: int) -> tuple[Tensor, Tensor]
     some = mask.any(-1)
     scale = scale_for(low.where(some, 0.0), high.where(some, 0.0), bits)
     step, middle = scale[..., None, None, :].unbind(-1)
-    return pack_bits(to_codes(x, step, middle, bits), bits), scale
+    codes = to_codes(x, step, middle, bits)
+    return pack_bits(codes, bits), scale
 
 
 def dequantise_values(rows: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -241,14 +254,15 @@ def dequantise_values(rows: Tensor, scale: Tensor, bits: int, dtype: torch.dtype
 def keys_as_read(k: Tensor, bits: int, block: int) -> Tensor:
     """Return keys (B, Hkv, T, D) as they are read once they are stored, with the gradient of the
     keys themselves (straight through). Those behind the last full block stay as they are."""
-    D = k.size(-1)
     n = k.size(2) // block * block
-    stored = k[:, :, :n].reshape(-1, D)
+    now = k.detach()
+    whole = now[:, :, :n]
+    stored = whole.reshape(-1, k.size(-1))
     at = torch.arange(len(stored), device=k.device) // block
-    packed, scale = quantise_keys(stored.detach(), at, len(stored) // block, bits)
-    read = dequantise_keys(packed, scale, at, bits, k.dtype).view(*k.shape[:2], n, D)
-    read = torch.cat((read, k[:, :, n:].detach()), 2)
-    return read + (k - k.detach())
+    packed, scale = quantise_keys(stored, at, len(stored) // block, bits)
+    read = dequantise_keys(packed, scale, at, bits, k.dtype).view(whole.shape)
+    read = torch.cat((read, now[:, :, n:]), 2)
+    return read + (k - now)
 
 
 def values_as_read(z: Tensor, mask: Tensor, bits: int) -> Tensor:
@@ -340,10 +354,11 @@ def quantise_levels(
     e = z.float() / gain
     step = level_steps(e, levels, gain.square())
     unit, zero, largest = level_table(levels, torch.float32)
-    place = e.unflatten(-1, (S, -1)) / (step.float().unsqueeze(-1) * unit) + zero
+    own_step = step.float().unsqueeze(-1) * unit
+    place = e.unflatten(-1, (S, -1)) / own_step + zero
     codes = place.round().clamp_min(0).minimum(largest).to(torch.uint8)  # (n, S, d)
     own = bit_planes(levels)
-    first = offset.unsqueeze(-1) + own.cumsum(-1) - own  # (n, S) first plane of each group
+    first = offset.unsqueeze(-1) + sum_before(own)  # (n, S) first plane of each group
     width = row_bytes(codes.size(-1), 2)
     rows = torch.zeros(n_planes, width, dtype=torch.uint8, device=z.device)
     for i in range(max(LEVEL_PLANES)):
@@ -358,11 +373,14 @@ def dequantise_levels(
     """Turn bit planes into values (n, D), zeros where dropped: the inverse of quantise_levels."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     own = bit_planes(levels)
-    first = offset.unsqueeze(-1) + own.cumsum(-1) - own
+    first = offset.unsqueeze(-1) + sum_before(own)
     codes = rows.new_zeros(*levels.shape, gain.size(-1) // levels.size(-1))
     for i in range(max(LEVEL_PLANES)):
         has = own > i
-        codes[has] |= unpack_bits(rows[first[has] + i], 2) << 2 * i
+        plane = rows[first[has] + i]
+        codes[has] |= unpack_bits(plane, 2) << 2 * i
     unit, zero, _ = level_table(levels, wide)
-    e = (codes.to(wide) - zero) * (step.to(wide).unsqueeze(-1) * unit)
-    return (e.flatten(-2) * gain.to(wide)).to(dtype)
+    own_step = step.to(wide).unsqueeze(-1) * unit
+    e = (codes.to(wide) - zero) * own_step
+    z = e.flatten(-2) * gain.to(wide)
+    return z.to(dtype)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from storage.kernel_base import jit, tl, triton, use_triton
-from storage.layout import cdiv
+from storage.layout import cdiv, sum_before
 
 DAMPING = 0.01  # of queries' mean square, added to it in every coordinate: what few queries hide
 TOKENS = 32  # keys that a program of the kernel rounds
@@ -74,7 +74,7 @@ def gptq_round_ref(
     half = 2.0 ** (bits - 1)
     n = moments.n
     segment = moments.segment
-    number = torch.arange(len(x), device=x.device) - (n.cumsum(0) - n)[segment]
+    number = torch.arange(len(x), device=x.device) - sum_before(n)[segment]
     longest = int(n.max()) if G else 0
     place = order[segment]  # (n, D)
 

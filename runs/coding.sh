@@ -2,14 +2,15 @@
 # Routed transform coding beside KVTC's rule on eight texts. Both are calibrated on the same windows
 # of a mixture that the measured text is not in (of WikiText-2 it has the validation split), and
 # keep the same tokens whole. Then a needle in a prompt that is coded so. Strings are made by the
-# CPU, one prompt at a time: most of the time. Seven texts took 2,284 seconds on an
-# H200; dialogue, the shares of 22 and 2 % and the needles were not run to the end there.
-# usage: [CALIBRATION=24] [SEQUENCES=8] runs/coding.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
+# CPU, one prompt at a time: most of the time. On an H200 eight texts took 310 to 370 seconds each
+# without KVTC's rule, with as many programs beside them; it has no shares of 22 and 2 % yet.
+# usage: [CALIBRATION=24] [SEQUENCES=8] runs/coding.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT] [LONG]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
 OUT="${2:-out/coding}"
 VALID="${3:-wikitext2.valid.txt}"
 TEST="${4:-wikitext2.test.txt}"
+LONG="${5:-out/instruct/long.jsonl}" # instructions with long inputs: runs/instruct.sh makes it
 CALIBRATION="${CALIBRATION:-24}" # windows that bases are calibrated on
 SEQUENCES="${SEQUENCES:-8}"      # windows of each text
 
@@ -47,3 +48,16 @@ for question in seen unseen; do
   needle 600 "$question" 100
   needle 2048 "$question" 32
 done
+
+# variables followed, and instructions with long inputs
+MIXTURE="text:$VALID,shakespeare,pydocs,pycode,markup,dialogue"
+of_strings() {  # of_strings NAME FLAGS...
+  name="$1"
+  shift
+  python eval.py --init_from="$MODEL" --methods=dense,routed --calibrate="$MIXTURE" \
+    --calibration="$CALIBRATION" --query=4 --results="$OUT/tasks/$name" "$@"
+}
+of_strings tracking --tasks=variable_tracking --hops=1 --block_size=384 --batch_size=25 \
+  --sequences=100 --kv_byte_budgets=0.25,0.125,0.0625
+of_strings instruct --tasks=instruct --dataset="instruct:$LONG" --block_size=2048 \
+  --batch_size=16 --sequences=200 --answer_tokens=48 --kv_byte_budgets=0.125,0.0625

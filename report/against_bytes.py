@@ -20,7 +20,11 @@ PICTURED = {
     "coding": {"text": ("text:wikitext2.test.txt",)},
     "bits_uniform": {},
     "bits_kept": {},
-    "published": {"run": ("rivals", "coded")},
+    "published": {"run": ("rivals", "coded", "rdkv")},
+    "ablation": {
+        "text": ("text:wikitext2.test.txt",),
+        "what is stored": ("tokens and groups, routed bits, predictor_query, refit",),
+    },
 }
 TICKS = (2, 3, 4, 6.25, 9, 12.5, 16, 22, 28, 40, 50, 75, 100)  # of the axis of bytes, %
 SMALLEST = 0.002  # nats: where the axis of losses becomes logarithmic; runs differ by so much
@@ -90,23 +94,34 @@ def points_on(tables: dict[str, str]) -> list[Point]:
     by name."""
     sources: dict[str, list[Point]] = {}
     for name, only in PICTURED.items():
-        rows = cells_of(tables.get(name, ""))
-        points = [point_of(cells, only) for cells in rows]
-        sources[f"table {name}"] = [p for p in points if p and p.held < 100]
+        points = []
+        for cells in cells_of(tables.get(name, "")):
+            if all(cells.get(title) in allowed for title, allowed in only.items()):
+                points += points_across(cells) or points_of_row(cells)
+        sources[f"table {name}"] = [p for p in points if p.held < 100]
     return told_apart(sources)
 
 
-def point_of(cells: dict[str, str], only: dict[str, tuple[str, ...]]) -> Point | None:
-    """Return the point of a table's row; None where it has no loss beside dense, or one of its
-    fields is not among those that `only` allows."""
-    if not all(cells.get(title) in allowed for title, allowed in only.items()):
-        return None
+def points_of_row(cells: dict[str, str]) -> list[Point]:
+    """Return the point of a table's row; none where it has no loss beside dense."""
     if not cells.get("over whole"):
-        return None
+        return []
     held = float(cells["of dense"].rstrip("%"))
     over = float(cells["over whole"])
     kl = float(cells["KL"]) if cells.get("KL") else None
-    return Point(series_of(cells["row"]), held, over, kl)
+    return [Point(series_of(cells["row"]), held, over, kl)]
+
+
+def points_across(cells: dict[str, str]) -> list[Point]:
+    """Return the points of a row of report/across.py, "KL / loss (bytes)" under each share of the
+    bytes; none of another row."""
+    points = []
+    for title, cell in cells.items():
+        found = re.fullmatch(r"([\d.]+) / ([-+][\d.]+)(?: \(([\d.]+)%\))?", cell)
+        if found and title.endswith(" %"):
+            held = float(found[3] or title.removesuffix(" %"))
+            points.append(Point(cells["what is stored"], held, float(found[2]), float(found[1])))
+    return points
 
 
 def told_apart(sources: dict[str, list[Point]]) -> list[Point]:

@@ -15,6 +15,7 @@ from report.tables import label_of
 ROOT = Path(__file__).resolve().parents[1]
 SELECT = "select predictor_query bytes=0.125 hedge=0.75"
 BASIS = "output S=8 mask:head budget:global"
+ROUTED = "tokens and groups, routed bits, predictor_query"
 TABLE = """
 | run | row | text | KL | of dense | loss | over whole |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -104,6 +105,21 @@ def test_points_of_a_page_are_the_rows_of_its_tables():
     assert points_on({"coding": "\n(not measured yet)\n"}) == []
 
 
+def test_points_of_a_table_across_shares_are_its_cells():
+    """Each cell of the row that is pictured is a point, at its own bytes where it names them; an
+    empty one, another row and another text are none."""
+    table = (
+        "| what is stored | text | 22 % | 6.25 % | 2 % |\n| --- | --- | --- | --- | --- |\n"
+        f"| {ROUTED}, refit | text:wikitext2.test.txt |  | 0.0068 / +0.0072 | 0.0462 / -0.0524 (2.2%) |\n"
+        f"| {ROUTED}, refit | records | 0.0001 / +0.0001 | 0.0001 / +0.0001 |  |\n"
+        f"| {ROUTED} | text:wikitext2.test.txt | 0.0002 / +0.0002 | 0.0002 / +0.0002 |  |\n"
+    )
+    assert points_on({"ablation": table}) == [
+        Point(f"{ROUTED}, refit", 6.25, 0.0072, 0.0068),
+        Point(f"{ROUTED}, refit", 2.2, -0.0524, 0.0462),
+    ]
+
+
 def test_points_of_the_page_of_this_project():
     """docs/results.md has rows of routed bits, routed coding and KVTC's rule: a KL of each stands in
     its own table, letter by letter."""
@@ -113,8 +129,12 @@ def test_points_of_the_page_of_this_project():
     points = points_on(tables)
     there = {p.series.partition(", table")[0] for p in points}
     assert {"routed transform coding", "KVTC's rule", "uniform bits (KIVI)"} <= there
-    assert "tokens and groups, routed bits, predictor_query" in there
+    assert ROUTED in there
+    assert f"{ROUTED}, refit" in there
     for p in points:
+        if p.series == f"{ROUTED}, refit":
+            assert f" {p.kl:.4f} / {p.loss:+.4f} " in text
+            continue
         assert f" {p.kl:.5f} |" in text and f" {p.held:.2f}% |" in text
         assert f" {p.loss:+.4f} |" in text
 

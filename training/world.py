@@ -252,9 +252,9 @@ class GradientSums:
             hook.remove()
         while len(self.works) < len(self.buckets):
             self._send()
-        self.w.sum(numbers)
         for work in self.works:
             work.wait()
+        self.w.sum(numbers)
 
     def drop(self, has: list[float]) -> None:
         """Take the zeros away of what no rank has a gradient of. has: summed over the ranks."""

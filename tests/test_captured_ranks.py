@@ -27,13 +27,21 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 # Runs train.py with each list of flags in turn, in one job. A list's first word says how: eager,
 # captured, and for what comes to rank 1 at step 5: stop (SIGTERM) or bad (a loss that is NaN).
+# After each the weights of both ranks are the same.
 RUN_ALL = """
 import json, math, os, signal, sys
 sys.path[:0] = ["tests", "."]
 from contextlib import nullcontext
+import torch
 import train
 from runs import arguments
 from training import loop
+made = []
+class Spy(loop.Trainer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        made.append(self)
+loop.Trainer = Spy
 with train.world("cpu") as w:
     train.world = lambda _: nullcontext(w)
     rate = loop.learning_rate
@@ -55,6 +63,10 @@ with train.world("cpu") as w:
             train.run(arguments(*flags))
         except SystemExit as e:
             os.write(2, f"rank {w.rank}, {how}: exit {e.code}\\n".encode())
+        totals = [None, None]
+        mine = [p.double().abs().sum().item() for p in made[-1].s.params]
+        torch.distributed.all_gather_object(totals, mine)
+        assert totals[0] == totals[1], how
 """
 
 

@@ -113,7 +113,7 @@ def write(cfg: RanksConfig, shape: ModelConfig, row: dict, began: float) -> None
     about = {
         "name": cfg.name,
         "task": cfg.what,
-        "impl": how_it_ran(cfg),
+        "impl": how_it_ran(cfg, row.pop("captured", False)),
         "shape": shape_name(cfg.batch_size, shape.block_size, shape),
     }
     row = about | row
@@ -124,11 +124,11 @@ def write(cfg: RanksConfig, shape: ModelConfig, row: dict, began: float) -> None
     print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
 
 
-def how_it_ran(cfg: RanksConfig) -> str:
+def how_it_ran(cfg: RanksConfig, captured: bool) -> str:
     """Return what a row is called beside others."""
     if cfg.what == "generate":
         return cfg.devices
-    how = "CUDA graph" if cfg.capture else "kernel by kernel"
+    how = "CUDA graph" if captured else "kernel by kernel"
     if cfg.ranks > 1:
         return f"{cfg.ranks} processes, {'sharded' if cfg.shard else 'DDP'}, {how}"
     return how
@@ -176,6 +176,7 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> dict | None:
     speed = median(row["tokens_per_s"] for row in trainer.rows)
     return {
         "device": f"{w.size} x {device_name(w.device)}",
+        "captured": not trainer.why_not_captured,
         "tokens_per_s": round(speed),
         "ms": round(1e3 * cfg.batch_size * shape.block_size / speed, 2),
         "peak_memory_bytes": peak,

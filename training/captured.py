@@ -108,6 +108,13 @@ class Flight:
         self.numbers = torch.empty(3, dtype=torch.float64, pin_memory=on_gpu)
         self.new_event = partial(torch.cuda.Event, enable_timing=True) if on_gpu else HostEvent
 
+    def fill(self, x: Tensor, y: Tensor, rates: list[float], stop: bool) -> None:
+        """Write down what goes into the step."""
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.rates.copy_(torch.tensor(rates))
+        self.stop.fill_(stop)
+
     def mark(self):
         """Return an event behind all that the device was asked to do."""
         event = self.new_event()
@@ -253,11 +260,7 @@ class CapturedStep:
         if phase != self.phase:
             self.prepare()
             self.phase = phase
-        flight.x.copy_(x)
-        flight.y.copy_(y)
-        flight.stop.fill_(stop)
-        for i, group in enumerate(self.opt.param_groups):
-            flight.rates[i] = lr * group["rate"]
+        flight.fill(x, y, [lr * group["rate"] for group in self.opt.param_groups], stop)
         self.x.copy_(flight.x, non_blocking=True)
         self.y.copy_(flight.y, non_blocking=True)
         self.rates.copy_(flight.rates, non_blocking=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from test_captured import Questions, assert_same_run
+from test_captured import Questions, assert_same_run, tiny_step
 from test_ranks import TWO_PROCESSES, assert_alike
 
 import train
@@ -21,7 +21,7 @@ from runs import TINY, arguments, assert_equal, losses, python, tensors
 from training import base as stage_base
 from training import loop as trainer
 from training.captured import LATE, CapturedStep
-from training.world import World
+from training.world import CannotRecord, World
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -190,6 +190,39 @@ def test_a_step_that_one_rank_cannot_record_ends_all_by_one_line(tmp_path, text)
     said = "rank 0 of 2: the step cannot be recorded; --capture=false runs it\n"
     assert p.err.count(said) == 1
     assert f'{tmp_path / "run.py"}", line' not in p.err, p.err
+
+
+@pytest.mark.parametrize(
+    "ranks, error, said, mode",
+    [
+        (1, RuntimeError("operation not permitted\nmore"), "operation not permitted", "global"),
+        (2, torch.OutOfMemoryError("out of memory"), "out of memory", "thread_local"),
+    ],
+)
+def test_what_ends_a_recording_is_said_in_one_line(ranks, error, said, mode, monkeypatch):
+    """Its first line and the way out. Of several ranks running out of memory is such an end, too,
+    and what other threads ask of their events is none."""
+    step, _ = tiny_step()
+    step.ranks = ranks
+    modes = []
+
+    @contextmanager
+    def graph(*_, capture_error_mode, **more):
+        modes.append(capture_error_mode)
+        yield
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    with pytest.raises(CannotRecord) as e:
+        step.record()
+    assert str(e.value) == (
+        f"the step cannot be recorded as a CUDA graph: {said}; "
+        "train.py --capture=false runs it kernel by kernel"
+    )
+    assert modes == [mode] and step.graph is None
 
 
 class Alone(World):

@@ -142,8 +142,7 @@ class CapturedStep:
     ):
         self.gradients = gradients
         self.opt = opt
-        # NCCL's own thread asks for events meanwhile, which is no fault of the step's
-        self.error_mode = "thread_local" if ranks > 1 else "global"
+        self.ranks = ranks
         self.on_gpu = device.type == "cuda"
         self.x = torch.zeros(shape, dtype=torch.int64, device=device)
         self.y = torch.zeros_like(self.x)
@@ -200,14 +199,16 @@ class CapturedStep:
             self.warm_up()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        # NCCL's own thread asks for events meanwhile, which is no fault of the step's
+        mode = "thread_local" if self.ranks > 1 else "global"
         try:
             self.set_in_groups(capturable=True)
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=self.error_mode):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
                 self.once()
             self.set_in_groups(capturable=False)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as e:
+            if isinstance(e, torch.OutOfMemoryError) and self.ranks == 1:
+                raise
             why = str(e.__context__ or e).splitlines()[0]
             raise CannotRecord(
                 f"the step cannot be recorded as a CUDA graph: {why}; "

@@ -25,7 +25,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 from cli import exit_on_bad_input, parse_args
 from config import ModelConfig
@@ -45,21 +45,31 @@ class RanksConfig:
     )
     name: str = opt("row", "name of the row")
     results: str = opt("out/ranks", "folder of the rows")
-    same_as: str = opt("", "earlier row: how far its losses or tokens are from these is said")
+    same_as: str = opt("", "earlier row: how far its losses, or tokens and logits, are is said")
     ranks: int = opt(1, "train, lost: processes", least=1)
     shard: bool = opt(False, "train, lost: as in train.py")
-    capture: bool = opt(False, "train: as in train.py; of one process alone")
+    capture: bool = opt(False, "train: a step is a CUDA graph; of several processes, too")
     adapter: str = opt("none", "train: what is trained; none: all weights", ADAPTERS)
     weights: str = opt("float32", "dtype of the weights", ("float32", "bfloat16"))
     batch_size: int = opt(32, "sequences in a step of all ranks, or prompts", least=1)
     steps: int = opt(40, "train: steps", least=1)
     new_tokens: int = opt(64, "generate: tokens after prompts of half of block_size", least=2)
-    devices: str = opt("cuda:0", "generate: one device, or several that layers are split over")
+    devices: str = opt(
+        "cuda:0",
+        "generate: one device, or several that layers are split over; cuda:0,cuda:0 runs on one "
+        "the steps of a split model, whose tokens those of cuda:0,cuda:1 must be",
+    )
     device: str = opt("auto", "auto, cpu or cuda")
     dtype: str = opt("auto", "compute type", DTYPES)
 
     def __post_init__(self):
         check_fields(self)
+        check(
+            not (self.shard and self.capture),
+            "shard with capture",
+            "steps of sharded weights are not captured",
+            "leave one out",
+        )
 
 
 CONFIGS = {"ranks": RanksConfig, "model": ModelConfig}
@@ -67,13 +77,17 @@ if __name__ == "__main__":
     ARGS = parse_args(CONFIGS, description=__doc__)
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import largest_difference, leave_rows, random_model, shape_name
 from benchmarks.step import Case, LoggedTrainer, stage_of
-from generate import generate
+from generate import DecodeGraph, generate, prefill
 from loaders.device import autocast, device_name, pick_device
 from loaders.split import devices_of, layers_by_device, split
+from model import Transformer
 from training.world import share_parameters, world
+
+N_LOGITS = 64  # of a row, that are kept
 
 
 def main() -> None:
@@ -99,7 +113,7 @@ def write(cfg: RanksConfig, shape: ModelConfig, row: dict, began: float) -> None
     about = {
         "name": cfg.name,
         "task": cfg.what,
-        "impl": how_it_ran(cfg),
+        "impl": how_it_ran(cfg, row.pop("captured", False)),
         "shape": shape_name(cfg.batch_size, shape.block_size, shape),
     }
     row = about | row
@@ -110,23 +124,28 @@ def write(cfg: RanksConfig, shape: ModelConfig, row: dict, began: float) -> None
     print(json.dumps({k: v for k, v in row.items() if not isinstance(v, list)}), flush=True)
 
 
-def how_it_ran(cfg: RanksConfig) -> str:
+def how_it_ran(cfg: RanksConfig, captured: bool) -> str:
     """Return what a row is called beside others."""
     if cfg.what == "generate":
         return cfg.devices
+    how = "CUDA graph" if captured else "kernel by kernel"
     if cfg.ranks > 1:
-        return f"{cfg.ranks} processes, {'sharded' if cfg.shard else 'DDP'}"
-    return "CUDA graph" if cfg.capture else "kernel by kernel"
+        return f"{cfg.ranks} processes, {'sharded' if cfg.shard else 'DDP'}, {how}"
+    return how
 
 
 def compared(row: dict, peer: dict) -> dict:
     """Return a row's time for a token over its peer's, and the greatest relative difference of
-    their losses, or the share of their tokens that are the same."""
+    their losses, or the share of their tokens that are the same and the greatest difference of
+    their logits, in standard deviations of the peer's."""
     found = {"ratio": round(peer["tokens_per_s"] / row["tokens_per_s"], 4)}
     if "losses" in row:
         return found | {"largest_difference": largest_difference(row["losses"], peer["losses"])}
     pairs = zip(row["tokens"], peer["tokens"], strict=True)
-    return found | {"agreement": mean(float(a == b) for a, b in pairs)}
+    found["agreement"] = mean(float(a == b) for a, b in pairs)
+    pairs = zip(row["logits"], peer["logits"], strict=True)
+    found["logits_difference"] = max(abs(a - b) for a, b in pairs) / stdev(peer["logits"])
+    return found
 
 
 # -- training
@@ -144,6 +163,7 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> dict | None:
             stage=stage.kind,
             shard=cfg.shard,
             capture=cfg.capture,
+            capture_ranks=cfg.capture,
             dtype=cfg.dtype,
             eval_sequences=2 * w.size,
         )
@@ -156,6 +176,7 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> dict | None:
     speed = median(row["tokens_per_s"] for row in trainer.rows)
     return {
         "device": f"{w.size} x {device_name(w.device)}",
+        "captured": not trainer.why_not_captured,
         "tokens_per_s": round(speed),
         "ms": round(1e3 * cfg.batch_size * shape.block_size / speed, 2),
         "peak_memory_bytes": peak,
@@ -210,7 +231,11 @@ def rank_of(parent: int, rank: int) -> int:
 
 def generate_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
     """Generate greedily from random prompts. Return tokens per second of the second run, bytes on
-    the devices, and the tokens."""
+    the devices, the tokens, and logits of the first step after the prompts.
+
+    Where steps run by other kernels (a whole model's on a GPU do), bfloat16 rounds elsewhere, and
+    random weights have no clear first choice: there tokens part soon, and logits tell how far two
+    paths are apart. On the same path all tokens are the same."""
     places = devices_of(cfg.devices)
     model = random_model(shape, places[0], cfg.weights)
     if len(places) > 1:
@@ -223,6 +248,8 @@ def generate_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
         with autocast(places[0], cfg.dtype):
             rows, cache = generate(model, prompts, cfg.new_tokens)
         seconds = time.perf_counter() - start
+    with autocast(places[0], cfg.dtype):
+        logits = first_logits(model, torch.tensor(prompts, device=places[0]))
     gpus = [place for place in dict.fromkeys(places) if place.type == "cuda"]
     return {
         "device": f"{len(set(places))} x {device_name(places[0])}",
@@ -232,7 +259,27 @@ def generate_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
         "layers": layers_by_device(model) if len(places) > 1 else {str(places[0]): shape.n_layer},
         "held_gb": {str(g): round(torch.cuda.memory_allocated(g) / 1e9, 2) for g in gpus},
         "tokens": [token for row in rows for token in row],
+        "logits": logits[:, :N_LOGITS].flatten().tolist(),
     }
+
+
+@torch.no_grad()
+def first_logits(model: Transformer, idx: Tensor) -> Tensor:
+    """Return logits (B, V) of the step that reads each prompt's first new token, done as generate
+    does its first steps. idx: prompts (B, T)."""
+    logits, cache = prefill(model, idx, idx.size(1) + 1)
+    ids = logits.argmax(-1, keepdim=True)
+    if not DecodeGraph.possible(model):
+        return model.decode(ids, cache)[:, -1]
+    seen = []
+
+    def pick(logits: Tensor, step: Tensor) -> Tensor:
+        seen.append(logits.clone())
+        return logits.argmax(-1, keepdim=True)
+
+    DecodeGraph(model, cache, ids, pick, 1).next()
+    torch.cuda.synchronize()
+    return seen[0]
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ NUMBERS = (
     ("unpark_ms", "ms to unpark", "{:,.0f}"),
     ("prefill_ms", "ms to read the prompt", "{:,.0f}"),
     ("largest_difference", "losses differ by at most", "{:.1e}"),
+    ("logits_difference", "logits differ by, std", "{:.1e}"),
     ("gb_per_s", "GB/s", "{:,.0f}"),
     ("tokens_per_s", "tokens/s", "{:,.0f}"),
     ("limit_by_bytes", "limit by bytes, tokens/s", "{:,.0f}"),

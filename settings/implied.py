@@ -18,6 +18,7 @@ FREE = (
     "device",
     "compile",
     "capture",
+    "capture_ranks",
     "shard",
     "accumulation",
     "eval_interval",

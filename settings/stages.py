@@ -64,7 +64,9 @@ class Reads(NamedTuple):
 
 READS = {
     "pretrain": Reads(
-        ("model", "data"), (*RUN, *LOOP, *PRETRAIN, "compile", "capture", "shard"), ("vocab_size",)
+        ("model", "data"),
+        (*RUN, *LOOP, *PRETRAIN, "compile", "capture", "capture_ranks", "shard"),
+        ("vocab_size",),
     ),
     "adapt": Reads(
         ("model", "data", "base", "adapter", "kv"),
@@ -75,6 +77,7 @@ READS = {
             *STORED_CONTEXT,
             "compile",
             "capture",
+            "capture_ranks",
             "shard",
             "kv_from",
             "objective",
@@ -85,12 +88,12 @@ READS = {
     ),
     "continue": Reads(
         ("model", "data", "base", "kv", "mix"),
-        (*RUN, *LOOP, *ADAPT, "compile", "capture", "shard"),
+        (*RUN, *LOOP, *ADAPT, "compile", "capture", "capture_ranks", "shard"),
         (*FIXED_K, *BY_EXPERTS),
     ),
     "all": Reads(
         ("model", "data", "base", "adapter", "kv"),
-        (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile", "capture"),
+        (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile", "capture", "capture_ranks"),
         ("adapter", "vocab_size", "template"),
     ),
 }
@@ -131,6 +134,7 @@ READ_WITH = {
     "kv_share": ("kv", ("gqa", "cla")),
     "kv_byte_budgets": ("kv", ("select",)),
     "context": ("kv", ("select",)),
+    "capture_ranks": ("shard", (False,)),
 }
 # Said to who trains something else, and wants to select.
 AS_IT_IS = "; to select with a model as it is, give --kv=select to sample.py or eval.py"

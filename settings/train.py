@@ -180,6 +180,11 @@ class TrainConfig:
         "on one GPU: record an optimizer step as a CUDA graph and replay it; losses are logged a "
         "few steps late. false: kernel by kernel",
     )
+    capture_ranks: bool = opt(
+        False,
+        "under torchrun: record such a graph on each GPU, sums over them included; a signal ends "
+        "the run a few steps late. Without it several GPUs run kernel by kernel",
+    )
     shard: bool = opt(
         False,
         "under torchrun: share weights, gradients and moments out over the ranks (FSDP2), instead "

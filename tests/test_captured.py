@@ -231,18 +231,18 @@ def tiny_step(spoiled: tuple[int, ...] = ()) -> tuple[CapturedStep, torch.nn.Par
     w = torch.nn.Parameter(torch.randn(3, 2))
     opt = make_optimizer([w], TrainConfig())
 
-    def gradients(x, y):
+    def gradients(x, y, stop):
         wanted = x.float().mean()
         loss = (w - wanted).square().sum() * torch.where((y == 1).any(), math.nan, 1.0)
         loss.backward()
-        return torch.stack((loss.detach(), w.grad.norm())).double()
+        return torch.stack((loss.detach(), w.grad.norm(), stop)).double()
 
     return CapturedStep(gradients, opt, (2, 5), torch.device("cpu")), w
 
 
 def test_a_bad_step_ends_all_updates():
     """After a NaN nothing changes any more, though later steps are finite; results come in order,
-    each once, with its own rate, and are due as soon as LATE steps are under way."""
+    each once, with its own rate and whether it was told to stop, and are due as soon as LATE steps are under way."""
     step, w = tiny_step()
     start = w.detach().clone()
     seen = []
@@ -251,12 +251,14 @@ def test_a_bad_step_ends_all_updates():
         if step.is_full:
             seen.append(step.take())
         x = torch.full((2, 5), i)
-        step.begin(x, torch.full_like(x, int(i == 3)), step=i, lr=0.1 * (i + 1), seed=i)
+        y = torch.full_like(x, int(i == 3))
+        step.begin(x, y, step=i, lr=0.1 * (i + 1), seed=i, stop=i in (1, 8))
         kept[i] = w.detach().clone()
         assert len(step.under_way) == min(i + 1, LATE)
     while step.under_way:
         seen.append(step.take())
     assert [r.step for r in seen] == list(range(9))
+    assert [r.stop for r in seen] == [i in (1, 8) for i in range(9)]
     assert [r.lr for r in seen] == pytest.approx([0.1 * (i + 1) for i in range(9)])
     assert [math.isfinite(r.loss) for r in seen] == [i != 3 for i in range(9)]
     assert seen[0].loss == pytest.approx(start.square().sum().item())
@@ -367,14 +369,18 @@ def test_a_step_asks_the_device_nothing(kind, tmp_path, text, base, captured, mo
 
 
 def test_why_steps_are_not_captured(stage_of):
-    """Captured are steps of one process on a GPU, unless a flag says no or the host has a part in
-    the loss; why not is said in words."""
+    """Captured are steps on a GPU, of several processes where a flag asks for it, unless a flag says
+    no or the host has a part in the loss or in the weights; why not is said in words."""
     stage, cfg = stage_of()
     cuda = torch.device("cuda")
     why = trainer.why_not_captured
     assert why(stage, cfg, trainer.World(0, 1, cuda)) == ""
     assert "no GPU" in why(stage, cfg, trainer.World(0, 1, torch.device("cpu")))
-    assert "processes" in why(stage, cfg, trainer.World(1, 2, cuda))
+    assert "--capture_ranks" in why(stage, cfg, trainer.World(1, 2, cuda))
+    asked = replace(cfg, capture_ranks=True)
+    assert why(stage, asked, trainer.World(1, 2, cuda)) == ""
+    assert "no GPU" in why(stage, asked, trainer.World(1, 2, torch.device("cpu")))
+    assert "sharded" in why(stage, replace(asked, shard=True), trainer.World(1, 2, cuda))
     off = adapt_arguments("x", "text:x", "y", "--capture=false").train
     assert "--capture=false" in why(stage, off, trainer.World(0, 1, cuda))
     stage.kv = replace(stage.kv, kv="select")

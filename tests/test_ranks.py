@@ -65,7 +65,8 @@ def test_gradients_leave_in_one_order_whatever_a_rank_lacks(monkeypatch):
         sums = ranks.GradientSums(params, Recorded(rank, sent[rank]))
         sums.start()
         loss(used[rank]).backward()
-        numbers.append(sums.finish(torch.tensor([2.0], dtype=torch.float64)))
+        numbers.append(torch.cat([torch.tensor([2.0], dtype=torch.float64), sums.has()]))
+        sums.finish(numbers[-1])
     assert [t.shape for t in sent[0]] == [t.shape for t in sent[1]]
     assert len(sent[0]) == len(sums.buckets) + 1 and len(sums.buckets) > 3
     counts = (numbers[0] + numbers[1]).tolist()
@@ -247,7 +248,8 @@ def assert_alike(one: Path, two: Path) -> None:
 
 def test_rows_of_ranks_are_a_table_of_the_page(tmp_path, capsys):
     """Every row lies with its record in a folder of its name, where the page finds it: speeds, and
-    beside an earlier row the ratio of times and what losses or tokens differ by."""
+    beside an earlier row the ratio of times and what losses or tokens differ by; layers on two
+    devices that are one give all tokens and logits of the whole model."""
     sizes = ("--n_layer=1", "--n_embd=16", "--n_head=1", "--n_kv_head=1", "--head_dim=16")
     flags = (*sizes, "--vocab_size=64", "--block_size=16", f"--results={tmp_path}")
     trained = (*flags, "--steps=3", "--batch_size=2")
@@ -255,27 +257,28 @@ def test_rows_of_ranks_are_a_table_of_the_page(tmp_path, capsys):
     call(comparison, *trained, "--name=one")
     call(comparison, *trained, "--name=two", "--same_as=one")
     call(comparison, *asked, "--name=whole")
-    call(comparison, *asked, "--name=again", "--same_as=whole")
+    call(comparison, *asked, "--devices=cpu,cpu", "--name=split", "--same_as=whole")
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     mark = page.Mark("t", "runs/two_gpus.sh", [tmp_path], {})
     paths = page.results_of(mark)
-    assert [path.parent.name for path in paths] == ["again", "one", "two", "whole"]
+    assert [path.parent.name for path in paths] == ["one", "split", "two", "whole"]
     assert all(read_record(path)["code"] == code_version() for path in paths)
-    again, one, two, whole = page.lines_of(paths, mark)
+    one, split, two, whole = page.lines_of(paths, mark)
     assert (one["run"], one["task"], one["row"]) == ("one", "train", "kernel by kernel")
     assert one["shape"] == "B2 T16 L1 d16 H1/1 D16" and one["peer"] == one["of the peer"] == ""
     assert (two["peer"], two["losses differ by at most"]) == ("one", "0.0e+00")
     ratio = printed[0]["tokens_per_s"] / printed[1]["tokens_per_s"]
     assert float(two["of the peer"]) == pytest.approx(ratio, abs=1e-3) and float(one["ms"]) > 0
-    assert (again["row"], again["peer"], again["agreement"]) == ("cpu", "whole", "100.0%")
+    assert (split["row"], split["peer"], split["agreement"]) == ("cpu,cpu", "whole", "100.0%")
+    assert split["logits differ by, std"] == "0.0e+00"
     assert float(whole["tokens/s"].replace(",", "")) > 0
 
 
 def test_rows_that_differ_say_by_how_much():
     """Relative to the earlier row's loss, the greatest of all steps; of tokens the share that is
-    the same. By hand."""
-    one = dict(tokens_per_s=10, losses=[2.0, 4.0], tokens=[1, 2, 3, 4])
+    the same, of logits the greatest difference over their standard deviation. By hand."""
+    one = dict(tokens_per_s=10, losses=[2.0, 4.0], tokens=[1, 2, 3, 4], logits=[1.0, 3.0, 5.0])
     losses = comparison.compared(dict(tokens_per_s=40, losses=[2.0, 3.0]), one)
     assert losses == dict(ratio=0.25, largest_difference=0.25)
-    tokens = comparison.compared(dict(tokens_per_s=5, tokens=[1, 2, 3, 0]), one)
-    assert tokens == dict(ratio=2.0, agreement=0.75)
+    row = dict(tokens_per_s=5, tokens=[1, 2, 3, 0], logits=[1.0, 2.0, 5.5])
+    assert comparison.compared(row, one) == dict(ratio=2.0, agreement=0.75, logits_difference=0.5)

@@ -14,15 +14,21 @@ A replay runs no Python, so whatever differs between steps has to lie on the dev
                     the host reads those of step i before step i + LATE begins
     whether it is   a loss or norm that is not finite sets `bad`, which stays set: from then on the
     good            optimizer's kernels leave weights, moments and step counters as they are
+    whether to      a number of this process, summed over all; like loss and norm it is read late,
+    stop            by all processes of a job before the same step
 
 What Python decides (how many value groups are kept, say) is the step's phase: another phase is
 another graph. On a CPU the same step runs without a graph.
+
+Of several processes each records its own step, sums over all of them included (NCCL's kernels are
+recorded like others): warming up starts NCCL before. Loss and norm are those of all, so each
+process finds the same steps bad.
 
     step = CapturedStep(gradients, opt, shape=(8, 512), device=device)
     for i in range(100):
         if step.is_full:
             print(step.take())                       # the result of step i - LATE
-        step.begin(*batch(i), step=i, lr=1e-3, seed=i)
+        step.begin(*batch(i), step=i, lr=1e-3, seed=i)  # stop=True: to be told to all
     while step.under_way:
         print(step.take())
 """
@@ -39,6 +45,8 @@ import torch
 from torch import Tensor
 
 from settings.fields import check
+from settings.train import TrainConfig
+from training.world import CannotRecord, World
 
 LATE = 4  # steps that have begun and not been looked at, at most
 WARM = 3  # steps before the one that is recorded: kernels are loaded and compiled, moments made
@@ -52,6 +60,22 @@ class Result(NamedTuple):
     loss: float
     norm: float  # of the gradient, before clipping
     seconds: float  # since the step before it, or since it began
+    stop: bool = False  # whether any process was told to stop when it began this step
+
+
+def why_not_captured(stage, cfg: TrainConfig, w: World) -> str:
+    """Why a stage's steps are not CUDA graphs, in words; "" where they are."""
+    if w.device.type != "cuda":
+        return "there is no GPU"
+    if not cfg.capture:
+        return "--capture=false"
+    if cfg.shard:
+        return "sharded weights are gathered by the host"
+    if w.size > 1 and not cfg.capture_ranks:
+        return "of several processes they are with --capture_ranks alone"
+    if stage.kv.kv == "select":
+        return "the host looks at windows and their tokens"
+    return ""
 
 
 class HostEvent:
@@ -80,8 +104,16 @@ class Flight:
         self.x = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
         self.y = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
         self.rates = torch.empty(n_rates, pin_memory=on_gpu)
-        self.numbers = torch.empty(2, dtype=torch.float64, pin_memory=on_gpu)
+        self.stop = torch.empty((), dtype=torch.float64, pin_memory=on_gpu)
+        self.numbers = torch.empty(3, dtype=torch.float64, pin_memory=on_gpu)
         self.new_event = partial(torch.cuda.Event, enable_timing=True) if on_gpu else HostEvent
+
+    def fill(self, x: Tensor, y: Tensor, rates: list[float], stop: bool) -> None:
+        """Write down what goes into the step."""
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.rates.copy_(torch.tensor(rates))
+        self.stop.fill_(stop)
 
     def mark(self):
         """Return an event behind all that the device was asked to do."""
@@ -93,29 +125,35 @@ class Flight:
 class CapturedStep:
     """Optimizer steps of one shape, begun without waiting for the device.
 
-    gradients(x, y) fills .grad from x, y (B, T) int64 and returns loss and gradient norm, (2,)
-        float64; it does the same in every step of a phase, and never waits for the device
-    opt: fused AdamW of training/optimizer.py"""
+    gradients(x, y, stop) fills .grad from x, y (B, T) int64 and returns (3,) float64: loss,
+        gradient norm, and stop (), float64, all of them summed over processes; it does the same in
+        every step of a phase, and never waits for the device but in a phase's first
+    opt: fused AdamW of training/optimizer.py
+    shape: (B, T), of this process's share; B may be 0
+    ranks: processes of the job"""
 
     def __init__(
         self,
-        gradients: Callable[[Tensor, Tensor], Tensor],
+        gradients: Callable[[Tensor, Tensor, Tensor], Tensor],
         opt: torch.optim.AdamW,
         shape: tuple[int, int],
         device: torch.device,
+        ranks: int = 1,
     ):
         self.gradients = gradients
         self.opt = opt
+        self.ranks = ranks
         self.on_gpu = device.type == "cuda"
         self.x = torch.zeros(shape, dtype=torch.int64, device=device)
         self.y = torch.zeros_like(self.x)
         self.rates = torch.zeros(len(opt.param_groups), device=device)
-        self.numbers = torch.zeros(2, dtype=torch.float64, device=device)
+        self.stop = torch.zeros((), dtype=torch.float64, device=device)
+        self.numbers = torch.zeros(3, dtype=torch.float64, device=device)
         self.bad = torch.zeros((), device=device)  # 1 once a loss or norm was not finite
         # One stream for warming up and recording: autograd remembers where gradients were added.
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
         self.phase: object = self  # none yet
-        self.run: Callable[[], None] = self.once
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.free = [Flight(shape, len(self.rates), self.on_gpu) for _ in range(LATE)]
         self.under_way: deque[Flight] = deque()
 
@@ -124,20 +162,27 @@ class CapturedStep:
     def once(self) -> None:
         """Do the whole step, on the device alone: this is what is recorded."""
         self.opt.zero_grad(set_to_none=True)
-        self.numbers.copy_(self.gradients(self.x, self.y))
+        self.numbers.copy_(self.gradients(self.x, self.y, self.stop))
         self.bad.copy_(self.bad.bool() | ~self.numbers.isfinite().all())
         self.opt.step()
 
+    def run(self) -> None:
+        """Let the device do the step, once it is prepared."""
+        if self.graph is None:
+            self.once()
+        else:
+            self.graph.replay()
+
     def prepare(self) -> None:
         """Make self.run do the step of the phase that begins. Steps that warm up are bad ones, so
-        they change nothing. ValueError where the step asks the device for something."""
+        they change nothing. CannotRecord where the step asks the device for something."""
         for group, rate in zip(self.opt.param_groups, self.rates, strict=True):
             group["lr"] = rate
         self.opt.found_inf = self.bad
         was_bad = self.bad.clone()
         self.bad.fill_(1)
         if self.on_gpu:
-            self.run = self.record()
+            self.record()
         else:
             self.warm_up()
         self.bad.copy_(was_bad)
@@ -146,28 +191,37 @@ class CapturedStep:
         for _ in range(WARM):
             self.once()
 
-    def record(self) -> Callable[[], None]:
-        """Record the step; returns what replays it."""
+    def record(self) -> None:
+        """Record the step, and let self.run replay it."""
         torch.cuda.synchronize()
-        self.run = self.once  # the last phase's graph goes, and its memory
+        self.close()  # the last phase's graph goes, and its memory
         with torch.cuda.stream(self.stream):
             self.warm_up()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        # NCCL's own thread asks for events meanwhile, which is no fault of the step's
+        mode = "thread_local" if self.ranks > 1 else "global"
         try:
             self.set_in_groups(capturable=True)
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
                 self.once()
             self.set_in_groups(capturable=False)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as e:
+            if isinstance(e, torch.OutOfMemoryError) and self.ranks == 1:
+                raise
             why = str(e.__context__ or e).splitlines()[0]
-            raise ValueError(
+            raise CannotRecord(
                 f"the step cannot be recorded as a CUDA graph: {why}; "
                 "train.py --capture=false runs it kernel by kernel"
             ) from e
-        return graph.replay
+        self.graph = graph
+
+    def close(self) -> None:
+        """Let the graph go, once the device is done: NCCL cannot end while one holds its sums."""
+        if self.graph is not None:
+            torch.cuda.synchronize()
+            self.graph.reset()
+            self.graph = None
 
     def set_in_groups(self, **settings) -> None:
         for group in self.opt.param_groups:
@@ -181,10 +235,18 @@ class CapturedStep:
         return not self.free
 
     def begin(
-        self, x: Tensor, y: Tensor, *, step: int, lr: float, seed: int, phase: object = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        step: int,
+        lr: float,
+        seed: int,
+        phase: object = None,
+        stop: bool = False,
     ) -> None:
-        """Begin an optimizer step on x, y (B, T) at rate lr; seed: of its dropout. ValueError for
-        another shape, IndexError where `is_full`."""
+        """Begin an optimizer step on x, y (B, T) at rate lr; seed: of its dropout; stop: whether
+        this process was told to. ValueError for another shape, IndexError where `is_full`."""
         shape = tuple(self.x.shape)
         check(
             x.shape == y.shape == shape,
@@ -199,13 +261,11 @@ class CapturedStep:
         if phase != self.phase:
             self.prepare()
             self.phase = phase
-        flight.x.copy_(x)
-        flight.y.copy_(y)
-        for i, group in enumerate(self.opt.param_groups):
-            flight.rates[i] = lr * group["rate"]
+        flight.fill(x, y, [lr * group["rate"] for group in self.opt.param_groups], stop)
         self.x.copy_(flight.x, non_blocking=True)
         self.y.copy_(flight.y, non_blocking=True)
         self.rates.copy_(flight.rates, non_blocking=True)
+        self.stop.copy_(flight.stop, non_blocking=True)
         torch.manual_seed(seed)
         self.run()
         flight.numbers.copy_(self.numbers, non_blocking=True)
@@ -217,7 +277,7 @@ class CapturedStep:
         where there is none."""
         flight = self.under_way.popleft()
         flight.end.synchronize()
-        loss, norm = flight.numbers.tolist()
+        loss, norm, stop = flight.numbers.tolist()
         seconds = flight.since.elapsed_time(flight.end) / 1e3
         self.free.append(flight)
-        return Result(flight.step, flight.lr, loss, norm, seconds)
+        return Result(flight.step, flight.lr, loss, norm, seconds, bool(stop))

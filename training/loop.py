@@ -5,7 +5,8 @@ seeded anew at every step. So evaluation and sampling cannot change training, an
 needs no stored generator state to repeat itself bit for bit. Gradients are summed over micro-steps
 and ranks with the weight each sequence has in the global batch, while the backward pass runs
 (training/world.py): any split of a batch, uneven or empty shares too, means the same step. On one
-GPU a step is a CUDA graph, and what it logs comes a few steps late (training/captured.py).
+GPU a step is a CUDA graph, and what it logs comes a few steps late (training/captured.py); on
+several with --capture_ranks.
 
     torchrun --nproc_per_node=2 -- train.py --stage=pretrain
 """
@@ -42,7 +43,7 @@ from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from tasks.text import answers_loss, mean_loss
-from training.captured import CapturedStep, Result
+from training.captured import CapturedStep, Result, why_not_captured
 from training.distillation import continuation_loss, distillation_loss
 from training.messages import end_of, start_of
 from training.optimizer import (
@@ -227,25 +228,13 @@ def gradients(
     before_last = None if cfg.shard else sums.start
     on_device = (x.to(w.device), y.to(w.device))
     numbers[0] = add_gradients(stage, forward, *on_device, cfg, before_last)
-    numbers = sums.finish(numbers)
+    numbers = torch.cat([numbers, sums.has()])
+    sums.finish(numbers)
     norm = clip(stage.params, cfg.grad_clip or math.inf, w)
     # the step's one wait for the device
     norm, total, stopped, *has = torch.cat([norm.double()[None], numbers]).tolist()
     sums.drop(has)
     return total, norm, bool(stopped)
-
-
-def why_not_captured(stage: Stage, cfg: TrainConfig, w: World) -> str:
-    """Why a stage's steps are not CUDA graphs, in words; "" where they are."""
-    if w.device.type != "cuda":
-        return "there is no GPU"
-    if not cfg.capture:
-        return "--capture=false"
-    if w.size > 1:
-        return "sums over processes are not captured"
-    if stage.kv.kv == "select":
-        return "the host looks at windows and their tokens"
-    return ""
 
 
 def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
@@ -291,9 +280,12 @@ class Trainer:
         self.bar: tqdm | None = None
         self.why_not_captured = why_not_captured(stage, cfg, w)
         self.captured: CapturedStep | None = None
+        self.has: dict[tuple, list[float]] = {}  # by phase: ranks with a gradient, by parameter
+        self.told = False  # whether any rank was told to stop, as captured steps say it
         if not self.why_not_captured:
-            shape = (stage.batch_size, stage.window)
-            self.captured = CapturedStep(self.device_gradients, self.opt, shape, w.device)
+            mine, _ = training_batch(stage, 0, w)
+            gradients_of = self.device_gradients
+            self.captured = CapturedStep(gradients_of, self.opt, mine.shape, w.device, w.size)
 
     @property
     def config(self) -> dict:
@@ -317,6 +309,7 @@ class Trainer:
         finally:
             if self.captured is not None:  # its memory goes with it
                 self.opt.zero_grad()
+                self.captured.close()
                 self.captured = None
 
     def run_steps(self, stop: checkpoint.GracefulStop) -> None:
@@ -343,7 +336,9 @@ class Trainer:
         if self.captured is None:
             stopping = self.eager_step(lr, stopping)
         else:
-            self.begin_step(lr)
+            self.begin_step(lr, stopping)
+            if self.w.size > 1:  # all hear of it some steps late, before the same step
+                stopping = self.told
         self.step += 1
         self.bar.update()
         return stopping
@@ -360,33 +355,45 @@ class Trainer:
         self.note(Result(self.step, lr, loss, norm, self.clock() - start))
         return stop
 
-    def begin_step(self, lr: float) -> None:
-        """Begin a captured step, and log one begun some steps ago."""
-        s = self.s
-        x, y = training_batch(s, self.step, self.w)
+    def begin_step(self, lr: float, stop: bool) -> None:
+        """Begin a captured step, and log one begun some steps ago. stop: whether this rank was
+        told to."""
+        x, y = training_batch(self.s, self.step, self.w)
         if self.captured.is_full:
             self.take()
-        phase = (s.groups_kept(self.step), s.warming(self.step))
-        seed = dropout_seed(s, self.step, self.w)
-        self.captured.begin(x, y, step=self.step, lr=lr, seed=seed, phase=phase)
+        about = dict(step=self.step, lr=lr, seed=dropout_seed(self.s, self.step, self.w))
+        self.captured.begin(x, y, **about, phase=self.phase, stop=stop)
 
-    def device_gradients(self, x: Tensor, y: Tensor) -> Tensor:
-        """Fill .grad from x, y on the device, clipped: loss and norm, (2,) float64, for
-        CapturedStep."""
+    @property
+    def phase(self) -> tuple[int, bool]:
+        """What of this step Python decides: value groups kept, and whether it warms up."""
+        return self.s.groups_kept(self.step), self.s.warming(self.step)
+
+    def device_gradients(self, x: Tensor, y: Tensor, stop: Tensor) -> Tensor:
+        """Fill .grad from x, y on the device, clipped, and return loss, norm and the sum of stop
+        (), as CapturedStep wants them."""
         self.set_kept()
-        loss = add_gradients(self.s, self.forward, x, y, self.cfg)
+        sums = GradientSums(self.s.params, self.w)
+        loss = add_gradients(self.s, self.forward, x, y, self.cfg, sums.start)
+        numbers = torch.stack((loss, stop))
+        sums.finish(numbers)
+        if self.w.size > 1:
+            if self.phase not in self.has:  # it warms up: the host may ask
+                self.has[self.phase] = self.w.sum(sums.has()).tolist()
+            sums.drop(self.has[self.phase])
         norm = clip(self.s.params, self.cfg.grad_clip or math.inf, self.w)
-        return torch.stack((loss, norm.double()))
+        return torch.stack((numbers[0], norm.double(), numbers[1]))
 
     def set_kept(self) -> None:
         """Let the model read what this step reads: value groups, or whole values."""
-        s = self.s
-        kv_router.set_kept(s.model, s.groups_kept(self.step), whole=s.warming(self.step))
+        n_groups, whole = self.phase
+        kv_router.set_kept(self.s.model, n_groups, whole=whole)
 
     def take(self) -> None:
         """Check and log the oldest step that has begun."""
         r = self.captured.take()
         self.check_finite(r.step, r.lr, r.loss, r.norm)
+        self.told |= r.stop
         self.note(r)
 
     def settle(self) -> None:

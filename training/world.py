@@ -28,6 +28,10 @@ GOODBYE = b"."  # what a process that has done its part sends
 PEER_GONE = 4  # exit code of a process that ends because another did
 
 
+class CannotRecord(ValueError):
+    """An optimizer step that cannot be recorded as a CUDA graph: why, and what to do."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among its peers."""
@@ -77,6 +81,10 @@ def world(device_name: str):
         with ended_by_sigterm():
             yield World(rank, size, device)
         peers.say_goodbye()
+    except CannotRecord as e:
+        # NCCL may wait for ever for what was recorded in part: nothing is taken down.
+        print(f"rank {rank} of {size}: {e}", file=sys.stderr, flush=True)
+        os._exit(2)
     except RuntimeError:
         # If a peer went, the watch says so and ends this process meanwhile; torchrun's signal,
         # which comes then, would end it unsaid.
@@ -231,24 +239,25 @@ class GradientSums:
             p.grad = g.view_as(p)
         self.works.append(self.w.start_sum(flat))
 
-    def finish(self, numbers: Tensor) -> Tensor:
+    def has(self) -> Tensor:
+        """After the backward pass: 1 for each parameter that this rank has a gradient of, else 0,
+        (n_params,) float64, on the device. Summed over the ranks it is for drop."""
+        has = [float(p.grad is not None and p not in self.absent) for p in self.params]
+        return torch.tensor(has, dtype=torch.float64).to(self.w.device, non_blocking=True)
+
+    def finish(self, numbers: Tensor) -> None:
         """After the backward pass: all sums are in .grad, of absent gradients as zeros. numbers
-        (n,) float64 are summed, too, and returned, followed by how many ranks have a gradient of
-        each parameter (for drop)."""
+        (n,) float64 are summed, too, in place."""
         for hook in self.hooks:
             hook.remove()
         while len(self.works) < len(self.buckets):
             self._send()
-        has = [float(p not in self.absent) for p in self.params]
-        counts = torch.tensor(has, dtype=numbers.dtype).to(numbers.device, non_blocking=True)
-        numbers = torch.cat([numbers, counts])
-        self.w.sum(numbers)
         for work in self.works:
             work.wait()
-        return numbers
+        self.w.sum(numbers)
 
     def drop(self, has: list[float]) -> None:
-        """Take the zeros away of what no rank has a gradient of, by the counts from finish."""
+        """Take the zeros away of what no rank has a gradient of. has: summed over the ranks."""
         for p, n in zip(self.params, has, strict=True):
             if not n:
                 p.grad = None

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from kernels import load_queries, query_rows
 from storage.kernel_base import (
+    TRITON,
     capped,
     dense_rows,
     jit,
@@ -280,29 +281,31 @@ def _key_sums_kernel(
         at = t[:, None] * D + dim
         low = tl.load(keys_ptr + at, mask=there, other=0.0, eviction_policy="evict_first")
         high = tl.load(keys_ptr + at + D // 2, mask=there, other=0.0, eviction_policy="evict_first")
+        if not IN_ORDER:
+            position = tl.load(position_ptr + t, mask=live, other=0)
+            angle = position[:, None] * (D // 2) + dim
+            cos = tl.load(cos_ptr + angle, mask=there, other=0.0)
+            sin = tl.load(sin_ptr + angle, mask=there, other=0.0)
+        raw_low, raw_high = turn_back(low, high, cos, sin)
+        raw_low = tl.trans(raw_low)
+        raw_high = tl.trans(raw_high)
         logits = product(high, q_high, product(low, q_low, none))
         logits = capped(logits * scale, CAP)
         logits = tl.where(live[:, None], logits, float("-inf"))
         m, den, p, alpha = weigh_columns(logits, m, den)
         p = p.to(low.dtype)
         if IN_ORDER:
-            raw_low, raw_high = turn_back(low, high, cos, sin)
-            tile_low = product(tl.trans(raw_low), p, nothing)
-            tile_high = product(tl.trans(raw_high), p, nothing)
             first_angle = (first_position + t0) * (D // 2) + half
             first_cos = tl.load(cos_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
             first_sin = tl.load(sin_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
+            tile_low = product(raw_low, p, nothing)
+            tile_high = product(raw_high, p, nothing)
             tile_low, tile_high = turn_back(tile_low, tile_high, first_cos, first_sin)
             sum_low = sum_low * alpha[None, :] + tile_low
             sum_high = sum_high * alpha[None, :] + tile_high
         else:
-            position = tl.load(position_ptr + t, mask=live, other=0)
-            angle = position[:, None] * (D // 2) + dim
-            cos = tl.load(cos_ptr + angle, mask=there, other=0.0)
-            sin = tl.load(sin_ptr + angle, mask=there, other=0.0)
-            raw_low, raw_high = turn_back(low, high, cos, sin)
-            sum_low = product(tl.trans(raw_low), p, sum_low * alpha[None, :])
-            sum_high = product(tl.trans(raw_high), p, sum_high * alpha[None, :])
+            sum_low = product(raw_low, p, sum_low * alpha[None, :])
+            sum_high = product(raw_high, p, sum_high * alpha[None, :])
         if not ALONE:
             if K > 0:
                 offset = t * K
@@ -381,6 +384,28 @@ def can_sum_keys(q: Tensor, packed: PackedView) -> bool:
     return packed.ints is None and q.size(-1) <= 256
 
 
+def query_columns(q: Tensor, rows: int) -> int:
+    """Choose how many of the rows of queries a program takes: 8 columns of a product suffice, but
+    Triton 3.2 wants 16."""
+    if rows <= 8 and TRITON >= (3, 5):
+        return 8
+    return query_rows(q, rows)
+
+
+def launch_settings(dtype: torch.dtype, M: int, DP: int) -> tuple[int, int, int]:
+    """Choose tokens of a tile, warps and stages for M query rows and heads of DP numbers.
+
+    By what is issued for a token, as compiled for an H100, without spilled registers; not by time
+    (docs/log.md)."""
+    if dtype == torch.float32:
+        return 16, 4, 1
+    if M == 8 and DP <= 64:
+        return 32, 1, 1
+    if M <= 16 and DP <= 128:
+        return 64, 4, 2
+    return 32, 4, 2
+
+
 def attend_with_key_sums(
     q: Tensor,
     packed: PackedView,
@@ -417,10 +442,9 @@ def attend_with_key_sums(
         cos = cos.to(q.dtype)  # of every token: half the bytes
         sin = sin.to(q.dtype)
     d = D // packed.n_groups
-    wide = q.dtype == torch.float32
-    rows = H // Hkv * T
-    M = 8 if rows <= 8 else query_rows(q, rows)
-    N = 16 if wide else 64
+    M = query_columns(q, H // Hkv * T)
+    DP = max(16, triton.next_power_of_2(D))
+    N, warps, stages = launch_settings(q.dtype, M, DP)
     constants = dict(
         D=D,
         S=packed.n_groups,
@@ -428,13 +452,13 @@ def attend_with_key_sums(
         TILE=packed.tile,
         M=M,
         N=N,
-        DP=max(16, triton.next_power_of_2(D)),
+        DP=DP,
         HALF=max(16, triton.next_power_of_2(D // 2)),
         ALONE=packed.keys_alone,
         WINDOW=window is not None,
         ALIGN=d & -d,
         IN_ORDER=in_order,
-        STAGES=1 if wide else 2,
+        STAGES=stages,
         CAP=cap,
     )
     reads = dict(
@@ -445,7 +469,7 @@ def attend_with_key_sums(
         positions=len(cos),
     )
     sums = 1 if packed.keys_alone and window is None else 2
-    variant = Variant(_key_sums_kernel, M, N, 4, constants, reads, sums, torch.float32)
+    variant = Variant(_key_sums_kernel, M, N, warps, constants, reads, sums, torch.float32)
     window = window or WindowView(q[:, :, :0], q[:, :, :0], None, packed.n.new_zeros(B))
     if window.k.numel():
         assert window.k.is_contiguous() and window.v.is_contiguous(), "a window is read by address"

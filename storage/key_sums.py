@@ -281,7 +281,11 @@ def _key_sums_kernel(
         at = t[:, None] * D + dim
         low = tl.load(keys_ptr + at, mask=there, other=0.0, eviction_policy="evict_first")
         high = tl.load(keys_ptr + at + D // 2, mask=there, other=0.0, eviction_policy="evict_first")
-        if not IN_ORDER:
+        if IN_ORDER:
+            first_angle = (first_position + t0) * (D // 2) + half
+            first_cos = tl.load(cos_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
+            first_sin = tl.load(sin_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
+        else:
             position = tl.load(position_ptr + t, mask=live, other=0)
             angle = position[:, None] * (D // 2) + dim
             cos = tl.load(cos_ptr + angle, mask=there, other=0.0)
@@ -295,9 +299,6 @@ def _key_sums_kernel(
         m, den, p, alpha = weigh_columns(logits, m, den)
         p = p.to(low.dtype)
         if IN_ORDER:
-            first_angle = (first_position + t0) * (D // 2) + half
-            first_cos = tl.load(cos_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
-            first_sin = tl.load(sin_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
             tile_low = product(raw_low, p, nothing)
             tile_high = product(raw_high, p, nothing)
             tile_low, tile_high = turn_back(tile_low, tile_high, first_cos, first_sin)

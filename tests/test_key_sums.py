@@ -10,7 +10,7 @@ import pytest
 import torch
 from views import finite, packed_view, to_device, window_view
 
-from storage import from_keys
+from storage import from_keys, key_sums
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.kernel_base import triton
 from storage.layout import PackedView, merge_softmax, packed_attention_ref, top_k_mask
@@ -110,6 +110,17 @@ def test_tiles_of_tokens_in_order_begin_anywhere(first, dtype):
         q, packed, maps = drawn(SHAPES["80, counted"], lengths, dtype)
         used = first + max(lengths)
         compare(q, packed, maps._replace(cos=maps.cos[:used], sin=maps.sin[:used]), first)
+
+
+@pytest.mark.parametrize("N", [32, 64])
+def test_a_tile_may_have_more_tokens(N, monkeypatch):
+    """Tiles of the sizes that 16-bit numbers have, in float32, tables shorter than a tile too."""
+    monkeypatch.setattr(key_sums, "launch_settings", lambda *_: (N, 4, 1))
+    for lengths in ([9], [N + 1, 0, 2 * N]):
+        q, packed, maps = drawn(SHAPES["48, many queries"], lengths, torch.float32)
+        maps = maps._replace(cos=maps.cos[: 3 + max(lengths)], sin=maps.sin[: 3 + max(lengths)])
+        compare(q, packed, maps, 3)
+        compare(q, packed, maps, torch.arange(3, 3 + max(lengths), device=DEVICE)[None])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

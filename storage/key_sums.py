@@ -16,7 +16,7 @@ product with W is one small matrix product of a step. A key and a row are read o
 Where the tokens of a segment follow each other, R(-t0 - i) = R(-t0) R(-i) for token i of a tile
 that begins at t0: keys of all tiles are turned by the same N angles, which a program reads once,
 and the sum of a tile by one more. Elsewhere (chosen tokens) every token reads its cos and sin, D
-float32 numbers, as many bytes as a whole key and value.
+numbers, as many bytes as its key.
 
     sums, lse = attend_with_key_sums(q, packed, None, cos, sin, position)
     rows, keys = sums.chunk(2, -1)                       # out = rows + keys @ W
@@ -297,6 +297,12 @@ def _key_sums_kernel(
         logits = product(high, q_high, product(low, q_low, none))
         logits = capped(logits * scale, CAP)
         logits = tl.where(live[:, None], logits, float("-inf"))
+        if not ALONE:
+            if K > 0:
+                offset = t * K
+            value = load_rows(rows_ptr, bits, offset, D, S, DP, ALIGN)
+            # Masks of the next tile, while this one's rows are on their way.
+            bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t + N, end, K, TILE)
         m, den, p, alpha = weigh_columns(logits, m, den)
         p = p.to(low.dtype)
         if IN_ORDER:
@@ -309,11 +315,6 @@ def _key_sums_kernel(
             sum_low = product(raw_low, p, sum_low * alpha[None, :])
             sum_high = product(raw_high, p, sum_high * alpha[None, :])
         if not ALONE:
-            if K > 0:
-                offset = t * K
-            value = load_rows(rows_ptr, bits, offset, D, S, DP, ALIGN)
-            # Masks of the next tile, while this one's rows are on their way.
-            bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t + N, end, K, TILE)
             stored = product(tl.trans(value), p, stored * alpha[None, :])
         elif WINDOW:
             stored *= alpha[None, :]
@@ -428,8 +429,9 @@ def attend_with_key_sums(
     cap, chunk: see kernels.packed_attention
     Returns the sums of rows and of keys beside one another, (B, H, T, 2 D) float32, or those of
     keys alone where no token has rows and no window is given, (B, H, T, D), and lse (B, H, T) as
-    packed_attention. Keys turned back and weights are rounded to the dtype of keys, as
-    kernels.softmax_step rounds weights. Source: equation (1) of storage/from_keys.py."""
+    packed_attention. Angles of a tile or a token, keys turned back and weights are rounded to the
+    dtype of keys, as kernels.softmax_step rounds weights. Source: equation (1) of
+    storage/from_keys.py."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
     in_order = isinstance(position, int)

@@ -39,6 +39,14 @@ def numbers(k: Tensor, pad: Tensor | None) -> Tensor:
     return number if pad is None else number - pad[:, None]
 
 
+def slot_positions(position: int | Tensor, n: int, device: torch.device) -> Tensor:
+    """Return the positions of the first n slots of a segment, (1, n) or (..., n), for a position as
+    attend_predicted has it."""
+    if isinstance(position, int):
+        return torch.arange(position, position + n, device=device)[None]
+    return position[..., :n]
+
+
 class FromKeys(NamedTuple):
     """The linear map of one layer from keys before RoPE to value coordinates."""
 
@@ -99,11 +107,11 @@ def told_by_keys(raw: Tensor, weight: Tensor) -> Tensor:
 
 
 def attend_predicted_ref(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float = 0.0
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: int | Tensor, cap: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Compute attend_predicted by writing every predicted value out."""
     k, r, _, _ = packed.unpack()
-    position = position[..., : k.size(2)]
+    position = slot_positions(position, k.size(2), q.device)
     if from_keys.own_head:
         raw = from_keys.before_rope(k, position)
         z = r + told_by_keys(raw, from_keys.weight)
@@ -116,7 +124,7 @@ def attend_predicted(
     q: Tensor,
     packed: PackedView,
     from_keys: FromKeys,
-    position: Tensor,
+    position: int | Tensor,
     cap: float = 0.0,
     impl: str = "auto",
     chunk: int = 0,
@@ -128,7 +136,8 @@ def attend_predicted(
 
     packed: of at most N tokens in a segment; maps of all heads want whole keys, with the same
         room for every segment, as PackedCache has it
-    position: of the slots of a segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads
+    position: of the first slot of every segment where the others follow it; else of each slot of a
+        segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads, int64
     impl: see storage/kernel_base.py; cap, chunk: see kernels.packed_attention
     window: newer tokens with whole values, value coordinates, too; or None
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""
@@ -166,7 +175,7 @@ def told_by_sums(sums: Tensor, weight: Tensor) -> Tensor:
 
 
 def _attend_plainly(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: int | Tensor, cap: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attend_predicted with the weights of all tokens in memory."""
     with torch.autocast(q.device.type, enabled=False):
@@ -178,14 +187,14 @@ def _attend_plainly(
 
 
 def _read_told(
-    q: Tensor, packed: PackedView, from_keys: FromKeys, position: Tensor, cap: float
+    q: Tensor, packed: PackedView, from_keys: FromKeys, position: int | Tensor, cap: float
 ) -> tuple[Tensor, Tensor]:
     """Let queries read what keys tell of values, without the rows: out (B, H, T, D) and lse
     (B, H, T), float32 at least."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
     N = int(packed.n.max()) if packed.n.numel() else 0
-    position = position[..., :N]
+    position = slot_positions(position, N, q.device)
     if from_keys.own_head:
         k = packed.unpack(q.dtype)[0]
     else:

@@ -44,7 +44,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 @jit
 def popcount(x):
-    """Count the bits set in each uint32 or uint64, int32; the compiler knows the idiom."""
+    """Count the bits set in each uint32 or uint64, int32."""
     if x.dtype == tl.uint64:
         x = x - ((x >> 1) & 0x5555555555555555)
         x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
@@ -66,6 +66,23 @@ def as_word(bits, BITS: tl.constexpr):
         return bits.to(tl.uint16, bitcast=True).to(tl.uint32)
     else:
         return bits.to(tl.uint32)
+
+
+@jit
+def kept_before(word, group, BITS: tl.constexpr):
+    """Count the kept groups of masks `word`, of BITS bits and as as_word returns them, that come
+    before `group`, int32."""
+    one = tl.full([1, 1], 1, word.dtype)
+    earlier = (one << group) - one
+    if BITS > 8:
+        return popcount(word & earlier)
+    else:
+        # At most 7 bits come before: of five copies of them end to end every fourth bit is another
+        # one, and a product adds the eight up. Half as long as popcount, and the constants of a
+        # group are the same for all masks.
+        copies = (word & 0x7F) * 0x00204081
+        wanted = earlier * 0x00204081 & 0x11111111
+        return ((copies & wanted) * 0x11111111 >> 28).to(tl.int32)
 
 
 @jit
@@ -125,7 +142,7 @@ def load_rows(
     one = tl.full([1, 1], 1, word.dtype)
     group = (dim // (D // S)).to(word.dtype)
     kept = ((word >> group) & one) != 0
-    row_of = offset[:, None] + popcount(word & ((one << group) - one))
+    row_of = offset[:, None] + kept_before(word, group, S)
     place = row_of * (D // S) + dim % (D // S)
     if ALIGN > 1:
         # Numbers of a group lie side by side: loads may be as wide as that allows.

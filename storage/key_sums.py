@@ -8,14 +8,21 @@ both sums have the weights of one softmax, and the keys of the first have been r
 idea: a program that has a tile of keys for its logits turns it back by its positions, a key whose
 halves are (low, high) at an angle t into what RoPE made it from
 
-    (low cos t + high sin t, high cos t - low sin t)
+    R(-t) (low, high) = (low cos t + high sin t, high cos t - low sin t)                         (2)
 
 and adds it up beside the rows. Pieces are joined as ever, their accumulators twice as wide; the
-product with W is one small matrix product of a step. A key and a row are read once; the tables'
-cos t and sin t, D numbers a token, are the same for all heads and sequences whose tokens are.
+product with W is one small matrix product of a step. A key and a row are read once.
+
+Where the tokens of a segment follow each other, R(-t0 - i) = R(-t0) R(-i) for token i of a tile
+that begins at t0: keys of all tiles are turned by the same N angles, which a program reads once,
+and the sum of a tile by one more. Elsewhere (chosen tokens) every token reads its cos and sin, D
+numbers, as many bytes as its key.
 
     sums, lse = attend_with_key_sums(q, packed, None, cos, sin, position)
     rows, keys = sums.chunk(2, -1)                       # out = rows + keys @ W
+
+Few queries read many tokens, and a product has 16 rows at least, or 64, but 8 columns: so logits
+are (N, M) here, and sums (D, M), tokens and numbers in the rows, queries in the columns.
 
 A window whose values have the coordinates of rows is read by the same programs. The plain form is
 attend_predicted (storage/from_keys.py), and what else there is keeps it: keys in few bits, and maps
@@ -29,8 +36,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import load_queries, query_rows, read_window, softmax_weights
+from kernels import load_queries, query_rows
 from storage.kernel_base import (
+    TRITON,
     capped,
     dense_rows,
     jit,
@@ -42,6 +50,63 @@ from storage.kernel_base import (
 )
 from storage.layout import PackedView, WindowView
 from storage.pieces import Variant, attend_in_pieces, find_piece, segment_pieces, store_rows
+
+
+@jit
+def turn_back(low, high, cos, sin):
+    """Turn halves of keys, or of sums of keys, back: equation (2)."""
+    return low * cos + high * sin, high * cos - low * sin
+
+
+@jit
+def weigh_columns(logits, m, den):
+    """Do what kernels.softmax_weights does for logits (N, M): a column for each query."""
+    top = tl.maximum(m, tl.max(logits, 0))
+    base = tl.where(top == float("-inf"), 0.0, top)  # nothing has been read yet
+    p = tl.exp2(logits - base[None, :])
+    alpha = tl.exp2(m - base)
+    return top, den * alpha + tl.sum(p, 0), p, alpha
+
+
+@jit
+def read_window_columns(
+    q,
+    m,
+    den,
+    acc,
+    k_ptr,
+    v_ptr,
+    row,
+    start,
+    end,
+    first,
+    count,
+    W,
+    n,
+    T,
+    scale,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    DP: tl.constexpr,
+    STAGES: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Do what kernels.read_window does for queries (DP, M) and an accumulator (DP, M)."""
+    dim = tl.arange(0, DP)[None, :]
+    none = tl.zeros([N, q.shape[1]], tl.float32)
+    for t0 in tl.range(start, end, N, num_stages=STAGES):
+        t = t0 + tl.arange(0, N)
+        number = (t - first + W) % W  # of the token in the slot, oldest 0
+        live = (t < end) & (number < count)
+        there = live[:, None] & (dim < D)
+        key = tl.load(k_ptr + t[:, None] * D + dim, mask=there, other=0.0)
+        value = tl.load(v_ptr + t[:, None] * D + dim, mask=there, other=0.0)
+        seen = live[:, None] & (number[:, None] <= count - T + (row // n % T)[None, :])
+        logits = capped(product(key, q, none) * scale, CAP)
+        logits = tl.where(seen, logits, float("-inf"))
+        m, den, p, alpha = weigh_columns(logits, m, den)
+        acc = product(tl.trans(value), p.to(value.dtype), acc * alpha[None, :])
+    return m, den, acc
 
 
 @jit
@@ -81,6 +146,8 @@ def _key_sums_kernel(
     n_stride_h,
     position_stride_b,
     position_stride_h,
+    first_position,
+    positions,
     q_stride_b,
     q_stride_h,
     q_stride_t,
@@ -97,6 +164,7 @@ def _key_sums_kernel(
     ALONE: tl.constexpr,
     WINDOW: tl.constexpr,
     ALIGN: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
 ):
@@ -104,8 +172,9 @@ def _key_sums_kernel(
     keys are ALONE, and of keys before RoPE. Slots of the window, where there is a WINDOW, come
     first: no key has been summed then that would have to be weighed anew.
 
-    low, high: the halves of a query, a key, a sum. HALF: D/2 rounded up to a power of 2; the rest
-    as in kernels._attention_kernel."""
+    low, high: the halves of a query, a key, a sum. HALF: D/2 rounded up to a power of 2
+    IN_ORDER: token t of every segment has the position first_position + t, else position_ptr tells
+    The rest as in kernels._attention_kernel."""
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -125,7 +194,8 @@ def _key_sums_kernel(
     b = seg // Hkv
     h = seg % Hkv
     keys_ptr += tl.load(token_base_ptr + seg) * D
-    position_ptr += b.to(tl.int64) * position_stride_b + h * position_stride_h
+    if not IN_ORDER:
+        position_ptr += b.to(tl.int64) * position_stride_b + h * position_stride_h
     if not ALONE:
         mask_seg = b * Hm + (h if Hm > 1 else 0)
         mask_base = tl.load(mask_base_ptr + mask_seg)
@@ -156,16 +226,20 @@ def _key_sums_kernel(
     q_high = load_queries(
         high_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D // 2, HALF
     )
+    q_low = tl.trans(q_low)
+    q_high = tl.trans(q_high)
     m = tl.full([M], float("-inf"), tl.float32)
     den = tl.zeros([M], tl.float32)
-    stored = tl.zeros([M, DP], tl.float32)
-    sum_low = tl.zeros([M, HALF], tl.float32)
-    sum_high = tl.zeros([M, HALF], tl.float32)
-    none = tl.zeros([M, N], tl.float32)
+    stored = tl.zeros([DP, M], tl.float32)
+    sum_low = tl.zeros([HALF, M], tl.float32)
+    sum_high = tl.zeros([HALF, M], tl.float32)
+    none = tl.zeros([N, M], tl.float32)
+    nothing = tl.zeros([HALF, M], tl.float32)
 
     if WINDOW:
-        m, den, stored = read_window(
-            load_queries(q_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D, DP),
+        q = load_queries(q_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D, DP)
+        m, den, stored = read_window_columns(
+            tl.trans(q),
             m,
             den,
             stored,
@@ -186,35 +260,64 @@ def _key_sums_kernel(
             STAGES,
             CAP,
         )
-    dim = tl.arange(0, HALF)[None, :]
+    half = tl.arange(0, HALF)
+    dim = half[None, :]
     start = piece * size
     end = tl.minimum((piece + 1) * size, n_packed)
+    if IN_ORDER:
+        number = tl.arange(0, N)[:, None]  # of a token in its tile
+        tile_angle = number * (D // 2) + dim
+        in_table = (number < positions) & (dim < D // 2)
+        cos = tl.load(cos_ptr + tile_angle, mask=in_table, other=0.0).to(q_low.dtype)
+        sin = tl.load(sin_ptr + tile_angle, mask=in_table, other=0.0).to(q_low.dtype)
+    if not ALONE:
+        bits, offset = load_masks(
+            bits_ptr, before_ptr, tile_rows_ptr, start + tl.arange(0, N), end, K, TILE
+        )
     for t0 in tl.range(start, end, N, num_stages=STAGES):
         t = t0 + tl.arange(0, N)
         live = t < end
-        there = live[:, None] & (dim < D // 2)
-        at = t[:, None] * D + dim
+        near = tl.minimum(t, end - 1)  # past the last token it is read again, with no weight
+        at = near[:, None] * D + dim
+        there = dim < D // 2
         low = tl.load(keys_ptr + at, mask=there, other=0.0, eviction_policy="evict_first")
         high = tl.load(keys_ptr + at + D // 2, mask=there, other=0.0, eviction_policy="evict_first")
-        position = tl.load(position_ptr + t, mask=live, other=0)
-        angle = position[:, None] * (D // 2) + dim
-        cos = tl.load(cos_ptr + angle, mask=there, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + angle, mask=there, other=0.0).to(tl.float32)
-        logits = product(q_high, tl.trans(high), product(q_low, tl.trans(low), none))
+        if IN_ORDER:
+            first_angle = (first_position + t0) * (D // 2) + half
+            first_cos = tl.load(cos_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
+            first_sin = tl.load(sin_ptr + first_angle, mask=half < D // 2, other=0.0)[:, None]
+        else:
+            position = tl.load(position_ptr + near)
+            angle = position[:, None] * (D // 2) + dim
+            cos = tl.load(cos_ptr + angle, mask=there, other=0.0)
+            sin = tl.load(sin_ptr + angle, mask=there, other=0.0)
+        raw_low, raw_high = turn_back(low, high, cos, sin)
+        raw_low = tl.trans(raw_low)
+        raw_high = tl.trans(raw_high)
+        logits = product(high, q_high, product(low, q_low, none))
         logits = capped(logits * scale, CAP)
-        logits = tl.where(live[None, :], logits, float("-inf"))
-        m, den, p, alpha = softmax_weights(logits, m, den)
-        raw_low = low * cos + high * sin
-        raw_high = high * cos - low * sin
-        p = p.to(low.dtype)
-        sum_low = product(p, raw_low.to(low.dtype), sum_low * alpha[:, None])
-        sum_high = product(p, raw_high.to(low.dtype), sum_high * alpha[:, None])
+        logits = tl.where(live[:, None], logits, float("-inf"))
         if not ALONE:
-            bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t, end, K, TILE)
+            if K > 0:
+                offset = t * K
             value = load_rows(rows_ptr, bits, offset, D, S, DP, ALIGN)
-            stored = product(p, value, stored * alpha[:, None])
+            # Masks of the next tile, while this one's rows are on their way.
+            bits, offset = load_masks(bits_ptr, before_ptr, tile_rows_ptr, t + N, end, K, TILE)
+        m, den, p, alpha = weigh_columns(logits, m, den)
+        p = p.to(low.dtype)
+        if IN_ORDER:
+            tile_low = product(raw_low, p, nothing)
+            tile_high = product(raw_high, p, nothing)
+            tile_low, tile_high = turn_back(tile_low, tile_high, first_cos, first_sin)
+            sum_low = sum_low * alpha[None, :] + tile_low
+            sum_high = sum_high * alpha[None, :] + tile_high
+        else:
+            sum_low = product(raw_low, p, sum_low * alpha[None, :])
+            sum_high = product(raw_high, p, sum_high * alpha[None, :])
+        if not ALONE:
+            stored = product(tl.trans(value), p, stored * alpha[None, :])
         elif WINDOW:
-            stored *= alpha[:, None]
+            stored *= alpha[None, :]
 
     place = tl.program_id(0) if SEGS > 0 else seg * parts + piece
     ROWS: tl.constexpr = WINDOW or not ALONE
@@ -227,7 +330,7 @@ def _key_sums_kernel(
             part_ml_ptr,
             m,
             den,
-            stored,
+            tl.trans(stored),
             seg,
             place,
             row,
@@ -247,7 +350,7 @@ def _key_sums_kernel(
         part_ml_ptr,
         m,
         den,
-        sum_low,
+        tl.trans(sum_low),
         seg,
         place,
         row,
@@ -265,7 +368,7 @@ def _key_sums_kernel(
         part_ml_ptr,
         m,
         den,
-        sum_high,
+        tl.trans(sum_high),
         seg,
         place,
         row,
@@ -284,13 +387,35 @@ def can_sum_keys(q: Tensor, packed: PackedView) -> bool:
     return packed.ints is None and q.size(-1) <= 256
 
 
+def query_columns(q: Tensor, rows: int) -> int:
+    """Choose how many of the rows of queries a program takes: 8 columns of a product suffice, but
+    Triton 3.2 wants 16."""
+    if rows <= 8 and TRITON >= (3, 5):
+        return 8
+    return query_rows(q, rows)
+
+
+def launch_settings(dtype: torch.dtype, M: int, DP: int) -> tuple[int, int, int]:
+    """Choose tokens of a tile, warps and stages for M query rows and heads of DP numbers.
+
+    By the instructions of a token, as compiled for an H100; no time has been measured
+    (docs/log.md)."""
+    if dtype == torch.float32:
+        return 16, 4, 1
+    if M == 8 and DP <= 128:
+        return 32, 1, 1
+    if M <= 16 and DP <= 128:
+        return 64, 4, 2
+    return 32, 4, 2
+
+
 def attend_with_key_sums(
     q: Tensor,
     packed: PackedView,
     window: WindowView | None,
     cos: Tensor,
     sin: Tensor,
-    position: Tensor,
+    position: int | Tensor,
     cap: float = 0.0,
     chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -298,21 +423,32 @@ def attend_with_key_sums(
     values among them, and keys of packed tokens before RoPE.
 
     cos, sin: (positions, D/2) of RoPE's angles
-    position: of the tokens of a segment, (B or 1, N) or (B or 1, 1 or Hkv, N) int64
+    position: of the first token of every segment where the others follow it (the angles of position
+        t are then t times those of 1, as RoPE's are); else of the tokens of a segment, (B or 1, N)
+        or (B or 1, 1 or Hkv, N) int64
     cap, chunk: see kernels.packed_attention
     Returns the sums of rows and of keys beside one another, (B, H, T, 2 D) float32, or those of
     keys alone where no token has rows and no window is given, (B, H, T, D), and lse (B, H, T) as
-    packed_attention. Keys turned back and weights are rounded to the dtype of keys, as
-    kernels.softmax_step rounds weights. Source: equation (1) of storage/from_keys.py."""
+    packed_attention. Angles of a tile or a token, keys turned back and weights are rounded to the
+    dtype of keys, as kernels.softmax_step rounds weights. Source: equation (1) of
+    storage/from_keys.py."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
-    if position.ndim == 2:
-        position = position[:, None]
-    position = dense_rows(position.expand(B, Hkv, -1))
+    in_order = isinstance(position, int)
+    if in_order:
+        where = dict(position_ptr=None, position_stride_b=0, position_stride_h=0)
+    else:
+        if position.ndim == 2:
+            position = position[:, None]
+        position = dense_rows(position.expand(B, Hkv, -1))
+        strides = dict(position_stride_b=position.stride(0), position_stride_h=position.stride(1))
+        where = dict(position_ptr=position, **strides)
+        cos = cos.to(q.dtype)  # of every token: half the bytes
+        sin = sin.to(q.dtype)
     d = D // packed.n_groups
-    wide = q.dtype == torch.float32
-    M = query_rows(q, H // Hkv * T)
-    N = 16 if wide else 32
+    M = query_columns(q, H // Hkv * T)
+    DP = max(16, triton.next_power_of_2(D))
+    N, warps, stages = launch_settings(q.dtype, M, DP)
     constants = dict(
         D=D,
         S=packed.n_groups,
@@ -320,23 +456,24 @@ def attend_with_key_sums(
         TILE=packed.tile,
         M=M,
         N=N,
-        DP=max(16, triton.next_power_of_2(D)),
+        DP=DP,
         HALF=max(16, triton.next_power_of_2(D // 2)),
         ALONE=packed.keys_alone,
         WINDOW=window is not None,
         ALIGN=d & -d,
-        STAGES=1 if wide else 2,
+        IN_ORDER=in_order,
+        STAGES=stages,
         CAP=cap,
     )
     reads = dict(
         cos_ptr=cos.contiguous(),
         sin_ptr=sin.contiguous(),
-        position_ptr=position,
-        position_stride_b=position.stride(0),
-        position_stride_h=position.stride(1),
+        **where,
+        first_position=position if in_order else 0,
+        positions=len(cos),
     )
     sums = 1 if packed.keys_alone and window is None else 2
-    variant = Variant(_key_sums_kernel, M, N, 4, constants, reads, sums, torch.float32)
+    variant = Variant(_key_sums_kernel, M, N, warps, constants, reads, sums, torch.float32)
     window = window or WindowView(q[:, :, :0], q[:, :, :0], None, packed.n.new_zeros(B))
     if window.k.numel():
         assert window.k.is_contiguous() and window.v.is_contiguous(), "a window is read by address"

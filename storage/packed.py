@@ -490,11 +490,10 @@ class PackedCache(WindowCache):
 
     # ---- writing
 
-    def packed_positions(self) -> Tensor:
-        """Return the numbers in their sequence of the tokens in the slots of a segment: (1, slots)
-        int64, for those that hold none, too, so that nothing waits for the device."""
-        first = self.codec.n_sinks
-        return torch.arange(first, first + self.cap, device=self.n_packed.device)[None]
+    def packed_positions(self) -> int:
+        """Return the number in its sequence of the first packed token of every segment; the others
+        follow it."""
+        return self.codec.n_sinks
 
     @torch.no_grad()
     def append(self, new: NewTokens) -> None:

@@ -129,8 +129,9 @@ def sum_keys(D: int, alone: bool) -> None:
         packed = packed._replace(k=0)
     q = torch.randn(2, 6, 1, D).bfloat16()
     angles = torch.randn(2, N, D // 2)
-    for read in (None, window):
-        key_sums.attend_with_key_sums(q, packed, read, *angles, torch.arange(N)[None], chunk=64)
+    for position in (4, torch.arange(N)[None]):
+        for read in (None, window):
+            key_sums.attend_with_key_sums(q, packed, read, *angles, position, chunk=64)
 
 
 def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:

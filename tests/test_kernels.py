@@ -337,6 +337,19 @@ def test_what_pack_values_packs_is_read_where_it_lies():
             assert (out[b, h, 0] - want).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("S", [1, 2, 4, 8])
+def test_rows_of_every_mask_are_found(S):
+    """Each mask of up to 8 bits, one token of its own sequence: what is read are its groups, and
+    zeros."""
+    g = torch.Generator().manual_seed(0)
+    B = 2**S
+    k, z = torch.randn(2, B, 1, 1, 16, generator=g)
+    mask = bits_to_mask(torch.arange(B), S).view(B, 1, 1, S)
+    view = to_device(packed_view(k, z, mask, torch.ones(B, 1, dtype=torch.int64)), DEVICE)
+    out = packed_attention(k.to(DEVICE), view, None, impl="triton")[0].cpu()
+    assert torch.equal(out, z * expand_mask(mask, 16))
+
+
 @pytest.mark.parametrize("growing", [True, False])
 def test_more_pieces_than_one_round_of_merging_takes(growing):
     """A long segment in pieces of 16 is joined in several rounds; what a round found is scaled when

@@ -10,7 +10,7 @@ import pytest
 import torch
 from views import finite, packed_view, to_device, window_view
 
-from storage import from_keys
+from storage import from_keys, key_sums
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.kernel_base import triton
 from storage.layout import PackedView, merge_softmax, packed_attention_ref, top_k_mask
@@ -62,9 +62,10 @@ def drawn(shape, lengths: list[int], dtype: torch.dtype, seed: int = 0):
     if K < 0:
         packed = packed._replace(before=None, tile_rows=None)
     q = (2 * torch.randn(B, Hkv * n, T, D, generator=g)).to(dtype).to(DEVICE)
-    angle = 7 * torch.rand(2 * N + 9, D // 2, generator=g)
+    rate = torch.rand(D // 2, generator=g, dtype=torch.float64)
+    angle = torch.arange(2 * N + 25)[:, None] * rate
     weight = torch.randn(Hkv, D, D, generator=g) / D**0.5
-    maps = FromKeys(*(t.to(DEVICE) for t in (weight, angle.cos(), angle.sin())))
+    maps = FromKeys(*(t.float().to(DEVICE) for t in (weight, angle.cos(), angle.sin())))
     return q, to_device(packed, DEVICE), maps
 
 
@@ -87,16 +88,49 @@ def compare(q, packed, maps, position, cap: float = 0.0, chunk: int = 0) -> torc
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_key_sums_equal_written_out_values(shape, cap, dtype):
+def test_key_sums_equal_written_out_values(shape, in_order, cap, dtype):
     """In one piece and in several, lengths no multiple of a tile, an empty segment, positions that
-    begin behind whole tokens."""
+    begin behind whole tokens, the first of them given and each of them."""
     q, packed, maps = drawn(shape, [37, 0, 70], dtype)
-    position = torch.arange(4, 4 + 75, device=DEVICE)[None]
+    position = 4 if in_order else torch.arange(4, 4 + 75, device=DEVICE)[None]
     whole = compare(q, packed, maps, position, cap)
     split = compare(q, packed, maps, position, cap, chunk=32)
     assert not whole[1].any() and not split[1].any()
     assert whole[0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("first", [0, 1, 16])
+def test_tiles_of_tokens_in_order_begin_anywhere(first, dtype):
+    """One token, as many as a tile has, one more: from positions 0, 1 and 16, with tables of no more
+    rows than there are positions, fewer than a tile has among them."""
+    for lengths in ([1], [0, 16, 17], [64, 65, 5]):
+        q, packed, maps = drawn(SHAPES["80, counted"], lengths, dtype)
+        used = first + max(lengths)
+        compare(q, packed, maps._replace(cos=maps.cos[:used], sin=maps.sin[:used]), first)
+
+
+@pytest.mark.parametrize("N", [32, 64])
+def test_a_tile_may_have_more_tokens(N, monkeypatch):
+    """Tiles of the sizes that 16-bit numbers have, in float32, tables shorter than a tile too."""
+    monkeypatch.setattr(key_sums, "launch_settings", lambda *_: (N, 4, 1))
+    for lengths in ([9], [N + 1, 0, 2 * N]):
+        q, packed, maps = drawn(SHAPES["48, many queries"], lengths, torch.float32)
+        maps = maps._replace(cos=maps.cos[: 3 + max(lengths)], sin=maps.sin[: 3 + max(lengths)])
+        compare(q, packed, maps, 3)
+        compare(q, packed, maps, torch.arange(3, 3 + max(lengths), device=DEVICE)[None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tiles_are_no_further_from_float64_than_few(dtype):
+    """Tiles are turned from where they begin, not from one another: in one piece of 3,000 tokens
+    nothing adds up, beside the same keys read with each position."""
+    q, packed, maps = drawn((16, 2, 1, 1, 2, 1, False), [3000], dtype)
+    got = compare(q, packed, maps, 2, chunk=3008)
+    each = compare(q, packed, maps, torch.arange(2, 3002, device=DEVICE)[None], chunk=3008)
+    assert (got - each).abs().max() <= 8 * torch.finfo(dtype).eps * each.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -116,8 +150,8 @@ def test_segments_of_very_different_lengths_share_one_row_of_programs():
     """One long segment beside short ones: pieces are laid in a row (storage/pieces.py)."""
     lengths = [300, 0, 3, 1, 17, 2]
     q, packed, maps = drawn(SHAPES["48, many queries"], lengths, torch.float32)
-    position = torch.arange(300, device=DEVICE)[None]
-    compare(q, packed, maps, position, chunk=32)
+    compare(q, packed, maps, 0, chunk=32)
+    compare(q, packed, maps, torch.arange(300, device=DEVICE)[None], chunk=32)
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -166,12 +200,13 @@ def test_the_kernel_is_asked_for_own_whole_keys_alone(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("chunk", [0, 32])
+@pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_window_is_read_beside_packed_tokens(shape, chunk, dtype):
+def test_a_window_is_read_beside_packed_tokens(shape, in_order, chunk, dtype):
     """Whole values of newer tokens, in a ring, with and without tokens before them: as two
     attentions that are joined."""
     q, packed, maps = drawn(shape, [37, 0, 70], dtype)
-    position = torch.arange(75, device=DEVICE)[None]
+    position = 3 if in_order else torch.arange(3, 78, device=DEVICE)[None]
     g = torch.Generator().manual_seed(2)
     whole = torch.randn(2, 3, packed.token_base.size(1), 21, q.size(-1), generator=g).to(dtype)
     window = to_device(window_view(*whole, [15, 3, 0], [17, 9, 21]), DEVICE)

@@ -77,8 +77,8 @@ def kept_before(word, group, BITS: tl.constexpr):
     if BITS > 8:
         return popcount(word & earlier)
     else:
-        # At most 7 bits come before: of five copies of them end to end every fourth bit is another
-        # one, and a product adds the eight up. Half as long as popcount, and the constants of a
+        # At most 7 bits come before: of four copies of them end to end every fourth bit is another
+        # one, and a product adds them up. Half as long as popcount, and the constants of a
         # group are the same for all masks.
         copies = (word & 0x7F) * 0x00204081
         wanted = earlier * 0x00204081 & 0x11111111

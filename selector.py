@@ -48,7 +48,6 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -64,29 +63,17 @@ from selection.budgets import Selection, planned, spend_bytes, spend_in_turn, sp
 from selection.calibration import calibrate, look
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.refit import refitted
-from selection.relevance import PLAIN, Prompt
+from selection.relevance import PLAIN, Prompt, SeenLayer, stacked
 from storage.cache import NewTokens, PromptState, valid_columns
 from storage.from_keys import numbers
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask
-from storage.ragged import RaggedCache, fill_windows, pack_layers
+from storage.ragged import EmptyCaches, RaggedCache, fill_windows, pack_layers
 from storage.state import copy_tensors
 
 WITHOUT_TRAINING = {**PLAIN, **TOKEN_LEVEL}
 # names in files, which are users', and the names in the code
 FILE_NAMES = {"gain": "output_gain", "feeling": "layer_sensitivity"}
-
-
-class SeenLayer(NamedTuple):
-    """What one layer saw of a prompt that is still on its way through the layers above."""
-
-    path: SelectPath
-    x: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    z: Tensor  # (B, Hkv, C, D) context values in the coordinates that are cut
-    cache: RaggedCache
 
 
 class Selector(nn.Module):
@@ -113,6 +100,7 @@ class Selector(nn.Module):
         self.register_buffer("rms", torch.ones(self.L, m.n_kv_head, m.head_dim))
         made = {name: self._predictor(name) for name in cfg.trained}
         self.predictors = nn.ModuleDict(made)
+        self.empty = EmptyCaches()
         self.set(cfg)
         self.oracle: Tensor | None = None  # see with_oracle
         self.replayed: tuple[Selection, int] | None = None  # see masked_replay
@@ -301,6 +289,9 @@ class Selector(nn.Module):
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = columns
+        if all(cache.basis.enc is None for cache in caches):  # one copy serves both
+            v = stacked(v)
+            z = v[..., :C, :]
         left = None
         if paths[0].key_map is not None and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
@@ -322,10 +313,10 @@ class Selector(nn.Module):
                 if shared:  # masks are those of the first layer
                     first = first or layer.cache
             return
-        keys = prompt.keys[..., :C, :]
+        keys = prompt.keys
         chosen = (selection.keep, selection.mask, prompt.valid)
-        pack_layers(caches, keys, values, *chosen, moments)
-        fill_windows(caches, k, v, C, n_pad)
+        pack_layers(caches, keys[..., :C, :], values, *chosen, moments)
+        fill_windows(caches, keys, stacked(v), C, n_pad)
 
     def refit(
         self, prompt: Prompt, selection: Selection, paths: Sequence[SelectPath], v, n_first: int
@@ -384,9 +375,10 @@ class SelectPath(ValueGroupPath):
         return self.selector.cfg.whole
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> RaggedCache:
-        codec = codec_of(self.selector.stored, self.selector.rms[self.index])
+        s = self.selector
+        codec = codec_of(s.stored, s.rms[self.index])
         shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
-        cache = RaggedCache(*shape, like, codec, self.own_maps())
+        cache = s.empty.new(*shape, like=like, codec=codec, maps=self.own_maps())
         cache.keep_all = self.keep_all
         return cache
 
@@ -474,7 +466,7 @@ class SelectPath(ValueGroupPath):
         keep, mask = selection.layer(self.index)
         context = seen.k[:, :, :C]
         cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
-        fill_windows([cache], [seen.k], [seen.v], C, n_pad)
+        fill_windows([cache], seen.k[None], seen.v[None], C, n_pad)
         if first is not None:
             cache.n_context = first.n_context  # an equal one, held once
 
@@ -563,6 +555,9 @@ def state(model: Transformer) -> dict[str, Tensor]:
 
 def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
     """Put `saved` into a selector fresh from attach. ValueError lists what does not fit."""
+    s = selector_of(model)
+    if s is not None:
+        s.rms = s.rms.clone()  # caches hold the one before
     own = state(model)
     # runs that were made before it was measured have no drop_weight
     ones = {name: torch.ones_like(t) for name, t in own.items() if name.endswith(".drop_weight")}

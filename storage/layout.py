@@ -24,11 +24,14 @@ is what one sequence holds for one head.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+ALIGNED = 16  # bytes: the widest loads of kernels begin at multiples of them
 FEW = 4  # scores that a CPU compares column by column faster than it sorts rows
 
 
@@ -172,6 +175,23 @@ def slots(base: Tensor, count: Tensor) -> Tensor:
     shift = (base - starts(count)).flatten()
     shift = shift.repeat_interleave(count.flatten(), output_size=total)
     return torch.arange(total, device=base.device) + shift
+
+
+def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Concatenate the tensors of every group; all are alike but for their first dimension. The
+    results are views of one tensor, each aligned as if it were alone."""
+    like = groups[0][0]
+    row = like.shape[1:].numel() * like.element_size()
+    step = ALIGNED // math.gcd(ALIGNED, row)  # rows from one aligned place to the next
+    gap = like.new_zeros(step, *like.shape[1:])
+    parts = []
+    sizes = []
+    for group in groups:
+        n = sum(len(t) for t in group)
+        missing = -n % step
+        parts += [*group, gap[:missing]] if missing else group
+        sizes += [n, missing]
+    return list(torch.cat(parts).split(sizes)[::2])
 
 
 # -------------------- what attention may read

@@ -31,12 +31,14 @@ from storage.cache import (
     NewTokens,
     check_range,
     check_truncation,
+    of_one_width,
     write_ring,
 )
 from storage.layout import (
     PackedView,
     WindowView,
     bits_to_mask,
+    cat_each,
     cdiv,
     mask_dtype,
     mask_to_bits,
@@ -216,6 +218,35 @@ class RaggedCache(DenseCache):
         check_range(self.n_context, 2**31, "n_context")
         self.set_bases()
         super().check_counts()
+
+    @classmethod
+    def cat_layers(cls, layers: Sequence[Sequence[RaggedCache]]) -> list[RaggedCache]:
+        """Join the caches of layers that store alike all at once: `cat`, which does it one by one,
+        is the reference. The layers' tensors are views of common ones."""
+        if not any(len(cache.bits) for caches in layers for cache in caches):
+            return super().cat_layers(layers)
+        for caches in layers:
+            cls.check_alike(caches)
+        one = layers[0][0]
+        joined = {}
+        for name in [name for name, owner in one.owners.items() if owner != "base"]:
+            tensors = [[getattr(c, name) for c in caches] for caches in layers]
+            if name in cls.GROWS:
+                tensors = [of_one_width(windows) for windows in tensors]
+            joined[name] = cat_each(tensors)
+        counts = {name: torch.cat(joined[name]) for name in ("n_packed", "n_rows")}
+        for name, t in one.bases(**counts).items():
+            joined[name] = from_own_start(t, len(layers))[0]
+        longest = counts["n_packed"].view(len(layers), -1).amax(-1).tolist()
+        out = []
+        for i, caches in enumerate(layers):
+            cache = copy.copy(caches[0])
+            cache.take({name: of_layers[i] for name, of_layers in joined.items()}, longest[i])
+            cache.batch = len(cache.n_window)
+            cache.room = 0  # the next append looks
+            cache.fresh = all(c.fresh for c in caches)
+            out.append(cache)
+        return out
 
     # ---- the context
 
@@ -413,6 +444,14 @@ def after_first(valid: Tensor, n_first: int) -> Tensor:
     return valid & (valid.cumsum(-1) > n_first) if n_first else valid
 
 
+def from_own_start(base: Tensor, L: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Cut where the segments of L layers start, base (L B, h), counted from the first layer's, into
+    (B, h) for each layer, counted from its own; and return where each starts, (L,)."""
+    of_layer = base.unflatten(0, (L, -1))
+    begin = of_layer[:, 0, 0]
+    return (of_layer - begin[:, None, None]).unbind(), begin
+
+
 @torch.no_grad()
 def pack_layers(
     caches: Sequence[RaggedCache],
@@ -472,18 +511,17 @@ def _pack_some(
     held |= dict(zip(SHARED, index, strict=True))
     counts = {name: held.pop(name) for name in ("n_packed", "n_rows")}
     bases = one.bases(**counts)
-    begin = {name: t.view(L, -1)[:, 0] for name, t in bases.items()}
+    parts = {name: t.unflatten(0, (L, B)).unbind() for name, t in counts.items()}
+    begin = {}
+    for name, t in bases.items():
+        parts[name], begin[name] = from_own_start(t, L)
     longest = counts["n_packed"].amax()
     *bounds, longest = torch.cat((*begin.values(), longest[None])).tolist()  # the host waits once
     by_base = (bounds[i : i + L] for i in range(0, len(bounds), L))
     first = dict(zip(begin, by_base, strict=True))
-    parts = {name: t.unflatten(0, (L, B)).unbind() for name, t in counts.items()}
     for name, t in held.items():
         ends = [*first[one.owners[name] + "_base"], len(t)]
         parts[name] = t.split([b - a for a, b in pairwise(ends)])
-    for name, t in bases.items():
-        of_layer = t.unflatten(0, (L, B)) - begin[name][:, None, None]
-        parts[name] = of_layer.unbind()
     for i, cache in enumerate(caches):
         cache.take({name: of_layers[i] for name, of_layers in parts.items()}, longest)
 

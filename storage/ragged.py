@@ -236,7 +236,8 @@ class RaggedCache(DenseCache):
             joined[name] = cat_each(tensors)
         counts = {name: torch.cat(joined[name]) for name in ("n_packed", "n_rows")}
         for name, t in one.bases(**counts).items():
-            joined[name] = from_own_start(t, len(layers))[0]
+            of_layers, _ = from_own_start(t, len(layers))
+            joined[name] = cat_each([[own] for own in of_layers])
         longest = counts["n_packed"].view(len(layers), -1).amax(-1).tolist()
         out = []
         for i, caches in enumerate(layers):

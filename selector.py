@@ -251,7 +251,7 @@ class Selector(nn.Module):
         if cfg.kv_bytes:
             pair = self.pair_scores(prompt.stored, alpha)
             told = self._worth_told(prompt, alpha, pair)
-            return spend_bytes(prompt, cfg, self.stored, pair, told)
+            return spend_bytes(prompt, cfg, self.stored, pair, told, self.record)
         valid = prompt.valid[None, :, None]  # (1, B, 1, C)
         sink = valid & (valid.cumsum(-1) <= cfg.sinks)
         token = self.token_scores(prompt, alpha)
@@ -289,15 +289,13 @@ class Selector(nn.Module):
         columns = list(zip(*seen, strict=True))
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = columns
-        if all(cache.basis.enc is None for cache in caches):  # one copy serves both
-            v = stacked(v)
-            z = v[..., :C, :]
+        as_seen = all(cache.keep_all or cache.maps.enc is None for cache in caches)
         left = None
         if paths[0].key_map is not None and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
             left = [path.untold(k, z, n_pad) for path, k, z in parts]
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
-        prompt = Prompt(x, q, k, z, C, n_pad, *about)
+        prompt = Prompt(x, q, k, z, C, n_pad, *about, v=v if as_seen else None)
         selection = self.choose(prompt)
         values = prompt.values
         if self.cfg.refit and not self.cfg.whole:
@@ -316,7 +314,8 @@ class Selector(nn.Module):
         keys = prompt.keys
         chosen = (selection.keep, selection.mask, prompt.valid)
         pack_layers(caches, keys[..., :C, :], values, *chosen, moments)
-        fill_windows(caches, keys, stacked(v), C, n_pad)
+        whole = prompt.whole if as_seen else stacked(v)
+        fill_windows(caches, keys, whole, C, n_pad)
 
     def refit(
         self, prompt: Prompt, selection: Selection, paths: Sequence[SelectPath], v, n_first: int

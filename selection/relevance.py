@@ -81,11 +81,12 @@ class Prompt:
     cap: float = 0.0  # of attention logits: see storage.layout.soft_cap
     left: Sequence[Tensor] | None = None  # (B, Hkv, C, D), what keys do not tell of z
     impl: str = "auto"  # of received: see storage/kernel_base.py
+    v: Sequence[Tensor] | None = None  # (B, Hkv, T, D), where z are the first columns of these
 
     @cached_property
     def stored(self) -> Prompt:
         """The same prompt with values that are what is stored of them: what keys do not tell."""
-        return self if self.left is None else replace(self, z=self.left, left=None)
+        return self if self.left is None else replace(self, z=self.left, left=None, v=None)
 
     @cached_property
     def L(self) -> int:
@@ -129,7 +130,14 @@ class Prompt:
     @cached_property
     def values(self) -> Tensor:
         """(L, B, Hkv, C, D), encoded."""
-        return stacked(self.z, self.impl)
+        if self.v is None:
+            return stacked(self.z, self.impl)
+        return self.whole[..., : self.n_context, :]  # one copy serves both
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """v of all layers, (L, B, Hkv, T, D)."""
+        return stacked(self.v, self.impl)
 
     @cached_property
     def norms(self) -> Tensor:
@@ -317,9 +325,7 @@ class Prompt:
 
 def stacked(tensors: Sequence[Tensor], impl: str = "auto") -> Tensor:
     """Stack the layers' tensors: for kernels, which take any strides, as they lie in memory; else
-    in order, which products take without a copy. What is stacked stays as it is."""
-    if isinstance(tensors, Tensor):
-        return tensors
+    in order, which products take without a copy."""
     if use_triton(impl, tensors[0].device, tensors[0].dtype):
         return beside(tensors)
     return torch.stack(tuple(tensors))

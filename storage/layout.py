@@ -155,12 +155,15 @@ def starts(count: Tensor) -> Tensor:
 
 
 def segment_starts(
-    n_tokens: Tensor, n_rows: Tensor, n_kv_head: int, tile: int
+    n_tokens: Tensor, n_rows: Tensor, n_kv_head: int, tile: int, block: int
 ) -> dict[str, Tensor]:
     """Return where segments of so many tokens and rows, (B, Hm) each, start when they follow each
-    other without gaps: by the names that PackedView has for it. tile: tokens per stored offset."""
-    return {
-        "token_base": starts(n_tokens.expand(-1, n_kv_head)),
+    other without gaps: by the names that PackedView has for it, and block_base. tile: tokens per
+    stored offset; block: tokens whose keys share steps, 0 where there are none."""
+    of_head = n_tokens.expand(-1, n_kv_head)
+    of_blocks = {"block_base": starts(cdiv(of_head, block))} if block else {}
+    return of_blocks | {
+        "token_base": starts(of_head),
         "row_base": starts(n_rows.expand(-1, n_kv_head)),
         "mask_base": starts(n_tokens),
         "tile_base": starts(cdiv(n_tokens, tile)),

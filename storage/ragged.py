@@ -115,8 +115,11 @@ class RaggedCache(DenseCache):
             **dict.fromkeys(("n_packed", "n_rows", "n_context"), "sequence"),
             **dict.fromkeys(BASES, "base"),
         }
-        if "key_scale" in self.owners:
+        with_blocks = "key_scale" in self.owners
+        if with_blocks:
             self.owners["block_base"] = "base"
+        # what segment_starts asks for
+        self.sizes = (n_kv_head, self.tile, self.codec.block if with_blocks else 0)
         if maps.from_keys is not None:
             self.owners["place"] = "place"
             self.place = torch.zeros(0, dtype=torch.uint8, device=like.device)
@@ -186,31 +189,25 @@ class RaggedCache(DenseCache):
         """Let segments follow each other without gaps."""
         super().set_bases()
         if len(self.bits):
-            bases = self.bases(self.n_packed, self.n_rows)
-            longest = int(self.n_packed.max())
+            bases = segment_starts(self.n_packed, self.n_rows, *self.sizes)
+            self.longest = int(self.n_packed.max())
         else:  # nothing to ask the device
             heads = {"mask_base": self.mask_heads, "tile_base": self.mask_heads}
             names = [name for name, owner in self.owners.items() if owner == "base"]
             shape = {name: (self.batch, heads.get(name, self.Hkv)) for name in names}
             bases = {name: self.n_packed.new_zeros(shape[name]) for name in names}
-            longest = 0
-        self.take(bases, longest)
-
-    def bases(self, n_packed: Tensor, n_rows: Tensor) -> dict[str, Tensor]:
-        """Return where segments of so many tokens and rows, (B, Hm) each, start when they follow
-        each other without gaps: every tensor whose owner is "base", by name."""
-        bases = segment_starts(n_packed, n_rows, self.Hkv, self.tile)
-        if "block_base" in self.owners:
-            blocks = cdiv(n_packed.expand(-1, self.Hkv), self.codec.block)
-            bases["block_base"] = starts(blocks)
-        return bases
+            self.longest = 0
+        for name, base in bases.items():
+            setattr(self, name, base)
+        self.ints = self.codec.ints(self)
 
     def take(self, tensors: dict[str, Tensor], longest: int) -> None:
         """Hold these tensors, by name; longest: no segment has more tokens."""
         for name, t in tensors.items():
             setattr(self, name, t)
         self.longest = longest
-        self.ints = self.codec.ints(self)
+        if self.ints is not None:  # those of what was held before
+            self.ints = self.codec.ints(self)
 
     def check_counts(self) -> None:
         check_range(self.n_packed, len(self.bits), "n_packed")
@@ -235,7 +232,7 @@ class RaggedCache(DenseCache):
                 tensors = [of_one_width(windows) for windows in tensors]
             joined[name] = cat_each(tensors)
         counts = {name: torch.cat(joined[name]) for name in ("n_packed", "n_rows")}
-        for name, t in one.bases(**counts).items():
+        for name, t in segment_starts(*counts.values(), *one.sizes).items():
             of_layers, _ = from_own_start(t, len(layers))
             joined[name] = cat_each([[own] for own in of_layers])
         longest = counts["n_packed"].view(len(layers), -1).amax(-1).tolist()
@@ -448,9 +445,9 @@ def after_first(valid: Tensor, n_first: int) -> Tensor:
 def from_own_start(base: Tensor, L: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """Cut where the segments of L layers start, base (L B, h), counted from the first layer's, into
     (B, h) for each layer, counted from its own; and return where each starts, (L,)."""
-    of_layer = base.unflatten(0, (L, -1))
-    begin = of_layer[:, 0, 0]
-    return (of_layer - begin[:, None, None]).unbind(), begin
+    of_layer = base.view(L, -1)
+    begin = of_layer[:, :1]
+    return (of_layer - begin).view(L, -1, base.size(1)).unbind(), begin.flatten()
 
 
 @torch.no_grad()
@@ -511,7 +508,7 @@ def _pack_some(
     held, index = one.codec.pack_sequences(codecs, Context(*flat, moment))
     held |= dict(zip(SHARED, index, strict=True))
     counts = {name: held.pop(name) for name in ("n_packed", "n_rows")}
-    bases = one.bases(**counts)
+    bases = segment_starts(*counts.values(), *one.sizes)
     parts = {name: t.unflatten(0, (L, B)).unbind() for name, t in counts.items()}
     begin = {}
     for name, t in bases.items():

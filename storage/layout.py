@@ -24,7 +24,6 @@ is what one sequence holds for one head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -182,19 +181,13 @@ def slots(base: Tensor, count: Tensor) -> Tensor:
 
 def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Concatenate the tensors of every group; all are alike but for their first dimension. The
-    results are views of one tensor, each aligned as if it were alone."""
+    results are views of one tensor where each is as aligned there as if it were alone."""
     like = groups[0][0]
-    row = like.shape[1:].numel() * like.element_size()
-    step = ALIGNED // math.gcd(ALIGNED, row)  # rows from one aligned place to the next
-    gap = like.new_zeros(step, *like.shape[1:])
-    parts = []
-    sizes = []
-    for group in groups:
-        n = sum(len(t) for t in group)
-        missing = -n % step
-        parts += [*group, gap[:missing]] if missing else group
-        sizes += [n, missing]
-    return list(torch.cat(parts).split(sizes)[::2])
+    row = like.shape[1:].numel() * like.element_size()  # bytes
+    sizes = [sum(len(t) for t in group) for group in groups]
+    if any(n * row % ALIGNED for n in sizes[:-1]):
+        return [torch.cat(group) for group in groups]
+    return list(torch.cat([t for group in groups for t in group]).split(sizes))
 
 
 # -------------------- what attention may read

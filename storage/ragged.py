@@ -219,7 +219,8 @@ class RaggedCache(DenseCache):
     @classmethod
     def cat_layers(cls, layers: Sequence[Sequence[RaggedCache]]) -> list[RaggedCache]:
         """Join the caches of layers that store alike all at once: `cat`, which does it one by one,
-        is the reference. The layers' tensors are views of common ones."""
+        is the reference. The layers' tensors are views of common ones, or of their own where those
+        would be less aligned."""
         if not any(len(cache.bits) for caches in layers for cache in caches):
             return super().cat_layers(layers)
         for caches in layers:
@@ -234,7 +235,7 @@ class RaggedCache(DenseCache):
         counts = {name: torch.cat(joined[name]) for name in ("n_packed", "n_rows")}
         for name, t in segment_starts(*counts.values(), *one.sizes).items():
             of_layers, _ = from_own_start(t, len(layers))
-            joined[name] = cat_each([[own] for own in of_layers])
+            joined[name] = cat_each([(own,) for own in of_layers])
         longest = counts["n_packed"].view(len(layers), -1).amax(-1).tolist()
         out = []
         for i, caches in enumerate(layers):

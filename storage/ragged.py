@@ -542,15 +542,19 @@ def fill_windows(
     n_sinks = n_first - (pad + n_first - C).clamp(0, n_first)  # (B,) fewer in a shorter context
     region = (pad - C).clamp_min(0) + C  # the first column after the context
     longest = n_first + T - C
-    W = max(caches[0].max_len + n_first, longest)
-    slot = torch.arange(W, device=device)
+    slot = torch.arange(longest, device=device)
     after = slot - n_sinks[:, None]  # slots from the region's first on
-    column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, W)
+    column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, longest)
     empty = (column >= T)[:, None, :, None]
-    column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, W, D)
-    dtype = caches[0].dtype
-    window_k = k.gather(3, column).to(dtype).masked_fill_(empty, 0).unbind()
-    window_v = v.gather(3, column).to(dtype).masked_fill_(empty, 0).unbind()
+    column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, longest, D)
+    W = max(caches[0].max_len + n_first, longest)
+
+    def window(whole: Tensor) -> tuple[Tensor, ...]:
+        held = whole.gather(3, column).to(caches[0].dtype).masked_fill_(empty, 0)
+        return F.pad(held, (0, 0, 0, W - longest)).unbind()
+
+    window_k = window(k)
+    window_v = window(v)
     n_window = (n_sinks + T - region).repeat(L, 1).unbind()  # kernels count in it
     n_context = (torch.stack([cache.n_context for cache in caches]) - n_sinks).unbind()
     for i, cache in enumerate(caches):

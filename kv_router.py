@@ -66,7 +66,8 @@ from routing.bases import fold_basis
 from routing.calibration import calibrate
 from routing.in_window import pieces_until_packed, plain_windowed_attention
 from storage.banded import banded_attention, is_banded
-from storage.cache import CacheView, NewTokens, change_coordinates
+from storage.cache import CacheView, NewTokens
+from storage.coordinates import change_coordinates
 from storage.from_keys import FromKeys, attend_predicted, numbers
 from storage.integers.codecs import codec_of
 from storage.integers.format import keys_as_read, values_as_read

@@ -59,7 +59,8 @@ from config import KVConfig, ModelConfig, check
 from kernels import attend_view
 from model import attend, attend_masked, attention_mask
 from settings.experts import MixConfig
-from storage.cache import NewTokens, change_coordinates, valid_columns
+from storage.cache import NewTokens, valid_columns
+from storage.coordinates import change_coordinates
 from storage.experts import ExpertCache, averaged
 from storage.integers.codecs import codec_of
 from storage.layout import cdiv, expand_mask, group_energy, top_k_mask

@@ -48,7 +48,6 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -65,30 +64,18 @@ from selection.calibration import calibrate, look
 from selection.masked import attend_to_kept
 from selection.predictors import HiddenPredictor, QueryPredictor
 from selection.refit import refitted
-from selection.relevance import PLAIN, Prompt
+from selection.relevance import PLAIN, Prompt, SeenLayer, stacked
 from selection.rules import check_together
 from storage.cache import NewTokens, PromptState, valid_columns
 from storage.from_keys import numbers
 from storage.integers.codecs import codec_of
 from storage.layout import expand_mask
-from storage.ragged import RaggedCache, fill_windows, pack_layers
+from storage.ragged import EmptyCaches, RaggedCache, fill_windows, pack_layers
 from storage.state import copy_tensors
 
 WITHOUT_TRAINING = {**PLAIN, **TOKEN_LEVEL}
 # names in files, which are users', and the names in the code
 FILE_NAMES = {"gain": "output_gain", "feeling": "layer_sensitivity"}
-
-
-class SeenLayer(NamedTuple):
-    """What one layer saw of a prompt that is still on its way through the layers above."""
-
-    path: SelectPath
-    x: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    z: Tensor  # (B, Hkv, C, D) context values in the coordinates that are cut
-    cache: RaggedCache
 
 
 class Selector(nn.Module):
@@ -115,6 +102,7 @@ class Selector(nn.Module):
         self.register_buffer("rms", torch.ones(self.L, m.n_kv_head, m.head_dim))
         made = {name: self._predictor(name) for name in cfg.trained}
         self.predictors = nn.ModuleDict(made)
+        self.empty = EmptyCaches()
         self.set(cfg)
         self.oracle: Tensor | None = None  # see with_oracle
         self.replayed: tuple[Selection, int] | None = None  # see masked_replay
@@ -235,7 +223,7 @@ class Selector(nn.Module):
         if cfg.kv_bytes:
             pair = self.pair_scores(prompt.stored, alpha)
             told = self._worth_told(prompt, alpha, pair)
-            return spend_bytes(prompt, cfg, self.stored, pair, told)
+            return spend_bytes(prompt, cfg, self.stored, pair, told, self.record)
         valid = prompt.valid[None, :, None]  # (1, B, 1, C)
         sink = valid & (valid.cumsum(-1) <= cfg.sinks)
         token = self.token_scores(prompt, alpha)
@@ -272,12 +260,13 @@ class Selector(nn.Module):
         rounded = self.stored.ints and self.cfg.key_rounding == "queries"
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = zip(*seen, strict=True)
+        as_seen = all(cache.keep_all or cache.maps.enc is None for cache in caches)
         left = None
         if paths[0].key_map is not None and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
             left = [path.untold(k, z, n_pad) for path, k, z in parts]
         about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
-        prompt = Prompt(x, q, k, z, C, n_pad, *about)
+        prompt = Prompt(x, q, k, z, C, n_pad, *about, v=v if as_seen else None)
         selection = self.choose(prompt)
         values = prompt.values
         if self.cfg.refit and not self.cfg.whole:
@@ -287,10 +276,11 @@ class Selector(nn.Module):
         if self.kv.mask_scope == "shared" or left is not None:
             self._store_one_by_one(seen, selection, n_pad, moments)
             return
-        keys = prompt.keys[..., :C, :]
+        keys = prompt.keys
         chosen = (selection.keep, selection.mask, prompt.valid)
-        pack_layers(caches, keys, values, *chosen, moments)
-        fill_windows(caches, k, v, C, n_pad)
+        pack_layers(caches, keys[..., :C, :], values, *chosen, moments)
+        whole = prompt.whole if as_seen else stacked(v)
+        fill_windows(caches, keys, whole, C, n_pad)
 
     def _store_one_by_one(
         self,
@@ -364,9 +354,10 @@ class SelectPath(ValueGroupPath):
         return self.selector.cfg.whole
 
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> RaggedCache:
-        codec = codec_of(self.selector.stored, self.selector.rms[self.index])
+        s = self.selector
+        codec = codec_of(s.stored, s.rms[self.index])
         shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
-        cache = RaggedCache(*shape, like, codec, self.own_maps())
+        cache = s.empty.new(*shape, like=like, codec=codec, maps=self.own_maps())
         cache.keep_all = self.keep_all
         return cache
 
@@ -456,7 +447,7 @@ class SelectPath(ValueGroupPath):
         keep, mask = selection.layer(self.index)
         context = seen.k[:, :, :C]
         cache.pack(context, seen.z, keep, mask, valid, first, query_moment)
-        fill_windows([cache], [seen.k], [seen.v], C, n_pad)
+        fill_windows([cache], seen.k[None], seen.v[None], C, n_pad)
         if first is not None:
             cache.n_context = first.n_context  # an equal one, held once
 
@@ -524,6 +515,9 @@ def state(model: Transformer) -> dict[str, Tensor]:
 
 def load_state(model: Transformer, saved: dict[str, Tensor]) -> None:
     """Put `saved` into a selector fresh from attach. ValueError lists what does not fit."""
+    s = selector_of(model)
+    if s is not None:
+        s.rms = s.rms.clone()  # caches hold the one before
     own = state(model)
     # runs that were made before it was measured have no drop_weight
     ones = {name: torch.ones_like(t) for name, t in own.items() if name.endswith(".drop_weight")}

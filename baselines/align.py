@@ -32,7 +32,7 @@ from config import check
 from mixsga import GroupedHeads, attend_window
 from model import Attention, DensePath, evaluating, lm_loss, record_layers
 from reconstruct import ridge_solve
-from storage.cache import change_coordinates
+from storage.coordinates import change_coordinates
 from storage.experts import averaged
 
 SWEEPS = 10  # of Procrustes over the heads of a group

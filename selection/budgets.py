@@ -130,7 +130,8 @@ class Selection(NamedTuple):
 
     keep: Tensor  # (Lm, B, Hm, C) bool: tokens
     mask: Tensor  # (Lm, B, Hm, C, S) bool: groups; or their levels, uint8
-    score: Tensor  # (Lm, B, Hm, C) of each token
+    # (Lm, B, Hm, C) of each token; None: not asked for
+    score: Tensor | None
 
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
         """Return keep (B, Hm, C) and mask (B, Hm, C, S) of compressed layer i."""
@@ -253,12 +254,18 @@ def spend_in_turn(
 
 
 def spend_bytes(
-    prompt: Prompt, cfg: SelectConfig, kv: KVConfig, pair: Tensor, told: Tensor | None
+    prompt: Prompt,
+    cfg: SelectConfig,
+    kv: KVConfig,
+    pair: Tensor,
+    told: Tensor | None,
+    scored: bool,
 ) -> Selection:
     """Spend one budget of bytes on tokens, groups and, where values have no bits of their own,
     levels 0 to 3. First tokens stay whole and are no part of it.
 
-    kv: how the context is stored; pair, told: see spend_jointly"""
+    kv: how the context is stored; pair, told: see spend_jointly; scored: whether tokens' scores are
+    asked for"""
     S = pair.size(-1)
     D = prompt.values.size(-1)
     heads = prompt.values.size(2) // pair.size(2)  # KV heads of a mask
@@ -286,4 +293,4 @@ def spend_bytes(
         keep = taken.any(-1)
         levels = taken[..., :-1].unflatten(-1, (S, -1)).sum(-1).to(torch.uint8)
     mask = levels > 0 if kv.value_bits else levels
-    return Selection(keep, mask, torch.linalg.vector_norm(pair, dim=-1))
+    return Selection(keep, mask, torch.linalg.vector_norm(pair, dim=-1) if scored else None)

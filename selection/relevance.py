@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from selection.moments import turned_moments
 from selection.received import received
 from storage.kernel_base import use_triton
 from storage.layout import soft_cap
+from storage.ragged import RaggedCache
 
 SPAN = 1024  # last tokens whose queries are drawn: of the context by `future`, of all by `moment`
 READ = 128  # tokens after the prompt whose queries `moment` stands for
@@ -43,6 +46,18 @@ NOBODY_ASKS = (
     "give --query or --kv_tail of 1 or more"
 )
 TINY = 1e-9  # below this a share of attention counts as none
+
+
+class SeenLayer(NamedTuple):
+    """What one layer saw of a prompt that is still on its way through the layers above."""
+
+    path: nn.Module  # the layer's SelectPath
+    x: Tensor  # (B, T, E)
+    q: Tensor  # (B, H, T, D)
+    k: Tensor  # (B, Hkv, T, D)
+    v: Tensor  # (B, Hkv, T, D)
+    z: Tensor  # (B, Hkv, C, D) context values in the coordinates that are cut
+    cache: RaggedCache  # that it goes into
 
 
 @dataclass(frozen=True)
@@ -66,11 +81,12 @@ class Prompt:
     cap: float = 0.0  # of attention logits: see storage.layout.soft_cap
     left: Sequence[Tensor] | None = None  # (B, Hkv, C, D), what keys do not tell of z
     impl: str = "auto"  # of received: see storage/kernel_base.py
+    v: Sequence[Tensor] | None = None  # (B, Hkv, T, D), where z are the first columns of these
 
     @cached_property
     def stored(self) -> Prompt:
         """The same prompt with values that are what is stored of them: what keys do not tell."""
-        return self if self.left is None else replace(self, z=self.left, left=None)
+        return self if self.left is None else replace(self, z=self.left, left=None, v=None)
 
     @cached_property
     def L(self) -> int:
@@ -109,19 +125,19 @@ class Prompt:
     @cached_property
     def keys(self) -> Tensor:
         """(L, B, Hkv, T, D)."""
-        return self.stacked(self.k)
+        return stacked(self.k, self.impl)
 
     @cached_property
     def values(self) -> Tensor:
         """(L, B, Hkv, C, D), encoded."""
-        return self.stacked(self.z)
+        if self.v is None:
+            return stacked(self.z, self.impl)
+        return self.whole[..., : self.n_context, :]  # one copy serves both
 
-    def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Stack the layers' tensors: for kernels, which take any strides, as they lie in memory;
-        else in order, which products take without a copy."""
-        if use_triton(self.impl, tensors[0].device, tensors[0].dtype):
-            return beside(tensors)
-        return torch.stack(tuple(tensors))
+    @cached_property
+    def whole(self) -> Tensor:
+        """v of all layers, (L, B, Hkv, T, D)."""
+        return stacked(self.v, self.impl)
 
     @cached_property
     def norms(self) -> Tensor:
@@ -149,7 +165,8 @@ class Prompt:
         if not len(self.asking):
             raise ValueError(NOBODY_ASKS)
         there = None if self.pad is None else self.real[:, self.asking].float()  # (B, Q)
-        return self.received(self.queries(self.asking), self.asking, there, with_largest=True)
+        asking = self.queries(self.asking, len(self.asking))
+        return self.received(asking, self.asking, there, with_largest=True)
 
     @cached_property
     def asking(self) -> Tensor:
@@ -162,12 +179,25 @@ class Prompt:
         it: see received."""
         return self.received(self.queries(rows), rows, weight)[0]
 
-    def queries(self, columns: Tensor) -> Tensor:
-        """Queries of some columns (Q,), or of each row's own (B, Q): (L, B, H, Q, D)."""
+    @cached_property
+    def recent(self) -> Tensor:
+        """Queries of the last SPAN tokens of the context and of all after it, or of as many as
+        there are: (L, B, H, R, D)."""
+        n = self.T - self.n_context + SPAN
+        return stacked([q[:, :, -n:] for q in self.q], self.impl)
+
+    def queries(self, columns: Tensor, reach: int | None = None) -> Tensor:
+        """Queries of some columns (Q,), or of each row's own (B, Q): (L, B, H, Q, D).
+
+        reach: they are among the prompt's last so many columns; None: anywhere"""
+        near = reach is not None and reach <= self.T - self.n_context + SPAN
+        layers = [self.recent] if near else [q[None] for q in self.q]
+        L, _, H, R, D = layers[0].shape
+        columns = columns - (self.T - R)
         if columns.ndim == 1:
-            return torch.stack([q.index_select(2, columns) for q in self.q])
-        index = columns[:, None, :, None].expand(-1, self.q[0].size(1), -1, self.q[0].size(3))
-        return torch.stack([q.gather(2, index) for q in self.q])
+            return torch.cat([q.index_select(3, columns) for q in layers])
+        index = columns[:, None, :, None].expand(L, -1, H, -1, D)
+        return torch.cat([q.gather(3, index) for q in layers])
 
     def received(
         self,
@@ -231,10 +261,10 @@ class Prompt:
                 p.masked_fill_(~self.real[:, None, None], NEVER)
             yield p.softmax(-1)[..., : self.n_context]
 
-    def moved(self, columns: Tensor, ahead: int) -> Tensor:
-        """queries(columns) as if their tokens came `ahead` after the prompt: RoPE turns them
+    def moved(self, columns: Tensor, ahead: int, reach: int | None = None) -> Tensor:
+        """queries(columns, reach) as if their tokens came `ahead` after the prompt: RoPE turns them
         further. (L, B, H, Q, D)."""
-        return apply_rope(self.queries(columns), *self.turn(columns, ahead))
+        return apply_rope(self.queries(columns, reach), *self.turn(columns, ahead))
 
     def turn(self, columns: Tensor, ahead: int | Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (B or 1, 1, Q, D/2) that move queries of columns (Q,) or (B, Q) to `ahead`
@@ -260,21 +290,20 @@ class Prompt:
         Each is the mean of q q^T over the query heads of a KV head and over the prompt's last SPAN
         queries, as if they came among the READ tokens after it, or as many as fit the model's
         context (RoPE turns them further). A kernel sums in float32."""
-        last = [q[:, :, -SPAN:] for q in self.q]  # (B, H, Q, D)
+        last = self.recent[..., -SPAN:, :]  # (L, B, H, Q, D)
         real = self.real[:, -SPAN:, None].double()  # (B, Q, 1)
         n = real.sum(1).clamp_min(1)[:, None, None]  # (B, 1, 1, 1)
-        D = last[0].size(-1)
+        D = last.size(-1)
         fits = D >= 16 and is_power_of_2(D)
-        if fits and use_triton(self.impl, last[0].device, last[0].dtype):
+        if fits and use_triton(self.impl, last.device, last.dtype):
             Hkv = self.k[0].size(1)
             there = None if self.pad is None else self.real[:, -SPAN:]
-            total = turned_moments(beside(last), *self.to_come, there, Hkv)
-            return total.double() / (n * (last[0].size(1) // Hkv))
+            total = turned_moments(last, *self.to_come, there, Hkv)
+            return total.double() / (n * (last.size(2) // Hkv))
         step = max(1, (CHUNK >> 2) // max(1, last[0].numel()))
         out = []
         for i in range(0, self.L, step):
-            q = torch.stack(last[i : i + step]).float()
-            q = apply_rope(q, *self.to_come).double()
+            q = apply_rope(last[i : i + step].float(), *self.to_come).double()
             read = q if self.pad is None else q * real[:, None]
             of_heads = (read.mT @ q).unflatten(2, (self.k[0].size(1), -1))
             out.append(of_heads.mean(3) / n)
@@ -290,7 +319,16 @@ class Prompt:
             self.n_context - 1 - self.column[: min(cfg.past, self.n_context)] * every
         ).clamp_min(0)
         there = self.real.gather(1, columns).float()
-        return self.received(self.moved(columns, cfg.ahead), weight=there)[0]
+        reach = self.T - self.n_context + max(SPAN, cfg.past)
+        return self.received(self.moved(columns, cfg.ahead, reach), weight=there)[0]
+
+
+def stacked(tensors: Sequence[Tensor], impl: str = "auto") -> Tensor:
+    """Stack the layers' tensors: for kernels, which take any strides, as they lie in memory; else
+    in order, which products take without a copy."""
+    if use_triton(impl, tensors[0].device, tensors[0].dtype):
+        return beside(tensors)
+    return torch.stack(tuple(tensors))
 
 
 def beside(tensors: Sequence[Tensor]) -> Tensor:

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import check
+from storage.coordinates import coordinates_of
 from storage.layout import PackedView, WindowView, slots
 from storage.state import refuse_constants, refuse_difference
 
@@ -193,6 +194,29 @@ class LayerCacheBase(Protocol):
     @classmethod
     def cat(cls, caches: Sequence[LayerCacheBase]) -> LayerCacheBase:
         """Join caches of any capacities; ValueError where they were packed in different ways."""
+        cls.check_alike(caches)
+        parts = cls.alike(caches)
+        out = copy.copy(parts[0])
+        for name, owner in out.owners.items():
+            if owner == "base":
+                continue
+            tensors = [getattr(c, name) for c in parts]
+            if name in cls.GROWS:
+                tensors = of_one_width(tensors)
+            setattr(out, name, torch.cat(tensors))
+        out.set_bases()
+        out.room = 0  # the next append looks
+        out.fresh = all(c.fresh for c in caches)
+        return out
+
+    @classmethod
+    def cat_layers(cls, layers: Sequence[Sequence[LayerCacheBase]]) -> list[LayerCacheBase]:
+        """Join the caches of several layers, each layer's as `cat` does."""
+        return [cls.cat(caches) for caches in layers]
+
+    @classmethod
+    def check_alike(cls, caches: Sequence[LayerCacheBase]) -> None:
+        """Raise ValueError unless the caches can be joined."""
         for cache in caches[1:]:
             refuse_difference(caches[0].settings(), cache.settings(), "caches to be joined")
             refuse_constants(caches[0].constants(), cache.constants())
@@ -203,20 +227,6 @@ class LayerCacheBase(Protocol):
             "a first prompt is looked at as a whole",
             "process the prompts first",
         )
-        parts = cls.alike(caches)
-        out = copy.copy(parts[0])
-        for name, owner in out.owners.items():
-            if owner == "base":
-                continue
-            tensors = [getattr(c, name) for c in parts]
-            if name in cls.GROWS:
-                most = max(t.size(2) for t in tensors)
-                tensors = [F.pad(t, (0, 0, 0, most - t.size(2))) for t in tensors]
-            setattr(out, name, torch.cat(tensors))
-        out.set_bases()
-        out.room = 0  # the next append looks
-        out.fresh = all(c.fresh for c in caches)
-        return out
 
     @classmethod
     def alike(cls, caches: Sequence[LayerCacheBase]) -> list[LayerCacheBase]:
@@ -283,6 +293,12 @@ def is_like(t: Tensor, own: Tensor, grows: bool) -> bool:
     return all(t.size(i) == own.size(i) for i in range(t.ndim) if i not in free)
 
 
+def of_one_width(windows: Sequence[Tensor]) -> list[Tensor]:
+    """Return windows (B, Hkv, W, D) with as many slots as the widest has."""
+    most = max(t.size(2) for t in windows)
+    return [t if t.size(2) == most else F.pad(t, (0, 0, 0, most - t.size(2))) for t in windows]
+
+
 def valid_columns(T: int, n_pad: Tensor) -> Tensor:
     """Mark the columns that are no padding: (B, T) bool for n_pad (B,)."""
     return torch.arange(T, device=n_pad.device) >= n_pad[:, None]
@@ -303,27 +319,6 @@ def check_range(count: Tensor, most: int, name: str) -> None:
 
 
 # -------------------- of a whole model
-
-
-class Coordinates:
-    """What the numbers that one KV path stores mean: shared by the path and all KVCaches made with
-    it.
-
-    changed: what gave them another meaning since then; "": nothing"""
-
-    changed = ""
-
-
-def coordinates_of(path) -> Coordinates:
-    """Return what numbers that `path` stores now mean."""
-    return path.__dict__.setdefault("coordinates", Coordinates())
-
-
-def change_coordinates(path, how: str) -> None:
-    """Let KVCaches made with `path` so far be refused: after `how` (fold, for example, which turns
-    W_v and W_o) their numbers would be read as something else."""
-    coordinates_of(path).changed = how
-    path.coordinates = Coordinates()
 
 
 class PromptState:
@@ -455,8 +450,14 @@ class KVCache:
             cache.check_usable()
         if len(caches) == 1:
             return caches[0]
-        layers = [type(same[0]).cat(same) for same in zip(*(c.layers for c in caches), strict=True)]
-        return caches[0]._like(layers, max(c.length for c in caches))
+        layers = list(zip(*(c.layers for c in caches), strict=True))
+        kinds = [type(same[0]) for same in layers]
+        joined = {
+            kind: iter(kind.cat_layers([same for same in layers if type(same[0]) is kind]))
+            for kind in dict.fromkeys(kinds)
+        }
+        out = [next(joined[kind]) for kind in kinds]
+        return caches[0]._like(out, max(c.length for c in caches))
 
     def _like(self, layers: list, length: int) -> KVCache:
         out = copy.copy(self)

@@ -24,11 +24,13 @@ is what one sequence holds for one head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+ALIGNED = 16  # bytes: the widest loads of kernels begin at multiples of them
 FEW = 4  # scores that a CPU compares column by column faster than it sorts rows
 
 
@@ -161,12 +163,15 @@ def starts(count: Tensor) -> Tensor:
 
 
 def segment_starts(
-    n_tokens: Tensor, n_rows: Tensor, n_kv_head: int, tile: int
+    n_tokens: Tensor, n_rows: Tensor, n_kv_head: int, tile: int, block: int
 ) -> dict[str, Tensor]:
     """Return where segments of so many tokens and rows, (B, Hm) each, start when they follow each
-    other without gaps: by the names that PackedView has for it. tile: tokens per stored offset."""
-    return {
-        "token_base": starts(n_tokens.expand(-1, n_kv_head)),
+    other without gaps: by the names that PackedView has for it, and block_base. tile: tokens per
+    stored offset; block: tokens whose keys share steps, 0 where there are none."""
+    of_head = n_tokens.expand(-1, n_kv_head)
+    of_blocks = {"block_base": starts(cdiv(of_head, block))} if block else {}
+    return of_blocks | {
+        "token_base": starts(of_head),
         "row_base": starts(n_rows.expand(-1, n_kv_head)),
         "mask_base": starts(n_tokens),
         "tile_base": starts(cdiv(n_tokens, tile)),
@@ -192,6 +197,17 @@ def copy_segments(old: Tensor, new: Tensor, n_segments: int) -> None:
     after = new.view(n_segments, -1, *new.shape[1:])
     n = min(before.size(1), after.size(1))
     after[:, :n] = before[:, :n]
+
+
+def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Concatenate the tensors of every group; all are alike but for their first dimension. The
+    results are views of one tensor where each is as aligned there as if it were alone."""
+    like = groups[0][0]
+    row = like.shape[1:].numel() * like.element_size()  # bytes
+    sizes = [sum(len(t) for t in group) for group in groups]
+    if any(n * row % ALIGNED for n in sizes[:-1]):
+        return [torch.cat(group) for group in groups]
+    return list(torch.cat([t for group in groups for t in group]).split(sizes))
 
 
 # -------------------- what attention may read

@@ -14,6 +14,7 @@ Letters: storage/layout.py; C columns of a context.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -24,12 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import check
-from storage.cache import CacheView, NewTokens, check_range, check_truncation
+from storage.cache import (
+    CacheView,
+    NewTokens,
+    check_range,
+    check_truncation,
+    of_one_width,
+)
 from storage.dense import DenseCache, write_ring
 from storage.layout import (
     PackedView,
     WindowView,
     bits_to_mask,
+    cat_each,
     cdiv,
     mask_dtype,
     mask_to_bits,
@@ -106,8 +114,11 @@ class RaggedCache(DenseCache):
             **dict.fromkeys(("n_packed", "n_rows", "n_context"), "sequence"),
             **dict.fromkeys(BASES, "base"),
         }
-        if "key_scale" in self.owners:
+        with_blocks = "key_scale" in self.owners
+        if with_blocks:
             self.owners["block_base"] = "base"
+        # what segment_starts asks for
+        self.sizes = (n_kv_head, self.tile, self.codec.block if with_blocks else 0)
         if maps.from_keys is not None:
             self.owners["place"] = "place"
             self.place = torch.zeros(0, dtype=torch.uint8, device=like.device)
@@ -122,6 +133,15 @@ class RaggedCache(DenseCache):
         self.n_rows = torch.zeros_like(self.n_packed)
         self.n_context = torch.zeros(batch, dtype=torch.int64, device=device)
         self.set_bases()
+
+    def another(self, codec: Any, maps: ValueBasis) -> RaggedCache:
+        """Return a cache for another layer, as empty as this one. It shares this one's tensors,
+        which nothing writes to: what is stored takes their place."""
+        out = copy.copy(self)
+        out.codec = codec
+        out.maps = maps
+        out.ints = codec.ints(out)
+        return out
 
     # ---- what the base asks for
 
@@ -168,10 +188,7 @@ class RaggedCache(DenseCache):
         """Let segments follow each other without gaps."""
         super().set_bases()
         if len(self.bits):
-            bases = segment_starts(self.n_packed, self.n_rows, self.Hkv, self.tile)
-            if "block_base" in self.owners:
-                blocks = cdiv(self.n_packed.expand(-1, self.Hkv), self.codec.block)
-                bases["block_base"] = starts(blocks)
+            bases = segment_starts(self.n_packed, self.n_rows, *self.sizes)
             self.longest = int(self.n_packed.max())
         else:  # nothing to ask the device
             heads = {"mask_base": self.mask_heads, "tile_base": self.mask_heads}
@@ -183,12 +200,51 @@ class RaggedCache(DenseCache):
             setattr(self, name, base)
         self.ints = self.codec.ints(self)
 
+    def take(self, tensors: dict[str, Tensor], longest: int) -> None:
+        """Hold these tensors, by name; longest: no segment has more tokens."""
+        for name, t in tensors.items():
+            setattr(self, name, t)
+        self.longest = longest
+        if self.ints is not None:  # those of what was held before
+            self.ints = self.codec.ints(self)
+
     def check_counts(self) -> None:
         check_range(self.n_packed, len(self.bits), "n_packed")
         check_range(self.n_rows, max(1, len(self.rows)), "n_rows")
         check_range(self.n_context, 2**31, "n_context")
         self.set_bases()
         super().check_counts()
+
+    @classmethod
+    def cat_layers(cls, layers: Sequence[Sequence[RaggedCache]]) -> list[RaggedCache]:
+        """Join the caches of layers that store alike all at once: `cat`, which does it one by one,
+        is the reference. The layers' tensors are views of common ones, or of their own where those
+        would be less aligned."""
+        if not any(len(cache.bits) for caches in layers for cache in caches):
+            return super().cat_layers(layers)
+        for caches in layers:
+            cls.check_alike(caches)
+        one = layers[0][0]
+        joined = {}
+        for name in [name for name, owner in one.owners.items() if owner != "base"]:
+            tensors = [[getattr(c, name) for c in caches] for caches in layers]
+            if name in cls.GROWS:
+                tensors = [of_one_width(windows) for windows in tensors]
+            joined[name] = cat_each(tensors)
+        counts = {name: torch.cat(joined[name]) for name in ("n_packed", "n_rows")}
+        for name, t in segment_starts(*counts.values(), *one.sizes).items():
+            of_layers, _ = from_own_start(t, len(layers))
+            joined[name] = cat_each([(own,) for own in of_layers])
+        longest = counts["n_packed"].view(len(layers), -1).amax(-1).tolist()
+        out = []
+        for i, caches in enumerate(layers):
+            cache = copy.copy(caches[0])
+            cache.take({name: of_layers[i] for name, of_layers in joined.items()}, longest[i])
+            cache.batch = len(cache.n_window)
+            cache.room = 0  # the next append looks
+            cache.fresh = all(c.fresh for c in caches)
+            out.append(cache)
+        return out
 
     # ---- the context
 
@@ -299,12 +355,18 @@ class RaggedCache(DenseCache):
         longest = int(self.n_window.max()) if self.batch else 0
         cap = self.window_k.size(2)
         if longest + n_tokens > cap:
+            if not cap:  # counts of a window are written to
+                self.n_window = self.n_window.clone()
             more = cap + cap // 4 if cap else self.max_len
             cap = max(longest + n_tokens, more)
             for name in self.GROWS:
                 old = getattr(self, name)
                 setattr(self, name, F.pad(old, (0, 0, 0, cap - old.size(2))))
         self.room = cap - longest
+
+    def snapshot(self) -> RaggedCache:
+        # without a window there is nothing yet that is written to
+        return super().snapshot() if self.window_k.size(2) else copy.copy(self)
 
     def view(self) -> CacheView:
         packed = PackedView(
@@ -356,10 +418,36 @@ class RaggedCache(DenseCache):
         self.room = 0
 
 
+class EmptyCaches:
+    """Makes empty caches for the layers of a model, whose paths share it. Layers that store alike
+    get the tensors of one cache (RaggedCache.another), made once for a batch of a size."""
+
+    def __init__(self):
+        self.made: tuple[tuple, RaggedCache | None] = (), None
+
+    def new(self, *shape: int, like: Tensor, codec: Any, maps: ValueBasis) -> RaggedCache:
+        """Return an empty cache; the arguments are those of RaggedCache."""
+        stored = (type(codec), codec.n_sinks, *codec.settings().values())
+        alike = (shape, like.dtype, like.device, stored, maps.from_keys is None)
+        known, first = self.made
+        if alike != known:
+            first = RaggedCache(*shape, like, codec, maps)
+            self.made = alike, first
+        return first.another(codec, maps)
+
+
 def after_first(valid: Tensor, n_first: int) -> Tensor:
     """Mark what may be packed of columns of which `valid` (B, C) are no padding: the first n_first
     tokens of a sequence go to the window instead. (B, C) bool."""
     return valid & (valid.cumsum(-1) > n_first) if n_first else valid
+
+
+def from_own_start(base: Tensor, L: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Cut where the segments of L layers start, base (L B, h), counted from the first layer's, into
+    (B, h) for each layer, counted from its own; and return where each starts, (L,)."""
+    of_layer = base.view(L, -1)
+    begin = of_layer[:, :1]
+    return (of_layer - begin).view(L, -1, base.size(1)).unbind(), begin.flatten()
 
 
 @torch.no_grad()
@@ -397,7 +485,7 @@ def pack_layers(
         moment = None if query_moment is None else query_moment[some]
         _pack_some(caches[some], k[some], z[some], keep[some], mask[some], moment)
     n_context = valid.sum(-1).repeat(len(caches), 1)
-    for cache, own in zip(caches, n_context, strict=True):
+    for cache, own in zip(caches, n_context.unbind(), strict=True):
         cache.n_context = own
         cache.max_len -= valid.size(1)
         cache.fresh = False
@@ -419,65 +507,59 @@ def _pack_some(
     flat = (t.flatten(0, 1) for t in (k, z, keep, mask))
     held, index = one.codec.pack_sequences(codecs, Context(*flat, moment))
     held |= dict(zip(SHARED, index, strict=True))
-    counts = {name: held.pop(name).unflatten(0, (L, B)) for name in ("n_packed", "n_rows")}
-    bases = segment_starts(*(t.flatten(0, 1) for t in counts.values()), one.Hkv, one.tile)
-    if "block_base" in one.owners:
-        tokens = counts["n_packed"].flatten(0, 1).expand(-1, one.Hkv)
-        bases["block_base"] = starts(cdiv(tokens, one.codec.block))
-    begin = {name: t.unflatten(0, (L, B))[:, :1, :1] for name, t in bases.items()}
+    counts = {name: held.pop(name) for name in ("n_packed", "n_rows")}
+    bases = segment_starts(*counts.values(), *one.sizes)
+    parts = {name: t.unflatten(0, (L, B)).unbind() for name, t in counts.items()}
+    begin = {}
+    for name, t in bases.items():
+        parts[name], begin[name] = from_own_start(t, L)
     longest = counts["n_packed"].amax()
-    asked = (*(t.flatten() for t in begin.values()), longest[None])
-    *bounds, longest = torch.cat(asked).tolist()  # the host waits once
+    *bounds, longest = torch.cat((*begin.values(), longest[None])).tolist()  # the host waits once
     by_base = (bounds[i : i + L] for i in range(0, len(bounds), L))
     first = dict(zip(begin, by_base, strict=True))
     for name, t in held.items():
         ends = [*first[one.owners[name] + "_base"], len(t)]
-        counts[name] = [t[a:b] for a, b in pairwise(ends)]
-    for name, t in bases.items():
-        counts[name] = t.unflatten(0, (L, B)) - begin[name]
+        parts[name] = t.split([b - a for a, b in pairwise(ends)])
     for i, cache in enumerate(caches):
-        for name, per_layer in counts.items():
-            setattr(cache, name, per_layer[i])
-        cache.longest = longest
-        if cache.ints is not None:  # those of the cache when it was empty
-            cache.ints = cache.codec.ints(cache)
+        cache.take({name: of_layers[i] for name, of_layers in parts.items()}, longest)
 
 
 @torch.no_grad()
 def fill_windows(
-    caches: Sequence[RaggedCache],
-    k: Sequence[Tensor],
-    v: Sequence[Tensor],
-    C: int,
-    n_pad: Tensor | None,
+    caches: Sequence[RaggedCache], k: Tensor, v: Tensor, C: int, n_pad: Tensor | None
 ) -> None:
     """Let L layers that have packed a context of C columns hold the rest of its prompt whole: its
     first tokens, as many as the codec says and without which it was packed, and what follows it.
     Nothing waits for the device.
 
-    k, v (B, Hkv, T, D) of each layer, n_pad (B,) of the columns padding."""
-    B, _, T, _ = k[0].shape
-    device = k[0].device
+    k, v   (L, B, Hkv, T, D)
+    n_pad  (B,) of the columns padding; None: none"""
+    L, B, Hkv, T, D = k.shape
+    device = k.device
     n_first = min(caches[0].codec.n_sinks, C)
     pad = torch.zeros(B, dtype=torch.int64, device=device) if n_pad is None else n_pad
     n_sinks = n_first - (pad + n_first - C).clamp(0, n_first)  # (B,) fewer in a shorter context
     region = (pad - C).clamp_min(0) + C  # the first column after the context
-    slot = torch.arange(n_first + T - C, device=device)  # of the window
+    longest = n_first + T - C
+    slot = torch.arange(longest, device=device)
     after = slot - n_sinks[:, None]  # slots from the region's first on
-    column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, slots)
-    there = (column < T)[:, None, :, None]
-    column = column.clamp_max(T - 1)[:, None, :, None].expand(-1, k[0].size(1), -1, k[0].size(3))
-    W = max(caches[0].max_len + n_first, len(slot))
-    room = (0, 0, 0, W - len(slot))
-    for name, ts in (("window_k", k), ("window_v", v)):
-        whole = torch.stack([t.gather(2, column) for t in ts]).to(caches[0].dtype)
-        whole = F.pad(whole.masked_fill_(~there, 0), room)
-        for cache, own in zip(caches, whole, strict=True):
-            setattr(cache, name, own)
-    n_window = n_sinks + T - region
-    n_context = torch.stack([cache.n_context for cache in caches]) - n_sinks
+    column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, longest)
+    empty = (column >= T)[:, None, :, None]
+    column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, longest, D)
+    W = max(caches[0].max_len + n_first, longest)
+
+    def window(whole: Tensor) -> tuple[Tensor, ...]:
+        held = whole.gather(3, column).to(caches[0].dtype).masked_fill_(empty, 0)
+        return F.pad(held, (0, 0, 0, W - longest)).unbind()
+
+    window_k = window(k)
+    window_v = window(v)
+    n_window = (n_sinks + T - region).repeat(L, 1).unbind()  # kernels count in it
+    n_context = (torch.stack([cache.n_context for cache in caches]) - n_sinks).unbind()
     for i, cache in enumerate(caches):
-        cache.n_window = n_window.clone()  # kernels count in it
+        cache.window_k = window_k[i]
+        cache.window_v = window_v[i]
+        cache.n_window = n_window[i]
         cache.n_context = n_context[i]
         cache.max_len += n_first
-        cache.room = W - len(slot)
+        cache.room = W - longest

@@ -37,10 +37,9 @@ LARGE = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec:
     """Return the codec that cfg asks for. gain (Hkv, D) float32: calibrated root mean squares,
-    which levels are relative to. They are copied, for what loads a selector writes into them."""
+    which levels are relative to, and which nothing may write into from then on."""
     if not cfg.ints:
         return FloatCodec()
-    gain = None if gain is None else gain.clone()
     return IntCodec(IntFormat(cfg.key_bits, cfg.value_bits, cfg.key_block, gain), cfg.kv_sinks)
 
 

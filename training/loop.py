@@ -428,6 +428,9 @@ class Trainer:
         saves = due(self.cfg.save_interval) or last or stopping
         if evaluates or samples or saves:
             self.settle()
+        if evaluates or samples:
+            # whole values belong to the warm-up, not to a result
+            kv_router.set_kept(self.s.model, self.s.kv.topk_groups)
         if evaluates:
             if last and self.w.main:
                 n = min(self.cfg.eval_sequences, count_windows(self.s.corpus.val, self.s.window))
@@ -440,8 +443,6 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Log the validation loss after self.step steps; keep the best weights."""
-        # whole values belong to the warm-up, not to a result
-        kv_router.set_kept(self.s.model, self.s.kv.topk_groups)
         val = validation_loss(self.s, self.cfg, self.w)
         if not math.isfinite(val):
             raise NonFinite(

@@ -373,9 +373,7 @@ class ValueGroupPath(nn.Module):
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
         codec = codec_of(self.cfg) if self.cfg.ints else FloatCodec(self.n_sinks)
         shape = (batch, max_len, self.Hkv, self.D)
-        maps = self.maps()
-        if self.cfg.learn_basis or self.key_map is not None:  # training writes into them
-            maps = maps.copied()
+        maps = self.maps().copied()  # training writes into the path's own
         return PackedCache(*shape, self.cfg, self.k, like, maps, codec)
 
     def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:

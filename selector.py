@@ -366,7 +366,8 @@ class SelectPath(ValueGroupPath):
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> RaggedCache:
         codec = codec_of(self.selector.stored, self.selector.rms[self.index])
         shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
-        cache = RaggedCache(*shape, like, codec, self.own_maps())
+        maps = self.own_maps().copied()  # training writes into the path's own
+        cache = RaggedCache(*shape, like, codec, maps)
         cache.keep_all = self.keep_all
         return cache
 
@@ -470,6 +471,8 @@ class SelectPath(ValueGroupPath):
         as_it_is = cache.basis.dec is None and cache.basis.from_keys is None
         if as_it_is or not len(cache.keys):  # rows are read as they are, or none
             return attend_view(q, view, self.cap)[0]
+        if torch.is_grad_enabled() and self.cfg.learn_basis and not self.folded:
+            cache = cache.read_through(self.dec)
         return self._read(q, view, cache)
 
     def graph_safe(self) -> bool:

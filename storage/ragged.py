@@ -14,6 +14,7 @@ Letters: storage/layout.py; C columns of a context.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -338,6 +339,13 @@ class RaggedCache(DenseCache):
         write_ring(v, new.v, self.n_window, new.n_pad)
         count = self.n_window + (T if new.n_pad is None else T - new.n_pad)
         return self.view()._replace(window=WindowView(k, v, None, count))
+
+    def read_through(self, dec: Tensor) -> RaggedCache:
+        """Return this cache, the same tensors, whose values come out of the basis by dec
+        (Hkv, D, D), which gets a gradient so."""
+        out = copy.copy(self)
+        out.maps = self.maps._replace(dec=dec)
+        return out
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens. ValueError inside the context, which is kept as it

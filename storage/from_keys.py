@@ -138,7 +138,7 @@ def attend_predicted(
     packed: of at most N tokens in a segment; maps of all heads want whole keys, with the same
         room for every segment, as PackedCache has it
     position: of the first slot of every segment where the others follow it; else of each slot of a
-        segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads, int64
+        segment, (B or 1, N), or (B or 1, 1 or Hkv, N) for maps of own heads, int64
     impl: see storage/kernel_base.py; cap, chunk: see kernels.packed_attention
     window: newer tokens with whole values, value coordinates, too; or None
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""

@@ -50,8 +50,8 @@ class World:
             dist.all_reduce(t)
         return t
 
-    def start_sum(self, t: Tensor):
-        """Begin to sum over ranks, in place. Returns what to wait() for."""
+    def start_sum(self, t: Tensor) -> dist.Work:
+        """Begin to sum over ranks, in place; there are several. Returns what to wait() for."""
         return dist.all_reduce(t, async_op=True)
 
     def any(self, flag: bool) -> bool:

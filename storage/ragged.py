@@ -298,14 +298,14 @@ class RaggedCache(DenseCache):
 
     def reserve(self, n_tokens: int) -> None:
         longest = int(self.n_window.max()) if self.batch else 0
-        cap = self.window_k.size(2)
-        if longest + n_tokens > cap:
-            more = cap + cap // 4 if cap else self.max_len
-            cap = max(longest + n_tokens, more)
+        n_slots = self.window_k.size(2)
+        if longest + n_tokens > n_slots:
+            more = n_slots + n_slots // 4 if n_slots else self.max_len
+            n_slots = max(longest + n_tokens, more)
             for name in self.GROWS:
                 old = getattr(self, name)
-                setattr(self, name, F.pad(old, (0, 0, 0, cap - old.size(2))))
-        self.room = cap - longest
+                setattr(self, name, F.pad(old, (0, 0, 0, n_slots - old.size(2))))
+        self.room = n_slots - longest
 
     def view(self) -> CacheView:
         packed = PackedView(

@@ -88,6 +88,7 @@ class HostEvent:
         pass
 
     def elapsed_time(self, end: HostEvent) -> float:
+        """Return the milliseconds from this event to `end`."""
         return 1e3 * (end.at - self.at)
 
 

@@ -273,15 +273,15 @@ class Trainer:
             stage.params = shard(stage.model, stage.params, w, bfloat16)
         self.opt = make_optimizer(stage.params, cfg)
         self.step = 0
-        self.first = 0  # step that was not done before this start
+        self.first = 0  # the first step that this start does
         self.best = math.inf
         self.val = math.nan  # the newest validation loss
         self.forward = torch.compile(stage.model) if cfg.compile else stage.model
         self.bar: tqdm | None = None
         self.why_not_captured = why_not_captured(stage, cfg, w)
         self.captured: CapturedStep | None = None
-        self.has: dict[tuple, list[float]] = {}  # by phase: ranks with a gradient, by parameter
-        self.told = False  # whether any rank was told to stop, as captured steps say it
+        self.has: dict[tuple, list[float]] = {}  # by phase: how many ranks have each gradient
+        self.told = False  # whether a captured step said that some rank was told to stop
         if not self.why_not_captured:
             mine, _ = training_batch(stage, 0, w)
             gradients_of = self.device_gradients

@@ -366,8 +366,7 @@ class SelectPath(ValueGroupPath):
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> RaggedCache:
         codec = codec_of(self.selector.stored, self.selector.rms[self.index])
         shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
-        maps = self.own_maps().copied()  # training writes into the path's own
-        cache = RaggedCache(*shape, like, codec, maps)
+        cache = RaggedCache(*shape, like, codec, self.for_cache(self.own_maps()))
         cache.keep_all = self.keep_all
         return cache
 

@@ -374,10 +374,12 @@ class ValueGroupPath(nn.Module):
     def new_cache(self, batch: int, max_len: int, like: Tensor) -> PackedCache:
         codec = codec_of(self.cfg) if self.cfg.ints else FloatCodec(self.n_sinks)
         shape = (batch, max_len, self.Hkv, self.D)
-        maps = self.maps()
-        if self.cfg.learn_basis or self.key_map is not None:  # training writes into them
-            maps = maps.copied()
-        return PackedCache(*shape, self.cfg, self.k, like, maps, codec)
+        return PackedCache(*shape, self.cfg, self.k, like, self.for_cache(self.maps()), codec)
+
+    def for_cache(self, maps: ValueBasis) -> ValueBasis:
+        """Return maps of this path as a cache holds them: copies of what training writes into."""
+        trained = self.cfg.learn_basis or self.key_map is not None
+        return maps.copied() if trained else maps
 
     def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:
         """Return the mask (B, Hm, T, S) with which the cache will pack new tokens; None where those

@@ -357,7 +357,8 @@ class SelectPath(ValueGroupPath):
         s = self.selector
         codec = codec_of(s.stored, s.rms[self.index])
         shape = (batch, max_len, self.Hkv, self.D, self.S, self.mask_heads)
-        cache = s.empty.new(*shape, like=like, codec=codec, maps=self.own_maps())
+        maps = self.for_cache(self.own_maps())
+        cache = s.empty.new(*shape, like=like, codec=codec, maps=maps)
         cache.keep_all = self.keep_all
         return cache
 
@@ -461,6 +462,8 @@ class SelectPath(ValueGroupPath):
         as_it_is = cache.basis.dec is None and cache.basis.from_keys is None
         if as_it_is or not len(cache.keys):  # rows are read as they are, or none
             return attend_view(q, view, self.cap)[0]
+        if torch.is_grad_enabled() and self.cfg.learn_basis and not self.folded:
+            cache = cache.read_through(self.dec)
         return self._read(q, view, cache)
 
     def graph_safe(self) -> bool:

@@ -256,7 +256,7 @@ def check_stored_context_flags(args) -> None:
         "nothing is left to train",
         "give --adapter=lora or --learn_basis",
     )
-    for name in ("compile", "shard"):
+    for name in ("compile", "shard", "capture_ranks"):
         check(
             not getattr(cfg, name),
             f"{name} with kv=select",

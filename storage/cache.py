@@ -306,7 +306,8 @@ def valid_columns(T: int, n_pad: Tensor) -> Tensor:
 
 def check_truncation(n_tokens: int | Tensor) -> None:
     """Raise ValueError for a negative number of tokens to keep."""
-    least = int(torch.as_tensor(n_tokens).min())
+    n = torch.as_tensor(n_tokens)
+    least = int(n.min()) if n.numel() else 0  # of no sequence
     check(least >= 0, f"truncating to {least} tokens", "0 or more", "give the number to keep")
 
 
@@ -393,7 +394,8 @@ class KVCache:
         """Give every layer room for n_tokens more, no less and no more: the bytes it holds are
         those of its tokens then."""
         for layer in self.layers:
-            layer.fit(n_tokens)
+            if layer.batch:
+                layer.fit(n_tokens)
 
     def check_usable(self) -> None:
         """Raise ValueError after a step that failed half-way (its layers no longer agree), and

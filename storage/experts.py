@@ -143,7 +143,7 @@ class ExpertCache(WindowCache):
         k = k.take_along_dim(order, 2)
         v = v.take_along_dim(order, 2)
         self._store(part, k, v, width - count)
-        part.room = part.cap - int(part.lengths.max())
+        part.room = part.capacity - int(part.lengths.max())
 
     @staticmethod
     def _store(part: PackedCache, k: Tensor, v: Tensor, n_pad: Tensor) -> None:
@@ -181,7 +181,7 @@ class ExpertCache(WindowCache):
         packed = []
         for part in self.parts:
             view = part.view()
-            if part.cap:
+            if part.capacity:
                 packed.append(view.packed[0])
             waiting = part.window_k.size(2)
             if waiting:

@@ -40,11 +40,12 @@ def numbers(k: Tensor, pad: Tensor | None) -> Tensor:
 
 
 def slot_positions(position: int | Tensor, n: int, device: torch.device) -> Tensor:
-    """Return the positions of the first n slots of a segment, (1, n) or (..., n), for a position as
-    attend_predicted has it."""
+    """Return the positions of the first n slots of every segment, (B or 1, 1 or Hkv, n) int64, for
+    a position as attend_predicted has it."""
     if isinstance(position, int):
-        return torch.arange(position, position + n, device=device)[None]
-    return position[..., :n]
+        return torch.arange(position, position + n, device=device)[None, None]
+    by_head = position if position.ndim == 3 else position[:, None]
+    return by_head[..., :n]
 
 
 class FromKeys(NamedTuple):
@@ -116,7 +117,7 @@ def attend_predicted_ref(
         raw = from_keys.before_rope(k, position)
         z = r + told_by_keys(raw, from_keys.weight)
     else:
-        z = r + from_keys.predict(k, position)
+        z = r + from_keys.predict(k, position[:, 0])
     return packed_attention(q, PackedView.of_whole(k, z, packed.n), None, cap=cap)
 
 
@@ -137,7 +138,7 @@ def attend_predicted(
     packed: of at most N tokens in a segment; maps of all heads want whole keys, with the same
         room for every segment, as PackedCache has it
     position: of the first slot of every segment where the others follow it; else of each slot of a
-        segment, (B or 1, N), or (B, 1 or Hkv, N) for maps of own heads, int64
+        segment, (B or 1, N), or (B or 1, 1 or Hkv, N) for maps of own heads, int64
     impl: see storage/kernel_base.py; cap, chunk: see kernels.packed_attention
     window: newer tokens with whole values, value coordinates, too; or None
     Returns out (B, H, T, D), value coordinates, and lse (B, H, T), as packed_attention."""
@@ -214,7 +215,7 @@ def _read_told(
         raw = from_keys.before_rope(k, position)  # (B, Hkv, N, D)
         told = p.to(raw.dtype) @ raw
     else:
-        raw = from_keys.turn_back(k, position)  # (B, N, Hkv*D)
+        raw = from_keys.turn_back(k, position[:, 0])  # (B, N, Hkv*D)
         told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
         told = told.view(B, Hkv, H // Hkv * T, Hkv * D)
         weight = weight.unflatten(-1, (Hkv, D)).transpose(0, 1)

@@ -330,7 +330,7 @@ class PackedCache(WindowCache):
             self.sink_v = torch.zeros_like(self.sink_k)
             self.n_sink = torch.zeros_like(self.n_packed)
         self._allocate(max(0, max_len - self.window))
-        self.room = self.cap + self.window
+        self.room = self.capacity + self.window
         # whether single tokens are appended by a kernel, on the device alone
         by_kernel = self.codec.one_by_one(head_dim, self.window) and basis.from_keys is None
         self.by_kernel = by_kernel and use_triton("auto", like.device, like.dtype)
@@ -358,8 +358,8 @@ class PackedCache(WindowCache):
         return {**self.basis.constants(), **self.codec.constants()}
 
     def segments(self, owner: str) -> tuple[Tensor, Tensor]:
-        sizes = {"row": self.cap * self.k, "block": self.cap // self.block}
-        size = sizes.get(owner, self.cap)  # of a segment's tokens or masks: cap
+        sizes = {"row": self.capacity * self.k, "block": self.capacity // self.block}
+        size = sizes.get(owner, self.capacity)  # of a segment's tokens or masks: capacity
         heads = self.mask_heads if owner == "mask" else self.Hkv
         number = torch.arange(self.batch * heads, device=self.n_packed.device)
         number = number.view(self.batch, heads)
@@ -372,7 +372,7 @@ class PackedCache(WindowCache):
         if not self.k:  # there are no masks
             slots = self.keys
             heads = self.Hkv
-        self.cap = len(slots) // max(1, self.batch * heads)  # tokens of a segment
+        self.capacity = len(slots) // max(1, self.batch * heads)  # tokens of a segment
         self.token_base, _ = self.segments("token")
         self.row_base, _ = self.segments("row")
         self.mask_base, _ = self.segments("mask")
@@ -381,7 +381,7 @@ class PackedCache(WindowCache):
     @classmethod
     def alike(cls, caches: Sequence[PackedCache]) -> list[PackedCache]:
         parts = super().alike(caches)
-        most = max(c.cap for c in parts)
+        most = max(c.capacity for c in parts)
         for part in parts:
             part._grow(most, exact=True)
         parts[0].sinks_open = any(c.sinks_open for c in parts)
@@ -390,34 +390,34 @@ class PackedCache(WindowCache):
     def check_counts(self) -> None:
         self.set_bases()
         super().check_counts()
-        check_range(self.n_packed, self.cap, "n_packed")
+        check_range(self.n_packed, self.capacity, "n_packed")
         if self.codec.n_sinks:
             check_range(self.n_sink, self.codec.n_sinks, "n_sink")
             self.sinks_open = True  # reserve looks
 
     # ---- capacity
 
-    def _allocate(self, cap: int) -> None:
-        cap = cdiv(cap, self.codec.block) * self.codec.block
-        n_tokens = self.batch * self.Hkv * cap
+    def _allocate(self, capacity: int) -> None:
+        capacity = cdiv(capacity, self.codec.block) * self.codec.block
+        n_tokens = self.batch * self.Hkv * capacity
         parts = self.codec.empty(n_tokens, self.k, self.S, self.D, self.window_k[:0])
         for name, t in parts.items():
             setattr(self, name, t)
-        n_masks = self.batch * self.mask_heads * cap if self.k else 0
+        n_masks = self.batch * self.mask_heads * capacity if self.k else 0
         self.bits = torch.zeros(n_masks, dtype=mask_dtype(self.S), device=self.n_packed.device)
         self.set_bases()
 
     def _grow(self, need: int, exact: bool = False) -> None:
         """Have room for `need` packed tokens in every segment."""
-        if need > self.cap:
-            self._resize(need if exact else max(need, self.cap + self.cap // 4))
+        if need > self.capacity:
+            self._resize(need if exact else max(need, self.capacity + self.capacity // 4))
 
-    def _resize(self, cap: int) -> None:
-        """Have room for `cap` packed tokens in every segment, of whole blocks."""
-        if cdiv(cap, self.codec.block) == self.cap // self.codec.block:
+    def _resize(self, capacity: int) -> None:
+        """Have room for `capacity` packed tokens in every segment, of whole blocks."""
+        if cdiv(capacity, self.codec.block) == self.capacity // self.codec.block:
             return
         old = {name: getattr(self, name) for name in (*self.codec.owners, "bits")}
-        self._allocate(cap)
+        self._allocate(capacity)
         for name, t in old.items():
             heads = self.mask_heads if name == "bits" else self.Hkv
             copy_segments(t, getattr(self, name), self.batch * heads)
@@ -425,7 +425,7 @@ class PackedCache(WindowCache):
     def reserve(self, n_tokens: int) -> None:
         longest = int((self.n_packed + self.n_window).max()) if self.batch else 0
         self._grow(longest + n_tokens - self.window)
-        self.room = self.cap + self.window - longest
+        self.room = self.capacity + self.window - longest
         if self.sinks_open:
             self.sinks_open = bool((self.n_sink < self.codec.n_sinks).any())
 
@@ -433,7 +433,7 @@ class PackedCache(WindowCache):
         longest = int((self.n_packed + self.n_window).max())
         need = max(int(self.n_packed.max()), longest + n_tokens - self.window)
         self._resize(need)
-        self.room = self.cap + self.window - longest
+        self.room = self.capacity + self.window - longest
 
     # ---- reading
 
@@ -452,8 +452,8 @@ class PackedCache(WindowCache):
             tile_base=self.mask_base,
             n_groups=self.S,
             k=self.k,
-            longest=self.cap,
-            held=self.batch * self.Hkv * self.cap,
+            longest=self.capacity,
+            held=self.batch * self.Hkv * self.capacity,
             ints=self.ints,
         )
         window = WindowView(self.window_k, self.window_v, self.n_packed, self.n_window)
@@ -562,7 +562,9 @@ class PackedCache(WindowCache):
         for name, new in packed.items():  # (B, heads, width / each, ...)
             heads = new.size(1)
             each = width // new.size(2)  # tokens to an entry
-            cells = getattr(self, name).view(self.batch, heads, self.cap // each, *new.shape[3:])
+            cells = getattr(self, name).view(
+                self.batch, heads, self.capacity // each, *new.shape[3:]
+            )
             if least == width and first == last:  # every segment grows by the same tokens
                 cells[:, :, first // each : (first + width) // each] = new
                 continue

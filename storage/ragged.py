@@ -353,16 +353,16 @@ class RaggedCache(DenseCache):
 
     def reserve(self, n_tokens: int) -> None:
         longest = int(self.n_window.max()) if self.batch else 0
-        cap = self.window_k.size(2)
-        if longest + n_tokens > cap:
-            if not cap:  # counts of a window are written to
+        n_slots = self.window_k.size(2)
+        if longest + n_tokens > n_slots:
+            if not n_slots:  # counts of a window are written to
                 self.n_window = self.n_window.clone()
-            more = cap + cap // 4 if cap else self.max_len
-            cap = max(longest + n_tokens, more)
+            more = n_slots + n_slots // 4 if n_slots else self.max_len
+            n_slots = max(longest + n_tokens, more)
             for name in self.GROWS:
                 old = getattr(self, name)
-                setattr(self, name, F.pad(old, (0, 0, 0, cap - old.size(2))))
-        self.room = cap - longest
+                setattr(self, name, F.pad(old, (0, 0, 0, n_slots - old.size(2))))
+        self.room = n_slots - longest
 
     def snapshot(self) -> RaggedCache:
         # without a window there is nothing yet that is written to
@@ -400,6 +400,13 @@ class RaggedCache(DenseCache):
         write_ring(v, new.v, self.n_window, new.n_pad)
         count = self.n_window + (T if new.n_pad is None else T - new.n_pad)
         return self.view()._replace(window=WindowView(k, v, None, count))
+
+    def read_through(self, dec: Tensor) -> RaggedCache:
+        """Return this cache, the same tensors, whose values come out of the basis by dec
+        (Hkv, D, D), which gets a gradient so."""
+        out = copy.copy(self)
+        out.maps = self.maps._replace(dec=dec)
+        return out
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         """Forget all but the first n_tokens. ValueError inside the context, which is kept as it

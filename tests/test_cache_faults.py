@@ -54,6 +54,18 @@ def test_joined_caches_of_unequal_capacity_decode_as_each_alone(model):
         agree(got[b : b + 1], decoded(model, cache, 8, [b]))
 
 
+def test_a_cache_of_no_sequence_is_fitted_and_joined(model):
+    """What is left when no sequence is picked takes every verb of storage, and adds nothing to
+    what it is joined with."""
+    cache = filled(model, tokens(9))
+    none = cache.select_sequences([])
+    none.fit(0)
+    none.fit(5)
+    none.truncate(4)
+    assert len(none.lengths) == 0
+    agree(decoded(model, KVCache.cat([none, cache]), 3), decoded(model, cache, 3))
+
+
 @pytest.mark.parametrize("lengths", [(1, 0, 30), (3, 0)])
 def test_integers_joined_before_their_first_tokens_are_full(lengths):
     """Rows of which some, or all, may still fill the tokens that stay whole: joined, in any order,

@@ -321,6 +321,7 @@ def test_out_of_range(name, f, capsys, here):
         ([*STORED_CONTEXT, "--adapter=none"], "adapter=none with kv=select"),
         ([*STORED_CONTEXT, "--compile"], "compile with kv=select"),
         ([*STORED_CONTEXT, "--shard"], "shard with kv=select"),
+        ([*STORED_CONTEXT, "--capture_ranks"], "capture_ranks with kv=select"),
         (["--stage=pretrain", "--shard", "--capture_ranks"], "capture_ranks with shard=True"),
         ([*STORED_CONTEXT, "--kv_byte_budgets=0.1,1"], "a list of shares above 0 and below 1"),
         ([*STORED_CONTEXT, "--kv_byte_budgets="], "a list of shares above 0 and below 1"),

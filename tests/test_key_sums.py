@@ -146,6 +146,20 @@ def test_each_head_may_hold_tokens_of_other_positions(dtype):
             compare(*case, position, chunk=16)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch", "written out"])
+def test_positions_of_a_sequence_are_those_of_all_its_heads(impl):
+    """As many sequences as KV heads: (B, N) means (B, 1, N), in every form."""
+    q, packed, maps = drawn(SHAPES["SmolLM2"], [37, 21, 5], torch.float32)
+    position = torch.arange(37, device=DEVICE) + torch.tensor([[0], [4], [9]], device=DEVICE)
+    results = []
+    for each in (position, position[:, None], position[:, None].expand(-1, 3, -1)):
+        if impl == "written out":
+            results.append(attend_predicted_ref(q, packed, maps, each)[0])
+        else:
+            results.append(attend_predicted(q, packed, maps, each, impl=impl)[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_segments_of_very_different_lengths_share_one_row_of_programs():
     """One long segment beside short ones: pieces are laid in a row (storage/pieces.py)."""
     lengths = [300, 0, 3, 1, 17, 2]

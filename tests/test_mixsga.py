@@ -352,7 +352,7 @@ def test_room_is_taken_kept_and_given_up():
     held = cache.nbytes()
     for layer in cache.layers:
         assert layer.room == 1
-        assert [part.cap - int(part.lengths.max()) for part in layer.parts] == [1, 1, 1]
+        assert [part.capacity - int(part.lengths.max()) for part in layer.parts] == [1, 1, 1]
     cache.reserve(30)
     assert cache.nbytes() > held
     cache.fit(1)

@@ -177,6 +177,24 @@ def test_the_share_of_dense_is_the_budget():
         assert all(len(c.place) == 3 * 255 for c in cache.layers)  # (2047 - 9 - 4) / 8
 
 
+@pytest.mark.parametrize("kv", [dict(fold=True), dict(fold=False, learn_basis=True)], ids=str)
+@torch.no_grad()
+def test_a_cache_keeps_the_maps_it_was_packed_with(kv):
+    """What training writes into maps in place does not reach a context that was stored before."""
+    m = predicting(**kv)
+    m.selector.set(config(kv_bytes=0.3))
+    caches = [m.new_cache(3, T + 1) for _ in range(2)]
+    for cache in caches:
+        m.prefill(X, cache)
+    path = kv_router.paths(m)["layers.1.self_attn.kv_path"]  # the last: nothing else reads it
+    layers = [cache.layers[1] for cache in caches]
+    q = torch.randn(3, 6, 1, 16, dtype=torch.float64)
+    want = path._read(q, layers[0].view(), layers[0])
+    for p in path.parameters():
+        p.add_(0.1)
+    assert torch.equal(path._read(q, layers[1].view(), layers[1]), want)
+
+
 @pytest.mark.parametrize("kv_bytes", [0.0, 0.5])
 @torch.no_grad()
 def test_sequences_joined_picked_and_loaded_read_as_alone(kv_bytes, tmp_path):

@@ -19,6 +19,7 @@ from helpers import error_line
 
 import cli
 import data
+import kv_router
 import train
 from config import KVConfig
 from loaders import checkpoint
@@ -113,6 +114,23 @@ def test_evaluation_and_sampling_never_change_training(kind, flags, tmp_path, ru
     for r in runs[1:]:
         assert losses(r) == losses(runs[0])
         assert_equal(tensors(r / "step-00000008"), tensors(runs[0] / "step-00000008"))
+
+
+@pytest.mark.parametrize("evals", ["0", "2"])
+def test_samples_of_a_warm_up_read_what_is_stored(evals, tmp_path, run_stage, monkeypatch):
+    """Text that is shown while steps read whole values is written from K groups, as validation
+    losses are, whether one was measured before it or not."""
+    read = []
+    write = trainer.generate
+
+    def watched(model, *args, **kwargs):
+        read.append({(path.k, path.whole) for path in kv_router.paths(model).values()})
+        return write(model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "generate", watched)
+    intervals = [f"--eval_interval={evals}", "--sample_interval=1"]
+    run_stage("adapt", tmp_path, *WARM, "--adapt_steps=4", *intervals)
+    assert read == [{(2, False)}] * 4
 
 
 def test_resume_newest_valid_says_why(tmp_path, text, run_stage, capsys):

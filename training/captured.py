@@ -14,15 +14,15 @@ A replay runs no Python, so whatever differs between steps has to lie on the dev
                     the host reads those of step i before step i + LATE begins
     whether it is   a loss or norm that is not finite sets `bad`, which stays set: from then on the
     good            optimizer's kernels leave weights, moments and step counters as they are
-    whether to      a number of this process, summed over all; like loss and norm it is read late,
-    stop            by all processes of a job before the same step
+    whether to      each process puts 0 or 1 into a tensor that is summed over all; like loss and
+    stop            norm the sum is read late, by all of them before the same step
 
 What Python decides (how many value groups are kept, say) is the step's phase: another phase is
 another graph. On a CPU the same step runs without a graph.
 
-Of several processes each records its own step, sums over all of them included (NCCL's kernels are
-recorded like others): warming up starts NCCL before. Loss and norm are those of all, so each
-process finds the same steps bad.
+Of several processes each records its own step. Sums over all of them are part of it: NCCL's kernels
+are recorded like others, once the steps that warm up have started NCCL. Loss and norm are those of
+all, so each process finds the same steps bad.
 
     step = CapturedStep(gradients, opt, shape=(8, 512), device=device)
     for i in range(100):
@@ -88,6 +88,7 @@ class HostEvent:
         pass
 
     def elapsed_time(self, end: HostEvent) -> float:
+        """Return the milliseconds from this event to `end`."""
         return 1e3 * (end.at - self.at)
 
 

@@ -273,15 +273,15 @@ class Trainer:
             stage.params = shard(stage.model, stage.params, w, bfloat16)
         self.opt = make_optimizer(stage.params, cfg)
         self.step = 0
-        self.first = 0  # step that was not done before this start
+        self.first = 0  # the first step that this start does
         self.best = math.inf
         self.val = math.nan  # the newest validation loss
         self.forward = torch.compile(stage.model) if cfg.compile else stage.model
         self.bar: tqdm | None = None
         self.why_not_captured = why_not_captured(stage, cfg, w)
         self.captured: CapturedStep | None = None
-        self.has: dict[tuple, list[float]] = {}  # by phase: ranks with a gradient, by parameter
-        self.told = False  # whether any rank was told to stop, as captured steps say it
+        self.has: dict[tuple, list[float]] = {}  # by phase: how many ranks have each gradient
+        self.told = False  # whether a captured step said that some rank was told to stop
         if not self.why_not_captured:
             mine, _ = training_batch(stage, 0, w)
             gradients_of = self.device_gradients
@@ -428,6 +428,9 @@ class Trainer:
         saves = due(self.cfg.save_interval) or last or stopping
         if evaluates or samples or saves:
             self.settle()
+        if evaluates or samples:
+            # whole values belong to the warm-up, not to a result
+            kv_router.set_kept(self.s.model, self.s.kv.topk_groups)
         if evaluates:
             if last and self.w.main:
                 n = min(self.cfg.eval_sequences, count_windows(self.s.corpus.val, self.s.window))
@@ -440,8 +443,6 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Log the validation loss after self.step steps; keep the best weights."""
-        # whole values belong to the warm-up, not to a result
-        kv_router.set_kept(self.s.model, self.s.kv.topk_groups)
         val = validation_loss(self.s, self.cfg, self.w)
         if not math.isfinite(val):
             raise NonFinite(

@@ -50,8 +50,8 @@ class World:
             dist.all_reduce(t)
         return t
 
-    def start_sum(self, t: Tensor):
-        """Begin to sum over ranks, in place. Returns what to wait() for."""
+    def start_sum(self, t: Tensor) -> dist.Work:
+        """Begin to sum over ranks, in place; there are several. Returns what to wait() for."""
         return dist.all_reduce(t, async_op=True)
 
     def any(self, flag: bool) -> bool:
@@ -205,7 +205,14 @@ class GradientSums:
     still runs: a bucket of gradients is on its way as soon as all of it is there.
 
     Buckets leave in one order, the same on every rank, whatever gradients a rank has: one that it
-    lacks counts as zeros. What no rank has a gradient of has none after it, either."""
+    lacks counts as zeros. What no rank has a gradient of has none after it, either.
+
+        sums = GradientSums(params, w)
+        sums.start()                     # before the last backward pass, on ranks that have one
+        loss.backward()
+        has = sums.has()
+        sums.finish(numbers)             # (n,) float64, summed too
+        sums.drop(w.sum(has).tolist())"""
 
     def __init__(self, params: list[torch.nn.Parameter], w: World):
         self.params = params

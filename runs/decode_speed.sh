@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Attention of one new token over a packed cache, beside dense attention. Needs one GPU: 16 bits and
-# other shapes were measured on an H100, the last two commands on a CPU, all else on an H200 in three
-# minutes.
+# other shapes were measured on an H100, all else on an H200 in three minutes, but for the last two
+# commands, which take a CPU.
 # The first command is the record's own; the others were put together from the table's rows.
 # usage: runs/decode_speed.sh [OUT]
 set -euo pipefail

@@ -19,6 +19,14 @@ RUN="${4:-}"
 MORE="${MORE:-}" # flags of every command, such as --device=cpu
 N="${N:-500}"    # items of each file
 
+items="$ITEMS,$APART"
+for file in ${items//,/ }; do
+  if [[ ! -e "$file" ]]; then
+    echo "runs/choices.sh: $file: there is no such file; give files that are there" >&2
+    exit 2
+  fi
+done
+
 if [[ -z "$RUN" ]]; then
   RUN="$OUT/run"
   python train.py --stage=select --init_from="$MODEL" --block_size="${LONGEST:-2048}" --n_groups=8 \

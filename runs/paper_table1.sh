@@ -14,11 +14,17 @@ TEST="${4:-wikitext2.test.txt}"
 mkdir -p "$OUT"
 python -c "
 import json, sys
+from cli import exit_on_bad_input
 from data import DataConfig, documents
-docs = documents('pycode', DataConfig())['all']
-for name, part in (('test', docs[::10]), ('adapt', [d for i, d in enumerate(docs) if i % 10])):
-    with open(f'{sys.argv[1]}/{name}.jsonl', 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps({'text': d}) + '\n' for d in part)
+
+def write():
+    docs = documents('pycode', DataConfig())['all']
+    parts = {'test': docs[::10], 'adapt': [d for i, d in enumerate(docs) if i % 10]}
+    for name, part in parts.items():
+        with open(f'{sys.argv[1]}/{name}.jsonl', 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps({'text': d}) + '\n' for d in part)
+
+exit_on_bad_input(write)
 " "$OUT"
 
 table() {  # table NAME FLAGS...: half of every value in 16 bits, then less in integers

@@ -14,9 +14,14 @@ ln -sf "$FOLDER/SmolLM2-135M-Instruct.Q4_1.gguf" .
 
 # wikitext2.valid.txt and wikitext2.test.txt
 python -c "
+from cli import exit_on_bad_input
 from data import DataConfig, documents
-texts = documents('wikitext2', DataConfig())
-for name, split in (('valid', 'val'), ('test', 'test')):
-    with open(f'wikitext2.{name}.txt', 'w', encoding='utf-8') as f:
-        f.write(''.join(texts[split]))
+
+def write():
+    texts = documents('wikitext2', DataConfig())
+    for name, split in (('valid', 'val'), ('test', 'test')):
+        with open(f'wikitext2.{name}.txt', 'w', encoding='utf-8') as f:
+            f.write(''.join(texts[split]))
+
+exit_on_bad_input(write)
 "

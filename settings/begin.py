@@ -12,10 +12,13 @@ from _signal import (
 
 
 def program_name() -> str:
-    """Return what the user typed: train.py, or python -m loaders.export for a module in a room."""
+    """Return what the user typed: train.py, python -m loaders.export for a module in a room, or
+    python for a script's own lines (python -c)."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and "." in spec.name:
         return f"python -m {spec.name}"
+    if sys.argv[0] == "-c":
+        return "python"
     return sys.argv[0].rsplit("/", 1)[-1]
 
 

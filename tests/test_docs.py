@@ -298,6 +298,36 @@ def test_checker_sees_a_table_without_script():
     assert [bool(re.search(r"runs/\w+\.sh", t)) for _, t in tables_of(text)] == [True, True, False]
 
 
+def test_texts_that_a_script_cannot_have_end_it_by_one_line(tmp_path):
+    """A script's own Python that reads texts, run where they cannot be had: one line, exit code 2."""
+    codes = {}
+    for script in SCRIPTS:
+        for code in re.findall(r'python -c "\n(.*?)\n"', script.read_text(), re.DOTALL):
+            if "documents(" in code:
+                codes[script.name] = code.replace('\\"', '"')
+    assert {"prepare.sh", "paper_table1.sh"} <= set(codes)
+    refuse = "import data\ndef documents(*_):\n    raise ValueError('no text; bring one')\n"
+    for name, code in codes.items():
+        command = [
+            sys.executable,
+            "-c",
+            f"{refuse}data.documents = documents\n{code}",
+            str(tmp_path),
+        ]
+        job = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (job.returncode, job.stderr) == (2, "python: no text; bring one\n"), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_script_without_its_files_ends_before_it_begins(tmp_path):
+    """runs/instruct.sh asks for its instructions first of all."""
+    command = ["bash", str(ROOT / "runs/instruct.sh"), "absent.jsonl"]
+    job = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    said = "runs/instruct.sh: absent.jsonl: there is no such file; give JSONL of instructions\n"
+    assert (job.returncode, job.stderr) == (2, said)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_python_in_scripts_names_what_there_is(script):
     """What a script's own Python takes from modules is there."""

@@ -211,9 +211,11 @@ class CapturedStep:
             if isinstance(e, torch.OutOfMemoryError) and self.ranks == 1:
                 raise
             why = str(e.__context__ or e).splitlines()[0]
+            instead = "train.py --capture=false runs it kernel by kernel"
+            if self.ranks > 1:
+                instead = "without --capture_ranks train.py runs it kernel by kernel"
             raise CannotRecord(
-                f"the step cannot be recorded as a CUDA graph: {why}; "
-                "train.py --capture=false runs it kernel by kernel"
+                f"the step cannot be recorded as a CUDA graph: {why}; {instead}"
             ) from e
         self.graph = graph
 

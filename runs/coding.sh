@@ -14,14 +14,16 @@ LONG="${5:-out/instruct/long.jsonl}" # instructions with long inputs: runs/instr
 CALIBRATION="${CALIBRATION:-24}" # windows that bases are calibrated on
 SEQUENCES="${SEQUENCES:-8}"      # windows of each text
 
-measure() {  # measure NAME LENGTH MIXTURE FLAGS...
+MIXTURE="text:$VALID,shakespeare,pydocs,pycode,markup,dialogue"
+
+measure() {  # measure NAME METHODS LENGTH MIXTURE FLAGS...
   name="$1"
-  length="$2"
-  mixture="$3"
-  shift 3
-  python eval.py --init_from="$MODEL" --methods=dense,routed,kvtc --calibrate="$mixture" \
-    --calibration="$CALIBRATION" --block_size="$length" --batch_size=4 --query=4 \
-    --results="$OUT/$name" "$@"
+  methods="$2"
+  length="$3"
+  mixture="$4"
+  shift 4
+  python eval.py --init_from="$MODEL" --methods="$methods" --calibrate="$mixture" \
+    --calibration="$CALIBRATION" --block_size="$length" --query=4 --results="$OUT/$name" "$@"
 }
 text() {  # text NAME DATASET SPLIT: one text, calibrated on the others
   mixture="text:$VALID"
@@ -30,12 +32,13 @@ text() {  # text NAME DATASET SPLIT: one text, calibrated on the others
       mixture="$mixture,$kind"
     fi
   done
-  measure "texts/$1" 2048 "$mixture" --tasks=continuation --detokenize --dataset="$2" --split="$3" \
-    --sequences="$SEQUENCES" --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
+  measure "texts/$1" dense,routed,kvtc 2048 "$mixture" --tasks=continuation --detokenize \
+    --dataset="$2" --split="$3" --batch_size=4 --sequences="$SEQUENCES" \
+    --kv_byte_budgets=0.22,0.125,0.0625,0.04,0.02
 }
 needle() {  # needle LENGTH QUESTION PROMPTS
-  measure "needles/$1_$2" "$1" "text:$VALID,shakespeare,pydocs,pycode,markup,dialogue" \
-    --tasks=needle --question="$2" --sequences="$3" --kv_byte_budgets=0.04
+  measure "needles/$1_$2" dense,routed,kvtc "$1" "$MIXTURE" --tasks=needle --question="$2" \
+    --batch_size=4 --sequences="$3" --kv_byte_budgets=0.04
 }
 
 text wikitext "text:$TEST" all
@@ -50,14 +53,7 @@ for question in seen unseen; do
 done
 
 # variables followed, and instructions with long inputs
-MIXTURE="text:$VALID,shakespeare,pydocs,pycode,markup,dialogue"
-of_strings() {  # of_strings NAME FLAGS...
-  name="$1"
-  shift
-  python eval.py --init_from="$MODEL" --methods=dense,routed --calibrate="$MIXTURE" \
-    --calibration="$CALIBRATION" --query=4 --results="$OUT/tasks/$name" "$@"
-}
-of_strings tracking --tasks=variable_tracking --hops=1 --block_size=384 --batch_size=25 \
-  --sequences=100 --kv_byte_budgets=0.25,0.125,0.0625
-of_strings instruct --tasks=instruct --dataset="instruct:$LONG" --block_size=2048 \
+measure tasks/tracking dense,routed 384 "$MIXTURE" --tasks=variable_tracking --hops=1 \
+  --batch_size=25 --sequences=100 --kv_byte_budgets=0.25,0.125,0.0625
+measure tasks/instruct dense,routed 2048 "$MIXTURE" --tasks=instruct --dataset="instruct:$LONG" \
   --batch_size=16 --sequences=200 --answer_tokens=48 --kv_byte_budgets=0.125,0.0625

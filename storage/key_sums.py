@@ -49,64 +49,21 @@ from storage.kernel_base import (
     triton,
 )
 from storage.layout import PackedView, WindowView
-from storage.pieces import Variant, attend_in_pieces, find_piece, segment_pieces, store_rows
+from storage.pieces import (
+    Variant,
+    attend_in_pieces,
+    find_piece,
+    read_window_columns,
+    segment_pieces,
+    store_rows,
+    weigh_columns,
+)
 
 
 @jit
 def turn_back(low, high, cos, sin):
     """Turn halves of keys, or of sums of keys, back: equation (2)."""
     return low * cos + high * sin, high * cos - low * sin
-
-
-@jit
-def weigh_columns(logits, m, den):
-    """Do what kernels.softmax_weights does for logits (N, M): a column for each query."""
-    top = tl.maximum(m, tl.max(logits, 0))
-    base = tl.where(top == float("-inf"), 0.0, top)  # nothing has been read yet
-    p = tl.exp2(logits - base[None, :])
-    alpha = tl.exp2(m - base)
-    return top, den * alpha + tl.sum(p, 0), p, alpha
-
-
-@jit
-def read_window_columns(
-    q,
-    m,
-    den,
-    acc,
-    k_ptr,
-    v_ptr,
-    row,
-    start,
-    end,
-    first,
-    count,
-    W,
-    n,
-    T,
-    scale,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    DP: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAP: tl.constexpr,
-):
-    """Do what kernels.read_window does for queries (DP, M) and an accumulator (DP, M)."""
-    dim = tl.arange(0, DP)[None, :]
-    none = tl.zeros([N, q.shape[1]], tl.float32)
-    for t0 in tl.range(start, end, N, num_stages=STAGES):
-        t = t0 + tl.arange(0, N)
-        number = (t - first + W) % W  # of the token in the slot, oldest 0
-        live = (t < end) & (number < count)
-        there = live[:, None] & (dim < D)
-        key = tl.load(k_ptr + t[:, None] * D + dim, mask=there, other=0.0)
-        value = tl.load(v_ptr + t[:, None] * D + dim, mask=there, other=0.0)
-        seen = live[:, None] & (number[:, None] <= count - T + (row // n % T)[None, :])
-        logits = capped(product(key, q, none) * scale, CAP)
-        logits = tl.where(seen, logits, float("-inf"))
-        m, den, p, alpha = weigh_columns(logits, m, den)
-        acc = product(tl.trans(value), p.to(value.dtype), acc * alpha[None, :])
-    return m, den, acc
 
 
 @jit
@@ -228,7 +185,7 @@ def _key_sums_kernel(
     )
     q_low = tl.trans(q_low)
     q_high = tl.trans(q_high)
-    m = tl.full([M], float("-inf"), tl.float32)
+    m = tl.full([M], -1e38, tl.float32)
     den = tl.zeros([M], tl.float32)
     stored = tl.zeros([DP, M], tl.float32)
     sum_low = tl.zeros([HALF, M], tl.float32)
@@ -237,27 +194,30 @@ def _key_sums_kernel(
     nothing = tl.zeros([HALF, M], tl.float32)
 
     if WINDOW:
-        q = load_queries(q_ptr, b, h, row, n, T, q_stride_b, q_stride_h, q_stride_t, D, DP)
+        dims = tl.arange(0, DP)
+        query = row // n
+        heads = (h * n + row % n)[None, :]
         m, den, stored = read_window_columns(
-            tl.trans(q),
+            q_ptr + b * q_stride_b + heads * q_stride_h + query[None, :] * q_stride_t,
             m,
             den,
             stored,
             window_k_ptr + seg.to(tl.int64) * W * D,
             window_v_ptr + seg.to(tl.int64) * W * D,
-            row,
+            dims,
+            dims < D,
+            query,
+            row < T * n,
             tl.maximum(piece * size - n_packed, 0),
             tl.minimum((piece + 1) * size - n_packed, n_slots),
             first,
             count,
             W,
-            n,
             T,
             scale,
             D,
-            N,
+            M,
             DP,
-            STAGES,
             CAP,
         )
     half = tl.arange(0, HALF)
@@ -319,6 +279,7 @@ def _key_sums_kernel(
         elif WINDOW:
             stored *= alpha[None, :]
 
+    m = tl.where(den > 0, m, float("-inf"))
     place = tl.program_id(0) if SEGS > 0 else seg * parts + piece
     ROWS: tl.constexpr = WINDOW or not ALONE
     WIDE: tl.constexpr = 2 * D if ROWS else D

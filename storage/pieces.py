@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from storage.kernel_base import jit, tl, triton
+from storage.kernel_base import capped, jit, product, tl, triton
 from storage.layout import PackedView, WindowView, cdiv
 
 # -------------------- on the device
@@ -97,6 +97,66 @@ def find_piece(
         seg = tl.sum((tl.cumsum(number, 0) <= pid).to(tl.int32), 0)
         piece = pid - tl.sum(tl.where(each < seg, number, 0), 0)
     return seg, piece
+
+
+@jit
+def weigh_columns(logits, m, den):
+    """Do what kernels.softmax_weights does for logits (N, M), a column for each query. m is finite,
+    -1e38 where nothing has been read yet."""
+    top = tl.maximum(m, tl.max(logits, 0))
+    p = tl.exp2(logits - top[None, :])
+    alpha = tl.exp2(m - top)
+    return top, den * alpha + tl.sum(p, 0), p, alpha
+
+
+@jit
+def read_window_columns(
+    q_ptr,
+    m,
+    den,
+    acc,
+    k_ptr,
+    v_ptr,
+    dims,
+    in_dims,
+    query,
+    in_row,
+    start,
+    end,
+    first,
+    count,
+    W,
+    T,
+    scale,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    DP: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Let queries read slots of one head's window, as kernels.read_window, with tokens and dims on
+    the long side: q_ptr (1, M) addresses, acc (dims, M) in the order of `dims`, den (M,)."""
+    whole = tl.arange(0, DP)
+    x = tl.load(q_ptr + whole[:, None], mask=(whole < D)[:, None] & in_row[None, :], other=0.0)
+    for t0 in tl.range(start, end, 16, num_stages=1):
+        t = t0 + tl.arange(0, 16)
+        number = (t - first + W) % W  # of the token in the slot, oldest 0
+        live = (t < end) & (number < count)
+        key = tl.load(
+            k_ptr + t[:, None] * D + whole[None, :],
+            mask=live[:, None] & (whole < D)[None, :],
+            other=0.0,
+        )
+        seen = live[:, None] & (number[:, None] <= count - T + query[None, :])
+        logits = capped(product(key, x, tl.zeros([16, M], tl.float32)) * scale, CAP)
+        logits = tl.where(seen, logits, float("-inf"))
+        m, den, p, alpha = weigh_columns(logits, m, den)
+        value = tl.load(
+            v_ptr + t[:, None] * D + dims[None, :],
+            mask=live[:, None] & in_dims[None, :],
+            other=0.0,
+        )
+        acc = product(tl.trans(value), p.to(x.dtype), acc * alpha[None, :])
+    return m, den, acc
 
 
 @jit

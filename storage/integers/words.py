@@ -48,7 +48,7 @@ from storage.kernel_base import (
     tl,
     triton,
 )
-from storage.pieces import find_piece, segment_pieces
+from storage.pieces import find_piece, read_window_columns, segment_pieces
 
 # -------------------- pieces of the kernel
 
@@ -201,60 +201,6 @@ def _value_planes(rows_ptr, first, kept, vw, VW: tl.constexpr, RW: tl.constexpr,
     )
     words, thirds = tl.split(words.to(tl.uint32))
     return words, thirds >> (vw % RW // (RW // 2)).to(tl.uint32)[None, :]
-
-
-@jit
-def _read_window(
-    q_ptr,
-    m,
-    den,
-    acc,
-    k_ptr,
-    v_ptr,
-    dims,
-    in_dims,
-    query,
-    in_row,
-    start,
-    end,
-    first,
-    count,
-    W,
-    T,
-    scale,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    DP: tl.constexpr,
-    CAP: tl.constexpr,
-):
-    """Let queries read slots of one head's window, as kernels.read_window, with tokens and dims on
-    the long side: q_ptr (1, M) addresses, acc (dims, M) in the order of `dims`, den (M,)."""
-    whole = tl.arange(0, DP)
-    x = tl.load(q_ptr + whole[:, None], mask=(whole < D)[:, None] & in_row[None, :], other=0.0)
-    for t0 in tl.range(start, end, 16, num_stages=1):
-        t = t0 + tl.arange(0, 16)
-        number = (t - first + W) % W  # of the token in the slot, oldest 0
-        live = (t < end) & (number < count)
-        key = tl.load(
-            k_ptr + t[:, None] * D + whole[None, :],
-            mask=live[:, None] & (whole < D)[None, :],
-            other=0.0,
-        )
-        seen = live[:, None] & (number[:, None] <= count - T + query[None, :])
-        logits = capped(product(key, x, tl.zeros([16, M], tl.float32)) * scale, CAP)
-        logits = tl.where(seen, logits, float("-inf"))
-        top = tl.maximum(m, tl.max(logits, 0))
-        p = tl.exp2(logits - top[None, :])
-        alpha = tl.exp2(m - top)
-        m = top
-        den = den * alpha + tl.sum(p, 0)
-        value = tl.load(
-            v_ptr + t[:, None] * D + dims[None, :],
-            mask=live[:, None] & in_dims[None, :],
-            other=0.0,
-        )
-        acc = product(tl.trans(value), p.to(x.dtype), acc * alpha[None, :])
-    return m, den, acc
 
 
 # -------------------- the kernel
@@ -556,7 +502,7 @@ def _word_attention_kernel(
             add = each_group((by_middle - by_step * HALF) * down, group, S)
         acc = acc * (down / field_factor(field, VALUE))[:, None] + add
 
-    m, den, acc = _read_window(
+    m, den, acc = read_window_columns(
         q_ptr,
         m,
         den,

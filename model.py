@@ -148,19 +148,16 @@ def attend(
     L = k.size(2)
     plain = not cap and (window == 0 or window >= L)
     if plain and pad is None and (T == L or T == 1):
-        gqa = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=gqa)
+        return attend_fused(q, k, v, is_causal=T > 1)
     return attend_masked(q, k, v, attention_mask(T, L, pad, q.device, window), cap)
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.0) -> Tensor:
     """Return attention of T queries over L keys where mask (..., T, L) bool allows it, (B, H, T,
     D). Shapes and cap: see attend; mask is broadcast to (B, H, T, L)."""
-    n = q.size(1) // k.size(1)
     if not cap:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=n > 1)
-    k = k.repeat_interleave(n, 1)
-    v = v.repeat_interleave(n, 1)
+        return attend_fused(q, k, v, attn_mask=mask)
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
     out = []
     for a in range(0, q.size(2), QUERY_BLOCK):
         rows = slice(a, a + QUERY_BLOCK)
@@ -168,6 +165,16 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.
         logits = soft_cap(logits, cap).masked_fill(~mask[..., rows, :], -math.inf)
         out.append(logits.softmax(-1).to(v.dtype) @ v)
     return torch.cat(out, 2)
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
+    """Return PyTorch's attention, (B, H, T, D); which: its attn_mask, or is_causal. On a GPU its
+    kernels that form no (T, L) weights share KV heads between query heads in 16 bits and without a
+    mask only; else every query head gets keys and values of its own."""
+    n = q.size(1) // k.size(1)
+    if n > 1 and ("attn_mask" in which or (q.is_cuda and q.element_size() > 2)):
+        k, v = (x.repeat_interleave(n, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) > k.size(1), **which)
 
 
 class DensePath(nn.Module):

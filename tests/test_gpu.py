@@ -11,6 +11,7 @@ from generate import generate
 from loaders.device import autocast
 from loaders.runs import load_run
 from loaders.tokenizer import get_tokenizer
+from model import attend
 from runs import adapt_arguments, losses, pretrain
 from storage.layout import top_k_mask
 
@@ -46,6 +47,32 @@ def test_packed_equals_masked_on_the_device(setting, dtype, tol):
     error = (got - want).abs() / want.abs().max()
     assert got.isfinite().all() and float(error.max() if dtype == "float32" else error.mean()) < tol
     assert cache.nbytes() < 2 * 4 * 67 * 3 * TINY.n_kv_head * TINY.head_dim * TINY.n_layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_pad", [None, 5])
+def test_attention_forms_no_weights_of_grouped_heads(dtype, n_pad):
+    """Nine query heads of three KV heads over 4,001 tokens, padded and not, forward and backward:
+    within a quarter of the bytes that one matrix of weights takes, with the values of float64."""
+    T = 4001
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, heads, T, 64) for heads in (9, 3, 3))
+    q, k, v = (torch.randn(s, generator=generator).to(CUDA, dtype) for s in shapes)
+    pad = None if n_pad is None else torch.tensor([0, n_pad], device=CUDA)
+    asked = q.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = attend(asked, k, v, pad)
+    y.sum().backward()
+    torch.cuda.synchronize()
+    matrix = 2 * 9 * T * T * dtype.itemsize
+    masks = 0 if n_pad is None else 2 * T * T * (2 + 3 * dtype.itemsize)  # as bits and as numbers
+    assert torch.cuda.max_memory_allocated() - before < matrix / 4 + masks
+    some = slice(T - 7, T)
+    want = attend(q[:, :, some].detach().double(), k.double(), v.double(), pad)
+    error = (y[:, :, some] - want).abs().max().item()
+    assert error < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_top_k_mask_is_the_same_on_both_devices():

@@ -5,21 +5,23 @@
 # alone and with low-rank adapters on q and o, over contexts that the run of runs/mixture.sh
 # selects. Beside each the same storage without training, on WikiText-2's test split and on a kind
 # of text that nothing was trained on.
-# usage: [STEPS=600] runs/distilled.sh [MODEL] [RUN] [OUT] [VALID_TEXT] [TEST_TEXT]
+# usage: [STEPS=300] [SELECT_STEPS=200] \
+#   runs/distilled.sh [MODEL] [RUN] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
 RUN="${2:-out/mixture}"
 OUT="${3:-out/distilled}"
 VALID="${4:-wikitext2.valid.txt}"
 TEST="${5:-wikitext2.test.txt}"
-STEPS="${STEPS:-600}" # of training, each
+STEPS="${STEPS:-300}" # of training value groups, each
+SELECT_STEPS="${SELECT_STEPS:-200}" # over selected contexts
 MIXTURE="pydocs,pycode,dialogue,markup,shakespeare,text:$VALID"
 
 train() {  # train FOLDER FLAGS...
   out="$1"
   shift
   python train.py --stage=adapt --init_from="$MODEL" --objective=distill --detokenize \
-    --dataset="$MIXTURE" --adapt_steps="$STEPS" --eval_sequences=16 --out_dir="$out" "$@"
+    --dataset="$MIXTURE" --eval_sequences=16 --out_dir="$out" "$@"
 }
 measure() {  # measure NAME FLAGS...: 128 tokens after a stored context, 16 windows of each text
   name="$1"
@@ -30,10 +32,11 @@ measure() {  # measure NAME FLAGS...: 128 tokens after a stored context, 16 wind
 
 # 8 of 16 groups, and keys alone
 for K in 8 0; do
-  train "$OUT/maps-$K" --adapter=none --n_groups=16 --topk_groups=$K --reconstructor=keys \
-    --learn_basis --kv_tail=4 --block_size=1024 --adapt_batch_size=8 --adapt_lr=1e-3
-  measure "maps-$K" --out_dir="$OUT/maps-$K" --methods=dense,value_groups --query=4
-  measure "untrained-$K" --init_from="$MODEL" --methods=dense,value_groups --n_groups=16 \
+  train "$OUT/maps-${K}of16" --adapt_steps="$STEPS" --adapter=none --n_groups=16 \
+    --topk_groups=$K --reconstructor=keys --learn_basis --kv_tail=4 --block_size=1024 \
+    --adapt_batch_size=8 --adapt_lr=1e-3
+  measure "maps-${K}of16" --out_dir="$OUT/maps-${K}of16" --methods=dense,value_groups --query=4
+  measure "untrained-${K}of16" --init_from="$MODEL" --methods=dense,value_groups --n_groups=16 \
     --topk_groups=$K --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
 done
 
@@ -43,10 +46,12 @@ for SHARE in ${SHARES//,/ }; do
   for KIND in none lora; do
     TARGETS=""
     [[ $KIND == none ]] || TARGETS="--lora_targets=q,o"
-    train "$OUT/$KIND-$SHARE" --kv=select --kv_from="$RUN" --adapter=$KIND $TARGETS --learn_basis \
-      --kv_byte_budgets="$SHARE" --block_size=2048 --context=0.9 --adapt_batch_size=4 \
-      --adapt_lr=2e-4
+    train "$OUT/$KIND-$SHARE" --adapt_steps="$SELECT_STEPS" --kv=select --kv_from="$RUN" \
+      --adapter=$KIND $TARGETS --learn_basis --kv_byte_budgets="$SHARE" --block_size=2048 \
+      --context=0.9 --adapt_batch_size=4 --adapt_lr=2e-4
     measure "select-$KIND-$SHARE" --out_dir="$OUT/$KIND-$SHARE" --methods=dense,select \
+      --kv_byte_budgets="$SHARE"
+    measure "select-$KIND-$SHARE-refit" --out_dir="$OUT/$KIND-$SHARE" --methods=select --refit \
       --kv_byte_budgets="$SHARE"
   done
 done

@@ -238,7 +238,8 @@ def test_adapters_alone_are_trained_and_the_teacher_has_none(stored_stage, base)
 
 @pytest.mark.parametrize("kind", ["routed", "moe_lora"])
 def test_switched_off_adapters_are_the_base(kind):
-    """Routed and MoE adapters, too, leave the base's logits bit for bit."""
+    """Routed and MoE adapters, too, leave the base's logits bit for bit, and stay off where one
+    `with` ends inside another."""
     model = tiny_model()
     x = tokens(2, 11)
     want = model(x)
@@ -246,9 +247,13 @@ def test_switched_off_adapters_are_the_base(kind):
     with torch.no_grad():
         for name, p in lora.adapter_state(model).items():
             p.add_(0.1 if name.endswith("lora_B") else 0.0)
-    assert not torch.equal(model(x), want)
+    adapted = model(x)
+    assert not torch.equal(adapted, want)
     with lora.switched_off(model):
+        with lora.switched_off(model):
+            assert torch.equal(model(x), want)
         assert torch.equal(model(x), want)
+    assert torch.equal(model(x), adapted)
 
 
 def test_any_split_means_the_same_batch(stored_stage):

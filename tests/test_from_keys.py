@@ -19,6 +19,7 @@ from helpers import (
     tiny_model,
     tokens,
 )
+from stores import selecting
 
 import kv_router
 import runs
@@ -428,6 +429,39 @@ def test_a_cache_keeps_the_map_it_was_packed_with():
         randomise(torch.nn.ParameterList([path.key_map]))
     after = read_in_pieces(model, x[:, 20:], cache, [1, 1, 1])
     assert torch.equal(torch.cat((before, after), 1), want)
+
+
+@pytest.mark.parametrize("kind", ["all heads", "own heads", "learned", "folded", "selected"])
+def test_caches_read_one_copy_of_the_maps(kind):
+    """Caches read maps that are no tensors of theirs and not the trained ones: one copy for all of
+    a path's caches until training writes, then another; also after the model changes its dtype."""
+    if kind == "selected":
+        model = selecting(fold=False, reconstructor="keys")
+    else:
+        named = {"own heads": "own heads", "learned": "maps", "folded": "maps"}
+        model = predicting(fold=kind == "folded", **SETTINGS[named.get(kind, "norm")])
+    path = next(iter(kv_router.paths(model).values()))
+    trained = {t.untyped_storage().data_ptr() for t in path.parameters()}
+
+    def places() -> list[int]:
+        layer = model.new_cache(1, 9).layers[0]
+        maps = layer.constants()
+        assert maps and layer.nbytes() == sum(t.nbytes for t in layer.state_dict().values())
+        found = [t.untyped_storage().data_ptr() for t in maps.values()]
+        held = {t.untyped_storage().data_ptr() for t in layer.state_dict().values()}
+        assert not {*found} & (held | trained)
+        return found
+
+    kept = model.new_cache(1, 9)  # its maps live on
+    first = places()
+    assert places() == first and kept.nbytes() == model.new_cache(1, 9).nbytes()
+    with torch.no_grad():
+        path.key_map[..., 0] += 1
+    second = places()
+    assert places() == second and second != first
+    model.float()
+    maps = model.new_cache(1, 9).layers[0].constants()
+    assert {t.dtype for t in maps.values()} == {torch.float32}
 
 
 def test_a_run_is_saved_loaded_and_resumed(tmp_path, run_stage, monkeypatch):

@@ -96,8 +96,8 @@ def stored_stage(tmp_path, text, base, chosen):
     return make
 
 
-def batch_of(stage, n: int = 5) -> torch.Tensor:
-    return data.batch(stage.corpus.train, "train", 0, 0, n, stage.window)[0]
+def batch_of(stage, n: int = 5, step: int = 0) -> torch.Tensor:
+    return data.batch(stage.corpus.train, "train", 0, step, n, stage.window)[0]
 
 
 def shaken(stage):
@@ -256,11 +256,16 @@ def test_switched_off_adapters_are_the_base(kind):
     assert torch.equal(model(x), adapted)
 
 
-def test_any_split_means_the_same_batch(stored_stage):
+@pytest.mark.parametrize("adapter", ["lora", "routed", "moe_lora"])
+def test_any_split_means_the_same_batch(adapter, stored_stage):
     """Micro-steps of any number give the gradients of one pass over 7 windows: the budget that a
-    window draws is its own."""
-    stage, cfg = stored_stage("--adapt_batch_size=7", "--grad_clip=0", "--lora_dropout=0")
+    window draws is its own, and routers are balanced over all windows, whatever they draw."""
+    flags = ["--adapt_batch_size=7", "--grad_clip=0", "--lora_dropout=0", f"--adapter={adapter}"]
+    if adapter != "lora":
+        flags.append("--balance_weight=1")
+    stage, cfg = stored_stage(*flags)
     stage.model.double()
+    assert len(by_budget(batch_of(stage, 7, 3), stage.byte_budgets)) == 2
     w = trainer.World(0, 1, torch.device("cpu"))
     found = []
     for n in (1, 3, 40):

@@ -44,7 +44,7 @@ from settings.fields import to_dict
 from settings.train import TrainConfig
 from tasks.text import answers_loss, mean_loss
 from training.captured import CapturedStep, Result, why_not_captured
-from training.distillation import continuation_loss, distillation_loss
+from training.distillation import continuation_loss, distillation_loss, of_one_budget
 from training.messages import end_of, start_of
 from training.optimizer import (
     learning_rate,
@@ -202,7 +202,7 @@ def add_gradients(
     loss; returns their part of the loss, () float64. before_last: called ahead of the last
     micro-batch's backward pass."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    parts = list(micro_batches(x, y, cfg.accumulation))
+    parts = list(of_one_budget(micro_batches(x, y, cfg.accumulation), stage.byte_budgets))
     for i, (xb, yb) in enumerate(parts):
         share = len(xb) / stage.batch_size
         with autocast(x.device, cfg.dtype):

@@ -56,6 +56,19 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
     return replace(kv, kv="select", key_block=block, **bits)
 
 
+def small_budget(kv: KVConfig, kv_bytes: float, length: int) -> str:
+    """Say in a line where the tokens that stay whole of a prompt of `length` take more than half of
+    kv_bytes, a share of its bytes; "" where they do not, and where kv_bytes is 0, no budget."""
+    n = kv.kv_tail + planned(kv, kv_bytes).kv_sinks
+    if not kv_bytes or 2 * n <= kv_bytes * length:
+        return ""
+    return (
+        f"{n} tokens stay whole, {kv.kv_tail} newest and {n - kv.kv_tail} first ones; that is "
+        f"{n / length:.1%} of a context of {length} tokens, where {100 * kv_bytes:g}% of the bytes "
+        "are asked for"
+    )
+
+
 # What bits beyond a group's first count in a choice, of the squared error that they take off. A
 # guess that a token is not read is wrong more often than a bit is too few (docs/log.md).
 REFINED = 0.25

@@ -278,6 +278,24 @@ def test_any_split_means_the_same_batch(adapter, stored_stage):
             assert (a - b).norm() <= 1e-9 * b.norm()
 
 
+def test_a_share_too_small_for_what_stays_whole_is_said(tmp_path, text, base, chosen, capsys):
+    """Before the first step of an adaptation, and of predictors whose selection will store so, one
+    line says of which shares whole tokens take more than half, by hand: of 72 tokens, 5 are more
+    than half of a 9th and less than half of a 5th. Without a share of bytes nothing is said."""
+    flags = [*STORED, f"--kv_from={chosen}", "--adapt_steps=1", "--kv_byte_budgets=0.2,0.11,0.0001"]
+    train.run(adapt_arguments(tmp_path / "adapt", text, base, *flags))
+    said = [line for line in capsys.readouterr().err.splitlines() if "stay whole" in line]
+    assert [line.split("where ")[1].split(" of the")[0] for line in said] == ["0.01%", "11%"]
+    assert all(f"is 6.9% of a context of {CONTEXT} tokens" in line for line in said)
+    flags = ["--recall=0", "--readers=7", "--kv_tail=3", "--observers=5", "--kv_sinks=2"]
+    flags += ["--select_steps=1", "--select_batch_size=2", "--eval_sequences=2", "--n_groups=4"]
+    flags += [f"--block_size={WINDOW}", f"--dataset={text}", f"--init_from={base}"]
+    for share, n_lines in ((0.0, 0), (0.0001, 1), (0.2, 0)):
+        out = f"--out_dir={tmp_path / str(share)}"
+        train.run(arguments("--stage=select", *flags, out, f"--kv_bytes={share}"))
+        assert capsys.readouterr().err.count("5 tokens stay whole") == n_lines
+
+
 def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, text, base, chosen, trainers):
     """Forty steps lower the divergence on text not trained on; every weight of the base keeps its
     bits; what load_run and eval.py make of the run is what was trained."""

@@ -3,6 +3,7 @@ and stay as they were."""
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -275,6 +276,42 @@ def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text)
     )
     assert "an adapter" in complaint(capsys, "train", *common, f"--init_from={run / 'routed-s0'}")
     assert tree(here) == {}
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--stage=adapt", "--kv=value_groups", "--kv_layers=2"], "layers are 0..1"),
+        (["--stage=adapt", "--kv=value_groups", "--n_groups=64"], "S must divide D"),
+        (["--stage=select", "--kv_layers=2"], "layers are 0..1"),
+        (["--stage=select", "--n_groups=64"], "S must divide D"),
+        (["--stage=select", "--shortest=8", "--readers=4"], "every part needs"),
+        (
+            ["--stage=continue", "--kv=mixsga", "--group_sizes=1,7", "--expert_ratios=1:1"],
+            "must divide the KV heads",
+        ),
+        (["--stage=continue", "--kv=gqa", "--kv_share=0.1"], "one head is kept at least"),
+        (["--stage=all", "--kv_layers=2"], "layers are 0..1"),
+        (["--stage=all", "--n_groups=64"], "S must divide D"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_said_before_a_text_is_read(
+    flags, why, run, capsys, here, text, own_cache
+):
+    """Storage that needs the base's layers and heads is refused as soon as these are known: no
+    text is encoded, nothing is calibrated, and no folder made."""
+    line = complaint(
+        capsys,
+        "train",
+        *flags,
+        f"--init_from={run / 'pretrain'}",
+        f"--adapt_dataset={text}",
+        "--out_dir=new",
+        "--device=cpu",
+    )
+    assert why in line and tree(here) == {}
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    assert not list(cache.rglob("*.tok"))
 
 
 def test_resume_when_every_checkpoint_is_foreign(capsys, run, here, text):

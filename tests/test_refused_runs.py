@@ -296,22 +296,34 @@ def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text)
     ],
 )
 def test_what_does_not_fit_the_base_is_said_before_a_text_is_read(
-    flags, why, run, capsys, here, text, own_cache
+    flags, why, run, capsys, here, text
 ):
     """Storage that needs the base's layers and heads is refused as soon as these are known: no
     text is encoded, nothing is calibrated, and no folder made."""
-    line = complaint(
-        capsys,
-        "train",
-        *flags,
-        f"--init_from={run / 'pretrain'}",
-        f"--adapt_dataset={text}",
-        "--out_dir=new",
-        "--device=cpu",
-    )
-    assert why in line and tree(here) == {}
-    cache = Path(os.environ["XDG_CACHE_HOME"])
-    assert not list(cache.rglob("*.tok"))
+    base = f"--init_from={run / 'pretrain'}"
+    places = [base, f"--adapt_dataset={text}", "--out_dir=new", "--device=cpu"]
+    assert why in complaint(capsys, "train", *flags, *places)
+    assert tree(here) == {} and nothing_encoded()
+
+
+@pytest.mark.parametrize("program", ["sample", "eval"])
+@pytest.mark.parametrize("kind", ["value_groups", "select"])
+@pytest.mark.parametrize(
+    "flag, why", [("--kv_layers=2", "layers are 0..1"), ("--n_groups=64", "S must divide D")]
+)
+def test_what_does_not_fit_a_model_is_said_before_it_is_calibrated(
+    program, kind, flag, why, run, capsys, here, text
+):
+    """The same of programs that calibrate a base on a text, and measure or use it."""
+    read = f"--dataset={text}" if program == "eval" else "--prompt=a"
+    flags = [f"--init_from={run / 'pretrain'}", f"--kv={kind}", flag, read, "--device=cpu"]
+    assert why in complaint(capsys, program, *flags)
+    assert tree(here) == {} and nothing_encoded()
+
+
+def nothing_encoded() -> bool:
+    """Whether no text lies encoded in the test's cache."""
+    return not list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.tok"))
 
 
 def test_resume_when_every_checkpoint_is_foreign(capsys, run, here, text):

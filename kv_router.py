@@ -131,8 +131,8 @@ class ValueGroupPath(nn.Module):
         self.frozen = ValueBasis()  # the copy that caches read: see for_cache
         self.losses: dict[str, Tensor] = {}
         self.whole = False  # see set_kept
-        self.record = False
-        self.last_mask: Tensor | None = None  # of the last uncached forward while `record` is on
+        self.keeps_mask = False
+        self.last_mask: Tensor | None = None  # of the last uncached forward while keeps_mask
 
     def share_rope(self, cos: Tensor, sin: Tensor) -> None:
         """Take the tables (positions, D/2) by which keys are turned back."""
@@ -229,17 +229,17 @@ class ValueGroupPath(nn.Module):
     ) -> Tensor:
         """Read values (B, Hkv, T, D) as decoding would: (B, H, T, D) in q's dtype."""
         self.losses = {}
-        if self.cfg.ints and not (self.training or self.record or self.whole):
+        if self.cfg.ints and not (self.training or self.keeps_mask or self.whole):
             return self._through_cache(x, q, k, v, pad)
         whole = self.whole or (self.keep_all and not self.cfg.ints)
-        if whole and not self.record:
+        if whole and not self.keeps_mask:
             return attend(q, k, v, pad, self.cap)
         coords = self.maps().encode(v)
         told = self._told(k, pad)
         z = coords if told is None else coords - told  # what is routed is the residual
         logits = self.scores(x, z)
         mask = top_k_mask(logits.detach(), self.k)
-        if self.record:
+        if self.keeps_mask:
             self.last_mask = mask
         if self._learns:
             self.losses["aux"] = self._aux_loss(logits, mask, coords, k, pad)

@@ -128,17 +128,17 @@ def by_loops(model, x: torch.Tensor, exact_until: int = 0) -> list[torch.Tensor]
 
 
 def test_keys_are_turned_back_to_what_was_projected():
-    """turn_back undoes apply_rope at every sequence's own positions, and puts all heads beside one
+    """heads_before_rope undoes apply_rope at every sequence's own positions, and puts all heads beside one
     another."""
     cos, sin = (t.double() for t in rope_table(TINY))
     raw = torch.randn(2, 3, 7, 16, dtype=torch.float64)
     position = torch.tensor([[0], [91]]) + torch.arange(7)
     k = apply_rope(raw, cos[position][:, None], sin[position][:, None])
-    got = FromKeys(torch.eye(48), cos, sin).turn_back(k, position)
+    got = FromKeys(torch.eye(48), cos, sin).heads_before_rope(k, position)
     assert (got - raw.transpose(1, 2).flatten(2)).abs().max() < 1e-6
     assert (k - raw).abs().max() > 0.1
     # slots without a token may have any position
-    beyond = FromKeys(torch.eye(48), cos, sin).turn_back(k, position + 10**6)
+    beyond = FromKeys(torch.eye(48), cos, sin).heads_before_rope(k, position + 10**6)
     assert beyond.isfinite().all()
 
 
@@ -156,7 +156,9 @@ def test_weights_of_keys_sum_to_one_in_bfloat16(monkeypatch):
     g = torch.Generator().manual_seed(0)
     q = 9 * torch.randn(1, 6, 1, 16, generator=g).to(torch.bfloat16)
     told = []
-    monkeypatch.setattr(FromKeys, "turn_back", lambda self, k, at: torch.ones(1, at.size(-1), 48))
+    monkeypatch.setattr(
+        FromKeys, "heads_before_rope", lambda self, k, at: torch.ones(1, at.size(-1), 48)
+    )
     plain = from_keys.packed_attention
 
     def wide(q, packed, *more, **about):
@@ -296,7 +298,7 @@ def test_the_map_is_the_ridge_regression_and_its_residual():
         g = torch.Generator().manual_seed(seed)
         k, v = torch.randn(2, 2, 3, 31, 16, generator=g, dtype=torch.float64)
         moments.add(torch.randn(2, 31, 40, generator=g, dtype=torch.float64), k, k, v)
-        raw = path.own_maps().from_keys.turn_back(k, torch.arange(31)[None])
+        raw = path.own_maps().from_keys.heads_before_rope(k, torch.arange(31)[None])
         xs.append(raw[:, 2:].flatten(0, 1))
         vs.append(v[:, :, 2:].transpose(1, 2).flatten(2).flatten(0, 1))
     x, v = torch.cat(xs), torch.cat(vs)

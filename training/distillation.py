@@ -55,7 +55,7 @@ def by_budget(x: Tensor, budgets: list[float]) -> dict[float, Tensor]:
 
 def of_one_budget(parts: Iterable[tuple[Tensor, Tensor]], budgets: list[float]):
     """Yield micro-batches x, y (b, T), each cut into windows that draw the same one of the budgets;
-    without budgets as they are. What routers record is that of a forward, so each has its own
+    without budgets as they are. What routers keep of balance is of one forward, so each has its own
     loss and backward pass."""
     for x, y in parts:
         if budgets:

@@ -217,6 +217,7 @@ def check_model(kv: KVConfig, mix: MixConfig, m: ModelConfig) -> None:
     layers."""
     if kv.kv == "mixsga":
         mix.check_model(m)
+        GroupedHeads.storage_of(m, kv, mix)
     elif kv.kv == "gqa":
         gqa_sizes(Fraction(str(mix.kv_share)), len(m.global_layers), m.n_kv_head)
     elif kv.kv == "cla":

@@ -290,6 +290,13 @@ def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text)
             ["--stage=continue", "--kv=mixsga", "--group_sizes=1,7", "--expert_ratios=1:1"],
             "must divide the KV heads",
         ),
+        (
+            [
+                *["--stage=continue", "--group_sizes=1,2", "--expert_ratios=1:1"],
+                *["--n_groups=64", "--expert_groups=3"],
+            ],
+            "S must divide D",
+        ),
         (["--stage=continue", "--kv=gqa", "--kv_share=0.1"], "one head is kept at least"),
         (["--stage=all", "--kv_layers=2"], "layers are 0..1"),
         (["--stage=all", "--n_groups=64"], "S must divide D"),

@@ -55,13 +55,14 @@ def by_budget(x: Tensor, budgets: list[float]) -> dict[float, Tensor]:
 
 def of_one_budget(parts: Iterable[tuple[Tensor, Tensor]], budgets: list[float]):
     """Yield micro-batches x, y (b, T), each cut into windows that draw the same one of the budgets;
-    without budgets as they are. What routers keep of balance is of one forward, so each has its own
-    loss and backward pass."""
+    without budgets as they are. A router's balance is that of its last forward, so each of these
+    has a loss and a backward pass of its own."""
     for x, y in parts:
-        if budgets:
-            yield from ((windows, windows) for windows in by_budget(x, budgets).values())
-        else:
+        if not budgets:
             yield x, y
+            continue
+        for windows in by_budget(x, budgets).values():
+            yield windows, windows  # a model's own predictions are the target
 
 
 def continuation_loss(

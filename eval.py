@@ -104,7 +104,7 @@ from report.rows import (
     whole_value,
 )
 from report.tables import mean_over_texts, result_table, reuse_note
-from selection.budgets import planned
+from selection.budgets import small_budget
 from tasks.common import Prompts, Task
 from tasks.make import READING, make_tasks
 from tasks.text import Text
@@ -185,15 +185,10 @@ def say_where_few(todo: list[Task], asked: int) -> None:
 
 def say_where_whole(task: Task, kv: KVConfig, ways: list[SelectConfig]) -> None:
     """Say in a line where the tokens that stay whole take more than half of a budget of bytes."""
-    length = task.stored.size(1)
-    for kv_bytes in sorted({way.kv_bytes for way in ways if way.kv_bytes}):
-        n = kv.kv_tail + planned(kv, kv_bytes).kv_sinks
-        if 2 * n > kv_bytes * length:
-            say(
-                f"{task.name}: {n} tokens stay whole, {kv.kv_tail} newest and {n - kv.kv_tail} "
-                f"first ones; that is {n / length:.1%} of a context of {length} tokens, where "
-                f"{kv_bytes:.1%} of the bytes are asked for: give --query=4, or longer contexts"
-            )
+    for kv_bytes in sorted({way.kv_bytes for way in ways}):
+        line = small_budget(kv, kv_bytes, task.stored.size(1))
+        if line:
+            say(f"{task.name}: {line}: give --query=4, or longer contexts")
 
 
 def bar_of(work: Work, plan: list[Setting], rivals: list[Rival]) -> tqdm:

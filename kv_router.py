@@ -80,7 +80,7 @@ from storage.layout import (
     top_k_mask,
 )
 from storage.packed import FloatCodec, PackedCache, ValueBasis
-from storage.state import check_fit
+from storage.state import all_equal, check_fit
 from storage.windowed import Window, is_fused, windowed_attention
 
 # -------------------- the KV path
@@ -128,10 +128,11 @@ class ValueGroupPath(nn.Module):
                 shape = (self.Hkv, self.D, self.D)
             self.key_map = nn.Parameter(torch.zeros(shape))
             self.share_rope(*rope_table(model_cfg))
+        self.frozen = ValueBasis()  # the copy that caches read: see for_cache
         self.losses: dict[str, Tensor] = {}
         self.whole = False  # see set_kept
-        self.record = False
-        self.last_mask: Tensor | None = None  # of the last uncached forward while `record` is on
+        self.keeps_mask = False
+        self.last_mask: Tensor | None = None  # of the last uncached forward while keeps_mask
 
     def share_rope(self, cos: Tensor, sin: Tensor) -> None:
         """Take the tables (positions, D/2) by which keys are turned back."""
@@ -228,17 +229,17 @@ class ValueGroupPath(nn.Module):
     ) -> Tensor:
         """Read values (B, Hkv, T, D) as decoding would: (B, H, T, D) in q's dtype."""
         self.losses = {}
-        if self.cfg.ints and not (self.training or self.record or self.whole):
+        if self.cfg.ints and not (self.training or self.keeps_mask or self.whole):
             return self._through_cache(x, q, k, v, pad)
         whole = self.whole or (self.keep_all and not self.cfg.ints)
-        if whole and not self.record:
+        if whole and not self.keeps_mask:
             return attend(q, k, v, pad, self.cap)
         coords = self.maps().encode(v)
         told = self._told(k, pad)
         z = coords if told is None else coords - told  # what is routed is the residual
         logits = self.scores(x, z)
         mask = top_k_mask(logits.detach(), self.k)
-        if self.record:
+        if self.keeps_mask:
             self.last_mask = mask
         if self._learns:
             self.losses["aux"] = self._aux_loss(logits, mask, coords, k, pad)
@@ -377,9 +378,15 @@ class ValueGroupPath(nn.Module):
         return PackedCache(*shape, self.cfg, self.k, like, self.for_cache(self.maps()), codec)
 
     def for_cache(self, maps: ValueBasis) -> ValueBasis:
-        """Return maps of this path as a cache holds them: copies of what training writes into."""
+        """Return maps of this path as caches read them: of what training writes into a copy, which
+        is the path's, and one for all caches that are made before it is written into again."""
         trained = self.cfg.learn_basis or self.key_map is not None
-        return maps.copied() if trained else maps
+        wanted = maps.constants()
+        if not trained or not wanted:
+            return maps
+        if not all_equal(wanted, self.frozen.constants()):
+            self.frozen = maps.copied()
+        return self.frozen
 
     def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:
         """Return the mask (B, Hm, T, S) with which the cache will pack new tokens; None where those

@@ -267,15 +267,16 @@ def _adapted(model: nn.Module):
 
 @contextmanager
 def switched_off(model: nn.Module):
-    """Let the model compute as its base does, bit for bit, inside the `with`."""
-    layers = [m for _, m in _adapted(model) if isinstance(m, LoRALinear)]
-    for layer in layers:
+    """Let the model compute as its base does, bit for bit, inside the `with`; after it, adapters
+    are on or off as they were before."""
+    before = {m: m.off for _, m in _adapted(model) if isinstance(m, LoRALinear)}
+    for layer in before:
         layer.off = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.off = False
+        for layer, off in before.items():
+            layer.off = off
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

@@ -172,7 +172,7 @@ class GroupedHeads(SharingPath):
         self.sizes = mix.sizes
         self.ratios = mix.ratios
         self.mix = mix
-        self.stored_as = self._storage(m, kv, mix)
+        self.stored_as = self.storage_of(m, kv, mix)
         self.k = self.stored_as.topk_groups
         E = len(self.sizes)
         never = torch.tensor([not ratio for ratio in self.ratios], device="cpu")
@@ -197,8 +197,9 @@ class GroupedHeads(SharingPath):
         self.agreement: Tensor | None = None
 
     @staticmethod
-    def _storage(m: ModelConfig, kv: KVConfig, mix: MixConfig) -> KVConfig:
-        """Return how an expert stores its heads: in all of two value groups, or some of more."""
+    def storage_of(m: ModelConfig, kv: KVConfig, mix: MixConfig) -> KVConfig:
+        """Return how an expert stores its heads: in all of two value groups, or some of more.
+        ValueError where these do not fit a model's heads."""
         S = kv.n_groups if mix.expert_groups else 2  # any D is even
         k = mix.expert_groups or S
         check(

@@ -85,7 +85,7 @@ class Moments:
         if from_keys is not None:
             number = torch.arange(k.size(2), device=k.device)
             position = first + number[None]
-            self._add_keys(from_keys.turn_back(k, position), z)
+            self._add_keys(from_keys.heads_before_rope(k, position), z)
             told = from_keys.predict(k, position)
             z = z - told.double()
         self._add_router(x, z)
@@ -119,15 +119,15 @@ class Moments:
         else:
             weight = ridge_solve(self.kk, self.kz, RIDGE)
         change = change_by(weight, self.kk, self.kz)
-        left = self.cov + own_heads(change, path.Hkv, path.D)
-        return weight, left
+        rest = self.cov + own_heads(change, path.Hkv, path.D)
+        return weight, rest
 
 
 def change_by(weight: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
     """Return what is added to the second moment of y where x @ weight is taken off it, from X^T X
     and X^T Y; all (p, p)."""
-    told = xy.T @ weight
-    return weight.T @ xx @ weight - told - told.T
+    cross = xy.T @ weight
+    return weight.T @ xx @ weight - cross - cross.T
 
 
 def as_held(path: nn.Module, weight: Tensor) -> Tensor:

@@ -106,8 +106,8 @@ class Selector(nn.Module):
         self.set(cfg)
         self.oracle: Tensor | None = None  # see with_oracle
         self.replayed: tuple[Selection, int] | None = None  # see masked_replay
-        self.record = False
-        self.chosen: Selection | None = None  # the last prompt's, while `record` is on
+        self.keeps_choice = False
+        self.chosen: Selection | None = None  # the last prompt's, while keeps_choice
 
     def _predictor(self, name: str) -> nn.Module:
         m = self.model_cfg
@@ -206,7 +206,7 @@ class Selector(nn.Module):
         """Choose what is kept of a prompt's context, by cfg."""
         with torch.autocast(prompt.k[0].device.type, enabled=False):
             selection = self._choose(prompt)
-        if self.record:  # a routed prefill chooses layer by layer
+        if self.keeps_choice:  # a routed prefill chooses layer by layer
             before = self.chosen if prompt.first else None
             if before is None:
                 self.chosen = selection
@@ -222,20 +222,20 @@ class Selector(nn.Module):
         alpha = self.relevance(prompt, cfg.relevance)
         if cfg.kv_bytes:
             pair = self.pair_scores(prompt.stored, alpha)
-            told = self._worth_told(prompt, alpha, pair)
-            return spend_bytes(prompt, cfg, self.stored, pair, told, self.record)
+            key_worth = self._key_worth(prompt, alpha, pair)
+            return spend_bytes(prompt, cfg, self.stored, pair, key_worth, self.keeps_choice)
         valid = prompt.valid[None, :, None]  # (1, B, 1, C)
         sink = valid & (valid.cumsum(-1) <= cfg.sinks)
         token = self.token_scores(prompt, alpha)
         token = token.masked_fill(sink, float("inf")).masked_fill(~valid, float("-inf"))
         pair = self.pair_scores(prompt.stored, alpha)
         if cfg.kv_keep:
-            told = self._worth_told(prompt, alpha, pair)
+            key_worth = self._key_worth(prompt, alpha, pair)
             pair = pair.square()  # errors of many tokens add up so
         pair = pair.masked_fill(sink.unsqueeze(-1), float("inf"))
         pair = pair.masked_fill(~valid.unsqueeze(-1), float("-inf"))
         if cfg.kv_keep:
-            return spend_jointly(prompt, cfg, token, pair, told)
+            return spend_jointly(prompt, cfg, token, pair, key_worth)
         return spend_in_turn(prompt, cfg, token, pair, cfg.tokens_by in ONE_FOR_A_LAYER)
 
     def _everything(self, prompt: Prompt) -> Selection:
@@ -243,10 +243,10 @@ class Selector(nn.Module):
         keep = prompt.valid[None, :, None].expand(layers, -1, self.Hm, -1)
         return Selection(keep, keep.unsqueeze(-1).expand(*keep.shape, self.S), keep.float())
 
-    def _worth_told(self, prompt: Prompt, alpha: Tensor, pair: Tensor) -> Tensor | None:
+    def _key_worth(self, prompt: Prompt, alpha: Tensor, pair: Tensor) -> Tensor | None:
         """Return what each key is worth for what it tells of its value, (Lm, B, Hm, C, 1); None
         where keys are not asked. pair: scores of what is stored."""
-        if prompt.left is None:
+        if prompt.untold is None:
             return None
         whole = self.pair_scores(prompt, alpha).square().sum(-1, keepdim=True)
         return whole - pair.square().sum(-1, keepdim=True)
@@ -261,11 +261,11 @@ class Selector(nn.Module):
         C = seen[0].z.size(2)
         paths, x, q, k, v, z, caches = zip(*seen, strict=True)
         as_seen = all(cache.keep_all or cache.maps.enc is None for cache in caches)
-        left = None
+        untold = None
         if paths[0].key_map is not None and not self.cfg.whole:
             parts = zip(paths, k, z, strict=True)
-            left = [path.untold(k, z, n_pad) for path, k, z in parts]
-        about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, left)
+            untold = [path.untold(k, z, n_pad) for path, k, z in parts]
+        about = (self.rope, self.oracle, 0, self.S, self.cfg.observers, self.cap, untold)
         prompt = Prompt(x, q, k, z, C, n_pad, *about, v=v if as_seen else None)
         selection = self.choose(prompt)
         values = prompt.values
@@ -273,7 +273,7 @@ class Selector(nn.Module):
             values = self.refit(prompt, selection, paths, v, caches[0].codec.n_sinks)
             seen = [layer._replace(z=own) for layer, own in zip(seen, values, strict=True)]
         moments = prompt.moments() if rounded else None
-        if self.kv.mask_scope == "shared" or left is not None:
+        if self.kv.mask_scope == "shared" or untold is not None:
             self._store_one_by_one(seen, selection, n_pad, moments)
             return
         keys = prompt.keys
@@ -371,8 +371,8 @@ class SelectPath(ValueGroupPath):
         maps = self.maps()
         keep, mask = selection.layer(self.index)
         z = maps.encode(v[:, :, :C])
-        left = z if maps.from_keys is None else self.untold(k, z, pad)
-        routed = maps.decode(z - left + left * expand_mask(mask, self.D))
+        untold = z if maps.from_keys is None else self.untold(k, z, pad)
+        routed = maps.decode(z - untold + untold * expand_mask(mask, self.D))
         # the first column that reads routed values
         first = min(C + self.cfg.kv_tail, q.size(2)) if self.cfg.prefill == "exact" else 0
         return attend_to_kept(q, k, v, routed, keep, first, pad, self.cap)

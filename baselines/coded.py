@@ -291,19 +291,19 @@ class CodedPath(nn.Module):
 
 class TogetherPath(CodedPath):
     """One layer that waits for the others of its prompt: the last of them codes it, by
-    codec.encode(what all layers told)."""
+    codec.encode(what all layers saw)."""
 
     def __init__(self, m: ModelConfig, codec: Any, n_layers: int):
         super().__init__(m, codec)
         self.n_layers = n_layers
 
-    def told(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Any:
-        """Return what the layer tells the last one."""
+    def see(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Any:
+        """Return what the layer hands to the last one."""
         return middle
 
     def code(self, cache: CodedCache, middle: Middle, q, k, v, y, n_pad) -> None:
         seen = cache.prompt.seen
-        seen.append(self.told(middle, q, k, n_pad))
+        seen.append(self.see(middle, q, k, n_pad))
         if len(seen) == self.n_layers:
             cache.set_payload(self.codec.encode(seen))
             seen.clear()

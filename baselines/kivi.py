@@ -303,7 +303,7 @@ class KiviCache(LayerCacheBase):
     # ---- reading
 
     def view(self) -> CacheView:
-        """Return everything as it is read, codes turned back into numbers: one window, each
+        """Return everything as it is read, codes dequantised: one window, each
         sequence from slot 0 on."""
         keys = Coded(self.key_codes, self.key_step, self.key_low)
         values = Coded(self.value_codes, self.value_step, self.value_low)

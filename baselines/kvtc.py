@@ -166,8 +166,8 @@ def group_errors(y: Tensor, sizes: Sequence[int] = SIZES) -> dict[tuple[int, int
             of_kind = torch.full((p,), math.inf, dtype=torch.float64)
             for first in range(0, p - size + 1, min(sizes)):
                 part = y[:, first : first + size]
-                left = part - dequantise(*quantise(part, bits), bits)
-                of_kind[first] = left.square().sum(1).mean().item()
+                error = part - dequantise(*quantise(part, bits), bits)
+                of_kind[first] = error.square().sum(1).mean().item()
             errors[size, bits] = of_kind
     return errors
 

@@ -184,15 +184,15 @@ def distortion(middle: Middle, q: Tensor, p: Tensor, o: Tensor) -> Distortion:
     weight = p.mean((2, 3))  # (B, Hkv, M)
     tokens = [gone.mean((2, 3))]
     for level in range(1, len(BITS)):
-        left = v - rounded(v, level)
-        tokens.append(weight * left.square().sum(-1))
+        error = v - rounded(v, level)
+        tokens.append(weight * error.square().sum(-1))
     n_observers = q.size(2) * q.size(3)
     total = torch.einsum("bhnwd,bhnwm->bhmd", q.square(), gone)
     per_number = total / (n_observers * q.size(-1))
     channels = []
     for level in range(len(BITS)):
-        left = k - rounded_channels(k, middle.there, level)
-        channels.append(per_number * left.square())
+        error = k - rounded_channels(k, middle.there, level)
+        channels.append(per_number * error.square())
     there = middle.there[:, None]
     return Distortion(torch.stack(tokens, -1), torch.stack(channels, -1), there)
 

@@ -212,10 +212,28 @@ def h2o_attention(
 # -------------------- on a model
 
 
+def check_model(kv: KVConfig, mix: MixConfig, m: ModelConfig) -> None:
+    """Raise ValueError where kv.kv (mixsga, gqa, cla or dense) does not fit a model's heads and
+    layers."""
+    if kv.kv == "mixsga":
+        mix.check_model(m)
+        GroupedHeads.storage_of(m, kv, mix)
+    elif kv.kv == "gqa":
+        gqa_sizes(Fraction(str(mix.kv_share)), len(m.global_layers), m.n_kv_head)
+    elif kv.kv == "cla":
+        check(
+            not m.sliding_window,
+            f"kv=cla with sliding_window={m.sliding_window}",
+            "a layer that slides has nothing to lend to one that reads everything",
+            "give --kv=gqa or mixsga",
+        )
+
+
 def attach(model: nn.Module, kv: KVConfig, mix: MixConfig) -> nn.Module:
     """Give a dense model the KV paths of kv.kv (mixsga, gqa or cla), in place. Returns the
     model."""
     m = model.cfg
+    check_model(kv, mix, m)
     share = Fraction(str(mix.kv_share))
     paths: list[SharingPath] | None = None
     if kv.kv == "gqa":
@@ -225,12 +243,6 @@ def attach(model: nn.Module, kv: KVConfig, mix: MixConfig) -> nn.Module:
             one = replace(mix, group_sizes=str(size), expert_ratios="1")
             paths.append(GroupedHeads(m, kv, one, i))
     elif kv.kv == "cla":
-        check(
-            not m.sliding_window,
-            f"kv=cla with sliding_window={m.sliding_window}",
-            "a layer that slides has nothing to lend to one that reads everything",
-            "give --kv=gqa or mixsga",
-        )
         paths = []
         for i, below in enumerate(cla_sources(share, m.n_layer)):
             if below == i:

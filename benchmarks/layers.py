@@ -147,7 +147,7 @@ class Sums:
         self.kv = self.kv + k.T @ v
         self.vv = self.vv + v.T @ v
 
-    def left(self, weight: Tensor) -> Tensor:
+    def untold(self, weight: Tensor) -> Tensor:
         """Return the second moment (p, p) of v - k @ weight."""
         return self.vv + change_by(weight, self.kk, self.kv)
 
@@ -191,11 +191,11 @@ def told(sums: Sums, weights: dict[str, Tensor], metric: Tensor) -> dict[str, fl
     step = smallest(lambda s: bits_of(whole, s) <= most, -STEPS, STEPS)
     row = {}
     for name, weight in weights.items():
-        left = as_written(sums.left(weight) / sums.n, metric)
+        untold = as_written(sums.untold(weight) / sums.n, metric)
         heads = len(metric) if name == "own" else 1  # of own heads the diagonal alone
         numbers = weight.numel() // heads
-        saved = bits_of(whole, step) - bits_of(left, step)
-        row[f"told_{name}"] = 1 - float(left.sum() / whole.sum())
+        saved = bits_of(whole, step) - bits_of(untold, step)
+        row[f"told_{name}"] = 1 - float(untold.sum() / whole.sum())
         row[f"map_bytes_{name}"] = 2 * numbers
         row[f"saved_bits_{name}"] = saved
         row[f"pays_after_{name}"] = 16 * numbers / saved if saved > 0 else None

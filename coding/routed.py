@@ -385,7 +385,7 @@ class RoutedCodec(nn.Module):
 class RoutedPath(TogetherPath):
     """One layer that tells how much its tokens are read, too."""
 
-    def told(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Seen:
+    def see(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Seen:
         read = read_by_last(q, k, n_pad, self.cap).mean(1)  # (B, T)
         column = middle.number
         if n_pad is not None:

@@ -55,8 +55,10 @@ def stored_as_asked(
         if kv.kv == "select" and "kv_tail" not in given:
             kv = replace(kv, kv_tail=QUERY)
         check_fitted(kv)
+        # before calibration, which takes a while
+        kv.check_model(run.model.cfg)
         if kv.kv == "select":
-            selector.check_trained(select, ())  # before calibration, which takes a while
+            selector.check_trained(select, ())
         if kv.kv != "dense":
             (text,) = prepare_splits(corpus, data, run.tokenizer, ["train"])
             length = min(CALIBRATION_TOKENS, run.model.cfg.block_size)

@@ -151,7 +151,7 @@ def draw_metric(ax, rows: list[dict]) -> None:
     )
 
 
-def points_of(rows: list[dict]) -> tuple[list[float], list[float]]:
+def kept_and_values(rows: list[dict]) -> tuple[list[float], list[float]]:
     """The KV kept in the whole model in % and the metric's value of every row, the least first."""
     rows = sorted(rows, key=lambda r: r["kv_kept_model"])
     kept = [100 * r["kv_kept_model"] for r in rows]
@@ -165,7 +165,7 @@ def draw_texts(ax, name: str, rows: list[dict], texts: list[str]) -> None:
     colour = None
     for marker, text in zip(itertools.cycle(MARKERS), texts or [""], strict=False):
         mine = [r for r in rows if text_hash(r) == text]
-        kept, values = points_of(mine)
+        kept, values = kept_and_values(mine)
         label = name if colour is None else None
         (line,) = ax.plot(kept, values, marker, ms=5, color=colour, label=label)
         colour = line.get_color()
@@ -196,7 +196,7 @@ def draw_sweep(ax, name: str, rows: list[dict]) -> None:
     them."""
     seed = rows[0]["seed"]
     mine = where(rows, "seed", seed)
-    kept, values = points_of(mine)
+    kept, values = kept_and_values(mine)
     ax.plot(kept, values, ".-", lw=1, label=f"{name}, one seed")
 
 

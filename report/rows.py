@@ -325,19 +325,19 @@ def kept_groups(model: Transformer, x: Tensor, dtype: str = "float32") -> Tensor
     1], the mean over heads."""
     paths = list(kv_router.paths(model).values())
     for p in paths:
-        p.record = True
+        p.keeps_mask = True
     with evaluating(model), autocast(model.norm.weight.device, dtype):
         model(x.to(model.norm.weight.device))
     masks = torch.stack([p.last_mask[0].float().mean(0) for p in paths]).cpu()  # (layers, T, S)
     for p in paths:
-        p.record = False
+        p.keeps_mask = False
         p.last_mask = None
     return masks
 
 
 def chosen(model: Transformer, x: Tensor, dtype: str = "float32") -> selector.Selection:
     """What the selector keeps of a prompt x (1, T), all compressed layers."""
-    model.selector.record = True
+    model.selector.keeps_choice = True
     filled_cache(model, x, dtype)
-    model.selector.record = False
+    model.selector.keeps_choice = False
     return model.selector.chosen

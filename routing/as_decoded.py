@@ -81,12 +81,12 @@ def whole_columns(cache: PackedCache, N: int, position: Tensor) -> Tensor:
     tokens, and what is in the window then. (B, 1, T, C) bool."""
     first = cache.codec.n_sinks
     seen = position + 1 - first
-    left = packed_count(seen, cache.window, cache.block)
-    left = left.maximum(cache.n_packed[:, None])  # what is packed does not come back
+    n_packed = packed_count(seen, cache.window, cache.block)
+    n_packed = n_packed.maximum(cache.n_packed[:, None])  # what is packed does not come back
     old = torch.arange(first + N, device=position.device)
     old = old.expand(len(position), -1)
     column = torch.cat((old, position), 1)[:, None]  # (B, 1, C)
-    in_window = column >= first + left.unsqueeze(-1)
+    in_window = column >= first + n_packed.unsqueeze(-1)
     whole = in_window | (column < first)
     return whole[:, None]
 

@@ -56,6 +56,19 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
     return replace(kv, kv="select", key_block=block, **bits)
 
 
+def small_budget(kv: KVConfig, kv_bytes: float, length: int) -> str:
+    """Say in a line where the tokens that stay whole of a prompt of `length` take more than half of
+    kv_bytes, a share of its bytes; "" where they do not, and where kv_bytes is 0, no budget."""
+    n = kv.kv_tail + planned(kv, kv_bytes).kv_sinks
+    if not kv_bytes or 2 * n <= kv_bytes * length:
+        return ""
+    return (
+        f"{n} tokens stay whole, {kv.kv_tail} newest and {n - kv.kv_tail} first ones; that is "
+        f"{n / length:.1%} of a context of {length} tokens, where {100 * kv_bytes:g}% of the bytes "
+        "are asked for"
+    )
+
+
 # What bits beyond a group's first count in a choice, of the squared error that they take off. A
 # guess that a token is not read is wrong more often than a bit is too few (docs/log.md).
 REFINED = 0.25
@@ -177,30 +190,30 @@ def within_budget(
 
 
 def spend_jointly(
-    prompt: Prompt, cfg: SelectConfig, token: Tensor, pair: Tensor, told: Tensor | None
+    prompt: Prompt, cfg: SelectConfig, token: Tensor, pair: Tensor, key_worth: Tensor | None
 ) -> Selection:
     """Spend one budget on tokens and groups: a token pays for its key as for S groups.
 
-    token (Lm, B, Hm, C), pair (Lm, B, Hm, C, S): scores; told (Lm, B, Hm, C, 1): what each key is
-    worth for what it tells of its value, None where keys are not asked"""
+    token (Lm, B, Hm, C), pair (Lm, B, Hm, C, S): scores; key_worth (Lm, B, Hm, C, 1): what each key
+    is worth for what it tells of its value, None where keys are not asked"""
     S = pair.size(-1)
     masks = masks_sharing(pair, cfg.allocation)
 
     def budget(n: int) -> int:
         return count_kept(cfg.kv_keep, 2 * S * n * masks, 1)
 
-    if told is None:
+    if key_worth is None:
         mask = within_budget(prompt, pair, budget, cfg.allocation, select_joint)
         return Selection(mask.any(-1), mask, token)
     cost = torch.ones(S, dtype=torch.int64, device=pair.device)
-    taken = spend_with_told(prompt, cfg.allocation, told, pair, budget, cost, S)
+    taken = spend_with_keys(prompt, cfg.allocation, key_worth, pair, budget, cost, S)
     return Selection(taken.any(-1), taken[..., :-1], token)
 
 
-def spend_with_told(
+def spend_with_keys(
     prompt: Prompt,
     allocation: str,
-    told: Tensor,
+    key_worth: Tensor,
     worth: Tensor,
     budget: Callable[[int], int],
     cost: Tensor,
@@ -212,8 +225,8 @@ def spend_with_told(
     worth (Lm, B, Hm, C, parts), cost (parts,), key: see select_joint. Returns what is taken,
     (Lm, B, Hm, C, parts + 1) bool."""
     first = (worth / cost).amax(-1, keepdim=True)
-    told = told.maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
-    worth = torch.cat((worth, told), -1)
+    key_worth = key_worth.maximum(first * (1 + 1e-6)).where(first.isfinite(), first)
+    worth = torch.cat((worth, key_worth), -1)
     cost = torch.cat((cost, cost.new_ones(1)))
 
     def best(score: Tensor, m: Tensor) -> Tensor:
@@ -258,14 +271,14 @@ def spend_bytes(
     cfg: SelectConfig,
     kv: KVConfig,
     pair: Tensor,
-    told: Tensor | None,
+    key_worth: Tensor | None,
     scored: bool,
 ) -> Selection:
     """Spend one budget of bytes on tokens, groups and, where values have no bits of their own,
     levels 0 to 3. First tokens stay whole and are no part of it.
 
-    kv: how the context is stored; pair, told: see spend_jointly; scored: whether tokens' scores are
-    asked for"""
+    kv: how the context is stored; pair, key_worth: see spend_jointly; scored: whether tokens'
+    scores are asked for"""
     S = pair.size(-1)
     D = prompt.values.size(-1)
     heads = prompt.values.size(2) // pair.size(2)  # KV heads of a mask
@@ -274,12 +287,12 @@ def spend_bytes(
     energy = pair.square().masked_fill_(~there, float("-inf"))
     region = prompt.T - prompt.n_context
     masks = masks_sharing(pair, cfg.allocation)
-    about = (region, kv.kv_sinks, D, heads, prompt.left is not None)
+    about = (region, kv.kv_sinks, D, heads, prompt.untold is not None)
 
     def budget(n: int) -> int:
         return half_bytes_for(cfg.kv_bytes, n, *about) * masks
 
-    if told is None:
+    if key_worth is None:
 
         def best(energy: Tensor, m: Tensor) -> Tensor:
             return choose_levels(energy, m, price.gain, price.step, price.key)
@@ -289,7 +302,7 @@ def spend_bytes(
     else:
         worth = (energy.unsqueeze(-1) * energy.new_tensor(price.gain)).flatten(-2)
         cost = torch.tensor(price.step, device=energy.device).repeat(S)
-        taken = spend_with_told(prompt, cfg.allocation, told, worth, budget, cost, price.key)
+        taken = spend_with_keys(prompt, cfg.allocation, key_worth, worth, budget, cost, price.key)
         keep = taken.any(-1)
         levels = taken[..., :-1].unflatten(-1, (S, -1)).sum(-1).to(torch.uint8)
     mask = levels > 0 if kv.value_bits else levels

@@ -79,14 +79,14 @@ class Prompt:
     n_groups: int = 1  # groups that a value is cut into
     observers: int = 0  # tokens whose queries are observed; 0: the query region
     cap: float = 0.0  # of attention logits: see storage.layout.soft_cap
-    left: Sequence[Tensor] | None = None  # (B, Hkv, C, D), what keys do not tell of z
+    untold: Sequence[Tensor] | None = None  # (B, Hkv, C, D), what keys do not tell of z
     impl: str = "auto"  # of received: see storage/kernel_base.py
     v: Sequence[Tensor] | None = None  # (B, Hkv, T, D), where z are the first columns of these
 
     @cached_property
     def stored(self) -> Prompt:
         """The same prompt with values that are what is stored of them: what keys do not tell."""
-        return self if self.left is None else replace(self, z=self.left, left=None, v=None)
+        return self if self.untold is None else replace(self, z=self.untold, untold=None, v=None)
 
     @cached_property
     def L(self) -> int:

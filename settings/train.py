@@ -177,12 +177,12 @@ class TrainConfig:
     compile: bool = opt(False, "torch.compile the model")
     capture: bool = opt(
         True,
-        "on one GPU: record an optimizer step as a CUDA graph and replay it; losses are logged a "
+        "on one GPU: capture an optimizer step as a CUDA graph and replay it; losses are logged a "
         "few steps late. false: kernel by kernel",
     )
     capture_ranks: bool = opt(
         False,
-        "under torchrun: record such a graph on each GPU, sums over them included; a signal ends "
+        "under torchrun: capture such a graph on each GPU, sums over them included; a signal ends "
         "the run a few steps late. Without it several GPUs run kernel by kernel",
     )
     shard: bool = opt(

@@ -174,7 +174,8 @@ class LayerCacheBase(Protocol):
         return {name: getattr(self, name) for name in self.owners}
 
     def nbytes(self) -> int:
-        """Count the bytes of every tensor held, offsets and unused capacity included."""
+        """Count the bytes of every tensor held, offsets and unused capacity included. What
+        `constants` names is the model's, one for all of its caches, and is not counted."""
         return storage_bytes(self.state_dict().values())
 
     def select_sequences(self, rows: Sequence[int]) -> LayerCacheBase:
@@ -369,7 +370,7 @@ class KVCache:
 
     def nbytes(self) -> int:
         """Count the bytes of all tensors held, offsets and unused capacity included; what layers
-        share is counted once."""
+        share is counted once, and maps and other constants, which the model holds, are not."""
         return storage_bytes(self._tensors())
 
     def _tensors(self) -> list[Tensor]:

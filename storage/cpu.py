@@ -7,7 +7,7 @@ unpacked that need not be:
 * Kept rows are brought into place, CHUNK numbers at a time. In storage they follow each other token
   by token and group by group, so the running count of the masks' bits is the number of each row. A
   dropped group takes row 0, which is put before them and holds zeros.
-* Integers are not turned back into what they stand for: storage/integers/cpu.py.
+* Integers are not dequantised: storage/integers/cpu.py.
 
 A call of PyTorch costs as much as a thousand numbers, so heads are taken together where they are
 short: a *block of work* is G heads times the same `width` tokens of each, zeros where a head has

@@ -157,11 +157,11 @@ class ExpertCache(WindowCache):
         ValueError where a part of what several experts took would be kept, or a part of summed
         scores: neither says which tokens it is made of."""
         check_truncation(n_tokens)
-        left = self.n_packed
-        n = torch.as_tensor(n_tokens, device=left.device).minimum(self.lengths)
+        n_packed = self.n_packed
+        n = torch.as_tensor(n_tokens, device=n_packed.device).minimum(self.lengths)
         possible = (n == self.lengths) | (n == 0)
         if not self.seen.size(1):
-            possible |= (n >= left) | (len(self.parts) == 1)
+            possible |= (n >= n_packed) | (len(self.parts) == 1)
         check(
             bool(possible.all()),
             f"truncating to {n_tokens} tokens",

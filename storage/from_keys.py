@@ -75,7 +75,7 @@ class FromKeys(NamedTuple):
         a, b = at_least_float32(k).chunk(2, -1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
 
-    def turn_back(self, k: Tensor, position: Tensor) -> Tensor:
+    def heads_before_rope(self, k: Tensor, position: Tensor) -> Tensor:
         """Undo RoPE: the keys k (B, Hkv, T, D) at positions (B or 1, T), of all heads beside one
         another: (B, T, Hkv*D)."""
         return self.before_rope(k, position[:, None]).transpose(1, 2).flatten(2)
@@ -86,7 +86,7 @@ class FromKeys(NamedTuple):
         if self.own_head:
             raw = self.before_rope(k, position[:, None])
             return told_by_keys(raw, self.weight).to(k.dtype)
-        raw = self.turn_back(k, position)
+        raw = self.heads_before_rope(k, position)
         z = told_by_keys(raw, self.weight).unflatten(-1, (k.size(1), -1))
         return z.transpose(1, 2).to(k.dtype)
 
@@ -215,7 +215,7 @@ def _read_told(
         raw = from_keys.before_rope(k, position)  # (B, Hkv, N, D)
         told = p.to(raw.dtype) @ raw
     else:
-        raw = from_keys.turn_back(k, position[:, 0])  # (B, N, Hkv*D)
+        raw = from_keys.heads_before_rope(k, position[:, 0])  # (B, N, Hkv*D)
         told = p.flatten(1, 2).to(raw.dtype) @ raw  # (B, H*T, Hkv*D)
         told = told.view(B, Hkv, H // Hkv * T, Hkv * D)
         weight = weight.unflatten(-1, (Hkv, D)).transpose(0, 1)

@@ -61,8 +61,8 @@ from storage.pieces import (
 
 
 @jit
-def turn_back(low, high, cos, sin):
-    """Turn halves of keys, or of sums of keys, back: equation (2)."""
+def before_rope(low, high, cos, sin):
+    """Undo RoPE for halves of keys, or of sums of keys: equation (2)."""
     return low * cos + high * sin, high * cos - low * sin
 
 
@@ -251,7 +251,7 @@ def _key_sums_kernel(
             angle = position[:, None] * (D // 2) + dim
             cos = tl.load(cos_ptr + angle, mask=there, other=0.0)
             sin = tl.load(sin_ptr + angle, mask=there, other=0.0)
-        raw_low, raw_high = turn_back(low, high, cos, sin)
+        raw_low, raw_high = before_rope(low, high, cos, sin)
         raw_low = tl.trans(raw_low)
         raw_high = tl.trans(raw_high)
         logits = product(high, q_high, product(low, q_low, none))
@@ -268,7 +268,7 @@ def _key_sums_kernel(
         if IN_ORDER:
             tile_low = product(raw_low, p, nothing)
             tile_high = product(raw_high, p, nothing)
-            tile_low, tile_high = turn_back(tile_low, tile_high, first_cos, first_sin)
+            tile_low, tile_high = before_rope(tile_low, tile_high, first_cos, first_sin)
             sum_low = sum_low * alpha[None, :] + tile_low
             sum_high = sum_high * alpha[None, :] + tile_high
         else:

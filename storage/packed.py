@@ -85,7 +85,7 @@ class FloatCodec:
     """How numbers are stored: as they are. integers/codecs.py has the same for 8 bits and fewer.
 
     A codec says which tensors hold keys and rows (with their owners), what is written for a token,
-    and what turns it back (`ints`, None here)."""
+    and what dequantises it (`ints`, None here)."""
 
     owners = {"keys": "token", "rows": "row"}
     block = 1  # tokens that are written together
@@ -112,7 +112,7 @@ class FloatCodec:
         return {"keys": k, "rows": kept_rows(z.unflatten(-1, (S, -1)), bits, n_kept)}
 
     def ints(self, cache: PackedCache) -> None:
-        """Return what turns integers back into numbers: nothing to turn back here."""
+        """Return what dequantises integers: nothing here."""
 
     def one_by_one(self, D: int, window: int) -> bool:
         """Say whether a kernel can append single tokens."""
@@ -128,10 +128,10 @@ class FloatCodec:
         """Return what RaggedCache holds of a context, a codec per layer: the tensors named in
         owners, and bits, before, tile_rows, n_packed, n_rows."""
         z = context.z
-        if context.told is not None:
+        if context.predict is not None:
             here = context.here
-            left = z[here] - context.told(context.k[here])
-            z = z.masked_scatter(here.unsqueeze(-1), left)
+            untold = z[here] - context.predict(context.k[here])
+            z = z.masked_scatter(here.unsqueeze(-1), untold)
         keys, rows, *index = pack_values(context.k, z, context.keep, context.mask)
         return {"keys": keys, "rows": rows}, tuple(index)
 
@@ -150,8 +150,8 @@ def kept_rows(rows: Tensor, bits: Tensor, n_kept: int) -> Tensor:
 def packed_count(seen: Tensor, window: int, block: int) -> Tensor:
     """Return how many of `seen` tokens (int64, any shape) have left a window that keeps at least
     the newest `window` and gives up `block` at a time."""
-    left = (seen - window).div(block, rounding_mode="floor") * block
-    return left.clamp_min(0)
+    n_packed = (seen - window).div(block, rounding_mode="floor") * block
+    return n_packed.clamp_min(0)
 
 
 class WindowCache(LayerCacheBase):

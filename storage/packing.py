@@ -250,7 +250,7 @@ class Context(NamedTuple):
     # the nearest
     query_moment: Tensor | None = None
     # what keys (n, D) of all segments in turn, as they will be read, tell of z, which is left out
-    told: Callable[[Tensor], Tensor] | None = None
+    predict: Callable[[Tensor], Tensor] | None = None
 
     @property
     def here(self) -> Tensor:

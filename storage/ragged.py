@@ -277,13 +277,15 @@ class RaggedCache(DenseCache):
         mask = mask * keep.unsqueeze(-1)
         k = k.to(self.dtype)
         z = z.to(self.dtype)
-        told = None
+        predict = None
         if self.basis.from_keys is not None:
             number = torch.arange(valid.size(1), device=k.device) - (~valid).sum(-1, keepdim=True)
             b, head, column = keep.expand(-1, self.Hkv, -1).nonzero(as_tuple=True)
-            told = partial(self.basis.from_keys.predict_each, head=head, position=number[b, column])
+            predict = partial(
+                self.basis.from_keys.predict_each, head=head, position=number[b, column]
+            )
             self._place(keep, valid)
-        context = Context(k, z, keep, mask, query_moment, told)
+        context = Context(k, z, keep, mask, query_moment, predict)
         held, index = self.codec.pack_sequences([self.codec], context)
         for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
             setattr(self, name, t)

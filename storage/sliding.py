@@ -58,9 +58,9 @@ class SlidingCache(DenseCache):
         n_pad = torch.zeros_like(self.n_window) if new.n_pad is None else new.n_pad
         cut = max(0, T - self.window_k.size(2))  # columns that are overwritten at once
         at = self.n_window + (cut - n_pad).clamp_min(0)
-        left = None if new.n_pad is None else (n_pad - cut).clamp_min(0)
-        write_ring(self.window_k, new.k[:, :, cut:], at, left)
-        write_ring(self.window_v, new.v[:, :, cut:], at, left)
+        pad = None if new.n_pad is None else (n_pad - cut).clamp_min(0)
+        write_ring(self.window_k, new.k[:, :, cut:], at, pad)
+        write_ring(self.window_v, new.v[:, :, cut:], at, pad)
         self.n_window += T - n_pad
 
     def view(self) -> CacheView:

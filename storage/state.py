@@ -66,10 +66,17 @@ def refuse_difference(wanted: dict, found: dict, what: str) -> None:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Say whether two tensors are equal; of one that lies at the same place the device is not
-    asked."""
-    place = (a.data_ptr(), a.shape, a.stride(), a.dtype)
-    return place == (b.data_ptr(), b.shape, b.stride(), b.dtype) or torch.equal(a, b)
+    """Say whether two tensors are equal, of one dtype and on one device, which is not asked about a
+    tensor that lies at the same place."""
+    if (a.dtype, a.device) != (b.dtype, b.device):
+        return False
+    place = (a.data_ptr(), a.shape, a.stride())
+    return place == (b.data_ptr(), b.shape, b.stride()) or torch.equal(a, b)
+
+
+def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Say whether two sets of tensors have the same names, and equal tensors by them."""
+    return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
 
 
 def refuse_constants(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -96,7 +96,7 @@ def run(m, cfg: SelectConfig, x=X, y=Y, pad=PAD):
     the cache."""
     m.selector.set(cfg)
     pad = torch.tensor(pad) if pad and any(pad) else None
-    m.selector.record = True
+    m.selector.keeps_choice = True
     m.selector.chosen = None
     with torch.no_grad(), selector.with_oracle(m, torch.cat((x, y), 1), x.size(1), pad):
         cache = m.new_cache(len(x), x.size(1) + y.size(1) + 3)

@@ -116,12 +116,12 @@ def through_cache(model, x, n: int, cfg: SelectConfig | None = None, kv_tail: in
     """(logits of x[:, n:], choice of the prompt x[:, :n], cache), by cfg."""
     s = model.selector
     s.set(cfg or s.cfg)
-    s.record = True
+    s.keeps_choice = True
     with torch.no_grad(), kv_router.storing(model, kv_tail=kv_tail):
         cache = model.new_cache(*x.shape)
         model.prefill(x[:, :n], cache)
         logits = model.prefill(x[:, n:], cache, last_only=False)
-    s.record = False
+    s.keeps_choice = False
     return logits, s.chosen, cache
 
 

@@ -346,7 +346,7 @@ class HostReads(TorchFunctionMode):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_asks_the_device_nothing(kind, tmp_path, text, base, captured, monkeypatch):
     """No operator between the first micro-batch and the last moment has a result whose size or
-    value the host must know: what recording a graph would fail by. Of three steps the last one
+    value the host must know: what capturing a graph would fail by. Of three steps the last one
     reads no whole values where two warm up."""
     questions = Questions()
     reads = HostReads()

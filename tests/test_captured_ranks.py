@@ -1,6 +1,6 @@
 """Captured steps of several processes: losses, norms, weights and moments are those of one process,
 and of several kernel by kernel; a rank that is told to stop, a bad step, a step that cannot be
-recorded. Here steps run without their graph over gloo; tests marked gpu replay NCCL's."""
+captured. Here steps run without their graph over gloo; tests marked gpu replay NCCL's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from runs import TINY, arguments, assert_equal, losses, python, tensors
 from training import base as stage_base
 from training import loop as trainer
 from training.captured import LATE, CapturedStep
-from training.world import CannotRecord, World
+from training.world import CannotCapture, World
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -174,20 +174,20 @@ warm_up = captured.CapturedStep.warm_up
 def fail(self):
     warm_up(self)
     if world.dist.get_rank() == 0:
-        raise world.CannotRecord("the step cannot be recorded; --capture=false runs it")
+        raise world.CannotCapture("the step cannot be captured; --capture=false runs it")
 captured.CapturedStep.warm_up = fail
 train.run(arguments(*sys.argv[1:]))
 """
 
 
-def test_a_step_that_one_rank_cannot_record_ends_all_by_one_line(tmp_path, text):
-    """Rank 0 fails while it records, rank 1 goes on to a sum that does not come: both end within
+def test_a_step_that_one_rank_cannot_capture_ends_all_by_one_line(tmp_path, text):
+    """Rank 0 fails while it captures, rank 1 goes on to a sum that does not come: both end within
     the wait, rank 0 by one line that names the way out, without a traceback."""
     (tmp_path / "run.py").write_text(CANNOT_RECORD)
     flags = pretrain_flags(text, "--pretrain_steps=100000", f"--out_dir={tmp_path / 'run'}")
     p = python(*TWO_PROCESSES, tmp_path / "run.py", *flags, wait=100)
     assert p.returncode != 0
-    said = "rank 0 of 2: the step cannot be recorded; --capture=false runs it\n"
+    said = "rank 0 of 2: the step cannot be captured; --capture=false runs it\n"
     assert p.err.count(said) == 1
     assert f'{tmp_path / "run.py"}", line' not in p.err, p.err
 
@@ -199,7 +199,7 @@ def test_a_step_that_one_rank_cannot_record_ends_all_by_one_line(tmp_path, text)
         (2, torch.OutOfMemoryError("out of memory"), "out of memory", "thread_local"),
     ],
 )
-def test_what_ends_a_recording_is_said_in_one_line(ranks, error, said, mode, monkeypatch):
+def test_what_ends_a_capture_is_said_in_one_line(ranks, error, said, mode, monkeypatch):
     """Its first line and the way out. Of several ranks running out of memory is such an end, too,
     and what other threads ask of their events is none."""
     step, _ = tiny_step()
@@ -216,11 +216,11 @@ def test_what_ends_a_recording_is_said_in_one_line(ranks, error, said, mode, mon
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    with pytest.raises(CannotRecord) as e:
-        step.record()
+    with pytest.raises(CannotCapture) as e:
+        step.capture()
     instead = "train.py --capture=false" if ranks == 1 else "without --capture_ranks train.py"
     assert str(e.value) == (
-        f"the step cannot be recorded as a CUDA graph: {said}; {instead} runs it kernel by kernel"
+        f"the step cannot be captured as a CUDA graph: {said}; {instead} runs it kernel by kernel"
     )
     assert modes == [mode] and step.graph is None
 
@@ -240,7 +240,7 @@ class Alone(World):
 
 def test_a_step_of_several_ranks_asks_the_device_nothing(tmp_path, text, monkeypatch):
     """But in a phase's first step, which warms up and asks which gradients there are: nothing after
-    it waits for the device, so it can be recorded."""
+    it waits for the device, so it can be captured."""
     questions = Questions()
     asked = []
     once = CapturedStep.once

@@ -666,7 +666,7 @@ def test_flags_of_a_selection_choose_what_is_measured(base, text, tmp_path, caps
         way = "selection, future bytes=0.9 hedge=0.75"
         assert starts == ["row 1 of 2: dense, continuation", f"row 2 of 2: {way}, continuation"]
         said = (
-            "that is 62.5% of a context of 24 tokens, where 90.0% of the bytes are asked for" in err
+            "that is 62.5% of a context of 24 tokens, where 90% of the bytes are asked for" in err
         )
         assert said == (query == 11) == ("stay whole" in err)
 

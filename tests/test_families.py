@@ -274,7 +274,7 @@ def test_selection_packed_equals_masked(kind, model, dense):
     cfg = SelectConfig(kv_keep=0.3, sinks=1, relevance="future", past=8)
     selector.attach(model, kv, cfg, [x])
     kv_router.fold(model)
-    model.selector.record = True
+    model.selector.keeps_choice = True
     with torch.no_grad():
         got = read_in_pieces(model, x, model.new_cache(2, T), (P, 1, 7), PAD)
         with selector.masked_replay(model, model.selector.chosen, P - 5):

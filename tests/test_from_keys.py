@@ -19,6 +19,7 @@ from helpers import (
     tiny_model,
     tokens,
 )
+from stores import selecting
 
 import kv_router
 import runs
@@ -127,17 +128,17 @@ def by_loops(model, x: torch.Tensor, exact_until: int = 0) -> list[torch.Tensor]
 
 
 def test_keys_are_turned_back_to_what_was_projected():
-    """turn_back undoes apply_rope at every sequence's own positions, and puts all heads beside one
+    """heads_before_rope undoes apply_rope at every sequence's own positions, and puts all heads beside one
     another."""
     cos, sin = (t.double() for t in rope_table(TINY))
     raw = torch.randn(2, 3, 7, 16, dtype=torch.float64)
     position = torch.tensor([[0], [91]]) + torch.arange(7)
     k = apply_rope(raw, cos[position][:, None], sin[position][:, None])
-    got = FromKeys(torch.eye(48), cos, sin).turn_back(k, position)
+    got = FromKeys(torch.eye(48), cos, sin).heads_before_rope(k, position)
     assert (got - raw.transpose(1, 2).flatten(2)).abs().max() < 1e-6
     assert (k - raw).abs().max() > 0.1
     # slots without a token may have any position
-    beyond = FromKeys(torch.eye(48), cos, sin).turn_back(k, position + 10**6)
+    beyond = FromKeys(torch.eye(48), cos, sin).heads_before_rope(k, position + 10**6)
     assert beyond.isfinite().all()
 
 
@@ -155,7 +156,9 @@ def test_weights_of_keys_sum_to_one_in_bfloat16(monkeypatch):
     g = torch.Generator().manual_seed(0)
     q = 9 * torch.randn(1, 6, 1, 16, generator=g).to(torch.bfloat16)
     told = []
-    monkeypatch.setattr(FromKeys, "turn_back", lambda self, k, at: torch.ones(1, at.size(-1), 48))
+    monkeypatch.setattr(
+        FromKeys, "heads_before_rope", lambda self, k, at: torch.ones(1, at.size(-1), 48)
+    )
     plain = from_keys.packed_attention
 
     def wide(q, packed, *more, **about):
@@ -295,7 +298,7 @@ def test_the_map_is_the_ridge_regression_and_its_residual():
         g = torch.Generator().manual_seed(seed)
         k, v = torch.randn(2, 2, 3, 31, 16, generator=g, dtype=torch.float64)
         moments.add(torch.randn(2, 31, 40, generator=g, dtype=torch.float64), k, k, v)
-        raw = path.own_maps().from_keys.turn_back(k, torch.arange(31)[None])
+        raw = path.own_maps().from_keys.heads_before_rope(k, torch.arange(31)[None])
         xs.append(raw[:, 2:].flatten(0, 1))
         vs.append(v[:, :, 2:].transpose(1, 2).flatten(2).flatten(0, 1))
     x, v = torch.cat(xs), torch.cat(vs)
@@ -428,6 +431,39 @@ def test_a_cache_keeps_the_map_it_was_packed_with():
         randomise(torch.nn.ParameterList([path.key_map]))
     after = read_in_pieces(model, x[:, 20:], cache, [1, 1, 1])
     assert torch.equal(torch.cat((before, after), 1), want)
+
+
+@pytest.mark.parametrize("kind", ["all heads", "own heads", "learned", "folded", "selected"])
+def test_caches_read_one_copy_of_the_maps(kind):
+    """Caches read maps that are no tensors of theirs and not the trained ones: one copy for all of
+    a path's caches until training writes, then another; also after the model changes its dtype."""
+    if kind == "selected":
+        model = selecting(fold=False, reconstructor="keys")
+    else:
+        named = {"own heads": "own heads", "learned": "maps", "folded": "maps"}
+        model = predicting(fold=kind == "folded", **SETTINGS[named.get(kind, "norm")])
+    path = next(iter(kv_router.paths(model).values()))
+    trained = {t.untyped_storage().data_ptr() for t in path.parameters()}
+
+    def places() -> list[int]:
+        layer = model.new_cache(1, 9).layers[0]
+        maps = layer.constants()
+        assert maps and layer.nbytes() == sum(t.nbytes for t in layer.state_dict().values())
+        found = [t.untyped_storage().data_ptr() for t in maps.values()]
+        held = {t.untyped_storage().data_ptr() for t in layer.state_dict().values()}
+        assert not {*found} & (held | trained)
+        return found
+
+    kept = model.new_cache(1, 9)  # its maps live on
+    first = places()
+    assert places() == first and kept.nbytes() == model.new_cache(1, 9).nbytes()
+    with torch.no_grad():
+        path.key_map[..., 0] += 1
+    second = places()
+    assert places() == second and second != first
+    model.float()
+    maps = model.new_cache(1, 9).layers[0].constants()
+    assert {t.dtype for t in maps.values()} == {torch.float32}
 
 
 def test_a_run_is_saved_loaded_and_resumed(tmp_path, run_stage, monkeypatch):

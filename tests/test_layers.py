@@ -93,7 +93,7 @@ def test_what_a_map_saves_is_the_bits_of_what_it_leaves():
         theta = math.sqrt(low * high)
         low, high = (theta, high) if bits(whole, theta) > 2 * P else (low, theta)
     for name, weight in weights.items():
-        saved = bits(whole, theta) - bits(sums.left(weight) / sums.n, theta)
+        saved = bits(whole, theta) - bits(sums.untold(weight) / sums.n, theta)
         assert row[f"saved_bits_{name}"] == pytest.approx(saved, rel=0.02)
         mine = 8 * row[f"map_bytes_{name}"] / row[f"saved_bits_{name}"]
         assert row[f"pays_after_{name}"] == pytest.approx(mine)

@@ -185,7 +185,7 @@ def selection(rng: random.Random, seed: int) -> tuple[Transformer, Oracle]:
     )
     kv = KVConfig(kv="select", **kv, kv_layers=some_layers(rng, model.cfg))
     selector.attach(model, kv, cfg, [tokens(2, 40, seed=seed, vocab=VOCAB)], seed)
-    model.selector.record = True
+    model.selector.keeps_choice = True
     fold = rng.random() < 0.5
     oracle = Oracle(model, fold)
     return kv_router.fold(model) if fold else model, oracle

@@ -19,7 +19,7 @@ L, B, HKV, N_HEADS, D, W = 2, 3, 2, 2, 16, 5
 PADS = (0, 9, 40)  # the last row has too few queries to hold any out
 
 
-def a_prompt(T: int = 73, seed: int = 0, left: bool = False) -> tuple[Prompt, torch.Tensor]:
+def a_prompt(T: int = 73, seed: int = 0, untold: bool = False) -> tuple[Prompt, torch.Tensor]:
     """A random prompt in float64 with padding, and coordinates of its query region."""
     g = torch.Generator().manual_seed(seed)
 
@@ -30,10 +30,10 @@ def a_prompt(T: int = 73, seed: int = 0, left: bool = False) -> tuple[Prompt, to
     k = drawn(B, HKV, T, D)
     z = drawn(B, HKV, T, D)
     context = [t[:, :, : T - W] for t in z]
-    rest = [t / 2 for t in context] if left else None
+    rest = [t / 2 for t in context] if untold else None
     rope = tuple(t.double() for t in rope_table(TINY))
     pad = torch.tensor(PADS)
-    prompt = Prompt(drawn(B, T, 1), q, k, context, T - W, pad, rope, left=rest)
+    prompt = Prompt(drawn(B, T, 1), q, k, context, T - W, pad, rope, untold=rest)
     return prompt, torch.stack([t[:, :, T - W :] for t in z])
 
 
@@ -62,8 +62,8 @@ def by_loops(prompt, tail, keep, stored, n_first, ridge, i, b, h):
     k = prompt.k[i][b, h]
     z = torch.cat((prompt.z[i][b, h], tail[i, b, h]))
     told = torch.zeros_like(z)
-    if prompt.left is not None:
-        told[:C] = prompt.z[i][b, h] - prompt.left[i][b, h]
+    if prompt.untold is not None:
+        told[:C] = prompt.z[i][b, h] - prompt.untold[i][b, h]
     free = [t for t in range(pad + n_first, C) if keep[i, b, h, t]]
     always = [t for t in range(pad, T) if t < pad + n_first or t >= C]
     there = sorted(free + always)
@@ -106,12 +106,12 @@ def by_loops(prompt, tail, keep, stored, n_first, ridge, i, b, h):
     return out, before, after
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_refit_equals_ridge_regression_in_loops(left):
+@pytest.mark.parametrize("untold", [False, True])
+def test_refit_equals_ridge_regression_in_loops(untold):
     """Every segment, with padding, first tokens that stay whole, groups that are not stored and
     values told by keys. On queries that are held out the error never grows; where none are, values
     stay as they were, bit for bit, and so do those of tokens that are not kept."""
-    prompt, tail = a_prompt(left=left)
+    prompt, tail = a_prompt(untold=untold)
     keep, stored = chosen_at_random(prompt)
     torch.set_default_dtype(torch.float64)
     try:

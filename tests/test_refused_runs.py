@@ -3,6 +3,7 @@ and stay as they were."""
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -275,6 +276,61 @@ def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text)
     )
     assert "an adapter" in complaint(capsys, "train", *common, f"--init_from={run / 'routed-s0'}")
     assert tree(here) == {}
+
+
+@pytest.mark.parametrize(
+    "flags, why",
+    [
+        (["--stage=adapt", "--kv=value_groups", "--kv_layers=2"], "layers are 0..1"),
+        (["--stage=adapt", "--kv=value_groups", "--n_groups=64"], "S must divide D"),
+        (["--stage=select", "--kv_layers=2"], "layers are 0..1"),
+        (["--stage=select", "--n_groups=64"], "S must divide D"),
+        (["--stage=select", "--shortest=8", "--readers=4"], "every part needs"),
+        (
+            ["--stage=continue", "--kv=mixsga", "--group_sizes=1,7", "--expert_ratios=1:1"],
+            "must divide the KV heads",
+        ),
+        (
+            [
+                *["--stage=continue", "--group_sizes=1,2", "--expert_ratios=1:1"],
+                *["--n_groups=64", "--expert_groups=3"],
+            ],
+            "S must divide D",
+        ),
+        (["--stage=continue", "--kv=gqa", "--kv_share=0.1"], "one head is kept at least"),
+        (["--stage=all", "--kv_layers=2"], "layers are 0..1"),
+        (["--stage=all", "--n_groups=64"], "S must divide D"),
+    ],
+)
+def test_what_does_not_fit_the_base_is_said_before_a_text_is_read(
+    flags, why, run, capsys, here, text
+):
+    """Storage that needs the base's layers and heads is refused as soon as these are known: no
+    text is encoded, nothing is calibrated, and no folder made."""
+    base = f"--init_from={run / 'pretrain'}"
+    places = [base, f"--adapt_dataset={text}", "--out_dir=new", "--device=cpu"]
+    assert why in complaint(capsys, "train", *flags, *places)
+    assert tree(here) == {} and nothing_encoded()
+
+
+@pytest.mark.parametrize("program", ["sample", "eval"])
+@pytest.mark.parametrize("kind", ["value_groups", "select"])
+@pytest.mark.parametrize(
+    "flag, why", [("--kv_layers=2", "layers are 0..1"), ("--n_groups=64", "S must divide D")]
+)
+def test_what_does_not_fit_a_model_is_said_before_it_is_calibrated(
+    program, kind, flag, why, run, capsys, here, text
+):
+    """The same of programs that calibrate a base on a text, and measure or use it."""
+    read = f"--dataset={text}" if program == "eval" else "--prompt=a"
+    flags = [f"--init_from={run / 'pretrain'}", f"--kv={kind}", flag, read, "--device=cpu"]
+    assert why in complaint(capsys, program, *flags)
+    assert tree(here) == {} and nothing_encoded()
+
+
+def nothing_encoded() -> bool:
+    """Whether no text lies encoded in the test's cache."""
+    return not list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*.tok"))
 
 
 def test_resume_when_every_checkpoint_is_foreign(capsys, run, here, text):

@@ -111,12 +111,12 @@ def test_integers_are_stored_and_read_as_loops_do(kv):
                     assert (got[b, head, t] - want).abs().max() < 1e-6
                 if path.cfg.key_bits == 4 or not kept:
                     continue
-                left = torch.stack([z[i][b, h, t] - told[j] for j, t in enumerate(kept)])
+                untold = torch.stack([z[i][b, h, t] - told[j] for j, t in enumerate(kept)])
                 mine = level[b, mask_head, : len(kept)]
                 planes = bit_planes(mine).sum(-1)
                 at = planes.cumsum(0) - planes
-                gain = c.codec.fmt.gain[h].expand_as(left)
-                rows, step = quantise_levels(left, mine, at, int(planes.sum()), gain)
+                gain = c.codec.fmt.gain[h].expand_as(untold)
+                rows, step = quantise_levels(untold, mine, at, int(planes.sum()), gain)
                 again = dequantise_levels(rows, mine, at, step, gain, torch.float64)
                 assert (again - rest[b, h, : len(kept)]).abs().max() < 1e-6
     assert choice.keep[:, 0].any()
@@ -132,8 +132,8 @@ def test_the_choice_is_the_greedy_one():
     n_prompt = 90
     prompt, _ = look(s, m, tokens(1, n_prompt, seed=9), n_prompt - W, n_prompt)
     paths = kv_router.paths(m).values()
-    left = [p.untold(k, z) for p, k, z in zip(paths, prompt.k, prompt.z, strict=True)]
-    choice = s.choose(replace(prompt, left=left))
+    untold = [p.untold(k, z) for p, k, z in zip(paths, prompt.k, prompt.z, strict=True)]
+    choice = s.choose(replace(prompt, untold=untold))
     alpha = pooled(prompt.observed, s.cfg.pool)
     C = n_prompt - W
     price = prices(s.stored, 16, 1)
@@ -146,7 +146,7 @@ def test_the_choice_is_the_greedy_one():
             value = []
             for t in range(C):
                 score = (float(alpha[i, 0, h, t]) ** 0.4 * weight) ** 2
-                energy = left[i][0, h, t].view(s.S, -1).square().sum(-1) * score
+                energy = untold[i][0, h, t].view(s.S, -1).square().sum(-1) * score
                 parts = []
                 for g in range(s.S):
                     off = [LEVEL_ERRORS[j] - LEVEL_ERRORS[j + 1] for j in range(3)]
@@ -287,8 +287,8 @@ def test_a_trained_run_has_its_maps(tmp_path, text, base):
     for i, (name, path) in enumerate(kv_router.paths(model).items()):
         (key,) = (n for n in saved if n.endswith(f"{name}.key_map"))
         assert torch.equal(path.key_map, saved[key]) and path.key_map.ndim == 3
-        whole, left = z[i][:, :, 4:], path.untold(k[i], z[i])[:, :, 4:]
-        assert float(left.square().sum()) < 0.95 * float(whole.square().sum())
+        whole, untold = z[i][:, :, 4:], path.untold(k[i], z[i])[:, :, 4:]
+        assert float(untold.square().sum()) < 0.95 * float(whole.square().sum())
 
 
 def test_what_is_not_built_is_refused():

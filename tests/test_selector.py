@@ -141,7 +141,7 @@ def test_a_prompt_within_the_query_region_stays_whole(first, pad, prefill):
     x = X[:, :20]
     pad = torch.tensor(pad)
     m.selector.set(config(kv_keep=0.3))
-    m.selector.record = True
+    m.selector.keeps_choice = True
     m.selector.chosen = None
     parts = []
     with torch.no_grad():

@@ -96,8 +96,8 @@ def stored_stage(tmp_path, text, base, chosen):
     return make
 
 
-def batch_of(stage, n: int = 5) -> torch.Tensor:
-    return data.batch(stage.corpus.train, "train", 0, 0, n, stage.window)[0]
+def batch_of(stage, n: int = 5, step: int = 0) -> torch.Tensor:
+    return data.batch(stage.corpus.train, "train", 0, step, n, stage.window)[0]
 
 
 def shaken(stage):
@@ -238,24 +238,34 @@ def test_adapters_alone_are_trained_and_the_teacher_has_none(stored_stage, base)
 
 @pytest.mark.parametrize("kind", ["routed", "moe_lora"])
 def test_switched_off_adapters_are_the_base(kind):
-    """Routed and MoE adapters, too, leave the base's logits bit for bit."""
+    """Routed and MoE adapters, too, leave the base's logits bit for bit, and stay off where one
+    `with` ends inside another."""
     model = tiny_model()
     x = tokens(2, 11)
     want = model(x)
-    lora.attach(model, AdapterConfig(adapter=kind))
+    lora.attach(model, AdapterConfig(adapter=kind, lora_dropout=0.0))
     with torch.no_grad():
         for name, p in lora.adapter_state(model).items():
             p.add_(0.1 if name.endswith("lora_B") else 0.0)
-    assert not torch.equal(model(x), want)
+    adapted = model(x)
+    assert not torch.equal(adapted, want)
     with lora.switched_off(model):
+        with lora.switched_off(model):
+            assert torch.equal(model(x), want)
         assert torch.equal(model(x), want)
+    assert torch.equal(model(x), adapted)
 
 
-def test_any_split_means_the_same_batch(stored_stage):
+@pytest.mark.parametrize("adapter", ["lora", "routed", "moe_lora"])
+def test_any_split_means_the_same_batch(adapter, stored_stage):
     """Micro-steps of any number give the gradients of one pass over 7 windows: the budget that a
-    window draws is its own."""
-    stage, cfg = stored_stage("--adapt_batch_size=7", "--grad_clip=0", "--lora_dropout=0")
+    window draws is its own, and routers are balanced over all windows, whatever they draw."""
+    flags = ["--adapt_batch_size=7", "--grad_clip=0", "--lora_dropout=0", f"--adapter={adapter}"]
+    if adapter != "lora":
+        flags.append("--balance_weight=1")
+    stage, cfg = stored_stage(*flags)
     stage.model.double()
+    assert len(by_budget(batch_of(stage, 7, 3), stage.byte_budgets)) == 2
     w = trainer.World(0, 1, torch.device("cpu"))
     found = []
     for n in (1, 3, 40):
@@ -266,6 +276,24 @@ def test_any_split_means_the_same_batch(stored_stage):
     for other in found[1:]:
         for a, b in zip(other, found[0], strict=True):
             assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def test_a_share_too_small_for_what_stays_whole_is_said(tmp_path, text, base, chosen, capsys):
+    """Before the first step of an adaptation, and of predictors whose selection will store so, one
+    line says of which shares whole tokens take more than half, by hand: of 72 tokens, 5 are more
+    than half of a 9th and less than half of a 5th. Without a share of bytes nothing is said."""
+    flags = [*STORED, f"--kv_from={chosen}", "--adapt_steps=1", "--kv_byte_budgets=0.2,0.11,0.0001"]
+    train.run(adapt_arguments(tmp_path / "adapt", text, base, *flags))
+    said = [line for line in capsys.readouterr().err.splitlines() if "stay whole" in line]
+    assert [line.split("where ")[1].split(" of the")[0] for line in said] == ["0.01%", "11%"]
+    assert all(f"is 6.9% of a context of {CONTEXT} tokens" in line for line in said)
+    flags = ["--recall=0", "--readers=7", "--kv_tail=3", "--observers=5", "--kv_sinks=2"]
+    flags += ["--select_steps=1", "--select_batch_size=2", "--eval_sequences=2", "--n_groups=4"]
+    flags += [f"--block_size={WINDOW}", f"--dataset={text}", f"--init_from={base}"]
+    for share, n_lines in ((0.0, 0), (0.0001, 1), (0.2, 0)):
+        out = f"--out_dir={tmp_path / str(share)}"
+        train.run(arguments("--stage=select", *flags, out, f"--kv_bytes={share}"))
+        assert capsys.readouterr().err.count("5 tokens stay whole") == n_lines
 
 
 def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, text, base, chosen, trainers):

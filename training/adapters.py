@@ -100,6 +100,8 @@ def adapt_stage(args, run_dir: Path, w: World, base: Run, what: Adaptation) -> S
         "the base itself is the teacher",
         "give --adapter=none and --learn_basis",
     )
+    if not selects:  # a selection is that of another run, over the same base
+        what.kv.check_model(base.model.cfg)
     name = cfg.corpus("adapt")
     corpus = corpus_of(args, name, base.tokenizer, window)
     torch.manual_seed(what.seed)
@@ -301,11 +303,11 @@ def run_table(args, run_dir: Path, w: World) -> tuple[str, Path]:
     cfg: TrainConfig = args.train
     where, curves = base_of_table(args, run_dir, w)
     base = load_base(args, where, w.device)
+    shape = base.model.cfg
+    args.kv.check_model(shape)
     window = adapt_window(args, base)
     task = measured_text(args, base.tokenizer, window)
     say_fewer("the table's text", len(task.x), cfg.test_sequences)
-    shape = base.model.cfg
-    args.kv.check_model(shape)
     corpus_of(args, cfg.corpus("adapt"), base.tokenizer, window)
     about = RowAbout(adapter=base.adapter, kv=base.kv, seed=cfg.seed, params=0, dtype=cfg.dtype)
     table = Table([{"name": "base"} | measure_row(base.model, task, about)], curves)

@@ -2,7 +2,7 @@
 
 The problem: a step of a small model is thousands of kernels, and starting one costs the host more
 time than running it costs the device. The host waits, too, for the loss of every step before it
-begins the next. The idea: all steps do the same to other numbers. So one of them is recorded, from
+begins the next. The idea: all steps do the same to other numbers. So one of them is captured, from
 the first micro-batch to the last moment of AdamW, and replayed: the host starts one graph a step.
 
 A replay runs no Python, so whatever differs between steps has to lie on the device:
@@ -20,9 +20,9 @@ A replay runs no Python, so whatever differs between steps has to lie on the dev
 What Python decides (how many value groups are kept, say) is the step's phase: another phase is
 another graph. On a CPU the same step runs without a graph.
 
-Of several processes each records its own step. Sums over all of them are part of it: NCCL's kernels
-are recorded like others, once the steps that warm up have started NCCL. Loss and norm are those of
-all, so each process finds the same steps bad.
+Of several processes each captures its own step. Sums over all of them are part of it: NCCL's
+kernels are captured like others, once the steps that warm up have started NCCL. Loss and norm are
+those of all, so each process finds the same steps bad.
 
     step = CapturedStep(gradients, opt, shape=(8, 512), device=device)
     for i in range(100):
@@ -46,10 +46,10 @@ from torch import Tensor
 
 from settings.fields import check
 from settings.train import TrainConfig
-from training.world import CannotRecord, World
+from training.world import CannotCapture, World
 
 LATE = 4  # steps that have begun and not been looked at, at most
-WARM = 3  # steps before the one that is recorded: kernels are loaded and compiled, moments made
+WARM = 3  # steps before the one that is captured: kernels are loaded and compiled, moments made
 
 
 class Result(NamedTuple):
@@ -151,7 +151,7 @@ class CapturedStep:
         self.stop = torch.zeros((), dtype=torch.float64, device=device)
         self.numbers = torch.zeros(3, dtype=torch.float64, device=device)
         self.bad = torch.zeros((), device=device)  # 1 once a loss or norm was not finite
-        # One stream for warming up and recording: autograd remembers where gradients were added.
+        # One stream for warming up and capturing: autograd remembers where gradients were added.
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
         self.phase: object = self  # none yet
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -161,7 +161,7 @@ class CapturedStep:
     # -- what the device does
 
     def once(self) -> None:
-        """Do the whole step, on the device alone: this is what is recorded."""
+        """Do the whole step, on the device alone: this is what is captured."""
         self.opt.zero_grad(set_to_none=True)
         self.numbers.copy_(self.gradients(self.x, self.y, self.stop))
         self.bad.copy_(self.bad.bool() | ~self.numbers.isfinite().all())
@@ -176,14 +176,14 @@ class CapturedStep:
 
     def prepare(self) -> None:
         """Make self.run do the step of the phase that begins. Steps that warm up are bad ones, so
-        they change nothing. CannotRecord where the step asks the device for something."""
+        they change nothing. CannotCapture where the step asks the device for something."""
         for group, rate in zip(self.opt.param_groups, self.rates, strict=True):
             group["lr"] = rate
         self.opt.found_inf = self.bad
         was_bad = self.bad.clone()
         self.bad.fill_(1)
         if self.on_gpu:
-            self.record()
+            self.capture()
         else:
             self.warm_up()
         self.bad.copy_(was_bad)
@@ -192,8 +192,8 @@ class CapturedStep:
         for _ in range(WARM):
             self.once()
 
-    def record(self) -> None:
-        """Record the step, and let self.run replay it."""
+    def capture(self) -> None:
+        """Capture the step in a CUDA graph, and let self.run replay it."""
         torch.cuda.synchronize()
         self.close()  # the last phase's graph goes, and its memory
         with torch.cuda.stream(self.stream):
@@ -214,8 +214,8 @@ class CapturedStep:
             instead = "train.py --capture=false runs it kernel by kernel"
             if self.ranks > 1:
                 instead = "without --capture_ranks train.py runs it kernel by kernel"
-            raise CannotRecord(
-                f"the step cannot be recorded as a CUDA graph: {why}; {instead}"
+            raise CannotCapture(
+                f"the step cannot be captured as a CUDA graph: {why}; {instead}"
             ) from e
         self.graph = graph
 

@@ -12,7 +12,7 @@ basis are trained where they read what is stored.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -53,13 +53,24 @@ def by_budget(x: Tensor, budgets: list[float]) -> dict[float, Tensor]:
     return {budget: torch.stack(windows) for budget, windows in drawn.items()}
 
 
+def of_one_budget(parts: Iterable[tuple[Tensor, Tensor]], budgets: list[float]):
+    """Yield micro-batches x, y (b, T), each cut into windows that draw the same one of the budgets;
+    without budgets as they are. A router's balance is that of its last forward, so each of these
+    has a loss and a backward pass of its own."""
+    for x, y in parts:
+        if not budgets:
+            yield x, y
+            continue
+        for windows in by_budget(x, budgets).values():
+            yield windows, windows  # a model's own predictions are the target
+
+
 def continuation_loss(
     model: Transformer, x: Tensor, budgets: list[float], n_context: int
 ) -> Tensor:
     """Return the mean KL in nats from the model without its adapters, which reads everything whole
     (no gradient), to itself, with adapters, over the tokens of windows x (B, T) after the first
-    n_context. Those are stored, without gradient, in one of `budgets`, shares of their bytes.
-    What balances routers afterwards knows the windows of the last share alone."""
+    n_context. Those are stored, without gradient, in one of `budgets`, shares of their bytes."""
     selector = selector_of(model)
     total = 0.0
     for kv_bytes, windows in by_budget(x, budgets).items():

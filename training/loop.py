@@ -44,7 +44,7 @@ from settings.fields import to_dict
 from settings.train import TrainConfig
 from tasks.text import answers_loss, mean_loss
 from training.captured import CapturedStep, Result, why_not_captured
-from training.distillation import continuation_loss, distillation_loss
+from training.distillation import continuation_loss, distillation_loss, of_one_budget
 from training.messages import end_of, start_of
 from training.optimizer import (
     learning_rate,
@@ -202,7 +202,7 @@ def add_gradients(
     loss; returns their part of the loss, () float64. before_last: called ahead of the last
     micro-batch's backward pass."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    parts = list(micro_batches(x, y, cfg.accumulation))
+    parts = list(of_one_budget(micro_batches(x, y, cfg.accumulation), stage.byte_budgets))
     for i, (xb, yb) in enumerate(parts):
         share = len(xb) / stage.batch_size
         with autocast(x.device, cfg.dtype):
@@ -281,7 +281,7 @@ class Trainer:
         self.why_not_captured = why_not_captured(stage, cfg, w)
         self.captured: CapturedStep | None = None
         self.has: dict[tuple, list[float]] = {}  # by phase: how many ranks have each gradient
-        self.told = False  # whether a captured step said that some rank was told to stop
+        self.asked_to_stop = False  # whether a captured step said that some rank was told to stop
         if not self.why_not_captured:
             mine, _ = training_batch(stage, 0, w)
             gradients_of = self.device_gradients
@@ -338,7 +338,7 @@ class Trainer:
         else:
             self.begin_step(lr, stopping)
             if self.w.size > 1:  # all hear of it some steps late, before the same step
-                stopping = self.told
+                stopping = self.asked_to_stop
         self.step += 1
         self.bar.update()
         return stopping
@@ -393,7 +393,7 @@ class Trainer:
         """Check and log the oldest step that has begun."""
         r = self.captured.take()
         self.check_finite(r.step, r.lr, r.loss, r.norm)
-        self.told |= r.stop
+        self.asked_to_stop |= r.stop
         self.note(r)
 
     def settle(self) -> None:

@@ -7,6 +7,7 @@ import shlex
 from config import comma_list
 from data import label_of
 from loaders.device import device_name, in_bfloat16
+from selection.budgets import small_budget
 
 
 def start_of(trainer) -> list[str]:
@@ -27,11 +28,21 @@ def start_of(trainer) -> list[str]:
         f"  {stage.steps} steps of {stage.batch_size} sequences of {stage.window} tokens, into "
         f"{stage.folder}",
         f"  a checkpoint every {cfg.save_interval} steps, at the end, and when stopped",
+        *small_budgets(stage),
     ]
     if w.device.type == "cuda" or cfg.capture_ranks:
         why = trainer.why_not_captured
         lines.append(f"  steps run kernel by kernel: {why}" if why else "  a step is a CUDA graph")
     return lines
+
+
+def small_budgets(stage) -> list[str]:
+    """Where the tokens that stay whole take most of a share of bytes at which contexts are stored,
+    or at which a selection that is trained will store them."""
+    shares = stage.byte_budgets or [stage.about.get("select", {}).get("kv_bytes", 0.0)]
+    length = stage.n_context or stage.window
+    lines = [small_budget(stage.kv, share, length) for share in sorted({*shares})]
+    return [f"  {line}: give a larger share, or --block_size" for line in lines if line]
 
 
 def end_of(trainer) -> list[str]:

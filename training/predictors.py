@@ -42,7 +42,9 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
     select = selection_of(args)
     kv = storage_of(args)
     model = base.model
+    kv.check_model(model.cfg)
     window = adapt_window(args, base)
+    check_shortest(kv, select, window)
     name = cfg.corpus("adapt")
     corpus = corpus_of(args, name, base.tokenizer, window)
     torch.manual_seed(cfg.seed)
@@ -50,7 +52,6 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
         corpus.train, cfg.seed, batches=6, batch_size=4, window=window, device=w.device
     )
     note("calibrating value groups and signals")
-    check_shortest(kv, select, window)
     model.requires_grad_(False)
     attach_storage(model, kv, select, batches, cfg.seed)
     began = ""

@@ -40,8 +40,7 @@ def continue_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
         f"one of {', '.join(SHARED)}, dense",
         "give --stage=adapt for value groups",
     )
-    if kv.kv == "mixsga":
-        args.mix.check_model(base.model.cfg)
+    shared_heads.check_model(kv, args.mix, base.model.cfg)
     window = adapt_window(args, base)
     text = cfg.corpus("adapt")
     corpus = corpus_of(args, text, base.tokenizer, window)

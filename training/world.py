@@ -28,8 +28,8 @@ GOODBYE = b"."  # what a process that has done its part sends
 PEER_GONE = 4  # exit code of a process that ends because another did
 
 
-class CannotRecord(ValueError):
-    """An optimizer step that cannot be recorded as a CUDA graph: why, and what to do."""
+class CannotCapture(ValueError):
+    """An optimizer step that cannot be captured as a CUDA graph: why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def world(device_name: str):
         with ended_by_sigterm():
             yield World(rank, size, device)
         peers.say_goodbye()
-    except CannotRecord as e:
-        # NCCL may wait for ever for what was recorded in part: nothing is taken down.
+    except CannotCapture as e:
+        # NCCL may wait for ever for what was captured in part: nothing is taken down.
         print(f"rank {rank} of {size}: {e}", file=sys.stderr, flush=True)
         os._exit(2)
     except RuntimeError:
@@ -104,27 +104,27 @@ def ended_by_sigterm():
     if threading.current_thread() is not threading.main_thread():  # Python allows no handlers there
         yield
         return
-    told, tell = socket.socketpair()
-    tell.setblocking(False)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
     def wait(*_) -> None:
         """Do nothing as a handler: the thread acts."""
 
     def watch() -> None:
-        with told:
-            for signum in iter(lambda: told.recv(1), b""):
+        with reader:
+            for signum in iter(lambda: reader.recv(1), b""):
                 if signum[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is wait:
                     end_rank()
 
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGTERM, wait)
-    wakeup = signal.set_wakeup_fd(tell.fileno())
+    wakeup = signal.set_wakeup_fd(writer.fileno())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(wakeup)
-        tell.close()
+        writer.close()
 
 
 class Peers:

@@ -62,16 +62,16 @@ def gains(fmts: Sequence[IntFormat], B: int) -> Tensor:
 
 def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
     """Compute pack_context in passes over all numbers."""
-    k, z, keep, mask, query_moment, told = context
+    k, z, keep, mask, query_moment, predict = context
     fmt = fmts[0]
     B, Hkv, _, _ = k.shape
     here = context.here
     keys, key_scale, block = _keys(fmt, k[here], here.sum(-1), query_moment)
     mine = mask.expand(-1, Hkv, -1, -1)[here]  # (n, S)
     values = z[here]  # (n, D)
-    if told is not None:  # by the keys that will be read
+    if predict is not None:  # by the keys that will be read
         read = dequantise_keys(keys, key_scale, block, fmt.key_bits, z.dtype)
-        values = values - told(read)
+        values = values - predict(read)
     if fmt.levelled:
         planes = bit_planes(mine).sum(-1)
         first = planes.cumsum(0) - planes
@@ -165,9 +165,9 @@ def _pack_keys_kernel(
             one = tl.sum(tl.where(mine, steps, 0.0), 0)
             code = tl.floor(tl.div_rn(own, tl.zeros_like(own) + one) + (half + 0.5))
             code = tl.minimum(tl.maximum(code, 0.0), 2.0 * half - 1)
-            left = own - (code - half) * one  # the product is exact
+            error = own - (code - half) * one  # the product is exact
             share = tl.load(share_ptr + j * D)  # 0 for what has been rounded
-            off = tl.where(mine[None, :], code[:, None], off - left[:, None] * share[None, :])
+            off = tl.where(mine[None, :], code[:, None], off - error[:, None] * share[None, :])
         codes = off.to(tl.int32)
     _store_codes(keys_ptr + token * (D * BITS // 8), codes, valid, BITS, BLOCK, D)
 
@@ -303,9 +303,9 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     Where keys tell values the reference packs. The host waits for sizes, three times. Kernel and
     reference round sums differently: where two steps of a token are as good, or a number lies
     between two codes, they may differ."""
-    k, z, keep, mask, query_moment, told = context
+    k, z, keep, mask, query_moment, predict = context
     fmt = fmts[0]
-    if told is not None or not kernels_pack(fmt, k, mask.size(-1), impl):
+    if predict is not None or not kernels_pack(fmt, k, mask.size(-1), impl):
         return pack_context_ref(fmts, context)
     B, Hkv, C, D = k.shape
     S = mask.size(-1)

@@ -88,8 +88,8 @@ def gptq_round_ref(
     share = share.permute(1, 2, 0).unsqueeze(-1)  # (D, D, G, 1)
     for j in reversed(range(D)):
         code = (off[j] / step[j] + (half + 0.5)).floor_().clamp_(0, 2 * half - 1)
-        left = torch.addcmul(off[j], code - half, step[j], value=-1)
-        off[:j].addcmul_(share[j, :j], left, value=-1)
+        error = torch.addcmul(off[j], code - half, step[j], value=-1)
+        off[:j].addcmul_(share[j, :j], error, value=-1)
         off[j] = code
     codes = off[:, segment, number].T.to(torch.uint8)
     return torch.empty_like(place, dtype=torch.uint8).scatter_(-1, place, codes)
@@ -129,9 +129,9 @@ def _gptq_kernel(
         step = tl.sum(tl.where(mine, steps, 0.0), 1)
         code = tl.floor(tl.div_rn(own, step) + (half + 0.5))
         code = tl.minimum(tl.maximum(code, 0.0), 2.0 * half - 1)
-        left = own - (code - half) * step  # the product is exact
+        error = own - (code - half) * step  # the product is exact
         share = tl.load(share_ptr + j * D, mask=i < j, other=0)
-        off = tl.where(mine, code[:, None], off - left[:, None] * share[None, :])
+        off = tl.where(mine, code[:, None], off - error[:, None] * share[None, :])
     tl.store(codes_ptr + at, off.to(tl.uint8), mask=there)
 
 

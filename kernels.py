@@ -294,7 +294,7 @@ def _attention_kernel(
     if K == 0:
         before_ptr += mask_base
         tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, n_slots, first, count, size, active = segment_pieces(
+    n_packed, n_slots, first, count, behind, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -350,8 +350,8 @@ def _attention_kernel(
         window_k_ptr + seg.to(tl.int64) * W * D,
         window_v_ptr + seg.to(tl.int64) * W * D,
         row,
-        tl.maximum(piece * size - n_packed, 0),
-        tl.minimum((piece + 1) * size - n_packed, n_slots),
+        tl.maximum(piece * size - behind, 0),
+        tl.minimum((piece + 1) * size - behind, n_slots),
         first,
         count,
         W,

@@ -161,7 +161,7 @@ def _key_sums_kernel(
         if K == 0:
             before_ptr += mask_base
             tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, n_slots, first, count, size, active = segment_pieces(
+    n_packed, n_slots, first, count, behind, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -208,8 +208,8 @@ def _key_sums_kernel(
             dims < D,
             query,
             row < T * n,
-            tl.maximum(piece * size - n_packed, 0),
-            tl.minimum((piece + 1) * size - n_packed, n_slots),
+            tl.maximum(piece * size - behind, 0),
+            tl.minimum((piece + 1) * size - behind, n_slots),
             first,
             count,
             W,

@@ -264,7 +264,7 @@ def _word_attention_kernel(
     CAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (VALUE
-    0: levels), N tokens at a time: kernels._attention_kernel.
+    0: levels), N tokens of a block of BLOCK at a time: kernels._attention_kernel.
 
     KP, VP: words of a key and of a value, rounded up; of 3 bits those of their lower bits. ASM:
     codes become numbers by PTX. Where every token keeps K groups (K > 0), segments are whole
@@ -280,7 +280,7 @@ def _word_attention_kernel(
         n_stride_h,
         W,
         chunk,
-        BLOCK,
+        N,
         SEGS,
     )
     if SEGS > 0:  # noqa: SIM102 (known when compiling)
@@ -320,7 +320,7 @@ def _word_attention_kernel(
         if K == 0:
             before_ptr += mask_base
             tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, n_slots, first, count, size, active = segment_pieces(
+    n_packed, n_slots, first, count, behind, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -331,7 +331,7 @@ def _word_attention_kernel(
         n_stride_h,
         W,
         chunk,
-        BLOCK,
+        N,
     )
     if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
         if piece >= active:
@@ -513,8 +513,8 @@ def _word_attention_kernel(
         in_dims,
         query,
         in_row,
-        tl.maximum(piece * size - n_packed, 0),
-        tl.minimum((piece + 1) * size - n_packed, n_slots),
+        tl.maximum(piece * size - behind, 0),
+        tl.minimum((piece + 1) * size - behind, n_slots),
         first,
         count,
         W,

@@ -33,7 +33,7 @@ storage/pieces.py, `impl` is explained in storage/kernel_base.py, letters in sto
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -469,9 +469,15 @@ def wants_gradient(q: Tensor, packed: PackedView | None, window: WindowView | No
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
+@cache  # else every layer of every step would fill its own
+def _zeros(B: int, Hkv: int, device: torch.device) -> Tensor:
+    """Return zeros (B, Hkv) int64, which nothing writes to."""
+    return torch.zeros(B, Hkv, dtype=torch.int64, device=device)
+
+
 def _no_tokens(q: Tensor, Hkv: int) -> PackedView:
     """Make a PackedView without tokens; nothing is read of the tensors that stand in."""
-    none = torch.zeros(q.size(0), Hkv, dtype=torch.int64, device=q.device)
+    none = _zeros(q.size(0), Hkv, q.device)
     return PackedView(q, q, none, None, None, none, none, none, none, none, 1, 1, 0, 0)
 
 

@@ -86,7 +86,7 @@ class DenseCache(LayerCacheBase):
         if self.room < more:
             self.reserve(more)
         self.room -= more
-        if T == 1 and new.n_pad is None and new.k.is_cuda:
+        if T == 1 and new.n_pad is None:
             window = WindowView(self.window_k, self.window_v, None, self.n_window)
             append_window(window, new.k.to(self.dtype), new.v.to(self.dtype))
         else:

@@ -73,26 +73,37 @@ def model_of(n_layer: int, storage: str) -> Transformer:
 def launches_of_a_step(patch: pytest.MonkeyPatch, n_layer: int, storage: str) -> Counter:
     """Count what a step launches that DecodeGraph would capture."""
     model = model_of(n_layer, storage)
+    for module in (generate, kernels, packed_cache):
+        patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
+
+    def likeliest(logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1, keepdim=True)
+
     with torch.no_grad():
         _, cache = prefill(model, tokens(1, PROMPT), PROMPT + 9)
-        for module in (generate, kernels, packed_cache):
-            patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
-        for layer in cache.layers:
-            if hasattr(layer, "by_kernel"):
-                layer.by_kernel = True
-        graph = DecodeGraph(model, cache, tokens(1, 1), lambda logits, step: logits.argmax(-1)[:, None], 9)
+        graph = DecodeGraph(model, cache, tokens(1, 1), likeliest, 9)
+        graph._once()  # what is made once is made now
         with Launches(patch) as launches:
             graph._once()
     return launches.names
 
 
-@pytest.mark.parametrize("storage", ["dense", "groups", "select", "levels"])
-def test_a_layer_launches(storage, monkeypatch):
+@pytest.mark.parametrize(
+    ("storage", "append", "attention"),
+    [
+        ("dense", "_append_window_kernel", "_attention_kernel"),
+        ("select", "_append_window_kernel", "_attention_kernel"),
+        ("levels", "_append_window_kernel", "_word_attention_kernel"),
+        ("groups", "_append_packed_kernel", "_attention_kernel"),
+    ],
+)
+def test_a_layer_of_a_step_is_seven_launches(storage, append, attention, monkeypatch):
+    """Kernels of a step of four layers over those of two, half of it: append, attention and the join
+    of its pieces, and four around them; not one operator of PyTorch, however the context is
+    stored."""
     counts = []
-    for n_layer in (2, 3):
+    for n_layer in (2, 4):
         with monkeypatch.context() as patch:
             counts.append(launches_of_a_step(patch, n_layer, storage))
-    print(storage, counts[1] - counts[0], counts[0])
-    rest = counts[0]
-    rest.subtract(counts[1] - counts[0]); rest.subtract(counts[1] - counts[0])
-    print("  once", {k: n for k, n in rest.items() if n})
+    two = Counter({**AROUND, append: 1, attention: 1, "_merge_kernel": 1})
+    assert counts[1] - counts[0] == two + two

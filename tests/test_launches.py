@@ -99,9 +99,8 @@ def launches_of_a_step(patch: pytest.MonkeyPatch, n_layer: int, storage: str) ->
     ],
 )
 def test_a_layer_of_a_step_is_seven_launches(storage, append, attention, monkeypatch):
-    """Kernels of a step of four layers over those of two, half of it: append, attention and the join
-    of its pieces, and four around them; not one operator of PyTorch, however the context is
-    stored."""
+    """What a step of four layers has more than one of two, however the context is stored: append,
+    attention and the join of its pieces, and four around them; not one operator of PyTorch."""
     counts = []
     for n_layer in (2, 4):
         with monkeypatch.context() as patch:

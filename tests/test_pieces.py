@@ -31,8 +31,8 @@ def _cut_kernel(n_packed_ptr, count_ptr, out_ptr, W, chunk, UNIT: tl.constexpr):
 @pytest.mark.parametrize("count", [0, 1, 33, 70])
 @pytest.mark.parametrize("n_packed", [0, 1, 32, 95, 200])
 def test_every_token_is_in_one_piece_and_short_pieces_hold_one_kind(n_packed, count, chunk):
-    """Packed tokens and slots at the places that kernels give them, piece by piece: each comes once,
-    in order, and a piece of one UNIT has no tokens of both kinds."""
+    """Packed tokens and slots at the places that kernels give them, piece by piece: each comes
+    once, in order, and a piece of one UNIT has no tokens of both kinds."""
     given = [torch.tensor([n], device=DEVICE) for n in (n_packed, count)]
     out = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     _cut_kernel[(1,)](*given, out, 70, chunk, UNIT=UNIT)

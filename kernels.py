@@ -33,7 +33,7 @@ storage/pieces.py, `impl` is explained in storage/kernel_base.py, letters in sto
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -42,11 +42,13 @@ from torch import Tensor
 from storage.append import append_packed, can_append
 from storage.cpu import packed_attention_cpu
 from storage.kernel_base import (
+    begin,
     capped,
     dense_rows,
     jit,
     load_masks,
     load_rows,
+    overlapped,
     product,
     tl,
     triton,
@@ -83,8 +85,10 @@ def _append_window_kernel(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Store the new token of one sequence; HEADS, DIMS: powers of 2 that hold its heads and D."""
+    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, DIMS)[None, :]
@@ -130,6 +134,7 @@ def append_window(window: WindowView, k: Tensor, v: Tensor, impl: str = "auto") 
         HEADS=triton.next_power_of_2(Hkv),
         DIMS=triton.next_power_of_2(D),
         num_warps=1 if Hkv * D <= 1024 else 4,
+        **overlapped(k.device),
     )
 
 
@@ -265,9 +270,11 @@ def _attention_kernel(
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment: packed tokens, then slots of the window,
     N at a time. DP: D rounded up to a power of 2. ALIGN: the power of 2 that divides d."""
+    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -294,7 +301,7 @@ def _attention_kernel(
     if K == 0:
         before_ptr += mask_base
         tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, n_slots, first, count, size, active = segment_pieces(
+    n_packed, n_slots, first, count, behind, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -350,8 +357,8 @@ def _attention_kernel(
         window_k_ptr + seg.to(tl.int64) * W * D,
         window_v_ptr + seg.to(tl.int64) * W * D,
         row,
-        tl.maximum(piece * size - n_packed, 0),
-        tl.minimum((piece + 1) * size - n_packed, n_slots),
+        tl.maximum(piece * size - behind, 0),
+        tl.minimum((piece + 1) * size - behind, n_slots),
         first,
         count,
         W,
@@ -469,9 +476,15 @@ def wants_gradient(q: Tensor, packed: PackedView | None, window: WindowView | No
     return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
 
 
+@cache  # else every layer of every step would fill its own
+def _zeros(B: int, Hkv: int, device: torch.device) -> Tensor:
+    """Return zeros (B, Hkv) int64, which nothing writes to."""
+    return torch.zeros(B, Hkv, dtype=torch.int64, device=device)
+
+
 def _no_tokens(q: Tensor, Hkv: int) -> PackedView:
     """Make a PackedView without tokens; nothing is read of the tensors that stand in."""
-    none = torch.zeros(q.size(0), Hkv, dtype=torch.int64, device=q.device)
+    none = _zeros(q.size(0), Hkv, q.device)
     return PackedView(q, q, none, None, None, none, none, none, none, none, 1, 1, 0, 0)
 
 

@@ -39,6 +39,7 @@ from torch import Tensor
 from kernels import load_queries, query_rows
 from storage.kernel_base import (
     TRITON,
+    begin,
     capped,
     dense_rows,
     jit,
@@ -124,6 +125,7 @@ def _key_sums_kernel(
     IN_ORDER: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment, N tokens at a time: sums of rows, unless
     keys are ALONE, and of keys before RoPE. Slots of the window, where there is a WINDOW, come
@@ -132,6 +134,7 @@ def _key_sums_kernel(
     low, high: the halves of a query, a key, a sum. HALF: D/2 rounded up to a power of 2
     IN_ORDER: token t of every segment has the position first_position + t, else position_ptr tells
     The rest as in kernels._attention_kernel."""
+    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -161,7 +164,7 @@ def _key_sums_kernel(
         if K == 0:
             before_ptr += mask_base
             tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, n_slots, first, count, size, active = segment_pieces(
+    n_packed, n_slots, first, count, behind, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -208,8 +211,8 @@ def _key_sums_kernel(
             dims < D,
             query,
             row < T * n,
-            tl.maximum(piece * size - n_packed, 0),
-            tl.minimum((piece + 1) * size - n_packed, n_slots),
+            tl.maximum(piece * size - behind, 0),
+            tl.minimum((piece + 1) * size - behind, n_slots),
             first,
             count,
             W,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from storage.kernel_base import capped, jit, product, tl, triton
+from storage.kernel_base import begin, capped, jit, overlapped, product, tl, triton
 from storage.layout import PackedView, WindowView, cdiv
 
 # -------------------- on the device
@@ -38,8 +38,10 @@ def segment_pieces(
     """Say how a segment, or each of several, is cut into pieces.
 
     Its packed tokens and then its window's slots are cut into pieces of equal size, at most `chunk`
-    (a multiple of UNIT). Returns packed tokens, slots, the window's first slot and its count, the
-    size of a piece and the number of pieces, 0 for what is no segment."""
+    (a multiple of UNIT). The window begins with a UNIT of its own, so that where pieces are short
+    no program waits for tokens of both kinds. Returns packed tokens, slots, the window's first slot
+    and its count, the place of slot 0, the size of a piece and the number of pieces, 0 for what is
+    no segment."""
     b = seg // Hkv
     h = seg % Hkv
     there = seg < segments
@@ -52,9 +54,11 @@ def segment_pieces(
         count = tl.load(count_ptr + b, mask=there, other=0).to(tl.int32)
         first = count * 0
     n_slots = tl.where(count > 0, tl.minimum(first + count, W), 0)
-    total = tl.maximum(n_packed + n_slots, 1)
+    behind = tl.cdiv(n_packed, UNIT) * UNIT
+    total = tl.maximum(behind + n_slots, 1)
     size = tl.cdiv(tl.cdiv(total, tl.cdiv(total, chunk)), UNIT) * UNIT
-    return n_packed, n_slots, first, count, size, tl.where(there, tl.cdiv(total, size), 0)
+    pieces = tl.where(there, tl.cdiv(total, size), 0)
+    return n_packed, n_slots, first, count, behind, size, pieces
 
 
 @jit
@@ -80,7 +84,7 @@ def find_piece(
     piece = tl.program_id(1)
     if SEGS > 0:
         each = tl.arange(0, SEGS)
-        _, _, _, _, _, number = segment_pieces(
+        _, _, _, _, _, _, number = segment_pieces(
             n_packed_ptr,
             first_ptr,
             count_ptr,
@@ -135,10 +139,11 @@ def read_window_columns(
 ):
     """Let queries read slots of one head's window, as kernels.read_window, with tokens and dims on
     the long side: q_ptr (1, M) addresses, acc (dims, M) in the order of `dims`, den (M,)."""
+    N: tl.constexpr = 32 if DP <= 64 else 16  # slots at a time: as many as registers hold
     whole = tl.arange(0, DP)
     x = tl.load(q_ptr + whole[:, None], mask=(whole < D)[:, None] & in_row[None, :], other=0.0)
-    for t0 in tl.range(start, end, 16, num_stages=1):
-        t = t0 + tl.arange(0, 16)
+    for t0 in tl.range(start, end, N, num_stages=1):
+        t = t0 + tl.arange(0, N)
         number = (t - first + W) % W  # of the token in the slot, oldest 0
         live = (t < end) & (number < count)
         key = tl.load(
@@ -146,15 +151,15 @@ def read_window_columns(
             mask=live[:, None] & (whole < D)[None, :],
             other=0.0,
         )
-        seen = live[:, None] & (number[:, None] <= count - T + query[None, :])
-        logits = capped(product(key, x, tl.zeros([16, M], tl.float32)) * scale, CAP)
-        logits = tl.where(seen, logits, float("-inf"))
-        m, den, p, alpha = weigh_columns(logits, m, den)
         value = tl.load(
             v_ptr + t[:, None] * D + dims[None, :],
             mask=live[:, None] & in_dims[None, :],
             other=0.0,
         )
+        seen = live[:, None] & (number[:, None] <= count - T + query[None, :])
+        logits = capped(product(key, x, tl.zeros([N, M], tl.float32)) * scale, CAP)
+        logits = tl.where(seen, logits, float("-inf"))
+        m, den, p, alpha = weigh_columns(logits, m, den)
         acc = product(tl.trans(value), p.to(x.dtype), acc * alpha[None, :])
     return m, den, acc
 
@@ -220,11 +225,13 @@ def _merge_kernel(
     UNIT: tl.constexpr,
     DS: tl.constexpr,
     C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Join the pieces of one query row of one segment, C at a time, for DS of its D dimensions."""
+    begin(OVERLAP)
     row = tl.program_id(0)
     seg = tl.program_id(1)
-    _, _, _, _, _, active = segment_pieces(
+    _, _, _, _, _, _, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -240,7 +247,7 @@ def _merge_kernel(
     start = seg * parts
     if SEGS > 0:
         each = tl.arange(0, SEGS)
-        _, _, _, _, _, number = segment_pieces(
+        _, _, _, _, _, _, number = segment_pieces(
             n_packed_ptr,
             first_ptr,
             count_ptr,
@@ -318,8 +325,9 @@ def _cut(packed: PackedView, segments: int, W: int, chunk: int, unit: int) -> Pi
     Where segments differ so much that a quarter of a grid (segments, parts) would have nothing to
     do, their pieces are laid in a row."""
     chunk = max(unit, cdiv(chunk, unit) * unit)
-    parts = max(1, cdiv(packed.longest + W, chunk))
-    bound = cdiv(packed.held, chunk) + segments * (1 + cdiv(W, chunk))  # pieces, if held is exact
+    parts = max(1, cdiv(cdiv(packed.longest, unit) * unit + W, chunk))
+    # pieces, if held is exact
+    bound = cdiv(packed.held, chunk) + segments * (1 + cdiv(unit + W, chunk))
     if parts > 1 and packed.exact and segments <= 1024 and 4 * bound < 3 * segments * parts:
         return Pieces(chunk, parts, (bound, 1), triton.next_power_of_2(segments))
     return Pieces(chunk, parts, (segments, parts), 0)
@@ -342,7 +350,7 @@ def attend_in_pieces(
     W = window.k.size(2)
     blocks = cdiv(H // Hkv * T, variant.M)
     key = (q.dtype, packed.bits.dtype, *variant.constants.items())
-    programs = _multiprocessors(q.device) * _per_sm.get(key, 8) // blocks
+    programs = multiprocessors(q.device) * _per_sm.get(key, 8) // blocks
     fill = cdiv(packed.held + segments * W, max(1, programs - segments))
     pieces = _cut(packed, segments, W, chunk or fill, variant.unit)
     compiled, out, lse = _launch(q, packed, window, variant, pieces, blocks)
@@ -392,6 +400,7 @@ def _launch(
         n_stride_b=packed.n.stride(0),
         n_stride_h=packed.n.stride(1) if Hm > 1 else 0,
         SEGS=pieces.SEGS,
+        **overlapped(q.device),
     )
     compiled = variant.kernel[(*pieces.grid, blocks)](
         q_ptr=q,
@@ -428,7 +437,7 @@ def _launch(
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Count the multiprocessors of a GPU; a CPU has one."""
     if device.type != "cuda":
         return 1

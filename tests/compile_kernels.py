@@ -8,6 +8,7 @@ numbers."""
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from views import packed_view, window_view
 
 import kernels
 from selection import group_norms, moments, received
-from storage import append, fused, gates, key_sums, levels, packing, pieces
+from storage import append, fused, gates, kernel_base, key_sums, levels, packing, pieces
 from storage.integers import append as int_append
 from storage.integers import attention, contexts, rounding, words
 from storage.integers.format import IntFormat
@@ -41,6 +42,7 @@ TYPES = {
 N = 256  # packed tokens of every segment
 BLOCK = 64  # tokens whose keys share steps
 WINDOW = 16
+OVERLAPS = kernel_base.TRITON >= (3, 5)
 found = []
 case = ""
 
@@ -50,6 +52,16 @@ def type_of(value) -> str:
     if torch.is_tensor(value):
         return f"*{TYPES[value.dtype]}"
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def before_it_waits(ptx: str) -> str:
+    """Return the first instruction that reads or writes memory, or leaves, before the kernel waits
+    for the one ahead; "" where there is none, and "never" where it does not wait."""
+    waits = ptx.find("griddepcontrol.wait")
+    if waits < 0:
+        return "never"
+    found = re.search(r"(ld|st|red|atom|cp)\.(global|async).*|\bret;", ptx[:waits])
+    return found[0] if found else ""
 
 
 class Compiled:
@@ -65,6 +77,8 @@ class Compiled:
         values = dict(zip(self.fn.arg_names, args, strict=False)) | named
         if "ASM" in values:
             values["ASM"] = values["q_ptr"].dtype != torch.float32
+        if "OVERLAP" in values:
+            values["OVERLAP"] = OVERLAPS
         signature = {}
         known = {}
         aligned = {}
@@ -94,6 +108,7 @@ class Compiled:
                 "lines": ptx.count(";\n"),
                 "between_lanes": ptx.count("shfl.sync"),
                 "subnormal_fma": ptx.count("fma.rn.bf16x2 x"),
+                "before_it_waits": before_it_waits(ptx),
             }
         )
 
@@ -149,6 +164,8 @@ def append_tokens(bits: int, shared: bool = False, **how: torch.Tensor) -> None:
 def others() -> None:
     """Compile everything but attention, and capped attention over several queries and ragged
     segments."""
+    attention.MANY_TOKENS = attention.FEW_TOKENS  # as a short context is read
+    attend(8, 0, 4, 0, 64, torch.bfloat16)
     append_tokens(3)
     for bits in (4, 16):
         append_tokens(bits)

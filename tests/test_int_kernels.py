@@ -16,6 +16,7 @@ from storage.kernel_base import jit, tl, triton
 from storage.layout import (
     PackedView,
     WindowView,
+    cdiv,
     mask_dtype,
     packed_attention_ref,
     top_k_mask,
@@ -304,6 +305,23 @@ def test_ragged_contexts_of_integers_are_cut_end_to_end(value_bits, launches):
     first, second, _ = launches[0][1]
     assert second == 1
     assert first < 4 * 7
+
+
+@pytest.mark.parametrize(("value_bits", "K"), [(4, 0), (4, 2), (0, 0)])
+def test_short_contexts_are_read_in_smaller_tiles(value_bits, K, launches, monkeypatch):
+    """A GPU that has a warp for every FEW_TOKENS gets pieces half as long, which end inside of
+    blocks whose keys share steps; both give the reference's result."""
+    case = Context(4, value_bits, 3, D=64, N=150, K=K, block=64)
+    parts = []
+    for multiprocessors in (1000, 0):
+        monkeypatch.setattr(attention, "multiprocessors", lambda _, n=multiprocessors: n)
+        compare(case, case.queries(3, 1), 32)
+        parts.append(launches[-1][1][1])
+    expect(launches, "word")
+    unit = attention.MANY_TOKENS
+    longest = cdiv(case.packed.longest, unit) * unit  # from here on the window
+    assert parts[1] == longest // unit + 1
+    assert parts[0] > parts[1]
 
 
 @jit

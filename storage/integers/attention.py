@@ -30,6 +30,7 @@ from storage.integers.unpack import fields_of_byte
 from storage.kernel_base import (
     TRITON,
     as_word,
+    begin,
     capped,
     jit,
     load_masks,
@@ -39,11 +40,12 @@ from storage.kernel_base import (
     triton,
 )
 from storage.layout import PackedView
-from storage.pieces import Variant, find_piece, segment_pieces, store_rows
+from storage.pieces import Variant, find_piece, multiprocessors, segment_pieces, store_rows
 
 # Before 3.5 Triton's products have 16 columns at least: integers are read byte by byte there.
 WORDS = TRITON >= (3, 5)
-LEVEL_TOKENS = 64  # tokens of levels that a program reads at a time
+MANY_TOKENS = 64  # that a program reads at a time, word by word
+FEW_TOKENS = 32  # where the context is so short that a program reads no more than that
 
 # -------------------- byte by byte
 
@@ -197,9 +199,11 @@ def _byte_attention_kernel(
     DP: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (VALUE
     0: levels), N tokens at a time: kernels._attention_kernel."""
+    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -229,7 +233,7 @@ def _byte_attention_kernel(
     if K == 0:
         before_ptr += mask_base
         tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, n_slots, first, count, size, active = segment_pieces(
+    n_packed, n_slots, first, count, behind, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -299,8 +303,8 @@ def _byte_attention_kernel(
         window_k_ptr + seg.to(tl.int64) * W * D,
         window_v_ptr + seg.to(tl.int64) * W * D,
         row,
-        tl.maximum(piece * size - n_packed, 0),
-        tl.minimum((piece + 1) * size - n_packed, n_slots),
+        tl.maximum(piece * size - behind, 0),
+        tl.minimum((piece + 1) * size - behind, n_slots),
         first,
         count,
         W,
@@ -356,13 +360,22 @@ def fill_words(fmt: IntFormat, head_dim: int, n_groups: int, k: int) -> bool:
     return (head_dim if together else d) % value_codes == 0
 
 
+def tokens_at_a_time(packed: PackedView, device: torch.device) -> int:
+    """Choose how many tokens a program reads at a time: FEW_TOKENS where all that are held are then
+    read by a warp on each of a multiprocessor's four schedulers, for such a step takes as long as
+    one program does."""
+    short = packed.held <= FEW_TOKENS * 4 * multiprocessors(device)
+    return min(FEW_TOKENS if short else MANY_TOKENS, packed.ints.fmt.block)
+
+
 def _word_variant(q: Tensor, packed: PackedView, rows: int, known: dict) -> Variant:
     """Choose blocks that take as many registers as there are, without spilling, and stages that
     keep eight programs of a warp busy on a multiprocessor."""
-    key_bits, value_bits, block, _ = packed.ints.fmt
+    key_bits, value_bits, _, _ = packed.ints.fmt
     D = q.size(-1)
     narrow = q.dtype != torch.float32
     M = 4 if rows <= 4 else 8
+    N = tokens_at_a_time(packed, q.device)
     if not value_bits:
         stages = 1
     else:
@@ -373,16 +386,16 @@ def _word_variant(q: Tensor, packed: PackedView, rows: int, known: dict) -> Vari
     constants = dict(
         **known,
         M=M,
-        N=min(64 if value_bits else LEVEL_TOKENS, block),
+        N=N,
         KP=max(4, triton.next_power_of_2(D // fields_of_byte(key_bits) // 4)),
         VP=max(8, triton.next_power_of_2(value_words)),
         ASM=q.is_cuda and narrow and torch.version.hip is None,
         STAGES=stages,
     )
-    if constants["ASM"] and not value_bits and D <= 64:
+    if constants["ASM"] and not value_bits and D <= 64 and N == MANY_TOKENS:
         constants["maxnreg"] = 168  # of 177: a seventh less time on an H200, for more programs fit
     kernel = words._word_attention_kernel
-    return Variant(kernel, M, block, 1 if narrow else 4, constants, _pointers(packed))
+    return Variant(kernel, M, N, 1 if narrow else 4, constants, _pointers(packed))
 
 
 def _byte_variant(q: Tensor, packed: PackedView, rows: int, known: dict) -> Variant:

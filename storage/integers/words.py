@@ -40,6 +40,7 @@ from storage.integers.unpack import (
 from storage.kernel_base import (
     TRITON,
     as_word,
+    begin,
     capped,
     jit,
     load_masks,
@@ -262,14 +263,16 @@ def _word_attention_kernel(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (VALUE
-    0: levels), N tokens at a time: kernels._attention_kernel.
+    0: levels), N tokens of a block of BLOCK at a time: kernels._attention_kernel.
 
     KP, VP: words of a key and of a value, rounded up; of 3 bits those of their lower bits. ASM:
     codes become numbers by PTX. Where every token keeps K groups (K > 0), segments are whole
     blocks, so that no load needs a mask for the last tokens; where it keeps all of them (K = S),
     masks are not read."""
+    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,
@@ -280,7 +283,7 @@ def _word_attention_kernel(
         n_stride_h,
         W,
         chunk,
-        BLOCK,
+        N,
         SEGS,
     )
     if SEGS > 0:  # noqa: SIM102 (known when compiling)
@@ -320,7 +323,7 @@ def _word_attention_kernel(
         if K == 0:
             before_ptr += mask_base
             tile_rows_ptr += tl.load(tile_base_ptr + mask_seg)
-    n_packed, n_slots, first, count, size, active = segment_pieces(
+    n_packed, n_slots, first, count, behind, size, active = segment_pieces(
         n_packed_ptr,
         first_ptr,
         count_ptr,
@@ -331,7 +334,7 @@ def _word_attention_kernel(
         n_stride_h,
         W,
         chunk,
-        BLOCK,
+        N,
     )
     if SPLIT:  # noqa: SIM102 (one of them is known when compiling)
         if piece >= active:
@@ -513,8 +516,8 @@ def _word_attention_kernel(
         in_dims,
         query,
         in_row,
-        tl.maximum(piece * size - n_packed, 0),
-        tl.minimum((piece + 1) * size - n_packed, n_slots),
+        tl.maximum(piece * size - behind, 0),
+        tl.minimum((piece + 1) * size - behind, n_slots),
         first,
         count,
         W,

@@ -1,0 +1,109 @@
+"""How many kernels a decode step launches: what a step of one sequence takes, for its work is little
+and its launches are many."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from helpers import tokens
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import generate
+import kernels
+import kv_router
+import selector
+from config import KVConfig, ModelConfig, SelectConfig
+from generate import DecodeGraph, prefill
+from model import Transformer
+from storage import dense as dense_cache
+from storage import packed as packed_cache
+from storage.kernel_base import triton
+
+pytestmark = pytest.mark.skipif(
+    triton is None or torch.cuda.is_available(), reason="counted in Triton's interpreter"
+)
+
+AROUND = Counter(_heads_kernel=1, _gate_kernel=1, _add_kernel=2)
+PROMPT = 41
+
+
+class Launches(TorchDispatchMode):
+    """Counts, by name, kernels and operators that compute something: no views, no memory that is
+    not written."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        super().__init__()
+        self.names = Counter()
+        executor = triton.runtime.interpreter.GridExecutor
+        run = executor.__call__
+
+        def counted(kernel, *args, **kwargs):
+            self.names[kernel.fn.__name__] += 1
+            with _disable_current_modes():  # the interpreter's own
+                return run(kernel, *args, **kwargs)
+
+        patch.setattr(executor, "__call__", counted)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returned = [out.alias_info for out in function._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in returned)
+        if not is_view and "empty" not in function._schema.name:
+            self.names[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def model_of(n_layer: int, storage: str) -> Transformer:
+    """A folded model whose blocks run as kernels, and which stores so."""
+    torch.manual_seed(0)
+    shape = dict(n_embd=40, n_head=4, n_kv_head=2, head_dim=32, n_inner=50)
+    model = Transformer(ModelConfig(n_layer=n_layer, vocab_size=101, block_size=128, **shape))
+    seen = [tokens(2, 70, seed=1)]
+    if storage == "groups":
+        cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, value_router="norm")
+        kv_router.attach(model, cfg, seen)
+    if storage in ("select", "levels"):
+        levels = storage == "levels"
+        kv = KVConfig(kv="select", n_groups=4, kv_tail=5, key_block=16)
+        cfg = SelectConfig(kv_bytes=0.5) if levels else SelectConfig(kv_keep=0.5)
+        selector.attach(model, kv, cfg, seen)
+    return kv_router.fold(model).eval()
+
+
+def launches_of_a_step(patch: pytest.MonkeyPatch, n_layer: int, storage: str) -> Counter:
+    """Count what a step launches that DecodeGraph would capture."""
+    model = model_of(n_layer, storage)
+    for module in (generate, kernels, dense_cache, packed_cache):
+        patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
+
+    def likeliest(logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1, keepdim=True)
+
+    with torch.no_grad():
+        _, cache = prefill(model, tokens(1, PROMPT), PROMPT + 9)
+        graph = DecodeGraph(model, cache, tokens(1, 1), likeliest, 9)
+        graph._once()  # what is made once is made now
+        with Launches(patch) as launches:
+            graph._once()
+    return launches.names
+
+
+@pytest.mark.parametrize(
+    ("storage", "append", "attention"),
+    [
+        ("dense", "_append_window_kernel", "_attention_kernel"),
+        ("select", "_append_window_kernel", "_attention_kernel"),
+        ("levels", "_append_window_kernel", "_word_attention_kernel"),
+        ("groups", "_append_packed_kernel", "_attention_kernel"),
+    ],
+)
+def test_a_layer_of_a_step_is_seven_launches(storage, append, attention, monkeypatch):
+    """What a step of four layers has more than one of two, however the context is stored: append,
+    attention and the join of its pieces, and four around them; not one operator of PyTorch."""
+    counts = []
+    for n_layer in (2, 4):
+        with monkeypatch.context() as patch:
+            counts.append(launches_of_a_step(patch, n_layer, storage))
+    two = Counter({**AROUND, append: 1, attention: 1, "_merge_kernel": 1})
+    assert counts[1] - counts[0] == two + two

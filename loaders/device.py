@@ -3,12 +3,19 @@ weights."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 
 import torch
 
 from config import check
 from model import Transformer
+
+# mallopt's names (malloc.h), and the longest block that it lets the heap hold
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+LONGEST_BLOCK = 32 * 2**20
 
 
 def pick_device(name: str) -> torch.device:
@@ -24,6 +31,18 @@ def pick_device(name: str) -> torch.device:
         allowed = "auto, cpu (no GPU here)"
     check(name in known, f"device={name!r}", allowed, "choose one")
     return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors on a CPU leave, for those of the next step.
+    Given back and asked for anew, each of its pages is cleared again by the system. Without glibc
+    nothing changes."""
+    if not sys.platform.startswith("linux"):
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, LONGEST_BLOCK)
+        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def device_name(device: torch.device) -> str:

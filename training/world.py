@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loaders.device import pick_device
+from loaders.device import keep_freed_memory, pick_device
 from model import Transformer
 from settings.begin import end_rank
 
@@ -68,6 +68,8 @@ def world(device_name: str):
     device = pick_device(device_name)
     if device.index is not None:  # streams and graphs are made where the model is
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if size == 1:
         yield World(rank, size, device)
         return

@@ -47,11 +47,12 @@ def strips(x: Tensor, C: int, R: int) -> Tensor:
 
 
 def of_tokens(dx: Tensor, like: Tensor, C: int, R: int) -> Tensor:
-    """Return the gradient of x, like (B, Hkv, T, D), of the gradient dx of strips(x)."""
+    """Return the gradient of x, like (B, Hkv, T, D), of the gradient dx of strips(x), in which it
+    is summed up."""
     B, Hkv, T, D = like.shape
-    own = dx[:, R:].contiguous()
+    own = dx[:, R:]
     own[:-1, C - R :] += dx[1:, :R]  # what the next block reads of this one
-    by_head = own.view(B, Hkv, -1, D)
+    by_head = own.reshape(B, Hkv, -1, D)
     return by_head[:, :, :T]
 
 
@@ -59,7 +60,7 @@ class BandedAttention(torch.autograd.Function):
     """banded_attention, with its gradient."""
 
     @staticmethod
-    def forward(ctx, q, k, routed, lost, window: Window):
+    def forward(ctx, q, k, v, routed, window: Window):
         R = window.reach
         C = max(R, LEAST_BLOCK)
         ctx.sizes = (C, R)
@@ -70,7 +71,7 @@ class BandedAttention(torch.autograd.Function):
         queries = query_blocks(q, Hkv, C).flatten(0, 2)
         sums = query_blocks(lse.unsqueeze(-1), Hkv, C).flatten(0, 2)
         keys = strips(k, C, R)
-        values = strips(lost, C, R)
+        values = strips(v - routed, C, R)
         # becomes the weights, in place: powers of two are several times as fast as those of e
         p = torch.baddbmm(sums, queries, keys.mT, beta=-LOG2E, alpha=LOG2E * D**-0.5)
         bias = band_bias(T, C, R, window, q.device)  # (blocks, 1, C, R + C)
@@ -103,8 +104,8 @@ class BandedAttention(torch.autograd.Function):
         dkeys = torch.bmm(dlogits.mT, queries)
         dk.add_(of_tokens(dkeys, k, C, R), alpha=scale)
         dvalues = torch.bmm(p.mT, dy)
-        dlost = of_tokens(dvalues, k, C, R)
-        return dq, dk, drouted, dlost, None
+        dv = of_tokens(dvalues, k, C, R)
+        return dq, dk, dv, drouted.sub_(dv), None
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, routed: Tensor, window: Window) -> Tensor:
@@ -112,4 +113,4 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, routed: Tensor, window: Wi
     values before, where is_banded(q). routing.in_window.plain_windowed_attention is the reference.
 
     q (B, H, T, D); k, v, routed (B, Hkv, T, D)"""
-    return BandedAttention.apply(q, k, routed, v - routed, window)
+    return BandedAttention.apply(q, k, v, routed, window)

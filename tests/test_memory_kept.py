@@ -32,6 +32,5 @@ def faults(kept: bool) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an option of glibc")
 def test_freed_memory_is_not_asked_for_again():
-    """Of three times 64 MiB no page is cleared anew; without the option most are."""
-    assert faults(kept=True) < 1000
-    assert faults(kept=False) > 10_000
+    """Of three times 64 MiB a quarter of the pages at most is cleared anew that is without it."""
+    assert 4 * faults(kept=True) < faults(kept=False)

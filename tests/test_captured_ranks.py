@@ -275,7 +275,7 @@ def test_graphs_of_two_gpus_train_as_one_gpu(tmp_path, text):
     train.run(arguments(*flags, "--capture=false", f"--out_dir={tmp_path / 'one'}"))
     shutil.copytree(tmp_path / "one", tmp_path / "half")
     shutil.rmtree(tmp_path / "half" / "pretrain" / "step-00000010")
-    for name, more in (("two", []), ("half", ["--resume"])):
+    for name, more in (("two", []), ("half", ["--resume", "--capture=true"])):
         asked = [*TINY, *flags, "--capture_ranks", f"--out_dir={tmp_path / name}", *more]
         p = python(*TWO_PROCESSES, "train.py", *asked, wait=300)
         assert p.returncode == 0, p.err

@@ -42,13 +42,11 @@ from torch import Tensor
 from storage.append import append_packed, can_append
 from storage.cpu import packed_attention_cpu
 from storage.kernel_base import (
-    begin,
     capped,
     dense_rows,
     jit,
     load_masks,
     load_rows,
-    overlapped,
     product,
     tl,
     triton,
@@ -85,10 +83,8 @@ def _append_window_kernel(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Store the new token of one sequence; HEADS, DIMS: powers of 2 that hold its heads and D."""
-    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     dim = tl.arange(0, DIMS)[None, :]
@@ -134,7 +130,6 @@ def append_window(window: WindowView, k: Tensor, v: Tensor, impl: str = "auto") 
         HEADS=triton.next_power_of_2(Hkv),
         DIMS=triton.next_power_of_2(D),
         num_warps=1 if Hkv * D <= 1024 else 4,
-        **overlapped(k.device),
     )
 
 
@@ -270,11 +265,9 @@ def _attention_kernel(
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment: packed tokens, then slots of the window,
     N at a time. DP: D rounded up to a power of 2. ALIGN: the power of 2 that divides d."""
-    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from storage.kernel_base import begin, dense_rows, jit, overlapped, popcount, tl, triton
+from storage.kernel_base import dense_rows, jit, popcount, tl, triton
 from storage.layout import PackedView, WindowView
 
 
@@ -95,13 +95,11 @@ def _append_packed_kernel(
     ROUTE: tl.constexpr,
     ENCODE: tl.constexpr,
     PACK: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Take the new token of one sequence: find its mask; pack the oldest `block` tokens of a window
     that is full (PACK; else that has been done); store the new one in the window.
 
     HEADS: Hkv rounded up to a power of 2. The window keeps `keep` tokens."""
-    begin(OVERLAP)
     b = tl.program_id(0).to(tl.int64)
     if skip_ptr is not None:  # noqa: SIM102 (known when compiling)
         if tl.load(skip_ptr + b) > 0:
@@ -250,5 +248,4 @@ def append_packed(
         ENCODE=enc is not None,
         PACK=packed.ints is None,
         num_warps=1 if Hkv * D <= 1024 else 4,
-        **overlapped(k.device),
     )

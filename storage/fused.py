@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from storage.kernel_base import begin, jit, overlapped, product, tl, triton
+from storage.kernel_base import jit, product, tl, triton
 from storage.layout import cdiv
 
 
@@ -125,12 +125,10 @@ def _heads_kernel(
     COLUMNS: tl.constexpr,
     DEEP: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Compute numbers of one head of q, k or v for ROWS sequences, turned by RoPE if it is q or k:
     COLUMNS of either half, two products. The programs after the last head store norm(x), one
     sequence each. WIDE: E rounded up to a power of 2."""
-    begin(OVERLAP)
     after = tl.program_id(0) - (H + 2 * Hkv) * (HALF // COLUMNS)
     if after >= 0:
         b = tl.program_id(1) * ROWS + after
@@ -199,10 +197,8 @@ def _gate_kernel(
     COLUMNS: tl.constexpr,
     DEEP: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Compute COLUMNS of a gated MLP's inner numbers for ROWS sequences."""
-    begin(OVERLAP)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     gate, up = _products(
@@ -240,10 +236,8 @@ def _add_kernel(
     COLUMNS: tl.constexpr,
     DEEP: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Add to COLUMNS of x, for ROWS sequences, the product of y (., E)."""
-    begin(OVERLAP)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = (row < B)[:, None] & (column < n_columns)[None, :]
@@ -316,7 +310,6 @@ def project_heads(
         DEEP=tile.deep,
         STAGES=tile.stages,
         num_warps=tile.warps,
-        **overlapped(x.device),
     )
     return normed, q, k, v
 
@@ -343,7 +336,6 @@ def gated_product(x: Tensor, norm: tuple[Tensor, float], gate: Tensor, up: Tenso
         DEEP=tile.deep,
         STAGES=tile.stages,
         num_warps=tile.warps,
-        **overlapped(x.device),
     )
     return out
 
@@ -366,7 +358,6 @@ def add_product(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         DEEP=tile.deep,
         STAGES=tile.stages,
         num_warps=tile.warps,
-        **overlapped(x.device),
     )
     return out
 

@@ -37,26 +37,6 @@ def use_triton(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
     return impl == "triton" or (impl == "auto" and device.type == "cuda")
 
 
-@cache
-def overlapped(device: torch.device) -> dict[str, bool]:
-    """Return what a launch is given so that its kernel may `begin` before the one ahead has ended:
-    programmatic dependent launch, of NVIDIA's GPUs from Hopper on."""
-    known = device.type == "cuda" and torch.version.hip is None and TRITON >= (3, 5)
-    if known and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
-
-
-@jit
-def begin(OVERLAP: tl.constexpr):
-    """Begin a kernel of a decode step, before it reads or writes anything: have the next one
-    launched, and wait until the one ahead has written everything. A step's kernels are so short
-    that launching them is much of their time; OVERLAP hides it."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
 def dense_rows(x: Tensor) -> Tensor:
     """Return x such that the numbers of its last dimension lie side by side, as kernels expect."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -39,7 +39,6 @@ from torch import Tensor
 from kernels import load_queries, query_rows
 from storage.kernel_base import (
     TRITON,
-    begin,
     capped,
     dense_rows,
     jit,
@@ -125,7 +124,6 @@ def _key_sums_kernel(
     IN_ORDER: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment, N tokens at a time: sums of rows, unless
     keys are ALONE, and of keys before RoPE. Slots of the window, where there is a WINDOW, come
@@ -134,7 +132,6 @@ def _key_sums_kernel(
     low, high: the halves of a query, a key, a sum. HALF: D/2 rounded up to a power of 2
     IN_ORDER: token t of every segment has the position first_position + t, else position_ptr tells
     The rest as in kernels._attention_kernel."""
-    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,

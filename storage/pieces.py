@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from storage.kernel_base import begin, capped, jit, overlapped, product, tl, triton
+from storage.kernel_base import capped, jit, product, tl, triton
 from storage.layout import PackedView, WindowView, cdiv
 
 # -------------------- on the device
@@ -225,10 +225,8 @@ def _merge_kernel(
     UNIT: tl.constexpr,
     DS: tl.constexpr,
     C: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Join the pieces of one query row of one segment, C at a time, for DS of its D dimensions."""
-    begin(OVERLAP)
     row = tl.program_id(0)
     seg = tl.program_id(1)
     _, _, _, _, _, _, active = segment_pieces(
@@ -400,7 +398,6 @@ def _launch(
         n_stride_b=packed.n.stride(0),
         n_stride_h=packed.n.stride(1) if Hm > 1 else 0,
         SEGS=pieces.SEGS,
-        **overlapped(q.device),
     )
     compiled = variant.kernel[(*pieces.grid, blocks)](
         q_ptr=q,

@@ -8,7 +8,6 @@ numbers."""
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from views import packed_view, window_view
 
 import kernels
 from selection import group_norms, moments, received
-from storage import append, fused, gates, kernel_base, key_sums, levels, packing, pieces
+from storage import append, fused, gates, key_sums, levels, packing, pieces
 from storage.integers import append as int_append
 from storage.integers import attention, contexts, rounding, words
 from storage.integers.format import IntFormat
@@ -42,7 +41,6 @@ TYPES = {
 N = 256  # packed tokens of every segment
 BLOCK = 64  # tokens whose keys share steps
 WINDOW = 16
-OVERLAPS = kernel_base.TRITON >= (3, 5)
 found = []
 case = ""
 
@@ -52,16 +50,6 @@ def type_of(value) -> str:
     if torch.is_tensor(value):
         return f"*{TYPES[value.dtype]}"
     return "fp32" if isinstance(value, float) else "i32"
-
-
-def before_it_waits(ptx: str) -> str:
-    """Return the first instruction that reads or writes memory, or leaves, before the kernel waits
-    for the one ahead; "" where there is none, and "never" where it does not wait."""
-    waits = ptx.find("griddepcontrol.wait")
-    if waits < 0:
-        return "never"
-    found = re.search(r"(ld|st|red|atom|cp)\.(global|async).*|\bret;", ptx[:waits])
-    return found[0] if found else ""
 
 
 class Compiled:
@@ -77,8 +65,6 @@ class Compiled:
         values = dict(zip(self.fn.arg_names, args, strict=False)) | named
         if "ASM" in values:
             values["ASM"] = values["q_ptr"].dtype != torch.float32
-        if "OVERLAP" in values:
-            values["OVERLAP"] = OVERLAPS
         signature = {}
         known = {}
         aligned = {}
@@ -108,7 +94,6 @@ class Compiled:
                 "lines": ptx.count(";\n"),
                 "between_lanes": ptx.count("shfl.sync"),
                 "subnormal_fma": ptx.count("fma.rn.bf16x2 x"),
-                "before_it_waits": before_it_waits(ptx),
             }
         )
 

@@ -30,7 +30,6 @@ from storage.integers.unpack import fields_of_byte
 from storage.kernel_base import (
     TRITON,
     as_word,
-    begin,
     capped,
     jit,
     load_masks,
@@ -199,11 +198,9 @@ def _byte_attention_kernel(
     DP: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (VALUE
     0: levels), N tokens at a time: kernels._attention_kernel."""
-    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,

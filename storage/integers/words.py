@@ -40,7 +40,6 @@ from storage.integers.unpack import (
 from storage.kernel_base import (
     TRITON,
     as_word,
-    begin,
     capped,
     jit,
     load_masks,
@@ -263,7 +262,6 @@ def _word_attention_kernel(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
     CAP: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Let M rows of queries read one piece of one segment in integers of KEY and VALUE bits (VALUE
     0: levels), N tokens of a block of BLOCK at a time: kernels._attention_kernel.
@@ -272,7 +270,6 @@ def _word_attention_kernel(
     codes become numbers by PTX. Where every token keeps K groups (K > 0), segments are whole
     blocks, so that no load needs a mask for the last tokens; where it keeps all of them (K = S),
     masks are not read."""
-    begin(OVERLAP)
     seg, piece = find_piece(
         n_packed_ptr,
         first_ptr,

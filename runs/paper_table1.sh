@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's table 1 on SmolLM2-135M: WikiText-2 and code, equal parameters, five seeds of 300
 # steps, every row at the one of three rates with the lowest validation loss; with half of every
-# value in 16 bits, with 10 of 16 groups in 4 bits and the keys in 3, and over values from keys. Code is the standard
-# library's source, every tenth file kept back for the number.
+# value in 16 bits, with 10 of 16 groups in 4 bits and the keys in 3, and over values from keys.
+# Code is the standard library's source, every tenth file kept back for the number.
 # LoRA and MoE-LoRA store everything either way: a text's other tables take the first one's.
 # usage: runs/paper_table1.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail

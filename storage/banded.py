@@ -29,8 +29,11 @@ LEAST_BLOCK = 16  # queries of a block: fewer read less that is masked, more mak
 
 
 def is_banded(q: Tensor) -> bool:
-    """Say whether banded_attention is for such queries: on a CPU, in the type that is given."""
-    return q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    """Say whether banded_attention is for such queries: some, on a CPU, in float32 or float64 as
+    they are. Log-sum-exps of 16 bits come in float32, with which products of 16 bits do not mix."""
+    if q.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return q.dtype in (torch.float32, torch.float64) and q.numel() > 0
 
 
 def strips(x: Tensor, C: int, R: int) -> Tensor:

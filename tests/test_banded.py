@@ -55,6 +55,25 @@ def test_the_band_is_for_a_processor_without_autocast():
         assert not banded.is_banded(q)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_path_of_any_type_and_batch_is_computed(dtype, batch):
+    """Of 16 bits, and of no sequences, the plain form is taken: what comes out, and the gradients,
+    are those of float64, rounded."""
+    path = random_path(dict(value_router="norm", kv_tail=4)).train()
+    leaves = [t[:batch].detach().to(dtype).requires_grad_() for t in qkv(path, B=2, T=37)[1:]]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    found = []
+    for inputs in (leaves, wide):
+        path.to(inputs[0].dtype)
+        y = path(None, *inputs)
+        assert y.dtype == inputs[0].dtype
+        found.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for got, want in zip(*found, strict=True):
+        assert got.shape == want.shape
+        assert ((got - want).norm() <= 20 * torch.finfo(dtype).eps * want.norm()).all()
+
+
 def test_heads_do_not_read_each_other(monkeypatch):
     """A strip's keys before a head's first block are another head's: with huge ones there nothing
     changes."""

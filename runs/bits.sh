@@ -41,6 +41,6 @@ done
 for DTYPE in float32 bfloat16; do
   python eval.py --out_dir="$RUN" --tasks=continuation --dataset="text:$TEST" --split=all \
     --sequences=48 --block_size=2048 --batch_size=48 --methods=dense,select \
-    --relevances=predictor_query --kv_byte_budgets=0.28,0.22,0.19,0.15,0.125,0.1,0.0625,0.04 \
+    --relevances=predictor_query --kv_byte_budgets=0.28,0.22,0.19,0.15,0.125,0.1,0.0625,0.04,0.02 \
     --beside="$BESIDE" --dtype=$DTYPE --results="$OUT/routed-$DTYPE"
 done

@@ -40,6 +40,10 @@ for K in 8 0; do
     --topk_groups=$K --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
 done
 
+# as many bytes as 8 of 16 groups, of one dimension each, untrained
+measure untrained-29of64 --init_from="$MODEL" --methods=value_groups --n_groups=64 \
+  --topk_groups=29 --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
+
 # selected contexts, each share by itself: maps alone, and with low-rank adapters
 SHARES=0.125,0.0625
 for SHARE in ${SHARES//,/ }; do

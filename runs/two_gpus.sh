@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One GPU, two with DDP, two with sharded weights; a rank that is lost; 7 billion parameters.
-# On two H200s the rows that were measured took 192 seconds. Every row has its own folder in OUT.
+# On two H200s the rows that were measured took 235 seconds. Every row has its own folder in OUT.
 # usage: runs/two_gpus.sh [OUT]
 set -euo pipefail
 OUT="${1:-out/two_gpus}"

@@ -24,6 +24,7 @@ from storage.cache import (
     check_truncation,
     valid_columns,
 )
+from storage.kernel_base import use_triton
 from storage.layout import WindowView
 
 
@@ -44,6 +45,8 @@ class DenseCache(LayerCacheBase):
         self.n_window = torch.zeros(batch, dtype=torch.int64, device=like.device)
         self.batch = batch
         self.room = max_len
+        # whether single tokens are appended by a kernel, on the device alone
+        self.by_kernel = use_triton("auto", like.device, like.dtype)
 
     @property
     def lengths(self) -> Tensor:
@@ -86,7 +89,7 @@ class DenseCache(LayerCacheBase):
         if self.room < more:
             self.reserve(more)
         self.room -= more
-        if T == 1 and new.n_pad is None:
+        if T == 1 and new.n_pad is None and self.by_kernel:
             window = WindowView(self.window_k, self.window_v, None, self.n_window)
             append_window(window, new.k.to(self.dtype), new.v.to(self.dtype))
         else:

@@ -17,6 +17,7 @@ import selector
 from config import KVConfig, ModelConfig, SelectConfig
 from generate import DecodeGraph, prefill
 from model import Transformer
+from storage import dense as dense_cache
 from storage import packed as packed_cache
 from storage.kernel_base import triton
 
@@ -73,7 +74,7 @@ def model_of(n_layer: int, storage: str) -> Transformer:
 def launches_of_a_step(patch: pytest.MonkeyPatch, n_layer: int, storage: str) -> Counter:
     """Count what a step launches that DecodeGraph would capture."""
     model = model_of(n_layer, storage)
-    for module in (generate, kernels, packed_cache):
+    for module in (generate, kernels, dense_cache, packed_cache):
         patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
 
     def likeliest(logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from generate import DecodeGraph, generate, prefill
 from model import Transformer
 from settings.adapters import AdapterConfig
 from settings.experts import MixConfig
+from storage import dense as dense_cache
 from storage import packed as packed_cache
 from storage.cache import KVCache, NewTokens
 from storage.kernel_base import triton
@@ -102,6 +103,7 @@ class ByKernel:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.on = True
         patch.setattr(kernels, "use_triton", self.use_triton)
+        patch.setattr(dense_cache, "use_triton", self.use_triton)
         patch.setattr(packed_cache, "use_triton", self.use_triton)
         if not CUDA:
             patch.setattr(DecodeGraph, "possible", staticmethod(self.possible))

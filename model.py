@@ -168,9 +168,9 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
-    """Return PyTorch's attention, (B, H, T, D); which: its attn_mask, or is_causal. On a GPU its
-    kernels that form no (T, L) weights share KV heads between query heads in 16 bits and without a
-    mask only; else every query head gets keys and values of its own."""
+    """Return PyTorch's attention, (B, H, T, D); which: its attn_mask, or is_causal. A GPU's kernels
+    that form no (T, L) weights share KV heads between query heads in 16 bits and without a mask
+    only; so with a mask, or wider numbers there, every query head gets keys and values its own."""
     n = q.size(1) // k.size(1)
     if n > 1 and ("attn_mask" in which or (q.is_cuda and q.element_size() > 2)):
         k, v = (x.repeat_interleave(n, 1) for x in (k, v))

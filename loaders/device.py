@@ -34,9 +34,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that tensors on a CPU leave, for those of the next step.
-    Given back and asked for anew, each of its pages is cleared again by the system. Without glibc
-    nothing changes."""
+    """Let this process keep the memory that tensors on a CPU leave, in blocks of up to
+    LONGEST_BLOCK, for those of the next step. Given back and asked for anew, each of its pages is
+    cleared again by the system. Without glibc nothing changes."""
     if not sys.platform.startswith("linux"):
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -163,7 +163,7 @@ def test_bad_step_of_one_rank_changes_nothing_on_any(tmp_path, text):
     assert all(t.isfinite().all() for t in tensors(path).values())
 
 
-CANNOT_RECORD = """
+CANNOT_CAPTURE = """
 import sys
 sys.path[:0] = ["tests", "."]
 import train
@@ -183,7 +183,7 @@ train.run(arguments(*sys.argv[1:]))
 def test_a_step_that_one_rank_cannot_capture_ends_all_by_one_line(tmp_path, text):
     """Rank 0 fails while it captures, rank 1 goes on to a sum that does not come: both end within
     the wait, rank 0 by one line that names the way out, without a traceback."""
-    (tmp_path / "run.py").write_text(CANNOT_RECORD)
+    (tmp_path / "run.py").write_text(CANNOT_CAPTURE)
     flags = pretrain_flags(text, "--pretrain_steps=100000", f"--out_dir={tmp_path / 'run'}")
     p = python(*TWO_PROCESSES, tmp_path / "run.py", *flags, wait=100)
     assert p.returncode != 0

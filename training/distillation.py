@@ -12,7 +12,7 @@ basis are trained where they read what is stored.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -53,7 +53,9 @@ def by_budget(x: Tensor, budgets: list[float]) -> dict[float, Tensor]:
     return {budget: torch.stack(windows) for budget, windows in drawn.items()}
 
 
-def of_one_budget(parts: Iterable[tuple[Tensor, Tensor]], budgets: list[float]):
+def of_one_budget(
+    parts: Iterable[tuple[Tensor, Tensor]], budgets: list[float]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield micro-batches x, y (b, T), each cut into windows that draw the same one of the budgets;
     without budgets as they are. A router's balance is that of its last forward, so each of these
     has a loss and a backward pass of its own."""

@@ -42,7 +42,7 @@ def small_budgets(stage) -> list[str]:
     shares = stage.byte_budgets or [stage.about.get("select", {}).get("kv_bytes", 0.0)]
     length = stage.n_context or stage.window
     lines = [small_budget(stage.kv, share, length) for share in sorted({*shares})]
-    return [f"  {line}: give a larger share, or --block_size" for line in lines if line]
+    return [f"  {line}: give a larger share, or a larger --block_size" for line in lines if line]
 
 
 def end_of(trainer) -> list[str]:

@@ -255,3 +255,19 @@ def exit_on_bad_input(main: Callable[[], None]) -> None:
     finally:
         if loading:
             signal.signal(signal.SIGINT, leave)
+
+
+def exit_after(main: Callable[[], None]) -> None:
+    """End the program by exit_on_bad_input(main). One of torchrun's processes ends without Python's
+    own taking down: torch keeps threads of a sharded model's process group, and one that asks for
+    the interpreter meanwhile aborts the process."""
+    code = 0
+    try:
+        exit_on_bad_input(main)
+    except SystemExit as e:
+        code = e.code
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -36,7 +36,7 @@ import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from cli import exit_on_bad_input, note, parse_args
+from cli import exit_after, exit_on_bad_input, note, parse_args
 from config import KVConfig, ModelConfig, SelectConfig
 from settings.adapters import AdapterConfig
 from settings.base import BaseConfig
@@ -221,4 +221,4 @@ def take_back(run_dir: Path, made: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    exit_on_bad_input(lambda: run(ARGS))
+    exit_after(lambda: run(ARGS))

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from cli import exit_on_bad_input, parse_args
+from cli import exit_after, parse_args
 from config import ModelConfig
 from settings.adapters import ADAPTERS, AdapterConfig
 from settings.fields import DTYPES, check, check_fields, opt
@@ -283,4 +283,4 @@ def first_logits(model: Transformer, idx: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    exit_on_bad_input(main)
+    exit_after(main)

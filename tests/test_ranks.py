@@ -186,10 +186,12 @@ sys.path[:0] = ["tests", "."]
 from contextlib import nullcontext
 import train
 from runs import arguments
-with train.world("cpu") as w:
-    train.world = lambda _: nullcontext(w)
-    for flags in json.loads(sys.argv[1]):
-        train.run(arguments(*flags))
+def main():
+    with train.world("cpu") as w:
+        train.world = lambda _: nullcontext(w)
+        for flags in json.loads(sys.argv[1]):
+            train.run(arguments(*flags))
+train.exit_after(main)
 """
 
 

@@ -492,6 +492,20 @@ def test_rank_that_is_told_to_end_while_loading_says_so(tmp_path):
     assert (p.returncode, p.out, p.err) == (143, "", "rank 1 of 2: ended by SIGTERM\n")
 
 
+@pytest.mark.parametrize("rank", [{}, {"RANK": "1"}])
+@pytest.mark.parametrize(("main", "code"), [("print('done')", 0), ("exit(3)", 3), ("int('x')", 2)])
+def test_rank_ends_before_python_is_taken_down(rank, main, code):
+    """exit_after gives main's exit code, its output and its line, of a rank without the taking down
+    of Python, in which a thread of a process group that lives on would abort it."""
+    lines = ["import atexit, cli", "atexit.register(print, 'taken down')"]
+    lines += [f"cli.exit_after(lambda: {main})"]
+    env = {k: v for k, v in os.environ.items() if k != "RANK"} | rank
+    p = runs.python("-c", "\n".join(lines), env=env)
+    assert (p.returncode, p.err.count("\n")) == (code, 1 if code == 2 else 0), p.err
+    want = "done\n" if code == 0 else ""
+    assert p.out == want + ("" if rank else "taken down\n")
+
+
 def test_output_survives_a_terminal_of_ascii():
     """What an ASCII terminal cannot show of a line is replaced."""
     env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"}

@@ -219,7 +219,10 @@ class KVConfig:
         KEY_BLOCKS,
     )
     kv_sinks: int = opt(
-        4, "fewer than 16 bits, values told by keys: first tokens that stay whole", least=0
+        4,
+        "fewer than 16 bits, values told by keys: first tokens that stay whole; --kv_bytes that "
+        "picks the bits takes 1 for 4",
+        least=0,
     )
 
     def __post_init__(self):
@@ -390,6 +393,10 @@ PUBLISHED = {
 # expected_attention is a trained network of this project, not the published closed form
 TOKEN_SIGNALS = (*SIGNALS, "expected_attention", "quest", *PUBLISHED)
 ROUNDINGS = ("queries", "nearest")
+# Tokens that stay whole of a prompt that is stored in a share of its bytes, where no flag says: more
+# take too much of a short prompt's, and a long one does not miss them (docs/log.md).
+FIRST_WHOLE = 1
+NEWEST_WHOLE = 1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import KVConfig, SelectConfig, count_kept
+from config import FIRST_WHOLE, KVConfig, SelectConfig, count_kept
 from selection.relevance import Prompt
 from storage.integers.format import LEVEL_BITS, LEVEL_ERRORS, row_bytes
 from storage.layout import mask_dtype, tile_size, top_k_mask
@@ -52,8 +52,10 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
     plan = next(p for p in PLANS if kv_bytes >= p.from_bytes)
     own_block = kv.key_block != KVConfig.key_block
     block = kv.key_block if own_block else plan.key_block
+    own_sinks = kv.kv_sinks != KVConfig.kv_sinks
+    sinks = kv.kv_sinks if own_sinks else FIRST_WHOLE
     bits = dict(key_bits=plan.key_bits, value_bits=plan.value_bits)
-    return replace(kv, kv="select", key_block=block, **bits)
+    return replace(kv, kv="select", key_block=block, kv_sinks=sinks, **bits)
 
 
 def small_budget(kv: KVConfig, kv_bytes: float, length: int) -> str:

@@ -16,7 +16,7 @@ from helpers import TINY, coordinates, error_line, grouped_model, routed_value, 
 
 import eval as evaluation
 import kv_router
-from config import KVConfig, SelectConfig
+from config import NEWEST_WHOLE, KVConfig, SelectConfig
 from data import content_hash, documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
@@ -231,19 +231,30 @@ def test_nothing_dropped_costs_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "kv, given, query",
+    "kv, of_run, given, query",
     [
-        (KVConfig(kv="select", kv_tail=3), [], 3),
-        (KVConfig(kv="value_groups", kv_tail=3), [], 3),
-        (KVConfig(kv="select", kv_tail=3), ["query"], EvalConfig.query),
-        (KVConfig(kv="dense", kv_tail=3), [], EvalConfig.query),
+        ("select", 0.0, {}, 3),
+        ("value_groups", 0.0, {}, 3),
+        ("dense", 0.0, {}, EvalConfig.query),
+        ("select", 0.0, {"query": 7, "kv_bytes": 0.1}, 7),
+        ("dense", 0.0, {"kv_bytes": 0.1}, NEWEST_WHOLE),
+        ("select", 0.0, {"kv_byte_budgets": "0.2,0.1"}, NEWEST_WHOLE),
+        ("select", 0.2, {"kv_byte_budgets": "0.2,0.1"}, 3),
     ],
 )
-def test_a_trained_run_is_measured_with_its_own_window(kv, given, query):
-    """Unless --query says otherwise, what a prompt leaves whole is what the run was trained to."""
-    run = SimpleNamespace(kv=kv, config={}, select=SelectConfig())
+def test_what_a_prompt_leaves_whole(kv, of_run, given, query):
+    """Unless --query says otherwise: one token under a budget of bytes, else what the run was
+    trained to, also under a budget."""
+    run = SimpleNamespace(
+        kv=KVConfig(kv=kv, kv_tail=3), config={}, select=SelectConfig(kv_bytes=of_run)
+    )
+    chosen = {k: v for k, v in given.items() if k != "kv_bytes"}
     args = SimpleNamespace(
-        eval=EvalConfig(), kv=KVConfig(), select=SelectConfig(), data=DataConfig(), given=set(given)
+        eval=EvalConfig(**chosen),
+        kv=KVConfig(),
+        select=SelectConfig(kv_bytes=given.get("kv_bytes", 0.0)),
+        data=DataConfig(),
+        given=set(given),
     )
     assert evaluation.asked_of(run, args).eval.query == query
 
@@ -652,7 +663,7 @@ def test_flags_of_a_selection_choose_what_is_measured(base, text, tmp_path, caps
     budget where they do. KV kept counts the whole query: by hand from what the context keeps."""
     flags = [f"--init_from={base}", f"--dataset={text}", f"--results={tmp_path}", "--sequences=2"]
     flags += ["--continuation=8", "--kv_bytes=0.9", "--n_groups=2", "--calibration=2"]
-    for query in (3, 11):  # and 4 first tokens: 7 and 15 of 24
+    for query in (3, 14):  # and the first token: 4 and 15 of 24
         call(evaluation, *flags, f"--query={query}")
         out, err = capsys.readouterr()
         dense, row = json.loads(out)
@@ -668,7 +679,7 @@ def test_flags_of_a_selection_choose_what_is_measured(base, text, tmp_path, caps
         said = (
             "that is 62.5% of a context of 24 tokens, where 90% of the bytes are asked for" in err
         )
-        assert said == (query == 11) == ("stay whole" in err)
+        assert said == (query == 14) == ("stay whole" in err)
 
 
 def test_a_text_with_fewer_sequences_says_how_many(base, text, tmp_path, capsys):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from select_runs import base, measure, selected  # noqa: F401 (fixtures)
 
 import eval as evaluation
-from config import SelectConfig
+from config import FIRST_WHOLE, SelectConfig
 from generate import generate
 from report.against_bytes import envelope
 from report.rows import filled_cache
@@ -155,7 +155,8 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
         errors = [LEVEL_ERRORS[i] - LEVEL_ERRORS[i + 1] for i in range(3)]
         gain = [errors[0], REFINED * errors[1], REFINED * errors[2]]
     n = C - 3  # tokens of the context
-    per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (4 + W)) - 4 * 16 - 80)
+    first = SINKS if bits else FIRST_WHOLE
+    per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (first + W)) - 4 * 16 - 80)
     shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]
     places = [(a, b) for a in range(Lm) for b in range(Hm)]
     groups = [places[i : i + shared] for i in range(0, Lm * Hm, shared)]
@@ -163,7 +164,7 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
     for group in groups:
         value = [
             [float(worth[a, 0, b, t, g]) * r for g in range(4) for r in gain]
-            if t >= 3 + SINKS
+            if t >= 3 + first
             else [float("-inf")] * 4 * len(gain)
             for a, b in group
             for t in range(C)
@@ -233,6 +234,8 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
     """Survivors in order at their levels; the window begins with the first tokens and the query
     region, also of a row shorter than that."""
     m = selecting()
+    n_first = 3
+    m.selector.kv = replace(m.selector.kv, kv_sinks=n_first)
     pad = (0, T - W - 2)
     _, _, choice, cache = run(m, config(kv_bytes=0.6), X, Y, pad)
     _, _, k, z = see_layers(m.selector, m, X, torch.tensor(pad))
@@ -243,9 +246,9 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
         window = c.view().window
         assert c.lengths.tolist() == cache.lengths.tolist()
         assert window.first is None
-        assert window.count.tolist() == [n + W + Y.size(1) for n in (SINKS, 2)]
+        assert window.count.tolist() == [n + W + Y.size(1) for n in (n_first, 2)]
         for b in range(2):
-            first = list(range(pad[b], min(pad[b] + SINKS, C)))
+            first = list(range(pad[b], min(pad[b] + n_first, C)))
             whole = first + list(range(C, T))
             for h in range(3):
                 assert torch.equal(window.k[b, h, : len(whole)], k[i][b, h, whole])
@@ -253,13 +256,13 @@ def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():
                 mine = choice.keep[i, b, h].nonzero().flatten()
                 assert valid[b, h].sum() == len(mine)
                 assert torch.equal(level[b, h][valid[b, h]], choice.mask[i, b, h, mine])
-                assert not len(mine) or int(mine[0]) >= pad[b] + SINKS
+                assert not len(mine) or int(mine[0]) >= pad[b] + n_first
     assert choice.keep[:, 0].any() and not choice.keep[:, 1].any()
     layer = cache.layers[0]
-    for n in (C - SINKS, C - 1):  # inside the context, though the first tokens lie in the window
+    for n in (C - n_first, C - 1):  # in the context, though its first tokens lie in the window
         assert "selected context" in error_line(layer.truncate, torch.tensor([n, 99]))
     layer.truncate(torch.tensor([C + 2, 5]))
-    assert layer.lengths.tolist() == [C + 2, 5] and layer.n_window.tolist() == [SINKS + 2, 5]
+    assert layer.lengths.tolist() == [C + 2, 5] and layer.n_window.tolist() == [n_first + 2, 5]
 
 
 def test_more_bytes_are_closer_to_dense():

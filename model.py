@@ -23,7 +23,6 @@ Letters: B sequences, T new tokens, L tokens read, H heads, Hkv KV heads, D head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -39,10 +38,10 @@ from storage.cache import KVCache, NewTokens
 from storage.dense import DenseCache
 from storage.kernel_base import triton
 from storage.layout import at_least_float32, soft_cap
+from storage.rope_scaling import scale_frequencies
 from storage.sliding import SlidingCache
 
 QUERY_BLOCK = 256  # queries at a time where capped attention weights are formed in full
-LOSS_CHUNK = 512  # tokens whose logits are float32 at a time
 
 
 class RMSNorm(nn.Module):
@@ -66,42 +65,17 @@ def make_norm(cfg: ModelConfig, dim: int) -> nn.Module:
 def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, both (block_size, D/2) float32, computed in float64.
 
-    Frequency i is theta^(-2i/D). With rope_factor > 1 a share of it stays and the rest is divided
-    by the factor. Where positions are learned nothing turns: all angles are 0."""
-    D = cfg.head_dim
-    pair = torch.arange(0, D, 2, dtype=torch.float64, device=device)
-    freq = cfg.rope_theta ** (-pair / D)  # (D/2,)
+    Frequency i is theta^(-2i/D), unless it is scaled (storage/rope_scaling.py). Where positions are
+    learned nothing turns: all angles are 0."""
+    pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64, device=device)
+    freq = cfg.rope_theta ** (-pair / cfg.head_dim)  # (D/2,)
     if cfg.rope_factor > 1:
-        stay = unscaled_share(cfg, freq)
-        freq = freq * (stay + (1 - stay) / cfg.rope_factor)
+        freq = scale_frequencies(cfg, freq)
     if cfg.positions == "learned":
         freq = torch.zeros_like(freq)
-    angle = torch.arange(cfg.block_size, dtype=torch.float64, device=device)[:, None] * freq
+    position = torch.arange(cfg.block_size, dtype=torch.float64, device=device)
+    angle = position[:, None] * freq
     return angle.cos().float(), angle.sin().float()
-
-
-def unscaled_share(cfg: ModelConfig, freq: Tensor) -> Tensor:
-    """Return the share (D/2,) of each frequency (D/2,), in radians a token, that RoPE scaling
-    leaves as it is.
-
-    linear: none. llama3, yarn: all of one that turns more than rope_high_freq times in
-    rope_original tokens, none of one that turns fewer than rope_low_freq times; in between llama3
-    blends by the turns, yarn (arXiv 2309.00071) by the dimension, from whole ones."""
-    if cfg.rope_scaling == "linear":
-        return torch.zeros_like(freq)
-    if cfg.rope_scaling == "llama3":
-        turns = cfg.rope_original * freq / (2 * math.pi)
-        return ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
-
-    def pair_that_turns(n: float) -> float:
-        # theta^(-2i/D) rope_original = 2 pi n, solved for i
-        turns_of_first = cfg.rope_original / (2 * math.pi)
-        return cfg.head_dim / 2 * math.log(turns_of_first / n, cfg.rope_theta)
-
-    low = max(math.floor(pair_that_turns(cfg.rope_high_freq)), 0)
-    high = min(math.ceil(pair_that_turns(cfg.rope_low_freq)), cfg.head_dim - 1)
-    pair = torch.arange(len(freq), dtype=freq.dtype, device=freq.device)
-    return 1 - ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -538,61 +512,3 @@ def evaluating(model: nn.Module):
             yield
     finally:
         model.train(was_training)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropies (n,) of logits (n, vocab) and targets (n,), 0 where left out (-100).
-
-    Logits of a large vocabulary are most of a step's memory, and autograd keeps them twice more in
-    float32. Here a chunk of tokens at a time is: the backward pass computes it anew."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, targets)
-        chunks = zip(logits.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return torch.cat(
-            [F.cross_entropy(at_least_float32(x), y, reduction="none") for x, y in chunks]
-        )
-
-    @staticmethod
-    def backward(ctx, dlosses: Tensor):
-        logits, targets = ctx.saved_tensors
-        counted = targets != -100
-        hit = targets.clamp_min(0).unsqueeze(-1)
-        weight = (dlosses * counted).unsqueeze(-1)
-        dlogits = torch.empty_like(logits)
-        for a in range(0, len(logits), LOSS_CHUNK):
-            rows = slice(a, a + LOSS_CHUNK)
-            p = at_least_float32(logits[rows]).softmax(-1).mul_(weight[rows])
-            p.scatter_add_(1, hit[rows], -weight[rows])
-            dlogits[rows] = p
-        return dlogits, None
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropies (B, T) in nats of logits (B, T, vocab) and targets (B, T) int64; 0 where
-    those are -100."""
-    losses = ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
-    return losses.view_as(targets)
-
-
-def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats over targets (B, T) int64; -100 marks targets left out
-    (all left out gives NaN)."""
-    return token_losses(logits, targets).sum() / (targets != -100).sum()
-
-
-@contextmanager
-def record_layers(layers: list[Attention], see: Callable[..., None]):
-    """Call see(i, x, q, k, v) inside the `with` whenever the path of layers[i] runs its forward
-    verb: how calibration and diagnosis look into a model without changing it."""
-
-    def hook_of(i: int):
-        return lambda module, args: see(i, *args[:4])
-
-    hooks = [a.kv_path.register_forward_pre_hook(hook_of(i)) for i, a in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -20,12 +20,12 @@ import data
 import kv_router
 import train
 from loaders import checkpoint
-from model import lm_loss
 from runs import adapt_arguments, arguments, assert_equal, before_step, copies, losses, tensors
 from settings.train import TrainConfig
 from storage import cpu_gates, layout
 from training import loop as trainer
 from training.captured import LATE, CapturedStep
+from training.loss import lm_loss
 from training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")

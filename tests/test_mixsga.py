@@ -14,10 +14,11 @@ from helpers import TINY, read_in_pieces, tiny_model, tokens
 import mixsga
 from baselines import shared_heads
 from config import KVConfig, ModelConfig
-from model import Transformer, apply_rope, lm_loss
+from model import Transformer, apply_rope
 from settings.experts import MixConfig
 from storage.cache import KVCache, NewTokens
 from storage.experts import ExpertCache
+from training.loss import lm_loss
 
 EIGHT = replace(TINY, n_head=8, n_kv_head=8)
 

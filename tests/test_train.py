@@ -24,7 +24,7 @@ import train
 from config import KVConfig
 from loaders import checkpoint
 from loaders.runs import find_checkpoint
-from model import Transformer, lm_loss
+from model import Transformer
 from runs import (
     TABLE,
     TINY,
@@ -44,6 +44,7 @@ from settings.adapters import AdapterConfig
 from settings.train import TrainConfig
 from training import adapters
 from training import loop as trainer
+from training.loss import lm_loss
 
 ROUTED = [
     "--adapter=routed",

@@ -36,7 +36,7 @@ from loaders.device import autocast, in_bfloat16
 from loaders.examples import Examples
 from loaders.runs import added_state, load_added_state
 from loaders.weights import model_state
-from model import Transformer, evaluating, lm_loss
+from model import Transformer, evaluating
 from report.progress import progress
 from selection.training import predictor_loss
 from settings.adapters import AdapterConfig
@@ -45,6 +45,7 @@ from settings.train import TrainConfig
 from tasks.text import answers_loss, mean_loss
 from training.captured import CapturedStep, Result, why_not_captured
 from training.distillation import continuation_loss, distillation_loss, of_one_budget
+from training.loss import lm_loss
 from training.messages import end_of, start_of
 from training.optimizer import (
     learning_rate,

@@ -59,7 +59,8 @@ class RMSNorm(nn.Module):
 
 def make_norm(cfg: ModelConfig, dim: int) -> nn.Module:
     """Return a norm over the last dimension, of cfg's kind."""
-    return (RMSNorm if cfg.norm == "rms" else nn.LayerNorm)(dim, cfg.norm_eps)
+    kind = RMSNorm if cfg.norm == "rms" else nn.LayerNorm
+    return kind(dim, cfg.norm_eps)
 
 
 def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
@@ -89,7 +90,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = at_least_float32(x)
     cos = torch.cat((cos, cos), -1)
     sin = torch.cat((-sin, sin), -1)  # (..., T, D)
-    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
+    partner = wide.roll(x.size(-1) // 2, -1)
+    rotated = torch.addcmul(wide * cos, partner, sin)
+    return rotated.to(x.dtype)
 
 
 def attention_mask(T: int, L: int, pad: Tensor | None, device, window: int = 0) -> Tensor:
@@ -104,7 +107,8 @@ def attention_mask(T: int, L: int, pad: Tensor | None, device, window: int = 0) 
         mask = mask & (i - j < window)
     if pad is not None:
         own = j == i  # a padding query reads itself: no empty softmax
-        mask = mask & (j >= pad[:, None, None, None]) | own  # (B, 1, T, L)
+        is_token = j >= pad[:, None, None, None]  # (B, 1, 1, L)
+        mask = mask & is_token | own  # (B, 1, T, L)
     return mask
 
 
@@ -120,10 +124,12 @@ def attend(
     window  newest tokens that a query reads; 0: all"""
     T = q.size(2)
     L = k.size(2)
-    plain = not cap and (window == 0 or window >= L)
-    if plain and pad is None and (T == L or T == 1):
+    reads_all = window == 0 or window >= L
+    fused_has_mask = T == L or T == 1  # its own causal one, or none
+    if fused_has_mask and reads_all and not cap and pad is None:
         return attend_fused(q, k, v, is_causal=T > 1)
-    return attend_masked(q, k, v, attention_mask(T, L, pad, q.device, window), cap)
+    mask = attention_mask(T, L, pad, q.device, window)
+    return attend_masked(q, k, v, mask, cap)
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.0) -> Tensor:
@@ -131,13 +137,18 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.
     D). Shapes and cap: see attend; mask is broadcast to (B, H, T, L)."""
     if not cap:
         return attend_fused(q, k, v, attn_mask=mask)
-    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    n = q.size(1) // k.size(1)
+    k = k.repeat_interleave(n, 1)
+    v = v.repeat_interleave(n, 1)
+    scale = q.size(-1) ** -0.5
     out = []
     for a in range(0, q.size(2), QUERY_BLOCK):
         rows = slice(a, a + QUERY_BLOCK)
-        logits = at_least_float32((q[:, :, rows] * q.size(-1) ** -0.5) @ k.mT)
-        logits = soft_cap(logits, cap).masked_fill(~mask[..., rows, :], -math.inf)
-        out.append(logits.softmax(-1).to(v.dtype) @ v)
+        scaled = q[:, :, rows] * scale
+        logits = soft_cap(at_least_float32(scaled @ k.mT), cap)
+        logits = logits.masked_fill(~mask[..., rows, :], -math.inf)
+        weights = logits.softmax(-1).to(v.dtype)
+        out.append(weights @ v)
     return torch.cat(out, 2)
 
 
@@ -146,9 +157,12 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
     that form no (T, L) weights share KV heads between query heads in 16 bits and without a mask
     only; so with a mask, or wider numbers there, every query head gets keys and values its own."""
     n = q.size(1) // k.size(1)
-    if n > 1 and ("attn_mask" in which or (q.is_cuda and q.element_size() > 2)):
-        k, v = (x.repeat_interleave(n, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) > k.size(1), **which)
+    is_wide = q.is_cuda and q.element_size() > 2
+    if n > 1 and ("attn_mask" in which or is_wide):
+        k = k.repeat_interleave(n, 1)
+        v = v.repeat_interleave(n, 1)
+    shared = q.size(1) > k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared, **which)
 
 
 class DensePath(nn.Module):
@@ -215,10 +229,12 @@ class Attention(nn.Module):
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=cfg.qkv_bias)
-        self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
-        self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.out_bias)
+        q_width = cfg.n_head * cfg.head_dim
+        kv_width = cfg.n_kv_head * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.n_embd, q_width, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.n_embd, kv_width, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.n_embd, kv_width, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(q_width, cfg.n_embd, bias=cfg.out_bias)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.rotates = cfg.positions == "rope"
@@ -232,9 +248,12 @@ class Attention(nn.Module):
         """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), normed and rotated."""
         B, T, _ = x.shape
         D = self.head_dim
-        q = self.q_norm(self.q_proj(x).view(B, T, self.n_head, D)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_head, D)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
+        q = self.q_proj(x).view(B, T, self.n_head, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, D)
+        q = self.q_norm(q).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(k).transpose(1, 2)  # (B, Hkv, T, D)
+        v = v.transpose(1, 2)
         if self.query_gain != 1:
             q = q * self.query_gain
         if not self.rotates:
@@ -250,7 +269,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Project x (B, T, n_embd), let the path read by its verb (forward, prefill or decode), and
         project back: (B, T, n_embd). pad (B,): leading columns of these T that are padding."""
-        return self.output(self.read(x, *self.project(x, cos, sin), verb, cache, pad))
+        q, k, v = self.project(x, cos, sin)
+        y = self.read(x, q, k, v, verb, cache, pad)
+        return self.output(y)
 
     def read(self, x, q, k, v, verb: str, cache=None, pad: Tensor | None = None) -> Tensor:
         """Call the path's verb: (B, H, T, D)."""
@@ -277,7 +298,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.activation(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -331,13 +353,15 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         if cfg.rope_local_theta:  # the sliding layers' own
-            cos, sin = rope_table(replace(cfg, rope_theta=cfg.rope_local_theta, rope_factor=1.0))
+            local = replace(cfg, rope_theta=cfg.rope_local_theta, rope_factor=1.0)
+            cos, sin = rope_table(local)
             self.register_buffer("rope_local_cos", cos, persistent=False)
             self.register_buffer("rope_local_sin", sin, persistent=False)
         self.apply(self._init)
+        small = 0.02 / math.sqrt(2 * cfg.n_layer)
         for block in self.layers:  # residual branches start small, as in GPT-2
-            for linear in (block.self_attn.o_proj, block.mlp.down_proj):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * cfg.n_layer))
+            nn.init.normal_(block.self_attn.o_proj.weight, std=small)
+            nn.init.normal_(block.mlp.down_proj.weight, std=small)
 
     @staticmethod
     def _init(m: nn.Module) -> None:
@@ -371,13 +395,14 @@ class Transformer(nn.Module):
         if n_sliding:
             in_window = int(cache.lengths.clamp_max(self.cfg.sliding_window).sum())
             kept += min(n_tokens, in_window) * n_sliding
-        return 2 * cache.layers[0].dtype.itemsize * kept * self.cfg.n_kv_head * self.cfg.head_dim
+        numbers = 2 * kept * self.cfg.n_kv_head * self.cfg.head_dim
+        return numbers * cache.layers[0].dtype.itemsize
 
     def share_of_dense(self, n_tokens: int, cache: KVCache) -> float:
         """Return the bytes of `cache` over those of n_tokens kept whole, both with 16 bits for
         whole numbers."""
-        dense = self.dense_bytes(n_tokens, cache) * 2 // cache.layers[0].dtype.itemsize
-        return cache.nbytes_in_16_bits() / dense
+        numbers = self.dense_bytes(n_tokens, cache) // cache.layers[0].dtype.itemsize
+        return cache.nbytes_in_16_bits() / (2 * numbers)
 
     def kv_losses(self) -> dict[str, Tensor]:
         """Return the paths' losses of the last training forward, the mean over layers by name."""
@@ -401,7 +426,9 @@ class Transformer(nn.Module):
         if cache.length + new <= self.cfg.block_size:
             return new
         lengths = cache.lengths + T
-        longest = int((lengths if n_pad is None else lengths - n_pad).max())
+        if n_pad is not None:
+            lengths = lengths - n_pad
+        longest = int(lengths.max())
         self._check_context(longest)
         return longest - cache.length
 
@@ -409,7 +436,8 @@ class Transformer(nn.Module):
         """Return embeddings (B, T, n_embd) of ids (B, T) at positions (B or 1, T)."""
         x = self.embed_tokens(idx)
         if self.cfg.embedding_scale != 1:  # rounded as x is, as in Gemma
-            x = x * torch.tensor(self.cfg.embedding_scale, dtype=x.dtype)
+            scale = torch.tensor(self.cfg.embedding_scale, dtype=x.dtype)
+            x = x * scale
         if self.cfg.positions == "learned":
             x = x + self.embed_positions(position)
         return x
@@ -429,7 +457,9 @@ class Transformer(nn.Module):
         return far, at(self.rope_local_cos, self.rope_local_sin)
 
     def _head(self, x: Tensor, last_only: bool) -> Tensor:
-        logits = self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        if last_only:
+            x = x[:, -1:]
+        logits = self.lm_head(self.norm(x))
         return soft_cap(logits, self.cfg.logit_cap)
 
     def forward(self, idx: Tensor, pad: Tensor | None = None, last_only: bool = False) -> Tensor:
@@ -498,7 +528,8 @@ class Transformer(nn.Module):
         x = self._embed(idx, position)
         for block, layer in zip(self.layers, cache.layers, strict=True):
             h, q, k, v = before(block, x, *rope[block.slides])
-            x = after(block, x, block.self_attn.read(h, q, k, v, "decode", layer))
+            y = block.self_attn.read(h, q, k, v, "decode", layer)
+            x = after(block, x, y)
         return self._head(x, last_only=True)
 
 

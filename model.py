@@ -213,16 +213,6 @@ class DensePath(nn.Module):
         return triton is not None
 
 
-def put_dense_back(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """Put dense paths in the place of paths of a kind, which have Hkv, D and cap, in place. Returns
-    the model."""
-    for block in model.layers:
-        path = block.self_attn.kv_path
-        if isinstance(path, kind):
-            block.self_attn.kv_path = DensePath(path.Hkv, path.D, path.cap)
-    return model
-
-
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, window: int = 0):
         super().__init__()

@@ -146,7 +146,8 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.
         rows = slice(a, a + QUERY_BLOCK)
         scaled = q[:, :, rows] * scale
         logits = soft_cap(at_least_float32(scaled @ k.mT), cap)
-        logits = logits.masked_fill(~mask[..., rows, :], -math.inf)
+        unread = ~mask[..., rows, :]
+        logits = logits.masked_fill(unread, -math.inf)
         weights = logits.softmax(-1).to(v.dtype)
         out.append(weights @ v)
     return torch.cat(out, 2)
@@ -309,7 +310,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, verb: str, cache=None, pad: Tensor | None = None
     ) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), cos, sin, verb, cache, pad)
+        h = self.input_layernorm(x)
+        y = self.self_attn(h, cos, sin, verb, cache, pad)
         return self.feed(x + self.attn_out_norm(y))
 
     def feed(self, x: Tensor) -> Tensor:
@@ -323,7 +325,8 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Do what forward does with the path's y."""
-        return self.feed(x + self.attn_out_norm(self.self_attn.output(y)))
+        y = self.self_attn.output(y)
+        return self.feed(x + self.attn_out_norm(y))
 
 
 class Transformer(nn.Module):
@@ -333,7 +336,8 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.positions == "learned":
             self.embed_positions = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, cfg.slides(i)) for i in range(cfg.n_layer))
+        blocks = [Block(cfg, cfg.slides(i)) for i in range(cfg.n_layer)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -385,7 +389,8 @@ class Transformer(nn.Module):
         if n_sliding:
             in_window = int(cache.lengths.clamp_max(self.cfg.sliding_window).sum())
             kept += min(n_tokens, in_window) * n_sliding
-        numbers = 2 * kept * self.cfg.n_kv_head * self.cfg.head_dim
+        width = self.cfg.n_kv_head * self.cfg.head_dim
+        numbers = 2 * kept * width
         return numbers * cache.layers[0].dtype.itemsize
 
     def share_of_dense(self, n_tokens: int, cache: KVCache) -> float:
@@ -439,7 +444,7 @@ class Transformer(nn.Module):
         def at(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
             if isinstance(position, slice):
                 return cos[position], sin[position]
-            return cos[position][:, None], sin[position][:, None]
+            return cos[position].unsqueeze(1), sin[position].unsqueeze(1)
 
         far = at(self.rope_cos, self.rope_sin)
         if not self.cfg.rope_local_theta:

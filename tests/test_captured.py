@@ -168,7 +168,7 @@ def spoil(monkeypatch, how: str, at: int, trainers: list) -> None:
         def bad_loss(*a):
             return lm_loss(*a) * (math.nan if trainers[-1].step == at else 1.0)
 
-        monkeypatch.setattr(trainer, "lm_loss", bad_loss)
+        monkeypatch.setattr("training.stage.lm_loss", bad_loss)
     else:
 
         def hook(g):

@@ -56,9 +56,11 @@ def first_tokens(cache: PackedCache) -> tuple[Tensor, Tensor, Tensor]:
     sinks = cache.view().sinks
     if sinks is None:
         none = cache.window_k[:, :, :0]
-        return none, none, none.new_zeros(cache.batch, 0, dtype=torch.bool)
+        nowhere = none.new_zeros(cache.batch, 0, dtype=torch.bool)
+        return none, none, nowhere
     slot = torch.arange(sinks.k.size(2), device=sinks.k.device)
-    return sinks.k, sinks.v, slot < sinks.count[:, None]
+    there = slot < sinks.count.unsqueeze(1)
+    return sinks.k, sinks.v, there
 
 
 def visible_columns(cache: PackedCache, sinks: Tensor, N: int, new: NewTokens) -> Tensor:
@@ -120,7 +122,8 @@ def routed_values(
     z = torch.cat((old_z, new_z), 2)
     mask = torch.cat((mask, route), 2)
     kept = expand_mask(mask, z.size(-1))
-    routed = torch.where(kept, z, rebuild(z * kept, mask))
+    rebuilt = rebuild(z * kept, mask)
+    routed = torch.where(kept, z, rebuilt)
     if basis.from_keys is None:
         return routed
     old_told = basis.from_keys.predict(k, old_position)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import (
+from foreign import (  # noqa: F401 (fixture)
     SCALING,
     SHAPES,
     TEXT,
@@ -22,6 +22,7 @@ from foreign import (
     definition,
     edit,
     edit_tensors,
+    folder,
     ids,
     logits,
     random_model,

@@ -90,9 +90,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = at_least_float32(x)
     cos = torch.cat((cos, cos), -1)
     sin = torch.cat((-sin, sin), -1)  # (..., T, D)
+    scaled = wide * cos
     partner = wide.roll(x.size(-1) // 2, -1)
-    rotated = torch.addcmul(wide * cos, partner, sin)
-    return rotated.to(x.dtype)
+    return torch.addcmul(scaled, partner, sin).to(x.dtype)
 
 
 def attention_mask(T: int, L: int, pad: Tensor | None, device, window: int = 0) -> Tensor:
@@ -240,10 +240,10 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         D = self.head_dim
         q = self.q_proj(x).view(B, T, self.n_head, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, D)
         q = self.q_norm(q).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, D)
         k = self.k_norm(k).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, D)
         v = v.transpose(1, 2)
         if self.query_gain != 1:
             q = q * self.query_gain

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import attention_mask
 from routing.in_window import group_logits, group_weights
+from storage.as_dense import as_dense
 from storage.cache import NewTokens
 from storage.layout import expand_mask, group_energy, top_k_mask
 from storage.packed import PackedCache, packed_count
@@ -33,7 +34,7 @@ def attend_as_decoded(
     q (B, H, T, D); cap: see soft_cap
     rebuild  (kept (B, Hkv, ., D), mask (B, Hm, ., S)) to what stands for dropped groups"""
     sink_k, sink_v, sinks = first_tokens(cache)
-    old_k, old_v, old_mask = cache.unpack()
+    old_k, old_v, old_mask = as_dense(cache)
     k = torch.cat((sink_k, old_k, new.k), 2)
     v = torch.cat((sink_v, old_v, new.v), 2)
     N = old_k.size(2)
@@ -105,7 +106,7 @@ def routed_values(
     """Return the coordinates that routed values are read as, of all columns but the first tokens:
     (B, Hkv, N + T, D).
 
-    k, v (B, Hkv, N, D), mask (B, Hm, N, S): see PackedCache.unpack
+    k, v (B, Hkv, N, D), mask (B, Hm, N, S): see as_dense
     position (B, T), of the new tokens"""
     basis = cache.basis
     number = torch.arange(k.size(2), device=k.device)

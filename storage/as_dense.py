@@ -20,15 +20,18 @@ def as_dense(cache: PackedCache) -> tuple[Tensor, Tensor, Tensor]:
     z     (B, Hkv, N, D): coordinates with zeros where dropped; of the window whole values
     mask  (B, Hm, N, S) bool: of the window the mask a token will be packed with
     Slots past a sequence's own count hold zeros."""
-    N = int((cache.n_packed + cache.n_window).max()) if cache.batch else 0
+    lengths = cache.n_packed + cache.n_window
+    N = int(lengths.max()) if cache.batch else 0
     view = cache.view()
-    k, z, mask, _ = view.packed[0].unpack()
-    k, z, mask = (F.pad(t, (0, 0, 0, N - t.size(2))) for t in (k, z, mask))
+    packed = view.packed[0].unpack()[:3]
+    k, z, mask = (F.pad(t, (0, 0, 0, N - t.size(2))) for t in packed)
     W = cache.window_k.size(2)
-    held = torch.arange(W, device=k.device) < cache.n_window[:, None]
+    number = torch.arange(W, device=k.device)
+    held = number < cache.n_window.unsqueeze(1)
     b, i = held.nonzero(as_tuple=True)
     to = cache.n_packed[b] + i
-    slot = view.window.slots(W)[b, i]
+    slots = view.window.slots(W)
+    slot = slots[b, i]
     k[b, :, to] = cache.window_k[b, :, slot]
     z[b, :, to] = cache.window_v[b, :, slot]
     bits = cache.window_bits[b, :, slot]

@@ -137,12 +137,10 @@ def read_sequence(
     weights = p.split(widths, -1)
     read = []
     for (_, v), weight in zip(whole, weights, strict=False):
-        weight = weight.to(v.dtype)
-        read.append(torch.bmm(weight, v))
+        read.append(torch.bmm(weight.to(v.dtype), v))
     if older and older.longest:
         read.append(older.values(weights[-1]))
-    out = sum(read[1:], read[0])
-    return out, lse
+    return sum(read[1:], read[0]), lse
 
 
 def hide_later(logits: Tensor, T: int, n_whole: int) -> None:

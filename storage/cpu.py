@@ -116,15 +116,13 @@ def read_sequence(
         parts.append(older.logits(q))
     if not parts:
         nothing = torch.zeros_like(q, dtype=dtype)
-        lse = nothing.new_full(q.shape[:2], float("-inf"))
-        return nothing, lse
+        return nothing, nothing.new_full(q.shape[:2], float("-inf"))
     widths = [part.size(-1) for part in parts]
     logits = torch.cat(parts, -1).to(dtype)
     n_whole = sum(widths[: len(whole)])
     if cap:
         none = logits.isneginf()  # what holds no token
-        logits = soft_cap(logits, cap)
-        logits.masked_fill_(none, float("-inf"))
+        logits = soft_cap(logits, cap).masked_fill_(none, float("-inf"))
     if T > 1:
         hide_later(logits, T, n_whole)
     p = logits.softmax(-1)

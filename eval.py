@@ -83,16 +83,16 @@ import kv_router
 import lora
 import mixsga
 import selector
-from data import batch, content_hash, label_of, prepare_splits, same_text, whole_split
+from data import batch
 from loaders import checkpoint
-from loaders.compress import newest_whole, windows_of
+from loaders.compress import newest_whole
 from loaders.device import check_weights, device_name, pick_device
 from loaders.runs import Run, attach_storage, is_foreign, load_run
 from report.against_bytes import bytes_figure, points_of
 from report.figures import groups_figure, report_figure
 from report.made import write_record
 from report.plan import STORED_AS, Asked, Setting, bits_of, is_trained, plan_of
-from report.progress import EVERY, progress
+from report.progress import EVERY, progress, say
 from report.rivals import Rival, in_place, rivals_of
 from report.rows import (
     RowAbout,
@@ -104,6 +104,7 @@ from report.rows import (
     whole_value,
 )
 from report.tables import mean_over_texts, result_table, reuse_note
+from report.texts import calibration_windows, read_texts, window_of
 from selection.budgets import small_budget
 from tasks.common import Prompts, Task
 from tasks.make import READING, make_tasks
@@ -112,7 +113,6 @@ from tasks.zero_shot import ZeroShot
 from training import mixsga_table
 from training.shared_heads import TAIL
 
-LONGEST = 2048  # tokens of a sequence for a pretrained model, unless a flag says otherwise
 # What is not asked for is small where a base is pretrained here.
 MINIATURE = dict(batch_size=8, sequences=48, steps=20, lr=5e-4)
 
@@ -233,11 +233,6 @@ def measure(
     return rows, shown
 
 
-def say(line: str) -> None:
-    """Write a line about what is done, at once."""
-    tqdm.write(line, file=sys.stderr)
-
-
 @contextmanager
 def row_of(work: Work, task: Task, what: str) -> Iterator[None]:
     """Say which row is begun, and count it in the bar once it is measured."""
@@ -245,44 +240,6 @@ def row_of(work: Work, task: Task, what: str) -> Iterator[None]:
     say(f"row {work.bar.n + 1} of {work.bar.total}: {what}, {task.name}{of_text}")
     yield
     work.bar.update()
-
-
-def window_of(run: Run, cfg: EvalConfig) -> int:
-    """Tokens per sequence: --block_size, else what the run was trained with."""
-    longest = run.model.cfg.block_size
-    usual = min(LONGEST, longest) if is_foreign(run.path) else longest
-    window = cfg.block_size or run.config.get("block_size") or usual
-    check(
-        longest >= window,
-        f"block_size={window}",
-        f"the model's context is {longest}",
-        "give a smaller --block_size",
-    )
-    return window
-
-
-def corpus_of(run: Run, cfg: EvalConfig) -> str:
-    """The corpora that are read, a list: --dataset, else what was trained on."""
-    return cfg.dataset or run.config.get("corpus", "pycode")
-
-
-def read_texts(run: Run, asked: Asked) -> list[Text]:
-    """The texts that are read, one for each corpus."""
-    texts = []
-    for corpus in comma_list(corpus_of(run, asked.eval)):
-        split = split_of(run, corpus, asked.eval.split)
-        (tokens,) = prepare_splits(corpus, asked.data, run.tokenizer, [split])
-        sha256 = content_hash(corpus, asked.data)
-        texts.append(Text(tokens, {"corpus": label_of(corpus), "split": split, "sha256": sha256}))
-    return texts
-
-
-def split_of(run: Run, corpus: str, split: str) -> str:
-    """The part of a corpus that --split means: its own; test is all of a corpus without files of
-    its own for that, unless the run was trained on it."""
-    if split != "test" or same_text(corpus, run.config.get("corpus", "")):
-        return split
-    return whole_split(corpus, "test")
 
 
 def name_of(task: str, text: dict | None) -> tuple[str, str]:
@@ -299,30 +256,6 @@ def check_contexts(todo: list[Task], query: int) -> None:
         f"prompts of {min(lengths, default=0)} tokens have no context then",
         "give a smaller --query",
     )
-
-
-def calibration_windows(run: Run, asked: Asked, window: int, texts: list[Text]) -> list[Tensor]:
-    """Batches that bases are calibrated on. ValueError where they are of a text that is read."""
-    cfg = asked.eval
-    corpus = corpus_of(run, cfg)
-    held_out = all(text.about["split"] in ("val", "test") for text in texts)
-    check(
-        held_out or bool(cfg.calibrate),
-        f"split={cfg.split}",
-        "bases would be calibrated on the text that is measured",
-        "give --calibrate=CORPUS",
-    )
-    check(
-        not (texts and cfg.calibrate and same_text(cfg.calibrate, corpus)),
-        f"calibrate={cfg.calibrate!r}",
-        "that is the text that is measured",
-        "give another, or leave it out to calibrate on the training split",
-    )
-    split = whole_split(cfg.calibrate, "train") if cfg.calibrate else "train"
-    n = cfg.calibration
-    say(f"calibrating on {cfg.calibrate or corpus}, {n} sequences (--calibration) ...")
-    (text,) = prepare_splits(cfg.calibrate or corpus, asked.data, run.tokenizer, [split])
-    return windows_of(text, run, cfg.seed, cfg.calibration, window, cfg.batch_size)
 
 
 def about_row(run: Run, cfg: EvalConfig, kv: KVConfig) -> RowAbout:

@@ -23,7 +23,6 @@ Letters: B sequences, T new tokens, L tokens read, H heads, Hkv KV heads, D head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -39,10 +38,10 @@ from storage.cache import KVCache, NewTokens
 from storage.dense import DenseCache
 from storage.kernel_base import triton
 from storage.layout import at_least_float32, soft_cap
+from storage.rope_scaling import scale_frequencies
 from storage.sliding import SlidingCache
 
 QUERY_BLOCK = 256  # queries at a time where capped attention weights are formed in full
-LOSS_CHUNK = 512  # tokens whose logits are float32 at a time
 
 
 class RMSNorm(nn.Module):
@@ -60,48 +59,24 @@ class RMSNorm(nn.Module):
 
 def make_norm(cfg: ModelConfig, dim: int) -> nn.Module:
     """Return a norm over the last dimension, of cfg's kind."""
-    return (RMSNorm if cfg.norm == "rms" else nn.LayerNorm)(dim, cfg.norm_eps)
+    kind = RMSNorm if cfg.norm == "rms" else nn.LayerNorm
+    return kind(dim, cfg.norm_eps)
 
 
 def rope_table(cfg: ModelConfig, device="cpu") -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, both (block_size, D/2) float32, computed in float64.
 
-    Frequency i is theta^(-2i/D). With rope_factor > 1 a share of it stays and the rest is divided
-    by the factor. Where positions are learned nothing turns: all angles are 0."""
-    D = cfg.head_dim
-    pair = torch.arange(0, D, 2, dtype=torch.float64, device=device)
-    freq = cfg.rope_theta ** (-pair / D)  # (D/2,)
+    Frequency i is theta^(-2i/D), unless it is scaled (storage/rope_scaling.py). Where positions are
+    learned nothing turns: all angles are 0."""
+    pair = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64, device=device)
+    freq = cfg.rope_theta ** (-pair / cfg.head_dim)  # (D/2,)
     if cfg.rope_factor > 1:
-        stay = unscaled_share(cfg, freq)
-        freq = freq * (stay + (1 - stay) / cfg.rope_factor)
+        freq = scale_frequencies(cfg, freq)
     if cfg.positions == "learned":
         freq = torch.zeros_like(freq)
-    angle = torch.arange(cfg.block_size, dtype=torch.float64, device=device)[:, None] * freq
+    position = torch.arange(cfg.block_size, dtype=torch.float64, device=device)
+    angle = position[:, None] * freq
     return angle.cos().float(), angle.sin().float()
-
-
-def unscaled_share(cfg: ModelConfig, freq: Tensor) -> Tensor:
-    """Return the share (D/2,) of each frequency (D/2,), in radians a token, that RoPE scaling
-    leaves as it is.
-
-    linear: none. llama3, yarn: all of one that turns more than rope_high_freq times in
-    rope_original tokens, none of one that turns fewer than rope_low_freq times; in between llama3
-    blends by the turns, yarn (arXiv 2309.00071) by the dimension, from whole ones."""
-    if cfg.rope_scaling == "linear":
-        return torch.zeros_like(freq)
-    if cfg.rope_scaling == "llama3":
-        turns = cfg.rope_original * freq / (2 * math.pi)
-        return ((turns - cfg.rope_low_freq) / (cfg.rope_high_freq - cfg.rope_low_freq)).clamp(0, 1)
-
-    def pair_that_turns(n: float) -> float:
-        # theta^(-2i/D) rope_original = 2 pi n, solved for i
-        turns_of_first = cfg.rope_original / (2 * math.pi)
-        return cfg.head_dim / 2 * math.log(turns_of_first / n, cfg.rope_theta)
-
-    low = max(math.floor(pair_that_turns(cfg.rope_high_freq)), 0)
-    high = min(math.ceil(pair_that_turns(cfg.rope_low_freq)), cfg.head_dim - 1)
-    pair = torch.arange(len(freq), dtype=freq.dtype, device=freq.device)
-    return 1 - ((pair - low) / max(high - low, 0.001)).clamp(0, 1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -115,7 +90,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     wide = at_least_float32(x)
     cos = torch.cat((cos, cos), -1)
     sin = torch.cat((-sin, sin), -1)  # (..., T, D)
-    return torch.addcmul(wide * cos, wide.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
+    scaled = wide * cos
+    partner = wide.roll(x.size(-1) // 2, -1)
+    return torch.addcmul(scaled, partner, sin).to(x.dtype)
 
 
 def attention_mask(T: int, L: int, pad: Tensor | None, device, window: int = 0) -> Tensor:
@@ -130,7 +107,8 @@ def attention_mask(T: int, L: int, pad: Tensor | None, device, window: int = 0) 
         mask = mask & (i - j < window)
     if pad is not None:
         own = j == i  # a padding query reads itself: no empty softmax
-        mask = mask & (j >= pad[:, None, None, None]) | own  # (B, 1, T, L)
+        is_token = j >= pad[:, None, None, None]  # (B, 1, 1, L)
+        mask = mask & is_token | own  # (B, 1, T, L)
     return mask
 
 
@@ -146,10 +124,12 @@ def attend(
     window  newest tokens that a query reads; 0: all"""
     T = q.size(2)
     L = k.size(2)
-    plain = not cap and (window == 0 or window >= L)
-    if plain and pad is None and (T == L or T == 1):
+    reads_all = window == 0 or window >= L
+    fused_has_mask = T == L or T == 1  # its own causal one, or none
+    if fused_has_mask and reads_all and not cap and pad is None:
         return attend_fused(q, k, v, is_causal=T > 1)
-    return attend_masked(q, k, v, attention_mask(T, L, pad, q.device, window), cap)
+    mask = attention_mask(T, L, pad, q.device, window)
+    return attend_masked(q, k, v, mask, cap)
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.0) -> Tensor:
@@ -157,13 +137,19 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.
     D). Shapes and cap: see attend; mask is broadcast to (B, H, T, L)."""
     if not cap:
         return attend_fused(q, k, v, attn_mask=mask)
-    k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    n = q.size(1) // k.size(1)
+    k = k.repeat_interleave(n, 1)
+    v = v.repeat_interleave(n, 1)
+    scale = q.size(-1) ** -0.5
     out = []
     for a in range(0, q.size(2), QUERY_BLOCK):
         rows = slice(a, a + QUERY_BLOCK)
-        logits = at_least_float32((q[:, :, rows] * q.size(-1) ** -0.5) @ k.mT)
-        logits = soft_cap(logits, cap).masked_fill(~mask[..., rows, :], -math.inf)
-        out.append(logits.softmax(-1).to(v.dtype) @ v)
+        scaled = q[:, :, rows] * scale
+        logits = soft_cap(at_least_float32(scaled @ k.mT), cap)
+        unread = ~mask[..., rows, :]
+        logits = logits.masked_fill(unread, -math.inf)
+        weights = logits.softmax(-1).to(v.dtype)
+        out.append(weights @ v)
     return torch.cat(out, 2)
 
 
@@ -172,9 +158,12 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, **which) -> Tensor:
     that form no (T, L) weights share KV heads between query heads in 16 bits and without a mask
     only; so with a mask, or wider numbers there, every query head gets keys and values its own."""
     n = q.size(1) // k.size(1)
-    if n > 1 and ("attn_mask" in which or (q.is_cuda and q.element_size() > 2)):
-        k, v = (x.repeat_interleave(n, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.size(1) > k.size(1), **which)
+    is_wide = q.is_cuda and q.element_size() > 2
+    if n > 1 and ("attn_mask" in which or is_wide):
+        k = k.repeat_interleave(n, 1)
+        v = v.repeat_interleave(n, 1)
+    shared = q.size(1) > k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=shared, **which)
 
 
 class DensePath(nn.Module):
@@ -225,26 +214,18 @@ class DensePath(nn.Module):
         return triton is not None
 
 
-def put_dense_back(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """Put dense paths in the place of paths of a kind, which have Hkv, D and cap, in place. Returns
-    the model."""
-    for block in model.layers:
-        path = block.self_attn.kv_path
-        if isinstance(path, kind):
-            block.self_attn.kv_path = DensePath(path.Hkv, path.D, path.cap)
-    return model
-
-
 class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig, window: int = 0):
         super().__init__()
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=cfg.qkv_bias)
-        self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
-        self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=cfg.qkv_bias)
-        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=cfg.out_bias)
+        q_width = cfg.n_head * cfg.head_dim
+        kv_width = cfg.n_kv_head * cfg.head_dim
+        self.q_proj = nn.Linear(cfg.n_embd, q_width, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.n_embd, kv_width, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.n_embd, kv_width, bias=cfg.qkv_bias)
+        self.o_proj = nn.Linear(q_width, cfg.n_embd, bias=cfg.out_bias)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.rotates = cfg.positions == "rope"
@@ -258,9 +239,12 @@ class Attention(nn.Module):
         """q (B, H, T, D), k, v (B, Hkv, T, D) of x (B, T, n_embd), normed and rotated."""
         B, T, _ = x.shape
         D = self.head_dim
-        q = self.q_norm(self.q_proj(x).view(B, T, self.n_head, D)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_head, D)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, D).transpose(1, 2)  # (B, Hkv, T, D)
+        q = self.q_proj(x).view(B, T, self.n_head, D)
+        q = self.q_norm(q).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, D)
+        k = self.k_norm(k).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, D)
+        v = v.transpose(1, 2)
         if self.query_gain != 1:
             q = q * self.query_gain
         if not self.rotates:
@@ -276,7 +260,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Project x (B, T, n_embd), let the path read by its verb (forward, prefill or decode), and
         project back: (B, T, n_embd). pad (B,): leading columns of these T that are padding."""
-        return self.output(self.read(x, *self.project(x, cos, sin), verb, cache, pad))
+        q, k, v = self.project(x, cos, sin)
+        y = self.read(x, q, k, v, verb, cache, pad)
+        return self.output(y)
 
     def read(self, x, q, k, v, verb: str, cache=None, pad: Tensor | None = None) -> Tensor:
         """Call the path's verb: (B, H, T, D)."""
@@ -303,7 +289,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.activation(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -323,7 +310,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, verb: str, cache=None, pad: Tensor | None = None
     ) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), cos, sin, verb, cache, pad)
+        h = self.input_layernorm(x)
+        y = self.self_attn(h, cos, sin, verb, cache, pad)
         return self.feed(x + self.attn_out_norm(y))
 
     def feed(self, x: Tensor) -> Tensor:
@@ -337,7 +325,8 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """Do what forward does with the path's y."""
-        return self.feed(x + self.attn_out_norm(self.self_attn.output(y)))
+        y = self.self_attn.output(y)
+        return self.feed(x + self.attn_out_norm(y))
 
 
 class Transformer(nn.Module):
@@ -347,7 +336,8 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         if cfg.positions == "learned":
             self.embed_positions = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.layers = nn.ModuleList(Block(cfg, cfg.slides(i)) for i in range(cfg.n_layer))
+        blocks = [Block(cfg, cfg.slides(i)) for i in range(cfg.n_layer)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = make_norm(cfg, cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
@@ -357,13 +347,15 @@ class Transformer(nn.Module):
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         if cfg.rope_local_theta:  # the sliding layers' own
-            cos, sin = rope_table(replace(cfg, rope_theta=cfg.rope_local_theta, rope_factor=1.0))
+            local = replace(cfg, rope_theta=cfg.rope_local_theta, rope_factor=1.0)
+            cos, sin = rope_table(local)
             self.register_buffer("rope_local_cos", cos, persistent=False)
             self.register_buffer("rope_local_sin", sin, persistent=False)
         self.apply(self._init)
+        small = 0.02 / math.sqrt(2 * cfg.n_layer)
         for block in self.layers:  # residual branches start small, as in GPT-2
-            for linear in (block.self_attn.o_proj, block.mlp.down_proj):
-                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * cfg.n_layer))
+            nn.init.normal_(block.self_attn.o_proj.weight, std=small)
+            nn.init.normal_(block.mlp.down_proj.weight, std=small)
 
     @staticmethod
     def _init(m: nn.Module) -> None:
@@ -397,13 +389,15 @@ class Transformer(nn.Module):
         if n_sliding:
             in_window = int(cache.lengths.clamp_max(self.cfg.sliding_window).sum())
             kept += min(n_tokens, in_window) * n_sliding
-        return 2 * cache.layers[0].dtype.itemsize * kept * self.cfg.n_kv_head * self.cfg.head_dim
+        width = self.cfg.n_kv_head * self.cfg.head_dim
+        numbers = 2 * kept * width
+        return numbers * cache.layers[0].dtype.itemsize
 
     def share_of_dense(self, n_tokens: int, cache: KVCache) -> float:
         """Return the bytes of `cache` over those of n_tokens kept whole, both with 16 bits for
         whole numbers."""
-        dense = self.dense_bytes(n_tokens, cache) * 2 // cache.layers[0].dtype.itemsize
-        return cache.nbytes_in_16_bits() / dense
+        numbers = self.dense_bytes(n_tokens, cache) // cache.layers[0].dtype.itemsize
+        return cache.nbytes_in_16_bits() / (2 * numbers)
 
     def kv_losses(self) -> dict[str, Tensor]:
         """Return the paths' losses of the last training forward, the mean over layers by name."""
@@ -427,7 +421,9 @@ class Transformer(nn.Module):
         if cache.length + new <= self.cfg.block_size:
             return new
         lengths = cache.lengths + T
-        longest = int((lengths if n_pad is None else lengths - n_pad).max())
+        if n_pad is not None:
+            lengths = lengths - n_pad
+        longest = int(lengths.max())
         self._check_context(longest)
         return longest - cache.length
 
@@ -435,7 +431,8 @@ class Transformer(nn.Module):
         """Return embeddings (B, T, n_embd) of ids (B, T) at positions (B or 1, T)."""
         x = self.embed_tokens(idx)
         if self.cfg.embedding_scale != 1:  # rounded as x is, as in Gemma
-            x = x * torch.tensor(self.cfg.embedding_scale, dtype=x.dtype)
+            scale = torch.tensor(self.cfg.embedding_scale, dtype=x.dtype)
+            x = x * scale
         if self.cfg.positions == "learned":
             x = x + self.embed_positions(position)
         return x
@@ -447,7 +444,7 @@ class Transformer(nn.Module):
         def at(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
             if isinstance(position, slice):
                 return cos[position], sin[position]
-            return cos[position][:, None], sin[position][:, None]
+            return cos[position].unsqueeze(1), sin[position].unsqueeze(1)
 
         far = at(self.rope_cos, self.rope_sin)
         if not self.cfg.rope_local_theta:
@@ -455,7 +452,9 @@ class Transformer(nn.Module):
         return far, at(self.rope_local_cos, self.rope_local_sin)
 
     def _head(self, x: Tensor, last_only: bool) -> Tensor:
-        logits = self.lm_head(self.norm(x[:, -1:] if last_only else x))
+        if last_only:
+            x = x[:, -1:]
+        logits = self.lm_head(self.norm(x))
         return soft_cap(logits, self.cfg.logit_cap)
 
     def forward(self, idx: Tensor, pad: Tensor | None = None, last_only: bool = False) -> Tensor:
@@ -524,7 +523,8 @@ class Transformer(nn.Module):
         x = self._embed(idx, position)
         for block, layer in zip(self.layers, cache.layers, strict=True):
             h, q, k, v = before(block, x, *rope[block.slides])
-            x = after(block, x, block.self_attn.read(h, q, k, v, "decode", layer))
+            y = block.self_attn.read(h, q, k, v, "decode", layer)
+            x = after(block, x, y)
         return self._head(x, last_only=True)
 
 
@@ -538,61 +538,3 @@ def evaluating(model: nn.Module):
             yield
     finally:
         model.train(was_training)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropies (n,) of logits (n, vocab) and targets (n,), 0 where left out (-100).
-
-    Logits of a large vocabulary are most of a step's memory, and autograd keeps them twice more in
-    float32. Here a chunk of tokens at a time is: the backward pass computes it anew."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, targets)
-        chunks = zip(logits.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return torch.cat(
-            [F.cross_entropy(at_least_float32(x), y, reduction="none") for x, y in chunks]
-        )
-
-    @staticmethod
-    def backward(ctx, dlosses: Tensor):
-        logits, targets = ctx.saved_tensors
-        counted = targets != -100
-        hit = targets.clamp_min(0).unsqueeze(-1)
-        weight = (dlosses * counted).unsqueeze(-1)
-        dlogits = torch.empty_like(logits)
-        for a in range(0, len(logits), LOSS_CHUNK):
-            rows = slice(a, a + LOSS_CHUNK)
-            p = at_least_float32(logits[rows]).softmax(-1).mul_(weight[rows])
-            p.scatter_add_(1, hit[rows], -weight[rows])
-            dlogits[rows] = p
-        return dlogits, None
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropies (B, T) in nats of logits (B, T, vocab) and targets (B, T) int64; 0 where
-    those are -100."""
-    losses = ChunkedCrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
-    return losses.view_as(targets)
-
-
-def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats over targets (B, T) int64; -100 marks targets left out
-    (all left out gives NaN)."""
-    return token_losses(logits, targets).sum() / (targets != -100).sum()
-
-
-@contextmanager
-def record_layers(layers: list[Attention], see: Callable[..., None]):
-    """Call see(i, x, q, k, v) inside the `with` whenever the path of layers[i] runs its forward
-    verb: how calibration and diagnosis look into a model without changing it."""
-
-    def hook_of(i: int):
-        return lambda module, args: see(i, *args[:4])
-
-    hooks = [a.kv_path.register_forward_pre_hook(hook_of(i)) for i, a in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -81,9 +81,10 @@ from loaders.tokenizer import get_tokenizer
 from report.made import write_record
 from training.adapters import adapt_stage, adaptation, run_table
 from training.base import load_base, pretrain_stage
-from training.loop import NonFinite, Stage, out_of_memory_explained, train
+from training.loop import NonFinite, out_of_memory_explained, train
 from training.predictors import select_stage
 from training.shared_heads import continue_stage
+from training.stage import Stage
 from training.world import World, world
 
 

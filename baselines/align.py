@@ -30,10 +30,12 @@ from torch import Tensor
 
 from config import check
 from mixsga import GroupedHeads, attend_window
-from model import Attention, DensePath, evaluating, lm_loss, record_layers
+from model import Attention, DensePath, evaluating
 from reconstruct import ridge_solve
+from routing.calibration import record_layers
 from storage.coordinates import change_coordinates
 from storage.experts import averaged
+from training.loss import lm_loss
 
 SWEEPS = 10  # of Procrustes over the heads of a group
 GAIN = 2.0  # scores per standard deviation of a token's predicted cost

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from baselines.paths import put_dense_back
 from config import ModelConfig, check
 from model import (
     Transformer,
@@ -25,7 +26,6 @@ from model import (
     attend,
     attend_masked,
     attention_mask,
-    put_dense_back,
 )
 from storage.cache import NewTokens, check_range, check_truncation
 from storage.dense import DenseCache

@@ -29,8 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from baselines.paths import put_dense_back
 from config import ModelConfig, check
-from model import attend, attend_masked, attention_mask, put_dense_back
+from model import attend, attend_masked, attention_mask
 from storage.cache import CacheView, LayerCacheBase, NewTokens, check_range, check_truncation
 from storage.integers.format import SMALLEST, pack_bits, unpack_bits
 from storage.layout import WindowView, at_least_float32, soft_cap

@@ -60,7 +60,8 @@ from baselines.coded import (
     unturned,
 )
 from config import check
-from model import Transformer, evaluating, record_layers
+from model import Transformer, evaluating
+from routing.calibration import record_layers
 from storage.integers.format import LEVEL_BITS, LEVEL_STEPS
 from storage.layout import at_least_float32
 

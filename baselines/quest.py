@@ -37,6 +37,7 @@ from kv_router import ValueGroupPath
 from model import attend, attend_masked, attention_mask
 from routing.in_window import group_logits, group_weights, window_mask
 from selection.relevance import NEVER
+from storage.as_dense import as_dense
 from storage.cache import LayerCacheBase, NewTokens
 from storage.dense import DenseCache
 from storage.layout import at_least_float32, cdiv, expand_mask, soft_cap, top_k_mask
@@ -133,7 +134,8 @@ class QuestGroupCache(PageBounds, PackedCache):
         self.start_bounds(max_len, self.window_k)
 
     def keys_in_order(self) -> Tensor:
-        return self.unpack()[0]
+        k, _, _ = as_dense(self)
+        return k
 
 
 # -------------------- what is read
@@ -270,7 +272,7 @@ class QuestPath(ValueGroupPath):
         on."""
         if isinstance(cache, QuestCache):
             return cache.window_k, cache.window_v
-        k, z, _ = cache.unpack()
+        k, z, _ = as_dense(cache)
         number = torch.arange(k.size(2), device=k.device)
         packed = number < cache.n_packed[:, None]  # the rest is whole
         packed = packed[:, None, :, None]

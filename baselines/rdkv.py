@@ -97,8 +97,10 @@ def channel_costs(n_kept: Tensor) -> Tensor:
     """Count the bits of a key channel of n_kept (...) tokens in every level: (..., 5) float64."""
     bits = torch.tensor(BITS, device=n_kept.device).double()
     # a channel without bits has its mean
-    steps = torch.tensor([16, STEP_BITS, STEP_BITS, STEP_BITS, 0], device=n_kept.device)
-    return n_kept.double().unsqueeze(-1) * bits + steps
+    besides = (16, STEP_BITS, STEP_BITS, STEP_BITS, 0)
+    besides = torch.tensor(besides, device=n_kept.device)
+    n_numbers = n_kept.double().unsqueeze(-1)
+    return n_numbers * bits + besides
 
 
 def at_water_level(d: Distortion, theta: Tensor) -> tuple[Levels, Tensor]:
@@ -106,24 +108,29 @@ def at_water_level(d: Distortion, theta: Tensor) -> tuple[Levels, Tensor]:
     D = d.channels.size(3)
     level = theta[:, None, None, None]
     costs = token_costs(D, theta.device)
-    tokens = (d.tokens + level * costs).argmin(-1)
-    tokens = tokens * d.there
+    cheapest = (d.tokens + level * costs).argmin(-1)
+    tokens = cheapest * d.there
     kept = tokens > 0
-    total = torch.einsum("bhmdl,bhm->bhdl", d.channels, kept.to(d.channels.dtype))
-    channel_cost = channel_costs(kept.sum(-1)).unsqueeze(2)  # (B, Hkv, 1, 5)
+    counted = kept.to(d.channels.dtype)
+    total = torch.einsum("bhmdl,bhm->bhdl", d.channels, counted)
+    n_kept = kept.sum(-1)
+    channel_cost = channel_costs(n_kept).unsqueeze(2)  # (B, Hkv, 1, 5)
     channels = (total + level * channel_cost).argmin(-1)
-    of_channels = channel_cost.expand_as(total).gather(-1, channels.unsqueeze(-1))
+    every_cost = channel_cost.expand_as(total)
+    of_channels = every_cost.gather(-1, channels.unsqueeze(-1))
     of_tokens = costs[tokens]
     bits = of_tokens.sum((1, 2)) + of_channels.sum((1, 2, 3))
-    return Levels(tokens.to(torch.uint8), channels.to(torch.uint8)), bits
+    levels = Levels(tokens.to(torch.uint8), channels.to(torch.uint8))
+    return levels, bits
 
 
 def fill(d: Distortion, budget: Tensor) -> Levels:
     """Return the levels at the lowest water level that fits into budget (B,) bits. ValueError
     where none does."""
-    scale = d.tokens.amax((1, 2, 3)).double().clamp_min(1e-30)
-    low = scale.log() - 40  # everything has all bits
-    high = scale.log() + 10  # nothing has any
+    largest = d.tokens.amax((1, 2, 3)).double()
+    scale = largest.clamp_min(1e-30).log()
+    low = scale - 40  # everything has all bits
+    high = scale + 10  # nothing has any
     _, least = at_water_level(d, high.exp())
     check(
         not (least > budget).any(),
@@ -137,7 +144,8 @@ def fill(d: Distortion, budget: Tensor) -> Levels:
         fits = bits <= budget
         high = torch.where(fits, middle, high)
         low = torch.where(fits, low, middle)
-    return at_water_level(d, high.exp())[0]
+    levels, _ = at_water_level(d, high.exp())
+    return levels
 
 
 # -------------------- what matters
@@ -150,7 +158,8 @@ def rounded(x: Tensor, level: int) -> Tensor:
         return mean.to(x.dtype).expand_as(x)
     if BITS[level] == 16:
         return x.half().to(x.dtype)
-    return dequantise(*quantise(x, BITS[level]), x.dtype)
+    codes, step, low = quantise(x, BITS[level])
+    return dequantise(codes, step, low, x.dtype)
 
 
 def observed(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float) -> Tensor:
@@ -159,12 +168,15 @@ def observed(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float) -> Tensor:
     T = q.size(2)
     W = min(OBSERVERS, T)
     n = q.size(1) // k.size(1)
-    newest = q[:, :, -W:].unflatten(1, (k.size(1), n))
-    scaled = newest * q.size(-1) ** -0.5
+    newest = q[:, :, -W:]
+    by_head = newest.unflatten(1, (k.size(1), n))
+    scaled = by_head * q.size(-1) ** -0.5
     logits = scaled @ k.unsqueeze(2).mT  # (B, Hkv, n, W, T)
-    logits = soft_cap(at_least_float32(logits.flatten(1, 2)), cap)
+    logits = at_least_float32(logits.flatten(1, 2))
+    logits = soft_cap(logits, cap)
     visible = attention_mask(W, T, n_pad, q.device)
-    return logits.masked_fill(~visible, float("-inf")).softmax(-1)
+    logits = logits.masked_fill(~visible, float("-inf"))
+    return logits.softmax(-1)
 
 
 def distortion(middle: Middle, q: Tensor, p: Tensor, o: Tensor) -> Distortion:
@@ -176,7 +188,8 @@ def distortion(middle: Middle, q: Tensor, p: Tensor, o: Tensor) -> Distortion:
     k = at_least_float32(middle.k)
     v = at_least_float32(middle.v)
     # |v - o|^2 of every token and query
-    of_values = v.square().sum(-1)[:, :, None, None]
+    of_values = v.square().sum(-1)
+    of_values = of_values[:, :, None, None]
     of_read = o.square().sum(-1, keepdim=True)
     both = torch.einsum("bhnwd,bhmd->bhnwm", o, v)
     away = of_values - 2 * both + of_read
@@ -185,7 +198,8 @@ def distortion(middle: Middle, q: Tensor, p: Tensor, o: Tensor) -> Distortion:
     tokens = [gone.mean((2, 3))]
     for level in range(1, len(BITS)):
         error = v - rounded(v, level)
-        tokens.append(weight * error.square().sum(-1))
+        squared = error.square().sum(-1)
+        tokens.append(weight * squared)
     n_observers = q.size(2) * q.size(3)
     total = torch.einsum("bhnwd,bhnwm->bhmd", q.square(), gone)
     per_number = total / (n_observers * q.size(-1))
@@ -193,8 +207,10 @@ def distortion(middle: Middle, q: Tensor, p: Tensor, o: Tensor) -> Distortion:
     for level in range(len(BITS)):
         error = k - rounded_channels(k, middle.there, level)
         channels.append(per_number * error.square())
-    there = middle.there[:, None]
-    return Distortion(torch.stack(tokens, -1), torch.stack(channels, -1), there)
+    of_tokens = torch.stack(tokens, -1)
+    of_channels = torch.stack(channels, -1)
+    there = middle.there.unsqueeze(1)
+    return Distortion(of_tokens, of_channels, there)
 
 
 def rounded_channels(k: Tensor, there: Tensor, level: int) -> Tensor:
@@ -202,8 +218,9 @@ def rounded_channels(k: Tensor, there: Tensor, level: int) -> Tensor:
     filled = k
     if not there.all():  # what is not there has the channel's mean
         real = there[:, None, :, None]
-        n = real.sum(2, keepdim=True).clamp_min(1)
-        mean = (k * real).sum(2, keepdim=True) / n
+        n = real.sum(2, keepdim=True)
+        total = (k * real).sum(2, keepdim=True)
+        mean = total / n.clamp_min(1)
         filled = torch.where(real, k, mean)
     return rounded(filled.mT, level).mT
 
@@ -227,16 +244,19 @@ def pack_in_order(codes: Tensor, bits: int) -> Tensor:
     """Return codes (..., n) as bytes: the first n' of them are in the first cdiv(n' bits, 8)."""
     each = 8 // bits
     missing = -codes.size(-1) % each
-    codes = F.pad(codes, (0, missing)).unflatten(-1, (-1, each))
-    shifts = bits * torch.arange(each, device=codes.device)
-    return (codes.long() << shifts).sum(-1).to(torch.uint8)
+    codes = F.pad(codes, (0, missing)).long()
+    codes = codes.unflatten(-1, (-1, each))
+    place = torch.arange(each, device=codes.device)
+    data = codes << bits * place
+    return data.sum(-1).to(torch.uint8)
 
 
 def unpack_in_order(data: Tensor, bits: int, n: int) -> Tensor:
     """Return the first n codes (..., n) uint8 of bytes that pack_in_order has packed."""
     each = 8 // bits
-    shifts = bits * torch.arange(each, dtype=torch.uint8, device=data.device)
-    codes = data.unsqueeze(-1) >> shifts & 2**bits - 1
+    place = torch.arange(each, dtype=torch.uint8, device=data.device)
+    shifted = data.unsqueeze(-1) >> bits * place
+    codes = shifted & 2**bits - 1
     return codes.flatten(-2)[..., :n]
 
 
@@ -246,7 +266,8 @@ def row_bytes(levels: Tensor, n: Tensor, of_mean: int) -> Tensor:
     level = levels.long()
     bits = torch.tensor(BITS, device=level.device)
     extra = torch.tensor([of_mean, 4, 4, 4, 0], device=level.device)
-    size = cdiv(n * bits[level], 8) + extra[level]
+    of_codes = cdiv(n * bits[level], 8)
+    size = of_codes + extra[level]
     return size * (n > 0)
 
 
@@ -256,17 +277,20 @@ def layout_of(levels: Levels, n_coded: Tensor) -> Layout:
     D = levels.channels.size(2)
     n_kept = (levels.tokens > 0).sum(-1, keepdim=True)
     of_header = cdiv(Hkv * (D + n_coded), 2)
-    of_channels = row_bytes(levels.channels, n_kept.expand(-1, -1, D), 2)
+    n_kept = n_kept.expand(-1, -1, D)
+    of_channels = row_bytes(levels.channels, n_kept, 2)
     n_numbers = torch.full_like(levels.tokens, D, dtype=torch.int64)
     of_tokens = row_bytes(levels.tokens, n_numbers, 0)
     header = cdiv(Hkv * (D + M), 2)
     widths = (4 + 2 * M, 4 + 2 * D)
     place = torch.arange(header, device=n_coded.device)
-    masks = [place < of_header[:, None]]
+    masks = [place < of_header.unsqueeze(1)]
     for sizes, width in zip((of_channels, of_tokens), widths, strict=True):
         place = torch.arange(width, device=n_coded.device)
-        masks.append((place < sizes.unsqueeze(-1)).flatten(1))
-    return Layout(header, *widths, torch.cat(masks, 1))
+        stored = place < sizes.unsqueeze(-1)
+        masks.append(stored.flatten(1))
+    there = torch.cat(masks, 1)
+    return Layout(header, *widths, there)
 
 
 def as_rows(x: Tensor, levels: Tensor, width: int, mean: Tensor | None = None) -> Tensor:
@@ -282,9 +306,12 @@ def as_rows(x: Tensor, levels: Tensor, width: int, mean: Tensor | None = None) -
         else:
             codes, step, low = quantise(x, BITS[level])
             scale = torch.stack((step, low), -1).view(torch.uint8)
-            row = torch.cat((scale, pack_in_order(codes, BITS[level])), -1)
-        row = F.pad(row, (0, width - row.size(-1)))
-        out = torch.where((levels == level).unsqueeze(-1), row, out)
+            coded = pack_in_order(codes, BITS[level])
+            row = torch.cat((scale, coded), -1)
+        missing = width - row.size(-1)
+        row = F.pad(row, (0, missing))
+        here = (levels == level).unsqueeze(-1)
+        out = torch.where(here, row, out)
     return out
 
 
@@ -309,19 +336,21 @@ def from_rows(data: Tensor, levels: Tensor, n: int, means: bool) -> Tensor:
             row = halves(data[..., : 2 * n])
         else:
             bits = BITS[level]
-            scale = in_a_row(data[..., :4]).view(torch.float16)
-            step, low = scale.unbind(-1)
-            coded = data[..., 4 : 4 + cdiv(n * bits, 8)]
-            codes = unpack_in_order(coded, bits, n)
+            scale = in_a_row(data[..., :4])
+            step, low = scale.view(torch.float16).unbind(-1)
+            end = 4 + cdiv(n * bits, 8)
+            codes = unpack_in_order(data[..., 4:end], bits, n)
             row = dequantise(codes, step, low, torch.float32)
-        out = torch.where((levels == level).unsqueeze(-1), row, out)
+        here = (levels == level).unsqueeze(-1)
+        out = torch.where(here, row, out)
     return out
 
 
 def kept_first(tokens: Tensor) -> Tensor:
     """Return the order (B, Hkv, M) in which kept tokens come first, else as they were."""
     dropped = (tokens == 0).to(torch.uint8)
-    return dropped.sort(dim=-1, stable=True).indices
+    _, order = dropped.sort(dim=-1, stable=True)
+    return order
 
 
 def write(k: Tensor, v: Tensor, levels: Levels, n_coded: Tensor) -> list[Tensor]:
@@ -332,19 +361,22 @@ def write(k: Tensor, v: Tensor, levels: Levels, n_coded: Tensor) -> list[Tensor]
     of_tokens = levels.tokens.mT.flatten(1)
     every = torch.cat((of_channels, of_tokens), 1)
     order = kept_first(levels.tokens).unsqueeze(-1)
-    kept = at_least_float32(k).take_along_dim(order, 2).mT  # (B, Hkv, D, M)
-    n_kept = (levels.tokens > 0).sum(-1)[:, :, None]
+    k = at_least_float32(k)
+    v = at_least_float32(v)
+    kept = k.take_along_dim(order, 2).mT  # (B, Hkv, D, M)
+    n_kept = (levels.tokens > 0).sum(-1, keepdim=True)
     column = torch.arange(kept.size(-1), device=k.device)
     there = column < n_kept.unsqueeze(-1)
-    mean = (kept * there).sum(-1) / n_kept.clamp_min(1)
+    total = (kept * there).sum(-1)
+    mean = total / n_kept.clamp_min(1)
     kept = torch.where(there, kept, kept[..., :1])  # they widen no step
-    parts = (
-        pack_in_order(every, LEVEL_BITS),
-        as_rows(kept, levels.channels, layout.channel_width, mean).flatten(1),
-        as_rows(at_least_float32(v), levels.tokens, layout.token_width).flatten(1),
-    )
-    data = torch.cat(parts, 1)[layout.there]
-    return list(data.split(layout.there.sum(1).tolist()))
+    header = pack_in_order(every, LEVEL_BITS)
+    of_keys = as_rows(kept, levels.channels, layout.channel_width, mean)
+    of_values = as_rows(v, levels.tokens, layout.token_width)
+    padded = torch.cat((header, of_keys.flatten(1), of_values.flatten(1)), 1)
+    data = padded[layout.there]
+    lengths = layout.there.sum(1).tolist()
+    return list(data.split(lengths))
 
 
 def read(strings: list[Tensor], n_coded: Tensor, Hkv: int, D: int) -> Decoded:
@@ -356,25 +388,30 @@ def read(strings: list[Tensor], n_coded: Tensor, Hkv: int, D: int) -> Decoded:
     first = []
     for s in strings:
         missing = max(0, header - len(s))
-        first.append(F.pad(s[:header], (0, missing)))
-    every = unpack_in_order(torch.stack(first), LEVEL_BITS, Hkv * (D + M))
+        padded = F.pad(s[:header], (0, missing))
+        first.append(padded)
+    headers = torch.stack(first)
+    every = unpack_in_order(headers, LEVEL_BITS, Hkv * (D + M))
     channels, tokens = every.split((Hkv * D, Hkv * M), 1)
     channels = channels.view(B, Hkv, D)
     tokens = tokens.view(B, M, Hkv).mT
     column = torch.arange(M, device=n_coded.device)
-    there = column < n_coded[:, None]
-    tokens = tokens * there[:, None]
+    there = column < n_coded.unsqueeze(1)
+    tokens = tokens * there.unsqueeze(1)
     levels = Levels(tokens, channels)
     layout = layout_of(levels, n_coded)
     data = torch.zeros(layout.there.shape, dtype=torch.uint8, device=n_coded.device)
     data[layout.there] = torch.cat(strings)
-    sizes = (header, Hkv * D * layout.channel_width, Hkv * M * layout.token_width)
-    _, of_channels, of_tokens = data.split(sizes, 1)
+    of_keys = Hkv * D * layout.channel_width
+    of_values = Hkv * M * layout.token_width
+    _, of_channels, of_tokens = data.split((header, of_keys, of_values), 1)
     rows = of_channels.view(B, Hkv, D, layout.channel_width)
     sorted_k = from_rows(rows, channels, M, means=True).mT  # (B, Hkv, M, D)
-    order = kept_first(tokens).unsqueeze(-1).expand_as(sorted_k)
+    order = kept_first(tokens).unsqueeze(-1)
+    order = order.expand_as(sorted_k)
     kept = tokens > 0
-    k = torch.zeros_like(sorted_k).scatter(2, order, sorted_k)
+    k = torch.zeros_like(sorted_k)
+    k = k.scatter(2, order, sorted_k)
     k = k * kept.unsqueeze(-1)
     rows = of_tokens.view(B, Hkv, M, layout.token_width)
     v = from_rows(rows, tokens, D, means=False)
@@ -390,6 +427,7 @@ class RdkvCodec:
         self.kept = kept
 
     def constants(self) -> dict[str, Tensor]:
+        """Return the model's tensors that are needed to read strings: none."""
         return {}
 
     def described(self) -> str:
@@ -401,38 +439,52 @@ class RdkvCodec:
         _, Hkv, _, D = cache.window_k.shape
         whole = 2 * 16 * Hkv * D  # bits of a token
         n = cache.lengths.double()
+        in_window = cache.n_window * whole
         levels = LEVEL_BITS * Hkv * (cache.n_coded + D)
         filled_up = 8 * Hkv * D  # a channel's last byte
         counts = 64 * 4
-        held = cache.n_window * whole + levels + filled_up + counts
+        held = in_window + levels + filled_up + counts
         return self.kept.share * n * whole - held
 
     def read(self, cache: CodedCache) -> None:
         """Decode the strings of a layer's cache."""
         _, Hkv, _, D = cache.window_k.shape
-        k, v, kept = read(cache.strings(), cache.n_coded, Hkv, D)
-        cache.middle = Decoded(k.to(cache.dtype), v.to(cache.dtype), kept)
+        strings = cache.strings()
+        k, v, kept = read(strings, cache.n_coded, Hkv, D)
+        k = k.to(cache.dtype)
+        v = v.to(cache.dtype)
+        cache.middle = Decoded(k, v, kept)
 
 
 class RdkvPath(CodedPath):
     """One layer that gives its prompt's tokens and channels their bits."""
 
     def code(self, cache: CodedCache, middle: Middle, q, k, v, y, n_pad) -> None:
+        """Code the middle of a prompt into the cache's strings.
+
+        q      (B, H, T, D), the prompt's queries
+        k, v   (B, Hkv, T, D), its keys and values
+        y      (B, H, T, D), what its queries read
+        n_pad  (B,), left padding of each row, or None"""
         M = middle.k.size(2)
         if not M:
             cache.set_payload([cache.payload] * len(q))
             return
         p = observed(q, k, n_pad, self.cap)
         W = p.size(2)
-        pad = torch.zeros_like(cache.n_window) if n_pad is None else n_pad
-        column = (pad[:, None] + middle.number).clamp_max(k.size(2) - 1)
+        column = middle.number
+        if n_pad is not None:
+            column = column + n_pad.unsqueeze(1)
+        column = column.clamp_max(k.size(2) - 1)
         p = p.take_along_dim(column[:, None, None], 3)
         p = pooled(p, POOL) * middle.there[:, None, None]
         newest = (q[:, :, -W:], p, y[:, :, -W:])
         by_head = [t.unflatten(1, (self.Hkv, -1)) for t in newest]
         measured = distortion(middle, *map(at_least_float32, by_head))
-        levels = fill(measured, self.codec.budget(cache))
-        cache.set_payload(write(middle.k, middle.v, levels, cache.n_coded))
+        budget = self.codec.budget(cache)
+        levels = fill(measured, budget)
+        strings = write(middle.k, middle.v, levels, cache.n_coded)
+        cache.set_payload(strings)
 
 
 def attach(model: Transformer, kept: Kept) -> Transformer:

@@ -12,8 +12,9 @@ from benchmarks.train import step_rows, stepper
 from config import ModelConfig
 from loaders.device import pick_device
 from measure_config import BenchConfig
-from model import Transformer, lm_loss
+from model import Transformer
 from settings.adapters import AdapterConfig
+from training.loss import lm_loss
 
 
 def bench_adapter(cfg: BenchConfig, c: ModelConfig) -> list[dict]:

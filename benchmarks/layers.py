@@ -104,10 +104,11 @@ from data import content_hash, label_of, prepare_splits, same_text, whole_split
 from loaders.compress import windows_of
 from loaders.device import device_name, pick_device
 from loaders.runs import Run, load_run
-from model import Transformer, evaluating, record_layers
+from model import Transformer, evaluating
 from reconstruct import RIDGE, change_by, own_heads, ridge_solve, solve_own_heads
 from report.figures import layers_figure
 from routing.bases import output_metric
+from routing.calibration import record_layers
 from storage.integers.format import keys_as_read
 from storage.layout import cdiv
 

@@ -74,7 +74,8 @@ from benchmarks.common import (
 )
 from data import Corpus
 from loaders.device import device_name, pick_device
-from training.loop import Stage, Trainer
+from training.loop import Trainer
+from training.stage import Stage
 from training.world import World
 
 ADAPTED = dict(r=8, alpha=16.0, lora_dropout=0.05)

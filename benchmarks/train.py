@@ -16,7 +16,8 @@ from benchmarks.common import interleaved, random_batches, shape_name
 from config import ModelConfig
 from loaders.device import autocast, device_name, pick_device
 from measure_config import BenchConfig
-from model import Transformer, lm_loss
+from model import Transformer
+from training.loss import lm_loss
 
 
 class PlainNorm(nn.Module):

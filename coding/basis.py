@@ -35,7 +35,8 @@ from torch import Tensor
 
 from baselines.coded import as_vectors, coded_layers, unturned
 from config import check
-from model import Transformer, evaluating, record_layers
+from model import Transformer, evaluating
+from routing.calibration import record_layers
 from storage.entropy import Table, table_of
 from storage.layout import cdiv
 

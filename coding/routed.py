@@ -101,25 +101,31 @@ def read_by_last(q: Tensor, k: Tensor, n_pad: Tensor | None, cap: float = 0.0) -
     B, _, T, D = q.shape
     W = min(ASKING, T)
     Hkv = k.size(1)
-    last = q[:, :, T - W :].float() * D**-0.5
-    by_head = last.unflatten(1, (Hkv, -1))
-    logits = soft_cap(by_head @ k.float().unsqueeze(2).mT, cap)
-    mask = attention_mask(W, T, n_pad, q.device)[:, None]
-    share = logits.masked_fill(~mask, float("-inf")).softmax(-1)  # (B, Hkv, n, W, T)
+    last = q[:, :, T - W :].float()
+    scaled = last * D**-0.5
+    by_head = scaled.unflatten(1, (Hkv, -1))
+    keys = k.float().unsqueeze(2)
+    logits = soft_cap(by_head @ keys.mT, cap)
+    mask = attention_mask(W, T, n_pad, q.device).unsqueeze(1)
+    logits = logits.masked_fill(~mask, float("-inf"))
+    share = logits.softmax(-1)  # (B, Hkv, n, W, T)
     real = torch.ones(B, W, device=q.device)
     if n_pad is not None:
         column = torch.arange(T - W, T, device=q.device)
-        real = (column >= n_pad[:, None]).float()
-    part = real / real.sum(1, keepdim=True).clamp_min(1)
+        real = (column >= n_pad.unsqueeze(1)).float()
+    n_real = real.sum(1, keepdim=True)
+    part = real / n_real.clamp_min(1)
     square = share.square() * part[:, None, None, :, None]
     return square.sum(3).mean(2).sqrt()
 
 
 def classes_of(weight: Tensor) -> Tensor:
     """Return the classes (n,) int64 of weights (n,), of which the mean is made 1."""
-    relative = weight / weight.mean().clamp_min(1e-30)
-    octave = relative.clamp_min(LEAST_WEIGHT).log2().round().long()
-    return (octave + MIDDLE_CLASS).clamp(0, 15)
+    mean = weight.mean().clamp_min(1e-30)
+    relative = weight / mean
+    octave = relative.clamp_min(LEAST_WEIGHT).log2()
+    number = octave.round().long() + MIDDLE_CLASS
+    return number.clamp(0, 15)
 
 
 def with_low(rows: Tensor) -> Tensor:
@@ -134,7 +140,8 @@ def split(codes: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     low = low_bits(rows)
     rest = codes - ((codes >> low) << low)
     lowest = rest[low > 0].to(torch.uint8)
-    return torch.cat((symbols_of(codes, rows), lowest)), with_low(rows)
+    symbols = torch.cat((symbols_of(codes, rows), lowest))
+    return symbols, with_low(rows)
 
 
 def joined(symbols: Tensor, rows: Tensor) -> Tensor:
@@ -171,10 +178,12 @@ class RoutedCodec(nn.Module):
         self.span = basis.span
         self.table = basis.table
         of_symbols = self.table.cost()[:ROWS]
-        low = low_bits(torch.arange(ROWS))[:, None]
-        self.cost = (of_symbols + low).to(basis.blocks[0].mean.device)
+        low = low_bits(torch.arange(ROWS))
+        cost = of_symbols + low.unsqueeze(1)
+        self.cost = cost.to(basis.blocks[0].mean.device)
         used = self._used(basis, n_tokens)
-        self.blocks = [block.first(r) for block, r in zip(basis.blocks, used, strict=True)]
+        both = zip(basis.blocks, used, strict=True)
+        self.blocks = [block.first(r) for block, r in both]
 
     def _apply(self, fn: Callable, recurse: bool = True) -> RoutedCodec:
         """Take the coordinates where the model goes. They keep their types, unlike its weights:
@@ -188,7 +197,8 @@ class RoutedCodec(nn.Module):
     @property
     def token_bytes(self) -> int:
         """Bytes of a token in 16 bits a number."""
-        return 2 * sum(len(block.mean) for block in self.blocks)
+        p = sum(len(block.mean) for block in self.blocks)
+        return 2 * p
 
     def _used(self, basis: Basis, n_tokens: int) -> list[int]:
         """Count the coordinates of each block that tokens of up to 2^SPARE times the mean weight
@@ -197,9 +207,11 @@ class RoutedCodec(nn.Module):
         n_middle = max(1, n_tokens - self.kept.whole)
         tokens = self.kept.share * n_tokens - self.kept.whole  # that would fit uncoded
         bits = 16 * p * tokens / n_middle
-        part = torch.from_numpy(self.table.part[:ROWS]).to(self.cost.device)
+        part = torch.from_numpy(self.table.part[:ROWS])
+        part = part.to(self.cost.device) / entropy.PARTS
         never = 1e3  # bits of what has no part: not infinitely many, for 0 times that is no number
-        of_row = (part / entropy.PARTS * self.cost.clamp_max(never)).sum(1)
+        bits_each = self.cost.clamp_max(never)
+        of_row = (part * bits_each).sum(1)
         of_row[:FIRST] = 0
         spread = torch.cat([block.spread for block in basis.blocks])
 
@@ -212,24 +224,29 @@ class RoutedCodec(nn.Module):
         used = []
         for block in basis.blocks:
             coded = row_of(block.spread, least) >= FIRST
-            used.append(max(1, int(coded.sum())))
+            n_coded = int(coded.sum())
+            used.append(max(1, n_coded))
         return used
 
     def constants(self) -> dict[str, Tensor]:
+        """Return what is needed to read strings, by name: probabilities and coordinates."""
         held = {"parts": torch.from_numpy(self.table.part)}
         for i, block in enumerate(self.blocks):
-            held |= {f"{name}{i}": t for name, t in block._asdict().items()}
+            for name, t in block._asdict().items():
+                held[f"{name}{i}"] = t
         return held
 
     def basis_bytes(self) -> int:
         """Count the bytes of coordinates, and of probabilities in 16 bits each."""
-        return 2 * self.table.part.size + sum(block.nbytes() for block in self.blocks)
+        of_table = 2 * self.table.part.size
+        return of_table + sum(block.nbytes() for block in self.blocks)
 
     def described(self) -> str:
         """Return how it codes, in a few words."""
         r = sum(len(block.spread) for block in self.blocks)
-        apart = f"{self.basis_bytes() / 1e6:.1f} MB of them apart"
-        return f"in {self.kept.share:.1%}, {r} components of {self.span} layers each, {apart}"
+        megabytes = self.basis_bytes() / 1e6
+        components = f"{r} components of {self.span} layers each"
+        return f"in {self.kept.share:.1%}, {components}, {megabytes:.1f} MB of them apart"
 
     # ---- strings
 
@@ -237,20 +254,23 @@ class RoutedCodec(nn.Module):
         """Yield of each block the steps (n, 1) of tokens of its classes (n,), 64ths of an octave,
         and the rows (n, r) of their coordinates. No step is so small that the largest coordinate
         needs a row beyond the last."""
+        reach = (ROWS - 1 - MIDDLE) * OCTAVE // 4
         for block, c in zip(self.blocks, classes, strict=True):
-            least = int(block.spread[0]) - (ROWS - 1 - MIDDLE) * OCTAVE // 4
+            least = int(block.spread[0]) - reach
             steps = step - (c - MIDDLE_CLASS) * CLASS
-            steps = steps.clamp_min(least)[:, None]
+            steps = steps.clamp_min(least).unsqueeze(1)
             yield steps, row_of(block.spread, steps)
 
     def beside(self) -> int:
         """Count the bytes that a sequence holds beside its string: whole tokens and counts."""
         L = len(coded_layers(self._model[0]))
-        return self.kept.whole * self.token_bytes + COUNTS * L
+        whole = self.kept.whole * self.token_bytes
+        return whole + COUNTS * L
 
     def room(self, n_tokens: int) -> int:
         """Count the bytes that a sequence's string may have."""
-        return int(self.kept.share * n_tokens * self.token_bytes) - self.beside()
+        held = int(self.kept.share * n_tokens * self.token_bytes)
+        return held - self.beside()
 
     def bits(self, ys: list[Tensor], classes: list[Tensor], step: int) -> float:
         """Count the bits of the codes of one sequence's coordinates ys (n, r), as probabilities
@@ -271,18 +291,23 @@ class RoutedCodec(nn.Module):
         rows = []
         for y, (steps, row) in zip(ys, self.rounding(step, classes), strict=True):
             coded = row >= FIRST
-            codes.append(codes_of(y, steps, row)[coded])
+            every = codes_of(y, steps, row)
+            codes.append(every[coded])
             rows.append(row[coded])
-        head = to_bytes(torch.tensor([step], dtype=torch.int16, device=ys[0].device))
-        of_tokens = pack_codes(torch.cat(classes).to(torch.uint8), 4)
-        symbols = split(torch.cat(codes), torch.cat(rows))
-        return torch.cat((head, of_tokens, entropy.write(*symbols, self.table)))
+        number = torch.tensor([step], dtype=torch.int16, device=ys[0].device)
+        head = to_bytes(number)
+        of_tokens = torch.cat(classes).to(torch.uint8)
+        of_tokens = pack_codes(of_tokens, 4)
+        symbols, of_rows = split(torch.cat(codes), torch.cat(rows))
+        of_codes = entropy.write(symbols, of_rows, self.table)
+        return torch.cat((head, of_tokens, of_codes))
 
     def fitting(self, ys: list[Tensor], classes: list[Tensor], n_tokens: int) -> Tensor:
         """Return the string of the smallest step that fits a sequence's share. ValueError where
         none does."""
         room = self.room(n_tokens)
-        of_codes = 8 * (room - HEAD - cdiv(sum(map(len, classes)), 2))  # bits for them
+        of_classes = cdiv(sum(map(len, classes)), 2)
+        of_codes = 8 * (room - HEAD - of_classes)  # bits for them
         some = slice(None, None, SAMPLED)  # a first guess, of few tokens
         part = len(ys[0]) / len(ys[0][some])
         few = [y[some] for y in ys]
@@ -298,7 +323,8 @@ class RoutedCodec(nn.Module):
         low = max(-STEPS, guess - NEAR)
         while low > -STEPS and fits(low):  # the few promised too little
             low = max(-STEPS, low - NEAR)
-        high = smallest(fits, low, min(guess + NEAR, STEPS))
+        most = min(guess + NEAR, STEPS)
+        high = smallest(fits, low, most)
         string = self.string(ys, classes, high)
         while len(string) > room and high < STEPS:  # by a few bytes of lanes
             high = min(STEPS, high + OCTAVE // 16)
@@ -308,7 +334,8 @@ class RoutedCodec(nn.Module):
 
     def check_fits(self, n_bytes: int, n_tokens: int) -> None:
         """Raise ValueError where a sequence's shortest string has more bytes than its share."""
-        least = (self.beside() + n_bytes) / (n_tokens * self.token_bytes)
+        whole = n_tokens * self.token_bytes
+        least = (self.beside() + n_bytes) / whole
         least = math.ceil(1000 * least) / 1000
         enough = f"--kv_byte_budgets={least:g} or more, or " if least < 1 else ""
         check(
@@ -322,41 +349,53 @@ class RoutedCodec(nn.Module):
     def encode(self, seen: list[Seen]) -> list[Tensor]:
         """Return the strings (bytes,) uint8 of all sequences; seen: of each layer."""
         middle = seen[0].middle
-        keys = [unturned(s.middle.k, self._model[0], middle.number) for s in seen]
+        model = self._model[0]
+        keys = [unturned(s.middle.k, model, middle.number) for s in seen]
         values = [s.middle.v for s in seen]
         vectors = block_vectors(keys, values, self.span)
-        ys = [block.encode(x) for block, x in zip(self.blocks, vectors, strict=True)]
+        of_blocks = zip(self.blocks, vectors, strict=True)
+        ys = [block.encode(x) for block, x in of_blocks]
         weights = torch.stack([s.weight for s in seen])  # (L, B, M)
+        counts = middle.there.sum(1).tolist()
         strings = []
-        for b, n in enumerate(middle.there.sum(1).tolist()):
+        for b, n in enumerate(counts):
             if not n:
-                strings.append(torch.zeros(0, dtype=torch.uint8, device=weights.device))
+                empty = torch.zeros(0, dtype=torch.uint8, device=weights.device)
+                strings.append(empty)
                 continue
             own = weights[:, b, :n]
-            own = own / own.mean(1, keepdim=True).clamp_min(1e-30)
-            classes = [classes_of(w.mean(0)) for w in own.split(self.span)]
+            mean = own.mean(1, keepdim=True)
+            own = own / mean.clamp_min(1e-30)
+            by_block = own.split(self.span)
+            classes = [classes_of(w.mean(0)) for w in by_block]
             coordinates = [y[b, :n] for y in ys]
-            strings.append(self.fitting(coordinates, classes, n + self.kept.whole))
+            string = self.fitting(coordinates, classes, n + self.kept.whole)
+            strings.append(string)
         return strings
 
     def numbers(self, string: Tensor, n: int) -> list[Tensor]:
         """Return the coordinates (n, r) of each block that a string of n tokens stands for."""
         if not n:
-            return [b.mean.new_zeros(0, len(b.spread)).float() for b in self.blocks]
+            empty = [b.mean.new_zeros(0, len(b.spread)) for b in self.blocks]
+            return [y.float() for y in empty]
         reader = Reader(string)
         head = torch.empty(1, dtype=torch.int16, device=string.device)
         head.view(torch.uint8).copy_(reader.take(HEAD))
-        classes = reader.codes(n * len(self.blocks), 4).long().split(n)
+        every = reader.codes(n * len(self.blocks), 4)
+        classes = every.long().split(n)
         rounding = list(self.rounding(int(head), classes))
         of_codes = [row[row >= FIRST] for _, row in rounding]
         rows = torch.cat(of_codes)
-        symbols = entropy.read(string[reader.at :], with_low(rows), self.table)
+        rest = string[reader.at :]
+        symbols = entropy.read(rest, with_low(rows), self.table)
         codes = joined(symbols, rows)
-        parts = codes.split([len(row) for row in of_codes])
+        lengths = [len(row) for row in of_codes]
+        parts = codes.split(lengths)
         out = []
         for (steps, row), part in zip(rounding, parts, strict=True):
             coded = row >= FIRST
-            size = size_of(steps.expand_as(row)[coded])
+            own_steps = steps.expand_as(row)
+            size = size_of(own_steps[coded])
             y = torch.zeros(row.shape, device=string.device)
             y[coded] = part.float() * size
             out.append(y)
@@ -364,33 +403,42 @@ class RoutedCodec(nn.Module):
 
     def read(self, cache: CodedCache) -> None:
         """Decode the strings, which the last layer's cache holds, for the caches of all layers."""
+        model = self._model[0]
         caches = [c for c in cache.prompt.layers if isinstance(c, CodedCache)]
         counts = cache.n_coded.tolist()
         number, there = cache.middle_columns()
-        strings = caches[-1].strings()
-        decoded = [self.numbers(s, n) for s, n in zip(strings, counts, strict=True)]
+        there = there.unsqueeze(1)
+        of_sequences = zip(caches[-1].strings(), counts, strict=True)
+        decoded = [self.numbers(string, n) for string, n in of_sequences]
         Hkv = cache.window_k.size(1)
         for i, block in enumerate(self.blocks):
             own = [of_sequence[i] for of_sequence in decoded]
-            x = block.decode(pad_sequence(own, batch_first=True)).to(cache.dtype)
+            padded = pad_sequence(own, batch_first=True)
+            x = block.decode(padded).to(cache.dtype)
             first = i * self.span
             some = caches[first : first + self.span]
             by_layer = x.unflatten(-1, (2, len(some), Hkv, -1))
             keys, values = by_layer.permute(2, 3, 0, 4, 1, 5)  # (layers, B, Hkv, T, D)
             for layer, k, v in zip(some, keys, values, strict=True):
-                k = unturned(k.contiguous(), self._model[0], number, back=True)
-                layer.middle = Decoded(k, v.contiguous(), there[:, None])
+                k = unturned(k.contiguous(), model, number, back=True)
+                v = v.contiguous()
+                layer.middle = Decoded(k, v, there)
 
 
 class RoutedPath(TogetherPath):
     """One layer that tells how much its tokens are read, too."""
 
     def see(self, middle: Middle, q: Tensor, k: Tensor, n_pad: Tensor | None) -> Seen:
-        read = read_by_last(q, k, n_pad, self.cap).mean(1)  # (B, T)
+        """Return the middle of a prompt, and how much its last queries read of each token.
+
+        q (B, H, T, D), k (B, Hkv, T, D), n_pad (B,): left padding of each row, or None"""
+        read = read_by_last(q, k, n_pad, self.cap)
+        read = read.mean(1)  # (B, T)
         column = middle.number
         if n_pad is not None:
-            column = column + n_pad[:, None]
-        weight = read.gather(1, column.clamp_max(read.size(1) - 1))
+            column = column + n_pad.unsqueeze(1)
+        column = column.clamp_max(read.size(1) - 1)
+        weight = read.gather(1, column)
         return Seen(middle, weight * middle.there)
 
 
@@ -398,4 +446,5 @@ def attach(model: Transformer, basis: Basis, kept: Kept, n_tokens: int) -> Trans
     """Let all layers but those that slide code prompts together, in place; baselines.coded.detach
     undoes it. Returns the model. n_tokens: of prompts that the share is meant for."""
     check_kept(kept)
-    return attach_together(model, RoutedCodec(model, basis, kept, n_tokens), RoutedPath)
+    codec = RoutedCodec(model, basis, kept, n_tokens)
+    return attach_together(model, codec, RoutedPath)

@@ -58,3 +58,8 @@ def progress(
         return tqdm(file=stream, mininterval=0.5, **settings)
     settings |= dict(delay=silence, mininterval=EVERY, bar_format=LINE)
     return InLines(file=Lines(stream), **settings)
+
+
+def say(line: str) -> None:
+    """Write a line about what is done, at once."""
+    tqdm.write(line, file=sys.stderr)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model import attention_mask
 from routing.in_window import group_logits, group_weights
+from storage.as_dense import as_dense
 from storage.cache import NewTokens
 from storage.layout import expand_mask, group_energy, top_k_mask
 from storage.packed import PackedCache, packed_count
@@ -33,7 +34,7 @@ def attend_as_decoded(
     q (B, H, T, D); cap: see soft_cap
     rebuild  (kept (B, Hkv, ., D), mask (B, Hm, ., S)) to what stands for dropped groups"""
     sink_k, sink_v, sinks = first_tokens(cache)
-    old_k, old_v, old_mask = cache.unpack()
+    old_k, old_v, old_mask = as_dense(cache)
     k = torch.cat((sink_k, old_k, new.k), 2)
     v = torch.cat((sink_v, old_v, new.v), 2)
     N = old_k.size(2)
@@ -56,9 +57,11 @@ def first_tokens(cache: PackedCache) -> tuple[Tensor, Tensor, Tensor]:
     sinks = cache.view().sinks
     if sinks is None:
         none = cache.window_k[:, :, :0]
-        return none, none, none.new_zeros(cache.batch, 0, dtype=torch.bool)
+        nowhere = none.new_zeros(cache.batch, 0, dtype=torch.bool)
+        return none, none, nowhere
     slot = torch.arange(sinks.k.size(2), device=sinks.k.device)
-    return sinks.k, sinks.v, slot < sinks.count[:, None]
+    there = slot < sinks.count.unsqueeze(1)
+    return sinks.k, sinks.v, there
 
 
 def visible_columns(cache: PackedCache, sinks: Tensor, N: int, new: NewTokens) -> Tensor:
@@ -103,7 +106,7 @@ def routed_values(
     """Return the coordinates that routed values are read as, of all columns but the first tokens:
     (B, Hkv, N + T, D).
 
-    k, v (B, Hkv, N, D), mask (B, Hm, N, S): see PackedCache.unpack
+    k, v (B, Hkv, N, D), mask (B, Hm, N, S): see as_dense
     position (B, T), of the new tokens"""
     basis = cache.basis
     number = torch.arange(k.size(2), device=k.device)
@@ -120,7 +123,8 @@ def routed_values(
     z = torch.cat((old_z, new_z), 2)
     mask = torch.cat((mask, route), 2)
     kept = expand_mask(mask, z.size(-1))
-    routed = torch.where(kept, z, rebuild(z * kept, mask))
+    rebuilt = rebuild(z * kept, mask)
+    routed = torch.where(kept, z, rebuilt)
     if basis.from_keys is None:
         return routed
     old_told = basis.from_keys.predict(k, old_position)

@@ -3,11 +3,14 @@ from keys, its router."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import evaluating, record_layers
+from model import Attention, evaluating
 from reconstruct import Moments, as_held, fit_router
 from routing.bases import value_basis
 
@@ -41,3 +44,19 @@ def observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) 
         for idx in batches:
             model(idx, last_only=True)
     return moments
+
+
+@contextmanager
+def record_layers(layers: list[Attention], see: Callable[..., None]):
+    """Call see(i, x, q, k, v) inside the `with` whenever the path of layers[i] runs its forward
+    verb: how calibration and diagnosis look into a model without changing it."""
+
+    def hook_of(i: int):
+        return lambda module, args: see(i, *args[:4])
+
+    hooks = [a.kv_path.register_forward_pre_hook(hook_of(i)) for i, a in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -10,10 +10,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import Transformer, evaluating, lm_loss, record_layers
+from model import Transformer, evaluating
 from routing.bases import read_metric
+from routing.calibration import record_layers
 from selection.relevance import NEVER, NOBODY_ASKS, Prompt, future
 from storage.layout import at_least_float32, soft_cap
+from training.loss import lm_loss
 
 # Of windows on which the cost of dropped tokens is measured:
 WINDOWS = 8

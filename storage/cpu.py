@@ -54,21 +54,28 @@ def packed_attention_cpu(
     lse = q.new_empty(B, Hkv, M, dtype=dtype)
     # a sixth faster where there is little to read; numbers are as wide as they were chosen
     with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        scaled = (q * D**-0.5).reshape(out.shape)
+        scaled = q * D**-0.5
+        scaled = scaled.reshape(out.shape)
         older = packed_sequences(packed) if packed else B * [None]
         newest = whole_tokens(window) if window else B * [()]
         sequences = zip(scaled, older, newest, strict=True)
         for b, sequence in enumerate(sequences):
-            out[b], lse[b] = read_sequence(*sequence, T, cap)
-    return out.view(B, H, T, D), lse.view(B, H, T)
+            own_out, own_lse = read_sequence(*sequence, T, cap)
+            out[b] = own_out
+            lse[b] = own_lse
+    out = out.view(B, H, T, D)
+    lse = lse.view(B, H, T)
+    return out, lse
 
 
 def whole_tokens(window: WindowView) -> list[list[tuple[Tensor, Tensor]]]:
     """Return, for every sequence, keys and values (Hkv, ., D) of the window where they lie, oldest
     first, by the slices of filled_slots."""
     found = []
-    for k, v, slots in zip(window.k, window.v, filled_slots(window), strict=True):
-        found.append([(k[:, at], v[:, at]) for at in slots])
+    filled = filled_slots(window)
+    for k, v, slots in zip(window.k, window.v, filled, strict=True):
+        own = [(k[:, at], v[:, at]) for at in slots]
+        found.append(own)
     return found
 
 
@@ -85,8 +92,10 @@ def filled_slots(window: WindowView) -> list[list[slice]]:
         first = slot % max(W, 1)
         end = first + count
         around = max(0, end - W)
-        both = (slice(first, end - around), slice(0, around))
-        slots.append([at for at in both if at.stop > at.start])
+        before = slice(first, end - around)
+        behind = slice(0, around)
+        filled = [at for at in (before, behind) if at.stop > at.start]
+        slots.append(filled)
     return slots
 
 
@@ -139,7 +148,8 @@ def hide_later(logits: Tensor, T: int, n_whole: int) -> None:
     own = n_whole - T + torch.arange(T)
     later = column > own.unsqueeze(-1)
     by_token = logits.unflatten(1, (-1, T))
-    by_token[..., :n_whole].masked_fill_(later, float("-inf"))
+    of_whole = by_token[..., :n_whole]
+    of_whole.masked_fill_(later, float("-inf"))
 
 
 # -------------------- packed tokens
@@ -155,7 +165,8 @@ def packed_sequences(view: PackedView) -> list[PackedSequence]:
         kind = kind_of(view)
         segments.append(view.ints.block_base)
     numbers = [of.expand_as(view.token_base).tolist() for of in segments]
-    return [kind(view, *own) for own in zip(*numbers, strict=True)]
+    of_sequences = zip(*numbers, strict=True)
+    return [kind(view, *own) for own in of_sequences]
 
 
 class PackedSequence:
@@ -186,7 +197,8 @@ class PackedSequence:
         if is_even(self.token_base, self.counts, tokens):
             keys = gather(keys, self.token_base, self.counts, tokens)
             return torch.bmm(q, keys.mT)
-        out = q.new_full((*q.shape[:2], self.longest), float("-inf"))
+        size = (*q.shape[:2], self.longest)
+        out = q.new_full(size, float("-inf"))
         of_heads = zip(out, q, self.token_base, self.counts, strict=True)
         for own, own_q, first, n in of_heads:
             own_keys = keys[first : first + n]
@@ -205,14 +217,16 @@ class PackedSequence:
         out = p.new_zeros(*p.shape[:2], D)
         for heads, tokens in blocks:
             weights = p[heads, :, tokens]
-            out[heads].add_(self.block_values(weights, heads, tokens, row))
+            values = self.block_values(weights, heads, tokens, row)
+            out[heads].add_(values)
         return out
 
     def block_values(self, p: Tensor, heads: slice, tokens: slice, row: list[int]) -> Tensor:
         """Return the sum of one block's values by weights p (G, M, width): (G, M, D). Its rows
         begin at `row`, which moves past them."""
         placed, _ = self.place(heads, tokens, row)
-        return p.to(placed.dtype) @ placed.flatten(2)
+        weights = p.to(placed.dtype)
+        return weights @ placed.flatten(2)
 
     def place(self, heads: slice, tokens: slice, row: list[int]) -> tuple[Tensor, Tensor | None]:
         """Bring the rows of one block into place.
@@ -223,11 +237,14 @@ class PackedSequence:
             counts = [n * self.S for n in self.counts[heads]]
             at = slice(tokens.start * self.S, tokens.stop * self.S)
             rows = gather(self.view.rows, self.row_base[heads], counts, at)
-            return rows.unflatten(1, (-1, self.S)), None
-        kept = expand_bits(self.masks(heads, tokens), self.S)
+            rows = rows.unflatten(1, (-1, self.S))
+            return rows, None
+        masks = self.masks(heads, tokens)
+        kept = expand_bits(masks, self.S)
         number = count_up(kept)
         rows = self.next_rows(number, heads, row)
-        return take_rows(rows, number * kept), kept
+        placed = take_rows(rows, number * kept)
+        return placed, kept
 
     def next_rows(self, number: Tensor, heads: slice, row: list[int]) -> Tensor:
         """Return `none` and the next rows of the heads, one head's after the other's: as many as
@@ -236,8 +253,9 @@ class PackedSequence:
         before = 0
         lasts = number[:, -1, -1].tolist()
         for h, last in enumerate(lasts, heads.start):
-            stop = row[h] + last - before
-            parts.append(self.view.rows[row[h] : stop])
+            start = row[h]
+            stop = start + last - before
+            parts.append(self.view.rows[start:stop])
             row[h] = stop
             before = last
         return torch.cat(parts)
@@ -245,33 +263,39 @@ class PackedSequence:
     @property
     def none(self) -> Tensor:
         """A row of zeros: (1, x)."""
-        return self.view.rows.new_zeros(1, self.view.rows.size(-1))
+        rows = self.view.rows
+        return rows.new_zeros(1, rows.size(-1))
 
     def of_tokens(self, flat: Tensor, heads: slice, tokens: slice) -> Tensor:
         """Return what a flat tensor (tokens, ...) has of one block: (G, width, ...), zeros past a
         head's tokens."""
-        return gather(flat, self.token_base[heads], self.counts[heads], tokens)
+        base = self.token_base[heads]
+        return gather(flat, base, self.counts[heads], tokens)
 
     def masks(self, heads: slice, tokens: slice) -> Tensor:
         """Return the masks of one block, (G, width), 0 past a head's tokens."""
-        return gather(self.view.bits, self.mask_base[heads], self.counts[heads], tokens)
+        base = self.mask_base[heads]
+        return gather(self.view.bits, base, self.counts[heads], tokens)
 
 
 def gather(flat: Tensor, base: list[int], counts: list[int], at: slice) -> Tensor:
     """Gather the entries `at` of segments that begin at base (G,) of a flat tensor (slots, ...) and
     have counts (G,) of them: (G, width, ...), zeros past a segment's end."""
-    size = (len(base), at.stop - at.start, *flat.shape[1:])
+    width = at.stop - at.start
+    size = (len(base), width, *flat.shape[1:])
     if is_even(base, counts, at):  # a view
         slot = flat.stride(0)
         stride = (distance(base) * slot, *flat.stride())
         first = (base[0] + at.start) * slot
-        return flat.as_strided(size, stride, flat.storage_offset() + first)
+        first += flat.storage_offset()
+        return flat.as_strided(size, stride, first)
     out = flat.new_zeros(size)
     for own, first, n in zip(out, base, counts, strict=True):
         n_there = min(n, at.stop) - at.start
         if n_there > 0:
             begin = first + at.start
-            own[:n_there] = flat[begin : begin + n_there]
+            end = begin + n_there
+            own[:n_there] = flat[begin:end]
     return out
 
 
@@ -286,7 +310,9 @@ def is_even(base: list[int], counts: list[int], at: slice) -> bool:
 
 def distance(base: list[int]) -> int:
     """Return how far the second segment begins behind the first; 0 where there is one alone."""
-    return base[1] - base[0] if len(base) > 1 else 0
+    if len(base) < 2:
+        return 0
+    return base[1] - base[0]
 
 
 def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, slice]]:
@@ -298,15 +324,18 @@ def work(n_heads: int, n_tokens: int, numbers: int) -> Iterator[tuple[slice, sli
     G = CHUNK // (numbers * width)
     G = max(1, G)
     for h in range(0, n_heads, G):
-        heads = slice(h, min(h + G, n_heads))
+        end = min(h + G, n_heads)
+        heads = slice(h, end)
         for a in range(0, n_tokens, width):
-            tokens = slice(a, min(a + width, n_tokens))
+            end = min(a + width, n_tokens)
+            tokens = slice(a, end)
             yield heads, tokens
 
 
 def count_up(x: Tensor) -> Tensor:
     """Sum x (G, width, S) up, from its first number to its last: int32."""
-    return x.flatten().cumsum(0, dtype=torch.int32).view(x.shape)
+    flat = x.flatten()
+    return flat.cumsum(0, dtype=torch.int32).view(x.shape)
 
 
 @cache
@@ -321,7 +350,8 @@ def expand_bits(bits: Tensor, n_bits: int) -> Tensor:
     """Turn masks (...) into ones and zeros (..., n_bits) uint8, byte by byte, lowest byte first."""
     byte = bits.contiguous().view(torch.uint8).int()
     table = bit_table(min(n_bits, 8))
-    return take_rows(table, byte).view(*bits.shape, n_bits)
+    expanded = take_rows(table, byte)
+    return expanded.view(*bits.shape, n_bits)
 
 
 def take_rows(rows: Tensor, number: Tensor) -> Tensor:
@@ -333,10 +363,13 @@ def take_rows(rows: Tensor, number: Tensor) -> Tensor:
     size = x * rows.element_size()
     longer = [n for n in AS_ONE if n > size]
     if longer and size not in AS_ONE:
-        rows = F.pad(rows, (0, longer[0] // rows.element_size() - x))
         size = longer[0]
+        missing = size // rows.element_size() - x
+        rows = F.pad(rows, (0, missing))
     whole = rows
     if size in AS_ONE:
         whole = rows.view(AS_ONE[size]).flatten()
     taken = whole.index_select(0, number.flatten())
-    return taken.view(rows.dtype).view(*number.shape, -1)[..., :x]
+    taken = taken.view(rows.dtype)
+    taken = taken.view(*number.shape, -1)
+    return taken[..., :x]

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from config import KVConfig
@@ -29,7 +28,6 @@ from storage.kernel_base import use_triton
 from storage.layout import (
     PackedView,
     WindowView,
-    bits_to_mask,
     cdiv,
     copy_segments,
     group_energy,
@@ -465,28 +463,6 @@ class PackedCache(WindowCache):
         if not self.codec.n_sinks:
             return None
         return WindowView(self.sink_k, self.sink_v, None, self.n_sink)
-
-    def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return packed part and window as dense tensors, left-aligned; sinks are left out.
-
-        k     (B, Hkv, N, D), N the tokens of the longest sequence
-        z     (B, Hkv, N, D): coordinates with zeros where dropped; of the window whole values
-        mask  (B, Hm, N, S) bool: of the window the mask a token will be packed with
-        Slots past a sequence's own count hold zeros."""
-        N = int((self.n_packed + self.n_window).max()) if self.batch else 0
-        view = self.view()
-        k, z, mask, _ = view.packed[0].unpack()
-        k, z, mask = (F.pad(t, (0, 0, 0, N - t.size(2))) for t in (k, z, mask))
-        W = self.window_k.size(2)
-        held = torch.arange(W, device=k.device) < self.n_window[:, None]
-        b, i = held.nonzero(as_tuple=True)
-        to = self.n_packed[b] + i
-        slot = view.window.slots(W)[b, i]
-        k[b, :, to] = self.window_k[b, :, slot]
-        z[b, :, to] = self.window_v[b, :, slot]
-        bits = self.window_bits[b, :, slot]
-        mask[b, :, to] = bits_to_mask(bits, self.S)
-        return k, z, mask
 
     # ---- writing
 

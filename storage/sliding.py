@@ -59,15 +59,18 @@ class SlidingCache(DenseCache):
         cut = max(0, T - self.window_k.size(2))  # columns that are overwritten at once
         at = self.n_window + (cut - n_pad).clamp_min(0)
         pad = None if new.n_pad is None else (n_pad - cut).clamp_min(0)
-        write_ring(self.window_k, new.k[:, :, cut:], at, pad)
-        write_ring(self.window_v, new.v[:, :, cut:], at, pad)
+        k = new.k[:, :, cut:]
+        v = new.v[:, :, cut:]
+        write_ring(self.window_k, k, at, pad)
+        write_ring(self.window_v, v, at, pad)
         self.n_window += T - n_pad
 
     def view(self) -> CacheView:
         W = self.window_k.size(2)
         count = self.n_window.clamp_max(W)
         first = (self.n_window - count) % max(W, 1)
-        return CacheView((), WindowView(self.window_k, self.window_v, first, count), None)
+        window = WindowView(self.window_k, self.window_v, first, count)
+        return CacheView((), window, None)
 
     def beside(self, k: Tensor, v: Tensor, n_pad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values (B, Hkv, W + T, D) of what is held and of T new tokens behind it,
@@ -78,22 +81,29 @@ class SlidingCache(DenseCache):
         old_k, old_v = held.aligned(W)
         number = torch.arange(W, device=k.device)
         old = number - held.count[:, None]  # (B, W), places before the first new token
-        new = torch.arange(T, device=k.device).expand(len(k), -1)
+        new = torch.arange(T, device=k.device)
+        new = new.expand(len(k), -1)
         if n_pad is not None:
-            new = new - n_pad[:, None]
-        place = torch.cat((old, new), 1)[:, None]  # (B, 1, W + T)
-        there = torch.cat((old < 0, new >= 0), 1)[:, None]
-        ahead = new[..., None] - place  # (B, T, W + T)
-        mask = there & (ahead >= 0) & (ahead < self.window)
+            new = new - n_pad.unsqueeze(1)
+        place = torch.cat((old, new), 1)
+        there = torch.cat((old < 0, new >= 0), 1)
+        ahead = new.unsqueeze(2) - place.unsqueeze(1)  # (B, T, W + T)
+        visible = (ahead >= 0) & (ahead < self.window)
+        mask = there.unsqueeze(1) & visible
         own = torch.eye(T, dtype=torch.bool, device=k.device)
         mask[..., W:] |= own  # padding reads itself: no empty softmax
-        keys = torch.cat((old_k, k.to(old_k.dtype)), 2)
-        return keys, torch.cat((old_v, v.to(old_v.dtype)), 2), mask[:, None]
+        k = k.to(old_k.dtype)
+        v = v.to(old_v.dtype)
+        keys = torch.cat((old_k, k), 2)
+        values = torch.cat((old_v, v), 2)
+        return keys, values, mask.unsqueeze(1)
 
     def truncate(self, n_tokens: int | Tensor) -> None:
         check_truncation(n_tokens)
-        n = self.n_window.minimum(torch.as_tensor(n_tokens, device=self.n_window.device))
-        lost = (n < self.n_window) & (self.n_window > self.window_k.size(2))
+        asked = torch.as_tensor(n_tokens, device=self.n_window.device)
+        n = self.n_window.minimum(asked)
+        overwrites = self.n_window > self.window_k.size(2)
+        lost = (n < self.n_window) & overwrites
         check(
             not bool(lost.any()),
             f"truncating sequences that are longer than a window of {self.window}",

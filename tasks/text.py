@@ -14,8 +14,9 @@ from torch import Tensor
 from data import TokenFile
 from loaders.device import autocast
 from loaders.examples import LEFT_OUT
-from model import Transformer, evaluating, lm_loss, token_losses
+from model import Transformer, evaluating
 from selector import with_oracle
+from training.loss import lm_loss, token_losses
 
 # Sequences of a continuation whose predictions are kept: 25 MB each with 49,152 tokens.
 KL_SEQUENCES = 16

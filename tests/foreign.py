@@ -1,5 +1,5 @@
 """Models that other projects wrote, tiny and random, and what transformers computes from them: for
-test_pretrained and test_gguf.
+the tests of models of others.
 
 transformers runs once per session, for all of pytest's processes, in another folder and without our
 path (our kernels.py shadows a package it imports): `theirs`."""
@@ -115,6 +115,7 @@ OUR_SHAPE = dict(
     n_inner=33,
 )
 # only without bias: Qwen2 has no head dimension of its own
+SCALING = SHAPES["llama3"]["scaling"]
 SCALED = dict(rope_theta=500.0, rope_factor=8.0, rope_original=16, head_dim=8)
 EXPORTS = {
     "plain": {},
@@ -413,3 +414,33 @@ def ask_transformers(folder: Path) -> None:
         export(run_of(small, smol().tokenizer), folder / "smol-tokenizer")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     elsewhere(SCRIPT, folder)
+
+
+def logits(model: Transformer, x: torch.Tensor) -> torch.Tensor:
+    """A model's logits of ids x (B, T), without a gradient."""
+    with torch.no_grad():
+        return model(x)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A tiny Llama's folder, all in order."""
+    return write_folder(tmp_path / "m", config_json())
+
+
+def edit(folder: Path, **changes) -> None:
+    """Change settings in a folder's config.json; ... takes one out."""
+    d = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in d.items() if v is not ...}))
+
+
+def edit_tensors(folder: Path, **changes) -> None:
+    """Change tensors of a folder by their name with _ for every dot; ... takes one out."""
+    tensors = load_file(folder / "model.safetensors")
+    names = {k.replace(".", "_"): k for k in tensors}
+    for key, value in changes.items():
+        if value is ...:
+            del tensors[names[key]]
+        else:
+            tensors[names.get(key, key)] = value
+    save_file(tensors, folder / "model.safetensors")

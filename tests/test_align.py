@@ -12,9 +12,11 @@ from helpers import TINY, tiny_model, tokens
 import mixsga
 from baselines import align, shared_heads
 from config import KVConfig
-from model import DensePath, lm_loss, record_layers
+from model import DensePath
+from routing.calibration import record_layers
 from settings.experts import MixConfig
 from storage.experts import averaged
+from training.loss import lm_loss
 
 EIGHT = replace(TINY, n_head=16, n_kv_head=8)
 

@@ -20,12 +20,12 @@ import data
 import kv_router
 import train
 from loaders import checkpoint
-from model import lm_loss
 from runs import adapt_arguments, arguments, assert_equal, before_step, copies, losses, tensors
 from settings.train import TrainConfig
 from storage import cpu_gates, layout
 from training import loop as trainer
 from training.captured import LATE, CapturedStep
+from training.loss import lm_loss
 from training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -168,7 +168,7 @@ def spoil(monkeypatch, how: str, at: int, trainers: list) -> None:
         def bad_loss(*a):
             return lm_loss(*a) * (math.nan if trainers[-1].step == at else 1.0)
 
-        monkeypatch.setattr(trainer, "lm_loss", bad_loss)
+        monkeypatch.setattr("training.stage.lm_loss", bad_loss)
     else:
 
         def hook(g):

@@ -35,7 +35,7 @@ from contextlib import nullcontext
 import torch
 import train
 from runs import arguments
-from training import loop
+from training import loop, stage
 made = []
 class Spy(loop.Trainer):
     def __init__(self, *args):
@@ -45,7 +45,7 @@ loop.Trainer = Spy
 with train.world("cpu") as w:
     train.world = lambda _: nullcontext(w)
     rate = loop.learning_rate
-    loss = loop.lm_loss
+    loss = stage.lm_loss
     for how, *flags in json.loads(sys.argv[1]):
         loop.why_not_captured = lambda *a: "a test" if how == "eager" else ""
         at = [0]
@@ -58,7 +58,7 @@ with train.world("cpu") as w:
             bad = how == "bad" and at[0] == 5 and w.rank == 1
             return loss(*a) * (math.nan if bad else 1.0)
         loop.learning_rate = watched
-        loop.lm_loss = spoiled
+        stage.lm_loss = spoiled
         try:
             train.run(arguments(*flags))
         except SystemExit as e:

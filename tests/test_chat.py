@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from definitions import sentencepiece, small
 from foreign import needs_smol, random_model, run_of, smol
 from helpers import TINY, grouped_model, tiny_model, tokens
 from test_parity import elsewhere
-from test_tokenizer import sentencepiece, small
 
 import runs
 import sample

@@ -15,6 +15,7 @@ import eval as evaluation
 from loaders.runs import load_run
 from loaders.tokenizer import ByteTokenizer
 from measure_config import EvalConfig
+from report import texts
 from report.plan import Asked
 from report.tables import result_table
 from runs import call, pretrain, python
@@ -108,13 +109,13 @@ def test_tasks_that_make_their_text_read_no_corpus(byte_model, text, tmp_path, m
     """Dense or trained models need no corpus for them; untrained value groups are calibrated on the
     training split, or on --calibrate."""
     asked = []
-    prepare = evaluation.prepare_splits
+    prepare = texts.prepare_splits
 
     def noted(corpus, data, tok, splits):
         asked.append((corpus, *splits))
         return prepare(corpus, data, tok, splits)
 
-    monkeypatch.setattr(evaluation, "prepare_splits", noted)
+    monkeypatch.setattr(texts, "prepare_splits", noted)
 
     def rows(**cfg):
         asked.clear()

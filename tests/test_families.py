@@ -34,9 +34,10 @@ from loaders.families import FAMILIES, check_supported
 from loaders.huggingface import model_config
 from loaders.runs import load_run
 from loaders.weights import load_model_state, model_state
-from model import Transformer, lm_loss
+from model import Transformer
 from settings.adapters import AdapterConfig
 from settings.experts import MixConfig
+from training.loss import lm_loss
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
 ROOT = Path(__file__).resolve().parents[1]

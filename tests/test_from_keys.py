@@ -30,6 +30,7 @@ from model import apply_rope, rope_table
 from reconstruct import Moments, straight_through
 from report.rows import setting_of
 from storage import from_keys
+from storage.as_dense import as_dense
 from storage.cache import KVCache
 from storage.from_keys import FromKeys, attend_predicted, attend_predicted_ref
 from storage.kernel_base import triton
@@ -517,7 +518,7 @@ def test_routers_see_the_residual():
     k, v = torch.randn(2, 1, 3, 9, 16, generator=g, dtype=torch.float64)
     cache = path.new_cache(1, 20, k)
     cache.append(kv_router.NewTokens(k, v, None, None))
-    _, _, mask = cache.unpack()
+    _, _, mask = as_dense(cache)
     told = path.own_maps().from_keys.predict(k, torch.arange(9)[None])
     packed = [z[:, :, 2:].unflatten(-1, (4, 4)).square().sum(-1) for z in (v - told, v)]
     by_rest, by_value = packed

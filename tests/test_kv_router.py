@@ -30,6 +30,7 @@ from reconstruct import fit_router, straight_through
 from report.rows import filled_cache, kept_shares
 from routing.bases import value_basis
 from settings.adapters import AdapterConfig
+from storage.as_dense import as_dense
 from storage.cache import NewTokens
 from storage.dense import DenseCache
 from storage.layout import expand_mask, top_k_mask
@@ -278,7 +279,7 @@ def test_keep_all_equals_dense_whatever_the_maps(prefill):
         got = read_in_pieces(model, x, cache, [30] + [1] * 27)
         assert (got - want).abs().max() < 1e-8
         dense.prefill(x, whole)
-        k, v, mask = cache.layers[0].unpack()
+        k, v, mask = as_dense(cache.layers[0])
         assert mask.all() and int(cache.layers[0].n_packed[0]) == 54
         window = whole.layers[0].view().window
         assert (k - window.k).abs().max() < 1e-12

@@ -48,6 +48,7 @@ RANK = {
     "tasks": 10,
     "report": 11,
     "training": 12,
+    "training.loss": 3,
     "benchmarks": 13,
     "train": 14,
     "eval": 14,

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from helpers import TINY, tiny_model, tokens
 
-import model
 from tasks.text import answers_loss
+from training import loss
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks that end inside a sequence, and a last one that is not full."""
-    monkeypatch.setattr(model, "LOSS_CHUNK", 7)
+    monkeypatch.setattr(loss, "LOSS_CHUNK", 7)
 
 
 @pytest.mark.parametrize("cap", [0.0, 3.0])
@@ -32,7 +32,7 @@ def test_loss_and_gradients_equal_pytorchs(cap):
         return torch.stack(each).mean()
 
     pairs = [
-        (model.lm_loss, lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten())),
+        (loss.lm_loss, lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten())),
         (answers_loss, plain_answers),
     ]
     for ours, plain in pairs:
@@ -44,7 +44,7 @@ def test_loss_and_gradients_equal_pytorchs(cap):
             torch.autograd.grad(got, params), torch.autograd.grad(want, params), strict=True
         )
         assert all((a - b).abs().max() < 1e-12 for a, b in grads)
-    assert torch.isnan(model.lm_loss(transformer(x), torch.full_like(y, -100)))
+    assert torch.isnan(loss.lm_loss(transformer(x), torch.full_like(y, -100)))
 
 
 def test_bfloat16_logits_lose_nothing_in_the_loss():
@@ -54,7 +54,7 @@ def test_bfloat16_logits_lose_nothing_in_the_loss():
     logits = torch.randn(2, 10, 53).bfloat16().requires_grad_(True)
     wide = logits.detach().double().requires_grad_(True)
     y = torch.randint(53, (2, 10))
-    got = model.lm_loss(logits, y)
+    got = loss.lm_loss(logits, y)
     want = F.cross_entropy(wide.flatten(0, 1), y.flatten())
     assert got.dtype == torch.float32 and abs(got - want) < 1e-6
     got.backward()

@@ -1,5 +1,4 @@
-"""mixSGA: who takes a token, what is stored of it, and that masked and packed executions agree;
-GQA, CLA and H2O beside it."""
+"""mixSGA: who takes a token, what is stored of it, and that masked and packed executions agree."""
 
 from __future__ import annotations
 
@@ -9,47 +8,15 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import TINY, read_in_pieces, tiny_model, tokens
+from helpers import read_in_pieces, tiny_model, tokens
+from shared_head_models import EIGHT, SETTINGS, made
 
 import mixsga
 from baselines import shared_heads
 from config import KVConfig, ModelConfig
-from model import Transformer, apply_rope, lm_loss
+from model import Transformer, apply_rope
 from settings.experts import MixConfig
-from storage.cache import KVCache, NewTokens
-from storage.experts import ExpertCache
-
-EIGHT = replace(TINY, n_head=8, n_kv_head=8)
-
-
-def made(kv: str = "mixsga", cfg=EIGHT, dtype=torch.float64, tail: int = 0, **mix):
-    """A random model with such paths and random routers, evaluation mode."""
-    model = shared_heads.attach(
-        tiny_model(dtype=dtype, cfg=cfg), KVConfig(kv=kv, kv_tail=tail), MixConfig(**mix)
-    )
-    torch.manual_seed(7)
-    for p in mixsga.experts(model):
-        if p.router is not None:
-            torch.nn.init.normal_(p.router.weight, std=1.0)
-            torch.nn.init.normal_(p.router.bias, std=1.0)
-            torch.nn.init.normal_(p.offset, std=0.3)
-    return model
-
-
-SETTINGS = {
-    "3:1:6": dict(kv="mixsga"),
-    "1:1:0": dict(kv="mixsga", expert_ratios="1:1:0"),
-    "two": dict(kv="mixsga", group_sizes="2,8", expert_ratios="1:3"),
-    "random": dict(kv="mixsga", expert_router="random"),
-    "groups": dict(kv="mixsga", expert_groups=2),
-    "gqa": dict(kv="gqa", kv_share=0.35),
-    "cla": dict(kv="cla"),
-    "tail": dict(kv="mixsga", tail=5),
-    "gqa tail": dict(kv="gqa", tail=1),
-    "cla tail": dict(kv="cla", tail=4),
-    "groups tail": dict(kv="mixsga", expert_groups=1, tail=30),
-}
-
+from training.loss import lm_loss
 
 # ----------------------------------------------------------------------------- who takes a token
 
@@ -375,166 +342,6 @@ def test_scores_are_relative_to_their_running_mean():
             ).abs().max() < 1e-12
 
 
-# -------------------- bytes, and the cache as an object
-
-
-@pytest.mark.parametrize("tail", [0, 20])
-def test_bytes_are_those_of_the_kept_heads(tail):
-    """The cache of a prompt holds the experts' heads, a byte of mask for each of their tokens, the
-    newest tokens whole with a byte each, and counters; at most 6 % more here, where sequences have
-    other experts among their newest."""
-    model = made(dtype=torch.float32, tail=tail)
-    T = 150
-    cache = model.new_cache(4, T)
-    model.prefill(tokens(4, T), cache)
-    least = 0
-    for layer in cache.layers:
-        heads = sum(int(p.n_packed.sum()) * p.Hkv for p in layer.parts) + 4 * tail * 8
-        least += heads * 2 * 16 * 4 + 4 * T
-    assert least <= cache.nbytes() < 1.06 * least + 4000
-    assert tail or heads / (4 * 8 * T) == 0.5
-    kept = shared_heads.kept_shares(model, cache)
-    assert abs(kept - (least - 2 * 4 * T) / (2 * 4 * T * 8 * 2 * 16 * 4)) < 1e-9
-
-
-@pytest.mark.parametrize("tail", [0, 3])
-def test_a_cla_layer_holds_its_newest_tokens_alone(tail):
-    """Half of the layers hold keys and values, the others those of the newest tokens."""
-    model = made("cla", tail=tail)
-    cache = model.new_cache(1, 10)
-    model.prefill(tokens(1, 10), cache)
-    dense = tiny_model(cfg=EIGHT).new_cache(1, 10)
-    counters = 8 * 2  # lengths, or n_packed and n_window
-    assert cache.nbytes() - counters - 8 == (dense.nbytes() - counters) * (10 + tail) / 20
-    assert shared_heads.kept_shares(model, cache) == (10 + tail) / 20
-
-
-@pytest.mark.parametrize("name", ["two", "tail", "cla tail"])
-def test_caches_of_any_lengths_join(name):
-    """All pairs of prompts of some lengths, whose experts' capacities differ, joined: two steps
-    have the logits of one batch that was never cut."""
-    lengths = (1, 2, 3, 5, 6, 9, 12)
-    model = made(**SETTINGS[name])
-    after = tokens(2, 2, seed=3)
-    with torch.no_grad():
-        alone = {}
-        for n in lengths:
-            for row in range(2):
-                cache = model.new_cache(1, n + 2)
-                model.prefill(tokens(1, n, seed=100 * row + n), cache)
-                alone[row, n] = cache
-        for a in lengths:
-            for b in lengths:
-                T = max(a, b)
-                idx = torch.zeros(2, T, dtype=torch.int64)
-                idx[0, T - a :] = tokens(a, seed=a)
-                idx[1, T - b :] = tokens(b, seed=100 + b)
-                whole = model.new_cache(2, T + 2)
-                model.prefill(idx, whole, torch.tensor([T - a, T - b]))
-                joined = KVCache.cat([alone[0, a], alone[1, b]])
-                for t in range(2):
-                    want = model.decode(after[:, t : t + 1], whole)
-                    got = model.decode(after[:, t : t + 1], joined)
-                    assert (got - want).abs().max() < 1e-10, (a, b, t)
-
-
-def test_truncation_gives_back_the_window_or_says_why_not():
-    """One expert: any cut. Random routers: what is in the window. Learned ones: nothing or all,
-    since scores are summed up. What is left goes on as if the rest had never been."""
-    x = tokens(2, 20)
-    more = tokens(2, 1, seed=5)
-    cases = {"gqa tail": [19, 7, 0, 20], "cla tail": [18, 0, 20], "tail": [0, 20], "random": [0]}
-    for name, cuts in cases.items():
-        for n in cuts:
-            model = made(**SETTINGS[name])
-            with torch.no_grad(), shared_heads.routing(model, "score"):
-                cache = model.new_cache(2, 21)
-                model.prefill(x, cache)
-                cache.truncate(n)
-                assert cache.lengths.tolist() == [n, n]
-                got = model.decode(more, cache)
-                assert got.isfinite().all()
-                if name == "tail" or not n:
-                    want = model(torch.cat((x[:, :n], more), 1))[:, -1:]
-                    assert (got - want).abs().max() < 1e-10
-    for name, n in (("tail", 18), ("random", 18), ("two", 3)):
-        model = made(**SETTINGS[name])
-        cache = model.new_cache(2, 20)
-        model.prefill(x, cache)
-        with pytest.raises(ValueError, match=f"truncating to {n} tokens"):
-            cache.truncate(n)
-        assert cache.lengths.tolist() == [20, 20]
-
-
-def test_a_cut_window_fills_up_again():
-    """Tokens of a window are dropped, of each sequence other ones, and come again: the same tokens
-    lie in the same places as if none had been dropped."""
-    path = mixsga.experts(made(tail=6, expert_router="random"))[0]
-    k, v = torch.randn(2, 2, 8, 24, 16, dtype=torch.float64)
-    index = torch.randint(0, 3, (2, 24))
-    whole = path.new_cache(2, 30, k)
-    cut = path.new_cache(2, 30, k)
-    for cache in (whole, cut):
-        cache.append(NewTokens(k[:, :, :20], v[:, :, :20], None, index[:, :20]))
-    cut.truncate(torch.tensor([17, 19]))
-    assert cut.n_packed.tolist() == [14, 14] and cut.n_window.tolist() == [3, 5]
-    whole.append(NewTokens(k[:, :, 20:], v[:, :, 20:], None, index[:, 20:]))
-    n_pad = torch.tensor([0, 2])
-    cut.append(NewTokens(k[:, :, 17:], v[:, :, 17:], n_pad, index[:, 17:]))
-    for key, t in whole.state_dict().items():
-        n = min(len(t), len(cut.state_dict()[key]))
-        assert torch.equal(t[:n], cut.state_dict()[key][:n]) or "." in key, key
-    for ours, theirs in zip(whole.parts, cut.parts, strict=True):
-        for got, want in zip(ours.unpack(), theirs.unpack(), strict=True):
-            assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda s: s.pop("1.keys"),
-        lambda s: s.update({"3.keys": s["1.keys"]}),
-        lambda s: s.update(window_k=s["window_k"].float()),
-        lambda s: s.update(n_packed=s["n_packed"] + 1),
-        lambda s: s.update(n_window=s["n_window"] + 9),
-        lambda s: s.update({"0.n_packed": s["0.n_packed"] + 1000}),
-        lambda s: s.update({"0.keys": s["0.keys"][:, :8]}),
-    ],
-)
-def test_a_state_that_is_not_its_own_is_refused(change):
-    """Names, types and counts are looked at, of the parts as well; a cache that refuses is as it
-    was."""
-    model = made(tail=4)
-    cache = model.new_cache(2, 15)
-    model.prefill(tokens(2, 15), cache)
-    other = model.new_cache(2, 15).layers[0]
-    before = other.state_dict()
-    state = dict(cache.layers[0].state_dict())
-    change(state)
-    with pytest.raises(ValueError):
-        other.load_state_dict(state)
-    assert all(t is before[key] for key, t in other.state_dict().items()) and other.fresh
-    other.load_state_dict(cache.layers[0].state_dict())
-    assert other.lengths.tolist() == [15, 15]
-
-
-def test_caches_of_other_experts_do_not_join():
-    """Group sizes, windows and routers are settings: what differs is named."""
-    layers = []
-    for setting in (dict(), dict(tail=2), dict(expert_router="random"), dict(expert_groups=2)):
-        layers.append(made(**setting).new_cache(1, 9).layers[0])
-    for other in layers[1:]:
-        with pytest.raises(ValueError, match="is needed"):
-            ExpertCache.cat([layers[0], other])
-
-
-def test_a_layer_of_cla_keeps_nothing_of_an_uncached_forward():
-    """Its last reader clears what the source has put down for those above."""
-    model = made(**SETTINGS["cla tail"])
-    model(tokens(3, 7))
-    assert not any(getattr(path, "seen", None) for path in shared_heads.sharing(model))
-
-
 def test_the_opening_example_runs():
     """The lines that open mixsga.py, as they stand."""
     text = mixsga.__doc__.split("router per layer")[1].split("Two executions")[0]
@@ -610,97 +417,6 @@ def test_agreement_rises_with_the_consistency_loss():
             opt.step()
         shares.append(torch.stack([p.agreement for p in mixsga.experts(model)]).mean().item())
     assert shares[0] > 0.95 > shares[1]
-
-
-# ----------------------------------------------------------------------------- baselines, refusals
-
-
-@pytest.mark.parametrize(
-    "share, n_layer, want",
-    [
-        ("0.5", 4, [2] * 4),
-        ("0.25", 3, [4] * 3),
-        ("0.35", 10, [2] * 4 + [4] * 6),
-        ("0.75", 4, [1, 1, 2, 2]),
-        ("1", 2, [1, 1]),
-        ("0.13", 5, [8] * 5),
-    ],
-)
-def test_gqa_keeps_at_most_its_share(share, n_layer, want):
-    """Two neighbouring group sizes, at most the share and as near as whole layers allow."""
-    assert shared_heads.gqa_sizes(Fraction(share), n_layer, 8) == want
-    assert sum(Fraction(1, g) for g in want) / n_layer <= Fraction(share)
-
-
-@pytest.mark.parametrize(
-    "share, n_layer, want",
-    [
-        ("0.5", 4, [0, 0, 2, 2]),
-        ("0.5", 5, [0, 0, 2, 2, 4]),
-        ("1", 3, [0, 1, 2]),
-        ("0.25", 10, [0, 0, 0, 0, 4, 4, 4, 7, 7, 7]),
-    ],
-)
-def test_cla_keeps_whole_layers(share, n_layer, want):
-    """ceil(share n_layer) layers have keys and values of their own, spread evenly; each reads the
-    nearest below it."""
-    got = shared_heads.cla_sources(Fraction(share), n_layer)
-    assert got == want and len(set(got)) == math.ceil(Fraction(share) * n_layer)
-
-
-def h2o_by_hand(q, k, v, keep: float, whole, w: int):
-    """One sequence, one layer, token by token with Python lists."""
-    H, T, D = q.shape
-    n = math.ceil(keep * T)
-    held = []
-    total = {}
-    out = torch.zeros_like(q)
-    for t in range(T):
-        held.append(t)
-        total[t] = 0.0
-        for h in range(H):
-            g = h // (H // k.size(0))
-            ks, vs = (
-                torch.stack([(new if t - j < w else old)[g, j] for j in held])
-                for new, old in zip(whole, (k, v), strict=True)
-            )
-            p = (ks @ q[h, t] / D**0.5).softmax(0)
-            out[h, t] = p @ vs
-            for j, a in zip(held, p.tolist(), strict=True):
-                total[j] += a
-        old = [j for j in held if j <= t - n // 2]
-        if len(held) > n and old:
-            held.remove(min(old, key=lambda j: total[j]))
-    return out
-
-
-@pytest.mark.parametrize("w", [0, 3])
-@pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 1.0])
-def test_h2o_equals_a_loop(keep, w):
-    """Heavy hitters and the newest half, one eviction a token; 1 is attention, the newest w read
-    whole."""
-    g = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 6, 23, 8, generator=g).double()
-    (k, v, *whole) = torch.randn(4, 2, 3, 23, 8, generator=g).double()
-    got = shared_heads.h2o_attention(q, k, v, whole, w, keep=keep)
-    for b in range(2):
-        assert (
-            got[b] - h2o_by_hand(q[b], k[b], v[b], keep, [t[b] for t in whole], w)
-        ).abs().max() < 1e-12
-    if keep == 1:
-        assert (got - mixsga.attend_window(q, k, v, whole, w)).abs().max() < 1e-12
-
-
-def test_h2o_reaches_every_path():
-    """Under routing(h2o=...) all paths read what is held; at 1 they read as before; after the
-    `with` too."""
-    for name in ("3:1:6", "gqa", "cla", "tail", "cla tail"):
-        model = made(**SETTINGS[name])
-        x = tokens(1, 20)
-        want = model(x)
-        with shared_heads.routing(model, h2o=0.3):
-            assert (model(x) - want).abs().max() > 1e-3
-        assert torch.equal(model(x), want)
 
 
 @pytest.mark.parametrize(

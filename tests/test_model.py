@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from config import ModelConfig
 from generate import generate, sampling_probs
-from model import RMSNorm, Transformer, apply_rope, attend, lm_loss, rope_table
+from model import RMSNorm, Transformer, apply_rope, attend, rope_table
 from storage.cache import NewTokens
 from storage.dense import DenseCache
+from training.loss import lm_loss
 
 VOCAB = 23
 CONTEXT = 31

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from config import KVConfig
 from storage import layout
+from storage.as_dense import as_dense
 from storage.cache import NewTokens
 from storage.packed import PackedCache, ValueBasis
 
@@ -111,7 +112,7 @@ def test_unpack_returns_what_was_appended(T, S, data):
         pad=pad,
         basis=ValueBasis(enc),
     )
-    got_k, got_v, got_mask = cache.unpack()
+    got_k, got_v, got_mask = as_dense(cache)
     z = v if enc is None else 3 * v.flip(-1)
     kept = z * layout.expand_mask(mask, 16)
     for b in range(2):
@@ -157,7 +158,7 @@ def test_nan_in_unwritten_slots_never_reaches_a_result():
     for t in (cache.keys, cache.rows, cache.window_k, cache.window_v):
         t.fill_(float("nan"))
     cache.append(NewTokens(k, v, torch.tensor([0, 7]), mask))
-    assert all(t.isfinite().all() for t in cache.unpack()[:2])
+    assert all(t.isfinite().all() for t in as_dense(cache)[:2])
 
 
 def test_truncate_forgets_the_newest_tokens():
@@ -167,14 +168,14 @@ def test_truncate_forgets_the_newest_tokens():
         (cache, *first) = filled(100, 4, 2)
         (_, *second) = filled(100, 4, 2, seed=1)
         cache.truncate(n)
-        assert cache.unpack()[0].size(2) == n
+        assert as_dense(cache)[0].size(2) == n
         k, v, mask = (t[:, :, n:] for t in second)
         cache.append(NewTokens(k, v, None, mask))
         k, v, mask = (
             torch.cat((a[:, :, :n], b[:, :, n:]), 2) for a, b in zip(first, second, strict=True)
         )
         for got, want in zip(
-            cache.unpack(), (k, v * mask.repeat_interleave(4, -1), mask), strict=True
+            as_dense(cache), (k, v * mask.repeat_interleave(4, -1), mask), strict=True
         ):
             assert torch.equal(got, want)
     with pytest.raises(ValueError, match="truncating"):

@@ -30,7 +30,7 @@ import train
 from loaders import checkpoint
 from loaders.runs import find_checkpoint, load_run
 from loaders.tokenizer import get_tokenizer
-from model import Transformer, lm_loss
+from model import Transformer
 from report.figures import SWEEP, draw_metric, pyplot
 from report.made import read_record
 from runs import TABLE, arguments, call, copies, python, rows_without_time
@@ -40,6 +40,7 @@ from training import adapters
 from training import loop as trainer
 from training.adapters import finding, matched_rank
 from training.base import pretrain_stage
+from training.loss import lm_loss
 
 COUNTS = 8 * 4 * 2  # bytes of a dense cache's lengths: four sequences, two layers
 CONTEXT = 128  # long enough for what is stored once per sequence not to count

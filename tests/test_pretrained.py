@@ -1,5 +1,5 @@
-"""Models of others, in and out: Hugging Face folders against transformers, export, refusals,
-memory, adapters on such a base (promise 17)."""
+"""Models of others: Hugging Face folders against transformers, the hub, memory, adapters on such a
+base (promise 17)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import (
-    EXPORTS,
-    OUR_SHAPE,
+from foreign import (  # noqa: F401 (fixture)
+    SCALING,
     SHAPES,
     TEXT,
     THEIR_FOLDERS,
     config_json,
     definition,
-    exported_model,
-    fitting,
+    edit,
+    edit_tensors,
+    folder,
     ids,
+    logits,
     random_model,
-    run_of,
     theirs,
     write_folder,
 )
 from helpers import error_line
 from safetensors.torch import load_file, save_file
-from test_no_code_in_files import bombs
 from test_parity import needs_transformers
 
 import kv_router
@@ -41,45 +40,15 @@ from loaders import checkpoint
 from loaders.device import autocast
 from loaders.export import export
 from loaders.huggingface import model_config
-from loaders.runs import Run, added_state, base_reference, is_foreign, load_pretrained, load_run
-from loaders.tokenizer import ByteTokenizer
+from loaders.runs import Run, added_state, base_reference, is_foreign, load_run
 from loaders.tokenizer_json import LibraryTokenizer, from_definition
 from loaders.weights import load_model_state, model_state
 from model import Transformer
-from runs import ROOT, python
+from runs import ROOT
 from settings.adapters import AdapterConfig
 from settings.fields import to_dict
 
 pytest.importorskip("tokenizers", reason="pretrained models' tokenizers run in it")
-
-
-def logits(model: Transformer, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A tiny Llama's folder, all in order."""
-    return write_folder(tmp_path / "m", config_json())
-
-
-def edit(folder: Path, **changes) -> None:
-    """Change settings in a folder's config.json; ... takes one out."""
-    d = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in d.items() if v is not ...}))
-
-
-def edit_tensors(folder: Path, **changes) -> None:
-    """Change tensors of a folder by their name with _ for every dot; ... takes one out."""
-    tensors = load_file(folder / "model.safetensors")
-    names = {k.replace(".", "_"): k for k in tensors}
-    for key, value in changes.items():
-        if value is ...:
-            del tensors[names[key]]
-        else:
-            tensors[names.get(key, key)] = value
-    save_file(tensors, folder / "model.safetensors")
 
 
 # ----------------------------------------------------------------------------- in
@@ -125,7 +94,6 @@ def test_folder_logits_equal_transformers(name, tmp_path_factory):
         )
 
 
-SCALING = SHAPES["llama3"]["scaling"]
 THETA = {"rope_theta": 500.0}
 
 
@@ -306,242 +274,6 @@ def test_is_foreign_tells_theirs_from_ours(folder, tmp_path):
     ] == [False] * 5
 
 
-# ----------------------------------------------------------------------------- refusals
-
-CONFIG_REFUSALS = {
-    "mixtral": (dict(model_type="mixtral"), "model_type='mixtral'"),
-    "gemma": (dict(model_type="gemma"), "model_type='gemma'"),
-    "qwen2_moe": (dict(model_type="qwen2_moe"), "model_type='qwen2_moe'"),
-    "null type": (dict(model_type=None), "model_type=None"),
-    "odd type": (dict(model_type=["llama"]), "model_type=['llama']"),
-    "quantised": (dict(quantization_config={"bits": 4}), "quantization_config={'bits': 4}"),
-    "attention_bias": (dict(attention_bias=True), "attention_bias=True"),
-    "mlp_bias": (dict(mlp_bias=True), "mlp_bias=True"),
-    "hidden_act": (dict(hidden_act="gelu"), "hidden_act='gelu'"),
-    "partial rotary": (dict(partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
-    "yarn untruncated": (
-        dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "truncate": False}),
-        "truncate=False of its RoPE scaling",
-    ),
-    "yarn without a base": (
-        dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}, rope_theta=1.0),
-        "rope_theta=1.0",
-    ),
-    "yarn past every table": (
-        dict(rope_scaling={"rope_type": "yarn", "factor": 1e6}),
-        "max_position_embeddings=29000000",
-    ),
-    "linear without factor": (dict(rope_scaling={"type": "linear"}), "lacks 'factor'"),
-    "linear the other way": (dict(rope_scaling={"type": "linear", "factor": 0.5}), "rope_factor"),
-    "longrope": (dict(rope_scaling={"type": "longrope"}), "RoPE scaling 'longrope'"),
-    "mrope": (dict(use_mrope=True), "use_mrope=True"),
-    "dynamic, new keys": (
-        dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4}),
-        "RoPE scaling 'dynamic'",
-    ),
-    "llama3 without factor": (dict(rope_scaling={"rope_type": "llama3"}), "lacks 'factor'"),
-    "llama3 upside down": (
-        dict(rope_scaling=SCALING | {"low_freq_factor": 8.0}),
-        "rope_low_freq=8.0",
-    ),
-    "scaling is text": (dict(rope_scaling="llama3"), "rope_scaling='llama3'"),
-    "window of nothing": (dict(model_type="mistral", sliding_window=0), "sliding_window=0"),
-    "no layers": (dict(num_hidden_layers=...), "lacks 'num_hidden_layers'"),
-    "zero heads": (dict(num_attention_heads=0), "num_attention_heads=0"),
-    "text": (dict(hidden_size="eighteen"), "hidden_size='eighteen'"),
-    "digits as text": (dict(hidden_size="18"), "hidden_size='18'"),
-    "list": (dict(num_key_value_heads=[2, 2]), "num_key_value_heads=[2, 2]"),
-    "true": (dict(num_hidden_layers=True), "num_hidden_layers=True"),
-    "half a head": (dict(num_attention_heads=6.5), "num_attention_heads=6.5"),
-    "infinite": (dict(rope_theta=float("inf")), "rope_theta=inf"),
-    "nan": (dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
-    "huge": (dict(max_position_embeddings=10**12), "max_position_embeddings=1000000000000"),
-    "odd head": (dict(head_dim=9), "head_dim=9"),
-    "heads do not divide": (dict(num_key_value_heads=4), "n_kv_head=4"),
-    "more layers": (dict(num_hidden_layers=10**6), "missing: layers.999999"),
-    "fewer layers": (dict(num_hidden_layers=1), "unexpected: layers.1"),
-    "other width": (
-        dict(intermediate_size=34),
-        "of another shape: layers.0.mlp.gate_proj.weight (33, 18) for (34, 18)",
-    ),
-    "bias not there": (
-        dict(model_type="qwen2", head_dim=8),
-        "missing: layers.0.self_attn.q_proj.bias",
-    ),
-    "small vocabulary": (dict(vocab_size=260), "a tokenizer of 261 ids: the model has 260"),
-}
-
-
-@pytest.mark.parametrize("name", CONFIG_REFUSALS)
-def test_config_refusals_name_the_setting(folder, name):
-    """Another architecture, a setting this trunk lacks, or one of the wrong type or size: one line
-    that names it."""
-    changes, words = CONFIG_REFUSALS[name]
-    edit(folder, **changes)
-    assert words in error_line(load_pretrained, folder)
-
-
-def write_text(name: str, text: str | bytes):
-    return lambda folder: (folder / name).write_bytes(
-        text if isinstance(text, bytes) else text.encode()
-    )
-
-
-def shards(weight_map: object, *files: str):
-    """Replace the one file by an index; `files` are made as copies of it."""
-
-    def act(folder: Path) -> None:
-        for name in files:
-            shutil.copy(folder / "model.safetensors", folder / name)
-        (folder / "model.safetensors").unlink()
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-    return act
-
-
-def cut(n: int):
-    def act(folder: Path) -> None:
-        data = (folder / "model.safetensors").read_bytes()
-        (folder / "model.safetensors").write_bytes(data[:n])
-
-    return act
-
-
-def only_bin(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-NAMES = list(fitting(config_json()))
-NAN = torch.full((18,), float("nan"))
-FILE_REFUSALS = {
-    "missing tensor": (lambda f: edit_tensors(f, model_norm_weight=...), "missing: norm.weight"),
-    "missing head": (lambda f: edit_tensors(f, lm_head_weight=...), "missing: lm_head.weight"),
-    "unexpected tensor": (lambda f: edit_tensors(f, extra=torch.ones(1)), "unexpected: extra"),
-    "another shape": (
-        lambda f: edit_tensors(f, model_norm_weight=torch.ones(17)),
-        "norm.weight (17,) for (18,)",
-    ),
-    "nan": (lambda f: edit_tensors(f, model_norm_weight=NAN), "norm.weight: not all finite"),
-    "too large": (
-        lambda f: edit_tensors(f, model_norm_weight=NAN.double().nan_to_num(1e300)),
-        "norm.weight: not all finite in torch.float32",
-    ),
-    "integers": (
-        lambda f: edit_tensors(f, model_norm_weight=torch.ones(18, dtype=torch.int64)),
-        "norm.weight is torch.int64",
-    ),
-    "float8": (
-        lambda f: edit_tensors(f, model_norm_weight=torch.ones(18).to(torch.float8_e4m3fn)),
-        "norm.weight is torch.float8_e4m3fn",
-    ),
-    "both prefixes": (
-        lambda f: edit_tensors(f, **{"norm.weight": torch.ones(18)}),
-        "with and without the prefix",
-    ),
-    "empty file": (cut(0), "cannot be read"),
-    "cut in the header": (cut(100), "cannot be read"),
-    "cut in the data": (cut(9000), "cannot be read"),
-    "pickles only": (only_bin, "it has .bin files, which can run code"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file in it"),
-    "missing shard": (
-        shards(
-            {n: "b.safetensors" if "norm" in n else "a.safetensors" for n in NAMES}, "a.safetensors"
-        ),
-        "lacks b.safetensors",
-    ),
-    "shard lacks a tensor": (
-        shards(dict.fromkeys([*NAMES, "model.more"], "a.safetensors"), "a.safetensors"),
-        "no tensor model.more",
-    ),
-    "shard above": (
-        shards(dict.fromkeys(NAMES, "../other/model.safetensors")),
-        "has no weight_map of file names",
-    ),
-    "shard elsewhere": (
-        shards(dict.fromkeys(NAMES, "/etc/passwd")),
-        "has no weight_map of file names",
-    ),
-    "shard is the parent": (shards(dict.fromkeys(NAMES, "..")), "lacks .."),
-    "shard is a number": (shards(dict.fromkeys(NAMES, 3)), "has no weight_map of file names"),
-    "index is a list": (shards(NAMES), "has no weight_map"),
-    "index is no json": (
-        lambda f: (shards({})(f), write_text("model.safetensors.index.json", "{")(f)),
-        "cannot be read as JSON",
-    ),
-    "index is empty": (shards({}), "layers.1"),
-    "config cut": (
-        write_text("config.json", '{"model_type": "lla'),
-        "config.json cannot be read as JSON",
-    ),
-    "config is a list": (write_text("config.json", "[1]"), "config.json: holds no JSON object"),
-    "config is not text": (
-        write_text("config.json", b"\xff\xfe\x00"),
-        "config.json cannot be read as JSON",
-    ),
-    "config nests deep": (
-        write_text("config.json", "[" * 100_000),
-        "config.json cannot be read as JSON",
-    ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json in it"),
-    "tokenizer cut": (
-        write_text("tokenizer.json", '{"model":'),
-        "tokenizer.json cannot be read as JSON",
-    ),
-    "tokenizer of another kind": (write_text("tokenizer.json", "{}"), "tokenizer m"),
-}
-
-
-@pytest.mark.parametrize("name", FILE_REFUSALS)
-def test_file_refusals_name_the_file_or_tensor(folder, name):
-    """A tensor or a file that is missing, damaged, foreign, or outside the folder: one line that
-    names it."""
-    act, words = FILE_REFUSALS[name]
-    act(folder)
-    assert words in error_line(load_run, folder)
-
-
-def test_folder_that_names_no_model_type_is_refused(folder):
-    """Without model_type a config.json is nobody's: asked for as a model it is refused by that
-    name, and as a run by the lack of one."""
-    edit(folder, model_type=...)
-    assert "model_type=None" in error_line(load_pretrained, folder)
-    assert "its config.json names no model_type" in error_line(load_run, folder)
-
-
-def test_too_large_for_bfloat16_is_refused(folder):
-    """float32's largest number is no bfloat16: it would become inf."""
-    edit_tensors(folder, model_norm_weight=torch.full((18,), 3.4028e38))
-    assert "norm.weight: not all finite in torch.bfloat16" in error_line(
-        load_run, folder, weights="bfloat16"
-    )
-    load_run(folder)
-
-
-@pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
-@pytest.mark.parametrize(
-    "file",
-    [
-        "model.safetensors",
-        "config.json",
-        "tokenizer.json",
-        "model.safetensors.index.json",
-        "m.gguf",
-    ],
-)
-def test_malicious_pickle_in_a_models_folder_never_runs(folder, file, kind):
-    """Promise 6 for models of others: a pickle under each name that is read is a one-line
-    ValueError and leaves no mark."""
-    marker = folder / "ran"
-    bomb = bombs(marker)[kind]
-    if file == "model.safetensors.index.json":
-        (folder / "model.safetensors").unlink()
-    (folder / file).write_bytes(bomb)
-    if file == "m.gguf":
-        pytest.importorskip("gguf", reason="gguf is not installed")
-    error_line(load_run, folder / file if file == "m.gguf" else folder)
-    assert not marker.exists()
-
-
 # ----------------------------------------------------------------------------- the hub
 
 
@@ -619,104 +351,6 @@ def test_hub_failures_are_one_line(monkeypatch):
         assert "hf:org/name at revision v1 cannot be had" in line and "go online" in line
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install huggingface_hub" in error_line(load_run, "hf:org/name")
-
-
-# ----------------------------------------------------------------------------- out
-
-
-@needs_transformers
-@pytest.mark.parametrize("name", EXPORTS)
-def test_export_loads_in_transformers_with_equal_logits(name, tmp_path_factory):
-    """Promise 17: transformers loads the folder without a missing or unexpected tensor and gives
-    our logits to 1e-5, for large random weights, bias on and off, tied and not, scaled RoPE,
-    bfloat16, LoRA merged; AutoTokenizer gives our ids."""
-    _, out, said = theirs(tmp_path_factory)
-    model, adapter = exported_model(name)
-    base = Transformer(model.cfg).eval()
-    base.load_state_dict({k: t for k, t in model.state_dict().items() if "lora_" not in k})
-    model = lora.merge(model).float()
-    x = ids(name, OUR_SHAPE["vocab_size"], 2, 57)
-    assert not any(said[name]["wrong"].values()) and said[name]["tied"] == model.cfg.tie_embeddings
-    assert out[name].std() > 0.6 and (logits(model, x) - out[name]).abs().max() < 1e-5
-    assert ((logits(base, x) - out[name]).abs().max() > 0.1) == (adapter == "lora")
-    assert said[name]["tokens"] == from_definition(definition(), "tiny").encode(TEXT)
-    config = said[name]["config"]
-    assert (
-        config["eos_token_id"] == 260
-        and config["max_position_embeddings"] == OUR_SHAPE["block_size"]
-    )
-
-
-@pytest.mark.parametrize("name", [n for n in EXPORTS if "lora" not in n])
-def test_export_and_load_give_the_same_bits_back(name, tmp_path):
-    """export -> load_run: equal ModelConfig, bit-equal tensors in their dtype, equal logits and
-    token ids; and once more the same bytes."""
-    model, _ = exported_model(name)
-    export(run_of(model), tmp_path / "one")
-    again = load_run(tmp_path / "one", weights="bfloat16" if name == "bf16" else "float32")
-    # who may read one file may read all
-    assert len({p.stat().st_mode for p in (tmp_path / "one").iterdir()}) == 1
-    got = model_state(again.model)
-    want = model_state(model)
-    assert again.model.cfg == model.cfg and got.keys() == want.keys()
-    assert all(got[k].dtype == want[k].dtype and torch.equal(got[k], want[k]) for k in want)
-    assert again.tokenizer.definition == definition() and again.tokenizer.encode(
-        TEXT
-    ) == from_definition(definition(), "tiny").encode(TEXT)
-    x = ids(name, OUR_SHAPE["vocab_size"], 2, 23)
-    assert torch.equal(logits(again.model, x), logits(model, x))
-    export(again, tmp_path / "two")
-    for file in ("config.json", "model.safetensors", "tokenizer.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-
-
-def test_export_refuses_what_transformers_cannot_hold_and_leaves_nothing(tmp_path, monkeypatch):
-    """Routed adapters, value groups, Qwen2 with another head dimension, and a folder in use are
-    refused; these and a full disk leave neither folder nor temporary behind, and a refused run's
-    model is as it was."""
-    model = random_model()
-    to = tmp_path / "deep" / "out"
-    for run, words in (
-        (run_of(model, adapter="routed"), "adapter=routed"),
-        (run_of(model, adapter="moe_lora"), "adapter=moe_lora"),
-        (run_of(model, kv="value_groups"), "kv=value_groups"),
-        (run_of(random_model(qkv_bias=True, head_dim=6)), "head_dim=6 with a bias"),
-    ):
-        assert words in error_line(export, run, to)
-        assert list(tmp_path.iterdir()) == []
-    lora.attach(model, AdapterConfig(adapter="lora"))
-    to.mkdir(parents=True)
-    (to / "mine.txt").write_text("mine")
-    assert "is not an empty folder" in error_line(export, run_of(model, adapter="lora"), to)
-    assert "is not an empty folder" in error_line(
-        export, run_of(model, adapter="lora"), to / "mine.txt"
-    )
-    assert [p.name for p in to.parent.rglob("*")] == ["out", "mine.txt"] and lora.adapter_state(
-        model
-    )
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("loaders.export.save_file", full)
-    (to / "mine.txt").unlink()
-    with pytest.raises(OSError, match="No space"):
-        export(run_of(model, adapter="lora"), to)
-    assert [p.name for p in to.parent.rglob("*")] == ["out"]
-    monkeypatch.undo()
-    export(run_of(model, adapter="lora"), to)  # into the empty folder
-    assert (to / "model.safetensors").is_file() and [p.name for p in to.parent.iterdir()] == ["out"]
-
-
-def test_export_with_the_byte_tokenizer_has_no_tokenizer_json(tmp_path):
-    """The byte tokenizer has no tokenizer.json: weights and config are written, and loading the
-    folder says what it lacks."""
-    export(run_of(random_model(), ByteTokenizer()), tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
-    assert "no tokenizer.json in it" in error_line(load_run, tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------- memory
@@ -887,66 +521,3 @@ def test_own_base_in_bfloat16_keeps_its_table_of_positions(tmp_path):
     got = load_run(path, weights="bfloat16").model
     assert {p.dtype for p in got.parameters()} == {torch.bfloat16}
     assert torch.equal(got.rope_cos, model.rope_cos) and torch.equal(got.rope_sin, model.rope_sin)
-
-
-# ----------------------------------------------------------------------------- the program
-
-
-def test_program_exports_a_model_as_a_user_would(folder, tmp_path):
-    """python -m loaders.export --init_from=A --to=B: one line and how to load it, exit code 0, a folder
-    that loads; again: one line, exit code 2."""
-    command = (
-        "-m",
-        "loaders.export",
-        f"--init_from={folder}",
-        "--to",
-        tmp_path / "out",
-        "--weights=bfloat16",
-    )
-    done = python(*command)
-    n = sum(p.numel() for p in load_run(folder).model.parameters())
-    loading, after = done.err.splitlines()
-    assert done.returncode == 0 and loading == f"loading {folder} ..."
-    assert after.endswith(f"transformers.AutoModelForCausalLM.from_pretrained('{tmp_path}/out')")
-    assert done.out.startswith(f"{tmp_path}/out: {n:,} parameters in torch.bfloat16, tokenizer m-")
-    x = ids("x", 261, 2, 23)
-    rounded = load_run(folder, weights="bfloat16").model.float()
-    assert torch.equal(logits(load_run(tmp_path / "out").model, x), logits(rounded, x))
-    done = python(*command)
-    assert (
-        (done.returncode, done.out) == (2, "")
-        and done.err.count("\n") == 1
-        and "is not an empty folder" in done.err
-    )
-
-
-def test_program_offline_with_an_empty_cache_says_so(tmp_path, monkeypatch):
-    """The real hub client, offline with an empty cache: one line, exit code 2, no traceback."""
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
-    done = python(
-        "-m",
-        "loaders.export",
-        "--init_from=hf:org/name",
-        "--revision=v1",
-        f"--to={tmp_path / 'out'}",
-    )
-    assert (done.returncode, done.out) == (2, "")
-    assert done.err.startswith("loading hf:org/name ...\n") and done.err.count("\n") == 2
-    assert (
-        "hf:org/name at revision v1 cannot be had" in done.err and not (tmp_path / "out").exists()
-    )
-
-
-def test_program_help_and_wrong_flags_need_no_torch():
-    """--help and a missing --to are answered before torch is imported."""
-    done = python("-X", "importtime", "-m", "loaders.export", "--help")
-    assert done.returncode == 0 and "--init_from" in done.out and "--to" in done.out
-    assert not any(line.rsplit("|", 1)[-1].strip() == "torch" for line in done.err.splitlines())
-    done = python("-m", "loaders.export", "--init_from=x")
-    assert (
-        done.returncode == 2
-        and done.err
-        == "python -m loaders.export: no folder to export to: one is needed; give --to=DIR\n"
-    )

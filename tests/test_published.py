@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, error_line, randomise, read_in_pieces, tiny_model, tokens
-from test_relevance import CFG, CLOSE, HKV, PAD, D, H, L, attention, on_real, prompt_of, widest
+from scored_prompts import CFG, CLOSE, HKV, PAD, D, H, L, attention, on_real, prompt_of, widest
 
 import eval as evaluation
 import selector

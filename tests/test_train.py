@@ -24,7 +24,7 @@ import train
 from config import KVConfig
 from loaders import checkpoint
 from loaders.runs import find_checkpoint
-from model import Transformer, lm_loss
+from model import Transformer
 from runs import (
     TABLE,
     TINY,
@@ -44,6 +44,7 @@ from settings.adapters import AdapterConfig
 from settings.train import TrainConfig
 from training import adapters
 from training import loop as trainer
+from training.loss import lm_loss
 
 ROUTED = [
     "--adapter=routed",
@@ -308,7 +309,7 @@ def inject(monkeypatch, how: str, at: int, trainers: list) -> None:
 
     if how in ("nan", "inf"):
         monkeypatch.setattr(
-            trainer, "lm_loss", lambda *a: lm_loss(*a) * (float(how) if now() else 1.0)
+            "training.stage.lm_loss", lambda *a: lm_loss(*a) * (float(how) if now() else 1.0)
         )
     elif how == "masked":
 
@@ -430,7 +431,7 @@ def test_out_of_memory_names_sizes(kind, error, tmp_path, run_stage, monkeypatch
 
 def test_out_of_memory_is_not_guessed(tmp_path, run_stage, monkeypatch):
     """Any other RuntimeError stays what it is."""
-    monkeypatch.setattr(trainer, "lm_loss", lambda *a: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("training.stage.lm_loss", lambda *a: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         run_stage("pretrain", tmp_path / "run")
 

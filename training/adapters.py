@@ -51,7 +51,8 @@ from training.base import (
     take_selection,
     text_record,
 )
-from training.loop import NonFinite, Stage, train
+from training.loop import NonFinite, train
+from training.stage import Stage
 from training.world import World, share_parameters
 
 # -- one adaptation

@@ -26,7 +26,7 @@ from loaders.runs import (
 from model import Transformer
 from settings.fields import from_dict, to_dict
 from settings.train import TrainConfig
-from training.loop import Stage
+from training.stage import Stage
 from training.world import World, share_parameters
 
 LONGEST = 512  # tokens in a training sequence of a pretrained model, unless a flag says otherwise

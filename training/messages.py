@@ -17,9 +17,11 @@ def start_of(trainer) -> list[str]:
     w = trainer.w
     dtype = "bfloat16" if in_bfloat16(w.device, cfg.dtype) else "float32"
     ranks = f", {w.size} processes" if w.size > 1 else ""
-    every = sum(p.numel() for p in {*stage.model.parameters(), *stage.params})
+    params = {*stage.model.parameters(), *stage.params}
+    every = sum(p.numel() for p in params)
     trained = sum(p.numel() for p in stage.params)
-    text = " and ".join(label_of(name) for name in comma_list(stage.about["corpus"]))
+    corpora = comma_list(stage.about["corpus"])
+    text = " and ".join(label_of(name) for name in corpora)
     held_out = len(stage.corpus.val)
     lines = [
         f"{stage.name}: {every:,} parameters, {trained:,} of them trained, in {dtype} on "
@@ -32,23 +34,31 @@ def start_of(trainer) -> list[str]:
     ]
     if w.device.type == "cuda" or cfg.capture_ranks:
         why = trainer.why_not_captured
-        lines.append(f"  steps run kernel by kernel: {why}" if why else "  a step is a CUDA graph")
+        if why:
+            lines.append(f"  steps run kernel by kernel: {why}")
+        else:
+            lines.append("  a step is a CUDA graph")
     return lines
 
 
 def small_budgets(stage) -> list[str]:
     """Where the tokens that stay whole take most of a share of bytes at which contexts are stored,
     or at which a selection that is trained will store them."""
-    shares = stage.byte_budgets or [stage.about.get("select", {}).get("kv_bytes", 0.0)]
+    selection = stage.about.get("select", {})
+    shares = stage.byte_budgets or [selection.get("kv_bytes", 0.0)]
     length = stage.n_context or stage.window
-    lines = [small_budget(stage.kv, share, length) for share in sorted({*shares})]
+    shares = sorted({*shares})
+    lines = [small_budget(stage.kv, share, length) for share in shares]
     return [f"  {line}: give a larger share, or a larger --block_size" for line in lines if line]
 
 
 def end_of(trainer) -> list[str]:
     """What came out of a stage, how long it took, where it lies, and what to run next."""
     stage = trainer.s
-    took = f" after {trainer.clock() - trainer.began:.0f} s" if trainer.first < stage.steps else ""
+    took = ""
+    if trainer.first < stage.steps:
+        seconds = trainer.clock() - trainer.began
+        took = f" after {seconds:.0f} s"
     lines = [f"{stage.name}: validation loss {trainer.val:.4f}{took}, in {stage.folder}"]
     if trainer.cfg.stage == "all":  # there the next stage follows by itself
         return lines

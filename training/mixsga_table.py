@@ -51,8 +51,9 @@ from settings.fields import to_dict
 from settings.train import DataConfig, TrainConfig
 from tasks.instruct import Instruct, instruct
 from tasks.text import mean_loss
-from training.loop import NonFinite, Stage, Trainer
+from training.loop import NonFinite, Trainer
 from training.shared_heads import share_heads
+from training.stage import Stage
 from training.world import World
 
 SIZES = {1: "1", 2: "1,2", 3: "1,2,4", 4: "1,2,4,8"}  # of that many experts

@@ -26,7 +26,7 @@ from training.base import (
     start_from,
     text_record,
 )
-from training.loop import Stage
+from training.stage import Stage
 from training.world import World, share_parameters
 
 # A selection's own defaults, where no flag says otherwise.

@@ -21,7 +21,7 @@ from settings.experts import MixConfig
 from settings.fields import to_dict
 from settings.train import TrainConfig
 from training.base import adapt_window, corpus_of, text_record
-from training.loop import Stage
+from training.stage import Stage
 from training.world import World, share_parameters
 
 BATCHES = 4  # that heads are aligned and routers calibrated on

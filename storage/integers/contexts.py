@@ -57,7 +57,8 @@ class PackedInts(NamedTuple):
 def gains(fmts: Sequence[IntFormat], B: int) -> Tensor:
     """Return the gain of every segment, of layers that have B / L sequences each: (B Hkv, D)."""
     gain = torch.stack([fmt.gain for fmt in fmts])  # (L, Hkv, D)
-    return gain.repeat_interleave(B // len(fmts), 0).flatten(0, 1)
+    of_sequences = gain.repeat_interleave(B // len(fmts), 0)
+    return of_sequences.flatten(0, 1)
 
 
 def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
@@ -66,8 +67,10 @@ def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
     fmt = fmts[0]
     B, Hkv, _, _ = k.shape
     here = context.here
-    keys, key_scale, block = _keys(fmt, k[here], here.sum(-1), query_moment)
-    mine = mask.expand(-1, Hkv, -1, -1)[here]  # (n, S)
+    n_here = here.sum(-1)  # (B, Hkv)
+    keys, key_scale, block = _keys(fmt, k[here], n_here, query_moment)
+    of_heads = mask.expand(-1, Hkv, -1, -1)
+    mine = of_heads[here]  # (n, S)
     values = z[here]  # (n, D)
     if predict is not None:  # by the keys that will be read
         read = dequantise_keys(keys, key_scale, block, fmt.key_bits, z.dtype)
@@ -75,8 +78,10 @@ def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
     if fmt.levelled:
         planes = bit_planes(mine).sum(-1)
         first = planes.cumsum(0) - planes
-        gain = gains(fmts, B).view(B, Hkv, 1, -1).expand_as(z)[here]
-        rows, scale = quantise_levels(values, mine, first, int(planes.sum()), gain)
+        gain = gains(fmts, B).view(B, Hkv, 1, -1)
+        gain = gain.expand_as(z)[here]
+        total = int(planes.sum())
+        rows, scale = quantise_levels(values, mine, first, total, gain)
         count = bit_planes(mask).sum(-1)
         word = split_levels(mask)
     else:
@@ -85,10 +90,12 @@ def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
         count = mask.sum(-1)
         word = mask
     n_packed = keep.sum(-1)
-    before = (count.cumsum(-1) - count)[keep]
-    index = tile_index(before, n_packed, tile_size(mask.size(-1), fmt.levelled))
+    n_rows = count.sum(-1)
+    before = count.cumsum(-1) - count
+    size = tile_size(mask.size(-1), fmt.levelled)
+    index = tile_index(before[keep], n_packed, size)
     bits = mask_to_bits(word[keep])
-    return PackedInts(keys, rows, key_scale, scale, bits, *index, n_packed, count.sum(-1))
+    return PackedInts(keys, rows, key_scale, scale, bits, *index, n_packed, n_rows)
 
 
 def _keys(
@@ -97,14 +104,19 @@ def _keys(
     """Quantise keys k (tokens, D) of segments with n (B, Hkv) each, in blocks of their own. Returns
     bytes and scales, and the block (tokens,) of each."""
     blocks = cdiv(n, fmt.block)
-    segment_start = starts(n).flatten().repeat_interleave(n.flatten())
-    number = torch.arange(int(n.sum()), device=n.device) - segment_start
-    block = starts(blocks).flatten().repeat_interleave(n.flatten()) + number // fmt.block
+    of_segments = n.flatten()
+    first_token = starts(n).flatten().repeat_interleave(of_segments)
+    first_block = starts(blocks).flatten().repeat_interleave(of_segments)
+    token = torch.arange(int(n.sum()), device=n.device)
+    number = token - first_token
+    block = first_block + number // fmt.block
     rounding = to_codes  # to the nearest
     if query_moment is not None:
-        rounding = partial(gptq_round, QueryMoments(query_moment.flatten(0, 1), n.flatten()))
-    held = quantise_keys(k, block, int(blocks.sum()), fmt.key_bits, rounding)
-    return *held, block
+        moments = QueryMoments(query_moment.flatten(0, 1), of_segments)
+        rounding = partial(gptq_round, moments)
+    n_blocks = int(blocks.sum())
+    held, scale = quantise_keys(k, block, n_blocks, fmt.key_bits, rounding)
+    return held, scale, block
 
 
 # -------------------- keys
@@ -140,15 +152,21 @@ def _pack_keys_kernel(
     number = first + tl.arange(0, BLOCK)
     valid = number < n
     token = tl.load(token_base_ptr + segment) + number
-    t = tl.load(source_ptr + token, mask=valid, other=0) - segment * C
+    source = tl.load(source_ptr + token, mask=valid, other=0)
+    t = source - segment * C
     i = tl.arange(0, D)
-    k_ptr += segment // Hkv * k_stride_b + segment % Hkv * k_stride_h
+    k_ptr += segment // Hkv * k_stride_b
+    k_ptr += segment % Hkv * k_stride_h
     here = valid[:, None] & (i >= 0)[None, :]
-    x = tl.load(k_ptr + t[:, None] * k_stride_t + i[None, :], mask=here, other=0).to(tl.float32)
-    low = tl.min(tl.where(here, x, float("inf")), 0)
-    high = tl.max(tl.where(here, x, float("-inf")), 0)
+    at = t[:, None] * k_stride_t + i[None, :]
+    x = tl.load(k_ptr + at, mask=here, other=0).to(tl.float32)
+    or_more = tl.where(here, x, float("inf"))
+    or_less = tl.where(here, x, float("-inf"))
+    low = tl.min(or_more, 0)
+    high = tl.max(or_less, 0)
     step, middle = _scale(low, high, BITS)
-    scale_ptr += (tl.load(block_base_ptr + segment) + tl.program_id(1)) * 2 * D
+    block = tl.load(block_base_ptr + segment) + tl.program_id(1)
+    scale_ptr += block * 2 * D
     tl.store(scale_ptr + i, step)
     tl.store(scale_ptr + D + i, middle)
     if order_ptr is None:
@@ -161,15 +179,20 @@ def _pack_keys_kernel(
         for back in tl.range(0, D):
             j = tl.load(order_ptr + segment * D + D - 1 - back)
             mine = i == j
-            own = tl.sum(tl.where(mine[None, :], off, 0.0), 1)
+            column = mine[None, :]
+            own = tl.sum(tl.where(column, off, 0.0), 1)
             one = tl.sum(tl.where(mine, steps, 0.0), 0)
-            code = tl.floor(tl.div_rn(own, tl.zeros_like(own) + one) + (half + 0.5))
-            code = tl.minimum(tl.maximum(code, 0.0), 2.0 * half - 1)
+            divisor = tl.zeros_like(own) + one
+            place = tl.div_rn(own, divisor) + (half + 0.5)
+            code = tl.maximum(tl.floor(place), 0.0)
+            code = tl.minimum(code, 2.0 * half - 1)
             error = own - (code - half) * one  # the product is exact
             share = tl.load(share_ptr + j * D)  # 0 for what has been rounded
-            off = tl.where(mine[None, :], code[:, None], off - error[:, None] * share[None, :])
+            rest = off - error[:, None] * share[None, :]
+            off = tl.where(column, code[:, None], rest)
         codes = off.to(tl.int32)
-    _store_codes(keys_ptr + token * (D * BITS // 8), codes, valid, BITS, BLOCK, D)
+    keys_ptr += token * (D * BITS // 8)
+    _store_codes(keys_ptr, codes, valid, BITS, BLOCK, D)
 
 
 # -------------------- values with levels
@@ -214,8 +237,10 @@ def _pack_levels_kernel(
     G heads share their levels: the first of them writes masks and, to `before` (n_masks,) int32,
     the rows of its segment before each token. tried (N_TRIED,): factors of steps; UNIT_2,
     UNIT_3: steps of levels 2 and 3."""
-    at = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    begin = tl.program_id(0).to(tl.int64) * TOKENS
+    at = begin + tl.arange(0, TOKENS)
     valid = at < n
+    is_token = valid[:, None]
     source = tl.load(source_ptr + at, mask=valid, other=0)
     first = tl.load(first_ptr + at, mask=valid, other=0)
     segment = source // C
@@ -224,65 +249,98 @@ def _pack_levels_kernel(
 
     # levels by group, and where each group's planes begin
     g = tl.arange(0, S)
-    level = tl.load(level_ptr[:, None] + g[None, :], mask=valid[:, None], other=0).to(tl.int32)
+    level = tl.load(level_ptr[:, None] + g[None, :], mask=is_token, other=0)
+    level = level.to(tl.int32)
     planes = level + (level == 3).to(tl.int32)
     BYTES: tl.constexpr = D // 4  # of one plane of all groups; byte c is of group c // ROW
     ROW: tl.constexpr = D // S // 4
     c = tl.arange(0, BYTES)
-    earlier = g[None, :, None] < (c // ROW)[None, None, :]
-    row = first[:, None] + tl.sum(tl.where(earlier, planes[:, :, None], 0), 1)
+    group = c // ROW
+    in_row = c % ROW
+    earlier = g[None, :, None] < group[None, None, :]
+    planes_before = tl.where(earlier, planes[:, :, None], 0)
+    row = first[:, None] + tl.sum(planes_before, 1)
 
     # numbers: quarter p of a group has those whose codes lie at bits 2 p of its bytes
     p = tl.arange(0, 4)
-    dim = (c // ROW * (4 * ROW) + c % ROW)[None, :] + p[:, None] * ROW  # (4, BYTES)
-    z_at = segment // Hkv * z_stride_b + segment % Hkv * z_stride_h + t * z_stride_t
+    first_dim = group * (4 * ROW) + in_row
+    dim = first_dim[None, :] + p[:, None] * ROW  # (4, BYTES)
+    z_at = segment // Hkv * z_stride_b
+    z_at += segment % Hkv * z_stride_h
+    z_at += t * z_stride_t
     there = valid[:, None, None] & (dim >= 0)[None]
-    gain = tl.load(gain_ptr + segment[:, None, None] * D + dim[None], mask=there, other=1.0)
-    z = tl.load(z_ptr + z_at[:, None, None] + dim[None], mask=there, other=0).to(tl.float32)
+    gain_at = segment[:, None, None] * D + dim[None]
+    z_at = z_at[:, None, None] + dim[None]
+    gain = tl.load(gain_ptr + gain_at, mask=there, other=1.0)
+    z = tl.load(z_ptr + z_at, mask=there, other=0).to(tl.float32)
+    zeros = tl.zeros_like(z)  # whose shape a divisor has
     e = tl.div_rn(z, gain)
-    of = tl.load(level_ptr[:, None] + (c // ROW)[None, :], mask=valid[:, None], other=0)
+    of = tl.load(level_ptr[:, None] + group[None, :], mask=is_token, other=0)
     of = of.to(tl.int32)[:, None, :]  # (TOKENS, 1, BYTES)
     kept = of > 0
-    unit = tl.where(of == 2, UNIT_2, tl.where(of == 3, UNIT_3, 1.0))
-    zero = tl.where(of == 1, 1.5, tl.where(of == 2, 8.0, tl.where(of == 3, 128.0, 0.0)))
-    largest = tl.where(of == 1, 3.0, tl.where(of == 2, 15.0, tl.where(of == 3, 255.0, 0.0)))
+    is_1 = of == 1
+    is_2 = of == 2
+    is_3 = of == 3
+    unit = tl.where(is_3, UNIT_3, 1.0)
+    unit = tl.where(is_2, UNIT_2, unit)
+    zero = tl.where(is_3, 128.0, 0.0)
+    zero = tl.where(is_2, 8.0, zero)
+    zero = tl.where(is_1, 1.5, zero)
+    largest = tl.where(is_3, 255.0, 0.0)
+    largest = tl.where(is_2, 15.0, largest)
+    largest = tl.where(is_1, 3.0, largest)
 
     # the step that leaves a token the least error
-    square = tl.sum(tl.sum(tl.where(kept, e * e, 0.0), 2), 1)
-    count = tl.sum((level > 0).to(tl.int32), 1) * (D // S)
-    rms = tl.sqrt_rn(tl.div_rn(square, tl.maximum(count, 1).to(tl.float32)))
-    weight = gain * gain * tl.where(kept, unit * unit, 0.0)
-    x = tl.div_rn(e, unit + tl.zeros_like(e))
-    best = tl.minimum(tl.maximum(rms, LEAST), 65504.0).to(tl.float16)
+    squares = tl.where(kept, e * e, 0.0)
+    square = tl.sum(tl.sum(squares, 2), 1)
+    n_kept = tl.sum((level > 0).to(tl.int32), 1)
+    count = n_kept * (D // S)
+    mean = tl.div_rn(square, tl.maximum(count, 1).to(tl.float32))
+    rms = tl.sqrt_rn(mean)
+    of_unit = tl.where(kept, unit * unit, 0.0)
+    weight = gain * gain * of_unit
+    x = tl.div_rn(e, unit + zeros)
+    best = tl.minimum(tl.maximum(rms, LEAST), 65504.0)
+    best = best.to(tl.float16)
     least_error = tl.full([TOKENS], float("inf"), tl.float32)
     for i in tl.range(0, N_TRIED):
-        step = tl.maximum(rms * tl.load(tried_ptr + i), LEAST)
+        factor = tl.load(tried_ptr + i)
+        step = tl.maximum(rms * factor, LEAST)
         step = tl.minimum(step, 65504.0).to(tl.float16)
         wide = step.to(tl.float32)
-        place = zero + tl.div_rn(x, wide[:, None, None] + tl.zeros_like(x))
-        off = _round(tl.minimum(tl.maximum(place, 0.0), largest)) - place
-        error = tl.sum(tl.sum(off * off * weight, 2), 1) * (wide * wide)
+        place = zero + tl.div_rn(x, wide[:, None, None] + zeros)
+        code = _round(tl.minimum(tl.maximum(place, 0.0), largest))
+        off = code - place
+        errors = off * off * weight
+        error = tl.sum(tl.sum(errors, 2), 1) * (wide * wide)
         best = tl.where(error < least_error, step, best)
         least_error = tl.minimum(error, least_error)
     tl.store(scale_ptr + at, best, mask=valid)
 
     own = best.to(tl.float32)[:, None, None] * unit
-    place = tl.div_rn(e, own + tl.zeros_like(e)) + zero
-    code = _round(tl.minimum(tl.maximum(place, 0.0), largest)).to(tl.int32)
-    n_planes = of + (of == 3).to(tl.int32)
+    place = tl.div_rn(e, own + zeros) + zero
+    code = _round(tl.minimum(tl.maximum(place, 0.0), largest))
+    code = code.to(tl.int32)
+    n_planes = tl.max(of + is_3.to(tl.int32), 1)
+    shift = (2 * p)[None, :, None]
     for i in tl.static_range(4):
-        byte = tl.sum(((code >> (2 * i)) & 3) << (2 * p)[None, :, None], 1)
-        has = valid[:, None] & (tl.max(n_planes, 1) > i)
-        to = rows_ptr + (row + i) * ROW + (c % ROW)[None, :]
+        plane = (code >> (2 * i)) & 3
+        byte = tl.sum(plane << shift, 1)
+        has = is_token & (n_planes > i)
+        to = rows_ptr + (row + i) * ROW + in_row[None, :]
         tl.store(to, byte.to(tl.uint8), mask=has)
 
     writes = valid & (segment % G == 0)
     base = tl.load(token_base_ptr + segment, mask=valid, other=0)
     slot = base // G + at - base
-    low = tl.sum((level & 1).to(tl.int64) << g[None, :], 1)
-    high = tl.sum((level >> 1).to(tl.int64) << (S + g)[None, :], 1)
-    tl.store(bits_ptr + slot, (low | high).to(bits_ptr.dtype.element_ty), mask=writes)
-    rows_before = first - tl.load(row_base_ptr + segment, mask=valid, other=0)
+    low_bit = (level & 1).to(tl.int64)
+    high_bit = (level >> 1).to(tl.int64)
+    low = tl.sum(low_bit << g[None, :], 1)
+    high = tl.sum(high_bit << (S + g)[None, :], 1)
+    word = low | high
+    tl.store(bits_ptr + slot, word.to(bits_ptr.dtype.element_ty), mask=writes)
+    first_row = tl.load(row_base_ptr + segment, mask=valid, other=0)
+    rows_before = first - first_row
     tl.store(before_ptr + slot, rows_before.to(tl.int32), mask=writes)
 
 
@@ -292,7 +350,8 @@ def _pack_levels_kernel(
 def kernels_pack(fmt: IntFormat, k: Tensor, S: int, impl: str) -> bool:
     """Say whether kernels pack such contexts: values with levels, and powers of 2."""
     D = k.size(-1)
-    fits = fmt.levelled and D & (D - 1) == 0 and S & (S - 1) == 0
+    powers_of_2 = D & (D - 1) == 0 and S & (S - 1) == 0
+    fits = fmt.levelled and powers_of_2
     return fits and use_triton(impl, k.device, k.dtype)
 
 
@@ -314,15 +373,18 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     z = dense_rows(z)
     mask = mask.contiguous()
     n = keep.sum(-1)  # (B, Hm)
-    count = (mask + (mask == 3)).sum(-1, dtype=torch.int32)  # (B, Hm, C) planes
+    n_planes = mask + (mask == 3)
+    count = n_planes.sum(-1, dtype=torch.int32)  # (B, Hm, C)
     n_rows = count.sum(-1)
     n_here = n.expand(-1, Hkv).contiguous()
     blocks = cdiv(n_here, fmt.block)
-    source = keep.expand(-1, Hkv, -1).reshape(-1).nonzero().squeeze(1)
-    sizes = torch.stack((n_rows.sum() * G, blocks.sum(), blocks.amax())).tolist()
-    total, n_blocks, most = sizes
+    of_heads = keep.expand(-1, Hkv, -1).reshape(-1)
+    source = of_heads.nonzero().squeeze(1)
+    sizes = torch.stack((n_rows.sum() * G, blocks.sum(), blocks.amax()))
+    total, n_blocks, most = sizes.tolist()
     planes = count.expand(-1, Hkv, -1).reshape(-1).long()
-    first = (long_cumsum(planes) - planes)[source]
+    before = long_cumsum(planes) - planes
+    first = before[source]
 
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=k.device)
@@ -383,7 +445,8 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
             SMALLEST,
             TOKENS,
         )
-    index = tile_index(rows_before, n, tile_size(S, levelled=True))
+    size = tile_size(S, levelled=True)
+    index = tile_index(rows_before, n, size)
     return PackedInts(keys, rows, key_scale, scale, bits, *index, n, n_rows)
 
 
@@ -397,4 +460,5 @@ def as_dimensions(order: Tensor, share: Tensor) -> Tensor:
     """Return the shares (G, D, D) of error_feedback with dimensions in their own order."""
     rank = order.argsort(-1)
     share = share.take_along_dim(rank.unsqueeze(-1), -2)
-    return share.take_along_dim(rank.unsqueeze(-2), -1).contiguous()
+    share = share.take_along_dim(rank.unsqueeze(-2), -1)
+    return share.contiguous()

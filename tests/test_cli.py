@@ -311,6 +311,8 @@ def test_out_of_range(name, f, capsys, here):
         (["--stage=adapt", "--init_from=."], "no usable checkpoint"),
         (["--resume", "--out_dir=nowhere"], "there is no checkpoint in it"),
         (["--resume", "--out_dir=."], "there is no checkpoint in it"),
+        (["--resume", "--out_dir=nowhere", "--stage=adapt"], "resume from nowhere: there is no"),
+        (["--resume", "--out_dir=nowhere", "--adapter=lora"], "resume from nowhere: there is no"),
         (["--dataset=text:missing.txt"], "no such file"),
         (["--adapt_dataset=text:missing.txt"], "no such file"),
         (["--stage=select"], "init_from=scratch"),

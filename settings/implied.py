@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from settings.fields import check, from_dict, to_dict
-from settings.places import check_begun, check_folder
 from settings.train import PAPER
 
 # What a resumed run may be given anew: none of it changes a step.
@@ -39,13 +38,9 @@ MORE = ("pretrain_steps", "adapt_steps", "select_steps")  # may grow
 def implied(given: dict, configs: dict[str, type]) -> tuple[dict, set[str]]:
     """The values that settings have by the flags that are given, defaults left out, and the names
     of those that somebody has chosen. ValueError where a run would be resumed as another."""
-    run_dir = Path(given.get("out_dir", ""))
-    if given.get("resume") and given.get("out_dir"):
-        check_folder("out_dir", run_dir)
-        check_begun(run_dir)  # before what the run would have said is missed among the flags
-        saved = run_dir / "config.json"
-        if saved.is_file():
-            return resumed(saved, given, configs)
+    saved = Path(given.get("out_dir", "")) / "config.json"
+    if given.get("resume") and given.get("out_dir") and saved.is_file():
+        return resumed(saved, given, configs)
     chosen = dict(given)
     if given.get("stage") == "adapt" and given.get("adapter") == "lora":
         chosen.setdefault("kv", "dense")  # plain LoRA: whole values

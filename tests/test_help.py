@@ -130,6 +130,7 @@ def test_eval_refuses_exactly_what_help_does_not_show(task):
         ("dataset,calibrate", "needle", "value_groups", False, "dataset with tasks=needle"),
         ("dataset", "needle", "value_groups", True, "dataset with tasks=needle"),
         ("methods", "mixsga", "dense", False, "methods with tasks=mixsga"),
+        ("kv_sinks", "continuation", "mixsga", True, "kv_sinks with methods=mixsga"),
     ],
 )
 def test_eval_refuses_what_tasks_and_methods_do_not_read(given, tasks, methods, trained, words):

@@ -73,7 +73,7 @@ def check_places(args) -> None:
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
     ARGS.eval = with_task(ARGS.given, ARGS.eval, ARGS.kv.kv)
-    exit_on_bad_input(lambda: check_eval_flags(ARGS.given, ARGS.eval))
+    exit_on_bad_input(lambda: check_eval_flags(ARGS.given, ARGS.eval, ARGS.kv.kv))
     exit_on_bad_input(lambda: check_places(ARGS))
 
 from torch import Tensor
@@ -511,7 +511,7 @@ def train_table(args) -> None:
 def main(args) -> None:
     """Print the rows that the flags ask for, measured or trained here."""
     args.eval = with_task(args.given, args.eval, args.kv.kv)
-    check_eval_flags(args.given, args.eval)
+    check_eval_flags(args.given, args.eval, args.kv.kv)
     if comma_list(args.eval.tasks) == ["mixsga"]:
         train_table(args)
     else:

@@ -345,14 +345,35 @@ def with_task(given: Collection[str], cfg: EvalConfig, kv: str) -> EvalConfig:
     return replace(cfg, tasks="continuation") if selects and "tasks" not in given else cfg
 
 
+def methods_named(given: Collection[str], cfg: EvalConfig, kv: str) -> list[str]:
+    """Return the methods that --methods or, of a base, --kv names; none where neither is given.
+    ValueError where both are, and differ. kv: --kv, or its default."""
+    methods = comma_list(cfg.methods)
+    named = "kv" in given and kv in measuring.STORAGES
+    check(
+        not (named and methods) or kv in methods,
+        f"kv={kv} with methods={cfg.methods}",
+        "it is not measured",
+        f"leave --kv out, or give --methods={kv}",
+    )
+    if methods or not named:
+        return methods
+    return list(dict.fromkeys(["dense", kv]))
+
+
 def check_eval_flags(
-    given: Collection[str], cfg: EvalConfig, methods: Collection[str] = (), trained: bool = False
+    given: Collection[str],
+    cfg: EvalConfig,
+    kv: str,
+    methods: Collection[str] = (),
+    trained: bool = False,
 ) -> None:
     """Raise ValueError for flags of those given that no task of cfg reads, or none of the methods
-    (empty: of --methods, and where it is empty, too, of any). trained: the run has its own value
-    groups, and nothing is calibrated."""
+    (empty: of those that --methods or --kv names, and without both of any). kv: --kv, or its
+    default; trained: the run has its own value groups, and nothing is calibrated."""
     tasks = comma_list(cfg.tasks)
-    methods = methods or comma_list(cfg.methods)
+    by_kv = "kv" in given and not comma_list(cfg.methods)
+    methods = methods or methods_named(given, cfg, kv)
     training = sorted({*measuring.TRAINED} & {*given})
     check(
         not training,
@@ -370,10 +391,10 @@ def check_eval_flags(
         by_none = not any(measuring.read_by_task(task, group, name) for task in tasks)
         if by_none and name not in calibrated_on:
             by_tasks[name] = [t for t in TASKS if measuring.read_by_task(t, group, name)]
-        elif methods and readers is not None and not {*methods} & {*readers}:
-            by_methods[name] = readers
+        elif name != "kv" and methods and readers is not None and not {*methods} & {*readers}:
+            by_methods[name] = [r for r in readers if not by_kv or r in measuring.STORAGES]
     refuse_unread(by_tasks, "tasks", cfg.tasks)
-    refuse_unread(by_methods, "methods", ",".join(methods))
+    refuse_unread(by_methods, *(("kv", kv) if by_kv else ("methods", ",".join(methods))))
 
 
 def refuse_unread(unread: dict[str, Collection[str]], flag: str, value: str) -> None:

@@ -42,7 +42,7 @@ from settings.adapters import AdapterConfig
 from settings.base import BaseConfig
 from settings.experts import MixConfig
 from settings.fields import to_dict
-from settings.places import check_inputs
+from settings.places import check_begun, check_inputs
 from settings.stages import check_flags
 from settings.train import DataConfig, TrainConfig
 from training.lock import check_run_dir, owned
@@ -59,6 +59,14 @@ CONFIGS = {
 }
 
 
+def check_asked(args) -> None:
+    """Raise ValueError where there is no run to resume, whose settings the flags would lack, and
+    for flags that contradict each other or are not read."""
+    if args.train.resume:
+        check_begun(Path(args.train.out_dir))
+    check_flags(args)
+
+
 def check_places(args) -> None:
     """Raise ValueError for a base, value groups or text that is not there, and for a folder that
     this run may not have. Under torchrun rank 0 alone looks at that one: it writes there."""
@@ -69,7 +77,7 @@ def check_places(args) -> None:
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
-    exit_on_bad_input(lambda: check_flags(ARGS))
+    exit_on_bad_input(lambda: check_asked(ARGS))
     exit_on_bad_input(lambda: check_places(ARGS))
 
 from torch import distributed as dist
@@ -91,7 +99,7 @@ from training.world import World, world
 def run(args) -> None:
     """Do what the flags ask, and leave everything in one folder."""
     cfg: TrainConfig = args.train
-    check_flags(args)
+    check_asked(args)
     with world(cfg.device) as w:
         check_weights(args.base.weights, w.device, cfg.dtype)
         run_dir, made = open_run_dir(cfg, w)

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import selector
 from config import PUBLISHED, SHARED, KVConfig, SelectConfig, check, comma_list, count_kept
 from loaders.runs import Run
-from measure_config import CODED, SELECTING, EvalConfig, check_eval_flags, check_fitted
+from measure_config import (
+    CODED,
+    SELECTING,
+    EvalConfig,
+    check_eval_flags,
+    check_fitted,
+    methods_named,
+)
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
@@ -54,7 +61,7 @@ def plan_of(run: Run, asked: Asked) -> tuple[list[str], list[Setting]]:
     check_flags(run, asked)
     methods = methods_of(run, asked)
     check_methods(run, asked, methods)
-    check_eval_flags(asked.given, asked.eval, [*methods, run.kv.kv], is_trained(run))
+    check_eval_flags(asked.given, asked.eval, asked.kv.kv, [*methods, run.kv.kv], is_trained(run))
     plan = []
     for kv in grid_of(run, asked):
         kv.check_model(run.model.cfg)
@@ -121,13 +128,14 @@ def check_flags(run: Run, asked: Asked) -> None:
 
 
 def methods_of(run: Run, asked: Asked) -> list[str]:
-    """--methods, else as the run was trained; of a base dense, and what other flags ask for."""
-    methods = comma_list(asked.eval.methods)
+    """--methods, else as the run was trained; of a base dense, and --kv or what other flags ask
+    for."""
+    methods = methods_named(asked.given, asked.eval, asked.kv.kv)
     if methods:
         return methods
     if is_trained(run):
         return [run.kv.kv]
-    if select_flags(asked) or (asked.kv.kv == "select" and "kv" in asked.given):
+    if select_flags(asked):
         return ["dense", "select"]
     stored = asked.given & {*STORED_AS}
     if untrained_flags(asked) or asked.eval.budgets or asked.eval.kv_bits or stored:

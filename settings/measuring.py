@@ -90,9 +90,8 @@ OF_METHODS = {
     "topk_groups": ("value_groups",),
     "reconstructor": ("value_groups", "select"),
     "value_router": ("value_groups", "quest"),
-    **dict.fromkeys(
-        ("key_bits", "value_bits", "key_block", "kv_sinks"), ("value_groups", "select", *SHARED)
-    ),
+    **dict.fromkeys(("key_bits", "value_bits", "key_block"), ("value_groups", "select", *SHARED)),
+    "kv_sinks": ("value_groups", "select"),  # experts have none
     "kv_tail": ("value_groups", "select", "quest", *SHARED),
 }
 OF_MIXSGA = ("kv_tail", "n_groups", "value_basis", "key_bits", "value_bits", "key_block")

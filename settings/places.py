@@ -173,3 +173,15 @@ def check_fresh(folder: str | os.PathLike) -> None:
         "is not an empty folder",
         "name a fresh one",
     )
+
+
+def check_begun(run_dir: Path) -> None:
+    """Raise ValueError unless a run has left anything in a folder that can be continued."""
+    begun = (run_dir / "config.json").is_file()
+    begun = begun or any(run_dir.glob("*/step-*")) or any(run_dir.glob("*/.*-step-*"))
+    check(
+        begun,
+        f"resume from {run_dir}",
+        "there is no checkpoint in it",
+        "name the folder of a run, or leave --resume out and name one that is empty",
+    )

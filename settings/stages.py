@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from settings.fields import check, to_dict
-from settings.train import TrainConfig
+from settings.train import TrainConfig, check_text_flags
 
 
 class Choice(NamedTuple):
@@ -50,7 +50,15 @@ TABLE = (
     "max_minutes",
 )
 FIXED_K = ("topk_groups", "recon_hidden", "aux_weight", "lm_to_router", "kv_warmup")
-BY_EXPERTS = ("value_router", "mask_scope", "reconstructor", "kv_layers")
+BY_EXPERTS = (
+    "value_basis",
+    "learn_basis",
+    "value_router",
+    "mask_scope",
+    "reconstructor",
+    "kv_layers",
+    "prefill",
+)
 
 
 class Reads(NamedTuple):
@@ -84,7 +92,9 @@ READS = {
         ),
     ),
     "select": Reads(
-        ("model", "data", "base", "kv", "select"), (*RUN, *LOOP, *SELECT, "kv_from"), FIXED_K
+        ("model", "data", "base", "kv", "select"),
+        (*RUN, *LOOP, *SELECT, "kv_from"),
+        (*FIXED_K, "kv_tail_block"),
     ),
     "continue": Reads(
         ("model", "data", "base", "kv", "mix"),
@@ -97,44 +107,62 @@ READS = {
         ("adapter", "vocab_size", "template"),
     ),
 }
-# A flag, and the value of another with which alone it is read, where the stage reads that one.
-GROUPED = ("kv", ("value_groups", "select", "mixsga"))
-ADAPTED = ("adapter", ("lora", "moe_lora", "routed"))
-BALANCED = ("adapter", ("moe_lora", "routed"))
-EXPERTS = ("kv", ("mixsga",))
+
+
+class With(NamedTuple):
+    """What another flag is where one is read: one of some values, or more than a number."""
+
+    flag: str
+    values: tuple = ()
+    above: float | None = None
+
+    def holds(self, value) -> bool:
+        return value in self.values or (self.above is not None and value > self.above)
+
+
+# A flag, and with what alone it is read, where the stage reads that flag.
+GROUPED = With("kv", ("value_groups", "select"))
+ROUTED_K = With("kv", ("value_groups",))
+STORED_PARTLY = With("kv", ("value_groups", "select", "mixsga", "gqa", "cla"))
+ADAPTED = With("adapter", ("lora", "moe_lora", "routed"))
+EXPERTS = With("kv", ("mixsga",))
+LEARNED = With("expert_router", ("learned",))
+SCALED = With("rope_factor", above=1)
+BY_TURNS = With("rope_scaling", ("llama3", "yarn"))
+SLIDING = With("sliding_window", above=0)
 READ_WITH = {
-    "r": ADAPTED,
-    "alpha": ADAPTED,
-    "lora_dropout": ADAPTED,
-    "lora_targets": ADAPTED,
-    "subspaces": ("adapter", ("routed",)),
-    "subspace_topk": ("adapter", ("routed",)),
-    "experts": ("adapter", ("moe_lora",)),
-    "expert_topk": ("adapter", ("moe_lora",)),
-    "balance_weight": BALANCED,
-    "n_groups": GROUPED,
-    "topk_groups": GROUPED,
-    "value_basis": GROUPED,
-    "learn_basis": GROUPED,
-    "value_router": GROUPED,
-    "mask_scope": GROUPED,
-    "reconstructor": GROUPED,
-    "kv_warmup": GROUPED,
-    "kv_layers": ("kv", ("value_groups", "select")),
-    "kv_tail": ("kv", ("value_groups", "select", "mixsga", "gqa", "cla")),
-    "recon_hidden": ("reconstructor", ("mlp",)),
-    "group_sizes": EXPERTS,
-    "expert_ratios": EXPERTS,
-    "expert_router": EXPERTS,
-    "consistency_weight": EXPERTS,
-    "lm_to_experts": EXPERTS,
-    "calibrate_experts": EXPERTS,
-    "align_heads": EXPERTS,
-    "expert_groups": EXPERTS,
-    "kv_share": ("kv", ("gqa", "cla")),
-    "kv_byte_budgets": ("kv", ("select",)),
-    "context": ("kv", ("select",)),
-    "capture_ranks": ("shard", (False,)),
+    **dict.fromkeys(("r", "alpha", "lora_dropout", "lora_targets"), (ADAPTED,)),
+    **dict.fromkeys(("subspaces", "subspace_topk"), (With("adapter", ("routed",)),)),
+    **dict.fromkeys(("experts", "expert_topk"), (With("adapter", ("moe_lora",)),)),
+    "balance_weight": (With("adapter", ("moe_lora", "routed")),),
+    "n_groups": (
+        With("kv", ("value_groups", "select", "mixsga")),
+        With("expert_groups", above=0),
+    ),
+    **dict.fromkeys(
+        ("value_basis", "learn_basis", "mask_scope", "reconstructor", "kv_layers", "prefill"),
+        (GROUPED,),
+    ),
+    **dict.fromkeys(
+        ("topk_groups", "value_router", "aux_weight", "lm_to_router", "kv_warmup"), (ROUTED_K,)
+    ),
+    "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",))),
+    **dict.fromkeys(
+        ("kv_tail", "key_bits", "value_bits", "key_block", "kv_sinks"), (STORED_PARTLY,)
+    ),
+    "kv_tail_block": (With("kv", ("value_groups", "mixsga", "gqa", "cla")),),
+    **dict.fromkeys(("group_sizes", "expert_ratios", "expert_router"), (EXPERTS,)),
+    **dict.fromkeys(
+        ("consistency_weight", "lm_to_experts", "calibrate_experts"), (EXPERTS, LEARNED)
+    ),
+    "align_heads": (With("kv", ("mixsga", "gqa")),),
+    "expert_groups": (EXPERTS,),
+    "kv_share": (With("kv", ("gqa", "cla")),),
+    **dict.fromkeys(("kv_byte_budgets", "context"), (With("kv", ("select",)),)),
+    "rope_scaling": (SCALED,),
+    **dict.fromkeys(("rope_low_freq", "rope_high_freq", "rope_original"), (SCALED, BY_TURNS)),
+    **dict.fromkeys(("global_every", "rope_local_theta"), (SLIDING,)),
+    "max_minutes": (With("seeds", above=1),),
 }
 # Said to who trains something else, and wants to select.
 AS_IT_IS = "; to select with a model as it is, give --kv=select to sample.py or eval.py"
@@ -176,7 +204,9 @@ def check_flags(args) -> None:
     check_storage_flags(args)
     check_stored_context_flags(args)
     check_objective_flags(args)
+    check_graph_flags(args)
     check_read(args)
+    check_unread_beside(args)
     fresh = args.train.stage == "all" and args.base.init_from == "scratch"
     if fresh and args.kv.kv == "value_groups":
         args.kv.check_model(args.model)  # of another base the shape is not known yet
@@ -288,6 +318,60 @@ def check_objective_flags(args) -> None:
     )
 
 
+def check_graph_flags(args) -> None:
+    """Whether steps can be graphs on each rank, where that is asked for."""
+    cfg: TrainConfig = args.train
+    for name, leaves in (("shard", False), ("capture", True)):
+        has = getattr(cfg, name)
+        check(
+            not cfg.capture_ranks or has == leaves,
+            f"capture_ranks with {name}={has}",
+            "no step is a graph then",
+            f"leave --{name}={str(has).lower()} out, or give --capture_ranks=false",
+        )
+
+
+def check_unread_beside(args) -> None:
+    """Raise ValueError for flags that the values of several others leave unread."""
+    cfg: TrainConfig = args.train
+    kv = args.kv
+    given = args.given
+    beside = {"adapt_lr": "adapt_rates"}
+    if cfg.stage != "all":
+        beside["dataset"] = "adapt_dataset"
+    for name, other in beside.items():
+        check(
+            name not in given or not getattr(cfg, other),
+            f"{name} with {other}={getattr(cfg, other)}",
+            "it is not read then",
+            "leave one of them out",
+        )
+    to_learn = sorted({"aux_weight", "lm_to_router"} & given)
+    check(
+        not to_learn or kv.value_router == "linear" or kv.reconstructor != "zero",
+        f"{', '.join(to_learn)} with value_router={kv.value_router}, reconstructor=zero",
+        "nothing is learned by it",
+        "leave it out, or give --value_router=linear or --reconstructor=mlp",
+    )
+    trained = {"predictor", "expected_attention"} & {*args.select.trained}
+    check(
+        "predictor_loss" not in given or bool(trained),
+        f"predictor_loss with predictors={','.join(args.select.trained)}",
+        "it is not read then",
+        "leave it out, or give --predictors=predictor or expected_attention",
+    )
+    check(
+        "weights" not in given or cfg.stage != "all" or args.base.init_from != "scratch",
+        f"weights={args.base.weights} with init_from=scratch",
+        "there is no base whose weights are held",
+        "leave it out",
+    )
+    read = [cfg.corpus("adapt" if cfg.stage != "pretrain" else "pretrain"), cfg.test_dataset]
+    if cfg.stage == "all" and args.base.init_from == "scratch":
+        read.append(cfg.corpus("pretrain"))
+    check_text_flags(given, ",".join(read))
+
+
 def stored_by(args) -> str:
     """The kind of storage that the stage trains with: --kv, or the stage's own."""
     stage = args.train.stage
@@ -319,18 +403,26 @@ def check_read(args) -> None:
         f"leave it out{instead(unread, stage, group_of)}",
     )
     for name in given:
-        other, values = READ_WITH.get(name, (None, ()))
-        if other is None or not is_read(stage, group_of[other], other):
-            continue
-        has = stored_by(args) if other == "kv" else getattr(getattr(args, group_of[other]), other)
-        stores = STORED[stage] if other == "kv" else values
-        fitting = [f", or give --{other}={value}" for value in values if value in stores]
-        check(
-            has in values,
-            f"{name} with {other}={has}",
-            "it is not read then",
-            f"leave it out{fitting[0]}",
-        )
+        for other in READ_WITH.get(name, ()):
+            group = group_of[other.flag]
+            own = group == "model" and args.base.init_from != "scratch"  # has to be the base's
+            if is_read(stage, group, other.flag) and not own:
+                has = getattr(getattr(args, group), other.flag)
+                check_with(name, other, stored_by(args) if other.flag == "kv" else has, stage)
+
+
+def check_with(name: str, other: With, has, stage: str) -> None:
+    """Raise ValueError where what another flag is leaves one unread."""
+    stores = STORED[stage] if other.flag == "kv" else other.values
+    fitting = [f", or give --{other.flag}={value}" for value in other.values if value in stores]
+    if other.above is not None:
+        fitting = [f", or give a --{other.flag} of more than {other.above}"]
+    check(
+        other.holds(has),
+        f"{name} with {other.flag}={has}",
+        "it is not read then",
+        f"leave it out{''.join(fitting[:1])}",
+    )
 
 
 def instead(unread: list[str], stage: str, group_of: dict[str, str]) -> str:

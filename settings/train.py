@@ -4,6 +4,7 @@ paper's."""
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,26 @@ def check_corpora(names: str, flag: str = "dataset") -> None:
         check(parts.count(name) == 1, f"{flag}={names!r}", f"{name} is named twice", "name it once")
         alone = len(parts) == 1 or not name.startswith("instruct:")
         check(alone, f"{flag}={names!r}", "instructions are not mixed", "give them alone")
+
+
+# Flags that only some kinds of corpora read.
+READ_OF = {
+    "template": ("instruct:",),
+    "text_field": ("text:",),
+    "detokenize": ("text:", "wikitext2", "wikitext103"),
+}
+
+
+def check_text_flags(given: Collection[str], corpora: str) -> None:
+    """Raise ValueError for flags of those given that none of a list of corpora reads."""
+    for name, kinds in READ_OF.items():
+        read = any(corpus.startswith(kinds) for corpus in comma_list(corpora))
+        check(
+            name not in given or read,
+            f"{name} with {', '.join(comma_list(corpora))}",
+            f"it is read of {', '.join(kinds).replace(':', ':PATH')} alone",
+            "leave it out",
+        )
 
 
 def all_between(listed: str, top: float) -> bool:

@@ -18,7 +18,12 @@ from commands import (
 import cli
 import train
 from settings import stages
+from settings.train import READ_OF
 
+PRETRAIN = ["--stage=pretrain"]
+ADAPT = ["--stage=adapt", "--init_from=x"]
+SELECT = ["--stage=select", "--init_from=x"]
+CONTINUE = ["--stage=continue", "--init_from=x"]
 STORED_CONTEXT = [
     "--stage=adapt",
     "--init_from=x",
@@ -280,8 +285,12 @@ def test_out_of_range(name, f, capsys, here):
         (["--revision=v1"], "only models of the hub have revisions"),
         (["--revision=v1", "--init_from=some/folder"], "give --init_from=hf:ORG/NAME"),
         (["--weights=float16"], "one of float32, bfloat16"),
-        (["--weights=bfloat16", "--dtype=float32"], "they need computing in bfloat16"),
+        (
+            ["--weights=bfloat16", "--dtype=float32", "--stage=adapt", "--init_from=x"],
+            "they need computing in bfloat16",
+        ),
         (["--weights=bfloat16", "--stage=adapt", "--init_from=x"], "give --dtype=bfloat16"),
+        (["--weights=bfloat16"], "there is no base whose weights are held"),
         (["--objective=mse"], "objective='mse'"),
         (["--objective=distill"], "distill_steps=N"),
         (["--objective=distill", "--stage=pretrain"], "stage=pretrain"),
@@ -311,6 +320,8 @@ def test_out_of_range(name, f, capsys, here):
         (["--stage=adapt", "--init_from=."], "no usable checkpoint"),
         (["--resume", "--out_dir=nowhere"], "there is no checkpoint in it"),
         (["--resume", "--out_dir=."], "there is no checkpoint in it"),
+        (["--resume", "--out_dir=nowhere", "--stage=adapt"], "resume from nowhere: there is no"),
+        (["--resume", "--out_dir=nowhere", "--adapter=lora"], "resume from nowhere: there is no"),
         (["--dataset=text:missing.txt"], "no such file"),
         (["--adapt_dataset=text:missing.txt"], "no such file"),
         (["--stage=select"], "init_from=scratch"),
@@ -359,6 +370,31 @@ def test_out_of_range(name, f, capsys, here):
             "n_groups with kv=dense: it is not read then; leave it out, or give --kv=value_groups",
         ),
         (["--recon_hidden=9"], "or give --reconstructor=mlp"),
+        ([*PRETRAIN, "--capture_ranks", "--capture=false"], "capture_ranks with capture=False"),
+        ([*PRETRAIN, "--rope_scaling=linear"], "give a --rope_factor of more than 1"),
+        (
+            [*PRETRAIN, "--rope_factor=2", "--rope_scaling=linear", "--rope_original=9"],
+            "or give --rope_scaling=llama3",
+        ),
+        ([*PRETRAIN, "--global_every=3"], "global_every with sliding_window=0"),
+        ([*PRETRAIN, "--dataset=pydocs", "--detokenize"], "detokenize with pydocs: it is read of"),
+        ([*PRETRAIN, "--template=chat"], "template with pydocs: it is read of instruct:PATH alone"),
+        ([*ADAPT, "--text_field=body"], "text_field with pycode: it is read of text:PATH alone"),
+        ([*ADAPT, "--adapter=lora", "--prefill=routed"], "prefill with kv=dense"),
+        ([*ADAPT, "--adapter=lora", "--key_bits=8", "--value_bits=8"], "key_bits with kv=dense"),
+        ([*ADAPT, "--adapter=lora", "--kv_tail_block=4"], "kv_tail_block with kv=dense"),
+        ([*ADAPT, "--adapter=lora", "--lm_to_router"], "lm_to_router with kv=dense"),
+        ([*ADAPT, "--aux_weight=0.5"], "aux_weight with value_router=norm, reconstructor=zero"),
+        ([*ADAPT, "--dataset=pydocs", "--adapt_dataset=pycode"], "dataset with adapt_dataset"),
+        (["--adapt_lr=0.1", "--adapt_rates=0.1,0.2"], "adapt_lr with adapt_rates=0.1,0.2"),
+        (["--seeds=1", "--max_minutes=9"], "give a --seeds of more than 1"),
+        (
+            [*SELECT, "--predictors=predictor_query", "--predictor_loss=kl"],
+            "predictor_loss with predictors=predictor_query",
+        ),
+        ([*CONTINUE, "--n_groups=8"], "n_groups with expert_groups=0"),
+        ([*CONTINUE, "--learn_basis"], "learn_basis with stage=continue"),
+        ([*CONTINUE, "--expert_router=random", "--lm_to_experts"], "give --expert_router=learned"),
         (
             ["--stage=select", "--init_from=x", "--predictors=observed"],
             "predictor, expected_attention, predictor_query",
@@ -393,6 +429,10 @@ STAGES = {
 }
 
 
+# Refused by what several others are, not by one.
+BESIDE = ("distill_lr", "aux_weight", "lm_to_router", "predictor_loss", "weights", *READ_OF)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_unread_flags_are_refused_by_name(stage, capsys):
     """Every flag, given its default, is either accepted by a stage or refused by its name; every
@@ -411,11 +451,32 @@ def test_unread_flags_are_refused_by_name(stage, capsys):
             try:
                 stages.check_flags(args)
             except ValueError as e:  # read, but not with what else is the default
-                assert f.name in stages.READ_WITH or f.name == "distill_lr", e
+                assert f.name in stages.READ_WITH or f.name in BESIDE, e
                 assert str(e).startswith(f.name), e
             assert any(stages.is_read(s, group, f.name) for s in STAGES)
     assert len(refused) > 20
     stages.check_flags(cli.parse_args(train.CONFIGS, STAGES[stage]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*CONTINUE, "--kv=gqa", "--align_heads=false"],
+        [*CONTINUE, "--expert_groups=2", "--n_groups=8"],
+        [*PRETRAIN, "--shard", "--capture_ranks=false"],
+        [*PRETRAIN, "--capture=false", "--capture_ranks=false"],
+        [*PRETRAIN, "--rope_factor=2", "--rope_scaling=yarn", "--rope_original=9"],
+        [*PRETRAIN, "--sliding_window=9", "--global_every=3"],
+        [*ADAPT, "--rope_scaling=linear"],  # of the base, which is not known yet
+        [*ADAPT, "--dataset=instruct:x", "--template=chat"],
+        [*ADAPT, "--reconstructor=keys", "--aux_weight=0.5"],
+        ["--dataset=pydocs", "--adapt_dataset=text:x", "--text_field=body", "--detokenize"],
+    ],
+    ids=lambda flags: flags[-1],
+)
+def test_flags_that_are_read_together_are_accepted(flags):
+    """What is refused beside some flags is accepted beside those with which it is read."""
+    stages.check_flags(cli.parse_args(train.CONFIGS, flags))
 
 
 def test_table_of_stages_names_settings():

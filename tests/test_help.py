@@ -17,7 +17,7 @@ import runs
 import sample
 import train
 from loaders import export
-from measure_config import check_eval_flags, storage_flags
+from measure_config import check_eval_flags, methods_named, storage_flags, with_task
 from settings import measuring
 
 
@@ -99,7 +99,7 @@ def test_eval_refuses_exactly_what_help_does_not_show(task):
     cfg = argparse.Namespace(tasks=task, methods="")
     for key, cls in evaluation.CONFIGS.items():
         for f in dataclasses.fields(cls):
-            line = refused(check_eval_flags, {f.name}, cfg)
+            line = refused(check_eval_flags, {f.name}, cfg, "value_groups")
             if measuring.read_by_task(task, key, f.name) or f.name in measuring.CORPUS:
                 assert line == "", f.name
             elif f.name in measuring.TRAINED:
@@ -130,14 +130,45 @@ def test_eval_refuses_exactly_what_help_does_not_show(task):
         ("dataset,calibrate", "needle", "value_groups", False, "dataset with tasks=needle"),
         ("dataset", "needle", "value_groups", True, "dataset with tasks=needle"),
         ("methods", "mixsga", "dense", False, "methods with tasks=mixsga"),
+        ("kv_sinks", "continuation", "mixsga", True, "kv_sinks with methods=mixsga"),
     ],
 )
 def test_eval_refuses_what_tasks_and_methods_do_not_read(given, tasks, methods, trained, words):
     """A flag that none of the tasks, or of the methods, reads is refused by its name."""
     cfg = argparse.Namespace(tasks=tasks, methods="")
     methods = [m for m in methods.split(",") if m]
-    line = refused(check_eval_flags, set(given.split(",")), cfg, methods, trained)
+    line = refused(check_eval_flags, set(given.split(",")), cfg, "dense", methods, trained)
     assert words in line and bool(words) == bool(line)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--kv=dense --reconstructor=keys", "reconstructor with kv=dense"),
+        ("--kv=dense --topk_groups=1", "give --kv=value_groups"),
+        ("--kv=dense --kv_bytes=0.5", "kv_bytes with kv=dense"),
+        ("--kv=dense --kv_bits=8", "kv_bits with kv=dense"),
+        ("--kv=value_groups --kv_byte_budgets=0.5", "leave it out, or give --kv=select"),
+        ("--kv=value_groups --relevances=observed", "relevances with kv=value_groups"),
+        ("--kv=select --topk_groups=1", "topk_groups with kv=select"),
+        ("--kv=select --quest_whole=1", "quest_whole with kv=select: it is not read; leave it out"),
+        ("--kv=select --methods=dense,value_groups", "kv=select with methods=dense,value_groups"),
+        ("--kv=dense", "dense"),
+        ("--kv=value_groups --topk_groups=1", "dense,value_groups"),
+        ("--kv=select --kv_bytes=0.5", "dense,select"),
+        ("--kv=select --methods=select", "select"),
+    ],
+)
+def test_eval_measures_the_kv_that_is_given(flags, words):
+    """--kv of a base names what is measured beside dense; a flag that belongs to another method is
+    refused, and measures nothing unasked."""
+    args = cli.parse_args(evaluation.CONFIGS, ["--init_from=x", *flags.split()])
+    cfg = with_task(args.given, args.eval, args.kv.kv)
+    line = refused(check_eval_flags, args.given, cfg, args.kv.kv)
+    if not line:
+        line = ",".join(methods_named(args.given, cfg, args.kv.kv))
+        assert line == words
+    assert words in line
 
 
 def test_rows_are_json_where_asked_or_piped(monkeypatch, capsys):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from settings.fields import check
-from settings.places import check_folder
+from settings.places import check_begun, check_folder
 
 try:
     import fcntl
@@ -53,12 +53,7 @@ def check_run_dir(folder: Path, resume: bool, main: bool = True) -> None:
     place = f"out_dir={folder}"
     check_folder("out_dir", folder)
     if resume:
-        check(
-            is_begun(folder),
-            f"resume from {folder}",
-            "there is no checkpoint in it",
-            "name the folder of a run, or leave --resume out and name one that is empty",
-        )
+        check_begun(folder)
         return
     if main and folder.is_dir():
         with owned(folder):  # the folder of a run that is alive is not one to resume
@@ -69,12 +64,3 @@ def check_run_dir(folder: Path, resume: bool, main: bool = True) -> None:
         "is not empty",
         "give --resume to continue it, or another folder",
     )
-
-
-def is_begun(run_dir: Path) -> bool:
-    """Whether a run has left anything in a folder that can be continued."""
-    if not run_dir.is_dir():
-        return False
-    if (run_dir / "config.json").is_file():
-        return True
-    return any(run_dir.glob("*/step-*")) or any(run_dir.glob("*/.*-step-*"))

@@ -154,13 +154,13 @@ class Stage:
         """Whether a training step reads whole values, before what is stored is read."""
         return step < self.kv.kv_warmup * self.steps
 
-    def loss(self, forward, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, forward, x: Tensor, y: Tensor, budget: float | None = None) -> Tensor:
         """What is minimised over x, y (B, T), a mean over sequences: by objective lm, distill or
-        select."""
+        select. budget: the one of byte_budgets that these sequences draw, where there are some."""
         if self.objective == "select":
             return predictor_loss(self.model, x)
         if self.objective == "distill" and self.kv.kv == "select":
-            return continuation_loss(self.model, x, self.byte_budgets, self.n_context)
+            return continuation_loss(self.model, x, budget, self.n_context)
         if self.objective == "distill":
             return distillation_loss(self.model, self.kv, forward, x)
         loss = answers_loss if isinstance(self.corpus.train, Examples) else lm_loss
@@ -203,10 +203,10 @@ def add_gradients(
     micro-batch's backward pass."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     parts = list(of_one_budget(micro_batches(x, y, cfg.accumulation), stage.byte_budgets))
-    for i, (xb, yb) in enumerate(parts):
+    for i, (xb, yb, budget) in enumerate(parts):
         share = len(xb) / stage.batch_size
         with autocast(x.device, cfg.dtype):
-            loss = stage.loss(forward, xb, yb)
+            loss = stage.loss(forward, xb, yb, budget)
         if before_last is not None and i == len(parts) - 1:
             before_last()
         (with_side_losses(stage, loss) * share).backward()
@@ -246,9 +246,9 @@ def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
     total = torch.zeros(1, dtype=torch.float64, device=w.device)
     if n and stage.kv.kv == "select":
         with evaluating(stage.model), autocast(w.device, cfg.dtype):
-            for part in x[mine].split(stage.batch_size):
-                part = part.to(w.device)
-                total += stage.loss(stage.model, part, part).double() * len(part)
+            parts = ((part, part) for part in x[mine].to(w.device).split(stage.batch_size))
+            for part, _, budget in of_one_budget(parts, stage.byte_budgets):
+                total += stage.loss(stage.model, part, part, budget).double() * len(part)
     elif n:
         total += mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n
     return w.sum(total).item() / len(x)

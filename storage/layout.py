@@ -213,7 +213,8 @@ def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         n = sum(len(t) for t in flat)
         parts += [*flat, gap[: -n % unit]]
         sizes += [n, -n % unit]
-    joined = torch.cat(parts).split(sizes)[::2]
+    with torch.autocast(like.device.type, enabled=False):  # which refuses to join float64
+        joined = torch.cat(parts).split(sizes)[::2]
     counts = [sum(len(t) for t in group) for group in groups]
     return [t.view(n, *like.shape[1:]) for t, n in zip(joined, counts, strict=True)]
 

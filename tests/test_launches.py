@@ -4,10 +4,11 @@ and its launches are many."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tokens
+from helpers import HostReads, Questions, tokens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import generate
@@ -18,6 +19,7 @@ from config import KVConfig, ModelConfig, SelectConfig
 from generate import DecodeGraph, prefill
 from model import Transformer
 from storage import dense as dense_cache
+from storage import layout
 from storage import packed as packed_cache
 from storage.kernel_base import triton
 from storage.layout import ALIGNED
@@ -68,6 +70,9 @@ def model_of(n_layer: int, storage: str) -> Transformer:
     if storage == "groups":
         cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, value_router="norm")
         kv_router.attach(model, cfg, seen)
+    if storage == "told by keys":
+        cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, kv_sinks=2, reconstructor="keys")
+        kv_router.attach(model, replace(cfg, value_basis="output", value_router="norm"), seen)
     if storage in ("select", "levels"):
         levels = storage == "levels"
         kv = KVConfig(kv="select", n_groups=4, kv_tail=5, key_block=16)
@@ -76,11 +81,16 @@ def model_of(n_layer: int, storage: str) -> Transformer:
     return kv_router.fold(model).eval()
 
 
+def with_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Let kernels run in the interpreter where a GPU would run them."""
+    for module in (generate, kernels, dense_cache, packed_cache):
+        patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
+
+
 def launches_of_a_step(patch: pytest.MonkeyPatch, n_layer: int, storage: str) -> Counter:
     """Count what a step launches that DecodeGraph would capture."""
     model = model_of(n_layer, storage)
-    for module in (generate, kernels, dense_cache, packed_cache):
-        patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
+    with_kernels(patch)
 
     def likeliest(logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         return logits.argmax(-1, keepdim=True)
@@ -118,3 +128,25 @@ def test_a_layer_of_a_step_is_seven_launches(storage, append, attention, monkeyp
             counts.append(launches_of_a_step(patch, n_layer, storage))
     two = Counter({**AROUND, append: 1, attention: 1, "_merge_kernel": 1})
     assert counts[1] - counts[0] == two + two
+
+
+@pytest.mark.parametrize("lengths", [(41, 30), (6, 4)], ids=str)
+def test_values_told_by_all_heads_ask_the_device_nothing(lengths, monkeypatch):
+    """A step whose dropped groups are told by the keys of all heads waits for no number of the
+    device: not while the window fills, nor where one of two sequences packs a token."""
+    model = model_of(2, "told by keys")
+    with_kernels(monkeypatch)
+    monkeypatch.setattr(layout, "is_read_here", lambda x: False)  # what a CPU alone does
+    questions = Questions()
+    reads = HostReads()
+    idx = tokens(2, max(lengths))
+    n_pad = torch.tensor([max(lengths) - n for n in lengths])
+    with torch.no_grad():
+        cache = model.new_cache(2, 60)
+        model.prefill(idx, cache, n_pad)
+        cache.reserve(9)
+        with questions, reads:
+            for i in range(9):
+                model.decode(tokens(2, 1, seed=i), cache)
+    assert questions.asked == reads.asked == []
+    assert cache.layers[0].n_packed.tolist() == [n - 2 + 9 - 3 for n in lengths]

@@ -470,14 +470,16 @@ def wants_gradient(q: Tensor, packed: PackedView | None, window: WindowView | No
 
 
 @cache  # else every layer of every step would fill its own
-def _zeros(B: int, Hkv: int, device: torch.device) -> Tensor:
-    """Return zeros (B, Hkv) int64, which nothing writes to."""
-    return torch.zeros(B, Hkv, dtype=torch.int64, device=device)
+def _zeros(n: int, device: torch.device) -> Tensor:
+    """Return zeros (n,) int64, which nothing writes to. n: a power of 2, so that few are kept; none
+    is ever dropped, for graphs that were captured read it by its address."""
+    return torch.zeros(n, dtype=torch.int64, device=device)
 
 
 def _no_tokens(q: Tensor, Hkv: int) -> PackedView:
     """Make a PackedView without tokens; nothing is read of the tensors that stand in."""
-    none = _zeros(q.size(0), Hkv, q.device)
+    n = q.size(0) * Hkv
+    none = _zeros(1 << (n - 1).bit_length(), q.device)[:n].view(-1, Hkv)
     return PackedView(q, q, none, None, None, none, none, none, none, none, 1, 1, 0, 0)
 
 

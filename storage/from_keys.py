@@ -194,13 +194,13 @@ def _read_told(
     (B, H, T), float32 at least."""
     B, H, T, D = q.shape
     Hkv = packed.token_base.size(1)
-    N = int(packed.n.max()) if packed.n.numel() else 0
-    position = slot_positions(position, N, q.device)
     if from_keys.own_head:
         k = packed.unpack(q.dtype)[0]
     else:
         room = len(packed.keys) // max(1, B * Hkv)
-        k = packed.keys.view(B, Hkv, room, D)[:, :, :N]
+        k = packed.keys.view(B, Hkv, room, D)[:, :, : packed.longest]
+    N = k.size(2)
+    position = slot_positions(position, N, q.device)
     number = torch.arange(N, device=q.device)
     n = packed.n if packed.n.size(1) == Hkv else packed.n.expand(-1, Hkv)
     seen = number < n[..., None, None]  # (B, Hkv, 1, N)

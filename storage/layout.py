@@ -201,13 +201,31 @@ def copy_segments(old: Tensor, new: Tensor, n_segments: int) -> None:
 
 def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Concatenate the tensors of every group; all are alike but for their first dimension. The
-    results are views of one tensor where each is as aligned there as if it were alone."""
+    results are views of one tensor, where each begins at a multiple of ALIGNED bytes: after one
+    that ends elsewhere lies a gap."""
     like = groups[0][0]
-    row = like.shape[1:].numel() * like.element_size()  # bytes
-    sizes = [sum(len(t) for t in group) for group in groups]
-    if any(n * row % ALIGNED for n in sizes[:-1]):
-        return [torch.cat(group) for group in groups]
-    return list(torch.cat([t for group in groups for t in group]).split(sizes))
+    unit = ALIGNED // like.element_size()
+    gap = like.new_zeros(unit - 1)
+    parts = []
+    sizes = []
+    for group in groups:
+        flat = [t.reshape(-1) for t in group]
+        n = sum(len(t) for t in flat)
+        parts += [*flat, gap[: -n % unit]]
+        sizes += [n, -n % unit]
+    with torch.autocast(like.device.type, enabled=False):  # which refuses to join float64
+        joined = torch.cat(parts).split(sizes)[::2]
+    counts = [sum(len(t) for t in group) for group in groups]
+    return [t.view(n, *like.shape[1:]) for t, n in zip(joined, counts, strict=True)]
+
+
+def aligned(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Return the pieces of a tensor, alike but for their first dimension, each at a multiple of
+    ALIGNED bytes: themselves where all lie so, else of another tensor. Of an address that is no
+    such multiple Triton compiles a kernel anew."""
+    if all(t.data_ptr() % ALIGNED == 0 for t in pieces):
+        return list(pieces)
+    return cat_each([(t,) for t in pieces])
 
 
 # -------------------- what attention may read

@@ -203,40 +203,41 @@ class WindowCache(LayerCacheBase):
         Returns those that leave for them, oldest first, by ring (B, h, n, ...), and how many of the
         n each sequence has, (B,)."""
         T = next(iter(tokens.values())).size(2)
+        W = self.window_k.size(2)
         source, count = self._in_order(T, n_pad)
         n_left = packed_count(self.n_packed + count, self.window, self.block)
         leaves = n_left.maximum(self.n_packed) - self.n_packed
-        number = torch.arange(source.size(1), device=source.device)
-        stays = (number >= leaves[:, None]) & (number < count[:, None])
-        b, i = stays.nonzero(as_tuple=True)
-        slot = (self.n_packed[b] + i) % max(self.window_k.size(2), 1)
-        width = int(leaves.max()) if self.batch else 0
+        slot = torch.arange(W, device=source.device)
+        number = (slot - (self.n_packed + leaves)[:, None]) % max(W, 1)
+        stays = number < (count - leaves)[:, None]  # (B, W)
+        held = source.gather(1, (leaves[:, None] + number).clamp_max(max(W + T - 1, 0)))
+        width = 1  # one at most leaves for one, which need not be asked
+        if T > 1 or self.block > 1:
+            width = int(leaves.max()) if self.batch else 0
         gone = {}
         for name, new in tokens.items():
             ring = getattr(self, name)
-            both = self._take(ring, new, source)
-            ring[b, :, slot] = both[b, :, i]
-            gone[name] = both[:, :, :width]
+            gone[name] = self._take(ring, new, source[:, :width])
+            here = stays.view(self.batch, 1, W, *[1] * (ring.ndim - 3))
+            ring.copy_(torch.where(here, self._take(ring, new, held), ring))
         self.n_packed.copy_(self.n_packed + leaves)
         self.n_window.copy_(count - leaves)
         return gone, leaves
 
     def _in_order(self, T: int, n_pad: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return where the tokens of [ring | T new] lie, oldest first and padding left out,
-        (B, width), and how many each sequence has, (B,)."""
+        (B, W + T), and how many each sequence has, (B,)."""
         W = self.window_k.size(2)
         n_pad = torch.zeros_like(self.n_window) if n_pad is None else n_pad
         count = self.n_window + T - n_pad
-        width = int(count.max()) if self.batch else 0
-        number = torch.arange(width, device=count.device)
+        number = torch.arange(W + T, device=count.device)
         old = (self.n_packed[:, None] + number) % max(W, 1)
         new = W + n_pad[:, None] + number - self.n_window[:, None]
         source = torch.where(number < self.n_window[:, None], old, new)
         return source.clamp_max(W + T - 1), count
 
     def _take(self, ring: Tensor, new: Tensor, source: Tensor) -> Tensor:
-        """Take the tokens source (B, width) of [ring | new], new (B, h, T, ...): (B, h, width,
-        ...)."""
+        """Take tokens source (B, width) of [ring | new], new (B, h, T, ...): (B, h, width, ...)."""
         both = torch.cat((ring, new.to(ring.dtype)), 2)
         row = torch.arange(self.batch, device=ring.device)[:, None]
         return both[row, :, source].transpose(1, 2)
@@ -518,17 +519,18 @@ class PackedCache(WindowCache):
             mask = top_k_mask(group_energy(z, self.S, self.mask_heads), self.k)
         tokens = {"window_k": new.k, "window_v": new.v, "window_bits": mask_to_bits(mask)}
         gone, leaves = self.push(tokens, new.n_pad)
-        if gone["window_k"].size(2):
+        if gone["window_k"].size(2) and self.capacity:
             self._pack(gone["window_k"], gone["window_v"], gone["window_bits"], leaves)
 
     def _pack(self, k: Tensor, v: Tensor, bits: Tensor, leaves: Tensor) -> None:
         """Write the tokens that have just left the window: the first leaves (B,) of k, v (B, Hkv,
         N, D) and bits (B, Hm, N)."""
         begin = self.n_packed - leaves
-        facts = torch.stack((leaves.min(), begin.min(), begin.max(), self.n_packed.max()))
-        least, first, last, need = facts.tolist()
-        self._grow(need)
         width = k.size(2)
+        alone = width == self.codec.block == 1
+        if not alone:
+            facts = torch.stack((leaves.min(), begin.min(), begin.max()))
+            least, first, last = facts.tolist()
         number = torch.arange(width, device=k.device)
         position = begin[:, None] + number + self.codec.n_sinks
         z = self.basis.to_store(k, v, position)
@@ -541,6 +543,12 @@ class PackedCache(WindowCache):
             cells = getattr(self, name).view(
                 self.batch, heads, self.capacity // each, *new.shape[3:]
             )
+            if alone:  # nothing is asked: where no token leaves, what is there stays
+                row = torch.arange(self.batch, device=k.device)
+                at = begin.clamp_max(self.capacity - 1)
+                here = leaves.view(self.batch, 1, *[1] * (new.ndim - 3)) > 0
+                cells[row, :, at] = torch.where(here, new[:, :, 0], cells[row, :, at])
+                continue
             if least == width and first == last:  # every segment grows by the same tokens
                 cells[:, :, first // each : (first + width) // each] = new
                 continue

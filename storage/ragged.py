@@ -36,6 +36,7 @@ from storage.dense import DenseCache, write_ring
 from storage.layout import (
     PackedView,
     WindowView,
+    aligned,
     bits_to_mask,
     cat_each,
     cdiv,
@@ -218,8 +219,7 @@ class RaggedCache(DenseCache):
     @classmethod
     def cat_layers(cls, layers: Sequence[Sequence[RaggedCache]]) -> list[RaggedCache]:
         """Join the caches of layers that store alike all at once: `cat`, which does it one by one,
-        is the reference. The layers' tensors are views of common ones, or of their own where those
-        would be less aligned."""
+        is the reference. The layers' tensors are views of common ones."""
         if not any(len(cache.bits) for caches in layers for cache in caches):
             return super().cat_layers(layers)
         for caches in layers:
@@ -478,7 +478,8 @@ def pack_layers(
     query_moment  (L, B, Hkv, D, D), or None
 
     Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
-    once. The host waits for sizes, a few times however many layers there are."""
+    once, with the gaps by which every view is aligned. The host waits for sizes, a few times
+    however many layers there are."""
     codec = caches[0].codec
     levelled = mask.dtype == torch.uint8
     for cache in caches:
@@ -493,8 +494,8 @@ def pack_layers(
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]
         _pack_some(caches[some], k[some], z[some], keep[some], mask[some], moment)
-    n_context = valid.sum(-1).repeat(len(caches), 1)
-    for cache, own in zip(caches, n_context.unbind(), strict=True):
+    n_context = aligned(valid.sum(-1).repeat(len(caches), 1).unbind())
+    for cache, own in zip(caches, n_context, strict=True):
         cache.n_context = own
         cache.max_len -= valid.size(1)
         cache.fresh = False
@@ -529,6 +530,7 @@ def _pack_some(
     for name, t in held.items():
         ends = [*first[one.owners[name] + "_base"], len(t)]
         parts[name] = t.split([b - a for a, b in pairwise(ends)])
+    parts = {name: aligned(of_layers) for name, of_layers in parts.items()}
     for i, cache in enumerate(caches):
         cache.take({name: of_layers[i] for name, of_layers in parts.items()}, longest)
 
@@ -557,14 +559,15 @@ def fill_windows(
     column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, longest, D)
     W = max(caches[0].max_len + n_first, longest)
 
-    def window(whole: Tensor) -> tuple[Tensor, ...]:
+    def window(whole: Tensor) -> list[Tensor]:
         held = whole.gather(3, column).to(caches[0].dtype).masked_fill_(empty, 0)
-        return F.pad(held, (0, 0, 0, W - longest)).unbind()
+        return aligned(F.pad(held, (0, 0, 0, W - longest)).unbind())
 
     window_k = window(k)
     window_v = window(v)
-    n_window = (n_sinks + T - region).repeat(L, 1).unbind()  # kernels count in it
-    n_context = (torch.stack([cache.n_context for cache in caches]) - n_sinks).unbind()
+    n_window = aligned((n_sinks + T - region).repeat(L, 1).unbind())  # kernels count in it
+    n_context = torch.stack([cache.n_context for cache in caches]) - n_sinks
+    n_context = aligned(n_context.unbind())
     for i, cache in enumerate(caches):
         cache.window_k = window_k[i]
         cache.window_v = window_v[i]

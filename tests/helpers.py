@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kv_router
 from config import KVConfig, ModelConfig
@@ -300,3 +302,37 @@ class Numbers:
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size
+
+
+class Questions(TorchDispatchMode):
+    """Collects the names of operators that wait for the device, or copy Python numbers to it."""
+
+    WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh"}
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        if name in self.WAIT or str(function) == "aten.repeat_interleave.Tensor":
+            self.asked.append(name)
+        if name in ("index", "index_put", "index_put_"):
+            by = [t.dtype for t in args[1] if t is not None]
+            self.asked += [f"{name} by a mask" for t in by if t in (torch.bool, torch.uint8)]
+        return function(*args, **(kwargs or {}))
+
+
+class HostReads(TorchFunctionMode):
+    """Collects the names of methods that hand the host a tensor's numbers."""
+
+    READ = {"tolist", "cpu", "numpy", "item"}
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in self.READ:
+            self.asked.append(function.__name__)
+        return function(*args, **(kwargs or {}))

@@ -13,8 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from helpers import HostReads, Questions
 
 import data
 import kv_router
@@ -307,40 +306,6 @@ def test_a_new_phase_changes_nothing_by_itself():
         step.prepare()
         assert_equal(copies(state | {"w": w}), before)
         assert step.bad == bad
-
-
-class Questions(TorchDispatchMode):
-    """Collects the names of operators that wait for the device, or copy Python numbers to it."""
-
-    WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh"}
-
-    def __init__(self):
-        super().__init__()
-        self.asked: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        if name in self.WAIT or str(function) == "aten.repeat_interleave.Tensor":
-            self.asked.append(name)
-        if name in ("index", "index_put", "index_put_"):
-            by = [t.dtype for t in args[1] if t is not None]
-            self.asked += [f"{name} by a mask" for t in by if t in (torch.bool, torch.uint8)]
-        return function(*args, **(kwargs or {}))
-
-
-class HostReads(TorchFunctionMode):
-    """Collects the names of methods that hand the host a tensor's numbers."""
-
-    READ = {"tolist", "cpu", "numpy", "item"}
-
-    def __init__(self):
-        super().__init__()
-        self.asked: list[str] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in self.READ:
-            self.asked.append(function.__name__)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -555,3 +555,14 @@ def test_attention_gives_gradients_where_they_are_wanted(wanted):
     with torch.no_grad():
         assert not torch.equal(attention("triton"), attention("torch"))
         assert (attention("triton") - attention("torch")).abs().max() < 1e-5
+
+
+def test_few_zeros_are_kept_however_many_shapes_ask():
+    """What stands in for no packed tokens is of the size asked, zero, and of one tensor for all
+    sizes up to a power of 2."""
+    kernels._zeros.cache_clear()
+    for B in range(1, 40):
+        for Hkv in (1, 3, 7):
+            none = kernels._no_tokens(torch.ones(B, Hkv, 1, 4), Hkv)
+            assert none.n.shape == (B, Hkv) and not none.n.any() and none.n.is_contiguous()
+    assert kernels._zeros.cache_info().currsize == 10  # 1, 2, 4 ... 512

@@ -4,10 +4,11 @@ and its launches are many."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tokens
+from helpers import HostReads, Questions, tokens
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import generate
@@ -18,8 +19,10 @@ from config import KVConfig, ModelConfig, SelectConfig
 from generate import DecodeGraph, prefill
 from model import Transformer
 from storage import dense as dense_cache
+from storage import layout
 from storage import packed as packed_cache
 from storage.kernel_base import triton
+from storage.layout import ALIGNED
 
 pytestmark = pytest.mark.skipif(
     triton is None or torch.cuda.is_available(), reason="counted in Triton's interpreter"
@@ -36,11 +39,15 @@ class Launches(TorchDispatchMode):
     def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__()
         self.names = Counter()
+        self.unaligned = Counter()  # tensors whose address makes Triton compile a kernel anew
         executor = triton.runtime.interpreter.GridExecutor
         run = executor.__call__
 
         def counted(kernel, *args, **kwargs):
-            self.names[kernel.fn.__name__] += 1
+            name = kernel.fn.__name__
+            self.names[name] += 1
+            given = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+            self.unaligned[name] += sum(t.data_ptr() % ALIGNED > 0 for t in given if t.numel())
             with _disable_current_modes():  # the interpreter's own
                 return run(kernel, *args, **kwargs)
 
@@ -63,6 +70,9 @@ def model_of(n_layer: int, storage: str) -> Transformer:
     if storage == "groups":
         cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, value_router="norm")
         kv_router.attach(model, cfg, seen)
+    if storage == "told by keys":
+        cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, kv_sinks=2, reconstructor="keys")
+        kv_router.attach(model, replace(cfg, value_basis="output", value_router="norm"), seen)
     if storage in ("select", "levels"):
         levels = storage == "levels"
         kv = KVConfig(kv="select", n_groups=4, kv_tail=5, key_block=16)
@@ -71,21 +81,31 @@ def model_of(n_layer: int, storage: str) -> Transformer:
     return kv_router.fold(model).eval()
 
 
+def with_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Let kernels run in the interpreter where a GPU would run them."""
+    for module in (generate, kernels, dense_cache, packed_cache):
+        patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
+
+
 def launches_of_a_step(patch: pytest.MonkeyPatch, n_layer: int, storage: str) -> Counter:
     """Count what a step launches that DecodeGraph would capture."""
     model = model_of(n_layer, storage)
-    for module in (generate, kernels, dense_cache, packed_cache):
-        patch.setattr(module, "use_triton", lambda impl, *about: impl != "torch")
+    with_kernels(patch)
 
     def likeliest(logits: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         return logits.argmax(-1, keepdim=True)
 
     with torch.no_grad():
         _, cache = prefill(model, tokens(1, PROMPT), PROMPT + 9)
+        for layer in cache.layers:
+            for name in layer.owners:
+                held = getattr(layer, name)
+                assert held.data_ptr() % ALIGNED == 0 or not held.numel(), name
         graph = DecodeGraph(model, cache, tokens(1, 1), likeliest, 9)
         graph._once()  # what is made once is made now
         with Launches(patch) as launches:
             graph._once()
+    assert not launches.unaligned.total()
     return launches.names
 
 
@@ -100,10 +120,33 @@ def launches_of_a_step(patch: pytest.MonkeyPatch, n_layer: int, storage: str) ->
 )
 def test_a_layer_of_a_step_is_seven_launches(storage, append, attention, monkeypatch):
     """What a step of four layers has more than one of two, however the context is stored: append,
-    attention and the join of its pieces, and four around them; not one operator of PyTorch."""
+    attention and the join of its pieces, and four around them; not one operator of PyTorch. All
+    that the only sequence holds, and all that a kernel is given, is at an aligned address."""
     counts = []
     for n_layer in (2, 4):
         with monkeypatch.context() as patch:
             counts.append(launches_of_a_step(patch, n_layer, storage))
     two = Counter({**AROUND, append: 1, attention: 1, "_merge_kernel": 1})
     assert counts[1] - counts[0] == two + two
+
+
+@pytest.mark.parametrize("lengths", [(41, 30), (6, 4)], ids=str)
+def test_values_told_by_all_heads_ask_the_device_nothing(lengths, monkeypatch):
+    """A step whose dropped groups are told by the keys of all heads waits for no number of the
+    device: not while the window fills, nor where one of two sequences packs a token."""
+    model = model_of(2, "told by keys")
+    with_kernels(monkeypatch)
+    monkeypatch.setattr(layout, "is_read_here", lambda x: False)  # what a CPU alone does
+    questions = Questions()
+    reads = HostReads()
+    idx = tokens(2, max(lengths))
+    n_pad = torch.tensor([max(lengths) - n for n in lengths])
+    with torch.no_grad():
+        cache = model.new_cache(2, 60)
+        model.prefill(idx, cache, n_pad)
+        cache.reserve(9)
+        with questions, reads:
+            for i in range(9):
+                model.decode(tokens(2, 1, seed=i), cache)
+    assert questions.asked == reads.asked == []
+    assert cache.layers[0].n_packed.tolist() == [n - 2 + 9 - 3 for n in lengths]

@@ -35,10 +35,11 @@ from runs import (
 )
 from settings.adapters import AdapterConfig
 from storage.cache import NewTokens
+from training import distillation
 from training import loop as trainer
 from training.adapters import adapt_stage, adaptation
 from training.base import load_base
-from training.distillation import by_budget, continuation_loss
+from training.distillation import by_budget, continuation_loss, of_one_budget
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 WINDOW = 96
@@ -111,7 +112,11 @@ def shaken(stage):
 
 
 def loss_of(stage, x) -> torch.Tensor:
-    return continuation_loss(stage.model, x, stage.byte_budgets, stage.n_context)
+    total = 0.0
+    for windows, _, budget in of_one_budget([(x, x)], stage.byte_budgets):
+        loss = continuation_loss(stage.model, windows, budget, stage.n_context)
+        total = total + loss * (len(windows) / len(x))
+    return total
 
 
 @pytest.mark.parametrize("targets", ["q,o", "q,k,v,o,gate,up,down"])
@@ -276,6 +281,26 @@ def test_any_split_means_the_same_batch(adapter, stored_stage):
     for other in found[1:]:
         for a, b in zip(other, found[0], strict=True):
             assert (a - b).norm() <= 1e-9 * b.norm()
+
+
+def test_a_window_draws_its_budget_once(stored_stage, monkeypatch):
+    """A training step draws one budget for each of its windows, validation one for each of its
+    own, and what is stored has it."""
+    stage, cfg = stored_stage()
+    drawn = []
+
+    def counted(x, budgets):
+        drawn.append(len(x))
+        return by_budget(x, budgets)
+
+    monkeypatch.setattr(distillation, "by_budget", counted)
+    w = trainer.World(0, 1, torch.device("cpu"))
+    trainer.gradients(stage, stage.model, 0, cfg, w, False)
+    assert sum(drawn) == stage.batch_size
+    drawn.clear()
+    trainer.validation_loss(stage, replace(cfg, eval_sequences=5), w)
+    assert sum(drawn) == 5
+    assert stage.model.selector.cfg.kv_bytes in stage.byte_budgets
 
 
 def test_a_share_too_small_for_what_stays_whole_is_said(tmp_path, text, base, chosen, capsys):

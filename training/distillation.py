@@ -55,36 +55,29 @@ def by_budget(x: Tensor, budgets: list[float]) -> dict[float, Tensor]:
 
 def of_one_budget(
     parts: Iterable[tuple[Tensor, Tensor]], budgets: list[float]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield micro-batches x, y (b, T), each cut into windows that draw the same one of the budgets;
-    without budgets as they are. A router's balance is that of its last forward, so each of these
-    has a loss and a backward pass of its own."""
+) -> Iterator[tuple[Tensor, Tensor, float | None]]:
+    """Yield micro-batches x, y (b, T), each cut into windows that draw the same one of the budgets,
+    with that; without budgets as they are, with None. A router's balance is that of its last
+    forward, so each of these has a loss and a backward pass of its own."""
     for x, y in parts:
         if not budgets:
-            yield x, y
+            yield x, y, None
             continue
-        for windows in by_budget(x, budgets).values():
-            yield windows, windows  # a model's own predictions are the target
+        for budget, windows in by_budget(x, budgets).items():
+            yield windows, windows, budget  # a model's own predictions are the target
 
 
-def continuation_loss(
-    model: Transformer, x: Tensor, budgets: list[float], n_context: int
-) -> Tensor:
+def continuation_loss(model: Transformer, x: Tensor, kv_bytes: float, n_context: int) -> Tensor:
     """Return the mean KL in nats from the model without its adapters, which reads everything whole
     (no gradient), to itself, with adapters, over the tokens of windows x (B, T) after the first
-    n_context. Those are stored, without gradient, in one of `budgets`, shares of their bytes."""
+    n_context. Those are stored, without gradient, in kv_bytes, a share of their bytes."""
     selector = selector_of(model)
-    total = 0.0
-    for kv_bytes, windows in by_budget(x, budgets).items():
-        selector.set(replace(selector.cfg, kv_bytes=kv_bytes))
-        context = windows[:, :n_context]
-        continuation = windows[:, n_context:]
-        with evaluating(model):
-            with lora.switched_off(model):
-                whole = model(windows)[:, n_context:]
-            target = at_least_float32(whole).log_softmax(-1)
-            cache = model.new_cache(*windows.shape)
-            model.prefill(context, cache)
-        logits = model.prefill(continuation, cache, last_only=False)
-        total = total + mean_divergence(logits, target) * (len(windows) / len(x))
-    return total
+    selector.set(replace(selector.cfg, kv_bytes=kv_bytes))
+    with evaluating(model):
+        with lora.switched_off(model):
+            whole = model(x)[:, n_context:]
+        target = at_least_float32(whole).log_softmax(-1)
+        cache = model.new_cache(*x.shape)
+        model.prefill(x[:, :n_context], cache)
+    logits = model.prefill(x[:, n_context:], cache, last_only=False)
+    return mean_divergence(logits, target)

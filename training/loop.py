@@ -106,10 +106,10 @@ def add_gradients(
     micro-batch's backward pass."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     parts = list(of_one_budget(micro_batches(x, y, cfg.accumulation), stage.byte_budgets))
-    for i, (xb, yb) in enumerate(parts):
+    for i, (xb, yb, budget) in enumerate(parts):
         share = len(xb) / stage.batch_size
         with autocast(x.device, cfg.dtype):
-            loss = stage.loss(forward, xb, yb)
+            loss = stage.loss(forward, xb, yb, budget)
         if before_last is not None and i == len(parts) - 1:
             before_last()
         (with_side_losses(stage, loss) * share).backward()
@@ -149,9 +149,9 @@ def validation_loss(stage: Stage, cfg: TrainConfig, w: World) -> float:
     total = torch.zeros(1, dtype=torch.float64, device=w.device)
     if n and stage.kv.kv == "select":
         with evaluating(stage.model), autocast(w.device, cfg.dtype):
-            for part in x[mine].split(stage.batch_size):
-                part = part.to(w.device)
-                total += stage.loss(stage.model, part, part).double() * len(part)
+            parts = ((part, part) for part in x[mine].to(w.device).split(stage.batch_size))
+            for part, _, budget in of_one_budget(parts, stage.byte_budgets):
+                total += stage.loss(stage.model, part, part, budget).double() * len(part)
     elif n:
         total += mean_loss(stage.model, x[mine], y[mine], 16, cfg.dtype) * n
     return w.sum(total).item() / len(x)

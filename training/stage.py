@@ -100,13 +100,13 @@ class Stage:
         """Whether a training step reads whole values, before what is stored is read."""
         return step < self.kv.kv_warmup * self.steps
 
-    def loss(self, forward, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, forward, x: Tensor, y: Tensor, budget: float | None = None) -> Tensor:
         """What is minimised over x, y (B, T), a mean over sequences: by objective lm, distill or
-        select."""
+        select. budget: the one of byte_budgets that these sequences draw, where there are some."""
         if self.objective == "select":
             return predictor_loss(self.model, x)
         if self.objective == "distill" and self.kv.kv == "select":
-            return continuation_loss(self.model, x, self.byte_budgets, self.n_context)
+            return continuation_loss(self.model, x, budget, self.n_context)
         if self.objective == "distill":
             return distillation_loss(self.model, self.kv, forward, x)
         loss = answers_loss if isinstance(self.corpus.train, Examples) else lm_loss

@@ -48,7 +48,7 @@ class RanksConfig:
     same_as: str = opt("", "earlier row: how far its losses, or tokens and logits, are is said")
     ranks: int = opt(1, "train, lost: processes", least=1)
     shard: bool = opt(False, "train, lost: as in train.py")
-    capture: bool = opt(False, "train: a step is a CUDA graph; of several processes, too")
+    capture: bool = opt(False, "train, lost: a step is a CUDA graph; of several processes, too")
     adapter: str = opt("none", "train: what is trained; none: all weights", ADAPTERS)
     weights: str = opt("float32", "dtype of the weights", ("float32", "bfloat16"))
     batch_size: int = opt(32, "sequences in a step of all ranks, or prompts", least=1)
@@ -134,6 +134,11 @@ def how_it_ran(cfg: RanksConfig, captured: bool) -> str:
     return how
 
 
+def said_first(cfg: RanksConfig, captured: bool) -> str:
+    """Return what training says before its first step."""
+    return f"{cfg.name}: {how_it_ran(cfg, captured)}"
+
+
 def compared(row: dict, peer: dict) -> dict:
     """Return a row's time for a token over its peer's, and the greatest relative difference of
     their losses, or the share of their tokens that are the same and the greatest difference of
@@ -168,6 +173,7 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> dict | None:
             eval_sequences=2 * w.size,
         )
         trainer = LoggedTrainer(stage, asked, w)
+        trainer.say([said_first(cfg, not trainer.why_not_captured)])
         trainer.run()
         on_gpu = w.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_gpu else None
@@ -188,14 +194,16 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> dict | None:
 
 
 def lost_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
-    """Kill the last rank of a job that trains. Return seconds until the job has ended, and what the
-    others said."""
+    """Kill the last rank of a job that trains, and has steps behind it. Return whether these were
+    replayed graphs, seconds until the job has ended, and what the others said."""
     flags = [flag for flag in sys.argv[1:] if not flag.startswith(("--what", "--steps"))]
     command = torchrun(cfg, [*flags, "--what=train", "--steps=1000000"])
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     said = []
+    captured = False
     for line in job.stderr:
         said.append(line)
+        captured |= line.rstrip() == said_first(cfg, True)
         if line.startswith(f"{cfg.name}: ") and "gone" in line and ": 0 of" not in line:
             break
     os.kill(rank_of(job.pid, cfg.ranks - 1), signal.SIGKILL)
@@ -206,6 +214,7 @@ def lost_row(cfg: RanksConfig, shape: ModelConfig) -> dict:
     check(job.returncode != 0 and bool(lines), "\n".join(said), "one line of why", "see above")
     return {
         "device": f"{cfg.ranks} x {device_name(pick_device(cfg.device))}",
+        "captured": captured,
         "ended_after_s": round(seconds, 2),
         "exit": job.returncode,
         "said": " / ".join(lines),

@@ -28,8 +28,9 @@ python -m benchmarks.ranks $SMOL $F32 --results="$OUT" --name=ddp_graph32 --rank
 python -m benchmarks.ranks $SMOL $F32 --results="$OUT" --name=fsdp32 --ranks=2 --shard \
   --same_as=one32
 
-# a rank is killed
+# a rank is killed: of sharded weights, and of graphs that are replayed
 python -m benchmarks.ranks $SMOL --results="$OUT" --what=lost --name=lost --ranks=2 --shard
+python -m benchmarks.ranks $SMOL --results="$OUT" --what=lost --name=lost_graph --ranks=2 --capture
 
 # 7 billion parameters: adapters on one GPU, all weights on two; generation whole, with the steps of
 # a split model on one GPU, and split over two, whose tokens are those of the row before

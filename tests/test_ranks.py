@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -284,3 +285,36 @@ def test_rows_that_differ_say_by_how_much():
     assert losses == dict(ratio=0.25, largest_difference=0.25)
     row = dict(tokens_per_s=5, tokens=[1, 2, 3, 0], logits=[1.0, 2.0, 5.5])
     assert comparison.compared(row, one) == dict(ratio=2.0, agreement=0.75, logits_difference=0.5)
+
+
+A_JOB = """
+import os, subprocess, sys
+other = subprocess.Popen(
+    [sys.executable, "-c", "import time; time.sleep(60)"], env=os.environ | {"RANK": "1"}
+)
+print("lost: 2 processes, DDP, " + sys.argv[1], file=sys.stderr)
+print("lost: 0 of 9 steps, 00:00 gone, ? to go", file=sys.stderr)
+print("lost: 3 of 9 steps, 00:01 gone, 00:02 to go", file=sys.stderr, flush=True)
+print(other.wait(), "rank 0 of 2: another process of this job is gone", file=sys.stderr)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("how", ["CUDA graph", "kernel by kernel"])
+def test_row_of_a_lost_rank_says_how_its_steps_ran(how, tmp_path, capsys, monkeypatch):
+    """The last rank of a job is killed once steps lie behind it; whether they were replayed graphs
+    the row has from the job, which is asked for them as by --capture, and not from the flag."""
+    asked = []
+
+    def job(cfg, flags):
+        asked.extend(flags)
+        return [sys.executable, "-c", A_JOB, how]
+
+    monkeypatch.setattr(comparison, "torchrun", job)
+    flags = ("--what=lost", "--name=lost", "--ranks=2", "--capture", f"--results={tmp_path}")
+    monkeypatch.setattr(sys, "argv", ["ranks", *flags])
+    call(comparison, *flags)
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "--capture" in asked and asked.count("--what=train") == 1
+    assert (row["task"], row["impl"]) == ("lost", f"2 processes, DDP, {how}")
+    assert row["exit"] == 1 and row["said"].startswith("-9 rank 0 of 2") and "captured" not in row

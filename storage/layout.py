@@ -219,15 +219,6 @@ def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [t.view(n, *like.shape[1:]) for t, n in zip(joined, counts, strict=True)]
 
 
-def aligned(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Return the pieces of a tensor, alike but for their first dimension, each at a multiple of
-    ALIGNED bytes: themselves where all lie so, else of another tensor. Of an address that is no
-    such multiple Triton compiles a kernel anew."""
-    if all(t.data_ptr() % ALIGNED == 0 for t in pieces):
-        return list(pieces)
-    return cat_each([(t,) for t in pieces])
-
-
 # -------------------- what attention may read
 
 

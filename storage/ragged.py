@@ -34,9 +34,9 @@ from storage.cache import (
 )
 from storage.dense import DenseCache, write_ring
 from storage.layout import (
+    ALIGNED,
     PackedView,
     WindowView,
-    aligned,
     bits_to_mask,
     cat_each,
     cdiv,
@@ -533,6 +533,15 @@ def _pack_some(
     parts = {name: aligned(of_layers) for name, of_layers in parts.items()}
     for i, cache in enumerate(caches):
         cache.take({name: of_layers[i] for name, of_layers in parts.items()}, longest)
+
+
+def aligned(pieces: Sequence[Tensor]) -> list[Tensor]:
+    """Return the pieces of a tensor, alike but for their first dimension, each at a multiple of
+    ALIGNED bytes: themselves where all lie so, else of another tensor. Of an address that is no
+    such multiple Triton compiles a kernel anew."""
+    if all(t.data_ptr() % ALIGNED == 0 for t in pieces):
+        return list(pieces)
+    return cat_each([(t,) for t in pieces])
 
 
 @torch.no_grad()

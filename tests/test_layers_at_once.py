@@ -17,8 +17,8 @@ from benchmarks.parts import PARTS
 from config import KVConfig, SelectConfig
 from model import Transformer
 from storage.cache import KVCache
-from storage.layout import ALIGNED, aligned, cat_each
-from storage.ragged import RaggedCache
+from storage.layout import ALIGNED, cat_each
+from storage.ragged import RaggedCache, aligned
 
 WAYS = {
     "whole numbers": (dict(), dict(kv_keep=0.5)),

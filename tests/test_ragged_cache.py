@@ -411,8 +411,8 @@ CODECS = {  # bits of keys and values, tokens of a block, first tokens that stay
 def test_layers_packed_at_once_are_those_packed_one_by_one(name, pad, large, monkeypatch):
     """pack_layers and fill_windows give every layer, of other tokens and pairs each, the very
     tensors that pack and append give it, first tokens before all else, in aligned views of common
-    ones: all layers' bytes are those of the layers apart and of the gaps. Padding leaves whole contexts, fewer tokens than stay whole, or
-    none."""
+    ones: all layers' bytes are those of the layers apart and of the gaps. Padding leaves whole
+    contexts, fewer tokens than stay whole, or none."""
     monkeypatch.setitem(codecs.LARGE, "cpu", large)
     C, T, S, L = 83, 90, 4, 3
     bits = CODECS[name]

@@ -85,7 +85,6 @@ import mixsga
 import selector
 from data import batch
 from loaders import checkpoint
-from loaders.compress import newest_whole
 from loaders.device import check_weights, device_name, pick_device
 from loaders.runs import Run, attach_storage, is_foreign, load_run
 from report.against_bytes import bytes_figure, points_of
@@ -473,9 +472,8 @@ def asked_of(run: Run, args) -> Asked:
     cfg: EvalConfig = args.eval
     if run.kv.kv == "select" and "tasks" not in args.given:
         cfg = replace(cfg, tasks="continuation")
-    if "query" not in args.given:
-        in_bytes = bool(cfg.kv_byte_budgets or args.select.kv_bytes)
-        cfg = replace(cfg, query=newest_whole(run, in_bytes))
+    if is_trained(run) and "query" not in args.given:
+        cfg = replace(cfg, query=run.kv.kv_tail)
     return Asked(
         eval=cfg,
         kv=args.kv,

@@ -118,8 +118,7 @@ class EvalConfig:
     query: int = opt(
         16,
         "continuation and prompts: tokens at the end of the context that are never compressed "
-        "(where this is not given: 1 under a budget of bytes, else of a trained run its own "
-        "--kv_tail)",
+        "(where this is not given, of a trained run: its own --kv_tail)",
         least=0,
     )
     continuation: int = opt(

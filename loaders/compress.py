@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kv_router
 import selector
-from config import NEWEST_WHOLE, KVConfig, SelectConfig, check
+from config import KVConfig, SelectConfig, check
 from data import TokenFile, batch, prepare_splits
 from loaders.runs import Run, attach_storage
 from measure_config import (
@@ -24,17 +24,9 @@ from settings.train import DataConfig
 
 # what may be changed of a run that was trained to store in some way
 CHANGED_LATER = {"kv_tail", "kv_tail_block", "key_bits", "value_bits", "key_block", "kv_sinks"}
+# last tokens of a prompt that a selection leaves whole where --kv_tail does not say, as in eval.py
+QUERY = EvalConfig.query
 CALIBRATION_TOKENS = 512  # of a sequence, where the context has as many
-
-
-def newest_whole(run: Run, in_bytes: bool) -> int:
-    """Return how many newest tokens of a prompt a run leaves whole where no flag says.
-
-    in_bytes: flags ask for a share of the prompt's bytes; a run that was trained under one keeps
-    its own tail."""
-    if in_bytes and not run.select.kv_bytes:
-        return NEWEST_WHOLE
-    return EvalConfig.query if run.kv.kv == "dense" else run.kv.kv_tail
 
 
 @contextlib.contextmanager
@@ -58,11 +50,10 @@ def stored_as_asked(
         yield
         return
     own = run.kv.kv
-    if "kv_tail" not in given and "select" in (own, kv.kv):
-        kv = replace(kv, kv_tail=newest_whole(run, bool(select.kv_bytes)))
-        asked.add("kv_tail")
     check_storage_flags(given, kv.kv if "kv" in given or own == "dense" else own)
     if own == "dense":
+        if kv.kv == "select" and "kv_tail" not in given:
+            kv = replace(kv, kv_tail=QUERY)
         check_fitted(kv)
         # before calibration, which takes a while
         kv.check_model(run.model.cfg)

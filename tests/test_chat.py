@@ -19,7 +19,7 @@ from test_parity import elsewhere
 
 import runs
 import sample
-from config import NEWEST_WHOLE, KVConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from generate import generate
 from loaders.chat import Conversation
 from loaders.compress import stored_as_asked
@@ -601,8 +601,6 @@ def test_program_refuses_by_name(folder, corpus, flags, says, capsys):
         ("value_groups", {"kv_keep": 0.5}, False),
         ("value_groups", {"kv": "select"}, False),
         ("select", {"kv_keep": 0.5, "kv_tail": 9}, True),
-        ("select", {"kv_keep": 0.5}, True),
-        ("select", {"kv_bytes": 0.5}, True),
         ("select", {"value_basis": "pca"}, False),
     ],
 )
@@ -613,20 +611,17 @@ def test_trained_run_keeps_how_it_stores(kv, given, fine):
     run.kv = KVConfig(kv=kv, kv_tail=2)
     attach_storage(run.model, run.kv, run.select, [tokens(2, 60, vocab=259)])
     path = run.model.layers[0].self_attn.kv_path
-    budget = {k: v for k, v in given.items() if k in ("kv_keep", "kv_bytes")}
-    asked = KVConfig(**{"kv": kv, **{k: v for k, v in given.items() if k not in budget}})
-    select = SelectConfig(**budget)
+    asked = KVConfig(**{"kv": kv, **{k: v for k, v in given.items() if k != "kv_keep"}})
+    select = SelectConfig(kv_keep=given.get("kv_keep", 0.0))
     how = dict(corpus="", sequences=1, seed=0, data=DataConfig())
     if not fine:
         with pytest.raises(ValueError, match=f"--{min(given)} "):
             stored_as_asked(run, set(given), asked, select, **how).__enter__()
         return
     with stored_as_asked(run, set(given), asked, select, **how):
-        newest = NEWEST_WHOLE if "kv_bytes" in given else 2
-        assert path.cfg.kv_tail == given.get("kv_tail", newest)
+        assert path.cfg.kv_tail == 9
     assert path.cfg.kv_tail == 2
-    if kv == "select":
-        assert {k: getattr(run.model.selector.cfg, k) for k in budget} == budget
+    assert kv != "select" or run.model.selector.cfg.kv_keep == 0.5
 
 
 # ----------------------------------------------------------------------------- elsewhere

@@ -16,7 +16,7 @@ from helpers import TINY, coordinates, error_line, grouped_model, routed_value, 
 
 import eval as evaluation
 import kv_router
-from config import NEWEST_WHOLE, KVConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from data import content_hash, documents, prepare_splits
 from loaders.runs import load_run
 from measure_config import EvalConfig
@@ -231,30 +231,19 @@ def test_nothing_dropped_costs_nothing(name):
 
 
 @pytest.mark.parametrize(
-    "kv, of_run, given, query",
+    "kv, given, query",
     [
-        ("select", 0.0, {}, 3),
-        ("value_groups", 0.0, {}, 3),
-        ("dense", 0.0, {}, EvalConfig.query),
-        ("select", 0.0, {"query": 7, "kv_bytes": 0.1}, 7),
-        ("dense", 0.0, {"kv_bytes": 0.1}, NEWEST_WHOLE),
-        ("select", 0.0, {"kv_byte_budgets": "0.2,0.1"}, NEWEST_WHOLE),
-        ("select", 0.2, {"kv_byte_budgets": "0.2,0.1"}, 3),
+        (KVConfig(kv="select", kv_tail=3), [], 3),
+        (KVConfig(kv="value_groups", kv_tail=3), [], 3),
+        (KVConfig(kv="select", kv_tail=3), ["query"], EvalConfig.query),
+        (KVConfig(kv="dense", kv_tail=3), [], EvalConfig.query),
     ],
 )
-def test_what_a_prompt_leaves_whole(kv, of_run, given, query):
-    """Unless --query says otherwise: one token under a budget of bytes, else what the run was
-    trained to, also under a budget."""
-    run = SimpleNamespace(
-        kv=KVConfig(kv=kv, kv_tail=3), config={}, select=SelectConfig(kv_bytes=of_run)
-    )
-    chosen = {k: v for k, v in given.items() if k != "kv_bytes"}
+def test_a_trained_run_is_measured_with_its_own_window(kv, given, query):
+    """Unless --query says otherwise, what a prompt leaves whole is what the run was trained to."""
+    run = SimpleNamespace(kv=kv, config={}, select=SelectConfig())
     args = SimpleNamespace(
-        eval=EvalConfig(**chosen),
-        kv=KVConfig(),
-        select=SelectConfig(kv_bytes=given.get("kv_bytes", 0.0)),
-        data=DataConfig(),
-        given=set(given),
+        eval=EvalConfig(), kv=KVConfig(), select=SelectConfig(), data=DataConfig(), given=set(given)
     )
     assert evaluation.asked_of(run, args).eval.query == query
 

@@ -128,11 +128,9 @@ def half_bytes_for(
     are not full, counts and starts are paid for, too; placed: and a bit a token that says where it
     stood.
 
-    So the bytes held are never above the budget, unless what stays whole is, or by the gaps of
-    aligned views (storage/layout.py), which are not paid for: small models of one KV head may pass
-    it by these at batch 1 (docs/log.md). Below it they are by the price of a token at most, and in
-    each layer and head by 4 head_dim + 80 bytes (a block's scales, counts) and half a byte a token;
-    or by all that everything kept does not need."""
+    So the bytes held are never above the budget, unless what stays whole is. Below it they are by
+    the price of a token at most, and in each layer and head by 4 head_dim + 80 bytes (a block's
+    scales, counts) and half a byte a token; or by all that everything kept does not need."""
     whole = min(n, n_sinks) + region
     numbers = 4 * head_dim * (kv_bytes * (n + region) - whole) - 4 * head_dim - 80
     places = 2 * math.ceil(n / 8) if placed else 0

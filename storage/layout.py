@@ -201,22 +201,13 @@ def copy_segments(old: Tensor, new: Tensor, n_segments: int) -> None:
 
 def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Concatenate the tensors of every group; all are alike but for their first dimension. The
-    results are views of one tensor, where each begins at a multiple of ALIGNED bytes: after one
-    that ends elsewhere lies a gap."""
+    results are views of one tensor where each is as aligned there as if it were alone."""
     like = groups[0][0]
-    unit = ALIGNED // like.element_size()
-    gap = like.new_zeros(unit - 1)
-    parts = []
-    sizes = []
-    for group in groups:
-        flat = [t.reshape(-1) for t in group]
-        n = sum(len(t) for t in flat)
-        parts += [*flat, gap[: -n % unit]]
-        sizes += [n, -n % unit]
-    with torch.autocast(like.device.type, enabled=False):  # which refuses to join float64
-        joined = torch.cat(parts).split(sizes)[::2]
-    counts = [sum(len(t) for t in group) for group in groups]
-    return [t.view(n, *like.shape[1:]) for t, n in zip(joined, counts, strict=True)]
+    row = like.shape[1:].numel() * like.element_size()  # bytes
+    sizes = [sum(len(t) for t in group) for group in groups]
+    if any(n * row % ALIGNED for n in sizes[:-1]):
+        return [torch.cat(group) for group in groups]
+    return list(torch.cat([t for group in groups for t in group]).split(sizes))
 
 
 # -------------------- what attention may read

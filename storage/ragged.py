@@ -34,7 +34,6 @@ from storage.cache import (
 )
 from storage.dense import DenseCache, write_ring
 from storage.layout import (
-    ALIGNED,
     PackedView,
     WindowView,
     bits_to_mask,
@@ -219,7 +218,8 @@ class RaggedCache(DenseCache):
     @classmethod
     def cat_layers(cls, layers: Sequence[Sequence[RaggedCache]]) -> list[RaggedCache]:
         """Join the caches of layers that store alike all at once: `cat`, which does it one by one,
-        is the reference. The layers' tensors are views of common ones."""
+        is the reference. The layers' tensors are views of common ones, or of their own where those
+        would be less aligned."""
         if not any(len(cache.bits) for caches in layers for cache in caches):
             return super().cat_layers(layers)
         for caches in layers:
@@ -478,8 +478,7 @@ def pack_layers(
     query_moment  (L, B, Hkv, D, D), or None
 
     Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
-    once, with the gaps by which every view is aligned. The host waits for sizes, a few times
-    however many layers there are."""
+    once. The host waits for sizes, a few times however many layers there are."""
     codec = caches[0].codec
     levelled = mask.dtype == torch.uint8
     for cache in caches:
@@ -494,8 +493,8 @@ def pack_layers(
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]
         _pack_some(caches[some], k[some], z[some], keep[some], mask[some], moment)
-    n_context = aligned(valid.sum(-1).repeat(len(caches), 1).unbind())
-    for cache, own in zip(caches, n_context, strict=True):
+    n_context = valid.sum(-1).repeat(len(caches), 1)
+    for cache, own in zip(caches, n_context.unbind(), strict=True):
         cache.n_context = own
         cache.max_len -= valid.size(1)
         cache.fresh = False
@@ -530,18 +529,8 @@ def _pack_some(
     for name, t in held.items():
         ends = [*first[one.owners[name] + "_base"], len(t)]
         parts[name] = t.split([b - a for a, b in pairwise(ends)])
-    parts = {name: aligned(of_layers) for name, of_layers in parts.items()}
     for i, cache in enumerate(caches):
         cache.take({name: of_layers[i] for name, of_layers in parts.items()}, longest)
-
-
-def aligned(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Return the pieces of a tensor, alike but for their first dimension, each at a multiple of
-    ALIGNED bytes: themselves where all lie so, else of another tensor. Of an address that is no
-    such multiple Triton compiles a kernel anew."""
-    if all(t.data_ptr() % ALIGNED == 0 for t in pieces):
-        return list(pieces)
-    return cat_each([(t,) for t in pieces])
 
 
 @torch.no_grad()
@@ -568,15 +557,14 @@ def fill_windows(
     column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, longest, D)
     W = max(caches[0].max_len + n_first, longest)
 
-    def window(whole: Tensor) -> list[Tensor]:
+    def window(whole: Tensor) -> tuple[Tensor, ...]:
         held = whole.gather(3, column).to(caches[0].dtype).masked_fill_(empty, 0)
-        return aligned(F.pad(held, (0, 0, 0, W - longest)).unbind())
+        return F.pad(held, (0, 0, 0, W - longest)).unbind()
 
     window_k = window(k)
     window_v = window(v)
-    n_window = aligned((n_sinks + T - region).repeat(L, 1).unbind())  # kernels count in it
-    n_context = torch.stack([cache.n_context for cache in caches]) - n_sinks
-    n_context = aligned(n_context.unbind())
+    n_window = (n_sinks + T - region).repeat(L, 1).unbind()  # kernels count in it
+    n_context = (torch.stack([cache.n_context for cache in caches]) - n_sinks).unbind()
     for i, cache in enumerate(caches):
         cache.window_k = window_k[i]
         cache.window_v = window_v[i]

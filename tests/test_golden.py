@@ -5,8 +5,7 @@ the cache after them, logits of the prompt, of three steps and of nine later one
 blocks of integers are formed), and of an uncached forward. Tokens and bytes are equal, logits
 within rounding. Levels were recorded anew when a budget of bytes began to choose otherwise, and when
 it left one first token whole for four. Bytes alone were, when caches began to hold every sequence's
-length and no longer the positions of selected tokens, and when what kernels read of a selected
-context was aligned. `weights`, a sum of squares, tells whether the model
+length and no longer the positions of selected tokens. `weights`, a sum of squares, tells whether the model
 itself was drawn otherwise: where it differs, nothing else that is told of the setting means
 anything.
 

@@ -18,7 +18,7 @@ from config import KVConfig, SelectConfig
 from model import Transformer
 from storage.cache import KVCache
 from storage.layout import ALIGNED, cat_each
-from storage.ragged import RaggedCache, aligned
+from storage.ragged import RaggedCache
 
 WAYS = {
     "whole numbers": (dict(), dict(kv_keep=0.5)),
@@ -70,8 +70,9 @@ def launches_of(monkeypatch, part: str, run) -> int:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_cost_no_operators(way, monkeypatch):
-    """Windows of five layers are filled, and their caches joined, with as many operators as those
-    of two; empty caches take none where caches of their shape were made before."""
+    """Windows of five layers are filled with as many operators as those of two; a layer is
+    joined with one at most for each tensor that may end anywhere; empty caches take none where caches of
+    their shape were made before."""
     counts = {}
     for n_layer in (2, 5):
         model = deep(way, n_layer)
@@ -87,8 +88,11 @@ def test_layers_cost_no_operators(way, monkeypatch):
             part: launches_of(monkeypatch, part, prefilled)
             for part in ("windows", "joining caches", "queries moved")
         }
+    joining = [counts[n_layer].pop("joining caches") for n_layer in (2, 5)]
     assert counts[2] == counts[5]
-    model.new_cache(3, 60)  # the first of this shape
+    owners = model.new_cache(3, 60).layers[0].owners.values()
+    n_flat = sum(owner not in ("sequence", "base") for owner in owners)
+    assert joining[1] - joining[0] <= 5 * n_flat  # of two layers perhaps none ends unaligned
     assert launches_of(monkeypatch, "empty caches", lambda: model.new_cache(3, 60)) == 0
 
 
@@ -124,9 +128,7 @@ def test_layers_joined_at_once_are_those_joined_one_by_one(kind):
 @pytest.mark.parametrize("sizes", [[[3, 0, 4], [5], [0]], [[0], [0, 0]], [[16, 16], [1]]], ids=str)
 @pytest.mark.parametrize("row", [(), (1,), (3,), (16,), (2, 4)], ids=str)
 def test_tensors_of_groups_are_concatenated(row, sizes):
-    """cat_each gives torch.cat of each group, at aligned places of one tensor, fewer than 16 bytes
-    between two; aligned gives pieces as they are, at such places, and themselves where they lie so.
-    """
+    """cat_each gives torch.cat of each group, at aligned places of one tensor."""
     drawn = torch.Generator().manual_seed(0)
     for dtype in (torch.uint8, torch.float16, torch.int64):
         groups = []
@@ -140,15 +142,6 @@ def test_tensors_of_groups_are_concatenated(row, sizes):
             assert torch.equal(joined, torch.cat(group)) and joined.dtype == dtype
             assert joined.data_ptr() % ALIGNED == 0 or not joined.numel()
             assert joined.is_contiguous()
-        most = sum(t.nbytes for t in got) + ALIGNED * len(got)
-        assert len({t.untyped_storage().data_ptr() for t in got}) == 1
-        assert got[0].untyped_storage().nbytes() < most
-        assert all(a is b for a, b in zip(aligned(got), got, strict=True))
-        whole = torch.cat([t for group in groups for t in group])
-        pieces = whole.split([len(t) for t in got])
-        for piece, t in zip(pieces, aligned(pieces), strict=True):
-            assert torch.equal(piece, t)
-            assert t.data_ptr() % ALIGNED == 0 or not t.numel()
 
 
 @pytest.mark.parametrize("kind", SELECTING)

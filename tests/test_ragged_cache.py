@@ -14,7 +14,7 @@ from storage.cache import KVCache, NewTokens, storage_bytes
 from storage.dense import DenseCache
 from storage.integers import codecs
 from storage.integers.format import IntFormat
-from storage.layout import ALIGNED, cdiv, tile_size
+from storage.layout import cdiv, tile_size
 from storage.packed import ValueBasis
 from storage.ragged import BASES, SHARED, RaggedCache, fill_windows, pack_layers
 
@@ -410,9 +410,9 @@ CODECS = {  # bits of keys and values, tokens of a block, first tokens that stay
 @pytest.mark.parametrize("name", CODECS)
 def test_layers_packed_at_once_are_those_packed_one_by_one(name, pad, large, monkeypatch):
     """pack_layers and fill_windows give every layer, of other tokens and pairs each, the very
-    tensors that pack and append give it, first tokens before all else, in aligned views of common
-    ones: all layers' bytes are those of the layers apart and of the gaps. Padding leaves whole
-    contexts, fewer tokens than stay whole, or none."""
+    tensors that pack and append give it, first tokens before all else, in views of common ones: all layers' bytes
+    are those of the layers apart. Padding leaves whole contexts, fewer tokens than stay whole, or
+    none."""
     monkeypatch.setitem(codecs.LARGE, "cpu", large)
     C, T, S, L = 83, 90, 4, 3
     bits = CODECS[name]
@@ -464,12 +464,9 @@ def test_layers_packed_at_once_are_those_packed_one_by_one(name, pad, large, mon
         assert all_of_them.longest >= one.longest and not all_of_them.fresh
         assert all_of_them.max_len == one.max_len and all_of_them.room <= one.room
         for what, t in one.state_dict().items():
-            held = getattr(all_of_them, what)
-            assert torch.equal(held, t), what
-            assert held.data_ptr() % ALIGNED == 0 or not held.numel(), what
+            assert torch.equal(getattr(all_of_them, what), t), what
     if large > 25_000:
-        gaps = KVCache(at_once).nbytes() - KVCache(apart).nbytes()
-        assert 0 <= gaps < ALIGNED * L * len(at_once[0].state_dict())
+        assert KVCache(at_once).nbytes() == KVCache(apart).nbytes()
     more = torch.randn(2, len(pad), 3, 9, 16, generator=g)
     for one, all_of_them in zip(apart, at_once, strict=True):
         for cache in (one, all_of_them):

@@ -290,8 +290,11 @@ def test_rows_that_differ_say_by_how_much():
 A_JOB = """
 import os, subprocess, sys
 other = subprocess.Popen(
-    [sys.executable, "-c", "import time; time.sleep(60)"], env=os.environ | {"RANK": "1"}
+    [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"],
+    env=os.environ | {"RANK": "1"},
+    stdout=subprocess.PIPE,
 )
+other.stdout.readline()  # it has begun: /proc has its environment
 print("lost: 2 processes, DDP, " + sys.argv[1], file=sys.stderr)
 print("lost: 0 of 9 steps, 00:00 gone, ? to go", file=sys.stderr)
 print("lost: 3 of 9 steps, 00:01 gone, 00:02 to go", file=sys.stderr, flush=True)

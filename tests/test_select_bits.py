@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 from choosing import config, prefilled, run, selecting
-from helpers import TINY, error_line, tiny_model, tokens
+from helpers import error_line, tiny_model, tokens
 from safetensors import safe_open
 from safetensors.torch import save_file
 from select_runs import base, measure, selected  # noqa: F401 (fixtures)
@@ -18,7 +18,6 @@ import eval as evaluation
 from config import FIRST_WHOLE, SelectConfig
 from generate import generate
 from report.against_bytes import envelope
-from report.rows import filled_cache
 from selection.budgets import REFINED
 from selection.calibration import calibrate, see_layers
 from storage import packing
@@ -208,26 +207,6 @@ def test_bytes_held_stay_under_the_budget_and_near_it(scope, allocation, bits):
             held / dense
         )
         last = held
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("n", [601, 2047])
-def test_the_share_of_dense_is_the_budget(n, dtype):
-    """What eval.py's column says of a prompt is never above --kv_byte_budgets, in whatever dtype
-    is computed, and as near below it as half_bytes_for says: a head's counts and one block's
-    scales, half a byte of rounding a kept token, and what the next token would cost."""
-    cfg = replace(TINY, block_size=2047)
-    m = selecting(model=tiny_model(dtype=torch.float32, cfg=cfg))
-    dense = 4 * 16 * n  # bytes of a head, in 16 bits
-    for share in (0.5, 0.25, 0.125, 0.0625):
-        m.selector.set(config(kv_bytes=share))
-        cache = filled_cache(m, tokens(1, n, seed=8), dtype)
-        kept = sum(int(c.n_packed.sum()) for c in cache.layers)
-        next_token = 16 * (8 + 8) / 8 + 12  # a key and a value of 8 bits, mask and scales
-        short = (4 * 16 + 80) * 6 + kept / 2 + next_token
-        of_dense = m.share_of_dense(n, cache)
-        assert share - short / (6 * dense) <= of_dense <= share
-        assert kept > 0 and short / (6 * dense) < 0.1 * share
 
 
 def test_a_prompt_is_stored_as_chosen_and_its_first_tokens_whole():

@@ -15,18 +15,23 @@ from settings.experts import MixConfig
 EIGHT = replace(TINY, n_head=8, n_kv_head=8)
 
 
+def with_random_routers(model: torch.nn.Module) -> torch.nn.Module:
+    """Draw the routers and offsets of a model's experts, in place."""
+    torch.manual_seed(7)
+    for path in mixsga.experts(model):
+        if path.router is not None:
+            torch.nn.init.normal_(path.router.weight, std=1.0)
+            torch.nn.init.normal_(path.router.bias, std=1.0)
+            torch.nn.init.normal_(path.offset, std=0.3)
+    return model
+
+
 def made(kv: str = "mixsga", cfg=EIGHT, dtype=torch.float64, tail: int = 0, **mix):
     """A random model with such paths and random routers, evaluation mode."""
     model = shared_heads.attach(
         tiny_model(dtype=dtype, cfg=cfg), KVConfig(kv=kv, kv_tail=tail), MixConfig(**mix)
     )
-    torch.manual_seed(7)
-    for p in mixsga.experts(model):
-        if p.router is not None:
-            torch.nn.init.normal_(p.router.weight, std=1.0)
-            torch.nn.init.normal_(p.router.bias, std=1.0)
-            torch.nn.init.normal_(p.offset, std=0.3)
-    return model
+    return with_random_routers(model)
 
 
 SETTINGS = {

@@ -23,10 +23,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import INT4, STORED_GROUPS, TINY, grouped_model, randomise, tiny_model, tokens
+from shared_head_models import with_random_routers
 
 import kv_router
 import lora
-import mixsga
 import selector
 from baselines import shared_heads
 from config import KVConfig, SelectConfig
@@ -95,13 +95,7 @@ def sharing(name: str, dtype: torch.dtype) -> torch.nn.Module:
     kv, mix = SHARED[name]
     model = tiny_model(dtype=dtype, cfg=replace(TINY, n_head=8, n_kv_head=8))
     shared_heads.attach(model, KVConfig(**kv), MixConfig(**mix))
-    torch.manual_seed(7)
-    for path in mixsga.experts(model):
-        if path.router is not None:
-            torch.nn.init.normal_(path.router.weight, std=1.0)
-            torch.nn.init.normal_(path.router.bias, std=1.0)
-            torch.nn.init.normal_(path.offset, std=0.3)
-    return model
+    return with_random_routers(model)
 
 
 def made(name: str) -> torch.nn.Module:

@@ -168,7 +168,6 @@ def train_row(cfg: RanksConfig, shape: ModelConfig) -> dict | None:
             stage=stage.kind,
             shard=cfg.shard,
             capture=cfg.capture,
-            capture_ranks=cfg.capture,
             dtype=cfg.dtype,
             eval_sequences=2 * w.size,
         )

@@ -160,8 +160,10 @@ def to_dict(cfg) -> dict:
 def from_dict(cls: type, d: dict):
     """Make the dataclass `cls` from a dict read from a file; what an older file lacks takes its
     default, or the value in cls.UNNAMED, where that is not what was done before the setting had a
-    name. ValueError names unknown or mistyped entries."""
+    name; those in cls.GONE are no settings any more. ValueError names unknown or mistyped
+    entries."""
     kinds = {f.name: str(f.type) for f in fields(cls)}
+    d = {name: value for name, value in d.items() if name not in getattr(cls, "GONE", ())}
     unknown = sorted(set(d) - set(kinds))
     check(
         not unknown,

@@ -18,7 +18,6 @@ FREE = (
     "device",
     "compile",
     "capture",
-    "capture_ranks",
     "shard",
     "accumulation",
     "eval_interval",

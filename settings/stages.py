@@ -73,7 +73,7 @@ class Reads(NamedTuple):
 READS = {
     "pretrain": Reads(
         ("model", "data"),
-        (*RUN, *LOOP, *PRETRAIN, "compile", "capture", "capture_ranks", "shard"),
+        (*RUN, *LOOP, *PRETRAIN, "compile", "capture", "shard"),
         ("vocab_size",),
     ),
     "adapt": Reads(
@@ -85,7 +85,6 @@ READS = {
             *STORED_CONTEXT,
             "compile",
             "capture",
-            "capture_ranks",
             "shard",
             "kv_from",
             "objective",
@@ -98,12 +97,12 @@ READS = {
     ),
     "continue": Reads(
         ("model", "data", "base", "kv", "mix"),
-        (*RUN, *LOOP, *ADAPT, "compile", "capture", "capture_ranks", "shard"),
+        (*RUN, *LOOP, *ADAPT, "compile", "capture", "shard"),
         (*FIXED_K, *BY_EXPERTS),
     ),
     "all": Reads(
         ("model", "data", "base", "adapter", "kv"),
-        (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile", "capture", "capture_ranks"),
+        (*RUN, *LOOP, *PRETRAIN, *ADAPT, *TABLE, "compile", "capture"),
         ("adapter", "vocab_size", "template"),
     ),
 }
@@ -204,7 +203,6 @@ def check_flags(args) -> None:
     check_storage_flags(args)
     check_stored_context_flags(args)
     check_objective_flags(args)
-    check_graph_flags(args)
     check_read(args)
     check_unread_beside(args)
     fresh = args.train.stage == "all" and args.base.init_from == "scratch"
@@ -286,7 +284,7 @@ def check_stored_context_flags(args) -> None:
         "nothing is left to train",
         "give --adapter=lora or --learn_basis",
     )
-    for name in ("compile", "shard", "capture_ranks"):
+    for name in ("compile", "shard"):
         check(
             not getattr(cfg, name),
             f"{name} with kv=select",
@@ -316,19 +314,6 @@ def check_objective_flags(args) -> None:
         "nothing is distilled",
         "give --distill_steps=N",
     )
-
-
-def check_graph_flags(args) -> None:
-    """Whether steps can be graphs on each rank, where that is asked for."""
-    cfg: TrainConfig = args.train
-    for name, leaves in (("shard", False), ("capture", True)):
-        has = getattr(cfg, name)
-        check(
-            not cfg.capture_ranks or has == leaves,
-            f"capture_ranks with {name}={has}",
-            "no step is a graph then",
-            f"leave --{name}={str(has).lower()} out, or give --capture_ranks=false",
-        )
 
 
 def check_unread_beside(args) -> None:

@@ -198,14 +198,10 @@ class TrainConfig:
     compile: bool = opt(False, "torch.compile the model")
     capture: bool = opt(
         True,
-        "on one GPU: capture an optimizer step as a CUDA graph and replay it; losses are logged a "
-        "few steps late. false: kernel by kernel",
+        "on a GPU: capture an optimizer step as a CUDA graph and replay it, under torchrun one on "
+        "each; losses are logged, and signals answered, a few steps late. false: kernel by kernel",
     )
-    capture_ranks: bool = opt(
-        False,
-        "under torchrun: capture such a graph on each GPU, sums over them included; a signal ends "
-        "the run a few steps late. Without it several GPUs run kernel by kernel",
-    )
+    GONE = ("capture_ranks",)  # see settings.fields.from_dict
     shard: bool = opt(
         False,
         "under torchrun: share weights, gradients and moments out over the ranks (FSDP2), instead "

@@ -334,18 +334,16 @@ def test_a_step_asks_the_device_nothing(kind, tmp_path, text, base, captured, mo
 
 
 def test_why_steps_are_not_captured(stage_of):
-    """Captured are steps on a GPU, of several processes where a flag asks for it, unless a flag says
-    no or the host has a part in the loss or in the weights; why not is said in words."""
+    """Captured are steps on a GPU, of several processes, too, unless a flag says no or the host has
+    a part in the loss or in the weights; why not is said in words."""
     stage, cfg = stage_of()
     cuda = torch.device("cuda")
     why = trainer.why_not_captured
     assert why(stage, cfg, trainer.World(0, 1, cuda)) == ""
     assert "no GPU" in why(stage, cfg, trainer.World(0, 1, torch.device("cpu")))
-    assert "--capture_ranks" in why(stage, cfg, trainer.World(1, 2, cuda))
-    asked = replace(cfg, capture_ranks=True)
-    assert why(stage, asked, trainer.World(1, 2, cuda)) == ""
-    assert "no GPU" in why(stage, asked, trainer.World(1, 2, torch.device("cpu")))
-    assert "sharded" in why(stage, replace(asked, shard=True), trainer.World(1, 2, cuda))
+    assert why(stage, cfg, trainer.World(1, 2, cuda)) == ""
+    assert "no GPU" in why(stage, cfg, trainer.World(1, 2, torch.device("cpu")))
+    assert "sharded" in why(stage, replace(cfg, shard=True), trainer.World(1, 2, cuda))
     off = adapt_arguments("x", "text:x", "y", "--capture=false").train
     assert "--capture=false" in why(stage, off, trainer.World(0, 1, cuda))
     stage.kv = replace(stage.kv, kv="select")

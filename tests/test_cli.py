@@ -332,8 +332,6 @@ def test_out_of_range(name, f, capsys, here):
         ([*STORED_CONTEXT, "--adapter=none"], "adapter=none with kv=select"),
         ([*STORED_CONTEXT, "--compile"], "compile with kv=select"),
         ([*STORED_CONTEXT, "--shard"], "shard with kv=select"),
-        ([*STORED_CONTEXT, "--capture_ranks"], "capture_ranks with kv=select"),
-        (["--stage=pretrain", "--shard", "--capture_ranks"], "capture_ranks with shard=True"),
         ([*STORED_CONTEXT, "--kv_byte_budgets=0.1,1"], "a list of shares above 0 and below 1"),
         ([*STORED_CONTEXT, "--kv_byte_budgets="], "a list of shares above 0 and below 1"),
         ([*STORED_CONTEXT, "--context=1"], "context=1"),
@@ -370,7 +368,6 @@ def test_out_of_range(name, f, capsys, here):
             "n_groups with kv=dense: it is not read then; leave it out, or give --kv=value_groups",
         ),
         (["--recon_hidden=9"], "or give --reconstructor=mlp"),
-        ([*PRETRAIN, "--capture_ranks", "--capture=false"], "capture_ranks with capture=False"),
         ([*PRETRAIN, "--rope_scaling=linear"], "give a --rope_factor of more than 1"),
         (
             [*PRETRAIN, "--rope_factor=2", "--rope_scaling=linear", "--rope_original=9"],
@@ -463,8 +460,6 @@ def test_unread_flags_are_refused_by_name(stage, capsys):
     [
         [*CONTINUE, "--kv=gqa", "--align_heads=false"],
         [*CONTINUE, "--expert_groups=2", "--n_groups=8"],
-        [*PRETRAIN, "--shard", "--capture_ranks=false"],
-        [*PRETRAIN, "--capture=false", "--capture_ranks=false"],
         [*PRETRAIN, "--rope_factor=2", "--rope_scaling=yarn", "--rope_original=9"],
         [*PRETRAIN, "--sliding_window=9", "--global_every=3"],
         [*ADAPT, "--rope_scaling=linear"],  # of the base, which is not known yet

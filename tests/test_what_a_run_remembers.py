@@ -16,8 +16,8 @@ from config import ModelConfig, SelectConfig
 from loaders import checkpoint
 from loaders.tokenizer import get_tokenizer
 from runs import adapt_arguments, arguments, call, pretrain
-from settings.fields import to_dict
-from settings.train import DataConfig
+from settings.fields import from_dict, to_dict
+from settings.train import DataConfig, TrainConfig
 from training.same_run import entry
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -196,5 +196,12 @@ def test_settings_that_an_older_run_does_not_name_are_what_it_did():
     select = to_dict(SelectConfig(recall=0.0, past=9))
     older = {name: value for name, value in select.items() if name != "recall"}
     assert entry({"select": older}, "select") == select
+
+
+def test_settings_that_an_older_run_names_and_that_are_gone_are_passed_over():
+    """What they said is done without a flag now; other unknown names are still refused."""
+    assert from_dict(TrainConfig, {"capture_ranks": True, "seed": 3}) == TrainConfig(seed=3)
+    with pytest.raises(ValueError, match="unknown entries"):
+        from_dict(TrainConfig, {"capture_rank": True})
     assert entry({"select": to_dict(SelectConfig())}, "select")["recall"] == SelectConfig().recall
     assert entry({"lr": 0.1}, "lr") == 0.1 and entry({}, "mix") is None

@@ -41,18 +41,6 @@ def test_each_wait_is_announced(tmp_path, text, run_stage, capsys):
     ]
 
 
-def test_a_graph_that_was_asked_for_is_not_left_out_in_silence(tmp_path, run_stage, capsys):
-    """--capture_ranks without a GPU: a line says that steps run kernel by kernel, and why; in one
-    process another, that it is for several."""
-    run_stage("pretrain", tmp_path / "run", "--pretrain_steps=1", "--capture_ranks")
-    said = capsys.readouterr().err
-    assert "  steps run kernel by kernel: there is no GPU\n" in said
-    assert "  --capture_ranks is for several processes, and there is one (torchrun)\n" in said
-    run_stage("pretrain", tmp_path / "other", "--pretrain_steps=1")
-    said = capsys.readouterr().err
-    assert "kernel by kernel" not in said and "--capture_ranks" not in said
-
-
 def test_finished_run_says_its_loss_and_what_is_next(tmp_path, run_stage, capsys):
     """Resuming a run that is done prints its logged validation loss and the same next commands."""
     flags = ["--pretrain_steps=2"]

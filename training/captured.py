@@ -71,8 +71,6 @@ def why_not_captured(stage, cfg: TrainConfig, w: World) -> str:
         return "--capture=false"
     if cfg.shard:
         return "sharded weights are gathered by the host"
-    if w.size > 1 and not cfg.capture_ranks:
-        return "of several processes they are with --capture_ranks alone"
     if stage.kv.kv == "select":
         return "the host looks at windows and their tokens"
     return ""
@@ -211,11 +209,9 @@ class CapturedStep:
             if isinstance(e, torch.OutOfMemoryError) and self.ranks == 1:
                 raise
             why = str(e.__context__ or e).splitlines()[0]
-            instead = "train.py --capture=false runs it kernel by kernel"
-            if self.ranks > 1:
-                instead = "without --capture_ranks train.py runs it kernel by kernel"
             raise CannotCapture(
-                f"the step cannot be captured as a CUDA graph: {why}; {instead}"
+                f"the step cannot be captured as a CUDA graph: {why}; train.py --capture=false "
+                "runs it kernel by kernel"
             ) from e
         self.graph = graph
 

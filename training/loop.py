@@ -4,9 +4,8 @@ What is random is a pure function of (seed, step, rank): batches, and the dropou
 seeded anew at every step. So evaluation and sampling cannot change training, and a resumed run
 needs no stored generator state to repeat itself bit for bit. Gradients are summed over micro-steps
 and ranks with the weight each sequence has in the global batch, while the backward pass runs
-(training/world.py): any split of a batch, uneven or empty shares too, means the same step. On one
-GPU a step is a CUDA graph, and what it logs comes a few steps late (training/captured.py); on
-several with --capture_ranks.
+(training/world.py): any split of a batch, uneven or empty shares too, means the same step. On a
+GPU a step is a CUDA graph, and what it logs comes a few steps late (training/captured.py).
 
     torchrun --nproc_per_node=2 -- train.py --stage=pretrain
 """

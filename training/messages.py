@@ -32,9 +32,7 @@ def start_of(trainer) -> list[str]:
         f"  a checkpoint every {cfg.save_interval} steps, at the end, and when stopped",
         *small_budgets(stage),
     ]
-    if cfg.capture_ranks and w.size == 1:
-        lines.append("  --capture_ranks is for several processes, and there is one (torchrun)")
-    if w.device.type == "cuda" or cfg.capture_ranks:
+    if w.device.type == "cuda":
         why = trainer.why_not_captured
         if why:
             lines.append(f"  steps run kernel by kernel: {why}")

@@ -75,7 +75,8 @@ class Compiled:
                 known[(i,)] = value
                 continue
             signature[p.name] = type_of(value)
-            if torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0):
+            is_aligned = torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0)
+            if is_aligned and not p.do_not_specialize_on_alignment:
                 aligned[(i,)] = [["tt.divisibility", 16]]
         done = triton.compile(
             ASTSource(self.fn, signature, known, aligned),

@@ -80,7 +80,7 @@ from storage.layout import (
     top_k_mask,
 )
 from storage.packed import FloatCodec, PackedCache, ValueBasis
-from storage.state import all_equal, check_fit
+from storage.state import check_fit
 from storage.windowed import Window, is_fused, windowed_attention
 
 # -------------------- the KV path
@@ -128,7 +128,7 @@ class ValueGroupPath(nn.Module):
                 shape = (self.Hkv, self.D, self.D)
             self.key_map = nn.Parameter(torch.zeros(shape))
             self.share_rope(*rope_table(model_cfg))
-        self.frozen = ValueBasis()  # the copy that caches read: see for_cache
+        self.frozen = ValueBasis()  # what its newest cache reads: see storage/copies.py
         self.losses: dict[str, Tensor] = {}
         self.whole = False  # see set_kept
         self.keeps_mask = False
@@ -378,15 +378,9 @@ class ValueGroupPath(nn.Module):
         return PackedCache(*shape, self.cfg, self.k, like, self.for_cache(self.maps()), codec)
 
     def for_cache(self, maps: ValueBasis) -> ValueBasis:
-        """Return maps of this path as caches read them: of what training writes into a copy, which
-        is the path's, and one for all caches that are made before it is written into again."""
+        """Return maps of this path as a cache reads them: of what training writes into a copy."""
         trained = self.cfg.learn_basis or self.key_map is not None
-        wanted = maps.constants()
-        if not trained or not wanted:
-            return maps
-        if not all_equal(wanted, self.frozen.constants()):
-            self.frozen = maps.copied()
-        return self.frozen
+        return maps.copied() if trained else maps
 
     def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:
         """Return the mask (B, Hm, T, S) with which the cache will pack new tokens; None where those

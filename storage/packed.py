@@ -306,7 +306,7 @@ class PackedCache(WindowCache):
         cfg: KVConfig,
         k: int,
         like: Tensor,
-        basis: ValueBasis = ValueBasis(),
+        maps: ValueBasis = ValueBasis(),
         codec: Any = None,
     ):
         super().__init__(batch, cfg.kv_tail, n_kv_head, head_dim, like, cfg.tail_leaves)
@@ -315,7 +315,7 @@ class PackedCache(WindowCache):
         self.S = cfg.n_groups
         self.k = k
         self.mask_heads = n_kv_head if cfg.mask_scope == "head" else 1
-        self.basis = basis
+        self.maps = maps
         self.codec = codec or FloatCodec()
         self.owners |= {**self.codec.owners, "bits": "mask"}
         self.owners |= dict.fromkeys(("token_base", "row_base", "mask_base"), "base")
@@ -331,7 +331,7 @@ class PackedCache(WindowCache):
         self._allocate(max(0, max_len - self.window))
         self.room = self.capacity + self.window
         # whether single tokens are appended by a kernel, on the device alone
-        by_kernel = self.codec.one_by_one(head_dim, self.window) and basis.from_keys is None
+        by_kernel = self.codec.one_by_one(head_dim, self.window) and maps.from_keys is None
         self.by_kernel = by_kernel and use_triton("auto", like.device, like.dtype)
 
     # ---- what the base asks for
@@ -341,6 +341,11 @@ class PackedCache(WindowCache):
         """Tokens of each sequence, (B,) int64."""
         seen = self.n_packed + self.n_window
         return seen + self.n_sink if self.codec.n_sinks else seen
+
+    @property
+    def basis(self) -> ValueBasis:
+        """The maps of what is stored: those it was given."""
+        return self.maps
 
     def settings(self) -> dict[str, Any]:
         return {

@@ -21,6 +21,7 @@ from model import Transformer
 from storage import dense as dense_cache
 from storage import layout
 from storage import packed as packed_cache
+from storage.copies import all_read
 from storage.kernel_base import triton
 
 pytestmark = pytest.mark.skipif(
@@ -56,8 +57,8 @@ class Launches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def model_of(n_layer: int, storage: str) -> Transformer:
-    """A folded model whose blocks run as kernels, and which stores so."""
+def model_of(n_layer: int, storage: str, fold: bool = True) -> Transformer:
+    """A model, folded, whose blocks run as kernels, and which stores so."""
     torch.manual_seed(0)
     shape = dict(n_embd=40, n_head=4, n_kv_head=2, head_dim=32, n_inner=50)
     model = Transformer(ModelConfig(n_layer=n_layer, vocab_size=101, block_size=128, **shape))
@@ -65,15 +66,19 @@ def model_of(n_layer: int, storage: str) -> Transformer:
     if storage == "groups":
         cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, value_router="norm")
         kv_router.attach(model, cfg, seen)
-    if storage == "told by keys":
-        cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, kv_sinks=2, reconstructor="keys")
+    if storage in ("told by keys", "told by own keys", "trained basis"):
+        told = {"told by keys": "keys", "told by own keys": "own_keys"}.get(storage, "zero")
+        cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, kv_sinks=2, reconstructor=told)
+        cfg = replace(cfg, learn_basis=storage == "trained basis")
         kv_router.attach(model, replace(cfg, value_basis="output", value_router="norm"), seen)
-    if storage in ("select", "levels"):
+    if storage in ("select", "levels", "select told by keys"):
         levels = storage == "levels"
         kv = KVConfig(kv="select", n_groups=4, kv_tail=5, key_block=16)
+        if storage == "select told by keys":
+            kv = replace(kv, reconstructor="keys", value_basis="output")
         cfg = SelectConfig(kv_bytes=0.5) if levels else SelectConfig(kv_keep=0.5)
         selector.attach(model, kv, cfg, seen)
-    return kv_router.fold(model).eval()
+    return (kv_router.fold(model) if fold else model).eval()
 
 
 def with_kernels(patch: pytest.MonkeyPatch) -> None:
@@ -139,3 +144,45 @@ def test_values_told_by_all_heads_ask_the_device_nothing(lengths, monkeypatch):
                 model.decode(tokens(2, 1, seed=i), cache)
     assert questions.asked == reads.asked == []
     assert cache.layers[0].n_packed.tolist() == [n - 2 + 9 - 3 for n in lengths]
+
+
+@pytest.mark.parametrize(
+    "storage", ["told by keys", "told by own keys", "trained basis", "select told by keys"]
+)
+def test_a_new_cache_asks_about_its_maps_once(storage):
+    """However many layers have trained maps, making a cache waits for the device once, to learn
+    which of them have been written since the cache before; the first never. Layers whose maps
+    stayed share what they read, one whose map was written reads anew."""
+    for n_layer in (2, 4):
+        model = model_of(n_layer, storage, fold=storage != "trained basis")
+        made = []
+        for written in (False, False, True):
+            if written:
+                with torch.no_grad():
+                    next(model.layers[1].self_attn.kv_path.parameters()).mul_(1.5)
+            questions = Questions()
+            reads = HostReads()
+            with questions, reads:
+                made.append(model.new_cache(1, 20))
+            assert len(questions.asked + reads.asked) == (len(made) > 1)
+        first, again, after = [[maps_at(layer) for layer in cache.layers] for cache in made]
+        assert first == again
+        shared = [a == b for a, b in zip(again, after, strict=True)]
+        assert shared == [i != 1 for i in range(n_layer)]
+
+
+@pytest.mark.parametrize("storage", ["dense", "groups", "select"])
+def test_a_new_cache_without_trained_maps_asks_nothing(storage):
+    """Not the first, nor those after it."""
+    model = model_of(2, storage)
+    questions = Questions()
+    reads = HostReads()
+    with questions, reads:
+        for _ in range(3):
+            model.new_cache(1, 20)
+    assert questions.asked == reads.asked == []
+
+
+def maps_at(cache) -> list[int]:
+    """Where the maps lie that a layer's cache reads."""
+    return [t.data_ptr() for t in all_read(cache.basis).values()]

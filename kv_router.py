@@ -405,9 +405,12 @@ class ValueGroupPath(nn.Module):
         """Store and read one token of each sequence: (B, H, 1, D) in q's dtype."""
         cache.append(NewTokens(k, v, n_pad, self._route(x, v, cache)))
         basis = cache.basis
+        view = cache.view()
         if basis.dec is None and basis.from_keys is None and self.reconstructor is None:
-            return attend_view(q, cache.view(), self.cap)[0]  # rows are read as they are
-        return self._read(q, cache.view(), cache)
+            return attend_view(q, view, self.cap)[0]  # rows are read as they are
+        if basis.from_keys is not None:  # such a step is not captured: see graph_safe
+            view = view._replace(packed=(view.packed[0].at_most(cache.longest),))
+        return self._read(q, view, cache)
 
     def graph_safe(self) -> bool:
         by_kernel = codec_of(self.cfg).one_by_one(self.D, self.cfg.kv_tail)
@@ -446,9 +449,7 @@ class ValueGroupPath(nn.Module):
         """Let a piece of a prompt read itself whole, and what came before as it is stored."""
         view = cache.view()
         # fewer pieces than for all slots: each holds a part of the result
-        longest = int(cache.n_packed.max())
-        held = cache.batch * self.Hkv * longest
-        packed = view.packed[0]._replace(longest=longest, held=held)
+        packed = view.packed[0].at_most(int(cache.n_packed.max()))
         window = cache.beside(new.k, new.v, new.n_pad)
         return self._read(q, CacheView((packed,), window, view.sinks), cache)
 

@@ -330,6 +330,7 @@ class PackedCache(WindowCache):
             self.n_sink = torch.zeros_like(self.n_packed)
         self._allocate(max(0, max_len - self.window))
         self.room = self.capacity + self.window
+        self.had_packed = 0  # the most of a sequence when reserve or fit looked last
         # whether single tokens are appended by a kernel, on the device alone
         by_kernel = self.codec.one_by_one(head_dim, self.window) and maps.from_keys is None
         self.by_kernel = by_kernel and use_triton("auto", like.device, like.dtype)
@@ -427,17 +428,32 @@ class PackedCache(WindowCache):
             copy_segments(t, getattr(self, name), self.batch * heads)
 
     def reserve(self, n_tokens: int) -> None:
-        longest = int((self.n_packed + self.n_window).max()) if self.batch else 0
-        self._grow(longest + n_tokens - self.window)
-        self.room = self.capacity + self.window - longest
+        seen = self._look()
+        self._grow(seen + n_tokens - self.window)
+        self.room = self.capacity + self.window - seen
         if self.sinks_open:
             self.sinks_open = bool((self.n_sink < self.codec.n_sinks).any())
 
     def fit(self, n_tokens: int) -> None:
-        longest = int((self.n_packed + self.n_window).max())
-        need = max(int(self.n_packed.max()), longest + n_tokens - self.window)
-        self._resize(need)
-        self.room = self.capacity + self.window - longest
+        seen = self._look()
+        self._resize(max(self.had_packed, seen + n_tokens - self.window))
+        self.room = self.capacity + self.window - seen
+
+    def _look(self) -> int:
+        """Ask the device what the longest sequence has packed, which is noted, and for its tokens
+        but those that stay whole for good, which are returned."""
+        if not self.batch:
+            return 0
+        counts = torch.stack((self.n_packed, self.n_packed + self.n_window))
+        self.had_packed, seen = counts.amax(1).tolist()
+        return seen
+
+    @property
+    def longest(self) -> int:
+        """No segment has more packed tokens: a bound that the host knows without asking the device.
+        It grows with `append`, and is all there is room for until the next `reserve` where
+        sequences were joined, loaded or truncated."""
+        return max(self.had_packed, self.capacity - self.room)
 
     # ---- reading
 

@@ -22,6 +22,7 @@ from storage import dense as dense_cache
 from storage import layout
 from storage import packed as packed_cache
 from storage.copies import all_read
+from storage.from_keys import FromKeys
 from storage.kernel_base import triton
 
 pytestmark = pytest.mark.skipif(
@@ -127,8 +128,17 @@ def test_a_layer_of_a_step_is_seven_launches(storage, append, attention, monkeyp
 @pytest.mark.parametrize("lengths", [(41, 30), (6, 4)], ids=str)
 def test_values_told_by_all_heads_ask_the_device_nothing(lengths, monkeypatch):
     """A step whose dropped groups are told by the keys of all heads waits for no number of the
-    device: not while the window fills, nor where one of two sequences packs a token."""
+    device: not while the window fills, nor where one of two sequences packs a token. It reads as
+    many slots as the longest sequence has packed, however many are reserved."""
     model = model_of(2, "told by keys")
+    read = []
+    before_rope = FromKeys.heads_before_rope
+
+    def counted(maps, k, position):
+        if k.size(2) > 1:  # one is the token that is packed
+            read.append(k.size(2))
+        return before_rope(maps, k, position)
+
     with_kernels(monkeypatch)
     monkeypatch.setattr(layout, "is_read_here", lambda x: False)  # what a CPU alone does
     questions = Questions()
@@ -138,12 +148,15 @@ def test_values_told_by_all_heads_ask_the_device_nothing(lengths, monkeypatch):
     with torch.no_grad():
         cache = model.new_cache(2, 60)
         model.prefill(idx, cache, n_pad)
-        cache.reserve(9)
+        cache.reserve(60)
+        monkeypatch.setattr(FromKeys, "heads_before_rope", counted)
         with questions, reads:
             for i in range(9):
                 model.decode(tokens(2, 1, seed=i), cache)
     assert questions.asked == reads.asked == []
     assert cache.layers[0].n_packed.tolist() == [n - 2 + 9 - 3 for n in lengths]
+    packed = [max(lengths) - 2 + i - 3 for i in range(1, 10)]
+    assert read == [n for n in packed if n > 1 for _ in model.layers]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ from storage.layout import (
     top_k_mask,
 )
 from storage.packed import FloatCodec, PackedCache, ValueBasis
-from storage.state import all_equal, check_fit
+from storage.state import check_fit
 from storage.windowed import Window, is_fused, windowed_attention
 
 # -------------------- the KV path
@@ -128,7 +128,7 @@ class ValueGroupPath(nn.Module):
                 shape = (self.Hkv, self.D, self.D)
             self.key_map = nn.Parameter(torch.zeros(shape))
             self.share_rope(*rope_table(model_cfg))
-        self.frozen = ValueBasis()  # the copy that caches read: see for_cache
+        self.frozen = ValueBasis()  # what its newest cache reads: see storage/copies.py
         self.losses: dict[str, Tensor] = {}
         self.whole = False  # see set_kept
         self.keeps_mask = False
@@ -378,15 +378,9 @@ class ValueGroupPath(nn.Module):
         return PackedCache(*shape, self.cfg, self.k, like, self.for_cache(self.maps()), codec)
 
     def for_cache(self, maps: ValueBasis) -> ValueBasis:
-        """Return maps of this path as caches read them: of what training writes into a copy, which
-        is the path's, and one for all caches that are made before it is written into again."""
+        """Return maps of this path as a cache reads them: of what training writes into a copy."""
         trained = self.cfg.learn_basis or self.key_map is not None
-        wanted = maps.constants()
-        if not trained or not wanted:
-            return maps
-        if not all_equal(wanted, self.frozen.constants()):
-            self.frozen = maps.copied()
-        return self.frozen
+        return maps.copied() if trained else maps
 
     def _route(self, x: Tensor, v: Tensor, cache: PackedCache) -> Tensor | None:
         """Return the mask (B, Hm, T, S) with which the cache will pack new tokens; None where those
@@ -411,9 +405,12 @@ class ValueGroupPath(nn.Module):
         """Store and read one token of each sequence: (B, H, 1, D) in q's dtype."""
         cache.append(NewTokens(k, v, n_pad, self._route(x, v, cache)))
         basis = cache.basis
+        view = cache.view()
         if basis.dec is None and basis.from_keys is None and self.reconstructor is None:
-            return attend_view(q, cache.view(), self.cap)[0]  # rows are read as they are
-        return self._read(q, cache.view(), cache)
+            return attend_view(q, view, self.cap)[0]  # rows are read as they are
+        if basis.from_keys is not None:  # such a step is not captured: see graph_safe
+            view = view._replace(packed=(view.packed[0].at_most(cache.longest),))
+        return self._read(q, view, cache)
 
     def graph_safe(self) -> bool:
         by_kernel = codec_of(self.cfg).one_by_one(self.D, self.cfg.kv_tail)
@@ -452,9 +449,7 @@ class ValueGroupPath(nn.Module):
         """Let a piece of a prompt read itself whole, and what came before as it is stored."""
         view = cache.view()
         # fewer pieces than for all slots: each holds a part of the result
-        longest = int(cache.n_packed.max())
-        held = cache.batch * self.Hkv * longest
-        packed = view.packed[0]._replace(longest=longest, held=held)
+        packed = view.packed[0].at_most(int(cache.n_packed.max()))
         window = cache.beside(new.k, new.v, new.n_pad)
         return self._read(q, CacheView((packed,), window, view.sinks), cache)
 

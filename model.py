@@ -35,6 +35,7 @@ from torch import Tensor
 from config import ModelConfig
 from kernels import attend_view
 from storage.cache import KVCache, NewTokens
+from storage.copies import share_copies
 from storage.dense import DenseCache
 from storage.kernel_base import triton
 from storage.layout import at_least_float32, soft_cap
@@ -379,7 +380,9 @@ class Transformer(nn.Module):
                 dtype = torch.get_autocast_dtype(device)
         like = self.norm.weight.new_empty(0, dtype=dtype)
         paths = [block.self_attn.kv_path for block in self.layers]
-        return KVCache([path.new_cache(batch, max_len, like) for path in paths], self)
+        caches = [path.new_cache(batch, max_len, like) for path in paths]
+        share_copies(paths, caches)
+        return KVCache(caches, self)
 
     def dense_bytes(self, n_tokens: int, cache: KVCache) -> int:
         """Count the bytes of all keys and values of n_tokens, kept whole in the dtype of `cache`:

@@ -194,7 +194,7 @@ class QuestPath(ValueGroupPath):
         shape = (batch, max_len, self.Hkv, self.D)
         if self.keep_all:
             return QuestCache(*shape, like)
-        return QuestGroupCache(*shape, self.cfg, self.k, like, self.maps())
+        return QuestGroupCache(*shape, self.cfg, self.k, like, self.for_cache(self.maps()))
 
     def forward(self, x, q, k, v, pad: Tensor | None = None) -> Tensor:
         """Let every token read what it would read when it is decoded: (B, H, T, D) in q's dtype."""

@@ -126,6 +126,7 @@ class LayerCacheBase(Protocol):
     fresh = True  # nothing has been appended yet
     room = 0  # tokens that fit before reserve has to be called
     prompt: PromptState | None = None  # what the layers of one KVCache share; KVCache sets it
+    maps: Any = None  # a ValueBasis (storage/packed.py) through which values are stored and read
 
     # what a subclass does
 

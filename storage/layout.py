@@ -248,6 +248,10 @@ class PackedView(NamedTuple):
         """Whether no token has rows, or a mask."""
         return self.k == 0 and self.before is None
 
+    def at_most(self, longest: int) -> PackedView:
+        """View the same tokens, knowing that no segment holds more than `longest`."""
+        return self._replace(longest=longest, held=self.token_base.numel() * longest)
+
     @property
     def tile(self) -> int:
         """Tokens per entry of tile_rows."""

@@ -306,7 +306,7 @@ class PackedCache(WindowCache):
         cfg: KVConfig,
         k: int,
         like: Tensor,
-        basis: ValueBasis = ValueBasis(),
+        maps: ValueBasis = ValueBasis(),
         codec: Any = None,
     ):
         super().__init__(batch, cfg.kv_tail, n_kv_head, head_dim, like, cfg.tail_leaves)
@@ -315,7 +315,7 @@ class PackedCache(WindowCache):
         self.S = cfg.n_groups
         self.k = k
         self.mask_heads = n_kv_head if cfg.mask_scope == "head" else 1
-        self.basis = basis
+        self.maps = maps
         self.codec = codec or FloatCodec()
         self.owners |= {**self.codec.owners, "bits": "mask"}
         self.owners |= dict.fromkeys(("token_base", "row_base", "mask_base"), "base")
@@ -330,8 +330,9 @@ class PackedCache(WindowCache):
             self.n_sink = torch.zeros_like(self.n_packed)
         self._allocate(max(0, max_len - self.window))
         self.room = self.capacity + self.window
+        self.had_packed = 0  # the most of a sequence when reserve or fit looked last
         # whether single tokens are appended by a kernel, on the device alone
-        by_kernel = self.codec.one_by_one(head_dim, self.window) and basis.from_keys is None
+        by_kernel = self.codec.one_by_one(head_dim, self.window) and maps.from_keys is None
         self.by_kernel = by_kernel and use_triton("auto", like.device, like.dtype)
 
     # ---- what the base asks for
@@ -341,6 +342,11 @@ class PackedCache(WindowCache):
         """Tokens of each sequence, (B,) int64."""
         seen = self.n_packed + self.n_window
         return seen + self.n_sink if self.codec.n_sinks else seen
+
+    @property
+    def basis(self) -> ValueBasis:
+        """The maps of what is stored: those it was given."""
+        return self.maps
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -422,17 +428,32 @@ class PackedCache(WindowCache):
             copy_segments(t, getattr(self, name), self.batch * heads)
 
     def reserve(self, n_tokens: int) -> None:
-        longest = int((self.n_packed + self.n_window).max()) if self.batch else 0
-        self._grow(longest + n_tokens - self.window)
-        self.room = self.capacity + self.window - longest
+        seen = self._look()
+        self._grow(seen + n_tokens - self.window)
+        self.room = self.capacity + self.window - seen
         if self.sinks_open:
             self.sinks_open = bool((self.n_sink < self.codec.n_sinks).any())
 
     def fit(self, n_tokens: int) -> None:
-        longest = int((self.n_packed + self.n_window).max())
-        need = max(int(self.n_packed.max()), longest + n_tokens - self.window)
-        self._resize(need)
-        self.room = self.capacity + self.window - longest
+        seen = self._look()
+        self._resize(max(self.had_packed, seen + n_tokens - self.window))
+        self.room = self.capacity + self.window - seen
+
+    def _look(self) -> int:
+        """Ask the device what the longest sequence has packed, which is noted, and for its tokens
+        but those that stay whole for good, which are returned."""
+        if not self.batch:
+            return 0
+        counts = torch.stack((self.n_packed, self.n_packed + self.n_window))
+        self.had_packed, seen = counts.amax(1).tolist()
+        return seen
+
+    @property
+    def longest(self) -> int:
+        """No segment has more packed tokens: a bound that the host knows without asking the device.
+        It grows with `append`, and is all there is room for until the next `reserve` where
+        sequences were joined, loaded or truncated."""
+        return max(self.had_packed, self.capacity - self.room)
 
     # ---- reading
 

@@ -3,6 +3,8 @@ and settings and tensors in which two caches differ."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -65,18 +67,39 @@ def refuse_difference(wanted: dict, found: dict, what: str) -> None:
         )
 
 
+def is_alike(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors have one dtype, device and shape."""
+    return (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape)
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors are alike and lie at the same place."""
+    return is_alike(a, b) and (a.data_ptr(), a.stride()) == (b.data_ptr(), b.stride())
+
+
 def equal(a: Tensor, b: Tensor) -> bool:
     """Say whether two tensors are equal, of one dtype and on one device, which is not asked about a
     tensor that lies at the same place."""
-    if (a.dtype, a.device) != (b.dtype, b.device):
-        return False
-    place = (a.data_ptr(), a.shape, a.stride())
-    return place == (b.data_ptr(), b.shape, b.stride()) or torch.equal(a, b)
+    return is_same(a, b) or (is_alike(a, b) and torch.equal(a, b))
 
 
-def all_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Say whether two sets of tensors have the same names, and equal tensors by them."""
-    return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+def which_equal(pairs: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> list[bool]:
+    """Say of each pair of sets of tensors whether they have the same names, and equal tensors by
+    them: `equal`, but the device is asked once for all pairs."""
+    answers = []
+    asked = {}  # by the number of a pair: 0-d bool, what the device says
+    for i, (a, b) in enumerate(pairs):
+        alike = a.keys() == b.keys() and all(is_alike(a[name], b[name]) for name in a)
+        answers.append(alike)
+        apart = [name for name in a if alike and not is_same(a[name], b[name])]
+        if apart:
+            asked[i] = torch.stack([(a[name] == b[name]).all() for name in apart]).all()
+    if asked:
+        device = next(iter(asked.values())).device  # layers may lie on several
+        told = torch.stack([t.to(device) for t in asked.values()]).tolist()
+        for i, same in zip(asked, told, strict=True):
+            answers[i] = same
+    return answers
 
 
 def refuse_constants(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:

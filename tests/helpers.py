@@ -307,7 +307,7 @@ class Numbers:
 class Questions(TorchDispatchMode):
     """Collects the names of operators that wait for the device, or copy Python numbers to it."""
 
-    WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "lift_fresh"}
+    WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh"}
 
     def __init__(self):
         super().__init__()

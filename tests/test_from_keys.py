@@ -467,6 +467,30 @@ def test_caches_read_one_copy_of_the_maps(kind):
     assert {t.dtype for t in maps.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("how", ["rounded", "given"])
+@torch.no_grad()
+def test_new_caches_turn_keys_by_the_tables_that_the_path_has(how):
+    """Tables of positions may change beside maps that stay: rounded by bfloat16, which holds the
+    maps exactly, or given anew. New caches read them, and one that exists those it was made with;
+    a path that is moved to where it is shares on."""
+    model = predicting(**SETTINGS["norm"]).float()
+    path = next(iter(kv_router.paths(model).values()))
+    path.key_map.copy_(path.key_map.bfloat16())
+    read = lambda: model.new_cache(1, 9).layers[0].basis.from_keys
+    old = read()
+    model.float()
+    assert read().weight is old.weight
+    cos = old.cos.clone()
+    if how == "rounded":
+        model.bfloat16().float()
+    else:
+        path.share_rope(-path.cos, path.sin)
+    new = read()
+    assert torch.equal(new.weight, old.weight)
+    assert torch.equal(new.cos, path.cos) and not torch.equal(new.cos, cos)
+    assert torch.equal(old.cos, cos)
+
+
 def test_a_run_is_saved_loaded_and_resumed(tmp_path, run_stage, monkeypatch):
     """Steps, SIGTERM and --resume end with the losses and tensors of steps unbroken; the maps have
     learned, and the run that is loaded has them."""

@@ -27,7 +27,7 @@ import kv_router
 import lora
 import mixsga
 import selector
-from baselines import shared_heads
+from baselines import quest, shared_heads
 from baselines.align import Moments, align_heads, calibrate
 from config import KVConfig
 from generate import DecodeGraph
@@ -37,6 +37,11 @@ from settings.experts import MixConfig
 from storage.cache import KVCache
 
 # -------------------- caches that know how they were packed
+
+
+def learned_quest() -> Transformer:
+    cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=3, learn_basis=True)
+    return quest.attach(tiny_model(), cfg, 32, 0, [tokens(2, 70)])
 
 
 def set_other_basis(model: Transformer) -> None:
@@ -93,6 +98,7 @@ CHANGES = {
         lambda model: kv_router.set_kept(model, 4),
     ),
     "trained basis": (VALUE_GROUPS(fold=False, learn_basis=True), set_other_basis),
+    "trained basis under Quest": (learned_quest, set_other_basis),
     "window": (VALUE_GROUPS(), set_storing),
     "selection's basis": (lambda: selecting(fold=False), set_other_basis),
     "selection of everything": (lambda: selecting(fold=False), choose_everything),

@@ -13,7 +13,7 @@ from config import KVConfig
 from storage import layout
 from storage.as_dense import as_dense
 from storage.cache import NewTokens
-from storage.packed import PackedCache, ValueBasis
+from storage.packed import FloatCodec, PackedCache, ValueBasis
 
 
 def filled(
@@ -180,3 +180,61 @@ def test_truncate_forgets_the_newest_tokens():
             assert torch.equal(got, want)
     with pytest.raises(ValueError, match="truncating"):
         cache.truncate(-1)
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_the_hosts_bound_holds_whatever_is_done(data):
+    """`longest` is at least what any sequence has packed, and no more than there is room for, after
+    appending with padding, cutting, joining, picking, putting back, loading and reserving. Once it
+    has been reserved for and padding comes no more, it is what the longest sequence has packed, or
+    would have where whole blocks did not wait."""
+    tail = data.draw(st.integers(0, 5))
+    block = data.draw(st.integers(1, 3))
+    cfg = KVConfig(n_groups=4, topk_groups=2, kv_tail=tail, kv_tail_block=block)
+    codec = FloatCodec(data.draw(st.sampled_from([0, 2])))
+
+    def new(batch: int) -> PackedCache:
+        like = torch.zeros(0)
+        return PackedCache(batch, data.draw(st.integers(0, 30)), 1, 8, cfg, 2, like, codec=codec)
+
+    def append(cache: PackedCache, n: int, pad: bool) -> None:
+        k, v = torch.randn(2, cache.batch, 1, n, 8)
+        n_pad = torch.tensor([data.draw(st.integers(0, n)) for _ in range(cache.batch)])
+        cache.append(NewTokens(k, v, n_pad if pad else None))
+
+    cache = new(2)
+    done = st.sampled_from(["append", "cut", "join", "pick", "put back", "load", "fit", "reserve"])
+    for what in data.draw(st.lists(done, max_size=8)):
+        n = data.draw(st.integers(1, 12))
+        if what == "append":
+            append(cache, n, pad=True)
+        if what == "cut":
+            cache.truncate(n)
+        if what == "join":
+            other = new(1)
+            append(other, n, pad=False)
+            cache = PackedCache.cat([cache, other])
+        if what == "pick":
+            cache = cache.select_sequences(range(data.draw(st.integers(1, cache.batch))))
+        if what == "put back":
+            before = cache.snapshot()
+            append(cache, n, pad=False)
+            cache.restore(before)
+        if what == "load":
+            state = cache.state_dict()
+            cache = new(cache.batch)
+            cache.load_state_dict(state)
+        if what == "fit":
+            cache.fit(n)
+        if what == "reserve":
+            cache.reserve(n)
+        assert int(cache.n_packed.max()) <= cache.longest <= cache.capacity
+    append(cache, 3, pad=False)  # no first tokens are missing now
+    cache.reserve(20)
+    packed = int(cache.n_packed.max())
+    for _ in range(9):
+        append(cache, 1, pad=False)
+        seen = int((cache.n_packed + cache.n_window).max())
+        assert cache.longest == max(packed, seen - tail)
+        assert int(cache.n_packed.max()) <= cache.longest

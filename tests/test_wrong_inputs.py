@@ -92,7 +92,9 @@ TABLE = (
     Wrong(
         "eval", "--out_dir={d}/run --tasks=mixsga --kv_budgets=1", "kv_budgets with tasks=mixsga"
     ),
-    Wrong("eval", "--tasks=mixsga --n_groups=8", "n_groups with mixes=3:1:6,1:1:8: no value groups"),
+    Wrong(
+        "eval", "--tasks=mixsga --n_groups=8", "n_groups with mixes=3:1:6,1:1:8: no value groups"
+    ),
     Wrong("eval", "--tasks=mixsga --key_block=32", "key_block with key_bits=16: it is not read"),
     Wrong("eval", "--tasks=mixsga --value_basis=pca", "value_basis with tasks=mixsga"),
     Wrong("sample", "--out_dir={d}/run --temperature=-1", "temperature=-1"),

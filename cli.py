@@ -67,8 +67,8 @@ def parse_args(
     description: str = "",
 ) -> argparse.Namespace:
     """Build a command line from dataclasses, parse argv, and return a namespace with one validated
-    instance per entry of `configs`, plus `given`: the set of flags named on the command line, or
-    on that of the run that is resumed.
+    instance per entry of `configs`, plus two sets: `given_now`, the flags named on this command
+    line, and `given`, those and what the run that is resumed was given.
     --key=value and --key value both work; a bare boolean flag means true. Any mistake prints one
     line to stderr and exits with code 2. description: the program's docstring, whose first
     paragraph and examples --help begins with."""
@@ -95,6 +95,7 @@ def parse_args(
     out = argparse.Namespace()
     try:
         chosen, out.given = implied(vars(space), configs)
+        out.given_now = {*vars(space)}
         for name, cls in configs.items():
             own = {f.name: chosen[f.name] for f in fields(cls) if f.name in chosen}
             setattr(out, name, cls(**own))

@@ -39,6 +39,7 @@ from config import SHARED, KVConfig, SelectConfig, check, comma_list
 from measure_config import EvalConfig, check_eval_flags, with_task
 from report.tables import rows_beside
 from settings.base import BaseConfig
+from settings.beside import check_storing
 from settings.places import check_folder, check_inputs
 from settings.train import DataConfig
 from tasks.items import item_files, read_items
@@ -493,6 +494,13 @@ def train_table(args) -> None:
     else:
         cfg = replace(cfg, **{k: v for k, v in MINIATURE.items() if k not in args.given})
     kv = args.kv if "kv_tail" in args.given else replace(args.kv, kv_tail=TAIL)
+    check_storing(args.given, kv, args.select)
+    check(
+        "n_groups" not in args.given or "+" in cfg.mixes,
+        f"n_groups with mixes={cfg.mixes}",
+        "no value groups are kept",
+        "leave it out, or give for example --mixes=3:1:6+2",
+    )
     folder = Path(cfg.results or fresh_folder("mixsga"))
     rows = mixsga_table.run_table(
         cfg,

@@ -4,12 +4,13 @@ storage are given is in config.py."""
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 
 from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS, KVConfig, SelectConfig
-from settings import measuring
-from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt
+from settings import measuring, stages
+from settings.beside import check_beside, check_listed, check_storing
+from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt, to_dict
 from settings.measuring import BENCHES, TASKS
 from settings.train import check_corpora
 
@@ -391,20 +392,25 @@ def check_eval_flags(
         if by_none and name not in calibrated_on:
             by_tasks[name] = [t for t in TASKS if measuring.read_by_task(t, group, name)]
         elif name != "kv" and methods and readers is not None and not {*methods} & {*readers}:
-            by_methods[name] = [r for r in readers if not by_kv or r in measuring.STORAGES]
+            by_methods[name] = readers
+    check_listed(given, vars(cfg))
     refuse_unread(by_tasks, "tasks", cfg.tasks)
     refuse_unread(by_methods, *(("kv", kv) if by_kv else ("methods", ",".join(methods))))
 
 
 def refuse_unread(unread: dict[str, Collection[str]], flag: str, value: str) -> None:
     """Raise ValueError for flags that are not read beside another one's value, and name the first
-    value of it that reads the first of them."""
+    value of it that reads the first of them; of --kv, which is no rival, else of --methods."""
     readers = next(iter(unread.values()), ())
+    ways = [f"--{flag}={reader}" for reader in readers]
+    if flag == "kv":
+        stored = [f"--kv={reader}" for reader in readers if reader in measuring.STORAGES]
+        ways = stored or [f"--methods={way} instead of --kv" for way in readers]
     check(
         not unread,
         f"{', '.join(unread)} with {flag}={value}",
         "it is not read",
-        "leave it out" + "".join(f", or give --{flag}={reader}" for reader in [*readers][:1]),
+        "leave it out" + "".join(f", or give {way}" for way in ways[:1]),
     )
 
 
@@ -564,13 +570,11 @@ def check_bench_flags(args) -> None:
     """Raise ValueError for flags that the comparison does not read. args: cli.parse_args of
     bench.py's settings."""
     cfg: BenchConfig = args.bench
-    groups = [group for group in vars(args) if group != "given"]
+    groups = [group for group, settings in vars(args).items() if is_dataclass(settings)]
     group_of = {f.name: group for group in groups for f in fields(getattr(args, group))}
     given = [name for name in group_of if name in args.given]
     unread = [n for n in given if not measuring.read_by_bench(cfg.what, group_of[n], n)]
     check(not unread, f"{', '.join(unread)} with {cfg.what}", "it is not read", "leave it out")
-    if cfg.what not in measuring.MODELS:
-        return
     loaded = bool(cfg.out_dir) or args.base.init_from != "scratch"
     shape = [n for n in given if loaded and group_of[n] == "model" and n != "block_size"]
     check(
@@ -579,8 +583,12 @@ def check_bench_flags(args) -> None:
         "it has its own",
         "leave it out",
     )
+    check_beside(given, stages.READ_WITH, [to_dict(args.model)])
+    if cfg.what not in measuring.MODELS:
+        return
     if cfg.what == "generate" and not cfg.out_dir:
         check_storage_flags(given, args.kv.kv)
+        check_storing(given, args.kv, args.select)
         return
     stored = sorted(storage_flags(given))
     check(

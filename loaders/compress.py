@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kv_router
 import selector
-from config import KVConfig, SelectConfig, check
+from config import SHARED, KVConfig, SelectConfig, check
 from data import TokenFile, batch, prepare_splits
 from loaders.runs import Run, attach_storage
 from measure_config import (
@@ -20,6 +20,7 @@ from measure_config import (
     check_storage_flags,
     storage_flags,
 )
+from settings.beside import check_storing
 from settings.train import DataConfig
 
 # what may be changed of a run that was trained to store in some way
@@ -55,6 +56,7 @@ def stored_as_asked(
         if kv.kv == "select" and "kv_tail" not in given:
             kv = replace(kv, kv_tail=QUERY)
         check_fitted(kv)
+        check_storing(asked, kv, select)
         # before calibration, which takes a while
         kv.check_model(run.model.cfg)
         if kv.kv == "select":
@@ -67,7 +69,9 @@ def stored_as_asked(
             kv_router.fold(run.model)
         yield
         return
-    other = asked - CHANGED_LATER - {"kv"}
+    other = asked - {"kv"}
+    if own not in SHARED:
+        other -= CHANGED_LATER
     if own == "select":
         other -= SELECT_FLAGS
     if "kv" in given and kv.kv != own:
@@ -78,10 +82,12 @@ def stored_as_asked(
         "it keeps how it was trained to store",
         "leave it out, or give the base with --init_from",
     )
-    if own == "select":
-        chosen = {name: getattr(select, name) for name in asked & SELECT_FLAGS}
-        run.model.selector.set(replace(run.select, **chosen))
+    chosen = {name: getattr(select, name) for name in asked & SELECT_FLAGS}
     changes = {name: getattr(kv, name) for name in asked & CHANGED_LATER}
+    chooses = replace(run.select, **chosen)
+    check_storing(asked, replace(run.kv, **changes), chooses)
+    if own == "select":
+        run.model.selector.set(chooses)
     with kv_router.storing(run.model, **changes):
         yield
 

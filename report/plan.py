@@ -19,14 +19,14 @@ from measure_config import (
     check_fitted,
     methods_named,
 )
+from settings.beside import STORED_WITH, check_beside
+from settings.fields import to_dict
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
 STORED_AS = ("key_bits", "value_bits", "key_block", "kv_sinks", "prefill")
 # Flags that only a base, which is calibrated here, can be asked.
 UNTRAINED = {"bases", "groups", "splits", "calibrate", "calibration"}
-# Flags of a choice of tokens first and groups then, which one budget for both does not make.
-APART = {"fixed_k", "token_relevance", "token_relevances", "token_keep", "value_keep"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,21 @@ def plan_of(run: Run, asked: Asked) -> tuple[list[str], list[Setting]]:
             "levels need a budget of bytes",
             "give --kv_byte_budgets=0.125",
         )
+    check_beside(asked.given, STORED_WITH, tried_of(run, asked, plan))
     return methods, plan
+
+
+def tried_of(run: Run, asked: Asked, plan: list[Setting]) -> list[dict]:
+    """All settings that are tried, by their flags' names: in all bits of shared heads the run's
+    own; those of a selection only where there is one."""
+    stored = [(setting.kv, setting.tried if setting.selects else []) for setting in plan]
+    if run.kv.kv in SHARED:
+        stored.append((run.kv, []))
+    tried = []
+    for (kv, ways), bits in itertools.product(stored, bits_of(asked)):
+        settings = to_dict(replace(kv, **bits))
+        tried += [settings | to_dict(way) for way in ways] or [settings]
+    return tried
 
 
 def untrained_flags(asked: Asked) -> list[str]:
@@ -97,7 +111,6 @@ def select_flags(asked: Asked) -> list[str]:
 
 def check_flags(run: Run, asked: Asked) -> None:
     """Raise ValueError for flags that this run cannot be asked, or that contradict each other."""
-    cfg = asked.eval
     check(
         asked.kv.kv not in SHARED or "kv" not in asked.given,
         f"kv={asked.kv.kv}",
@@ -109,21 +122,6 @@ def check_flags(run: Run, asked: Asked) -> None:
         f"{', '.join(untrained_flags(asked))} with {run.path}",
         "its value groups are trained with their own settings",
         "leave them out",
-    )
-    apart = sorted(asked.given & APART)
-    budgets_apart = cfg.budgets or cfg.token_budgets
-    jointly = cfg.kv_budgets or "kv_keep" in asked.given
-    check(
-        not (apart and jointly and not budgets_apart),
-        f"{', '.join(apart)} with kv_keep or kv_budgets",
-        "tokens and groups are chosen together there",
-        "leave them out, or add --token_budgets or --budgets",
-    )
-    check(
-        not ("kv_keep" in asked.given and budgets_apart),
-        "kv_keep with budgets or token_budgets",
-        "one or the other",
-        "give --kv_budgets beside them",
     )
 
 

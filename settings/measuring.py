@@ -94,7 +94,7 @@ OF_METHODS = {
     "kv_sinks": ("value_groups", "select"),  # experts have none
     "kv_tail": ("value_groups", "select", "quest", *SHARED),
 }
-OF_MIXSGA = ("kv_tail", "n_groups", "value_basis", "key_bits", "value_bits", "key_block")
+OF_MIXSGA = ("kv_tail", "n_groups", "key_bits", "value_bits", "key_block")
 
 
 def read_by_task(task: str, group: str, name: str) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from settings.beside import BY_KEYS, With, integers
 from settings.fields import check, to_dict
 from settings.train import TrainConfig, check_text_flags
 
@@ -108,24 +109,15 @@ READS = {
 }
 
 
-class With(NamedTuple):
-    """What another flag is where one is read: one of some values, or more than a number."""
-
-    flag: str
-    values: tuple = ()
-    above: float | None = None
-
-    def holds(self, value) -> bool:
-        return value in self.values or (self.above is not None and value > self.above)
-
-
 # A flag, and with what alone it is read, where the stage reads that flag.
 GROUPED = With("kv", ("value_groups", "select"))
 ROUTED_K = With("kv", ("value_groups",))
 STORED_PARTLY = With("kv", ("value_groups", "select", "mixsga", "gqa", "cla"))
 ADAPTED = With("adapter", ("lora", "moe_lora", "routed"))
+SELECTING = With("kv", ("select",))  # whose budgets of bytes pick the bits later
 EXPERTS = With("kv", ("mixsga",))
 LEARNED = With("expert_router", ("learned",))
+ROTATED = With("positions", ("rope",))
 SCALED = With("rope_factor", above=1)
 BY_TURNS = With("rope_scaling", ("llama3", "yarn"))
 SLIDING = With("sliding_window", above=0)
@@ -146,9 +138,9 @@ READ_WITH = {
         ("topk_groups", "value_router", "aux_weight", "lm_to_router", "kv_warmup"), (ROUTED_K,)
     ),
     "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",))),
-    **dict.fromkeys(
-        ("kv_tail", "key_bits", "value_bits", "key_block", "kv_sinks"), (STORED_PARTLY,)
-    ),
+    **dict.fromkeys(("kv_tail", "key_bits", "value_bits"), (STORED_PARTLY,)),
+    "key_block": (STORED_PARTLY, integers(SELECTING)),
+    "kv_sinks": (STORED_PARTLY, integers(SELECTING, BY_KEYS)),
     "kv_tail_block": (With("kv", ("value_groups", "mixsga", "gqa", "cla")),),
     **dict.fromkeys(("group_sizes", "expert_ratios", "expert_router"), (EXPERTS,)),
     **dict.fromkeys(
@@ -157,10 +149,14 @@ READ_WITH = {
     "align_heads": (With("kv", ("mixsga", "gqa")),),
     "expert_groups": (EXPERTS,),
     "kv_share": (With("kv", ("gqa", "cla")),),
-    **dict.fromkeys(("kv_byte_budgets", "context"), (With("kv", ("select",)),)),
-    "rope_scaling": (SCALED,),
-    **dict.fromkeys(("rope_low_freq", "rope_high_freq", "rope_original"), (SCALED, BY_TURNS)),
-    **dict.fromkeys(("global_every", "rope_local_theta"), (SLIDING,)),
+    **dict.fromkeys(("kv_byte_budgets", "context"), (SELECTING,)),
+    **dict.fromkeys(("rope_theta", "rope_factor"), (ROTATED,)),
+    "rope_scaling": (ROTATED, SCALED),
+    **dict.fromkeys(
+        ("rope_low_freq", "rope_high_freq", "rope_original"), (ROTATED, SCALED, BY_TURNS)
+    ),
+    "global_every": (SLIDING,),
+    "rope_local_theta": (ROTATED, SLIDING),
     "max_minutes": (With("seeds", above=1),),
 }
 # Said to who trains something else, and wants to select.
@@ -226,7 +222,8 @@ def check_base_flags(args) -> None:
         "pretrained weights are adapted",
         "give --stage=adapt or all",
     )
-    pretraining = sorted(f for f in args.given if f == "dataset" or f.startswith("pretrain_"))
+    given = args.given_now
+    pretraining = sorted(f for f in given if f == "dataset" or f.startswith("pretrain_"))
     check(
         cfg.stage != "all" or where == "scratch" or not pretraining,
         f"{', '.join(pretraining)} with init_from={where!r}",
@@ -242,7 +239,7 @@ def check_storage_flags(args) -> None:
     stores = STORED.get(cfg.stage, ())
     others = [stage for stage, kinds in STORED.items() if kv.kv in kinds and stage != "all"]
     check(
-        "kv" not in args.given or not stores or kv.kv in stores,
+        "kv" not in args.given_now or not stores or kv.kv in stores,
         f"kv={kv.kv} with stage={cfg.stage}",
         f"it stores by {' or '.join(stores)}",
         f"give --stage={others[0]}{ASKED_LATER if kv.kv == 'select' else ''}",
@@ -309,7 +306,7 @@ def check_objective_flags(args) -> None:
         "give --learn_basis",
     )
     check(
-        "distill_lr" not in args.given or bool(cfg.distill_steps) or cfg.stage != "all",
+        "distill_lr" not in args.given_now or bool(cfg.distill_steps) or cfg.stage != "all",
         f"distill_lr={cfg.distill_lr} without distill_steps",
         "nothing is distilled",
         "give --distill_steps=N",
@@ -320,7 +317,7 @@ def check_unread_beside(args) -> None:
     """Raise ValueError for flags that the values of several others leave unread."""
     cfg: TrainConfig = args.train
     kv = args.kv
-    given = args.given
+    given = args.given_now
     beside = {"adapt_lr": "adapt_rates"}
     if cfg.stage != "all":
         beside["dataset"] = "adapt_dataset"
@@ -370,9 +367,13 @@ def check_read(args) -> None:
     first one that another flag's value leaves unread."""
     stage = args.train.stage
     group_of = {}
+    has = {}
     for group in GROUPS:
-        group_of |= dict.fromkeys(to_dict(getattr(args, group)), group)
-    given = [name for name in group_of if name in args.given]
+        settings = to_dict(getattr(args, group))
+        group_of |= dict.fromkeys(settings, group)
+        has |= settings
+    has["kv"] = stored_by(args)
+    given = [name for name in group_of if name in args.given_now]
     if stage in ("pretrain", "all") and args.base.init_from == "scratch":
         check(
             "vocab_size" not in given,
@@ -391,23 +392,9 @@ def check_read(args) -> None:
         for other in READ_WITH.get(name, ()):
             group = group_of[other.flag]
             own = group == "model" and args.base.init_from != "scratch"  # has to be the base's
-            if is_read(stage, group, other.flag) and not own:
-                has = getattr(getattr(args, group), other.flag)
-                check_with(name, other, stored_by(args) if other.flag == "kv" else has, stage)
-
-
-def check_with(name: str, other: With, has, stage: str) -> None:
-    """Raise ValueError where what another flag is leaves one unread."""
-    stores = STORED[stage] if other.flag == "kv" else other.values
-    fitting = [f", or give --{other.flag}={value}" for value in other.values if value in stores]
-    if other.above is not None:
-        fitting = [f", or give a --{other.flag} of more than {other.above}"]
-    check(
-        other.holds(has),
-        f"{name} with {other.flag}={has}",
-        "it is not read then",
-        f"leave it out{''.join(fitting[:1])}",
-    )
+            if is_read(stage, group, other.flag) and not own and not other.holds(has):
+                stores = STORED[stage] if other.flag == "kv" else None
+                other.refuse(name, has, allowed=stores)
 
 
 def instead(unread: list[str], stage: str, group_of: dict[str, str]) -> str:

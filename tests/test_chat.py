@@ -576,6 +576,13 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
         ("--kv=dense --n_groups=2", "--n_groups with kv=dense"),
         ("--kv=select --topk_groups=1", "--topk_groups with kv=select"),
         ("--kv=select --recall=1", "--recall with kv=select"),
+        ("--kv=select --refit_ridge=0.1", "refit_ridge with refit=False: it is not read then"),
+        ("--kv=select --kv_keep=0.5 --token_keep=0.5", "token_keep with kv_keep=0.5"),
+        ("--kv=select --kv_bytes=0.5 --sinks=2", "sinks with kv_bytes=0.5: it is not read then"),
+        ("--kv=select --key_rounding=nearest", "leave it out, or give --key_bits=8 --value_bits=8"),
+        ("--kv=select --pool=3", "pool with relevance=future"),
+        ("--kv=value_groups --key_block=32", "key_block with key_bits=16: it is not read then"),
+        ("--kv_sinks=2", "kv_sinks with key_bits=16: it is not read then"),
         ("--kv=mixsga", "train.py --stage=continue"),
         ("--kv=select --relevance=predictor", "has not been trained"),
         ("--prompt=a --prompt_file=b", "give one of them"),
@@ -622,6 +629,16 @@ def test_trained_run_keeps_how_it_stores(kv, given, fine):
         assert path.cfg.kv_tail == 9
     assert path.cfg.kv_tail == 2
     assert kv != "select" or run.model.selector.cfg.kv_keep == 0.5
+
+
+@pytest.mark.parametrize("name, value", [("kv_tail", 9), ("key_block", 32), ("kv_sinks", 2)])
+def test_a_run_of_shared_heads_keeps_how_it_stores(name, value):
+    """Its window and bits are those it was trained with: a flag for them would change nothing."""
+    run = replace(run_of(small_model(), chatting()), kv=KVConfig(kv="mixsga"))
+    how = dict(corpus="", sequences=1, seed=0, data=DataConfig())
+    asked = KVConfig(**{name: value})
+    with pytest.raises(ValueError, match=f"--{name} for a run trained with kv=mixsga"):
+        stored_as_asked(run, {name}, asked, SelectConfig(), **how).__enter__()
 
 
 # ----------------------------------------------------------------------------- elsewhere

@@ -374,6 +374,12 @@ def test_out_of_range(name, f, capsys, here):
             "or give --rope_scaling=llama3",
         ),
         ([*PRETRAIN, "--global_every=3"], "global_every with sliding_window=0"),
+        ([*PRETRAIN, "--positions=learned", "--rope_theta=9"], "rope_theta with positions=learned"),
+        ([*ADAPT, "--key_block=32"], "leave it out, or give --key_bits=8 --value_bits=8"),
+        ([*ADAPT, "--kv_sinks=2"], "kv_sinks with key_bits=16: it is not read then"),
+        ([*CONTINUE, "--key_block=32"], "key_block with key_bits=16: it is not read then"),
+        (["--key_block=32"], "key_block with key_bits=16: it is not read then"),
+        (["--init_from=x", "--dataset=pydocs", "--adapt_dataset=pycode"], "dataset with init_from"),
         ([*PRETRAIN, "--dataset=pydocs", "--detokenize"], "detokenize with pydocs: it is read of"),
         ([*PRETRAIN, "--template=chat"], "template with pydocs: it is read of instruct:PATH alone"),
         ([*ADAPT, "--text_field=body"], "text_field with pycode: it is read of text:PATH alone"),
@@ -465,6 +471,9 @@ def test_unread_flags_are_refused_by_name(stage, capsys):
         [*ADAPT, "--rope_scaling=linear"],  # of the base, which is not known yet
         [*ADAPT, "--dataset=instruct:x", "--template=chat"],
         [*ADAPT, "--reconstructor=keys", "--aux_weight=0.5"],
+        [*ADAPT, "--reconstructor=keys", "--kv_sinks=2"],
+        [*ADAPT, "--key_bits=8", "--value_bits=8", "--kv_sinks=2", "--key_block=32"],
+        [*SELECT, "--kv_sinks=2", "--key_block=32"],  # of budgets of bytes that are measured later
         ["--dataset=pydocs", "--adapt_dataset=text:x", "--text_field=body", "--detokenize"],
     ],
     ids=lambda flags: flags[-1],

@@ -152,6 +152,8 @@ def test_eval_refuses_what_tasks_and_methods_do_not_read(given, tasks, methods, 
         ("--kv=value_groups --relevances=observed", "relevances with kv=value_groups"),
         ("--kv=select --topk_groups=1", "topk_groups with kv=select"),
         ("--kv=select --quest_whole=1", "quest_whole with kv=select: it is not read; leave it out"),
+        ("--kv=value_groups --quest_whole=1", "out, or give --methods=quest instead of --kv"),
+        ("--methods=quest --quest_whole=1", "quest"),
         ("--kv=select --methods=dense,value_groups", "kv=select with methods=dense,value_groups"),
         ("--kv=dense", "dense"),
         ("--kv=value_groups --topk_groups=1", "dense,value_groups"),
@@ -169,6 +171,37 @@ def test_eval_measures_the_kv_that_is_given(flags, words):
         line = ",".join(methods_named(args.given, cfg, args.kv.kv))
         assert line == words
     assert words in line
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--bases=pca --value_basis=native", "value_basis with bases=pca: the list is measured; l"),
+        ("--groups=4 --n_groups=8", "n_groups with groups=4"),
+        ("--groups=4 --n_groups=8 --topk_groups=4", ""),  # half of the groups
+        ("--groups=4 --n_groups=8 --topk_groups=4 --budgets=0.5", "topk_groups with budgets=0.5"),
+        ("--splits=1 --kv_layers=2", "kv_layers with splits=1"),
+        ("--budgets=0.5 --topk_groups=1", "topk_groups with budgets=0.5"),
+        ("--kv=select --budgets=0.5 --value_keep=1", "value_keep with budgets=0.5"),
+        ("--kv=select --token_budgets=0.5 --token_keep=1", "token_keep with token_budgets=0.5"),
+        ("--kv_budgets=0.5 --kv_keep=1", "kv_keep with kv_budgets=0.5: the list is measured; leav"),
+        ("--kv_byte_budgets=0.5 --kv_keep=1", "leave one of them out, or give --kv_budgets"),
+        ("--budgets=0.5 --kv_keep=1", "kv_keep with budgets=0.5"),
+        ("--kv_byte_budgets=0.5 --kv_bytes=1", "kv_bytes with kv_byte_budgets=0.5"),
+        ("--token_budgets=0.5 --kv_bytes=1", "leave one of them out, or give --kv_byte_budgets"),
+        ("--kv_bits=8 --key_bits=4 --value_bits=4", "key_bits with kv_bits=8"),
+        ("--relevances=random --relevance=uniform", "relevance with relevances=random"),
+        ("--token_relevances=h2o --token_relevance=tova", "token_relevance with token_relevances"),
+        ("--kv_byte_budgets=0.5 --kv_budgets=1 --relevances=random", ""),
+    ],
+)
+def test_eval_refuses_what_a_list_overrules(flags, words):
+    """One value beside the list that is measured in its place, or beside a list of other budgets,
+    is refused by its name; lists are read beside each other."""
+    args = cli.parse_args(evaluation.CONFIGS, ["--init_from=x", *flags.split()])
+    cfg = with_task(args.given, args.eval, args.kv.kv)
+    line = refused(check_eval_flags, args.given, cfg, args.kv.kv)
+    assert words in line and bool(words) == bool(line)
 
 
 def test_rows_are_json_where_asked_or_piped(monkeypatch, capsys):

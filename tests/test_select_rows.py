@@ -14,11 +14,13 @@ from answering import tokenizer
 from helpers import error_line
 from select_runs import ALL, base, measure, select, selected, through_cache  # noqa: F401 (fixtures)
 
+import cli
 import data
 import eval as evaluation
 import kv_router
 import selector
 from loaders.runs import load_run
+from report.plan import plan_of
 from runs import call
 from settings.train import DataConfig
 from tasks.text import Continuation
@@ -279,12 +281,26 @@ def test_a_row_equals_its_oracle(selected, measure, text):
             ["--tasks=continuation", "--token_relevances=h2o,quest"],
             "no token is dropped by it",
         ),
-        ("base", ["--tasks=continuation", "--kv_budgets=.5", "--fixed_k"], "chosen together there"),
+        ("base", ["--kv_budgets=.5", "--fixed_k"], "fixed_k with kv_budgets=0.5: it is not read"),
+        ("base", ["--kv_keep=.5", "--value_keep=.25"], "value_keep with kv_keep=0.5: it is not"),
+        ("base", ["--kv_bytes=.5", "--token_keep=.25"], "token_keep with kv_bytes=0.5: it is not"),
+        ("base", ["--kv_byte_budgets=.5", "--value_keep=.2"], "value_keep with kv_byte_budgets="),
+        ("base", ["--kv_byte_budgets=.5,.2", "--sinks=2"], "sinks with kv_byte_budgets=0.2"),
         (
             "base",
-            ["--tasks=continuation", "--kv_keep=.5", "--value_keep=.25"],
-            "chosen together there",
+            ["--kv_byte_budgets=.5", "--token_relevance=h2o"],
+            "token_relevance with kv_byte_budgets=0.5",
         ),
+        ("base", ["--token_relevance=h2o"], "give a --token_keep of less than 1"),
+        ("base", ["--kv_budgets=.5", "--refit_ridge=.2"], "refit_ridge with refit=False"),
+        ("run", ["--refit_ridge=.2"], "refit_ridge with refit=False"),
+        ("run", ["--key_rounding=nearest"], "key_rounding with key_bits=16: it is not read then"),
+        ("run", ["--kv_bits=16", "--key_block=32"], "key_block with kv_bits=16: it is not read"),
+        ("base", ["--kv=value_groups", "--kv_sinks=2"], "give --key_bits=8 --value_bits=8"),
+        ("base", ["--kv_budgets=.5", "--kv_sinks=2"], "kv_sinks with key_bits=16: it is not read"),
+        ("base", ["--relevances=future,random", "--pool=3"], "pool with relevances="),
+        ("base", ["--relevance=observed", "--past=9"], "past with relevance=observed"),
+        ("run", ["--relevances=uniform", "--ahead=9"], "ahead with relevances=uniform"),
         ("base", ["--methods=value_groups", "--mask_scope=shared"], "give layer or head"),
         ("run", ["--bases=native,pca"], "leave them out"),
         ("run", ["--n_groups=8"], "leave them out"),
@@ -333,6 +349,41 @@ def test_eval_refuses_what_selection_cannot(on, flags, why, base, selected, text
         *flags,
     )
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "on, flags",
+    [
+        ("run", ["--token_keep=.5", "--sinks=2", "--past=9"]),
+        ("run", ["--kv_bits=8", "--key_rounding=nearest", "--key_block=32", "--kv_sinks=2"]),
+        ("base", ["--kv_bytes=.5", "--key_block=32", "--kv_sinks=2", "--relevance=observed"]),
+        ("base", ["--kv_bits=16,4", "--key_block=32", "--kv=value_groups"]),
+        ("base", ["--reconstructor=keys", "--kv_sinks=2", "--kv_keep=.5", "--refit"]),
+        ("base", ["--refit", "--refit_ridge=.2", "--kv_byte_budgets=.5", "--past=9"]),
+        ("base", ["--token_budgets=.5", "--value_keep=.3", "--token_relevance=observed"]),
+        ("base", ["--kv_byte_budgets=.5", "--budgets=.3", "--fixed_k", "--sinks=2"]),
+        ("base", ["--relevances=random,observed", "--pool=3", "--kv_budgets=.5"]),
+        ("base", ["--groups=2,4", "--n_groups=8", "--topk_groups=4", "--kv=value_groups"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_flags_that_a_setting_reads_are_accepted(on, flags, base, selected):
+    """What is refused beside some flags is accepted where one of the settings tried reads it."""
+    where = [f"--init_from={base}"] if on == "base" else [f"--out_dir={selected.folder}"]
+    flags = [*where, "--tasks=continuation", *flags]
+    args = cli.parse_args(evaluation.CONFIGS, flags)
+    run = load_run(base if on == "base" else selected.folder)
+    _, plan = plan_of(run, evaluation.asked_of(run, args))
+    assert plan
+
+
+def test_a_run_that_refits_is_asked_for_another_ridge(selected):
+    """What a flag is read with may be the run's own setting, of which no flag speaks."""
+    run = load_run(selected.folder)
+    run = replace(run, select=replace(run.select, refit=True))
+    args = cli.parse_args(evaluation.CONFIGS, ["--out_dir=x", "--refit_ridge=.2"])
+    (setting,) = plan_of(run, evaluation.asked_of(run, args))[1]
+    assert {(way.refit, way.refit_ridge) for way in setting.tried} == {(True, 0.2)}
 
 
 def test_a_predictor_the_run_does_not_have(tmp_path, text, base):

@@ -47,6 +47,47 @@ def test_evaluation_reads_the_text_as_the_run_prepared_it(adapted, tmp_path, tex
     assert own["n"] == same["n"] and own["value"] == same["value"] and own["n"] > 2 * other["n"]
 
 
+def test_flags_of_an_older_run_that_are_refused_now_do_not_hinder_it(adapted, tmp_path, capsys):
+    """A run that was started with flags that nothing reads, of a stage, beside another's value or
+    beside several, is resumed and measured; one of them given anew is refused."""
+    path = adapted / "config.json"
+    saved = json.loads(path.read_text())
+    unread = {"train": {"seeds": 5}, "adapter": {"experts": 8}, "kv": {"key_block": 32}}
+    unread |= {"data": {"template": "chat"}, "select": {"refit_ridge": 0.5}}
+    for group, flags in unread.items():
+        saved[group] |= flags
+        saved["given"] += flags
+    path.write_text(json.dumps(saved))
+    resume = ["--resume", f"--out_dir={adapted}"]
+    args = cli.parse_args(train.CONFIGS, [*resume, "--adapt_steps=3"])
+    assert {"experts", "key_block", "adapt_steps"} <= args.given
+    assert args.given_now == {"resume", "out_dir", "adapt_steps"}
+    train.check_asked(args)
+    for flag in ("--seeds=5", "--experts=8", "--template=chat", "--refit_ridge=0.5"):
+        name = flag.split("=")[0][2:]
+        again = cli.parse_args(train.CONFIGS, [*resume, flag])
+        assert error_line(train.check_asked, again).startswith(f"{name} with ")
+    assert {"experts", "key_block"} <= {*json.loads(path.read_text())["given"]}
+
+
+def test_an_older_run_with_a_flag_that_is_refused_now_goes_on(tmp_path, text, base, capsys):
+    """Such a run is trained on to its end, keeps what it was given, and is measured as ever."""
+    out = tmp_path / "run"
+    flags = ["--stage=adapt", f"--dataset={text}", f"--init_from={base}", f"--out_dir={out}"]
+    args = arguments(*flags, "--adapt_steps=1", "--key_block=32", "--kv_sinks=2")
+    args.given_now -= {"key_block", "kv_sinks"}  # taken, then
+    train.run(args)
+    common = [f"--out_dir={out}", f"--results={tmp_path / 'r'}", "--sequences=3"]
+    before = rows(capsys, *common)
+    train.run(cli.parse_args(train.CONFIGS, ["--resume", f"--out_dir={out}", "--adapt_steps=2"]))
+    saved = json.loads((out / "config.json").read_text())
+    assert {"key_block", "kv_sinks"} <= {*saved["given"]} and saved["kv"]["key_block"] == 32
+    assert (out / "routed-s0" / checkpoint.step_name(2)).is_dir()
+    after = rows(capsys, *common)
+    assert [r["cache_bytes"] for r in after] == [r["cache_bytes"] for r in before]
+    assert rows(capsys, *common, "--kv_bits=8")[0]["value_bits"] == 8
+
+
 @pytest.mark.parametrize(
     "flag, why",
     [

@@ -92,6 +92,11 @@ TABLE = (
     Wrong(
         "eval", "--out_dir={d}/run --tasks=mixsga --kv_budgets=1", "kv_budgets with tasks=mixsga"
     ),
+    Wrong(
+        "eval", "--tasks=mixsga --n_groups=8", "n_groups with mixes=3:1:6,1:1:8: no value groups"
+    ),
+    Wrong("eval", "--tasks=mixsga --key_block=32", "key_block with key_bits=16: it is not read"),
+    Wrong("eval", "--tasks=mixsga --value_basis=pca", "value_basis with tasks=mixsga"),
     Wrong("sample", "--out_dir={d}/run --temperature=-1", "temperature=-1"),
     Wrong("sample", "--out_dir={d}/run --temperature=0 --top_k=9", "top_k with temperature=0"),
     Wrong("sample", "--out_dir={d}/run --calibration=9", "calibration without a way to store"),
@@ -112,6 +117,14 @@ TABLE = (
     Wrong("bench", "generate --out_dir={d}/run --n_groups=8", "it stores as it was trained to"),
     Wrong("bench", "generate --kv=dense --n_groups=8", "--n_groups with kv=dense"),
     Wrong("bench", "train --n_head=3 --n_kv_head=2", "n_head=3"),
+    Wrong("bench", "train --rope_scaling=linear", "give a --rope_factor of more than 1"),
+    Wrong("bench", "adapter --rope_low_freq=2", "rope_low_freq with rope_factor=1.0"),
+    Wrong("bench", "generate --global_every=3", "global_every with sliding_window=0"),
+    Wrong("bench", "train --positions=learned --rope_factor=2", "or give --positions=rope"),
+    Wrong("bench", "generate --init_from={d}/run --rope_scaling=yarn", "a model that is loaded"),
+    Wrong("bench", "generate --kv=select --refit_ridge=1", "refit_ridge with refit=False"),
+    Wrong("bench", "generate --kv=select --kv_bytes=0.1 --sinks=2", "sinks with kv_bytes=0.1"),
+    Wrong("bench", "generate --key_block=32", "key_block with key_bits=16: it is not read then"),
     Wrong("export", "--out_dir={d}/run", "give --to=DIR"),
     # places that are missing, taken or of another kind
     Wrong("train", "--resume --out_dir={d}/missing", "no checkpoint in it"),

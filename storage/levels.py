@@ -247,7 +247,7 @@ def _take_levels_kernel(
     found_ptr += (row * (ROUNDS + 1) + ROUNDS) * (BOUNDS + 2)
     lo, above = narrow(found_ptr, budget, 1, BOUNDS)
     t = (lo - 2147483648).to(tl.int32).to(tl.float32, bitcast=True)
-    t = tl.where(lo > 0, t, -1.0)  # 0: all fits
+    t = tl.where(lo > 0, t, -1.0)  # lo = 0: all fits; else t is 0 or more
     energy_ptr += row * N * S
     density_ptr += row * N
     level_ptr += row * N * S
@@ -258,34 +258,34 @@ def _take_levels_kernel(
         at = token[:, None] * S + tl.arange(0, S)[None, :]
         energy = tl.load(energy_ptr + at, mask=token[:, None] < end, other=float("-inf"))
         density = tl.load(density_ptr + token, mask=token < end, other=float("-inf"))
-        with_token = tl.zeros((TOKENS, S), tl.int32)
-        alone = tl.zeros((TOKENS, S), tl.int32)
+        higher = tl.zeros((TOKENS, S), tl.int32)  # prices of steps above the threshold
+        ties = tl.zeros((TOKENS, S), tl.int32)  # and at it
         for j in tl.static_range(J):
             value = energy * _of_step(j, rate_0, rate_1, rate_2)
             cost = _of_step(j, cost_0, cost_1, cost_2)
-            with_token += tl.where(value > t, cost, 0)
-            alone += tl.where((value == t) & (density >= t)[:, None], cost, 0)
-        with_token = tl.where(density == t, key + tl.sum(with_token, 1), 0)  # (TOKENS,)
-        total = with_token + tl.sum(alone, 1)
+            higher += tl.where(value > t, cost, 0)
+            ties += tl.where((value == t) & (density >= t)[:, None], cost, 0)
+        # Where all energies are 0, this is a key without a step: of no price if none follows.
+        first = tl.where(density == t, key + tl.sum(higher, 1), 0)  # (TOKENS,)
+        total = first + tl.sum(ties, 1)
         if WRITE:
-            with_token += tl.cumsum(total, 0) - total
-            comes = (density > t) | (density == t) & (spent + with_token <= budget)
-            paid = spent + with_token[:, None] + tl.cumsum(alone, 1) - alone
+            paid = spent + tl.cumsum(total, 0) - total + first
+            comes = (density > t) | (density == t) & (paid <= budget)
+            paid = paid[:, None] + tl.cumsum(ties, 1) - ties
             level = tl.zeros((TOKENS, S), tl.int32)
             for j in tl.static_range(J):
                 value = energy * _of_step(j, rate_0, rate_1, rate_2)
-                at_threshold = (value == t) & comes[:, None]
-                paid += tl.where(at_threshold, _of_step(j, cost_0, cost_1, cost_2), 0)
-                taken = (value > t) & comes[:, None] | at_threshold & (paid <= budget)
-                level += taken.to(tl.int32)
+                paid += tl.where(value == t, _of_step(j, cost_0, cost_1, cost_2), 0)
+                taken = (value > t) | (value == t) & (paid <= budget)
+                level += (taken & comes[:, None]).to(tl.int32)
             tl.store(level_ptr + at, level.to(tl.uint8), mask=token[:, None] < end)
         spent += tl.sum(total)
     if not WRITE:
         tl.store(before_ptr + pid, spent - above)
 
 
-def _by_kernel(energy: Tensor, impl: str) -> bool:
-    """Say whether kernels serve such energies."""
+def _use_kernels(energy: Tensor, impl: str) -> bool:
+    """Say whether kernels choose among such energies."""
     if energy.size(-1) > 32 or not energy.numel():
         return False
     return use_triton(impl, energy.device, energy.dtype)
@@ -312,7 +312,7 @@ def densities(
     """Return every token's density, equation (2): (...) like energy (..., S); -inf of no token.
 
     Arguments and their ranges: choose_levels. Kernel and reference return the same bits."""
-    if not _by_kernel(energy, impl):
+    if not _use_kernels(energy, impl):
         return densities_ref(energy, gain, cost, key)
     S = energy.size(-1)
     n = energy.numel() // S
@@ -346,7 +346,7 @@ def choose_levels(
     above its density or not at all. The first that does not fit ends it, so less than one token
     with all its steps stays unused. Kernels and reference choose the same: they sum in the same
     order. Kernels read energies 17 times and ask the host nothing."""
-    if not _by_kernel(energy, impl):
+    if not _use_kernels(energy, impl):
         return choose_levels_ref(energy, m, gain, cost, key)
     N, S = energy.shape[-2:]
     energy = energy.contiguous()

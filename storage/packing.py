@@ -9,7 +9,7 @@ C is the number of tokens of a context here; other letters as in storage/layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from storage.layout import cdiv, mask_dtype, mask_to_bits, tile_index, tile_size
 
 SPAN = 8192  # entries of a row that a program of take_within sees
 CHUNK = 512  # and how many of them at a time
+BOUNDS = 16  # keys that a round of its search asks about
 BLOCK = 64  # tokens that a program of pack_values sees
 
 # -------------------- selection under a budget
@@ -62,17 +63,41 @@ def _entries(score_ptr, cost_ptr, base, i, N):
 
 
 @jit
-def _narrow(found_ptr, m, step):
+def narrow(found_ptr, m, step, BOUNDS: tl.constexpr):
     """Say where a round leaves the search for the largest t with cost(key >= t) > m.
 
     t lies in lo .. lo + step - 1 (0: the lowest key; int64), and what lies above that range costs
     `above` <= m. Returns lo, above.
-    found (18,) int64: cost(key >= lo + j step) for j = 1 .. 15 (0 at j = 0), then the lo and above
+    found (BOUNDS + 2,) int64: cost(key >= lo + j step) for j = 1 .. BOUNDS, then the lo and above
     that the round began with."""
-    spent = tl.load(found_ptr + tl.arange(0, 16))
-    above = tl.load(found_ptr + 17)
-    lo = tl.load(found_ptr + 16) + tl.sum((spent > m).to(tl.int64)) * step
+    spent = tl.load(found_ptr + tl.arange(0, BOUNDS))
+    above = tl.load(found_ptr + BOUNDS + 1)
+    lo = tl.load(found_ptr + BOUNDS) + tl.sum((spent > m).to(tl.int64)) * step
     return lo, tl.max(tl.where(spent <= m, spent, above))
+
+
+@jit
+def begin_round(found_ptr, m, r, ROUNDS: tl.constexpr, BOUNDS: tl.constexpr):
+    """Begin round r of ROUNDS where the one before, found (BOUNDS + 2,), left the search.
+
+    Returns lo, above (see narrow) and the keys (BOUNDS,) int32 whose costs are asked for: they cut
+    what is left of the range into BOUNDS + 1 parts, of one key each in the last round."""
+    step = tl.full([], 1, tl.int64)
+    for _ in tl.range(r + 1, ROUNDS):
+        step *= BOUNDS + 1
+    lo, above = narrow(found_ptr, m, step * (BOUNDS + 1), BOUNDS)
+    bound = lo + (tl.arange(0, BOUNDS) + 1) * step - 2147483648
+    return lo, above, tl.minimum(bound, 2147483647).to(tl.int32)
+
+
+@jit
+def end_round(found_ptr, lo, above, spent, first, BOUNDS: tl.constexpr):
+    """Add to found (BOUNDS + 2,) what this program saw, spent (BOUNDS,) int32; the first program of
+    a row notes where the round began."""
+    tl.atomic_add(found_ptr + tl.arange(0, BOUNDS), spent.to(tl.int64), sem="relaxed")
+    if first:
+        tl.store(found_ptr + BOUNDS, lo)
+        tl.store(found_ptr + BOUNDS + 1, above)
 
 
 @jit
@@ -84,29 +109,25 @@ def _search_kernel(
     N,
     n_blocks,
     r,
+    ROUNDS: tl.constexpr,
+    BOUNDS: tl.constexpr,
     SPAN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Fix 4 bits of each row's threshold, round r of 8: read found[row, r], add to found[row, r+1].
+    """Narrow each row's threshold in round r: read found[row, r], add to found[row, r + 1].
 
-    found (rows, 9, 18) int64, zeros at the start: see _narrow"""
+    found (rows, ROUNDS + 1, BOUNDS + 2) int64, zeros at the start: see narrow"""
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     block = tl.program_id(0) % n_blocks
-    found_ptr += (row * 9 + r) * 18
-    step = tl.full([], 1, tl.int64) << (28 - 4 * r)
-    lo, above = _narrow(found_ptr, tl.load(m_ptr + row), step * 16)
-    j = tl.arange(0, 16)
-    bound = (lo + j * step - 2147483648).to(tl.int32)  # (16,)
-    spent = tl.zeros((16, CHUNK), tl.int32)
+    found_ptr += (row * (ROUNDS + 1) + r) * (BOUNDS + 2)
+    lo, above, bound = begin_round(found_ptr, tl.load(m_ptr + row), r, ROUNDS, BOUNDS)
+    spent = tl.zeros((BOUNDS, CHUNK), tl.int32)
     end = tl.minimum(block * SPAN + SPAN, N)
     for at in tl.range(block * SPAN, end, CHUNK, num_stages=4):
-        key, cost = _entries(score_ptr, cost_ptr, row * N, at + tl.arange(0, CHUNK), N)
-        spent += tl.where(key[None, :] >= bound[:, None], cost[None, :], 0)
-    total = tl.sum(spent, 1).to(tl.int64)
-    tl.atomic_add(found_ptr + 18 + j, total, mask=j > 0, sem="relaxed")
-    if block == 0:
-        tl.store(found_ptr + 34, lo)
-        tl.store(found_ptr + 35, above)
+        i = at + tl.arange(0, CHUNK)[None, :]
+        key, cost = _entries(score_ptr, cost_ptr, row * N, i, N)
+        spent += tl.where(key >= bound[:, None], cost, 0)
+    end_round(found_ptr + BOUNDS + 2, lo, above, tl.sum(spent, 1), block == 0, BOUNDS)
 
 
 @jit
@@ -120,6 +141,8 @@ def _take_kernel(
     N,
     n_blocks,
     WRITE: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BOUNDS: tl.constexpr,
     SPAN: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -132,7 +155,8 @@ def _take_kernel(
     row = (pid // n_blocks).to(tl.int64)
     block = pid % n_blocks
     budget = tl.load(m_ptr + row)
-    lo, above = _narrow(found_ptr + (row * 9 + 8) * 18, budget, 1)
+    found_ptr += (row * (ROUNDS + 1) + ROUNDS) * (BOUNDS + 2)
+    lo, above = narrow(found_ptr, budget, 1, BOUNDS)
     lo = (lo - 2147483648).to(tl.int32)
     spent = above + tl.load(before_ptr + pid) if WRITE else above
     end = tl.minimum(block * SPAN + SPAN, N)
@@ -149,6 +173,37 @@ def _take_kernel(
         tl.store(before_ptr + pid, spent - above)
 
 
+def take_by_search(
+    search,
+    take,
+    inputs: Sequence,
+    m: Tensor,
+    out: Tensor,
+    N: int,
+    span: int,
+    bounds: int,
+    sizes: Sequence[int],
+) -> None:
+    """Take from each of m.numel() rows, of N entries each, what costs no more than its budget.
+
+    Kernel `search` finds a row's threshold, `bounds` keys a round; kernel `take` sums what lies at
+    it in each block of `span` entries, then writes `out` given what the blocks before take of it.
+    inputs, sizes: arguments of both kernels, the first and the last. See take_within."""
+    rounds = 1
+    while (bounds + 1) ** rounds < 2**32:
+        rounds += 1
+    n_blocks = cdiv(N, span)
+    grid = (m.numel() * n_blocks,)
+    found = torch.zeros(m.numel(), rounds + 1, bounds + 2, dtype=torch.int64, device=m.device)
+    before = torch.empty(m.numel(), n_blocks, dtype=torch.int64, device=m.device)
+    sizes = (rounds, bounds, span, *sizes)
+    for r in range(rounds):
+        search[grid](*inputs, m, found, N, n_blocks, r, *sizes)
+    take[grid](*inputs, m, found, before, out, N, n_blocks, False, *sizes)
+    before = before.cumsum(-1) - before
+    take[grid](*inputs, m, found, before, out, N, n_blocks, True, *sizes)
+
+
 def take_within(score: Tensor, m: Tensor, cost: Tensor | None = None, impl: str = "auto") -> Tensor:
     """Take from each row what comes first, best first, while the sum of costs stays <= m.
 
@@ -158,7 +213,7 @@ def take_within(score: Tensor, m: Tensor, cost: Tensor | None = None, impl: str 
     Returns (..., N) bool. The first entry that does not fit ends it; -inf is never taken. Of equal
     scores the lower index comes first; 0.0 equals -0.0.
 
-    The kernel sorts nothing: 8 passes find each row's threshold, 4 bits a pass; the better entries
+    The kernel sorts nothing: 8 passes find each row's threshold, 16 keys a pass; the better entries
     are taken, and of those at it the first. Integer sums: the same result every time. No host sync;
     score is read 10 times."""
     if not use_triton(impl, score.device, score.dtype):
@@ -166,23 +221,10 @@ def take_within(score: Tensor, m: Tensor, cost: Tensor | None = None, impl: str 
     out = torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)
     if not score.numel():
         return out
-    N = score.size(-1)
-    rows = score.numel() // N
-    n_blocks = cdiv(N, SPAN)
-    grid = (rows * n_blocks,)
-    found = torch.zeros(rows, 9, 18, dtype=torch.int64, device=score.device)
-    before = torch.empty(rows, n_blocks, dtype=torch.int64, device=score.device)
-    args = (
-        score.contiguous(),
-        None if cost is None else cost.expand_as(score).contiguous(),
-        m.expand(score.shape[:-1]).contiguous(),
-        found,
-    )
-    for r in range(8):
-        _search_kernel[grid](*args, N, n_blocks, r, SPAN, CHUNK)
-    _take_kernel[grid](*args, before, out, N, n_blocks, False, SPAN, CHUNK)
-    before = before.cumsum(-1) - before
-    _take_kernel[grid](*args, before, out, N, n_blocks, True, SPAN, CHUNK)
+    inputs = (score.contiguous(), None if cost is None else cost.expand_as(score).contiguous())
+    m = m.expand(score.shape[:-1]).contiguous()
+    kernels = (_search_kernel, _take_kernel)
+    take_by_search(*kernels, inputs, m, out, score.size(-1), SPAN, BOUNDS, (CHUNK,))
     return out
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -707,3 +708,15 @@ def test_the_first_seed_is_trained_once_at_each_rate(tmp_path, text, base, monke
     for log in logs:
         assert [r["step"] for r in checkpoint.read_jsonl(log) if "loss" in r] == [0, 1], log
     assert asked == [(100, 3 * 4 / 2)]  # three rows of four seconds at two rates
+
+
+def test_every_stage_is_compiled(tmp_path, run_stage, monkeypatch):
+    """However many stages were compiled before it in one process, and whatever their models: what
+    they took of torch's limit of compilations is given back, past which a model runs uncompiled
+    with no more than a warning."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    limits = dict(recompile_limit=4, fail_on_recompile_limit_hit=True)
+    with torch._dynamo.config.patch(**limits):
+        for n_layer in range(1, 6):
+            shape = [f"--n_layer={n_layer}", "--pretrain_steps=1"]
+            run_stage("pretrain", tmp_path / str(n_layer), *shape, "--compile")

@@ -178,7 +178,11 @@ class Trainer:
         self.first = 0  # the first step that this start does
         self.best = math.inf
         self.val = math.nan  # the newest validation loss
-        self.forward = torch.compile(stage.model) if cfg.compile else stage.model
+        self.forward = stage.model
+        if cfg.compile:
+            # stages before this one count towards the limit past which nothing is compiled
+            torch.compiler.reset()
+            self.forward = torch.compile(stage.model)
         self.bar: tqdm | None = None
         self.why_not_captured = why_not_captured(stage, cfg, w)
         self.captured: CapturedStep | None = None

@@ -27,7 +27,11 @@ def share_copies(paths: Sequence[nn.Module], caches: Sequence[LayerCacheBase]) -
     reads, where theirs are equal: one copy for all. The device is asked once for all layers, and
     only where maps are trained. Paths without `frozen` share nothing."""
     layers = zip(paths, caches, strict=True)
-    with_maps = [(path, cache) for path, cache in layers if hasattr(path, "frozen") and cache.maps]
+    with_maps = [
+        (path, cache)
+        for path, cache in layers
+        if hasattr(path, "frozen") and cache.maps is not None
+    ]
     pairs = [(all_read(path.frozen), all_read(cache.maps)) for path, cache in with_maps]
     for (path, cache), same in zip(with_maps, which_equal(pairs), strict=True):
         if same:
@@ -37,7 +41,8 @@ def share_copies(paths: Sequence[nn.Module], caches: Sequence[LayerCacheBase]) -
 
 
 def all_read(maps: ValueBasis) -> dict[str, Tensor]:
-    """Return the maps and the tables by which they turn keys back, by name."""
+    """Return the maps and the tables by which they turn keys back, by name: constants() leaves the
+    tables out, for files and joined caches compare maps alone."""
     tables = {}
     if maps.from_keys is not None:
         tables = {"cos": maps.from_keys.cos, "sin": maps.from_keys.sin}

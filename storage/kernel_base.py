@@ -23,9 +23,9 @@ try:
 except ImportError:  # the references need none
     triton = None
     tl = None
-# What lies at a place that memory tells, or is one number: whether its tensor begins at a multiple
-# of 16 bytes changes no instruction, and layers that are packed at once begin anywhere. Were it
-# looked at, a kernel would be compiled anew for every mixture of such tensors.
+# Tensors that are read at an offset which is itself loaded, or of which one number is read: whether
+# they begin at a multiple of 16 bytes changes no instruction, and layers that are packed at once
+# begin anywhere. Were it looked at, a kernel would be compiled anew for every mixture of them.
 ANYWHERE = (
     "bits_ptr",
     "before_ptr",

@@ -15,7 +15,7 @@ a unit, its key paid for. The token's density d is the largest D(t); it is found
 every step above d raises the average and every other lowers it. So if a unit has to bring t, a
 token with d < t buys nothing, and any other pays its key and takes all its steps with value >= t:
 what is spent at t follows from energies and densities. take_by_search (packing.py) looks for the t
-at which the budget is.
+at which the budget is spent.
 
     levels = choose_levels(energy, m, gain=(0.88, 0.11, 0.01), cost=(4, 4, 8), key=83)
 
@@ -33,7 +33,7 @@ from storage.packing import begin_round, end_round, narrow, take_by_search, take
 
 SPAN = 2048  # tokens of a row that a program of the search sees
 CHUNK = 512  # and how many energies at a time
-BOUNDS = 4  # keys that a round of it asks about
+BOUNDS = 4  # codes that a round of it asks about
 
 # -------------------- plain
 
@@ -56,7 +56,7 @@ def densities_ref(
             spent.add_(above, alpha=cost[j])
         density = sum_in_pairs(e * gained) / (key + spent.sum(-1))
         if not (density > t).any():
-            return t.masked_fill(energy[..., 0] < 0, float("-inf"))
+            return t.masked_fill(energy.amax(-1) < 0, float("-inf"))
         t = t.maximum(density)
 
 
@@ -82,7 +82,9 @@ def choose_levels_ref(
     score = torch.cat((density, value.masked_fill(with_token, float("-inf"))), -1)
     price = torch.cat((first, each.expand_as(value)), -1)
     taken = take_within_ref(score.flatten(-2), m, price.flatten(-2)).view(score.shape)
-    taken = taken[..., :1].where(with_token, taken[..., 1:])
+    token_taken = taken[..., :1]
+    step_taken = taken[..., 1:]
+    taken = token_taken.where(with_token, step_taken)
     return taken.unflatten(-1, (S, len(gain))).sum(-1).to(torch.uint8)
 
 
@@ -180,8 +182,8 @@ def _search_levels_kernel(
     J: tl.constexpr,
 ):
     """Narrow each row's threshold in round r, as _search_kernel (packing.py) does: the price of a
-    step counts from the lower of its value and its token's density down, that of a key from its
-    token's density down. Numbers of 0 and more have their own bits for keys.
+    step counts from the lower of its value and its token's density down, that of the token's key
+    from its density down. A score of 0 or more has its bits for a code.
 
     Blocks and SPAN are of tokens. Prices are summed as float32, which a GPU adds faster: exactly,
     since what a lane sees costs less than 2^24."""
@@ -222,7 +224,7 @@ def _take_levels_kernel(
     cost_2,
     m_ptr,
     found_ptr,
-    before_ptr,
+    ties_before_ptr,
     level_ptr,
     N,
     n_blocks,
@@ -251,7 +253,7 @@ def _take_levels_kernel(
     energy_ptr += row * N * S
     density_ptr += row * N
     level_ptr += row * N * S
-    spent = above + tl.load(before_ptr + pid) if WRITE else above
+    spent = above + tl.load(ties_before_ptr + pid) if WRITE else above
     end = tl.minimum(block * SPAN + SPAN, N)
     for start in tl.range(block * SPAN, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -281,19 +283,18 @@ def _take_levels_kernel(
             tl.store(level_ptr + at, level.to(tl.uint8), mask=token[:, None] < end)
         spent += tl.sum(total)
     if not WRITE:
-        tl.store(before_ptr + pid, spent - above)
+        tl.store(ties_before_ptr + pid, spent - above)
 
 
 def _use_kernels(energy: Tensor, impl: str) -> bool:
     """Say whether kernels choose among such energies."""
-    if energy.size(-1) > 32 or not energy.numel():
+    if energy.size(-1) > 32 or not energy.numel() or energy.dtype != torch.float32:
         return False
     return use_triton(impl, energy.device, energy.dtype)
 
 
 def _of_steps(x: tuple) -> tuple:
-    """Return what kernels are told of steps, for three of them: those that are not there are not
-    asked for."""
+    """Pad to three steps; a kernel reads the first J."""
     return (*x, *x[:1] * (3 - len(x)))
 
 
@@ -336,7 +337,8 @@ def choose_levels(
 ) -> Tensor:
     """Choose the levels of value groups under one budget: uint8 like energy, 0 (dropped) to J.
 
-    energy  (..., N, S) finite float >= 0; -inf: of no token; S a power of 2
+    energy  (..., N, S) finite float >= 0; -inf in all groups: of no token; S a power of 2, N S
+            less than 2^31. Kernels choose where it is float32
     m       (...) int64, the budget, 0 or more
     gain    what each step is worth of an energy of 1, falling per cost: J = 1 or 3 numbers
     cost    what each step costs, 1 at least; those of a token less than 2^18

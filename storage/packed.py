@@ -440,8 +440,8 @@ class PackedCache(WindowCache):
         self.room = self.capacity + self.window - seen
 
     def _look(self) -> int:
-        """Ask the device what the longest sequence has packed, which is noted, and for its tokens
-        but those that stay whole for good, which are returned."""
+        """Return the most tokens of a sequence, first ones that stay whole left out, and note in
+        `had_packed` the most that one has packed. Asks the device once."""
         if not self.batch:
             return 0
         counts = torch.stack((self.n_packed, self.n_packed + self.n_window))
@@ -453,7 +453,7 @@ class PackedCache(WindowCache):
         """No segment has more packed tokens: a bound that the host knows without asking the device.
         It grows with `append`, and is all there is room for until the next `reserve` where
         sequences were joined, loaded or truncated."""
-        return max(self.had_packed, self.capacity - self.room)
+        return min(self.capacity, max(self.had_packed, self.capacity - self.room))
 
     # ---- reading
 

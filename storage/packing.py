@@ -21,7 +21,7 @@ from storage.layout import cdiv, mask_dtype, mask_to_bits, tile_index, tile_size
 
 SPAN = 8192  # entries of a row that a program of take_within sees
 CHUNK = 512  # and how many of them at a time
-BOUNDS = 16  # keys that a round of its search asks about
+BOUNDS = 16  # codes that a round of its search asks about
 BLOCK = 64  # tokens that a program of pack_values sees
 
 # -------------------- selection under a budget
@@ -49,26 +49,26 @@ def take_within_ref(score: Tensor, m: Tensor, cost: Tensor | None = None) -> Ten
 
 @jit
 def _entries(score_ptr, cost_ptr, base, i, N):
-    """Load entries i of a row: int32 keys in the order of their scores, and int32 costs.
+    """Load entries i of a row: int32 codes in the order of their scores, and int32 costs.
 
-    -0.0 has the key of 0.0; -inf and i >= N the lowest key, which nothing else has."""
+    -0.0 has the code of 0.0; -inf and i >= N the lowest code, which nothing else has."""
     x = tl.load(score_ptr + base + i, mask=i < N, other=float("-inf")).to(tl.float32)
     bits = x.to(tl.int32, bitcast=True)
-    key = tl.where(bits >= 0, bits, tl.where(bits == -2147483648, 0, bits ^ 0x7FFFFFFF))
-    key = tl.where(x > float("-inf"), key, -2147483648)
+    code = tl.where(bits >= 0, bits, tl.where(bits == -2147483648, 0, bits ^ 0x7FFFFFFF))
+    code = tl.where(x > float("-inf"), code, -2147483648)
     if cost_ptr is None:
-        return key, tl.full(i.shape, 1, tl.int32)
+        return code, tl.full(i.shape, 1, tl.int32)
     else:
-        return key, tl.load(cost_ptr + base + i, mask=i < N, other=0).to(tl.int32)
+        return code, tl.load(cost_ptr + base + i, mask=i < N, other=0).to(tl.int32)
 
 
 @jit
 def narrow(found_ptr, m, step, BOUNDS: tl.constexpr):
-    """Say where a round leaves the search for the largest t with cost(key >= t) > m.
+    """Say where a round leaves the search for the largest t with cost(code >= t) > m.
 
-    t lies in lo .. lo + step - 1 (0: the lowest key; int64), and what lies above that range costs
+    t lies in lo .. lo + step - 1 (0: the lowest code; int64), and what lies above that range costs
     `above` <= m. Returns lo, above.
-    found (BOUNDS + 2,) int64: cost(key >= lo + j step) for j = 1 .. BOUNDS, then the lo and above
+    found (BOUNDS + 2,) int64: cost(code >= lo + j step) for j = 1 .. BOUNDS, then the lo and above
     that the round began with."""
     spent = tl.load(found_ptr + tl.arange(0, BOUNDS))
     above = tl.load(found_ptr + BOUNDS + 1)
@@ -80,8 +80,8 @@ def narrow(found_ptr, m, step, BOUNDS: tl.constexpr):
 def begin_round(found_ptr, m, r, ROUNDS: tl.constexpr, BOUNDS: tl.constexpr):
     """Begin round r of ROUNDS where the one before, found (BOUNDS + 2,), left the search.
 
-    Returns lo, above (see narrow) and the keys (BOUNDS,) int32 whose costs are asked for: they cut
-    what is left of the range into BOUNDS + 1 parts, of one key each in the last round."""
+    Returns lo, above (see narrow) and the codes (BOUNDS,) int32 whose costs are asked for: they cut
+    what is left of the range into BOUNDS + 1 parts, of one code each in the last round."""
     step = tl.full([], 1, tl.int64)
     for _ in tl.range(r + 1, ROUNDS):
         step *= BOUNDS + 1
@@ -125,8 +125,8 @@ def _search_kernel(
     end = tl.minimum(block * SPAN + SPAN, N)
     for at in tl.range(block * SPAN, end, CHUNK, num_stages=4):
         i = at + tl.arange(0, CHUNK)[None, :]
-        key, cost = _entries(score_ptr, cost_ptr, row * N, i, N)
-        spent += tl.where(key >= bound[:, None], cost, 0)
+        code, cost = _entries(score_ptr, cost_ptr, row * N, i, N)
+        spent += tl.where(code >= bound[:, None], cost, 0)
     end_round(found_ptr + BOUNDS + 2, lo, above, tl.sum(spent, 1), block == 0, BOUNDS)
 
 
@@ -136,7 +136,7 @@ def _take_kernel(
     cost_ptr,
     m_ptr,
     found_ptr,
-    before_ptr,
+    ties_before_ptr,
     out_ptr,
     N,
     n_blocks,
@@ -158,19 +158,19 @@ def _take_kernel(
     found_ptr += (row * (ROUNDS + 1) + ROUNDS) * (BOUNDS + 2)
     lo, above = narrow(found_ptr, budget, 1, BOUNDS)
     lo = (lo - 2147483648).to(tl.int32)
-    spent = above + tl.load(before_ptr + pid) if WRITE else above
+    spent = above + tl.load(ties_before_ptr + pid) if WRITE else above
     end = tl.minimum(block * SPAN + SPAN, N)
     for at in tl.range(block * SPAN, end, CHUNK, num_stages=4):
         i = at + tl.arange(0, CHUNK)
-        key, cost = _entries(score_ptr, cost_ptr, row * N, i, N)
-        tie = (key == lo) & (lo > -2147483648)  # where the threshold is the lowest, all fits
+        code, cost = _entries(score_ptr, cost_ptr, row * N, i, N)
+        tie = (code == lo) & (lo > -2147483648)  # where the threshold is the lowest, all fits
         cost = tl.where(tie, cost, 0)
         if WRITE:
-            taken = (key > lo) | tie & (spent + tl.cumsum(cost, 0) <= budget)
+            taken = (code > lo) | tie & (spent + tl.cumsum(cost, 0) <= budget)
             tl.store(out_ptr + row * N + i, taken, mask=i < N)
         spent += tl.sum(cost)
     if not WRITE:
-        tl.store(before_ptr + pid, spent - above)
+        tl.store(ties_before_ptr + pid, spent - above)
 
 
 def take_by_search(
@@ -186,7 +186,7 @@ def take_by_search(
 ) -> None:
     """Take from each of m.numel() rows, of N entries each, what costs no more than its budget.
 
-    Kernel `search` finds a row's threshold, `bounds` keys a round; kernel `take` sums what lies at
+    Kernel `search` finds a row's threshold, `bounds` codes a round; kernel `take` sums what lies at
     it in each block of `span` entries, then writes `out` given what the blocks before take of it.
     inputs, sizes: arguments of both kernels, the first and the last. See take_within."""
     rounds = 1
@@ -213,9 +213,9 @@ def take_within(score: Tensor, m: Tensor, cost: Tensor | None = None, impl: str 
     Returns (..., N) bool. The first entry that does not fit ends it; -inf is never taken. Of equal
     scores the lower index comes first; 0.0 equals -0.0.
 
-    The kernel sorts nothing: 8 passes find each row's threshold, 16 keys a pass; the better entries
-    are taken, and of those at it the first. Integer sums: the same result every time. No host sync;
-    score is read 10 times."""
+    The kernel sorts nothing: 8 passes find each row's threshold, 16 codes a pass; the better
+    entries are taken, and of those at it the first. Integer sums: the same result every time. No
+    host sync; score is read 10 times."""
     if not use_triton(impl, score.device, score.dtype):
         return take_within_ref(score, m, cost)
     out = torch.empty_like(score, dtype=torch.bool, memory_format=torch.contiguous_format)

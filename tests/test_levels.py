@@ -166,7 +166,7 @@ def test_density_kernel_equals_the_plain_form(n, S):
     """Bit by bit, of numbers of tokens that fill no program, whose rounds are many and few."""
     g = torch.Generator().manual_seed(n)
     energy = torch.rand(n, S, generator=g) ** 6
-    energy[n // 2 :] *= torch.tensor(slow_token(S, 16, 1))
+    energy[n // 2 :] = torch.tensor(slow_token(S, 16, 1))
     energy[n // 3] = float("-inf")
     energy = energy.to(DEVICE)
     for gain, cost, key in ((LEVELS, (4, 4, 8), 83), ((1.0,), (16,), 1)):
@@ -192,8 +192,8 @@ def test_levels_keep_to_the_budget_and_leave_less_than_a_token(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_budget_takes_nothing_away_and_brings_what_select_joint_brings(impl):
-    """Level by level never less with a larger budget; the worth of it all is that of the rule with
-    a sort of all steps, to 1e-6, and within the budget, for it takes other sums."""
+    """Level by level never less with a larger budget, and never above it; the worth of it all is
+    that of the rule with a sort of all steps, to 1e-6, since sums are taken in another order."""
     gain, cost, key = LEVELS, (4, 4, 8), 83
     S = 8
     energy = torch.rand(90, S, generator=torch.Generator().manual_seed(2)).pow(6).to(DEVICE)
@@ -206,3 +206,19 @@ def test_more_budget_takes_nothing_away_and_brings_what_select_joint_brings(impl
     taken = select_joint(worth, m, impl="torch", key=key, cost=each).unflatten(-1, (S, -1)).sum(-1)
     got, want = worth_of(chosen, rows, gain), worth_of(taken, rows, gain)
     assert torch.allclose(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_energies_and_half_empty_tokens_are_chosen_from_alike(impl, dtype):
+    """By kernels and plainly, whatever the numbers' type; a token that lacks a group is a token, and
+    one that lacks all is none."""
+    energy = torch.rand(2, 60, 8, generator=torch.Generator().manual_seed(4)).to(dtype)
+    energy[:, ::7, 0] = float("-inf")
+    energy[:, 5] = float("-inf")
+    energy = energy.to(DEVICE)
+    m = torch.tensor([900, 10**6], device=DEVICE)
+    chosen = choose_levels(energy, m, LEVELS, (4, 4, 8), 83, impl)
+    plain = choose_levels(energy, m, LEVELS, (4, 4, 8), 83, "torch")
+    assert torch.equal(chosen, plain)
+    assert not chosen[:, 5].any() and not chosen[:, ::7, 0].any() and (chosen[1, 6, 1:] > 0).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -222,8 +223,11 @@ def test_the_hosts_bound_holds_whatever_is_done(data):
             append(cache, n, pad=False)
             cache.restore(before)
         if what == "load":
-            state = cache.state_dict()
-            cache = new(cache.batch)
+            state = deepcopy(cache.state_dict())
+            if data.draw(st.booleans()):
+                append(cache, n, pad=False)  # loaded into one that has held more
+            else:
+                cache = new(cache.batch)
             cache.load_state_dict(state)
         if what == "fit":
             cache.fit(n)

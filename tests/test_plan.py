@@ -1,0 +1,139 @@
+"""What eval.py answers once it knows its run, and the advice of a refusal: whoever follows it is not
+refused again. Runs are stand-ins that have a model's shape and settings, and no weights."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from helpers import TINY, error_line
+
+import cli
+import eval as evaluation
+import train
+from config import KVConfig, SelectConfig
+from measure_config import check_eval_flags, with_task
+from report.plan import plan_of
+from settings import stages
+
+ADAPT = ["--stage=adapt", "--init_from=x"]
+CONTINUE = ["--stage=continue", "--init_from=x"]
+PRETRAIN = ["--stage=pretrain"]
+
+
+def run_that(**kv) -> SimpleNamespace:
+    """A run that stores by KVConfig(**kv)."""
+    selector = SimpleNamespace(predictors=(), set=lambda way: None)
+    model = SimpleNamespace(cfg=TINY, selector=selector)
+    stored = KVConfig(**kv)
+    return SimpleNamespace(model=model, kv=stored, select=SelectConfig(), path="run", config={})
+
+
+RUNS = {
+    "base": run_that(kv="dense"),
+    "groups": run_that(kv="value_groups"),
+    "mlp": run_that(kv="value_groups", reconstructor="mlp"),
+    "select": run_that(kv="select"),
+    "mixsga": run_that(kv="mixsga"),
+}
+
+
+def plan(run: SimpleNamespace, *flags: str):
+    """Everything that eval.py checks of flags, before and after it knows its run."""
+    args = cli.parse_args(evaluation.CONFIGS, ["--out_dir=run", *flags])
+    check_eval_flags(args.given, with_task(args.given, args.eval, args.kv.kv), args.kv.kv)
+    return plan_of(run, evaluation.asked_of(run, args))
+
+
+def as_advised(flags: list[str], line: str) -> list[str]:
+    """The flags with what a refusal advises beside leaving one out."""
+    advice = line.rsplit("; leave it out, or ", 1)[1]
+    number = re.search(r"number of less than (\d+) to --(\w+)", advice)
+    if number:
+        advice = f"add {int(number[1]) / 2} to --{number[2]}"
+    added = re.fullmatch(r"add (\S+) to --(\w+)", advice)
+    if added:
+        value, name = added.groups()
+        assert any(flag.startswith(f"--{name}=") for flag in flags)
+        return [f"{f},{value}" if f.startswith(f"--{name}=") else f for f in flags]
+    bound = re.fullmatch(r"give a --(\w+) of (more|less) than (\d+)", advice)
+    if bound:
+        value = int(bound[3]) + 1 if bound[2] == "more" else int(bound[3]) / 2
+        return [*flags, f"--{bound[1]}={value}"]
+    more = advice.removeprefix("give ").split()
+    changed = [flag.split("=")[0] for flag in more]
+    return [*(flag for flag in flags if flag.split("=")[0] not in changed), *more]
+
+
+@pytest.mark.parametrize(
+    "flags, advice",
+    [
+        ([*ADAPT, "--key_block=32"], "give --key_bits=8 --value_bits=8"),
+        ([*ADAPT, "--kv_sinks=2"], "give --key_bits=8 --value_bits=8"),
+        ([*ADAPT, "--adapter=lora", "--experts=3"], "give --adapter=moe_lora"),
+        ([*ADAPT, "--adapter=lora", "--kv_tail_block=4"], "give --kv=value_groups"),
+        ([*CONTINUE, "--n_groups=8"], "give a --expert_groups of more than 0"),
+        ([*CONTINUE, "--expert_router=random", "--lm_to_experts"], "give --expert_router=learned"),
+        ([*CONTINUE, "--kv=mixsga", "--kv_share=0.5"], "give --kv=gqa"),
+        ([*PRETRAIN, "--rope_scaling=linear"], "give a --rope_factor of more than 1"),
+        ([*PRETRAIN, "--global_every=3"], "give a --sliding_window of more than 0"),
+        (["--seeds=1", "--max_minutes=9"], "give a --seeds of more than 1"),
+        (["--recon_hidden=9"], "give --reconstructor=mlp"),
+        ([*ADAPT, "--reconstructor=mlp", "--key_block=32"], ""),
+        ([*ADAPT, "--reconstructor=mlp", "--kv_sinks=2"], ""),
+        ([*ADAPT, "--prefill=routed", "--key_block=32"], ""),
+        ([*ADAPT, "--kv_tail_block=4", "--key_block=32"], ""),
+        (["--key_bits=8", "--value_bits=8", "--recon_hidden=9"], ""),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_advice_of_train_is_accepted(flags, advice):
+    """What is advised beside leaving a flag out is accepted, and where nothing would be, nothing
+    is advised."""
+
+    def check(flags) -> None:
+        stages.check_flags(cli.parse_args(train.CONFIGS, flags))
+
+    line = error_line(check, flags)
+    assert line.endswith(f"leave it out, or {advice}" if advice else "; leave it out")
+    if advice:
+        check(as_advised(flags, line))
+
+
+@pytest.mark.parametrize(
+    "on, flags, advice",
+    [
+        ("select", "--kv_bits=16 --key_block=32", "add 8 to --kv_bits"),
+        ("select", "--key_block=32", "give --key_bits=8 --value_bits=8"),
+        ("select", "--kv_bits=16 --key_rounding=nearest", "add 8 to --kv_bits"),
+        ("base", "--kv_bits=16 --kv=value_groups --kv_sinks=2", "add 8 to --kv_bits"),
+        ("base", "--kv_budgets=.5 --kv_sinks=2", "give --key_bits=8 --value_bits=8"),
+        ("base", "--relevances=future,random --pool=3", "add observed to --relevances"),
+        ("base", "--relevance=random --pool=3", "give --relevance=observed"),
+        ("base", "--token_relevances=random --token_budgets=.5 --pool=3", "give --relevance=obs"),
+        ("select", "--relevances=uniform --ahead=9", "add future to --relevances"),
+        (
+            "base",
+            "--token_budgets=1 --token_relevance=h2o",
+            "add a number of less than 1 to --token_budgets",
+        ),
+        ("base", "--token_relevance=h2o", "give a --token_keep of less than 1"),
+        ("base", "--budgets=.5 --token_relevance=h2o", "give a --token_keep of less than 1"),
+        ("base", "--kv_budgets=.5 --refit_ridge=.2", "give --refit=True"),
+        ("groups", "--key_block=32", "give --key_bits=8 --value_bits=8"),
+        ("groups", "--prefill=routed --key_block=32", ""),
+        ("mlp", "--key_block=32", ""),
+        ("mlp", "--kv_bits=16 --key_block=32", ""),
+        ("base", "--methods=value_groups,select --reconstructor=keys --key_block=32", ""),
+        ("mixsga", "--key_block=32", "give --key_bits=8 --value_bits=8"),
+    ],
+)
+def test_advice_of_eval_is_accepted(on, flags, advice):
+    """The same of eval.py; a list that was given in a setting's place is added to."""
+    flags = ["--tasks=perplexity" if on == "mixsga" else "--tasks=continuation", *flags.split()]
+    line = error_line(plan, RUNS[on], *flags)
+    assert (f"; leave it out, or {advice}" if advice else "; leave it out") in line
+    assert bool(advice) == (not line.endswith("leave it out")), line
+    if advice:
+        plan(RUNS[on], *as_advised(flags, line))

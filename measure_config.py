@@ -499,13 +499,17 @@ class SampleConfig:
         )
 
 
+# What sample.py calibrates a base with.
+CALIBRATING = {"calibrate", "calibration", "data_dir"}
+
+
 def check_sample_flags(given: Collection[str], cfg: SampleConfig, kv: str) -> None:
     """Raise ValueError for flags of those given that sample.py does not read beside the others. kv:
     --kv, or its default."""
     if "kv" in given or not cfg.out_dir:
         check_storage_flags(given, kv)
     calibrates = kv != "dense" and storage_flags(given)
-    unread = sorted({"calibrate", "calibration", "data_dir"} & {*given})
+    unread = sorted(CALIBRATING & {*given})
     check(
         calibrates or not unread,
         f"{', '.join(unread)} without a way to store",

@@ -123,18 +123,33 @@ def signal(*names: str, others: tuple[With, ...] = ()) -> With:
     return With("relevance", names, others=(by_tokens, *others))
 
 
+# Where something is dropped at all, and somebody has to choose what.
+SOME_DROPPED = (
+    With("kv_keep", below=1),
+    With(
+        "token_keep", below=1, others=(With("value_keep", below=1), With("kv_keep", above=0), BYTES)
+    ),
+)
+# Where pairs are scored by the norm and a signal's power; `predictor` scores them itself.
+BY_SIGNAL = ("future", "observed", "predictor_query", "oracle", "uniform", "random")
 # What eval.py, sample.py and bench.py read of a storage and a selection, and beside what alone.
 STORED_WITH = {
-    "refit_ridge": (With("refit", (True,)),),
+    "refit": SOME_DROPPED,
+    "refit_ridge": (With("refit", (True,)), *SOME_DROPPED),
     "key_rounding": (integers(BYTES),),
     "key_block": (integers(BYTES),),
     "kv_sinks": (integers(BYTES, BY_KEYS),),
     **dict.fromkeys(("token_keep", "value_keep", "fixed_k"), (NO_BYTES, NO_JOINT)),
     "token_relevance": (NO_BYTES, NO_JOINT, With("token_keep", below=1)),
-    "sinks": (NO_BYTES,),
-    "pool": (signal("observed"),),
-    # A base is calibrated by them for budgets of bytes, whatever the signal.
-    **dict.fromkeys(("past", "ahead"), (signal("future", "predictor_query", others=(BYTES,)),)),
+    "sinks": (NO_BYTES, *SOME_DROPPED),
+    "allocation": SOME_DROPPED,
+    "pool": (signal("observed"), *SOME_DROPPED),
+    # A base is calibrated by these for budgets of bytes, whatever the signal.
+    "hedge": (With("relevance", BY_SIGNAL, others=(BYTES,)), *SOME_DROPPED),
+    "observers": (signal("observed", "future", "predictor_query", others=(BYTES,)), *SOME_DROPPED),
+    **dict.fromkeys(
+        ("past", "ahead"), (signal("future", "predictor_query", others=(BYTES,)), *SOME_DROPPED)
+    ),
 }
 # What eval.py does not read beside lists, the first of them its own.
 LISTED = {

@@ -12,19 +12,19 @@ from helpers import TINY, error_line
 import cli
 import eval as evaluation
 import train
-from config import KVConfig, SelectConfig
+from config import SIGNALS, KVConfig, SelectConfig
 from measure_config import check_eval_flags, with_task
 from report.plan import plan_of
-from settings import stages
+from settings import beside, stages
 
 ADAPT = ["--stage=adapt", "--init_from=x"]
 CONTINUE = ["--stage=continue", "--init_from=x"]
 PRETRAIN = ["--stage=pretrain"]
 
 
-def run_that(**kv) -> SimpleNamespace:
-    """A run that stores by KVConfig(**kv)."""
-    selector = SimpleNamespace(predictors=(), set=lambda way: None)
+def run_that(*predictors: str, **kv) -> SimpleNamespace:
+    """A run that stores by KVConfig(**kv), and has these predictors."""
+    selector = SimpleNamespace(predictors=predictors, set=lambda way: None)
     model = SimpleNamespace(cfg=TINY, selector=selector)
     stored = KVConfig(**kv)
     return SimpleNamespace(model=model, kv=stored, select=SelectConfig(), path="run", config={})
@@ -34,7 +34,7 @@ RUNS = {
     "base": run_that(kv="dense"),
     "groups": run_that(kv="value_groups"),
     "mlp": run_that(kv="value_groups", reconstructor="mlp"),
-    "select": run_that(kv="select"),
+    "select": run_that("predictor", kv="select"),
     "mixsga": run_that(kv="mixsga"),
 }
 
@@ -121,6 +121,19 @@ def test_advice_of_train_is_accepted(flags, advice):
         ("base", "--token_relevance=h2o", "give a --token_keep of less than 1"),
         ("base", "--budgets=.5 --token_relevance=h2o", "give a --token_keep of less than 1"),
         ("base", "--kv_budgets=.5 --refit_ridge=.2", "give --refit=True"),
+        ("base", "--kv_keep=1 --sinks=2", "give a --kv_keep of less than 1"),
+        ("base", "--kv_keep=1 --refit", "give a --kv_keep of less than 1"),
+        (
+            "base",
+            "--kv_budgets=1 --allocation=head",
+            "add a number of less than 1 to --kv_budgets",
+        ),
+        ("base", "--token_keep=1 --value_keep=1 --hedge=1", "give a --token_keep of less than 1"),
+        ("base", "--budgets=1 --past=9", "give a --token_keep of less than 1"),
+        ("base", "--kv_keep=.5 --relevance=random --observers=4", "give --relevance=observed"),
+        ("select", "--relevances=uniform --observers=4", "add observed to --relevances"),
+        ("select", "--relevance=predictor --hedge=.5", "give --relevance=future"),
+        ("select", "--relevances=predictor --hedge=.5", "add future to --relevances"),
         ("groups", "--key_block=32", "give --key_bits=8 --value_bits=8"),
         ("groups", "--prefill=routed --key_block=32", ""),
         ("mlp", "--key_block=32", ""),
@@ -137,3 +150,23 @@ def test_advice_of_eval_is_accepted(on, flags, advice):
     assert bool(advice) == (not line.endswith("leave it out")), line
     if advice:
         plan(RUNS[on], *as_advised(flags, line))
+
+
+@pytest.mark.parametrize(
+    "on, flags",
+    [
+        ("base", "--kv_budgets=1,.5 --sinks=2 --allocation=head"),
+        ("base", "--token_budgets=.5 --budgets=1 --allocation=head --observers=4"),
+        ("base", "--kv_bytes=.5 --relevance=uniform --observers=4 --allocation=head"),
+        ("select", "--relevances=predictor,random --hedge=1"),
+        ("select", "--kv_bytes=.5 --relevance=predictor --hedge=1"),
+    ],
+)
+def test_what_one_of_the_settings_reads_is_accepted(on, flags):
+    """A flag that some of the settings tried leave unread, and another one reads."""
+    assert plan(RUNS[on], "--tasks=continuation", *flags.split())
+
+
+def test_every_signal_but_one_has_an_exponent():
+    """--hedge is read beside every signal but `predictor`."""
+    assert {*beside.BY_SIGNAL} == {*SIGNALS} - {"predictor"}

@@ -170,3 +170,22 @@ def test_what_one_of_the_settings_reads_is_accepted(on, flags):
 def test_every_signal_but_one_has_an_exponent():
     """--hedge is read beside every signal but `predictor`."""
     assert {*beside.BY_SIGNAL} == {*SIGNALS} - {"predictor"}
+
+
+@pytest.mark.parametrize(
+    "on, flags, says",
+    [
+        ("mixsga", "--kv_bits=8 --kv_sinks=2", "kv_sinks with methods=mixsga: it is not read; le"),
+        ("mixsga", "--methods=value_groups", "it was trained for mixsga; leave it out, or give"),
+        ("mixsga", "--relevances=random", "only kv=select chooses; leave them out"),
+        ("groups", "--methods=select", "it was trained for value_groups; name that, or give its"),
+        ("groups", "--kv_budgets=.5", "only kv=select chooses; leave them out"),
+        ("groups", "--quest_whole=1", "quest_whole with methods=value_groups: it is not read; lea"),
+        ("base", "--quest_whole=1 --groups=4", "leave it out, or give --methods=quest"),
+    ],
+)
+def test_no_method_is_advised_that_the_run_has_not(on, flags, says):
+    """A trained run has its own method: each is named once, and no other one advised."""
+    line = error_line(plan, RUNS[on], "--tasks=continuation", *flags.split())
+    assert says in line
+    assert on == "base" or "give --methods" not in line

@@ -4,19 +4,23 @@ refused again. Runs are stand-ins that have a model's shape and settings, and no
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import TINY, error_line
+from helpers import error_line
+from test_docs import BASH, DOCUMENTS, SCRIPTS, commands_of, program_of, shell_of
 
 import cli
 import eval as evaluation
 import train
-from config import SIGNALS, KVConfig, SelectConfig
+from config import PREDICTORS, SIGNALS, KVConfig, ModelConfig, SelectConfig
 from measure_config import check_eval_flags, with_task
 from report.plan import plan_of
 from settings import beside, stages
 
+SHAPE = ModelConfig(n_layer=30, n_head=9, n_kv_head=3, head_dim=64, block_size=8192)
 ADAPT = ["--stage=adapt", "--init_from=x"]
 CONTINUE = ["--stage=continue", "--init_from=x"]
 PRETRAIN = ["--stage=pretrain"]
@@ -25,7 +29,7 @@ PRETRAIN = ["--stage=pretrain"]
 def run_that(*predictors: str, **kv) -> SimpleNamespace:
     """A run that stores by KVConfig(**kv), and has these predictors."""
     selector = SimpleNamespace(predictors=predictors, set=lambda way: None)
-    model = SimpleNamespace(cfg=TINY, selector=selector)
+    model = SimpleNamespace(cfg=SHAPE, selector=selector)
     stored = KVConfig(**kv)
     return SimpleNamespace(model=model, kv=stored, select=SelectConfig(), path="run", config={})
 
@@ -34,15 +38,17 @@ RUNS = {
     "base": run_that(kv="dense"),
     "groups": run_that(kv="value_groups"),
     "mlp": run_that(kv="value_groups", reconstructor="mlp"),
-    "select": run_that("predictor", kv="select"),
+    "select": run_that(*PREDICTORS, kv="select"),
     "mixsga": run_that(kv="mixsga"),
+    "gqa": run_that(kv="gqa"),
 }
 
 
 def plan(run: SimpleNamespace, *flags: str):
     """Everything that eval.py checks of flags, before and after it knows its run."""
-    args = cli.parse_args(evaluation.CONFIGS, ["--out_dir=run", *flags])
-    check_eval_flags(args.given, with_task(args.given, args.eval, args.kv.kv), args.kv.kv)
+    args = cli.parse_args(evaluation.CONFIGS, flags)
+    args.eval = with_task(args.given, args.eval, args.kv.kv)
+    check_eval_flags(args.given, args.eval, args.kv.kv)
     return plan_of(run, evaluation.asked_of(run, args))
 
 
@@ -189,3 +195,51 @@ def test_no_method_is_advised_that_the_run_has_not(on, flags, says):
     line = error_line(plan, RUNS[on], "--tasks=continuation", *flags.split())
     assert says in line
     assert on == "base" or "give --methods" not in line
+
+
+def refusals(script: str, folder: Path) -> list[str]:
+    """What eval.py answers to each of its commands in a script that no run of RUNS can be asked; of
+    one that names no folder of a run, a base."""
+    said = []
+    for call in commands_of(script, folder):
+        module, flags = program_of(call)
+        if module != "eval" or "--tasks=mixsga" in flags or {"--help", "-h"} & {*flags}:
+            continue
+        folders = [flag for flag in flags if flag.startswith("--out_dir")]
+        lines = []
+        for run in RUNS.values() if folders else [RUNS["base"]]:
+            try:
+                plan(run, *flags)
+            except ValueError as e:
+                lines.append(str(e))
+                continue
+            break
+        else:
+            said.append(f"{shlex.join(call)}\n    {lines[0]}")
+    return said
+
+
+@pytest.mark.skipif(BASH is None, reason="needs bash")
+@pytest.mark.parametrize("source", [*DOCUMENTS, *SCRIPTS], ids=lambda path: path.name)
+def test_commands_can_be_asked_of_a_run(source, tmp_path):
+    """Every command of eval.py in documents and scripts passes what is checked once a run is
+    known."""
+    text = source.read_text()
+    found = refusals(shell_of(text) if source.suffix == ".md" else text, tmp_path)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(BASH is None, reason="needs bash")
+@pytest.mark.parametrize(
+    "flags, fault",
+    [
+        ("--init_from=x --kv_budgets=1 --sinks=2", "sinks with kv_budgets=1.0"),
+        ("--init_from=x --relevances=predictor --kv_budgets=.5", "has not been trained"),
+        ("--out_dir=x --kv_bits=16 --key_block=32", "key_block with kv_bits=16"),
+        ("--out_dir=x --kv_budgets=.5 --hedge=1", ""),
+    ],
+)
+def test_a_command_that_no_run_can_be_asked_is_found(flags, fault, tmp_path):
+    """The check above fails where it should."""
+    found = refusals(f"python eval.py --tasks=continuation {flags}\n", tmp_path)
+    assert len(found) == bool(fault) and all(fault in line for line in found)

@@ -62,7 +62,7 @@ BY_EXPERTS = (
 )
 
 
-# It is trained with whole numbers; eval.py stores in bits what it trained.
+# Of integers; stage continue trains on 16 bits, and eval.py stores in fewer what it trained.
 IN_BITS = ("key_bits", "value_bits", "key_block", "kv_sinks")
 
 
@@ -120,7 +120,7 @@ STORED_PARTLY = With("kv", ("value_groups", "select", "mixsga", "gqa", "cla"))
 ADAPTED = With("adapter", ("lora", "moe_lora", "routed"))
 SELECTING = With("kv", ("select",))  # whose budgets of bytes pick the bits later
 EXPERTS = With("kv", ("mixsga",))
-WHOLE_NUMBERS = With("key_bits", (16,))
+NO_INTEGERS = With("key_bits", (16,))
 LEARNED = With("expert_router", ("learned",))
 ROTATED = With("positions", ("rope",))
 SCALED = With("rope_factor", above=1)
@@ -142,7 +142,7 @@ READ_WITH = {
     **dict.fromkeys(
         ("topk_groups", "value_router", "aux_weight", "lm_to_router", "kv_warmup"), (ROUTED_K,)
     ),
-    "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",), needs=(WHOLE_NUMBERS,))),
+    "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",), needs=(NO_INTEGERS,))),
     "kv_tail": (STORED_PARTLY,),
     **dict.fromkeys(("key_bits", "value_bits"), (GROUPED,)),
     "key_block": (GROUPED, integers(SELECTING)),

@@ -400,8 +400,7 @@ def check_eval_flags(
 
 def refuse_unread(unread: dict[str, Collection[str]], flag: str, value: str) -> None:
     """Raise ValueError for flags that are not read beside another one's value, and name the first
-    value of it that reads the first of them. Where no value of --kv does, for rivals are methods
-    alone, a value of --methods is named."""
+    value of it that reads the first of them; where no --kv does, one of --methods (rivals)."""
     readers = next(iter(unread.values()), ())
     ways = [f"--{flag}={reader}" for reader in readers]
     if flag == "kv":
@@ -500,17 +499,13 @@ class SampleConfig:
         )
 
 
-# What sample.py calibrates a base with.
-CALIBRATING = {"calibrate", "calibration", "data_dir"}
-
-
 def check_sample_flags(given: Collection[str], cfg: SampleConfig, kv: str) -> None:
     """Raise ValueError for flags of those given that sample.py does not read beside the others. kv:
     --kv, or its default."""
     if "kv" in given or not cfg.out_dir:
         check_storage_flags(given, kv)
     calibrates = kv != "dense" and storage_flags(given)
-    unread = sorted(CALIBRATING & {*given})
+    unread = sorted(measuring.CALIBRATED_WITH & {*given})
     check(
         calibrates or not unread,
         f"{', '.join(unread)} without a way to store",

@@ -14,7 +14,6 @@ from config import SHARED, KVConfig, SelectConfig, check
 from data import TokenFile, batch, prepare_splits
 from loaders.runs import Run, attach_storage
 from measure_config import (
-    CALIBRATING,
     SELECT_FLAGS,
     EvalConfig,
     check_fitted,
@@ -22,6 +21,7 @@ from measure_config import (
     storage_flags,
 )
 from settings.beside import check_storing
+from settings.measuring import CALIBRATED_WITH
 from settings.train import DataConfig
 
 # what may be changed of a run that was trained to store in some way, but by shared heads
@@ -83,7 +83,7 @@ def stored_as_asked(
         "it keeps how it was trained to store",
         "leave it out, or give the base with --init_from",
     )
-    unread = sorted(CALIBRATING & {*given})
+    unread = sorted(CALIBRATED_WITH & {*given})
     check(
         not unread,
         f"{', '.join(unread)} for a run trained with kv={own}",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
+from settings.beside import INTEGERS_NEED
 from settings.fields import check, check_choice, check_fields, comma_list, count_kept, opt
 
 LONGEST_CONTEXT = 2**21  # tokens that the table of rotations may have
@@ -264,10 +265,8 @@ class KVConfig:
             "both are integers or neither",
             "give both",
         )
-        rows_only = self.reconstructor == "zero" or self.kv == "select"
-        as_read = rows_only and (self.prefill, self.kv_tail_block) == ("exact", 1)
         check(
-            as_read or not self.ints,
+            not self.ints or all(other.holds(vars(self)) for other in INTEGERS_NEED),
             f"key_bits={self.key_bits} with reconstructor={self.reconstructor}, "
             f"prefill={self.prefill}, kv_tail_block={self.kv_tail_block}",
             "integers are read as they are, after an exact prefill, and leave the window by "

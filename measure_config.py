@@ -392,7 +392,7 @@ def check_eval_flags(
         if by_none and name not in calibrated_on:
             by_tasks[name] = [t for t in TASKS if measuring.read_by_task(t, group, name)]
         elif name != "kv" and methods and readers is not None and not {*methods} & {*readers}:
-            by_methods[name] = readers
+            by_methods[name] = () if trained else readers  # it has its own method
     check_listed(given, vars(cfg))
     refuse_unread(by_tasks, "tasks", cfg.tasks)
     refuse_unread(by_methods, *(("kv", kv) if by_kv else ("methods", ",".join(methods))))
@@ -400,7 +400,7 @@ def check_eval_flags(
 
 def refuse_unread(unread: dict[str, Collection[str]], flag: str, value: str) -> None:
     """Raise ValueError for flags that are not read beside another one's value, and name the first
-    value of it that reads the first of them; of --kv, which is no rival, else of --methods."""
+    value of it that reads the first of them; where no --kv does, one of --methods (rivals)."""
     readers = next(iter(unread.values()), ())
     ways = [f"--{flag}={reader}" for reader in readers]
     if flag == "kv":
@@ -505,7 +505,7 @@ def check_sample_flags(given: Collection[str], cfg: SampleConfig, kv: str) -> No
     if "kv" in given or not cfg.out_dir:
         check_storage_flags(given, kv)
     calibrates = kv != "dense" and storage_flags(given)
-    unread = sorted({"calibrate", "calibration", "data_dir"} & {*given})
+    unread = sorted(measuring.CALIBRATED_WITH & {*given})
     check(
         calibrates or not unread,
         f"{', '.join(unread)} without a way to store",
@@ -583,7 +583,8 @@ def check_bench_flags(args) -> None:
         "it has its own",
         "leave it out",
     )
-    check_beside(given, stages.READ_WITH, [to_dict(args.model)])
+    # Of a model's settings alone; how it stores is judged by STORED_WITH below.
+    check_beside({*given} & {*to_dict(args.model)}, stages.READ_WITH, [to_dict(args.model)])
     if cfg.what not in measuring.MODELS:
         return
     if cfg.what == "generate" and not cfg.out_dir:

@@ -21,9 +21,10 @@ from measure_config import (
     storage_flags,
 )
 from settings.beside import check_storing
+from settings.measuring import CALIBRATED_WITH
 from settings.train import DataConfig
 
-# what may be changed of a run that was trained to store in some way
+# what may be changed of a run that was trained to store in some way, but by shared heads
 CHANGED_LATER = {"kv_tail", "kv_tail_block", "key_bits", "value_bits", "key_block", "kv_sinks"}
 # last tokens of a prompt that a selection leaves whole where --kv_tail does not say, as in eval.py
 QUERY = EvalConfig.query
@@ -80,6 +81,13 @@ def stored_as_asked(
         not other,
         f"--{min(other, default='')} for a run trained with kv={own}",
         "it keeps how it was trained to store",
+        "leave it out, or give the base with --init_from",
+    )
+    unread = sorted(CALIBRATED_WITH & {*given})
+    check(
+        not unread,
+        f"{', '.join(unread)} for a run trained with kv={own}",
+        "nothing is calibrated",
         "leave it out, or give the base with --init_from",
     )
     chosen = {name: getattr(select, name) for name in asked & SELECT_FLAGS}

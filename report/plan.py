@@ -13,6 +13,7 @@ from config import PUBLISHED, SHARED, KVConfig, SelectConfig, check, comma_list,
 from loaders.runs import Run
 from measure_config import (
     CODED,
+    METHODS,
     SELECTING,
     EvalConfig,
     check_eval_flags,
@@ -61,7 +62,8 @@ def plan_of(run: Run, asked: Asked) -> tuple[list[str], list[Setting]]:
     check_flags(run, asked)
     methods = methods_of(run, asked)
     check_methods(run, asked, methods)
-    check_eval_flags(asked.given, asked.eval, asked.kv.kv, [*methods, run.kv.kv], is_trained(run))
+    own = [run.kv.kv] if is_trained(run) and run.kv.kv not in methods else []
+    check_eval_flags(asked.given, asked.eval, asked.kv.kv, [*methods, *own], is_trained(run))
     plan = []
     for kv in grid_of(run, asked):
         kv.check_model(run.model.cfg)
@@ -86,8 +88,8 @@ def plan_of(run: Run, asked: Asked) -> tuple[list[str], list[Setting]]:
 
 
 def tried_of(run: Run, asked: Asked, plan: list[Setting]) -> list[dict]:
-    """All settings that are tried, by their flags' names: in all bits of shared heads the run's
-    own; those of a selection only where there is one."""
+    """Every setting that is tried, in all bits, by its flags' names; for a run of shared heads,
+    that of the run. Settings of a selection are in those that select."""
     stored = [(setting.kv, setting.tried if setting.selects else []) for setting in plan]
     if run.kv.kv in SHARED:
         stored.append((run.kv, []))
@@ -144,6 +146,7 @@ def methods_of(run: Run, asked: Asked) -> list[str]:
 def check_methods(run: Run, asked: Asked, methods: list[str]) -> None:
     """Raise ValueError where the methods do not fit the run, the tasks or the other flags."""
     selecting = select_flags(asked)
+    selects = run.kv.kv in ("dense", "select")  # whether it can
     if "quest" in methods and selecting == ["token_budgets"]:
         selecting = []  # shares that it reads
     if {*CODED} & {*methods} and selecting == ["kv_byte_budgets"]:
@@ -152,7 +155,7 @@ def check_methods(run: Run, asked: Asked, methods: list[str]) -> None:
         not selecting or "select" in methods,
         f"{', '.join(selecting)}",
         "only kv=select chooses",
-        "give --methods=select, or leave them out",
+        "give --methods=select, or leave them out" if selects else "leave them out",
     )
     check(
         "select" in methods or asked.kv.mask_scope != "shared",
@@ -164,7 +167,7 @@ def check_methods(run: Run, asked: Asked, methods: list[str]) -> None:
         not is_trained(run) or not {"value_groups", "select"} & {*methods} - {run.kv.kv},
         f"methods={asked.eval.methods} with {run.path}",
         f"it was trained for {run.kv.kv}",
-        "name that, or give its base",
+        f"{'name that' if run.kv.kv in METHODS else 'leave it out'}, or give its base",
     )
     check(
         "select" not in methods or "perplexity" not in comma_list(asked.eval.tasks),

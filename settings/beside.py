@@ -1,5 +1,12 @@
 """Flags that are read only beside some values of others, and those that a list overrules: by tables
-of them they are refused. A table of train.py's own is in settings/stages.py."""
+of them they are refused. Which table answers what:
+
+    stages.READS        which settings does a stage of train.py read
+    stages.READ_WITH    beside which values of others alone does it read one
+    measuring.OF_*      which tasks, methods and comparisons of eval.py and bench.py read a setting
+    STORED_WITH         beside which values of others do eval.py, sample.py and bench.py read one of
+                        storage and selection
+    LISTED              which lists of eval.py overrule one"""
 
 from __future__ import annotations
 
@@ -10,15 +17,19 @@ from settings.fields import check, to_dict
 
 
 class With(NamedTuple):
-    """What another flag is where one is read: one of some values, more or less than a number; or
-    what others are that do as well. do: what else can be done than to leave the one out, where the
-    values do not say it."""
+    """A condition on another flag. It holds where that flag has one of `values`, lies above or
+    below a bound, or where one of `others` holds.
+
+    along: flags that are given the same value with it; needs: what has to hold where it is advised;
+    do: advice in place of the one made from these."""
 
     flag: str
     values: tuple = ()
     above: float | None = None
     below: float | None = None
     others: tuple[With, ...] = ()
+    along: tuple[str, ...] = ()
+    needs: tuple[With, ...] = ()
     do: str = ""
 
     def holds(self, settings: Mapping[str, object]) -> bool:
@@ -34,34 +45,64 @@ class With(NamedTuple):
             or (self.below is not None and value < self.below)
         )
 
-    def advice(self, allowed: Collection | None = None) -> str:
-        """What to do about a flag that is not read. allowed: those of the values that can be, where
-        not all can."""
+    def advice(
+        self,
+        tried: Sequence[Mapping[str, object]],
+        given: Collection[str] = (),
+        allowed: Collection | None = None,
+    ) -> str:
+        """What to do about a flag that is not read with the settings tried. given: flags, of which
+        a list takes the place of its setting; allowed: those of the values that can be, where not
+        all can."""
         if self.do:
             return self.do
-        if self.above is not None:
-            return f"leave it out, or give a --{self.flag} of more than {self.above}"
-        if self.below is not None:
-            return f"leave it out, or give a --{self.flag} of less than {self.below}"
+        leave = "leave it out"
         fitting = [value for value in self.values if allowed is None or value in allowed]
-        return "leave it out" + "".join(f", or give --{self.flag}={v}" for v in fitting[:1])
+        can_be = all(other.holds(settings) for other in self.needs for settings in tried)
+        if not can_be or not (fitting or self.beyond):
+            return leave
+        listed = self.list_given(given)
+        if listed:
+            entry = f"a number {self.beyond}" if self.beyond else fitting[0]
+            return f"{leave}, or add {entry} to --{listed}"
+        if self.beyond:
+            return f"{leave}, or give a --{self.flag} {self.beyond}"
+        flags = " ".join(f"--{flag}={fitting[0]}" for flag in (self.flag, *self.along))
+        return f"{leave}, or give {flags}"
+
+    @property
+    def beyond(self) -> str:
+        """The bound in words; "" for none."""
+        if self.above is not None:
+            return f"of more than {self.above}"
+        return "" if self.below is None else f"of less than {self.below}"
+
+    def list_given(self, given: Collection[str]) -> str:
+        """The list among the flags given that takes the place of this flag; "" for none."""
+        own = LISTED.get(self.flag, ("",))[0]
+        return own if own in given else ""
 
     def refuse(
         self,
         name: str,
-        settings: Mapping[str, object],
+        tried: Sequence[Mapping[str, object]],
         given: Collection[str] = (),
         allowed: Collection | None = None,
     ) -> None:
-        """Raise ValueError for a flag that is not read with these settings. given: flags, of which
-        a list is named in place of its setting; allowed: see advice."""
-        has = settings[self.flag]
-        own = LISTED.get(self.flag, ("",))[0]
-        flag = own if own in given else self.flag
-        check(False, f"{name} with {flag}={has}", "it is not read then", self.advice(allowed))
+        """Raise ValueError for a flag that none of the settings tried reads. given, allowed: see
+        advice."""
+        flag = self.list_given(given) or self.flag
+        came = f"{name} with {flag}={tried[-1][self.flag]}"
+        raise ValueError(f"{came}: it is not read then; {self.advice(tried, given, allowed)}")
 
 
-INTEGERS = With("key_bits", (8, 4, 3, 2), do="leave it out, or give --key_bits=8 --value_bits=8")
+# Where keys and values can be stored in fewer than 16 bits.
+INTEGERS_NEED = (
+    With("reconstructor", ("zero",), others=(With("kv", ("select",)),)),
+    With("prefill", ("exact",)),
+    With("kv_tail_block", (1,)),
+)
+INTEGERS = With("key_bits", (8, 4, 3, 2), along=("value_bits",), needs=INTEGERS_NEED)
 BY_KEYS = With("reconstructor", ("keys", "own_keys"))
 
 
@@ -71,9 +112,9 @@ def integers(*others: With) -> With:
 
 
 BYTES = With("kv_bytes", above=0)  # picks bits where none are given
-ALONE = "leave one of them out"
-NO_BYTES = With("kv_bytes", (0,), do=ALONE)
-NO_JOINT = With("kv_keep", (0,), do=ALONE)
+LEAVE_ONE_OUT = "leave one of them out"
+NO_BYTES = With("kv_bytes", (0,), do=LEAVE_ONE_OUT)
+NO_JOINT = With("kv_keep", (0,), do=LEAVE_ONE_OUT)
 
 
 def signal(*names: str, others: tuple[With, ...] = ()) -> With:
@@ -82,18 +123,33 @@ def signal(*names: str, others: tuple[With, ...] = ()) -> With:
     return With("relevance", names, others=(by_tokens, *others))
 
 
+# Where something is dropped at all, and somebody has to choose what.
+SOME_DROPPED = (
+    With("kv_keep", below=1),
+    With(
+        "token_keep", below=1, others=(With("value_keep", below=1), With("kv_keep", above=0), BYTES)
+    ),
+)
+# Where pairs are scored by the norm and a signal's power; `predictor` scores them itself.
+BY_SIGNAL = ("future", "observed", "predictor_query", "oracle", "uniform", "random")
 # What eval.py, sample.py and bench.py read of a storage and a selection, and beside what alone.
 STORED_WITH = {
-    "refit_ridge": (With("refit", (True,)),),
+    "refit": SOME_DROPPED,
+    "refit_ridge": (With("refit", (True,)), *SOME_DROPPED),
     "key_rounding": (integers(BYTES),),
     "key_block": (integers(BYTES),),
     "kv_sinks": (integers(BYTES, BY_KEYS),),
     **dict.fromkeys(("token_keep", "value_keep", "fixed_k"), (NO_BYTES, NO_JOINT)),
     "token_relevance": (NO_BYTES, NO_JOINT, With("token_keep", below=1)),
-    "sinks": (NO_BYTES,),
-    "pool": (signal("observed"),),
-    # A base is calibrated by them for budgets of bytes, whatever the signal.
-    **dict.fromkeys(("past", "ahead"), (signal("future", "predictor_query", others=(BYTES,)),)),
+    "sinks": (NO_BYTES, *SOME_DROPPED),
+    "allocation": SOME_DROPPED,
+    "pool": (signal("observed"), *SOME_DROPPED),
+    # A base is calibrated by these for budgets of bytes, whatever the signal.
+    "hedge": (With("relevance", BY_SIGNAL, others=(BYTES,)), *SOME_DROPPED),
+    "observers": (signal("observed", "future", "predictor_query", others=(BYTES,)), *SOME_DROPPED),
+    **dict.fromkeys(
+        ("past", "ahead"), (signal("future", "predictor_query", others=(BYTES,)), *SOME_DROPPED)
+    ),
 }
 # What eval.py does not read beside lists, the first of them its own.
 LISTED = {
@@ -126,7 +182,7 @@ def check_beside(
         if not ways or any(all(w.holds(values) for w in table[name]) for values in ways):
             continue
         unmet = next(w for w in table[name] if not w.holds(ways[-1]))
-        unmet.refuse(name, ways[-1], given)
+        unmet.refuse(name, ways, given)
 
 
 def check_storing(given: Collection[str], kv, select) -> None:
@@ -150,5 +206,5 @@ def check_listed(given: Collection[str], settings: Mapping[str, object]) -> None
                 not has,
                 f"{name} with {other}={has}",
                 "the list is measured",
-                "leave one of them out" + ("" if settings.get(own) else f", or give --{own}"),
+                LEAVE_ONE_OUT + ("" if settings.get(own) else f", or give --{own}"),
             )

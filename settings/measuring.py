@@ -26,6 +26,8 @@ TRAINED = (
 # a selection reads none of them
 FIXED_K = ("topk_groups", "value_router", "kv_tail_block")
 STORAGES = ("dense", "value_groups", "select")
+# What says how sample.py calibrates a base.
+CALIBRATED_WITH = {"calibrate", "calibration", "data_dir"}
 
 
 def read_by_storage(kv: str, group: str, name: str) -> bool:

@@ -62,6 +62,10 @@ BY_EXPERTS = (
 )
 
 
+# Of integers; stage continue trains on 16 bits, and eval.py stores in fewer what it trained.
+IN_BITS = ("key_bits", "value_bits", "key_block", "kv_sinks")
+
+
 class Reads(NamedTuple):
     """What a stage reads: groups of settings, by their name among train.py's, single settings
     besides, and those of the groups that it does not read."""
@@ -99,7 +103,7 @@ READS = {
     "continue": Reads(
         ("model", "data", "base", "kv", "mix"),
         (*RUN, *LOOP, *ADAPT, "compile", "capture", "shard"),
-        (*FIXED_K, *BY_EXPERTS),
+        (*FIXED_K, *BY_EXPERTS, *IN_BITS, "kv_tail_block"),
     ),
     "all": Reads(
         ("model", "data", "base", "adapter", "kv"),
@@ -116,6 +120,7 @@ STORED_PARTLY = With("kv", ("value_groups", "select", "mixsga", "gqa", "cla"))
 ADAPTED = With("adapter", ("lora", "moe_lora", "routed"))
 SELECTING = With("kv", ("select",))  # whose budgets of bytes pick the bits later
 EXPERTS = With("kv", ("mixsga",))
+NO_INTEGERS = With("key_bits", (16,))
 LEARNED = With("expert_router", ("learned",))
 ROTATED = With("positions", ("rope",))
 SCALED = With("rope_factor", above=1)
@@ -137,11 +142,12 @@ READ_WITH = {
     **dict.fromkeys(
         ("topk_groups", "value_router", "aux_weight", "lm_to_router", "kv_warmup"), (ROUTED_K,)
     ),
-    "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",))),
-    **dict.fromkeys(("kv_tail", "key_bits", "value_bits"), (STORED_PARTLY,)),
-    "key_block": (STORED_PARTLY, integers(SELECTING)),
-    "kv_sinks": (STORED_PARTLY, integers(SELECTING, BY_KEYS)),
-    "kv_tail_block": (With("kv", ("value_groups", "mixsga", "gqa", "cla")),),
+    "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",), needs=(NO_INTEGERS,))),
+    "kv_tail": (STORED_PARTLY,),
+    **dict.fromkeys(("key_bits", "value_bits"), (GROUPED,)),
+    "key_block": (GROUPED, integers(SELECTING)),
+    "kv_sinks": (GROUPED, integers(SELECTING, BY_KEYS)),
+    "kv_tail_block": (ROUTED_K,),
     **dict.fromkeys(("group_sizes", "expert_ratios", "expert_router"), (EXPERTS,)),
     **dict.fromkeys(
         ("consistency_weight", "lm_to_experts", "calibrate_experts"), (EXPERTS, LEARNED)
@@ -394,7 +400,7 @@ def check_read(args) -> None:
             own = group == "model" and args.base.init_from != "scratch"  # has to be the base's
             if is_read(stage, group, other.flag) and not own and not other.holds(has):
                 stores = STORED[stage] if other.flag == "kv" else None
-                other.refuse(name, has, allowed=stores)
+                other.refuse(name, [has], allowed=stores)
 
 
 def instead(unread: list[str], stage: str, group_of: dict[str, str]) -> str:

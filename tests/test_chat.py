@@ -631,6 +631,15 @@ def test_trained_run_keeps_how_it_stores(kv, given, fine):
     assert kv != "select" or run.model.selector.cfg.kv_keep == 0.5
 
 
+@pytest.mark.parametrize("name", ["calibrate", "calibration", "data_dir"])
+def test_a_trained_run_is_not_calibrated(name):
+    """A flag that says how would change nothing, and is refused by its name."""
+    run = replace(run_of(small_model(), chatting()), kv=KVConfig(kv="value_groups"))
+    how = dict(corpus="", sequences=1, seed=0, data=DataConfig())
+    with pytest.raises(ValueError, match=f"{name} for a run trained with kv=value_groups: nothing"):
+        stored_as_asked(run, {"kv_tail", name}, KVConfig(), SelectConfig(), **how).__enter__()
+
+
 @pytest.mark.parametrize("name, value", [("kv_tail", 9), ("key_block", 32), ("kv_sinks", 2)])
 def test_a_run_of_shared_heads_keeps_how_it_stores(name, value):
     """Its window and bits are those it was trained with: a flag for them would change nothing."""

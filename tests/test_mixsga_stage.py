@@ -171,7 +171,7 @@ def test_continue_resumes_bitwise(tmp_path, text, base, monkeypatch):
         (["--group_sizes=1,2,4", "--expert_ratios=3:1:6"], "n_kv_head=2"),
         (["--kv=value_groups"], "stage=continue"),
         (["--kv_tail=31"], "kv_tail=31"),
-        (["--kv_tail_block=2"], "kv_tail_block=2"),
+        (["--kv_tail_block=2"], "kv_tail_block with stage=continue"),
         (["--init_from=scratch"], "init_from=scratch"),
         (["--stage=adapt"], "group_sizes"),
         (["--kv=dense", *EXPERTS], "group_sizes with kv=dense"),

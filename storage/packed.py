@@ -498,7 +498,8 @@ class PackedCache(WindowCache):
         T = new.k.size(2)
         if self.room < T:
             self.reserve(T)
-        self.room -= T
+        first = self.codec.n_sinks if self.fresh else 0  # which take no room here
+        self.room -= max(0, T - first)
         new = new._replace(k=new.k.to(self.dtype), v=new.v.to(self.dtype))
         if self.sinks_open:
             new = new._replace(n_pad=fill_sinks(self._sinks, new))

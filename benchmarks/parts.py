@@ -3,7 +3,7 @@ events on its stream, so that waiting for the host counts where it happens.
 
 A part that lies within another is taken off it. Parts are functions, timed by standing in for them
 where they are called. That takes time itself, so the whole is timed in passes of its own, and its
-parts come to more."""
+parts need not add up to it."""
 
 from __future__ import annotations
 

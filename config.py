@@ -266,7 +266,7 @@ class KVConfig:
             "give both",
         )
         check(
-            not self.ints or all(other.holds(vars(self)) for other in INTEGERS_NEED),
+            not self.ints or all(need.holds(vars(self)) for need in INTEGERS_NEED),
             f"key_bits={self.key_bits} with reconstructor={self.reconstructor}, "
             f"prefill={self.prefill}, kv_tail_block={self.kv_tail_block}",
             "integers are read as they are, after an exact prefill, and leave the window by "

@@ -148,9 +148,9 @@ def _take_kernel(
 ):
     """Take what lies above the threshold, and the first of what lies at it.
 
-    Without WRITE, before (rows, n_blocks) int64 becomes what each block's entries at the threshold
-    cost. With it, given what such entries before the block cost, out (rows, N) bool becomes the
-    choice."""
+    Without WRITE, ties_before (rows, n_blocks) int64 becomes what each block's entries at the
+    threshold cost. With it, given what such entries before the block cost, out (rows, N) bool
+    becomes the choice."""
     pid = tl.program_id(0)
     row = (pid // n_blocks).to(tl.int64)
     block = pid % n_blocks

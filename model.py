@@ -127,10 +127,30 @@ def attend(
     L = k.size(2)
     reads_all = window == 0 or window >= L
     fused_has_mask = T == L or T == 1  # its own causal one, or none
-    if fused_has_mask and reads_all and not cap and pad is None:
-        return attend_fused(q, k, v, is_causal=T > 1)
+    if fused_has_mask and reads_all and not cap:
+        if pad is None:
+            return attend_fused(q, k, v, is_causal=T > 1)
+        if T == L:
+            return attend_padded(q, k, v, pad)
     mask = attention_mask(T, L, pad, q.device, window)
     return attend_masked(q, k, v, mask, cap)
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """Compute attend where T = L, without a (T, T) mask in memory: sequences move to the left, so
+    that padding comes last, which a causal mask hides, and their outputs move back."""
+    T = q.size(2)
+    column = torch.arange(T, device=q.device)
+    padding = column < pad[:, None]  # (B, T)
+    left = (column + pad[:, None]) % T
+    right = (column - pad[:, None]) % T
+
+    def moved(t: Tensor, column: Tensor) -> Tensor:
+        return t.take_along_dim(column[:, None, :, None], 2)
+
+    y = attend_fused(moved(q, left), moved(k, left), moved(v, left), is_causal=True)
+    own = v.repeat_interleave(q.size(1) // v.size(1), 1)  # what a padding query reads
+    return torch.where(padding[:, None, :, None], own, moved(y, right))
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float = 0.0) -> Tensor:

@@ -46,7 +46,7 @@ class SpeedConfig:
     memory_gb: float = opt(
         80.0, "memory in GiB: prompts whose dense cache does not fit twice are left out", above=0
     )
-    most_seconds: float = opt(150.0, "nothing begins later than this", above=0)
+    most_seconds: float = opt(300.0, "nothing begins later than this", above=0)
     peers: bool = opt(False, "others' code, too (pip install peft transformers)")
     device: str = opt("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = opt("auto", "compute type", DTYPES)
@@ -300,7 +300,7 @@ def measured(sweep: Sweep) -> list[dict]:
     """Measure all, print every row as it is made, and return them. What fails is left out, with a
     line that says so: a sweep is not lost for one peer."""
     rows = []
-    for part in (decoding_rows, training_rows, other_rows, attention_rows):
+    for part in (decoding_rows, training_rows, attention_rows, other_rows):
         try:
             for row in part(sweep):
                 print(json.dumps(row), flush=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tokens per second of training and decoding against batch and context, at SmolLM2-135M's shape:
 # ours, PEFT's LoRA, transformers' generate, PyTorch's attention, and what the memory and the
-# products of the same run allow. One quiet GPU, 150 s: what would begin later is left out, with a
+# products of the same run allow. One quiet GPU, 300 s: what would begin later is left out, with a
 # line that says so. pip install peft transformers. The picture is OUT/speed.png.
 # usage: runs/speed_plot.sh [OUT]
 set -euo pipefail

@@ -83,10 +83,14 @@ class Prompt:
     impl: str = "auto"  # of received: see storage/kernel_base.py
     v: Sequence[Tensor] | None = None  # (B, Hkv, T, D), where z are the first columns of these
 
-    @cached_property
+    @property
     def stored(self) -> Prompt:
         """The same prompt with values that are what is stored of them: what keys do not tell."""
-        return self if self.untold is None else replace(self, z=self.untold, untold=None, v=None)
+        return self if self.untold is None else self._untold
+
+    @cached_property
+    def _untold(self) -> Prompt:  # never the prompt itself, which would then outlive its last user
+        return replace(self, z=self.untold, untold=None, v=None)
 
     @cached_property
     def L(self) -> int:

@@ -328,14 +328,18 @@ class PromptState:
     """What the layers of one KVCache share while a prompt is read. It belongs to that cache, so
     prompts of two caches, on two threads or interleaved, never meet.
 
-    layers     the layer caches, in order
+    layers     the layer caches, in order, as long as that cache lives
     seen       what each selecting layer saw of the prompt (selector.py)
     selection  what is kept of it, where one choice serves all layers
     first      the first layer's cache, whose masks others may share, while layers choose in turn"""
 
-    def __init__(self, layers: list):
-        self.layers = layers
+    def __init__(self, cache: KVCache):
+        self._cache = weakref.ref(cache)  # its layers lead here: a cache is freed with its last user
         self.reset()
+
+    @property
+    def layers(self) -> list:
+        return self._cache().layers
 
     def reset(self) -> None:
         """Forget the prompt."""
@@ -361,7 +365,7 @@ class KVCache:
         self._link()
 
     def _link(self) -> None:
-        state = PromptState(self.layers)
+        state = PromptState(self)
         for layer in self.layers:
             layer.prompt = state
 

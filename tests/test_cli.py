@@ -377,6 +377,7 @@ def test_out_of_range(name, f, capsys, here):
         ([*PRETRAIN, "--positions=learned", "--rope_theta=9"], "rope_theta with positions=learned"),
         ([*ADAPT, "--key_block=32"], "leave it out, or give --key_bits=8 --value_bits=8"),
         ([*ADAPT, "--kv_sinks=2"], "kv_sinks with key_bits=16: it is not read then"),
+        ([*SELECT, "--kv_bytes=0.1", "--key_bits=16"], "key_bits with kv_bytes=0.1: it is not rea"),
         ([*CONTINUE, "--key_block=32"], "key_block with stage=continue"),
         ([*CONTINUE, "--kv_sinks=2"], "kv_sinks with stage=continue"),
         ([*CONTINUE, "--kv_tail_block=1"], "kv_tail_block with stage=continue"),
@@ -476,6 +477,8 @@ def test_unread_flags_are_refused_by_name(stage, capsys):
         [*ADAPT, "--reconstructor=keys", "--aux_weight=0.5"],
         [*ADAPT, "--reconstructor=keys", "--kv_sinks=2"],
         [*ADAPT, "--key_bits=8", "--value_bits=8", "--kv_sinks=2", "--key_block=32"],
+        [*SELECT, "--key_bits=16", "--value_bits=16"],
+        [*SELECT, "--key_bits=8", "--value_bits=8", "--kv_bytes=0.1"],
         [*SELECT, "--kv_sinks=2", "--key_block=32"],  # of budgets of bytes that are measured later
         ["--dataset=pydocs", "--adapt_dataset=text:x", "--text_field=body", "--detokenize"],
     ],

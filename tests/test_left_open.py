@@ -118,8 +118,8 @@ def test_sample_stores_what_is_given(kind, given, as_stored, text):
 
 
 def test_rows_of_eval_are_of_what_is_given(sharp, measure):
-    """A table that was made with 4 first tokens can be made again: flags tell what a row is of,
-    and its bytes are those of the cache."""
+    """A table that was made with 4 first tokens can be made again: bytes of a row are those of the
+    cache, as many as are stored that way, however that was said."""
     common = ["--tasks=continuation", "--query=6", "--continuation=9", "--block_size=400"]
     common += ["--sequences=2", "--calibration=2", "--relevance=observed"]
     common += [f"--init_from={sharp}", "--methods=select", f"--kv_byte_budgets={SHARE}"]

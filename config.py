@@ -139,6 +139,10 @@ RECONSTRUCTORS = ("zero", "mlp", "keys", "own_keys")
 PREFILLS = ("exact", "routed")
 INT_BITS = (16, 8, 4, 3, 2)
 KEY_BLOCKS = (16, 32, 64, 128)
+# What --key_block and --kv_sinks usually are where they are left open; where a budget of bytes
+# picks the bits, it picks them, too (selection/budgets.py).
+KEY_BLOCK = 64
+KV_SINKS = 4
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,7 @@ class KVConfig:
     key_bits: int = opt(
         16,
         "bits of a stored number of a key, one step per channel and block of tokens; 16: as "
-        "computed",
+        "computed, unless --kv_bytes picks fewer",
         INT_BITS,
     )
     value_bits: int = opt(
@@ -214,17 +218,19 @@ class KVConfig:
         (*INT_BITS, 0),
     )
     key_block: int = opt(
-        64,
-        "fewer than 16 bits: tokens whose keys share steps, and that leave the window together; "
-        "--kv_bytes that picks the bits takes what goes with them for 64",
-        KEY_BLOCKS,
+        0,
+        "fewer than 16 bits: tokens whose keys share steps, and that leave the window together; 0: "
+        f"{KEY_BLOCK}, or where --kv_bytes picks the bits what goes with them",
+        (*KEY_BLOCKS, 0),
     )
     kv_sinks: int = opt(
-        4,
-        "fewer than 16 bits, values told by keys: first tokens that stay whole; --kv_bytes that "
-        "picks the bits takes 1 for 4",
-        least=0,
+        -1,
+        f"fewer than 16 bits, values told by keys: first tokens that stay whole; -1: {KV_SINKS}, "
+        "or 1 where --kv_bytes picks the bits",
+        least=-1,
     )
+    # see settings.fields.from_dict
+    USUAL_IN_FORMAT_1 = {"key_block": 64, "kv_sinks": 4}
 
     def __post_init__(self):
         check_fields(self)
@@ -299,7 +305,17 @@ class KVConfig:
     @property
     def tail_leaves(self) -> int:
         """Tokens that leave the window at a time."""
-        return self.key_block if self.ints else self.kv_tail_block
+        return self.block if self.ints else self.kv_tail_block
+
+    @property
+    def block(self) -> int:
+        """Tokens whose keys share steps, of integers: as given, or usual where left open."""
+        return self.key_block or KEY_BLOCK
+
+    @property
+    def first_whole(self) -> int:
+        """First tokens that stay whole, where any do: as given, or usual where left open."""
+        return KV_SINKS if self.kv_sinks < 0 else self.kv_sinks
 
     def layers(self, n_layer: int) -> list[int]:
         """Return the compressed layers' indices, ascending. ValueError for a malformed or empty

@@ -189,7 +189,7 @@ class ValueGroupPath(nn.Module):
         """First tokens that stay whole: keys tell their values least, and attention rests on
         them."""
         predicts = self.key_map is not None and not self.keep_all
-        return self.cfg.kv_sinks if self.cfg.ints or predicts else 0
+        return self.cfg.first_whole if self.cfg.ints or predicts else 0
 
     @property
     def window(self) -> Window:
@@ -291,9 +291,9 @@ class ValueGroupPath(nn.Module):
         """Return keys and values as they are read once they have left the window: integers, but of
         the first tokens what came."""
         cfg = self.cfg
-        first = slice(0, cfg.kv_sinks)
-        rest = slice(cfg.kv_sinks, None)
-        keys = keys_as_read(k[:, :, rest], cfg.key_bits, cfg.key_block)
+        first = slice(0, cfg.first_whole)
+        rest = slice(cfg.first_whole, None)
+        keys = keys_as_read(k[:, :, rest], cfg.key_bits, cfg.block)
         mask = mask.expand(-1, self.Hkv, -1, -1)
         values = values_as_read(kept[:, :, rest], mask[:, :, rest], cfg.value_bits)
         values = self.maps().decode(values)

@@ -77,7 +77,8 @@ class EvalConfig:
     kv_bits: str = opt(
         "",
         "bits of keys and values, a list such as 8,4,4:2 (keys:values, 4:0 routed ones), each "
-        "with every budget (empty: --key_bits, --value_bits; kivi: 4,2)",
+        "with every budget; 16 under one of bytes: those it picks (empty: --key_bits, "
+        "--value_bits; kivi: 4,2)",
     )
     beside: str = opt("", "folders of earlier results, a list, that bytes.png shows beside these")
     relevances: str = opt("", "select: signals, a list (empty: --relevance)", each_of=SIGNALS)

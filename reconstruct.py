@@ -74,7 +74,7 @@ class Moments:
 
     def add(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Take what a path got."""
-        first = 0 if self.path.key_map is None else self.path.cfg.kv_sinks  # those stay whole
+        first = 0 if self.path.key_map is None else self.path.cfg.first_whole  # those stay whole
         x = x[:, first:]
         k = k[:, :, first:]
         v = v[:, :, first:]

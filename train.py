@@ -41,7 +41,7 @@ from config import KVConfig, ModelConfig, SelectConfig
 from settings.adapters import AdapterConfig
 from settings.base import BaseConfig
 from settings.experts import MixConfig
-from settings.fields import to_dict
+from settings.fields import to_file
 from settings.places import check_begun, check_inputs
 from settings.stages import check_flags
 from settings.train import DataConfig, TrainConfig
@@ -129,7 +129,7 @@ def run_in(args, run_dir: Path, made: list[Path], w: World) -> None:
 def settings_of(args) -> dict:
     """What a run's config.json keeps, and a resumed run begins with: all settings, and the names of
     those that flags gave."""
-    settings = {name: to_dict(getattr(args, name)) for name in CONFIGS}
+    settings = {name: to_file(getattr(args, name)) for name in CONFIGS}
     settings["train"]["resume"] = False
     return settings | {"given": sorted(args.given - {"resume"})}
 

@@ -41,7 +41,7 @@ from loaders.weights import (
 from model import Transformer
 from settings.adapters import AdapterConfig
 from settings.experts import MixConfig
-from settings.fields import from_dict, to_dict
+from settings.fields import from_dict, to_dict, to_file
 from settings.files import refuse_pointers
 from settings.places import check_model
 from settings.train import TOKENIZERS
@@ -517,7 +517,7 @@ def load_pretrained(
         "model": to_dict(cfg),
         "tokenizer": tokenizer.name,
         "adapter": to_dict(adapter),
-        "kv": to_dict(kv),
+        "kv": to_file(kv),
     }
     return Run(
         model=model.eval(),

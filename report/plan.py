@@ -88,15 +88,18 @@ def plan_of(run: Run, asked: Asked) -> tuple[list[str], list[Setting]]:
 
 
 def tried_of(run: Run, asked: Asked, plan: list[Setting]) -> list[dict]:
-    """Every setting that is tried, in all bits, by its flags' names; for a run of shared heads,
-    that of the run. Settings of a selection are in those that select."""
+    """Every setting that is tried, in all bits, by its flags' names, and by those of the lists that
+    it is of and that can be unread; for a run of shared heads, that of the run. Settings of a
+    selection are in those that select."""
     stored = [(setting.kv, setting.tried if setting.selects else []) for setting in plan]
     if run.kv.kv in SHARED:
         stored.append((run.kv, []))
     tried = []
     for (kv, ways), bits in itertools.product(stored, bits_of(asked)):
         settings = to_dict(replace(kv, **bits))
-        tried += [settings | to_dict(way) for way in ways] or [settings]
+        settings["kv_bits"] = settings["key_bits"]
+        selects = [settings | to_dict(way) | {"relevances": way.relevance} for way in ways]
+        tried += selects or [settings]
     return tried
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import kv_router
 import selector
 from baselines import coded, kivi, quest, shared_heads
-from config import KVConfig, SelectConfig
+from config import KEY_BLOCK, KVConfig, SelectConfig
 from loaders.device import autocast
 from lora import count_trainable
 from measure_config import CODED, RIVALS
@@ -235,8 +235,8 @@ def setting_of(
         words.append(shared_heads.described(model))
     key_bits, value_bits = stored_bits(model, method, kv)
     if key_bits < 16:
-        block = (model.selector.stored if method == "select" else kv).key_block
-        apart = "" if block == KVConfig.key_block else f"/{block}"
+        block = (model.selector.stored if method == "select" else kv).block
+        apart = "" if block == KEY_BLOCK else f"/{block}"
         words += [f"keys:{key_bits}{apart}", f"values:{value_bits or 'routed'}"]
         if method == "select" and model.selector.cfg.key_rounding == "nearest":
             words.append("nearest")

@@ -50,10 +50,8 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
     if not kv_bytes or kv.ints:
         return kv
     plan = next(p for p in PLANS if kv_bytes >= p.from_bytes)
-    own_block = kv.key_block != KVConfig.key_block
-    block = kv.key_block if own_block else plan.key_block
-    own_sinks = kv.kv_sinks != KVConfig.kv_sinks
-    sinks = kv.kv_sinks if own_sinks else FIRST_WHOLE
+    block = kv.key_block or plan.key_block
+    sinks = FIRST_WHOLE if kv.kv_sinks < 0 else kv.kv_sinks
     bits = dict(key_bits=plan.key_bits, value_bits=plan.value_bits)
     return replace(kv, kv="select", key_block=block, kv_sinks=sinks, **bits)
 
@@ -61,7 +59,7 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
 def small_budget(kv: KVConfig, kv_bytes: float, length: int) -> str:
     """Say in a line where the tokens that stay whole of a prompt of `length` take more than half of
     kv_bytes, a share of its bytes; "" where they do not, and where kv_bytes is 0, no budget."""
-    n = kv.kv_tail + planned(kv, kv_bytes).kv_sinks
+    n = kv.kv_tail + planned(kv, kv_bytes).first_whole
     if not kv_bytes or 2 * n <= kv_bytes * length:
         return ""
     return (
@@ -100,7 +98,7 @@ def prices(kv: KVConfig, head_dim: int, heads: int) -> Prices:
         most_rows = 4 * S
         scale = 2
     per_mask = mask_dtype(mask_groups).itemsize + 1 + 4 / tile_size(most_rows)
-    per_head = row_bytes(head_dim, kv.key_bits) + 4 * head_dim / kv.key_block + scale
+    per_head = row_bytes(head_dim, kv.key_bits) + 4 * head_dim / kv.block + scale
     key = math.ceil(2 * (heads * per_head + per_mask))
     row = [2 * heads * row_bytes(head_dim // S, b) for b in bits]
     step = (b - a for a, b in pairwise(row))
@@ -285,11 +283,11 @@ def spend_bytes(
     D = prompt.values.size(-1)
     heads = prompt.values.size(2) // pair.size(2)  # KV heads of a mask
     price = prices(kv, D, heads)
-    there = after_first(prompt.valid, kv.kv_sinks)[None, :, None, :, None]
+    there = after_first(prompt.valid, kv.first_whole)[None, :, None, :, None]
     energy = pair.square().masked_fill_(~there, float("-inf"))
     region = prompt.T - prompt.n_context
     masks = masks_sharing(pair, cfg.allocation)
-    about = (region, kv.kv_sinks, D, heads, prompt.untold is not None)
+    about = (region, kv.first_whole, D, heads, prompt.untold is not None)
 
     def budget(n: int) -> int:
         return half_bytes_for(cfg.kv_bytes, n, *about) * masks

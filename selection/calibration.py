@@ -200,7 +200,7 @@ def drop_ratios(
     n_readers = min(READERS, T // 4)
     n_prompt = T - n_readers
     n_context = n_prompt - selector.kv.kv_tail
-    n_first = selector.kv.kv_sinks
+    n_first = selector.kv.first_whole
     if n_readers < 1 or n_context - n_first < 1:
         return None
     seen = see_layers(selector, model, idx)
@@ -276,7 +276,7 @@ def calibrate(selector: nn.Module, model: Transformer, batches: list[Tensor]) ->
         return [attn.kv_path.untold(k, z) for attn, k, z in seen]
 
     values = (values_of(part) for part in few)
-    gain, rms = value_statistics(values, metrics, selector.kv.kv_sinks)
+    gain, rms = value_statistics(values, metrics, selector.kv.first_whole)
     selector.output_gain = gain.to(selector.output_gain)
     selector.rms = rms.to(selector.rms)
     short = [idx[:2, :512] for idx in batches[:2]]

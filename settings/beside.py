@@ -11,6 +11,7 @@ of them they are refused. Which table answers what:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from settings.fields import check, to_dict
@@ -115,6 +116,13 @@ BYTES = With("kv_bytes", above=0)  # picks bits where none are given
 LEAVE_ONE_OUT = "leave one of them out"
 NO_BYTES = With("kv_bytes", (0,), do=LEAVE_ONE_OUT)
 NO_JOINT = With("kv_keep", (0,), do=LEAVE_ONE_OUT)
+# Where bits are as given: 16 of them are not, where a budget of bytes picks fewer.
+OWN_BITS = With(
+    "kv_bytes",
+    (0,),
+    others=(INTEGERS, With("kv", ("dense", "value_groups", "mixsga", "gqa", "cla"))),
+    do="leave it out",
+)
 
 
 def signal(*names: str, others: tuple[With, ...] = ()) -> With:
@@ -134,7 +142,8 @@ SOME_DROPPED = (
 BY_SIGNAL = ("future", "observed", "predictor_query", "oracle", "uniform", "random")
 # What eval.py, sample.py and bench.py read of a storage and a selection, and beside what alone.
 STORED_WITH = {
-    "refit": SOME_DROPPED,
+    **dict.fromkeys(("key_bits", "value_bits", "kv_bits"), (OWN_BITS,)),
+    **dict.fromkeys(("relevance", "relevances", "refit"), SOME_DROPPED),
     "refit_ridge": (With("refit", (True,)), *SOME_DROPPED),
     "key_rounding": (integers(BYTES),),
     "key_block": (integers(BYTES),),
@@ -188,6 +197,8 @@ def check_beside(
 def check_storing(given: Collection[str], kv, select) -> None:
     """Raise ValueError for a flag of those given that storing by kv, config.KVConfig, and where
     that selects choosing by select, config.SelectConfig, leave unread."""
+    if select.token_keep == 1:  # no token is dropped by it
+        select = replace(select, token_relevance="")
     chooses = to_dict(select) if kv.kv == "select" else {}
     check_beside(given, STORED_WITH, [to_dict(kv) | chooses])
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 MAX_SEED = 2**32 - 1  # a larger one times steps and ranks would leave torch.manual_seed's range
 DTYPES = ("auto", "float32", "bfloat16")
+FORMAT = 2  # of settings in a file, of those classes that had another
 # Flags whose value names files or folders, or corpora such as text:PATH.
 PATHS = (
     "out_dir",
@@ -157,13 +158,26 @@ def to_dict(cfg) -> dict:
     return dataclasses.asdict(cfg)
 
 
+def to_file(cfg) -> dict:
+    """Return a dataclass as from_dict reads it from a file: to_dict, and which format that is where
+    there was another."""
+    formatted = hasattr(cfg, "USUAL_IN_FORMAT_1")
+    return to_dict(cfg) | ({"format": FORMAT} if formatted else {})
+
+
 def from_dict(cls: type, d: dict):
     """Make the dataclass `cls` from a dict read from a file; what an older file lacks takes its
     default, or the value in cls.UNNAMED, where that is not what was done before the setting had a
-    name; those in cls.GONE are no settings any more. ValueError names unknown or mistyped
-    entries."""
+    name; those in cls.GONE are no settings any more. In a file that names no format the values in
+    cls.USUAL_IN_FORMAT_1 stand for today's defaults: they were written, and taken, as if nobody
+    had given them. ValueError names unknown or mistyped entries."""
     kinds = {f.name: str(f.type) for f in fields(cls)}
+    usual = getattr(cls, "USUAL_IN_FORMAT_1", {})
     d = {name: value for name, value in d.items() if name not in getattr(cls, "GONE", ())}
+    if usual and d.get("format") == FORMAT:
+        del d["format"]
+    else:
+        d = {name: value for name, value in d.items() if (name, value) not in usual.items()}
     unknown = sorted(set(d) - set(kinds))
     check(
         not unknown,

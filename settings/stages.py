@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from settings.beside import BY_KEYS, With, integers
+from settings.beside import BY_KEYS, OWN_BITS, With, integers
 from settings.fields import check, to_dict
 from settings.train import TrainConfig, check_text_flags
 
@@ -144,7 +144,7 @@ READ_WITH = {
     ),
     "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",), needs=(NO_INTEGERS,))),
     "kv_tail": (STORED_PARTLY,),
-    **dict.fromkeys(("key_bits", "value_bits"), (GROUPED,)),
+    **dict.fromkeys(("key_bits", "value_bits"), (GROUPED, OWN_BITS)),
     "key_block": (GROUPED, integers(SELECTING)),
     "kv_sinks": (GROUPED, integers(SELECTING, BY_KEYS)),
     "kv_tail_block": (ROUTED_K,),

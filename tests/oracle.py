@@ -258,9 +258,9 @@ class GroupSettings:
         self.router = router  # weight and bias
         self.mlp = mlp  # weight and bias, twice
         self.ints = (cfg.key_bits, cfg.value_bits) if cfg.key_bits < 16 else None
-        self.key_block = cfg.key_block if self.ints else 1
-        self.block = cfg.key_block if self.ints else cfg.kv_tail_block
-        self.sinks = cfg.kv_sinks if self.ints else 0
+        self.key_block = cfg.block if self.ints else 1
+        self.block = cfg.block if self.ints else cfg.kv_tail_block
+        self.sinks = cfg.first_whole if self.ints else 0
         self.tail = cfg.kv_tail
         self.routed_prefill = cfg.prefill == "routed"
 
@@ -367,8 +367,8 @@ class SelectSettings:
         self.gain = gain  # (Hkv, D) float32
         self.S = cfg.n_groups
         self.ints = (cfg.key_bits, cfg.value_bits) if cfg.key_bits < 16 else None
-        self.key_block = cfg.key_block
-        self.sinks = cfg.kv_sinks if self.ints else 0
+        self.key_block = cfg.block
+        self.sinks = cfg.first_whole if self.ints else 0
         self.routed_prefill = cfg.prefill == "routed"
 
     def value(self, v: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -581,6 +581,8 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
         ("--kv=select --kv_bytes=0.5 --sinks=2", "sinks with kv_bytes=0.5: it is not read then"),
         ("--kv=select --key_rounding=nearest", "leave it out, or give --key_bits=8 --value_bits=8"),
         ("--kv=select --pool=3", "pool with relevance=future"),
+        ("--kv=select --kv_keep=1 --relevance=random", "relevance with kv_keep=1.0: it is not"),
+        ("--kv=select --kv_bytes=0.1 --key_bits=16", "key_bits with kv_bytes=0.1: it is not read"),
         ("--kv=value_groups --key_block=32", "key_block with key_bits=16: it is not read then"),
         ("--kv_sinks=2", "kv_sinks with key_bits=16: it is not read then"),
         ("--kv=mixsga", "train.py --stage=continue"),

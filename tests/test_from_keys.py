@@ -113,7 +113,7 @@ def by_loops(model, x: torch.Tensor, exact_until: int = 0) -> list[torch.Tensor]
                     read[t, head] = z_read @ path.dec[head]
             for t in range(T):
                 tail, leaves = path.cfg.kv_tail, path.cfg.kv_tail_block
-                first = path.cfg.kv_sinks
+                first = path.cfg.first_whole
                 packed = first + max(0, (t + 1 - first - tail) // leaves * leaves)
                 for head in range(H):
                     j = head // n

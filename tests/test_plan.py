@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -146,6 +147,16 @@ def test_advice_of_train_is_accepted(flags, advice):
         ("mlp", "--kv_bits=16 --key_block=32", ""),
         ("base", "--methods=value_groups,select --reconstructor=keys --key_block=32", ""),
         ("mixsga", "--key_block=32", "give --key_bits=8 --value_bits=8"),
+        ("base", "--kv_byte_budgets=.1 --kv_bits=16", ""),
+        ("select", "--kv_bytes=.1 --key_bits=16 --value_bits=16", ""),
+        ("base", "--kv_byte_budgets=.1 --value_bits=16", ""),
+        ("base", "--kv_keep=1 --relevance=random", "give a --kv_keep of less than 1"),
+        ("select", "--kv_bits=4 --budgets=1 --relevance=random", "give a --token_keep of less"),
+        (
+            "select",
+            "--kv_budgets=1 --relevances=random,observed",
+            "add a number of less than 1 to --kv_budgets",
+        ),
     ],
 )
 def test_advice_of_eval_is_accepted(on, flags, advice):
@@ -166,11 +177,26 @@ def test_advice_of_eval_is_accepted(on, flags, advice):
         ("base", "--kv_bytes=.5 --relevance=uniform --observers=4 --allocation=head"),
         ("select", "--relevances=predictor,random --hedge=1"),
         ("select", "--kv_bytes=.5 --relevance=predictor --hedge=1"),
+        ("base", "--kv_byte_budgets=.1 --kv_budgets=.5 --kv_bits=16,4"),
+        ("base", "--kv_byte_budgets=.1 --kv_bits=16,4"),
+        ("base", "--methods=value_groups,select --kv_bytes=.1 --key_bits=16 --value_bits=16"),
+        ("groups", "--key_bits=16 --value_bits=16"),
+        ("base", "--kv_budgets=1,.5 --relevances=random,observed"),
+        ("base", "--kv_bytes=1 --relevance=random"),
     ],
 )
 def test_what_one_of_the_settings_reads_is_accepted(on, flags):
     """A flag that some of the settings tried leave unread, and another one reads."""
     assert plan(RUNS[on], "--tasks=continuation", *flags.split())
+
+
+def test_a_signal_that_drops_no_token_reads_nothing():
+    """A run may have a token relevance, and keep every token: nobody pools by it then."""
+    select = SelectConfig(token_relevance="observed", pool=3)
+    by_tokens = replace(select, token_keep=0.5)
+    beside.check_storing({"pool"}, KVConfig(kv="select"), by_tokens)
+    line = error_line(beside.check_storing, {"pool"}, KVConfig(kv="select"), select)
+    assert line.startswith("pool with relevance=future: it is not read then")
 
 
 def test_every_signal_but_one_has_an_exponent():

@@ -169,20 +169,20 @@ def path_by_hand(path, q, k, v) -> torch.Tensor:
     cfg = path.cfg
     out = torch.zeros_like(q)
     d = D // cfg.n_groups
-    G = cfg.key_block
+    G = cfg.block
     for b in range(B):
         for h in range(H):
             kv = h * Hkv // H
             for t in range(T):
-                n = max(0, (t + 1 - cfg.kv_sinks - cfg.kv_tail) // G * G)
+                n = max(0, (t + 1 - cfg.first_whole - cfg.kv_tail) // G * G)
                 ks = k[b, kv, : t + 1].double().clone()
                 vs = v[b, kv, : t + 1].double().clone()
-                for first in range(cfg.kv_sinks, cfg.kv_sinks + n, G):
+                for first in range(cfg.first_whole, cfg.first_whole + n, G):
                     for c in range(D):
                         ks[first : first + G, c] = uniform_by_hand(
                             k[b, kv, first : first + G, c], cfg.key_bits
                         )
-                for j in range(cfg.kv_sinks, cfg.kv_sinks + n):
+                for j in range(cfg.first_whole, cfg.first_whole + n):
                     norm = [
                         float(v[b, kv, j, g * d : (g + 1) * d].square().sum())
                         for g in range(cfg.n_groups)
@@ -233,9 +233,9 @@ def test_decode_mode_is_what_tokens_one_by_one_read(kv):
     trained = path.train()(x, q, k, v)
     torch.testing.assert_close(got, path_by_hand(path, q, k, v), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(trained, got, rtol=1e-9, atol=1e-9)
-    assert int(cache.n_packed) == (45 - cfg.kv_sinks - cfg.kv_tail) // 16 * 16
+    assert int(cache.n_packed) == (45 - cfg.first_whole - cfg.kv_tail) // 16 * 16
     sinks = cache.view().sinks
-    assert (0 if sinks is None else int(sinks.count)) == cfg.kv_sinks
+    assert (0 if sinks is None else int(sinks.count)) == cfg.first_whole
 
 
 def test_training_over_integers_passes_gradients_straight_through():
@@ -408,7 +408,7 @@ def test_integers_are_refused_where_they_cannot_be():
         ({**four, "key_bits": 5}, "key_bits=5"),
         ({**four, "value_bits": 0}, "kv_bytes"),
         ({**four, "reconstructor": "mlp"}, "mlp"),
-        ({**four, "kv_sinks": -1}, "kv_sinks=-1"),
+        ({**four, "kv_sinks": -2}, "kv_sinks=-2"),
         ({**four, "prefill": "routed"}, "routed"),
         ({**four, "key_block": 48}, "key_block=48"),
     ):

@@ -124,6 +124,7 @@ TABLE = (
     Wrong("bench", "generate --init_from={d}/run --rope_scaling=yarn", "a model that is loaded"),
     Wrong("bench", "generate --kv=select --refit_ridge=1", "refit_ridge with refit=False"),
     Wrong("bench", "generate --kv=select --kv_bytes=0.1 --sinks=2", "sinks with kv_bytes=0.1"),
+    Wrong("bench", "generate --kv=select --kv_bytes=0.1 --key_bits=16", "key_bits with kv_bytes"),
     Wrong("bench", "generate --key_block=32", "key_block with key_bits=16: it is not read then"),
     Wrong("export", "--out_dir={d}/run", "give --to=DIR"),
     # places that are missing, taken or of another kind

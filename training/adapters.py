@@ -180,7 +180,7 @@ def attach_selection(
         "give a run of --stage=select without --prefill and --mask_scope",
     )
     n_context = int(args.train.context * window)
-    needed = kv.kv_tail + max(kv.kv_sinks, select.observers) + 1
+    needed = kv.kv_tail + max(kv.first_whole, select.observers) + 1
     check(
         needed <= n_context < window,
         f"context={args.train.context:g} of {window} tokens",

@@ -190,8 +190,9 @@ def start_from(model: Transformer, kv: KVConfig, where: str | Path, base_sha256:
     )
     check_base(saved, where, base_sha256)
     names = BASIS_SETTINGS if kv.kv == "select" else to_dict(kv)
+    had = from_dict(KVConfig, saved.config["kv"])
     check(
-        all(saved.config["kv"].get(name) == getattr(kv, name) for name in names),
+        all(getattr(had, name) == getattr(kv, name) for name in names),
         f"kv_from={where}",
         "it has other --kv settings",
         "give the flags it was trained with",

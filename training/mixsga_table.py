@@ -47,10 +47,11 @@ from report.rows import filled_cache
 from report.tables import Column, lay_out, share_of_dense, with_spread
 from settings.adapters import AdapterConfig
 from settings.experts import MixConfig
-from settings.fields import to_dict
+from settings.fields import to_dict, to_file
 from settings.train import DataConfig, TrainConfig
 from tasks.instruct import Instruct, instruct
 from tasks.text import mean_loss
+from training import same_run
 from training.loop import NonFinite, Trainer
 from training.shared_heads import share_heads
 from training.stage import Stage
@@ -443,12 +444,17 @@ def run_table(
     done = [r for r in done if r.get("settings") == settings]
     out: list[dict] = []
     for row, key in keys_of(cfg, kv, shared.base.model.cfg):
-        known = next((r for r in done if all(r.get(k) == v for k, v in key.items())), None)
+        known = next((r for r in done if is_of(r, key)), None)
         out.append(known or new_row(shared, row, key, settings))
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(path, out + [r for r in done if r not in out])
     print(f"{table(out)}\n{path}, {time.time() - begin:.0f} s", file=sys.stderr)
     return out
+
+
+def is_of(row: dict, key: dict) -> bool:
+    """Whether an earlier row, of whichever version, is the one that key tells from the others."""
+    return all(same_run.entry(row, name) == same_run.entry(key, name) for name in key)
 
 
 def keys_of(cfg: EvalConfig, kv: KVConfig, m: ModelConfig) -> Iterator[tuple[Row, dict]]:
@@ -460,7 +466,7 @@ def keys_of(cfg: EvalConfig, kv: KVConfig, m: ModelConfig) -> Iterator[tuple[Row
                 {
                     "name": row.name,
                     "seed": seed,
-                    "kv": to_dict(row.kv),
+                    "kv": to_file(row.kv),
                     "mix": to_dict(row.mix),
                     "h2o_asked": list(row.h2o),
                 },

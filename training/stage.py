@@ -17,7 +17,7 @@ from loaders.weights import model_state
 from model import Transformer
 from selection.training import predictor_loss
 from settings.adapters import AdapterConfig
-from settings.fields import to_dict
+from settings.fields import to_dict, to_file
 from tasks.text import answers_loss
 from training.distillation import continuation_loss, distillation_loss
 from training.loss import lm_loss
@@ -60,7 +60,7 @@ class Stage:
             "model": to_dict(self.model.cfg),
             "tokenizer": self.tokenizer.name,
             "adapter": to_dict(self.adapter),
-            "kv": to_dict(self.kv),
+            "kv": to_file(self.kv),
             "seed": self.seed,
             "steps": self.steps,
             "batch_size": self.batch_size,

@@ -40,7 +40,7 @@ def codec_of(cfg: KVConfig, gain: Tensor | None = None) -> FloatCodec | IntCodec
     which levels are relative to, and which nothing may write into from then on."""
     if not cfg.ints:
         return FloatCodec()
-    return IntCodec(IntFormat(cfg.key_bits, cfg.value_bits, cfg.key_block, gain), cfg.kv_sinks)
+    return IntCodec(IntFormat(cfg.key_bits, cfg.value_bits, cfg.block, gain), cfg.first_whole)
 
 
 class IntCodec:

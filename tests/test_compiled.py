@@ -103,6 +103,13 @@ def test_codes_in_words_move_little_between_lanes(compiled):
         assert TRITON < (3, 6) or not by_asm or f["between_lanes"] < 180, f
 
 
+def test_a_thread_rounds_a_key_alone(compiled):
+    """All dimensions of a key that is rounded for queries lie in one thread, whatever Triton makes of
+    the loads: nothing is exchanged between lanes."""
+    rounded, _ = (f for f in compiled if f["kernel"] == "_pack_keys_kernel")
+    assert rounded["between_lanes"] == 0, rounded
+
+
 def run_ptx(text: str, *inputs: int) -> list[int]:
     """What PTX of moves, masks, shifts, look-ups of bytes and of bits leaves in its outputs $0, $1,
     ..., for 32-bit inputs, which come after them."""

@@ -16,6 +16,10 @@ CASES = {  # sequences, layers, KV heads, heads of masks, columns, D, S, bits, b
     "three bits": (3, 1, 2, 2, 33, 16, 2, 3, 16, True),
     "two bits, nearest": (2, 1, 1, 1, 50, 64, 16, 2, 64, False),
     "one column": (1, 1, 1, 1, 1, 16, 4, 4, 16, True),
+    "as generation packs": (2, 1, 3, 1, 131, 64, 8, 4, 64, True),
+    "one group": (1, 2, 1, 1, 70, 128, 1, 2, 32, True),
+    "wide heads": (1, 1, 2, 2, 40, 256, 16, 8, 16, True),
+    "a block that is never full": (3, 1, 1, 1, 90, 32, 8, 3, 128, True),
 }
 
 
@@ -56,7 +60,7 @@ def test_kernels_pack_what_the_plain_passes_pack(case, dtype):
         ours = getattr(got, name)
         plain = getattr(want, name)
         assert ours.dtype == plain.dtype and torch.equal(ours, plain), name
-    for name, least in (("keys", 0.97), ("value_scale", 0.99), ("rows", 0.97)):
+    for name, least in (("keys", 0.98), ("value_scale", 0.99), ("rows", 0.98)):
         ours = getattr(got, name)
         plain = getattr(want, name)
         assert ours.shape == plain.shape and ours.dtype == plain.dtype
@@ -75,3 +79,14 @@ def test_layers_lie_one_after_the_other():
     for name in contexts.PackedInts._fields:
         parts = torch.cat([getattr(one, name) for one in alone])
         assert torch.equal(getattr(together, name), parts), name
+
+
+def test_what_kernels_do_not_pack_is_packed_by_passes():
+    """Heads of 8, sizes that are no power of 2, and 2^31 tokens, which kernels cannot count."""
+    fmt = IntFormat(4, 0, 16, torch.ones(1, 16))
+    one = torch.zeros(1)
+    assert contexts.kernels_pack(fmt, one.expand(3, 5, 16), 4, "triton")
+    assert not contexts.kernels_pack(fmt, one.expand(3, 5, 8), 2, "triton")
+    assert not contexts.kernels_pack(fmt, one.expand(3, 5, 48), 4, "triton")
+    assert not contexts.kernels_pack(fmt, one.expand(3, 5, 48), 3, "triton")
+    assert not contexts.kernels_pack(fmt, one.expand(2**16, 2**15, 16), 4, "triton")

@@ -33,11 +33,13 @@ from storage.integers.format import (
     to_codes,
 )
 from storage.integers.rounding import QueryMoments, error_feedback, gptq_round
-from storage.kernel_base import dense_rows, jit, tl, use_triton
+from storage.kernel_base import TRITON, dense_rows, jit, tl, triton, use_triton
 from storage.layout import cdiv, mask_dtype, mask_to_bits, starts, tile_index, tile_size
 from storage.packing import Context, long_cumsum
 
-TOKENS = 16  # whose values a program takes
+NUMBERS = 4096  # of values that a program takes, of whole tokens
+# Whether Triton spreads the last dimension over lanes where several are as good to load along.
+LAST = tl.constexpr(TRITON >= (3, 7)) if triton else True
 
 
 class PackedInts(NamedTuple):
@@ -123,6 +125,23 @@ def _keys(
 
 
 @jit
+def _load(ptr, BACKWARDS: tl.constexpr):
+    """Load such that the last dimension is spread over lanes, unless numbers lie side by side in
+    another. BACKWARDS: the dimensions, the last one first."""
+    if LAST:
+        return tl.load(ptr)
+    else:
+        return tl.permute(tl.load(tl.permute(ptr, BACKWARDS)), BACKWARDS)
+
+
+@jit
+def _nearest(place, largest):
+    """Round to the nearest code of 0 to largest, of two the even one, where largest < 2^22."""
+    code = tl.minimum(tl.maximum(place, 0.0), largest)
+    return (code + 12582912.0) - 12582912.0
+
+
+@jit
 def _pack_keys_kernel(
     k_ptr,
     source_ptr,
@@ -138,33 +157,37 @@ def _pack_keys_kernel(
     k_stride_b,
     k_stride_h,
     k_stride_t,
+    width,
     D: tl.constexpr,
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Turn the keys of one block of a segment into integers: to the nearest, or where order (B Hkv,
-    D) is given as gptq_round does, share (B Hkv, D, D) in the dimensions' own order."""
+    D) and share (B Hkv, D, D) of error_feedback are given as gptq_round does.
+
+    Then a thread has all dimensions of a token, in that order, and asks no other thread. A rounded
+    one is replaced by its code. They are rounded in D / WIDTH parts, so that no more is done to a
+    part that has been rounded. width: WIDTH, not known when compiling, or each dimension of a part
+    would be written out."""
     segment = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * BLOCK
     n = tl.load(n_ptr + segment)
     if first >= n:
         return
     number = first + tl.arange(0, BLOCK)
-    valid = number < n
-    token = tl.load(token_base_ptr + segment) + number
-    source = tl.load(source_ptr + token, mask=valid, other=0)
+    token = tl.load(token_base_ptr + segment)
+    source = tl.load(source_ptr + token + tl.minimum(number, n - 1))  # past the last, it again
     t = source - segment * C
     i = tl.arange(0, D)
+    if order_ptr is not None:
+        order_ptr += segment * D
+        i = tl.load(order_ptr + i).to(tl.int32)
     k_ptr += segment // Hkv * k_stride_b
     k_ptr += segment % Hkv * k_stride_h
-    here = valid[:, None] & (i >= 0)[None, :]
-    at = t[:, None] * k_stride_t + i[None, :]
-    x = tl.load(k_ptr + at, mask=here, other=0).to(tl.float32)
-    or_more = tl.where(here, x, float("inf"))
-    or_less = tl.where(here, x, float("-inf"))
-    low = tl.min(or_more, 0)
-    high = tl.max(or_less, 0)
-    step, middle = _scale(low, high, BITS)
+    k_ptr += t * k_stride_t
+    x = _load(k_ptr[:, None] + i[None, :], (1, 0)).to(tl.float32)
+    step, middle = _scale(tl.min(x, 0), tl.max(x, 0), BITS)
     block = tl.load(block_base_ptr + segment) + tl.program_id(1)
     scale_ptr += block * 2 * D
     tl.store(scale_ptr + i, step)
@@ -172,36 +195,36 @@ def _pack_keys_kernel(
     if order_ptr is None:
         codes = _codes(x, step[None, :], middle[None, :], BITS)
     else:
-        steps = step.to(tl.float32)
+        tl.debug_barrier()  # a step is read by threads that did not write it
         off = x - middle.to(tl.float32)[None, :]
+        off = tl.reshape(tl.trans(off), (D // 4, 4, BLOCK))
+        # Four numbers of share lie side by side in a thread: one load.
+        rank = tl.arange(0, D // 4)[:, None, None] * 4 + tl.arange(0, 4)[None, :, None]
+        share_ptr += segment * D * D + rank + tl.zeros((1, 1, BLOCK), tl.int32)
         half = 1 << (BITS - 1)
-        share_ptr += segment * D * D + i
-        for back in tl.range(0, D):
-            j = tl.load(order_ptr + segment * D + D - 1 - back)
-            mine = i == j
-            column = mine[None, :]
-            own = tl.sum(tl.where(column, off, 0.0), 1)
-            one = tl.sum(tl.where(mine, steps, 0.0), 0)
-            divisor = tl.zeros_like(own) + one
-            place = tl.div_rn(own, divisor) + (half + 0.5)
-            code = tl.maximum(tl.floor(place), 0.0)
-            code = tl.minimum(code, 2.0 * half - 1)
-            error = own - (code - half) * one  # the product is exact
-            share = tl.load(share_ptr + j * D)  # 0 for what has been rounded
-            rest = off - error[:, None] * share[None, :]
-            off = tl.where(column, code[:, None], rest)
-        codes = off.to(tl.int32)
-    keys_ptr += token * (D * BITS // 8)
-    _store_codes(keys_ptr, codes, valid, BITS, BLOCK, D)
+        for part in tl.static_range(D // WIDTH - 1, -1, -1):
+            end = (part + 1) * WIDTH
+            for back in tl.range(0, width):
+                j = end - 1 - back
+                one = tl.load(scale_ptr + tl.load(order_ptr + j)).to(tl.float32)
+                in_part = (rank >= end - WIDTH) & (rank < end)  # known when compiling
+                mine = in_part & (rank == j)
+                own = tl.sum(tl.sum(tl.where(mine, off, 0.0), 0), 0)
+                code = _nearest(own * (1.0 / one) + half, 2.0 * half - 1)
+                error = own - (code - half) * one  # the product is exact
+                share = _load(share_ptr + j * D, (2, 1, 0))
+                rest = off - error[None, None, :] * share
+                moved = tl.where(mine, code[None, None, :], rest)
+                off = tl.where(rank < end, moved, off)
+        # Back to the dimensions' own order: a product with zeros and ones, which is exact.
+        codes = tl.reshape(off, (D, BLOCK)).to(tl.float16)
+        own_order = (tl.arange(0, D)[:, None] == i[None, :]).to(tl.float16)
+        codes = tl.trans(tl.dot(own_order, codes)).to(tl.int32)
+    keys_ptr += (token + number) * (D * BITS // 8)
+    _store_codes(keys_ptr, codes, number < n, BITS, BLOCK, D)
 
 
 # -------------------- values with levels
-
-
-@jit
-def _round(x):
-    """Round to the nearest integer, of two the even one, where |x| < 2^22."""
-    return (x + 12582912.0) - 12582912.0
 
 
 @jit
@@ -209,6 +232,7 @@ def _pack_levels_kernel(
     z_ptr,
     level_ptr,
     gain_ptr,
+    inverse_ptr,
     source_ptr,
     first_ptr,
     token_base_ptr,
@@ -236,70 +260,56 @@ def _pack_levels_kernel(
     """Turn values of TOKENS tokens into bit planes, the first of a token being row `first` (n,).
     G heads share their levels: the first of them writes masks and, to `before` (n_masks,) int32,
     the rows of its segment before each token. tried (N_TRIED,): factors of steps; UNIT_2,
-    UNIT_3: steps of levels 2 and 3."""
+    UNIT_3: steps of levels 2 and 3; inverse (B Hkv, D): of gain, (B Hkv, D)."""
     begin = tl.program_id(0).to(tl.int64) * TOKENS
     at = begin + tl.arange(0, TOKENS)
     valid = at < n
     is_token = valid[:, None]
-    source = tl.load(source_ptr + at, mask=valid, other=0)
+    source = tl.load(source_ptr + at, mask=valid, other=0).to(tl.int32)  # divides faster
     first = tl.load(first_ptr + at, mask=valid, other=0)
     segment = source // C
     t = source % C
-    level_ptr += (segment // G * C + t) * S
+    level_ptr += (segment // G * C + t).to(tl.int64) * S
 
-    # levels by group, and where each group's planes begin
+    # levels (TOKENS, S), and where each group's planes begin
     g = tl.arange(0, S)
     level = tl.load(level_ptr[:, None] + g[None, :], mask=is_token, other=0)
     level = level.to(tl.int32)
     planes = level + (level == 3).to(tl.int32)
-    BYTES: tl.constexpr = D // 4  # of one plane of all groups; byte c is of group c // ROW
-    ROW: tl.constexpr = D // S // 4
-    c = tl.arange(0, BYTES)
-    group = c // ROW
-    in_row = c % ROW
-    earlier = g[None, :, None] < group[None, None, :]
-    planes_before = tl.where(earlier, planes[:, :, None], 0)
-    row = first[:, None] + tl.sum(planes_before, 1)
+    row = tl.cumsum(planes, 1) - planes  # of the token's own
+    unit = tl.where(level == 3, UNIT_3, 1.0)
+    unit = tl.where(level == 2, UNIT_2, unit)
+    zero = tl.where(level == 3, 128.0, 0.0)
+    zero = tl.where(level == 2, 8.0, zero)
+    zero = tl.where(level == 1, 1.5, zero)[:, :, None]
+    largest = tl.where(level == 3, 255.0, 0.0)
+    largest = tl.where(level == 2, 15.0, largest)
+    largest = tl.where(level == 1, 3.0, largest)[:, :, None]
+    kept = level > 0
+    # What a dropped group has counts for nothing: it becomes 0.
+    inverse_unit = tl.where(kept, 1.0 / unit, 0.0)[:, :, None]
+    unit = tl.where(kept, unit, 0.0)[:, :, None]
 
-    # numbers: quarter p of a group has those whose codes lie at bits 2 p of its bytes
-    p = tl.arange(0, 4)
-    first_dim = group * (4 * ROW) + in_row
-    dim = first_dim[None, :] + p[:, None] * ROW  # (4, BYTES)
-    z_at = segment // Hkv * z_stride_b
-    z_at += segment % Hkv * z_stride_h
-    z_at += t * z_stride_t
+    # numbers (TOKENS, S, d), in units of a group's step where the token's own is 1
+    d: tl.constexpr = D // S
+    dim = g[:, None] * d + tl.arange(0, d)[None, :]
+    z_ptr += (segment // Hkv).to(tl.int64) * z_stride_b
+    z_ptr += (segment % Hkv).to(tl.int64) * z_stride_h
+    z_ptr += t.to(tl.int64) * z_stride_t
     there = valid[:, None, None] & (dim >= 0)[None]
-    gain_at = segment[:, None, None] * D + dim[None]
-    z_at = z_at[:, None, None] + dim[None]
-    gain = tl.load(gain_ptr + gain_at, mask=there, other=1.0)
-    z = tl.load(z_ptr + z_at, mask=there, other=0).to(tl.float32)
-    zeros = tl.zeros_like(z)  # whose shape a divisor has
-    e = tl.div_rn(z, gain)
-    of = tl.load(level_ptr[:, None] + group[None, :], mask=is_token, other=0)
-    of = of.to(tl.int32)[:, None, :]  # (TOKENS, 1, BYTES)
-    kept = of > 0
-    is_1 = of == 1
-    is_2 = of == 2
-    is_3 = of == 3
-    unit = tl.where(is_3, UNIT_3, 1.0)
-    unit = tl.where(is_2, UNIT_2, unit)
-    zero = tl.where(is_3, 128.0, 0.0)
-    zero = tl.where(is_2, 8.0, zero)
-    zero = tl.where(is_1, 1.5, zero)
-    largest = tl.where(is_3, 255.0, 0.0)
-    largest = tl.where(is_2, 15.0, largest)
-    largest = tl.where(is_1, 3.0, largest)
+    of_head = segment[:, None, None] * D + dim[None]
+    gain = tl.load(gain_ptr + of_head, mask=there, other=1.0)
+    inverse = tl.load(inverse_ptr + of_head, mask=there, other=1.0)
+    z = tl.load(z_ptr[:, None, None] + dim[None], mask=there, other=0).to(tl.float32)
+    own = gain * unit
+    x = z * inverse * inverse_unit
 
     # the step that leaves a token the least error
-    squares = tl.where(kept, e * e, 0.0)
-    square = tl.sum(tl.sum(squares, 2), 1)
-    n_kept = tl.sum((level > 0).to(tl.int32), 1)
-    count = n_kept * (D // S)
+    scaled = x * unit
+    square = tl.sum(tl.sum(scaled * scaled, 2), 1)
+    count = tl.sum(kept.to(tl.int32), 1) * d
     mean = tl.div_rn(square, tl.maximum(count, 1).to(tl.float32))
     rms = tl.sqrt_rn(mean)
-    of_unit = tl.where(kept, unit * unit, 0.0)
-    weight = gain * gain * of_unit
-    x = tl.div_rn(e, unit + zeros)
     best = tl.minimum(tl.maximum(rms, LEAST), 65504.0)
     best = best.to(tl.float16)
     least_error = tl.full([TOKENS], float("inf"), tl.float32)
@@ -308,31 +318,31 @@ def _pack_levels_kernel(
         step = tl.maximum(rms * factor, LEAST)
         step = tl.minimum(step, 65504.0).to(tl.float16)
         wide = step.to(tl.float32)
-        place = zero + tl.div_rn(x, wide[:, None, None] + zeros)
-        code = _round(tl.minimum(tl.maximum(place, 0.0), largest))
-        off = code - place
-        errors = off * off * weight
-        error = tl.sum(tl.sum(errors, 2), 1) * (wide * wide)
+        place = zero + x * (1.0 / wide)[:, None, None]
+        off = (_nearest(place, largest) - place) * own
+        error = tl.sum(tl.sum(off * off, 2), 1) * (wide * wide)
         best = tl.where(error < least_error, step, best)
         least_error = tl.minimum(error, least_error)
     tl.store(scale_ptr + at, best, mask=valid)
 
-    own = best.to(tl.float32)[:, None, None] * unit
-    place = tl.div_rn(e, own + zeros) + zero
-    code = _round(tl.minimum(tl.maximum(place, 0.0), largest))
-    code = code.to(tl.int32)
-    n_planes = tl.max(of + is_3.to(tl.int32), 1)
-    shift = (2 * p)[None, :, None]
+    # byte c of a plane has the codes c, c + ROW, c + 2 ROW, c + 3 ROW of its group
+    ROW: tl.constexpr = d // 4
+    place = zero + x * (1.0 / best.to(tl.float32))[:, None, None]
+    code = _nearest(place, largest).to(tl.int32)
+    code = tl.reshape(code, (TOKENS, S, 4, ROW))
+    shift = (2 * tl.arange(0, 4))[None, None, :, None]
+    rows_ptr += first * ROW
+    to = row[:, :, None] * ROW + tl.arange(0, ROW)[None, None, :]
+    to = rows_ptr[:, None, None] + to
     for i in tl.static_range(4):
         plane = (code >> (2 * i)) & 3
-        byte = tl.sum(plane << shift, 1)
-        has = is_token & (n_planes > i)
-        to = rows_ptr + (row + i) * ROW + in_row[None, :]
-        tl.store(to, byte.to(tl.uint8), mask=has)
+        byte = tl.sum(plane << shift, 2)
+        has = is_token & (planes > i)
+        tl.store(to + i * ROW, byte.to(tl.uint8), mask=has[:, :, None])
 
     writes = valid & (segment % G == 0)
     base = tl.load(token_base_ptr + segment, mask=valid, other=0)
-    slot = base // G + at - base
+    slot = at - base + base.to(tl.int32) // G
     low_bit = (level & 1).to(tl.int64)
     high_bit = (level >> 1).to(tl.int64)
     low = tl.sum(low_bit << g[None, :], 1)
@@ -348,10 +358,11 @@ def _pack_levels_kernel(
 
 
 def kernels_pack(fmt: IntFormat, k: Tensor, S: int, impl: str) -> bool:
-    """Say whether kernels pack such contexts: values with levels, and powers of 2."""
+    """Say whether kernels pack such contexts, keys k (..., C, D): values with levels, powers of 2,
+    and fewer than 2^31 tokens."""
     D = k.size(-1)
     powers_of_2 = D & (D - 1) == 0 and S & (S - 1) == 0
-    fits = fmt.levelled and powers_of_2
+    fits = fmt.levelled and powers_of_2 and D >= 16 and k[..., 0].numel() < 2**31
     return fits and use_triton(impl, k.device, k.dtype)
 
 
@@ -402,7 +413,8 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
         share = None
         if query_moment is not None:
             order, share = error_feedback(query_moment.flatten(0, 1))
-            share = as_dimensions(order, share)
+            share = share.contiguous()
+        width = max(4, D // 16)
         _pack_keys_kernel[(B * Hkv, most)](
             k,
             source,
@@ -416,14 +428,20 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
             C,
             Hkv,
             *k.stride()[:3],
+            width,
             D,
             fmt.key_bits,
             fmt.block,
+            width,
+            num_warps=max(1, fmt.block // 32),
         )
-        _pack_levels_kernel[(cdiv(n_tokens, TOKENS),)](
+        gain = gains(fmts, B).contiguous()
+        tokens = max(1, NUMBERS // D)
+        _pack_levels_kernel[(cdiv(n_tokens, tokens),)](
             z,
             mask,
-            gains(fmts, B).contiguous(),
+            gain,
+            gain.reciprocal(),
             source,
             first,
             token_base,
@@ -443,7 +461,7 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
             len(TRIED),
             *LEVEL_STEPS[2:],
             SMALLEST,
-            TOKENS,
+            tokens,
         )
     size = tile_size(S, levelled=True)
     index = tile_index(rows_before, n, size)
@@ -454,11 +472,3 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
 def tried(device: torch.device) -> Tensor:
     """Return TRIED there; copied once, since the host waits for it."""
     return torch.tensor(TRIED, device=device)
-
-
-def as_dimensions(order: Tensor, share: Tensor) -> Tensor:
-    """Return the shares (G, D, D) of error_feedback with dimensions in their own order."""
-    rank = order.argsort(-1)
-    share = share.take_along_dim(rank.unsqueeze(-1), -2)
-    share = share.take_along_dim(rank.unsqueeze(-2), -1)
-    return share.contiguous()

@@ -36,7 +36,7 @@ FEW = 4  # scores that a CPU compares column by column faster than it sorts rows
 
 def cdiv(a, b):
     """Divide and round up: integers, or tensors of them."""
-    return -(-a // b)
+    return (a + (b - 1)) // b
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -137,15 +137,19 @@ def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor
     """Split the rows before each token in two: before and tile_rows of PackedView.
 
     rows_before  (n_masks,) rows of the segment before each token
-    n_packed     (B, Hm) tokens of each segment
-    tile: tokens of a tile"""
+    n_packed     (B, Hm) tokens of each segment, on the host
+    tile: tokens of a tile
+
+    Where tiles begin is worked out on the host, so that nothing waits for the device."""
     n = n_packed.flatten()
-    begin = sum_before(n).repeat_interleave(n, output_size=len(rows_before))
-    number = torch.arange(len(rows_before), device=n.device) - begin  # of a token in its segment
-    first = number % tile == 0
-    tile_rows = rows_before[first].int()
-    before = rows_before - tile_rows[first.cumsum(0) - 1]
-    return before.to(torch.uint8), tile_rows
+    tiles = cdiv(n, tile)
+    number = slots(torch.zeros_like(n), tiles)  # of a tile in its segment
+    first = sum_before(n).repeat_interleave(tiles) + number * tile  # token of each tile
+    size = first.diff(append=n.sum(0, keepdim=True))
+    first, size = torch.stack((first, size)).to(rows_before.device)
+    tile_rows = rows_before[first]
+    before = rows_before - tile_rows.repeat_interleave(size, output_size=len(rows_before))
+    return before.to(torch.uint8), tile_rows.int()
 
 
 # -------------------- segments in a flat tensor
@@ -178,6 +182,13 @@ def segment_starts(
     }
 
 
+def copied_at_once(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy tensors of one type from the host, by name, all in one piece."""
+    flat = torch.cat([t.flatten() for t in tensors.values()]).to(device)
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {name: t.view(tensors[name].shape) for name, t in zip(tensors, parts, strict=True)}
+
+
 def slots(base: Tensor, count: Tensor) -> Tensor:
     """List the slots base, ..., base + count - 1 of every segment, one segment after the other.
 
@@ -199,13 +210,13 @@ def copy_segments(old: Tensor, new: Tensor, n_segments: int) -> None:
     after[:, :n] = before[:, :n]
 
 
-def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def cat_each(groups: Sequence[Sequence[Tensor]], aligned: int = ALIGNED) -> list[Tensor]:
     """Concatenate the tensors of every group; all are alike but for their first dimension. The
-    results are views of one tensor where each is as aligned there as if it were alone."""
+    results are views of one tensor where each begins at a multiple of `aligned` bytes there."""
     like = groups[0][0]
     row = like.shape[1:].numel() * like.element_size()  # bytes
     sizes = [sum(len(t) for t in group) for group in groups]
-    if any(n * row % ALIGNED for n in sizes[:-1]):
+    if any(n * row % aligned for n in sizes[:-1]):
         return [torch.cat(group) for group in groups]
     return list(torch.cat([t for group in groups for t in group]).split(sizes))
 

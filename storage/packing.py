@@ -308,8 +308,8 @@ class PackedValues(NamedTuple):
     bits: Tensor  # (n_masks,) of mask_dtype, by mask head
     before: Tensor  # (n_masks,) uint8
     tile_rows: Tensor  # (tiles,) int32
-    n_packed: Tensor  # (B, Hm) int64 tokens that survive
-    n_rows: Tensor  # (B, Hm) int64 rows
+    n_packed: Tensor  # (B, Hm) int64 tokens that survive, on the host
+    n_rows: Tensor  # (B, Hm) int64 rows, on the host
 
 
 def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedValues:
@@ -318,7 +318,7 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedV
     S = mask.size(-1)
     bits = mask_to_bits(mask[keep])
     count = mask.sum(-1)  # (B, Hm, C) rows of each token
-    n_packed = keep.sum(-1)
+    n_packed = keep.sum(-1).cpu()
     before, tile_rows = tile_index((count.cumsum(-1) - count)[keep], n_packed, tile_size(S))
     flat = mask.expand(-1, Hkv, -1, -1).reshape(-1)  # one index per row, not four
     return PackedValues(
@@ -328,7 +328,7 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedV
         before,
         tile_rows,
         n_packed,
-        count.sum(-1),
+        count.sum(-1).cpu(),
     )
 
 
@@ -411,7 +411,7 @@ def pack_values(
     keep  (B, Hm, C) bool, tokens that survive; Hm = 1 or Hkv
     mask  (B, Hm, C, S) bool, their groups; False where a token is not kept
 
-    The kernel reads each kept key and value once; one host sync, for the sizes."""
+    The kernel reads each kept key and value once; one host sync before it, for the counts."""
     if not use_triton(impl, k.device, k.dtype):
         return pack_values_ref(k, z, keep, mask)
     B, Hkv, C, D = k.shape
@@ -425,8 +425,9 @@ def pack_values(
     # Tokens and rows of every block.
     count = torch.stack((keep.view(torch.uint8), mask.sum(-1, dtype=torch.uint8)))  # (2, B, Hm, C)
     count = F.pad(count, (0, -C % BLOCK)).unflatten(-1, (n_blocks, BLOCK)).sum(-1)
-    n_packed, n_rows = count.sum(-1)  # (B, Hm)
-    n_tokens, total = torch.stack((n_packed.sum(), n_rows.sum())).tolist()
+    n_packed, n_rows = count.sum(-1).cpu()  # (B, Hm)
+    n_tokens = int(n_packed.sum())
+    total = int(n_rows.sum())
     keys = k.new_empty(n_tokens * G, D)
     rows = z.new_empty(total * G, D // S)
     bits = torch.empty(n_tokens, dtype=mask_dtype(S), device=k.device)

@@ -33,12 +33,15 @@ from storage.cache import (
     of_one_width,
 )
 from storage.dense import DenseCache, write_ring
+from storage.kernel_base import ANYWHERE
 from storage.layout import (
+    ALIGNED,
     PackedView,
     WindowView,
     bits_to_mask,
     cat_each,
     cdiv,
+    copied_at_once,
     mask_dtype,
     mask_to_bits,
     segment_starts,
@@ -218,8 +221,8 @@ class RaggedCache(DenseCache):
     @classmethod
     def cat_layers(cls, layers: Sequence[Sequence[RaggedCache]]) -> list[RaggedCache]:
         """Join the caches of layers that store alike all at once: `cat`, which does it one by one,
-        is the reference. The layers' tensors are views of common ones, or of their own where those
-        would be less aligned."""
+        is the reference. The layers' tensors are views of common ones, or their own where kernels
+        look at how they are aligned and views would be less so."""
         if not any(len(cache.bits) for caches in layers for cache in caches):
             return super().cat_layers(layers)
         for caches in layers:
@@ -230,12 +233,16 @@ class RaggedCache(DenseCache):
             tensors = [[getattr(c, name) for c in caches] for caches in layers]
             if name in cls.GROWS:
                 tensors = [of_one_width(windows) for windows in tensors]
-            joined[name] = cat_each(tensors)
-        counts = {name: torch.cat(joined[name]) for name in ("n_packed", "n_rows")}
-        for name, t in segment_starts(*counts.values(), *one.sizes).items():
-            of_layers, _ = from_own_start(t, len(layers))
-            joined[name] = cat_each([(own,) for own in of_layers])
-        longest = counts["n_packed"].view(len(layers), -1).amax(-1).tolist()
+            anywhere = f"{name}_ptr" in ANYWHERE
+            joined[name] = cat_each(tensors, 1 if anywhere else ALIGNED)
+        counts = [torch.cat(joined[name]) for name in ("n_packed", "n_rows")]
+        n_packed, n_rows = torch.stack(counts).cpu()  # the host waits once
+        bases = {}
+        for name, t in segment_starts(n_packed, n_rows, *one.sizes).items():
+            bases[name], _ = from_own_start(t, len(layers))
+        for name, t in copied_at_once(bases, one.n_packed.device).items():
+            joined[name] = t.unbind()
+        longest = n_packed.view(len(layers), -1).amax(-1).tolist()
         out = []
         for i, caches in enumerate(layers):
             cache = copy.copy(caches[0])
@@ -288,7 +295,7 @@ class RaggedCache(DenseCache):
         context = Context(k, z, keep, mask, query_moment, predict)
         held, index = self.codec.pack_sequences([self.codec], context)
         for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
-            setattr(self, name, t)
+            setattr(self, name, t.to(k.device))
         self.n_context = valid.sum(-1)
         if bits_from is None:
             self.set_bases()
@@ -451,12 +458,12 @@ def after_first(valid: Tensor, n_first: int) -> Tensor:
     return valid & (valid.cumsum(-1) > n_first) if n_first else valid
 
 
-def from_own_start(base: Tensor, L: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Cut where the segments of L layers start, base (L B, h), counted from the first layer's, into
-    (B, h) for each layer, counted from its own; and return where each starts, (L,)."""
+def from_own_start(base: Tensor, L: int) -> tuple[Tensor, list[int]]:
+    """Return where the segments of L layers start, base (L B, h), counted from the first layer's,
+    as counted from their own layer's, (L, B, h); and where each layer starts. On the host."""
     of_layer = base.view(L, -1)
     begin = of_layer[:, :1]
-    return (of_layer - begin).view(L, -1, base.size(1)).unbind(), begin.flatten()
+    return (of_layer - begin).view(L, -1, base.size(1)), begin.flatten().tolist()
 
 
 @torch.no_grad()
@@ -478,7 +485,8 @@ def pack_layers(
     query_moment  (L, B, Hkv, D, D), or None
 
     Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
-    once. The host waits for sizes, a few times however many layers there are."""
+    once. The host waits for counts, twice however many layers there are, and then works out alone
+    where things lie."""
     codec = caches[0].codec
     levelled = mask.dtype == torch.uint8
     for cache in caches:
@@ -517,18 +525,15 @@ def _pack_some(
     held, index = one.codec.pack_sequences(codecs, Context(*flat, moment))
     held |= dict(zip(SHARED, index, strict=True))
     counts = {name: held.pop(name) for name in ("n_packed", "n_rows")}
-    bases = segment_starts(*counts.values(), *one.sizes)
-    parts = {name: t.unflatten(0, (L, B)).unbind() for name, t in counts.items()}
-    begin = {}
-    for name, t in bases.items():
-        parts[name], begin[name] = from_own_start(t, L)
-    longest = counts["n_packed"].amax()
-    *bounds, longest = torch.cat((*begin.values(), longest[None])).tolist()  # the host waits once
-    by_base = (bounds[i : i + L] for i in range(0, len(bounds), L))
-    first = dict(zip(begin, by_base, strict=True))
+    of_segments = {name: t.unflatten(0, (L, B)) for name, t in counts.items()}
+    first = {}
+    for name, t in segment_starts(*counts.values(), *one.sizes).items():
+        of_segments[name], first[name] = from_own_start(t, L)
+    parts = {name: t.unbind() for name, t in copied_at_once(of_segments, k.device).items()}
     for name, t in held.items():
         ends = [*first[one.owners[name] + "_base"], len(t)]
         parts[name] = t.split([b - a for a, b in pairwise(ends)])
+    longest = int(counts["n_packed"].max())
     for i, cache in enumerate(caches):
         cache.take({name: of_layers[i] for name, of_layers in parts.items()}, longest)
 

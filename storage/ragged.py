@@ -549,27 +549,26 @@ def fill_windows(
     k, v   (L, B, Hkv, T, D)
     n_pad  (B,) of the columns padding; None: none"""
     L, B, Hkv, T, D = k.shape
-    device = k.device
     n_first = min(caches[0].codec.n_sinks, C)
-    pad = torch.zeros(B, dtype=torch.int64, device=device) if n_pad is None else n_pad
-    n_sinks = n_first - (pad + n_first - C).clamp(0, n_first)  # (B,) fewer in a shorter context
-    region = (pad - C).clamp_min(0) + C  # the first column after the context
+    pad = k.new_zeros(B, dtype=torch.int64) if n_pad is None else n_pad
+    n_sinks = (C - pad).clamp(0, n_first)  # (B,) fewer in a shorter context
+    skipped = pad.clamp_min(C) - n_sinks  # columns before the region that are in no slot
     longest = n_first + T - C
-    slot = torch.arange(longest, device=device)
-    after = slot - n_sinks[:, None]  # slots from the region's first on
-    column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, longest)
-    empty = (column >= T)[:, None, :, None]
-    column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, longest, D)
     W = max(caches[0].max_len + n_first, longest)
+    slot = torch.arange(W, device=k.device)
+    is_first = slot < n_sinks[:, None]
+    column = slot + torch.where(is_first, pad[:, None], skipped[:, None])  # (B, W)
+    empty = (column >= T)[:, None, :, None]
+    column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, W, D)
 
     def window(whole: Tensor) -> tuple[Tensor, ...]:
-        held = whole.gather(3, column).to(caches[0].dtype).masked_fill_(empty, 0)
-        return F.pad(held, (0, 0, 0, W - longest)).unbind()
+        held = whole.gather(3, column).to(caches[0].dtype)
+        return held.masked_fill_(empty, 0).unbind()
 
     window_k = window(k)
     window_v = window(v)
-    n_window = (n_sinks + T - region).repeat(L, 1).unbind()  # kernels count in it
-    n_context = (torch.stack([cache.n_context for cache in caches]) - n_sinks).unbind()
+    n_window = (T - skipped).repeat(L, 1).unbind()  # kernels count in it
+    n_context = (skipped - pad).repeat(L, 1).unbind()
     for i, cache in enumerate(caches):
         cache.window_k = window_k[i]
         cache.window_v = window_v[i]

@@ -32,7 +32,7 @@ from storage.integers.format import (
     split_levels,
     to_codes,
 )
-from storage.integers.rounding import QueryMoments, error_feedback, gptq_round
+from storage.integers.rounding import QueryMoments, error_feedback, gptq_round, reordered
 from storage.kernel_base import dense_rows, jit, tl, use_triton
 from storage.layout import cdiv, mask_dtype, mask_to_bits, starts, tile_index, tile_size
 from storage.packing import Context, long_cumsum
@@ -376,7 +376,7 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     share = None
     if query_moment is not None:
         order, share = error_feedback(query_moment.flatten(0, 1))
-        share = as_dimensions(order, share)
+        share = reordered(share, order.argsort(-1))  # dimensions as they are
     n_planes = mask + (mask == 3)
     count = n_planes.sum(-1, dtype=torch.int32)  # (B, Hm, C)
     n_packed, n_rows = torch.stack((keep.sum(-1), count.sum(-1))).cpu()  # (B, Hm)
@@ -451,11 +451,3 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
 def tried(device: torch.device) -> Tensor:
     """Return TRIED there; copied once, since the host waits for it."""
     return torch.tensor(TRIED, device=device)
-
-
-def as_dimensions(order: Tensor, share: Tensor) -> Tensor:
-    """Return the shares (G, D, D) of error_feedback with dimensions in their own order."""
-    rank = order.argsort(-1)
-    share = share.take_along_dim(rank.unsqueeze(-1), -2)
-    share = share.take_along_dim(rank.unsqueeze(-2), -1)
-    return share.contiguous()

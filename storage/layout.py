@@ -133,20 +133,25 @@ def tile_size(n_groups: int, levelled: bool = False) -> int:
     return min(64, 256 // rows)
 
 
-def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Split the rows before each token in two: before and tile_rows of PackedView.
-
-    rows_before  (n_masks,) rows of the segment before each token
-    n_packed     (B, Hm) tokens of each segment, on the host
-    tile: tokens of a tile
-
-    Where tiles begin is worked out on the host, so that nothing waits for the device."""
+def tiles_of(n_packed: Tensor, tile: int, device: torch.device) -> Tensor:
+    """Return the first token of each tile, and how many it has: (2, tiles) int64 on the device.
+    n_packed: (B, Hm) tokens of each segment, on the host; tile: tokens of a full tile."""
     n = n_packed.flatten()
     tiles = cdiv(n, tile)
     number = slots(torch.zeros_like(n), tiles)  # of a tile in its segment
-    first = sum_before(n).repeat_interleave(tiles) + number * tile  # token of each tile
+    first = sum_before(n).repeat_interleave(tiles) + number * tile
     size = first.diff(append=n.sum(0, keepdim=True))
-    first, size = torch.stack((first, size)).to(rows_before.device)
+    return torch.stack((first, size)).to(device, non_blocking=True)
+
+
+def tile_index(rows_before: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the rows before each token in two: before and tile_rows of PackedView.
+
+    rows_before  (n_masks,) rows of the segment before each token
+    tiles        see tiles_of
+
+    Nothing waits for the device."""
+    first, size = tiles
     tile_rows = rows_before[first]
     before = rows_before - tile_rows.repeat_interleave(size, output_size=len(rows_before))
     return before.to(torch.uint8), tile_rows.int()
@@ -183,8 +188,9 @@ def segment_starts(
 
 
 def copied_at_once(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy tensors of one type from the host, by name, all in one piece."""
-    flat = torch.cat([t.flatten() for t in tensors.values()]).to(device)
+    """Copy tensors of one type from the host, by name, all in one piece. Nothing waits for the
+    device."""
+    flat = torch.cat([t.flatten() for t in tensors.values()]).to(device, non_blocking=True)
     parts = flat.split([t.numel() for t in tensors.values()])
     return {name: t.view(tensors[name].shape) for name, t in zip(tensors, parts, strict=True)}
 

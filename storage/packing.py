@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from storage.kernel_base import dense_rows, jit, tl, triton, use_triton
-from storage.layout import cdiv, mask_dtype, mask_to_bits, tile_index, tile_size
+from storage.layout import cdiv, mask_dtype, mask_to_bits, tile_index, tile_size, tiles_of
 
 SPAN = 8192  # entries of a row that a program of take_within sees
 CHUNK = 512  # and how many of them at a time
@@ -319,7 +319,8 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedV
     bits = mask_to_bits(mask[keep])
     count = mask.sum(-1)  # (B, Hm, C) rows of each token
     n_packed = keep.sum(-1).cpu()
-    before, tile_rows = tile_index((count.cumsum(-1) - count)[keep], n_packed, tile_size(S))
+    tiles = tiles_of(n_packed, tile_size(S), k.device)
+    before, tile_rows = tile_index((count.cumsum(-1) - count)[keep], tiles)
     flat = mask.expand(-1, Hkv, -1, -1).reshape(-1)  # one index per row, not four
     return PackedValues(
         k[keep.expand(-1, Hkv, -1)],
@@ -426,6 +427,7 @@ def pack_values(
     count = torch.stack((keep.view(torch.uint8), mask.sum(-1, dtype=torch.uint8)))  # (2, B, Hm, C)
     count = F.pad(count, (0, -C % BLOCK)).unflatten(-1, (n_blocks, BLOCK)).sum(-1)
     n_packed, n_rows = count.sum(-1).cpu()  # (B, Hm)
+    tiles = tiles_of(n_packed, tile_size(S), k.device)  # now: a large copy waits for kernels
     n_tokens = int(n_packed.sum())
     total = int(n_rows.sum())
     keys = k.new_empty(n_tokens * G, D)
@@ -459,5 +461,5 @@ def pack_values(
             BLOCK,
             num_warps=8 if D > 64 else 4,
         )
-    before, tile_rows = tile_index(rows_before, n_packed, tile_size(S))
+    before, tile_rows = tile_index(rows_before, tiles)
     return PackedValues(keys, rows, bits, before, tile_rows, n_packed, n_rows)

@@ -295,7 +295,7 @@ class RaggedCache(DenseCache):
         context = Context(k, z, keep, mask, query_moment, predict)
         held, index = self.codec.pack_sequences([self.codec], context)
         for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
-            setattr(self, name, t.to(k.device))
+            setattr(self, name, t.to(k.device, non_blocking=True))
         self.n_context = valid.sum(-1)
         if bits_from is None:
             self.set_bases()

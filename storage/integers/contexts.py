@@ -34,7 +34,15 @@ from storage.integers.format import (
 )
 from storage.integers.rounding import QueryMoments, error_feedback, gptq_round, reordered
 from storage.kernel_base import dense_rows, jit, tl, use_triton
-from storage.layout import cdiv, mask_dtype, mask_to_bits, starts, tile_index, tile_size
+from storage.layout import (
+    cdiv,
+    mask_dtype,
+    mask_to_bits,
+    starts,
+    tile_index,
+    tile_size,
+    tiles_of,
+)
 from storage.packing import Context, long_cumsum
 
 TOKENS = 16  # whose values a program takes
@@ -92,8 +100,8 @@ def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
     n_packed = keep.sum(-1).cpu()
     n_rows = count.sum(-1).cpu()
     before = count.cumsum(-1) - count
-    size = tile_size(mask.size(-1), fmt.levelled)
-    index = tile_index(before[keep], n_packed, size)
+    tiles = tiles_of(n_packed, tile_size(mask.size(-1), fmt.levelled), k.device)
+    index = tile_index(before[keep], tiles)
     bits = mask_to_bits(word[keep])
     return PackedInts(keys, rows, key_scale, scale, bits, *index, n_packed, n_rows)
 
@@ -387,7 +395,10 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     n = n_packed.expand(-1, Hkv)
     blocks = cdiv(n, fmt.block)
     segments = (n, starts(n), starts(blocks), starts(n_rows.expand(-1, Hkv)))
-    n_here, token_base, block_base, row_base = torch.stack(segments).to(k.device)
+    on_device = torch.stack(segments).to(k.device, non_blocking=True)
+    n_here, token_base, block_base, row_base = on_device
+    size = tile_size(S, levelled=True)
+    tiles = tiles_of(n_packed, size, k.device)  # now: a large copy waits for kernels
 
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=k.device)
@@ -442,8 +453,7 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
             SMALLEST,
             TOKENS,
         )
-    size = tile_size(S, levelled=True)
-    index = tile_index(rows_before, n_packed, size)
+    index = tile_index(rows_before, tiles)
     return PackedInts(keys, rows, key_scale, scale, bits, *index, n_packed, n_rows)
 
 

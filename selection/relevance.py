@@ -287,7 +287,9 @@ class Prompt:
         columns = self.column[-SPAN:]
         room = (len(self.rope[0]) - self.length).clamp(1, READ)  # (B or 1, 1)
         # counted from the end: rows are as if alone
-        ahead = ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long()
+        n = len(columns)
+        from_end = torch.arange(n - 1, -1, -1, dtype=torch.float64, device=columns.device)
+        ahead = (from_end * GOLDEN % 1 * room).long()
         return self.turn(columns, ahead)
 
     def moments(self) -> Tensor:
@@ -324,7 +326,7 @@ class Prompt:
         columns = (
             self.n_context - 1 - self.column[: min(cfg.past, self.n_context)] * every
         ).clamp_min(0)
-        there = self.real.gather(1, columns).float()
+        there = None if self.pad is None else self.real.gather(1, columns).float()
         reach = self.T - self.n_context + max(SPAN, cfg.past)
         return self.received(self.moved(columns, cfg.ahead, reach), weight=there)[0]
 

@@ -476,7 +476,8 @@ def pack_layers(
     valid: Tensor,
     query_moment: Tensor | None = None,
 ) -> None:
-    """Pack L layers at once, which RaggedCache.pack does one by one.
+    """Pack L layers at once, which RaggedCache.pack does one by one. fill_windows follows, and
+    counts their contexts.
 
     k, z   (L, B, Hkv, C, D)
     keep   (L, B, Hm, C) bool
@@ -501,9 +502,7 @@ def pack_layers(
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]
         _pack_some(caches[some], k[some], z[some], keep[some], mask[some], moment)
-    n_context = valid.sum(-1).repeat(len(caches), 1)
-    for cache, own in zip(caches, n_context.unbind(), strict=True):
-        cache.n_context = own
+    for cache in caches:
         cache.max_len -= valid.size(1)
         cache.fresh = False
 

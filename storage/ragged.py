@@ -524,11 +524,14 @@ def _pack_some(
     held, index = one.codec.pack_sequences(codecs, Context(*flat, moment))
     held |= dict(zip(SHARED, index, strict=True))
     counts = {name: held.pop(name) for name in ("n_packed", "n_rows")}
-    of_segments = {name: t.unflatten(0, (L, B)) for name, t in counts.items()}
+    own_counts = {name: t.unflatten(0, (L, B)) for name, t in counts.items()}
+    bases = {}
     first = {}
     for name, t in segment_starts(*counts.values(), *one.sizes).items():
-        of_segments[name], first[name] = from_own_start(t, L)
-    parts = {name: t.unbind() for name, t in copied_at_once(of_segments, k.device).items()}
+        bases[name], first[name] = from_own_start(t, L)
+    # apart, since bases are not kept in files
+    of_segments = copied_at_once(own_counts, k.device) | copied_at_once(bases, k.device)
+    parts = {name: t.unbind() for name, t in of_segments.items()}
     for name, t in held.items():
         ends = [*first[one.owners[name] + "_base"], len(t)]
         parts[name] = t.split([b - a for a, b in pairwise(ends)])

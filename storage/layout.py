@@ -187,14 +187,6 @@ def segment_starts(
     }
 
 
-def copied_at_once(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copy tensors of one type from the host, by name, all in one piece. Nothing waits for the
-    device."""
-    flat = torch.cat([t.flatten() for t in tensors.values()]).to(device, non_blocking=True)
-    parts = flat.split([t.numel() for t in tensors.values()])
-    return {name: t.view(tensors[name].shape) for name, t in zip(tensors, parts, strict=True)}
-
-
 def slots(base: Tensor, count: Tensor) -> Tensor:
     """List the slots base, ..., base + count - 1 of every segment, one segment after the other.
 

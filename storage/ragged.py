@@ -41,7 +41,6 @@ from storage.layout import (
     bits_to_mask,
     cat_each,
     cdiv,
-    copied_at_once,
     mask_dtype,
     mask_to_bits,
     segment_starts,
@@ -464,6 +463,14 @@ def from_own_start(base: Tensor, L: int) -> tuple[Tensor, list[int]]:
     of_layer = base.view(L, -1)
     begin = of_layer[:, :1]
     return (of_layer - begin).view(L, -1, base.size(1)), begin.flatten().tolist()
+
+
+def copied_at_once(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy tensors of one type from the host, by name, all in one piece. Nothing waits for the
+    device."""
+    flat = torch.cat([t.flatten() for t in tensors.values()]).to(device, non_blocking=True)
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {name: t.view(tensors[name].shape) for name, t in zip(tensors, parts, strict=True)}
 
 
 @torch.no_grad()

@@ -82,6 +82,7 @@ class Prices(NamedTuple):
     gain: tuple[float, ...]  # of it: squared error off a group of variance 1, as it counts
 
 
+@cache
 def prices(kv: KVConfig, head_dim: int, heads: int) -> Prices:
     """Return the prices of a mask that `heads` KV heads share."""
     S = kv.n_groups
@@ -298,7 +299,7 @@ def spend_bytes(
             return choose_levels(energy, m, price.gain, price.step, price.key)
 
         levels = within_budget(prompt, energy, budget, cfg.allocation, best)
-        keep = (levels > 0).any(-1)
+        keep = levels.amax(-1) > 0
     else:
         worth = (energy.unsqueeze(-1) * energy.new_tensor(price.gain)).flatten(-2)
         cost = torch.tensor(price.step, device=energy.device).repeat(S)

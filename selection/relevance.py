@@ -127,6 +127,11 @@ class Prompt:
         return self.column[:1, None] if self.pad is None else self.pad[:, None]
 
     @cached_property
+    def length(self) -> Tensor:
+        """Tokens of each row: (B or 1, 1) int64."""
+        return self.T - self.start
+
+    @cached_property
     def keys(self) -> Tensor:
         """(L, B, Hkv, T, D)."""
         return stacked(self.k, self.impl)
@@ -199,9 +204,11 @@ class Prompt:
         L, _, H, R, D = layers[0].shape
         columns = columns - (self.T - R)
         if columns.ndim == 1:
-            return torch.cat([q.index_select(3, columns) for q in layers])
-        index = columns[:, None, :, None].expand(L, -1, H, -1, D)
-        return torch.cat([q.gather(3, index) for q in layers])
+            picked = [q.index_select(3, columns) for q in layers]
+        else:
+            index = columns[:, None, :, None].expand(L, -1, H, -1, D)
+            picked = [q.gather(3, index) for q in layers]
+        return picked[0] if near else torch.cat(picked)
 
     def received(
         self,
@@ -274,18 +281,19 @@ class Prompt:
         """cos and sin (B or 1, 1, Q, D/2) that move queries of columns (Q,) or (B, Q) to `ahead`
         after the prompt, no further than the model's context: a row's tokens count from its
         first."""
-        place = (self.T - self.start + ahead).clamp_max(len(self.rope[0]) - 1) - (
-            columns - self.start
-        ).clamp_min(0)
+        last = len(self.rope[0]) - 1
+        place = (self.length + ahead).clamp_max(last) - (columns - self.start).clamp_min(0)
         return tuple(t[place].unsqueeze(-3) for t in self.rope)
 
     @cached_property
     def to_come(self) -> tuple[Tensor, Tensor]:
         """How `moments` turns the prompt's last queries: see turn."""
         columns = self.column[-SPAN:]
-        room = (len(self.rope[0]) - self.T + self.start).clamp(1, READ)  # (B or 1, 1)
+        room = (len(self.rope[0]) - self.length).clamp(1, READ)  # (B or 1, 1)
         # counted from the end: rows are as if alone
-        ahead = ((self.T - 1 - columns).double() * GOLDEN % 1 * room).long()
+        n = len(columns)
+        from_end = torch.arange(n - 1, -1, -1, dtype=torch.float64, device=columns.device)
+        ahead = (from_end * GOLDEN % 1 * room).long()
         return self.turn(columns, ahead)
 
     def moments(self) -> Tensor:
@@ -295,20 +303,20 @@ class Prompt:
         queries, as if they came among the READ tokens after it, or as many as fit the model's
         context (RoPE turns them further). A kernel sums in float32."""
         last = self.recent[..., -SPAN:, :]  # (L, B, H, Q, D)
-        real = self.real[:, -SPAN:, None].double()  # (B, Q, 1)
-        n = real.sum(1).clamp_min(1)[:, None, None]  # (B, 1, 1, 1)
+        real = self.real[:, -SPAN:]  # (B, Q)
+        n = real.sum(1).clamp_min(1)[:, None, None, None]
         D = last.size(-1)
         fits = D >= 16 and is_power_of_2(D)
         if fits and use_triton(self.impl, last.device, last.dtype):
             Hkv = self.k[0].size(1)
-            there = None if self.pad is None else self.real[:, -SPAN:]
+            there = None if self.pad is None else real
             total = turned_moments(last, *self.to_come, there, Hkv)
             return total.double() / (n * (last.size(2) // Hkv))
         step = max(1, (CHUNK >> 2) // max(1, last[0].numel()))
         out = []
         for i in range(0, self.L, step):
             q = apply_rope(last[i : i + step].float(), *self.to_come).double()
-            read = q if self.pad is None else q * real[:, None]
+            read = q if self.pad is None else q * real[:, None, :, None]
             of_heads = (read.mT @ q).unflatten(2, (self.k[0].size(1), -1))
             out.append(of_heads.mean(3) / n)
         return torch.cat(out)
@@ -322,7 +330,7 @@ class Prompt:
         columns = (
             self.n_context - 1 - self.column[: min(cfg.past, self.n_context)] * every
         ).clamp_min(0)
-        there = self.real.gather(1, columns).float()
+        there = None if self.pad is None else self.real.gather(1, columns).float()
         reach = self.T - self.n_context + max(SPAN, cfg.past)
         return self.received(self.moved(columns, cfg.ahead, reach), weight=there)[0]
 

@@ -334,7 +334,7 @@ class PromptState:
     first      the first layer's cache, whose masks others may share, while layers choose in turn"""
 
     def __init__(self, cache: KVCache):
-        self._cache = weakref.ref(cache)  # its layers lead here: a cache is freed with its last user
+        self._cache = weakref.ref(cache)  # layers lead here: a cycle would keep the cache
         self.reset()
 
     @property

@@ -36,7 +36,7 @@ FEW = 4  # scores that a CPU compares column by column faster than it sorts rows
 
 def cdiv(a, b):
     """Divide and round up: integers, or tensors of them."""
-    return -(-a // b)
+    return (a + (b - 1)) // b
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -133,19 +133,28 @@ def tile_size(n_groups: int, levelled: bool = False) -> int:
     return min(64, 256 // rows)
 
 
-def tile_index(rows_before: Tensor, n_packed: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+def tiles_of(n_packed: Tensor, tile: int, device: torch.device) -> Tensor:
+    """Return the first token of each tile, and how many it has: (2, tiles) int64 on the device.
+    n_packed: (B, Hm) tokens of each segment, on the host; tile: tokens of a full tile."""
+    n = n_packed.flatten()
+    tiles = cdiv(n, tile)
+    number = slots(torch.zeros_like(n), tiles)  # of a tile in its segment
+    first = sum_before(n).repeat_interleave(tiles) + number * tile
+    size = first.diff(append=n.sum(0, keepdim=True))
+    return torch.stack((first, size)).to(device, non_blocking=True)
+
+
+def tile_index(rows_before: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Split the rows before each token in two: before and tile_rows of PackedView.
 
     rows_before  (n_masks,) rows of the segment before each token
-    n_packed     (B, Hm) tokens of each segment
-    tile: tokens of a tile"""
-    n = n_packed.flatten()
-    begin = sum_before(n).repeat_interleave(n, output_size=len(rows_before))
-    number = torch.arange(len(rows_before), device=n.device) - begin  # of a token in its segment
-    first = number % tile == 0
-    tile_rows = rows_before[first].int()
-    before = rows_before - tile_rows[first.cumsum(0) - 1]
-    return before.to(torch.uint8), tile_rows
+    tiles        see tiles_of
+
+    Nothing waits for the device."""
+    first, size = tiles
+    tile_rows = rows_before[first]
+    before = rows_before - tile_rows.repeat_interleave(size, output_size=len(rows_before))
+    return before.to(torch.uint8), tile_rows.int()
 
 
 # -------------------- segments in a flat tensor
@@ -199,13 +208,13 @@ def copy_segments(old: Tensor, new: Tensor, n_segments: int) -> None:
     after[:, :n] = before[:, :n]
 
 
-def cat_each(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def cat_each(groups: Sequence[Sequence[Tensor]], aligned: int = ALIGNED) -> list[Tensor]:
     """Concatenate the tensors of every group; all are alike but for their first dimension. The
-    results are views of one tensor where each is as aligned there as if it were alone."""
+    results are views of one tensor where each begins at a multiple of `aligned` bytes there."""
     like = groups[0][0]
     row = like.shape[1:].numel() * like.element_size()  # bytes
     sizes = [sum(len(t) for t in group) for group in groups]
-    if any(n * row % ALIGNED for n in sizes[:-1]):
+    if any(n * row % aligned for n in sizes[:-1]):
         return [torch.cat(group) for group in groups]
     return list(torch.cat([t for group in groups for t in group]).split(sizes))
 

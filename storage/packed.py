@@ -124,7 +124,7 @@ class FloatCodec:
         codecs: Sequence[FloatCodec], context: Context
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Return what RaggedCache holds of a context, a codec per layer: the tensors named in
-        owners, and bits, before, tile_rows, n_packed, n_rows."""
+        owners, and bits, before, tile_rows; and n_packed and n_rows, on the host."""
         z = context.z
         if context.predict is not None:
             here = context.here

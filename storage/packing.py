@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from storage.kernel_base import dense_rows, jit, tl, triton, use_triton
-from storage.layout import cdiv, mask_dtype, mask_to_bits, tile_index, tile_size
+from storage.layout import cdiv, mask_dtype, mask_to_bits, tile_index, tile_size, tiles_of
 
 SPAN = 8192  # entries of a row that a program of take_within sees
 CHUNK = 512  # and how many of them at a time
@@ -308,8 +308,8 @@ class PackedValues(NamedTuple):
     bits: Tensor  # (n_masks,) of mask_dtype, by mask head
     before: Tensor  # (n_masks,) uint8
     tile_rows: Tensor  # (tiles,) int32
-    n_packed: Tensor  # (B, Hm) int64 tokens that survive
-    n_rows: Tensor  # (B, Hm) int64 rows
+    n_packed: Tensor  # (B, Hm) int64 tokens that survive, on the host
+    n_rows: Tensor  # (B, Hm) int64 rows, on the host
 
 
 def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedValues:
@@ -318,8 +318,9 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedV
     S = mask.size(-1)
     bits = mask_to_bits(mask[keep])
     count = mask.sum(-1)  # (B, Hm, C) rows of each token
-    n_packed = keep.sum(-1)
-    before, tile_rows = tile_index((count.cumsum(-1) - count)[keep], n_packed, tile_size(S))
+    n_packed = keep.sum(-1).cpu()
+    tiles = tiles_of(n_packed, tile_size(S), k.device)
+    before, tile_rows = tile_index((count.cumsum(-1) - count)[keep], tiles)
     flat = mask.expand(-1, Hkv, -1, -1).reshape(-1)  # one index per row, not four
     return PackedValues(
         k[keep.expand(-1, Hkv, -1)],
@@ -328,7 +329,7 @@ def pack_values_ref(k: Tensor, z: Tensor, keep: Tensor, mask: Tensor) -> PackedV
         before,
         tile_rows,
         n_packed,
-        count.sum(-1),
+        count.sum(-1).cpu(),
     )
 
 
@@ -411,7 +412,7 @@ def pack_values(
     keep  (B, Hm, C) bool, tokens that survive; Hm = 1 or Hkv
     mask  (B, Hm, C, S) bool, their groups; False where a token is not kept
 
-    The kernel reads each kept key and value once; one host sync, for the sizes."""
+    The kernel reads each kept key and value once; one host sync before it, for the counts."""
     if not use_triton(impl, k.device, k.dtype):
         return pack_values_ref(k, z, keep, mask)
     B, Hkv, C, D = k.shape
@@ -425,8 +426,10 @@ def pack_values(
     # Tokens and rows of every block.
     count = torch.stack((keep.view(torch.uint8), mask.sum(-1, dtype=torch.uint8)))  # (2, B, Hm, C)
     count = F.pad(count, (0, -C % BLOCK)).unflatten(-1, (n_blocks, BLOCK)).sum(-1)
-    n_packed, n_rows = count.sum(-1)  # (B, Hm)
-    n_tokens, total = torch.stack((n_packed.sum(), n_rows.sum())).tolist()
+    n_packed, n_rows = count.sum(-1).cpu()  # (B, Hm)
+    tiles = tiles_of(n_packed, tile_size(S), k.device)  # now: a large copy waits for kernels
+    n_tokens = int(n_packed.sum())
+    total = int(n_rows.sum())
     keys = k.new_empty(n_tokens * G, D)
     rows = z.new_empty(total * G, D // S)
     bits = torch.empty(n_tokens, dtype=mask_dtype(S), device=k.device)
@@ -458,5 +461,5 @@ def pack_values(
             BLOCK,
             num_warps=8 if D > 64 else 4,
         )
-    before, tile_rows = tile_index(rows_before, n_packed, tile_size(S))
+    before, tile_rows = tile_index(rows_before, tiles)
     return PackedValues(keys, rows, bits, before, tile_rows, n_packed, n_rows)

@@ -33,7 +33,9 @@ from storage.cache import (
     of_one_width,
 )
 from storage.dense import DenseCache, write_ring
+from storage.kernel_base import ANYWHERE
 from storage.layout import (
+    ALIGNED,
     PackedView,
     WindowView,
     bits_to_mask,
@@ -218,8 +220,8 @@ class RaggedCache(DenseCache):
     @classmethod
     def cat_layers(cls, layers: Sequence[Sequence[RaggedCache]]) -> list[RaggedCache]:
         """Join the caches of layers that store alike all at once: `cat`, which does it one by one,
-        is the reference. The layers' tensors are views of common ones, or of their own where those
-        would be less aligned."""
+        is the reference. The layers' tensors are views of common ones, or their own where kernels
+        look at how they are aligned and views would be less so."""
         if not any(len(cache.bits) for caches in layers for cache in caches):
             return super().cat_layers(layers)
         for caches in layers:
@@ -230,12 +232,16 @@ class RaggedCache(DenseCache):
             tensors = [[getattr(c, name) for c in caches] for caches in layers]
             if name in cls.GROWS:
                 tensors = [of_one_width(windows) for windows in tensors]
-            joined[name] = cat_each(tensors)
-        counts = {name: torch.cat(joined[name]) for name in ("n_packed", "n_rows")}
-        for name, t in segment_starts(*counts.values(), *one.sizes).items():
-            of_layers, _ = from_own_start(t, len(layers))
-            joined[name] = cat_each([(own,) for own in of_layers])
-        longest = counts["n_packed"].view(len(layers), -1).amax(-1).tolist()
+            anywhere = f"{name}_ptr" in ANYWHERE
+            joined[name] = cat_each(tensors, 1 if anywhere else ALIGNED)
+        counts = [torch.cat(joined[name]) for name in ("n_packed", "n_rows")]
+        n_packed, n_rows = torch.stack(counts).cpu()  # the host waits once
+        bases = {}
+        for name, t in segment_starts(n_packed, n_rows, *one.sizes).items():
+            bases[name], _ = from_own_start(t, len(layers))
+        for name, t in copied_at_once(bases, one.n_packed.device).items():
+            joined[name] = t.unbind()
+        longest = n_packed.view(len(layers), -1).amax(-1).tolist()
         out = []
         for i, caches in enumerate(layers):
             cache = copy.copy(caches[0])
@@ -288,7 +294,7 @@ class RaggedCache(DenseCache):
         context = Context(k, z, keep, mask, query_moment, predict)
         held, index = self.codec.pack_sequences([self.codec], context)
         for name, t in {**held, **dict(zip(SHARED, index, strict=True))}.items():
-            setattr(self, name, t)
+            setattr(self, name, t.to(k.device, non_blocking=True))
         self.n_context = valid.sum(-1)
         if bits_from is None:
             self.set_bases()
@@ -451,12 +457,20 @@ def after_first(valid: Tensor, n_first: int) -> Tensor:
     return valid & (valid.cumsum(-1) > n_first) if n_first else valid
 
 
-def from_own_start(base: Tensor, L: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Cut where the segments of L layers start, base (L B, h), counted from the first layer's, into
-    (B, h) for each layer, counted from its own; and return where each starts, (L,)."""
+def from_own_start(base: Tensor, L: int) -> tuple[Tensor, list[int]]:
+    """Return where the segments of L layers start, base (L B, h), counted from the first layer's,
+    as counted from their own layer's, (L, B, h); and where each layer starts. On the host."""
     of_layer = base.view(L, -1)
     begin = of_layer[:, :1]
-    return (of_layer - begin).view(L, -1, base.size(1)).unbind(), begin.flatten()
+    return (of_layer - begin).view(L, -1, base.size(1)), begin.flatten().tolist()
+
+
+def copied_at_once(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Copy tensors of one type from the host, by name, all in one piece. Nothing waits for the
+    device."""
+    flat = torch.cat([t.flatten() for t in tensors.values()]).to(device, non_blocking=True)
+    parts = flat.split([t.numel() for t in tensors.values()])
+    return {name: t.view(tensors[name].shape) for name, t in zip(tensors, parts, strict=True)}
 
 
 @torch.no_grad()
@@ -469,7 +483,8 @@ def pack_layers(
     valid: Tensor,
     query_moment: Tensor | None = None,
 ) -> None:
-    """Pack L layers at once, which RaggedCache.pack does one by one.
+    """Pack L layers at once, which RaggedCache.pack does one by one. fill_windows follows, and
+    counts their contexts.
 
     k, z   (L, B, Hkv, C, D)
     keep   (L, B, Hm, C) bool
@@ -478,7 +493,8 @@ def pack_layers(
     query_moment  (L, B, Hkv, D, D), or None
 
     Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
-    once. The host waits for sizes, a few times however many layers there are."""
+    once. The host waits for counts, twice however many layers there are, and then works out alone
+    where things lie."""
     codec = caches[0].codec
     levelled = mask.dtype == torch.uint8
     for cache in caches:
@@ -493,9 +509,7 @@ def pack_layers(
         some = slice(a, a + at_once)
         moment = None if query_moment is None else query_moment[some]
         _pack_some(caches[some], k[some], z[some], keep[some], mask[some], moment)
-    n_context = valid.sum(-1).repeat(len(caches), 1)
-    for cache, own in zip(caches, n_context.unbind(), strict=True):
-        cache.n_context = own
+    for cache in caches:
         cache.max_len -= valid.size(1)
         cache.fresh = False
 
@@ -517,18 +531,18 @@ def _pack_some(
     held, index = one.codec.pack_sequences(codecs, Context(*flat, moment))
     held |= dict(zip(SHARED, index, strict=True))
     counts = {name: held.pop(name) for name in ("n_packed", "n_rows")}
-    bases = segment_starts(*counts.values(), *one.sizes)
-    parts = {name: t.unflatten(0, (L, B)).unbind() for name, t in counts.items()}
-    begin = {}
-    for name, t in bases.items():
-        parts[name], begin[name] = from_own_start(t, L)
-    longest = counts["n_packed"].amax()
-    *bounds, longest = torch.cat((*begin.values(), longest[None])).tolist()  # the host waits once
-    by_base = (bounds[i : i + L] for i in range(0, len(bounds), L))
-    first = dict(zip(begin, by_base, strict=True))
+    own_counts = {name: t.unflatten(0, (L, B)) for name, t in counts.items()}
+    bases = {}
+    first = {}
+    for name, t in segment_starts(*counts.values(), *one.sizes).items():
+        bases[name], first[name] = from_own_start(t, L)
+    # apart, since bases are not kept in files
+    of_segments = copied_at_once(own_counts, k.device) | copied_at_once(bases, k.device)
+    parts = {name: t.unbind() for name, t in of_segments.items()}
     for name, t in held.items():
         ends = [*first[one.owners[name] + "_base"], len(t)]
         parts[name] = t.split([b - a for a, b in pairwise(ends)])
+    longest = int(counts["n_packed"].max())
     for i, cache in enumerate(caches):
         cache.take({name: of_layers[i] for name, of_layers in parts.items()}, longest)
 
@@ -544,27 +558,26 @@ def fill_windows(
     k, v   (L, B, Hkv, T, D)
     n_pad  (B,) of the columns padding; None: none"""
     L, B, Hkv, T, D = k.shape
-    device = k.device
     n_first = min(caches[0].codec.n_sinks, C)
-    pad = torch.zeros(B, dtype=torch.int64, device=device) if n_pad is None else n_pad
-    n_sinks = n_first - (pad + n_first - C).clamp(0, n_first)  # (B,) fewer in a shorter context
-    region = (pad - C).clamp_min(0) + C  # the first column after the context
+    pad = k.new_zeros(B, dtype=torch.int64) if n_pad is None else n_pad
+    n_sinks = (C - pad).clamp(0, n_first)  # (B,) fewer in a shorter context
+    skipped = pad.clamp_min(C) - n_sinks  # columns before the region that are in no slot
     longest = n_first + T - C
-    slot = torch.arange(longest, device=device)
-    after = slot - n_sinks[:, None]  # slots from the region's first on
-    column = torch.where(after < 0, pad[:, None] + slot, region[:, None] + after)  # (B, longest)
-    empty = (column >= T)[:, None, :, None]
-    column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, longest, D)
     W = max(caches[0].max_len + n_first, longest)
+    slot = torch.arange(W, device=k.device)
+    is_first = slot < n_sinks[:, None]
+    column = slot + torch.where(is_first, pad[:, None], skipped[:, None])  # (B, W)
+    empty = (column >= T)[:, None, :, None]
+    column = column.clamp_max(T - 1)[:, None, :, None].expand(L, B, Hkv, W, D)
 
     def window(whole: Tensor) -> tuple[Tensor, ...]:
-        held = whole.gather(3, column).to(caches[0].dtype).masked_fill_(empty, 0)
-        return F.pad(held, (0, 0, 0, W - longest)).unbind()
+        held = whole.gather(3, column).to(caches[0].dtype)
+        return held.masked_fill_(empty, 0).unbind()
 
     window_k = window(k)
     window_v = window(v)
-    n_window = (n_sinks + T - region).repeat(L, 1).unbind()  # kernels count in it
-    n_context = (torch.stack([cache.n_context for cache in caches]) - n_sinks).unbind()
+    n_window = (T - skipped).repeat(L, 1).unbind()  # kernels count in it
+    n_context = (skipped - pad).repeat(L, 1).unbind()
     for i, cache in enumerate(caches):
         cache.window_k = window_k[i]
         cache.window_v = window_v[i]

@@ -72,8 +72,8 @@ def launches_of(monkeypatch, part: str, run) -> int:
 @pytest.mark.parametrize("way", WAYS)
 def test_layers_cost_no_operators(way, monkeypatch):
     """Windows of five layers are filled with as many operators as those of two; a layer is
-    joined with one at most for each tensor that may end anywhere; empty caches take none where caches of
-    their shape were made before."""
+    joined with one at most for each flat tensor that has to be aligned; empty caches take none where
+    caches of their shape were made before."""
     counts = {}
     for n_layer in (2, 5):
         model = deep(way, n_layer)
@@ -91,9 +91,10 @@ def test_layers_cost_no_operators(way, monkeypatch):
         }
     joining = [counts[n_layer].pop("joining caches") for n_layer in (2, 5)]
     assert counts[2] == counts[5]
-    owners = model.new_cache(3, 60).layers[0].owners.values()
-    n_flat = sum(owner not in ("sequence", "base") for owner in owners)
-    assert joining[1] - joining[0] <= 5 * n_flat  # of two layers perhaps none ends unaligned
+    owners = model.new_cache(3, 60).layers[0].owners
+    flat = [name for name, owner in owners.items() if owner not in ("sequence", "base")]
+    n_aligned = sum(f"{name}_ptr" not in ANYWHERE for name in flat)
+    assert joining[1] - joining[0] <= 5 * n_aligned  # of two layers perhaps none ends unaligned
     assert launches_of(monkeypatch, "empty caches", lambda: model.new_cache(3, 60)) == 0
 
 
@@ -119,7 +120,8 @@ def test_layers_joined_at_once_are_those_joined_one_by_one(kind):
             for name, t in one.state_dict().items():
                 held = getattr(got, name)
                 assert torch.equal(held, t) and held.dtype == t.dtype, name
-                assert held.data_ptr() % ALIGNED == 0 or not held.numel(), name
+                anywhere = f"{name}_ptr" in ANYWHERE or not held.numel()
+                assert anywhere or held.data_ptr() % ALIGNED == 0, name
             if isinstance(one, RaggedCache):
                 assert got.longest == one.longest
         one_by_one = caches[0]._like(want, joined.length)

@@ -34,7 +34,15 @@ from storage.integers.format import (
 )
 from storage.integers.rounding import QueryMoments, error_feedback, gptq_round
 from storage.kernel_base import TRITON, dense_rows, jit, tl, triton, use_triton
-from storage.layout import cdiv, mask_dtype, mask_to_bits, starts, tile_index, tile_size
+from storage.layout import (
+    cdiv,
+    mask_dtype,
+    mask_to_bits,
+    starts,
+    tile_index,
+    tile_size,
+    tiles_of,
+)
 from storage.packing import Context, long_cumsum
 
 NUMBERS = 4096  # of values that a program takes, of whole tokens
@@ -52,8 +60,8 @@ class PackedInts(NamedTuple):
     bits: Tensor  # (n_masks,) of mask_dtype
     before: Tensor  # (n_masks,) uint8
     tile_rows: Tensor  # (tiles,) int32
-    n_packed: Tensor  # (B, Hm) int64 tokens of each segment
-    n_rows: Tensor  # (B, Hm) int64 rows
+    n_packed: Tensor  # (B, Hm) int64 tokens of each segment, on the host
+    n_rows: Tensor  # (B, Hm) int64 rows, on the host
 
 
 def gains(fmts: Sequence[IntFormat], B: int) -> Tensor:
@@ -91,11 +99,11 @@ def pack_context_ref(fmts: Sequence[IntFormat], context: Context) -> PackedInts:
         rows = all_rows[mine]
         count = mask.sum(-1)
         word = mask
-    n_packed = keep.sum(-1)
-    n_rows = count.sum(-1)
+    n_packed = keep.sum(-1).cpu()
+    n_rows = count.sum(-1).cpu()
     before = count.cumsum(-1) - count
-    size = tile_size(mask.size(-1), fmt.levelled)
-    index = tile_index(before[keep], n_packed, size)
+    tiles = tiles_of(n_packed, tile_size(mask.size(-1), fmt.levelled), k.device)
+    index = tile_index(before[keep], tiles)
     bits = mask_to_bits(word[keep])
     return PackedInts(keys, rows, key_scale, scale, bits, *index, n_packed, n_rows)
 
@@ -370,9 +378,9 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     """Pack a context of any strides.
 
     fmts: one per layer; they differ in their gain
-    Where keys tell values the reference packs. The host waits for sizes, three times. Kernel and
-    reference round sums differently: where two steps of a token are as good, or a number lies
-    between two codes, they may differ."""
+    Where keys tell values the reference packs. The host waits twice, for counts and for sources,
+    and not for a kernel. Kernel and reference round sums differently: where two steps of a token
+    are as good, or a number lies between two codes, they may differ."""
     k, z, keep, mask, query_moment, predict = context
     fmt = fmts[0]
     if predict is not None or not kernels_pack(fmt, k, mask.size(-1), impl):
@@ -383,44 +391,44 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     k = dense_rows(k)
     z = dense_rows(z)
     mask = mask.contiguous()
-    n = keep.sum(-1)  # (B, Hm)
+    order = None
+    share = None
+    if query_moment is not None:
+        order, share = error_feedback(query_moment.flatten(0, 1))
+        share = share.contiguous()
     n_planes = mask + (mask == 3)
     count = n_planes.sum(-1, dtype=torch.int32)  # (B, Hm, C)
-    n_rows = count.sum(-1)
-    n_here = n.expand(-1, Hkv).contiguous()
-    blocks = cdiv(n_here, fmt.block)
+    n_packed, n_rows = torch.stack((keep.sum(-1), count.sum(-1))).cpu()  # (B, Hm)
     of_heads = keep.expand(-1, Hkv, -1).reshape(-1)
     source = of_heads.nonzero().squeeze(1)
-    sizes = torch.stack((n_rows.sum() * G, blocks.sum(), blocks.amax()))
-    total, n_blocks, most = sizes.tolist()
-    planes = count.expand(-1, Hkv, -1).reshape(-1).long()
-    before = long_cumsum(planes) - planes
-    first = before[source]
+    planes = count.expand(-1, Hkv, -1).reshape(-1)[source]
+    first = long_cumsum(planes) - planes
+    n = n_packed.expand(-1, Hkv)
+    blocks = cdiv(n, fmt.block)
+    segments = (n, starts(n), starts(blocks), starts(n_rows.expand(-1, Hkv)))
+    on_device = torch.stack(segments).to(k.device, non_blocking=True)
+    n_here, token_base, block_base, row_base = on_device
+    size = tile_size(S, levelled=True)
+    tiles = tiles_of(n_packed, size, k.device)  # now: a large copy waits for kernels
 
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=k.device)
 
     n_tokens = len(source)
     keys = new(torch.uint8, n_tokens, row_bytes(D, fmt.key_bits))
-    key_scale = new(torch.float16, n_blocks, 2, D)
-    rows = new(torch.uint8, total, row_bytes(D // S, 2))
+    key_scale = new(torch.float16, int(blocks.sum()), 2, D)
+    rows = new(torch.uint8, int(n_rows.sum()) * G, row_bytes(D // S, 2))
     scale = new(torch.float16, n_tokens, 1)
     bits = new(mask_dtype(2 * S), n_tokens // G)
     rows_before = new(torch.int32, n_tokens // G)
     if n_tokens:
-        token_base = starts(n_here)
-        order = None
-        share = None
-        if query_moment is not None:
-            order, share = error_feedback(query_moment.flatten(0, 1))
-            share = share.contiguous()
         width = max(4, D // 16)
-        _pack_keys_kernel[(B * Hkv, most)](
+        _pack_keys_kernel[(B * Hkv, int(blocks.max()))](
             k,
             source,
             token_base,
             n_here,
-            starts(blocks),
+            block_base,
             order,
             share,
             keys,
@@ -445,7 +453,7 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
             source,
             first,
             token_base,
-            starts(n_rows.expand(-1, Hkv)),
+            row_base,
             rows,
             scale,
             bits,
@@ -463,9 +471,8 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
             SMALLEST,
             tokens,
         )
-    size = tile_size(S, levelled=True)
-    index = tile_index(rows_before, n, size)
-    return PackedInts(keys, rows, key_scale, scale, bits, *index, n, n_rows)
+    index = tile_index(rows_before, tiles)
+    return PackedInts(keys, rows, key_scale, scale, bits, *index, n_packed, n_rows)
 
 
 @cache

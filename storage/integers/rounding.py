@@ -55,14 +55,20 @@ def error_feedback(moment: Tensor) -> tuple[Tensor, Tensor]:
     what is left of r_j, whatever came before."""
     moment = moment.nan_to_num(0, 0, 0)
     order = moment.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, stable=True)
-    H = moment.take_along_dim(order.unsqueeze(-1), -2).take_along_dim(order.unsqueeze(-2), -1)
-    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    least = mean.clamp_min(1e-12) * DAMPING
+    H = reordered(moment, order)
+    squares = H.diagonal(dim1=-2, dim2=-1)
+    squares += squares.mean(-1, keepdim=True).clamp_min(1e-12) * DAMPING
     # without a check, for which the host would wait: what is damped is positive definite
-    L = torch.linalg.cholesky_ex(H + torch.diag_embed(least.expand_as(order))).L
+    L = torch.linalg.cholesky_ex(H).L
     L = L / L.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     one = torch.eye(L.size(-1), dtype=L.dtype, device=L.device).expand_as(L)
     return order, torch.linalg.solve_triangular(L, one, upper=False).float()
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Return matrices x (G, D, D), a copy, with rows and columns in orders (G, D)."""
+    g = torch.arange(len(x), device=x.device)[:, None, None]
+    return x[g, order.unsqueeze(-1), order.unsqueeze(-2)]
 
 
 def gptq_round_ref(

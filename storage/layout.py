@@ -135,13 +135,19 @@ def tile_size(n_groups: int, levelled: bool = False) -> int:
 
 def tiles_of(n_packed: Tensor, tile: int, device: torch.device) -> Tensor:
     """Return the first token of each tile, and how many it has: (2, tiles) int64 on the device.
-    n_packed: (B, Hm) tokens of each segment, on the host; tile: tokens of a full tile."""
+    n_packed: (B, Hm) tokens of each segment, on the host; tile: tokens of a full tile.
+
+    Nothing waits for the device: what follows from segments, which are few, is worked out on the
+    host, and what follows from tiles there."""
     n = n_packed.flatten()
     tiles = cdiv(n, tile)
-    number = slots(torch.zeros_like(n), tiles)  # of a tile in its segment
-    first = sum_before(n).repeat_interleave(tiles) + number * tile
-    size = first.diff(append=n.sum(0, keepdim=True))
-    return torch.stack((first, size)).to(device, non_blocking=True)
+    total = int(tiles.sum())
+    of_segments = torch.stack((sum_before(n), n, sum_before(tiles), tiles))
+    of_segments = of_segments.to(device, non_blocking=True)
+    of_tiles = of_segments[:3].repeat_interleave(of_segments[3], 1, output_size=total)
+    begin, count, tiles_before = of_tiles
+    earlier = (torch.arange(total, device=device) - tiles_before) * tile  # tokens of its segment
+    return torch.stack((begin + earlier, (count - earlier).clamp_max(tile)))
 
 
 def tile_index(rows_before: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:

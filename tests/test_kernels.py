@@ -315,14 +315,16 @@ def test_what_pack_values_packs_is_read_where_it_lies():
     keep = (torch.rand(2, 2, 90, generator=g) < 0.6).to(DEVICE)
     mask = (torch.rand(2, 2, 90, 4, generator=g) < 0.5).to(DEVICE) & keep.unsqueeze(-1)
     parts = pack_values(k, z, keep, mask, "torch")
+    n_packed = parts.n_packed.to(DEVICE)
+    n_rows = parts.n_rows.to(DEVICE)
     token_base, row_base = (
-        (n.flatten().cumsum(0) - n.flatten()).view(2, 2) for n in (parts.n_packed, parts.n_rows)
+        (n.flatten().cumsum(0) - n.flatten()).view(2, 2) for n in (n_packed, n_rows)
     )
-    tiles = (parts.n_packed.flatten() + 63) // 64
+    tiles = (n_packed.flatten() + 63) // 64
     tile_base = (tiles.cumsum(0) - tiles).view(2, 2)
     bases = (token_base, row_base, token_base, tile_base)
-    held = int(parts.n_packed.sum())
-    view = PackedView(*parts[:5], parts.n_packed, *bases, 4, 0, 90, held, True)
+    held = int(n_packed.sum())
+    view = PackedView(*parts[:5], n_packed, *bases, 4, 0, 90, held, True)
     q = torch.randn(2, 4, 1, 32, generator=g).to(DEVICE)
     out = packed_attention(q, view, None, impl="triton", chunk=32)[0].cpu()
     z = z * expand_mask(mask, 32)

@@ -310,10 +310,10 @@ def test_a_view_of_what_pack_values_packs_unpacks_to_what_was_kept(impl, Hm):
     keep = (torch.rand(3, Hm, 150, generator=g) < 0.6).to(DEVICE)
     mask = (torch.rand(3, Hm, 150, 8, generator=g) < 0.5).to(DEVICE) & keep.unsqueeze(-1)
     parts = pack_values(k, z, keep, mask, impl=impl)
-    n = parts.n_packed
+    n, n_rows = torch.stack((parts.n_packed, parts.n_rows)).to(DEVICE)
     bases = (
         starts(n.expand(-1, 2)),
-        starts(parts.n_rows.expand(-1, 2)),
+        starts(n_rows.expand(-1, 2)),
         starts(n),
         starts(cdiv(n, tile_size(8))),
     )

@@ -101,9 +101,9 @@ def counted(patch: pytest.MonkeyPatch) -> DeviceLaunches:
 @pytest.mark.parametrize(
     ("storage", "padded", "most", "waits"),
     [
-        ("levels", False, 175, dict(cpu=1, nonzero=1)),
-        ("levels", True, 185, dict(cpu=1, nonzero=1, tolist=1)),
-        ("select", False, 155, dict(cpu=1)),
+        ("levels", False, 180, dict(cpu=1, nonzero=1)),
+        ("levels", True, 190, dict(cpu=1, nonzero=1, tolist=1)),
+        ("select", False, 160, dict(cpu=1)),
     ],
 )
 def test_choosing_and_packing_launch_few(storage, padded, most, waits, monkeypatch):

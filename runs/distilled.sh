@@ -40,7 +40,11 @@ for K in 8 0; do
     --topk_groups=$K --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
 done
 
-# as many bytes as 8 of 16 groups, of one dimension each, untrained
+# as many bytes as 8 of 16 groups, of one dimension each, trained and untrained
+train "$OUT/maps-29of64" --adapt_steps="$STEPS" --adapter=none --n_groups=64 --topk_groups=29 \
+  --reconstructor=keys --learn_basis --kv_tail=4 --block_size=1024 --adapt_batch_size=8 \
+  --adapt_lr=1e-3
+measure maps-29of64 --out_dir="$OUT/maps-29of64" --methods=dense,value_groups --query=4
 measure untrained-29of64 --init_from="$MODEL" --methods=value_groups --n_groups=64 \
   --topk_groups=29 --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Steps of adaptation and pretraining at SmolLM2-135M's shape, 8 sequences of 512 tokens: as one
-# CUDA graph and kernel by kernel; then all of it compiled, too, and PEFT's LoRA, eager and compiled,
+# CUDA graph and kernel by kernel; then all of it compiled, too, PEFT's LoRA, eager and compiled,
 # beside it. One quiet GPU; pip install peft transformers.
 # usage: runs/train_speed.sh [OUT]
 set -euo pipefail

@@ -33,11 +33,13 @@ def is_on_host(t: torch.Tensor) -> bool:
 class DeviceLaunches(Launches):
     """Counts, by name, what a GPU would be given: kernels, operators and copies to it, but not what
     is computed on the host of tensors that Tensor.cpu brought there. waits: how often the host
-    waits for a tensor of the device, by the operator that does."""
+    waits for a tensor of the device, by the operator that does. mixed: operators that get tensors
+    of both, which a GPU refuses."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__(patch)
         self.waits: Counter = Counter()
+        self.mixed: Counter = Counter()
         to = torch.Tensor.to
         tolist = torch.Tensor.tolist
 
@@ -71,6 +73,7 @@ class DeviceLaunches(Launches):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if any(map(is_on_host, inputs)):
+            self.mixed[str(function)] += not all(is_on_host(t) for t in inputs if t.ndim)
             out = function(*args, **(kwargs or {}))
             for t in tree_leaves(out):
                 if isinstance(t, torch.Tensor):
@@ -124,4 +127,5 @@ def test_choosing_and_packing_launch_few(storage, padded, most, waits, monkeypat
         taken.append(launches.names)
         assert launches.names.total() <= most
         assert +launches.waits == waits
+        assert not +launches.mixed
     assert taken[0] == taken[1]

@@ -4,7 +4,8 @@
 # value in 16 bits, with 29 of 64 groups, with 10 of 16 groups in 4 bits and the keys in 3, and over
 # values from keys.
 # Code is the standard library's source, every tenth file kept back for the number.
-# LoRA and MoE-LoRA store everything either way: a text's other tables take the first one's.
+# LoRA and MoE-LoRA store everything either way: a text's other tables take the first one's (the
+# page's of 64 groups were trained beside their own, two seeds, at the rates chosen for 16).
 # usage: runs/paper_table1.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"

@@ -137,16 +137,22 @@ def attend(
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-    """Compute attend where T = L, without a (T, T) mask in memory: sequences move to the left, so
-    that padding comes last, which a causal mask hides, and their outputs move back."""
+    """Compute attend where T = L, cap = 0 and no window cuts, without a (T, T) mask in memory:
+    sequences move to the left, so that padding comes last, which a causal mask hides, and their
+    outputs move back. A padding query gets its own value.
+
+    q     (B, H, T, D)
+    k, v  (B, Hkv, T, D)
+    pad   (B,), left padding
+    Returns (B, H, T, D)."""
     T = q.size(2)
     column = torch.arange(T, device=q.device)
     padding = column < pad[:, None]  # (B, T)
     left = (column + pad[:, None]) % T
     right = (column - pad[:, None]) % T
 
-    def moved(t: Tensor, column: Tensor) -> Tensor:
-        return t.take_along_dim(column[:, None, :, None], 2)
+    def moved(t: Tensor, source: Tensor) -> Tensor:
+        return t.take_along_dim(source[:, None, :, None], 2)
 
     y = attend_fused(moved(q, left), moved(k, left), moved(v, left), is_causal=True)
     own = v.repeat_interleave(q.size(1) // v.size(1), 1)  # what a padding query reads

@@ -35,8 +35,8 @@ from storage.kernel_base import use_triton
 from storage.layout import soft_cap
 from storage.ragged import RaggedCache
 
-SPAN = 1024  # last tokens whose queries are drawn: of the context by `future`, of all by `moment`
-READ = 128  # tokens after the prompt whose queries `moment` stands for
+SPAN = 1024  # last tokens whose queries are drawn: of the context by `future`, of all by `moments`
+READ = 128  # tokens after the prompt whose queries `moments` stands for
 GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, are spread evenly however many there are
 CHUNK = 1 << 28  # attention weights formed at a time
 # a logit that gets no weight; finite, so that a padding query, which may read nothing, gives no NaN

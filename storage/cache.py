@@ -108,9 +108,10 @@ class LayerCacheBase(Protocol):
 
     An owner is one of
 
-    "sequence"                               the first dimension has one entry per sequence
-    "token", "row", "mask", "tile", "block"  one entry per slot of these, flat over segments
-    "base"                                   where segments start: it follows from the rest
+    "sequence"  the first dimension has one entry per sequence
+    "token", "row", "mask", "tile", "block", "place"
+                one entry per slot of these, flat over segments
+    "base"      where segments start: it follows from the rest
 
     Tensors in GROWS are padded along dimension 2 when caches are joined, tensors in RING are
     overwritten in place when tokens leave them."""

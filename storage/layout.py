@@ -138,7 +138,7 @@ def tiles_of(n_packed: Tensor, tile: int, device: torch.device) -> Tensor:
     n_packed: (B, Hm) tokens of each segment, on the host; tile: tokens of a full tile.
 
     Nothing waits for the device: what follows from segments, which are few, is worked out on the
-    host, and what follows from tiles there."""
+    host, and what follows from tiles on the device."""
     n = n_packed.flatten()
     tiles = cdiv(n, tile)
     total = int(tiles.sum())

@@ -427,7 +427,8 @@ def pack_values(
     count = torch.stack((keep.view(torch.uint8), mask.sum(-1, dtype=torch.uint8)))  # (2, B, Hm, C)
     count = F.pad(count, (0, -C % BLOCK)).unflatten(-1, (n_blocks, BLOCK)).sum(-1)
     n_packed, n_rows = count.sum(-1).cpu()  # (B, Hm)
-    tiles = tiles_of(n_packed, tile_size(S), k.device)  # now: a large copy waits for kernels
+    # before the kernels, behind which a copy from pageable memory may wait
+    tiles = tiles_of(n_packed, tile_size(S), k.device)
     n_tokens = int(n_packed.sum())
     total = int(n_rows.sum())
     keys = k.new_empty(n_tokens * G, D)

@@ -493,8 +493,9 @@ def pack_layers(
     query_moment  (L, B, Hkv, D, D), or None
 
     Their tensors are views of common ones, L times fewer kernels; KVCache.nbytes counts each
-    once. The host waits for counts, twice however many layers there are, and then works out alone
-    where things lie."""
+    once. Where kernels pack, the host waits once for counts, and with levels once for which tokens
+    they are, however many layers there are; where none does, more often, and again for each part.
+    It then works out alone where things lie."""
     codec = caches[0].codec
     levelled = mask.dtype == torch.uint8
     for cache in caches:
@@ -536,7 +537,8 @@ def _pack_some(
     first = {}
     for name, t in segment_starts(*counts.values(), *one.sizes).items():
         bases[name], first[name] = from_own_start(t, L)
-    # apart, since bases are not kept in files
+    # Apart: a cache that takes a state works out bases anew (set_bases), and counts that were views
+    # of one tensor with them would keep the old ones in memory.
     of_segments = copied_at_once(own_counts, k.device) | copied_at_once(bases, k.device)
     parts = {name: t.unbind() for name, t in of_segments.items()}
     for name, t in held.items():

@@ -82,11 +82,14 @@ def test_layers_lie_one_after_the_other():
 
 
 def test_what_kernels_do_not_pack_is_packed_by_passes():
-    """Heads of 8, sizes that are no power of 2, and 2^31 tokens, which kernels cannot count."""
+    """Heads of 8, sizes that are no power of 2, 2^31 tokens, which kernels cannot count, and values
+    without levels."""
     fmt = IntFormat(4, 0, 16, torch.ones(1, 16))
     one = torch.zeros(1)
     assert contexts.kernels_pack(fmt, one.expand(3, 5, 16), 4, "triton")
     assert not contexts.kernels_pack(fmt, one.expand(3, 5, 8), 2, "triton")
     assert not contexts.kernels_pack(fmt, one.expand(3, 5, 48), 4, "triton")
-    assert not contexts.kernels_pack(fmt, one.expand(3, 5, 48), 3, "triton")
+    assert not contexts.kernels_pack(fmt, one.expand(3, 5, 16), 3, "triton")
     assert not contexts.kernels_pack(fmt, one.expand(2**16, 2**15, 16), 4, "triton")
+    uniform = fmt._replace(value_bits=4)
+    assert not contexts.kernels_pack(uniform, one.expand(3, 5, 16), 4, "triton")

@@ -17,8 +17,10 @@ from selection.training import fit_statistics
 
 @pytest.fixture
 def in_cycles():
-    """Return what lists the tensors that only the collector could free, made since."""
+    """Return what lists the tensors made since that only the collector could free."""
     gc.collect()
+    # held, so that they are freed after this test: a test that failed leaves some
+    before = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
     gc.set_debug(gc.DEBUG_SAVEALL)
 
     def found() -> list[tuple]:
@@ -28,6 +30,7 @@ def in_cycles():
     yield found
     gc.set_debug(0)
     gc.garbage.clear()
+    before.clear()
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tokens
+from helpers import Questions, tokens
 from test_launches import Launches, model_of
 from torch.utils._pytree import tree_leaves
 
@@ -33,18 +33,19 @@ def is_on_host(t: torch.Tensor) -> bool:
 class DeviceLaunches(Launches):
     """Counts, by name, what a GPU would be given: kernels, operators and copies to it, but not what
     is computed on the host of tensors that Tensor.cpu brought there. waits: how often the host
-    waits for a tensor of the device, by the operator that does. mixed: operators that get tensors
-    of both, which a GPU refuses."""
+    waits for a tensor of the device, by the operator that does. late: those of the waits that
+    follow a kernel that packs. mixed: operators that get tensors of both, which a GPU refuses."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         super().__init__(patch)
         self.waits: Counter = Counter()
+        self.late: Counter = Counter()
         self.mixed: Counter = Counter()
         to = torch.Tensor.to
         tolist = torch.Tensor.tolist
 
         def brought(t: torch.Tensor) -> torch.Tensor:
-            self.waits["cpu"] += 1
+            self.wait("cpu")
             out = t.clone()
             out.on_host = True
             return out
@@ -53,13 +54,15 @@ class DeviceLaunches(Launches):
             if not is_on_host(t):
                 return to(t, *args, **kwargs)
             self.names["copy to the device"] += 1
-            self.waits["to"] += not kwargs.get("non_blocking", False)
+            if not kwargs.get("non_blocking", False):
+                self.wait("to")
             out = t.clone()
             out.on_host = False
             return out
 
         def listed(t: torch.Tensor) -> Any:
-            self.waits["tolist"] += not is_on_host(t)
+            if not is_on_host(t):
+                self.wait("tolist")
             return tolist(t)
 
         for name, method in (("cpu", brought), ("to", moved), ("tolist", listed)):
@@ -67,8 +70,17 @@ class DeviceLaunches(Launches):
 
     def clear(self) -> None:
         """Begin to count anew."""
-        self.names.clear()
-        self.waits.clear()
+        for counts in (self.names, self.waits, self.late, self.mixed):
+            counts.clear()
+
+    def packs(self) -> bool:
+        """Say whether a kernel that packs has begun."""
+        return any(name.startswith("_pack") for name in self.names)
+
+    def wait(self, name: str) -> None:
+        """Count a wait of the host."""
+        self.waits[name] += 1
+        self.late[name] += self.packs()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -81,8 +93,9 @@ class DeviceLaunches(Launches):
             return out
         name = function._schema.name.removeprefix("aten::")
         by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if by_mask or name in ("nonzero", "_local_scalar_dense"):
-            self.waits[name] += 1
+        unsized = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        if by_mask or unsized or name in Questions.WAIT:
+            self.wait(name)
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
@@ -105,15 +118,15 @@ def counted(patch: pytest.MonkeyPatch) -> DeviceLaunches:
     ("storage", "padded", "most", "waits"),
     [
         ("levels", False, 180, dict(cpu=1, nonzero=1)),
-        ("levels", True, 190, dict(cpu=1, nonzero=1, tolist=1)),
+        ("levels", True, 190, dict(cpu=1, nonzero=1, tolist=1, lift_fresh=1)),
         ("select", False, 160, dict(cpu=1)),
     ],
 )
 def test_choosing_and_packing_launch_few(storage, padded, most, waits, monkeypatch):
     """What follows the last layer of a prompt is bounded, and is as much of four layers as of two:
     working out on the device where things lie took 1.2 to 1.4 times as much. The host waits for
-    counts and for which tokens they are, for lengths where there is padding, and for no kernel that
-    packs."""
+    counts and for which tokens they are, where there is padding for lengths and to copy the budgets
+    of such rows back, and for no kernel that packs."""
     taken = []
     for n_layer in (2, 4):
         model = model_of(n_layer, storage)
@@ -128,4 +141,5 @@ def test_choosing_and_packing_launch_few(storage, padded, most, waits, monkeypat
         assert launches.names.total() <= most
         assert not +launches.mixed
         assert +launches.waits == waits
+        assert launches.packs() and not +launches.late
     assert taken[0] == taken[1]

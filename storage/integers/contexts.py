@@ -409,7 +409,8 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     on_device = torch.stack(segments).to(k.device, non_blocking=True)
     n_here, token_base, block_base, row_base = on_device
     size = tile_size(S, levelled=True)
-    tiles = tiles_of(n_packed, size, k.device)  # now: a large copy waits for kernels
+    # before the kernels, behind which a copy from pageable memory may wait
+    tiles = tiles_of(n_packed, size, k.device)
 
     def new(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=k.device)

@@ -56,7 +56,7 @@ def error_feedback(moment: Tensor) -> tuple[Tensor, Tensor]:
     moment = moment.nan_to_num(0, 0, 0)
     order = moment.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, stable=True)
     H = reordered(moment, order)
-    squares = H.diagonal(dim1=-2, dim2=-1)
+    squares = H.diagonal(dim1=-2, dim2=-1)  # a view: H itself is damped
     squares += squares.mean(-1, keepdim=True).clamp_min(1e-12) * DAMPING
     # without a check, for which the host would wait: what is damped is positive definite
     L = torch.linalg.cholesky_ex(H).L

@@ -408,9 +408,9 @@ PUBLISHED = {
 # expected_attention is a trained network of this project, not the published closed form
 TOKEN_SIGNALS = (*SIGNALS, "expected_attention", "quest", *PUBLISHED)
 ROUNDINGS = ("queries", "nearest")
-# First tokens that stay whole of a prompt whose share of bytes is given, where no flag says: more
-# take too much of a short prompt's, and a long one does not miss them (docs/log.md).
-FIRST_WHOLE = 1
+# First tokens that stay whole where a budget of bytes picks the bits, and no flag says how many:
+# more take too much of a short prompt's, and a long one does not miss them (docs/log.md).
+PLANNED_SINKS = 1
 
 
 @dataclass(frozen=True)

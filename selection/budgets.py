@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import FIRST_WHOLE, KVConfig, SelectConfig, count_kept
+from config import PLANNED_SINKS, KVConfig, SelectConfig, count_kept
 from selection.relevance import Prompt
 from storage.integers.format import LEVEL_BITS, LEVEL_ERRORS, row_bytes
 from storage.layout import mask_dtype, tile_size, top_k_mask
@@ -51,7 +51,7 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
         return kv
     plan = next(p for p in PLANS if kv_bytes >= p.from_bytes)
     block = kv.key_block or plan.key_block
-    sinks = FIRST_WHOLE if kv.kv_sinks < 0 else kv.kv_sinks
+    sinks = PLANNED_SINKS if kv.kv_sinks < 0 else kv.kv_sinks
     bits = dict(key_bits=plan.key_bits, value_bits=plan.value_bits)
     return replace(kv, kv="select", key_block=block, kv_sinks=sinks, **bits)
 

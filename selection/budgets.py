@@ -56,17 +56,31 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
     return replace(kv, kv="select", key_block=block, kv_sinks=sinks, **bits)
 
 
+FEW = 4  # newest tokens that are advised to stay whole
+
+
 def small_budget(kv: KVConfig, kv_bytes: float, length: int) -> str:
     """Say in a line where the tokens that stay whole of a prompt of `length` take more than half of
     kv_bytes, a share of its bytes; "" where they do not, and where kv_bytes is 0, no budget."""
     n = kv.kv_tail + planned(kv, kv_bytes).first_whole
     if not kv_bytes or 2 * n <= kv_bytes * length:
         return ""
+    share = f"{n / length:.1%}" if n < length else "all"
     return (
         f"{n} tokens stay whole, {kv.kv_tail} newest and {n - kv.kv_tail} first ones; that is "
-        f"{n / length:.1%} of a context of {length} tokens, where {100 * kv_bytes:g}% of the bytes "
-        "are asked for"
+        f"{share} of a context of {length} tokens, where {100 * kv_bytes:g}% of the bytes are "
+        "asked for"
     )
+
+
+def fewer_whole(kv: KVConfig, kv_bytes: float, newest: str) -> str:
+    """Return what to give so that fewer tokens stay whole under a budget: of the newest or of the
+    first ones, whichever are more, or a larger budget where both are few. newest: the flag of the
+    newest."""
+    first = planned(kv, kv_bytes).first_whole
+    if first > max(kv.kv_tail, PLANNED_SINKS):
+        return f"--kv_sinks={PLANNED_SINKS}"
+    return f"--{newest}={FEW}" if kv.kv_tail > FEW else "a larger share"
 
 
 # What bits beyond a group's first count in a choice, of the squared error that they take off. A

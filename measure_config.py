@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 
-from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS, KVConfig
+from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS
 from settings import measuring, stages
 from settings.beside import check_beside, check_listed, check_storing, together
 from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt, to_dict
@@ -432,16 +432,6 @@ def refuse_unread(
         f"{', '.join(unread)} with {flag}={value}",
         "it is not read",
         f"leave it out{do}",
-    )
-
-
-def check_fitted(kv: KVConfig) -> None:
-    """Raise ValueError where value groups that are calibrated alone would need training."""
-    check(
-        kv.reconstructor != "mlp",
-        "reconstructor=mlp",
-        "measuring trains nothing",
-        "give --reconstructor=keys, or train with train.py --reconstructor=mlp and give --out_dir",
     )
 
 

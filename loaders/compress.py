@@ -15,10 +15,16 @@ import selector
 from config import SHARED, KVConfig, SelectConfig, check
 from data import TokenFile, batch, prepare_splits
 from loaders.runs import Run, attach_storage
-from measure_config import EvalConfig, check_fitted
+from measure_config import EvalConfig
 from settings.beside import check_storing
 from settings.measuring import CALIBRATED_WITH
-from settings.storing import SELECT_FLAGS, check_not_shared, check_storage_flags, storage_flags
+from settings.storing import (
+    SELECT_FLAGS,
+    check_fitted,
+    check_not_shared,
+    check_storage_flags,
+    storage_flags,
+)
 from settings.train import DataConfig
 
 # what may be changed of a run that was trained to store in some way, but by shared heads

@@ -16,12 +16,11 @@ from measure_config import (
     METHODS,
     EvalConfig,
     check_eval_flags,
-    check_fitted,
     methods_named,
 )
 from settings.beside import STORED_WITH, check_beside
 from settings.fields import to_dict
-from settings.storing import SELECTING, check_not_shared, kind_asked
+from settings.storing import SELECTING, check_fitted, check_not_shared, kind_asked
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.

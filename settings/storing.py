@@ -78,3 +78,13 @@ def check_not_shared(kv: str) -> None:
         "a whole model is trained on with it",
         "give --out_dir of a run of train.py --stage=continue",
     )
+
+
+def check_fitted(kv: KVConfig) -> None:
+    """Raise ValueError where value groups that are calibrated alone would need training."""
+    check(
+        kv.reconstructor != "mlp",
+        "reconstructor=mlp",
+        "measuring trains nothing",
+        "give --reconstructor=keys, or train with train.py --reconstructor=mlp and give --out_dir",
+    )

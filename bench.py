@@ -38,6 +38,7 @@ from config import KVConfig, ModelConfig, SelectConfig
 from measure_config import BenchConfig, check_bench_flags
 from settings.base import BaseConfig
 from settings.places import check_inputs
+from settings.storing import take_kind
 
 CONFIGS = {
     "bench": BenchConfig,
@@ -57,6 +58,7 @@ def flags(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, flags(sys.argv[1:]), description=__doc__)
+    exit_on_bad_input(lambda: take_kind(ARGS))
     exit_on_bad_input(lambda: check_bench_flags(ARGS))
     exit_on_bad_input(lambda: check_inputs(ARGS, "init_from", "out_dir"))
 
@@ -105,6 +107,7 @@ def main() -> None:
     """Measure, print the rows, and leave them where --results says."""
     began = time.time()
     cfg: BenchConfig = ARGS.bench
+    take_kind(ARGS)
     check_bench_flags(ARGS)
     check_inputs(ARGS, "init_from", "out_dir")
     rows = measure(ARGS)

@@ -153,7 +153,7 @@ class KVConfig:
         "value_groups",
         "how keys and values are stored; not given: train.py's stages select and continue take "
         "select and mixsga, sample.py stores as trained, and a base dense unless another flag of "
-        "value groups is given",
+        "value groups, or of a selection, is given",
         KVS,
     )
     n_groups: int = opt(4, "value groups S per head", GROUPS)
@@ -269,7 +269,7 @@ class KVConfig:
             (self.key_bits < 16) == (self.value_bits < 16),
             f"key_bits={self.key_bits} with value_bits={self.value_bits}",
             "both are integers or neither",
-            "give both",
+            "give both of fewer than 16 bits, or neither",
         )
         check(
             not self.ints or all(need.holds(vars(self)) for need in INTEGERS_NEED),
@@ -289,7 +289,8 @@ class KVConfig:
             self.value_bits > 0 or (self.kv == "select" and self.mask_scope != "shared"),
             f"value_bits=0 with kv={self.kv}, mask_scope={self.mask_scope}",
             "only kv=select routes bits, by layer or head",
-            "give --kv=select --kv_bytes=0.15",
+            "give --kv=select --kv_bytes=0.15"
+            + (" --mask_scope=head" if self.mask_scope == "shared" else ""),
         )
 
     @cached_property
@@ -408,9 +409,9 @@ PUBLISHED = {
 # expected_attention is a trained network of this project, not the published closed form
 TOKEN_SIGNALS = (*SIGNALS, "expected_attention", "quest", *PUBLISHED)
 ROUNDINGS = ("queries", "nearest")
-# First tokens that stay whole of a prompt whose share of bytes is given, where no flag says: more
-# take too much of a short prompt's, and a long one does not miss them (docs/log.md).
-FIRST_WHOLE = 1
+# First tokens that stay whole where a budget of bytes picks the bits, and no flag says how many:
+# more take too much of a short prompt's, and a long one does not miss them (docs/log.md).
+PLANNED_SINKS = 1
 
 
 @dataclass(frozen=True)

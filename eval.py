@@ -105,7 +105,7 @@ from report.rows import (
 )
 from report.tables import mean_over_texts, result_table, reuse_note
 from report.texts import calibration_windows, read_texts, window_of
-from selection.budgets import small_budget
+from selection.budgets import fewer_whole, small_budget
 from tasks.common import Prompts, Task
 from tasks.make import READING, make_tasks
 from tasks.text import Text
@@ -188,7 +188,8 @@ def say_where_whole(task: Task, kv: KVConfig, ways: list[SelectConfig]) -> None:
     for kv_bytes in sorted({way.kv_bytes for way in ways}):
         line = small_budget(kv, kv_bytes, task.stored.size(1))
         if line:
-            say(f"{task.name}: {line}: give --query=4, or longer contexts")
+            fewer = fewer_whole(kv, kv_bytes, "query")
+            say(f"{task.name}: {line}: give {fewer}, or longer contexts")
 
 
 def bar_of(work: Work, plan: list[Setting], rivals: list[Rival]) -> tqdm:

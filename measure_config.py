@@ -7,11 +7,19 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields, is_dataclass, replace
 from fractions import Fraction
 
-from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS, KVConfig, SelectConfig
+from config import BASES, GROUPS, INT_BITS, SIGNALS, TOKEN_SIGNALS
 from settings import measuring, stages
-from settings.beside import check_beside, check_listed, check_storing
+from settings.beside import check_beside, check_listed, check_storing, together
 from settings.fields import DTYPES, MAX_SEED, check, check_fields, comma_list, opt, to_dict
 from settings.measuring import BENCHES, TASKS
+from settings.storing import (
+    GROUP_OF,
+    SELECTING,
+    check_not_shared,
+    check_storage_flags,
+    storage_flags,
+    wanted_beside,
+)
 from settings.train import check_corpora
 
 SPLITS = ("val", "train", "test", "all")
@@ -328,14 +336,6 @@ def check_shares(name: str, text: str) -> None:
         )
 
 
-GROUP_OF = {f.name: "kv" for f in fields(KVConfig)} | {
-    f.name: "select" for f in fields(SelectConfig)
-}
-SELECT_LISTS = {"kv_budgets", "kv_byte_budgets", "token_budgets", "relevances", "token_relevances"}
-SELECT_FLAGS = {name for name, group in GROUP_OF.items() if group == "select"}
-SELECTING = SELECT_LISTS | SELECT_FLAGS  # what eval.py asks a selection by
-
-
 def with_task(given: Collection[str], cfg: EvalConfig, kv: str) -> EvalConfig:
     """Return what is measured: as asked, but where no task is named and a selection is asked for
     the task continuation, for perplexity has no prompt that could be compressed. kv: --kv, or its
@@ -390,53 +390,49 @@ def check_eval_flags(
         group = GROUP_OF.get(name, "")
         readers = measuring.methods_that_read(group, name)
         by_none = not any(measuring.read_by_task(task, group, name) for task in tasks)
-        if by_none and name not in calibrated_on:
+        by_others = name != "kv" and methods and readers is not None
+        by_others = by_others and not {*methods} & {*readers}
+        # A selection brings its own task, but where tasks are named.
+        if by_none and name not in calibrated_on and not (by_others and readers == ("select",)):
             by_tasks[name] = [t for t in TASKS if measuring.read_by_task(t, group, name)]
-        elif name != "kv" and methods and readers is not None and not {*methods} & {*readers}:
+        elif by_others:
             by_methods[name] = () if trained else readers  # it has its own method
     check_listed(given, vars(cfg))
-    refuse_unread(by_tasks, "tasks", cfg.tasks)
-    refuse_unread(by_methods, *(("kv", kv) if by_kv else ("methods", ",".join(methods))))
+    refuse_unread(by_tasks, "tasks", cfg.tasks, given)
+    named = "tasks" in given and "perplexity" in tasks
+    task = ("give --tasks=continuation",) if named else ()
+    by = ("kv", kv) if by_kv else ("methods", ",".join(methods))
+    refuse_unread(by_methods, *by, given, task)
 
 
-def refuse_unread(unread: dict[str, Collection[str]], flag: str, value: str) -> None:
+def refuse_unread(
+    unread: dict[str, Collection[str]],
+    flag: str,
+    value: str,
+    given: Collection[str],
+    selecting: Collection[str] = (),
+) -> None:
     """Raise ValueError for flags that are not read beside another one's value, and name the first
-    value of it that reads the first of them; where no --kv does, one of --methods (rivals)."""
-    readers = next(iter(unread.values()), ())
-    ways = [f"--{flag}={reader}" for reader in readers]
+    value of it that reads all of them; where no --kv does, one of --methods (rivals). selecting:
+    what has to be given, too, where a selection is named, in words."""
+    first = next(iter(unread.values()), ())
+    readers = [way for way in first if all(way in others for others in unread.values())]
+    ways = [f"give --{flag}={reader}" for reader in readers]
     if flag == "kv":
-        stored = [f"--kv={reader}" for reader in readers if reader in measuring.STORAGES]
-        ways = stored or [f"--methods={way} instead of --kv" for way in readers]
+        stored = [f"give --kv={reader}" for reader in readers if reader in measuring.STORAGES]
+        ways = stored or [f"give --methods={way} instead of --kv" for way in readers]
+    do = ""
+    if ways:
+        more = wanted_beside(unread, given)
+        if readers[0] == "select":
+            more += selecting
+        do = f", or {together([ways[0], *more])}"
     check(
         not unread,
         f"{', '.join(unread)} with {flag}={value}",
         "it is not read",
-        "leave it out" + "".join(f", or give {way}" for way in ways[:1]),
+        f"leave it out{do}",
     )
-
-
-def check_fitted(kv: KVConfig) -> None:
-    """Raise ValueError where value groups that are calibrated alone would need training."""
-    check(
-        kv.reconstructor != "mlp",
-        "reconstructor=mlp",
-        "measuring trains nothing",
-        "give --reconstructor=keys, or train with train.py --reconstructor=mlp and give --out_dir",
-    )
-
-
-def storage_flags(given: Collection[str]) -> set[str]:
-    """Return the flags given that say how keys and values are stored."""
-    return {name for name in given if name in GROUP_OF}
-
-
-def check_storage_flags(given: Collection[str], kv: str) -> None:
-    """Raise ValueError for a flag of those given that storing by `kv` does not read."""
-    read = measuring.read_by_storage
-    for name in sorted(storage_flags(given)):
-        kinds = [kind for kind in measuring.STORAGES if read(kind, GROUP_OF[name], name)]
-        do = f"give --kv={' or '.join(kinds)}, or leave it out" if kinds else "leave it out"
-        check(read(kv, GROUP_OF[name], name), f"--{name} with kv={kv}", "it is not read", do)
 
 
 @dataclass(frozen=True)
@@ -589,6 +585,7 @@ def check_bench_flags(args) -> None:
     if cfg.what not in measuring.MODELS:
         return
     if cfg.what == "generate" and not cfg.out_dir:
+        check_not_shared(args.kv.kv)
         check_storage_flags(given, args.kv.kv)
         check_storing(given, args.kv, args.select)
         return

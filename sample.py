@@ -25,9 +25,10 @@ from collections.abc import Iterator
 
 from cli import exit_on_bad_input, note, parse_args
 from config import KVConfig, SelectConfig, check
-from measure_config import SampleConfig, check_sample_flags, storage_flags
+from measure_config import SampleConfig, check_sample_flags
 from settings.base import BaseConfig
 from settings.places import check_inputs, check_parked, read_prompt
+from settings.storing import storage_flags, take_kind
 
 CONFIGS = {"sample": SampleConfig, "kv": KVConfig, "select": SelectConfig, "base": BaseConfig}
 
@@ -63,6 +64,7 @@ def first_prompt(args) -> str:
 
 if __name__ == "__main__":  # flags are checked before torch is loaded: --help answers at once
     ARGS = parse_args(CONFIGS, description=__doc__)
+    exit_on_bad_input(lambda: take_kind(ARGS))
     exit_on_bad_input(lambda: check_sample_flags(ARGS.given, ARGS.sample, ARGS.kv.kv))
     exit_on_bad_input(lambda: check_places(ARGS))
 
@@ -75,6 +77,8 @@ from loaders.parking import Held, put_away, take_up
 from loaders.runs import Run, load_run
 from loaders.split import devices_of, split
 from loaders.tokenizer import TextStream, decode_after, encode_after, encoded, end_tokens
+from model import Transformer
+from selection.budgets import fewer_whole, small_budget
 from selector import selector_of
 from settings.train import DataConfig
 
@@ -82,6 +86,7 @@ from settings.train import DataConfig
 def main() -> None:
     """Load the model that the flags name, let it store as they say, and continue or chat."""
     cfg: SampleConfig = ARGS.sample
+    take_kind(ARGS)
     check_sample_flags(ARGS.given, cfg, ARGS.kv.kv)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -167,6 +172,8 @@ def sample(run: Run, cfg: SampleConfig, prompt: str, held: Held | None) -> None:
             "there is nothing to continue",
             "give --prompt=TEXT, what follows it",
         )
+    if held is None:
+        say_where_whole(run.model, len(ids))
     ends = end_tokens(run.tokenizer)
     stream = TextStream(run.tokenizer, ids)
     alone = cfg.num_samples == 1
@@ -203,6 +210,15 @@ def sample(run: Run, cfg: SampleConfig, prompt: str, held: Held | None) -> None:
     )
     if cfg.park:
         say(put_away(cfg.park, Held(cache, [*ids, *rows[0]], []), run.model))
+
+
+def say_where_whole(model: Transformer, length: int) -> None:
+    """Say in a line where the tokens that stay whole of a prompt of `length` take more than half of
+    a budget of bytes."""
+    s = selector_of(model)
+    line = "" if s is None else small_budget(s.kv, s.cfg.kv_bytes, length)
+    if line:
+        say(f"{line}: give {fewer_whole(s.kv, s.cfg.kv_bytes, 'kv_tail')}, or a longer prompt")
 
 
 # ----------------------------------------------------------------------------- chat

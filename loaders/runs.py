@@ -44,6 +44,7 @@ from settings.experts import MixConfig
 from settings.fields import from_dict, to_dict, to_file
 from settings.files import refuse_pointers
 from settings.places import check_model
+from settings.storing import check_not_shared
 from settings.train import TOKENIZERS
 from storage.state import few
 
@@ -424,12 +425,7 @@ def attach_storage(
 ) -> Transformer:
     """Give a model the KV paths of `kv`, in place: value groups, selecting ones, or none. Returns
     the model."""
-    check(
-        kv.kv not in SHARED,
-        f"kv={kv.kv}",
-        "a whole model is trained on with it",
-        "give --out_dir of a run of train.py --stage=continue",
-    )
+    check_not_shared(kv.kv)
     if kv.kv == "select":
         return selector.attach(model, kv, select, batches, seed)
     return kv_router.attach(model, kv, batches, seed)

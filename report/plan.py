@@ -14,14 +14,13 @@ from loaders.runs import Run
 from measure_config import (
     CODED,
     METHODS,
-    SELECTING,
     EvalConfig,
     check_eval_flags,
-    check_fitted,
     methods_named,
 )
 from settings.beside import STORED_WITH, check_beside
 from settings.fields import to_dict
+from settings.storing import SELECTING, check_fitted, check_not_shared, kind_asked
 from settings.train import DataConfig
 
 # Fields of KVConfig that a trained selection or routing does not depend on.
@@ -116,12 +115,8 @@ def select_flags(asked: Asked) -> list[str]:
 
 def check_flags(run: Run, asked: Asked) -> None:
     """Raise ValueError for flags that this run cannot be asked, or that contradict each other."""
-    check(
-        asked.kv.kv not in SHARED or "kv" not in asked.given,
-        f"kv={asked.kv.kv}",
-        "a whole model is trained on with it",
-        "give --out_dir of a run of train.py --stage=continue",
-    )
+    if "kv" in asked.given:
+        check_not_shared(asked.kv.kv)
     check(
         not (is_trained(run) and untrained_flags(asked)),
         f"{', '.join(untrained_flags(asked))} with {run.path}",
@@ -138,7 +133,7 @@ def methods_of(run: Run, asked: Asked) -> list[str]:
         return methods
     if is_trained(run):
         return [run.kv.kv]
-    if select_flags(asked):
+    if kind_asked(asked.given, asked.kv.kv) == "select":
         return ["dense", "select"]
     stored = asked.given & {*STORED_AS}
     if untrained_flags(asked) or asked.eval.budgets or asked.eval.kv_bits or stored:

@@ -26,7 +26,7 @@ def window_of(run: Run, cfg: EvalConfig) -> int:
         longest >= window,
         f"block_size={window}",
         f"the model's context is {longest}",
-        "give a smaller --block_size",
+        f"give --block_size={longest} or less, or a model of a longer context",
     )
     return window
 

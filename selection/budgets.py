@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from config import FIRST_WHOLE, KVConfig, SelectConfig, count_kept
+from config import PLANNED_SINKS, KVConfig, SelectConfig, count_kept
 from selection.relevance import Prompt
 from storage.integers.format import LEVEL_BITS, LEVEL_ERRORS, row_bytes
 from storage.layout import mask_dtype, tile_size, top_k_mask
@@ -51,9 +51,12 @@ def planned(kv: KVConfig, kv_bytes: float) -> KVConfig:
         return kv
     plan = next(p for p in PLANS if kv_bytes >= p.from_bytes)
     block = kv.key_block or plan.key_block
-    sinks = FIRST_WHOLE if kv.kv_sinks < 0 else kv.kv_sinks
+    sinks = PLANNED_SINKS if kv.kv_sinks < 0 else kv.kv_sinks
     bits = dict(key_bits=plan.key_bits, value_bits=plan.value_bits)
     return replace(kv, kv="select", key_block=block, kv_sinks=sinks, **bits)
+
+
+FEW = 4  # newest tokens that are advised to stay whole
 
 
 def small_budget(kv: KVConfig, kv_bytes: float, length: int) -> str:
@@ -62,11 +65,22 @@ def small_budget(kv: KVConfig, kv_bytes: float, length: int) -> str:
     n = kv.kv_tail + planned(kv, kv_bytes).first_whole
     if not kv_bytes or 2 * n <= kv_bytes * length:
         return ""
+    share = f"{n / length:.1%}" if n < length else "all"
     return (
         f"{n} tokens stay whole, {kv.kv_tail} newest and {n - kv.kv_tail} first ones; that is "
-        f"{n / length:.1%} of a context of {length} tokens, where {100 * kv_bytes:g}% of the bytes "
-        "are asked for"
+        f"{share} of a context of {length} tokens, where {100 * kv_bytes:g}% of the bytes are "
+        "asked for"
     )
+
+
+def fewer_whole(kv: KVConfig, kv_bytes: float, newest: str) -> str:
+    """Return what to give so that fewer tokens stay whole under a budget: of the newest or of the
+    first ones, whichever are more, or a larger budget where both are few. newest: the flag of the
+    newest."""
+    first = planned(kv, kv_bytes).first_whole
+    if first > max(kv.kv_tail, PLANNED_SINKS):
+        return f"--kv_sinks={PLANNED_SINKS}"
+    return f"--{newest}={FEW}" if kv.kv_tail > FEW else "a larger share"
 
 
 # What bits beyond a group's first count in a choice, of the squared error that they take off. A

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from settings.fields import check, to_dict
+from settings.fields import to_dict
 
 
 class With(NamedTuple):
@@ -46,30 +46,27 @@ class With(NamedTuple):
             or (self.below is not None and value < self.below)
         )
 
-    def advice(
+    def way(
         self,
         tried: Sequence[Mapping[str, object]],
         given: Collection[str] = (),
         allowed: Collection | None = None,
     ) -> str:
-        """What to do about a flag that is not read with the settings tried. given: flags, of which
-        a list takes the place of its setting; allowed: those of the values that can be, where not
-        all can."""
-        if self.do:
-            return self.do
-        leave = "leave it out"
+        """What to give so that it holds with the settings tried; "" where nothing can be. given:
+        flags, of which a list takes the place of its setting; allowed: those of the values that can
+        be, where not all can."""
         fitting = [value for value in self.values if allowed is None or value in allowed]
         can_be = all(other.holds(settings) for other in self.needs for settings in tried)
         if not can_be or not (fitting or self.beyond):
-            return leave
+            return ""
         listed = self.list_given(given)
         if listed:
             entry = f"a number {self.beyond}" if self.beyond else fitting[0]
-            return f"{leave}, or add {entry} to --{listed}"
+            return f"add {entry} to --{listed}"
         if self.beyond:
-            return f"{leave}, or give a --{self.flag} {self.beyond}"
+            return f"give a --{self.flag} {self.beyond}"
         flags = " ".join(f"--{flag}={fitting[0]}" for flag in (self.flag, *self.along))
-        return f"{leave}, or give {flags}"
+        return f"give {flags}"
 
     @property
     def beyond(self) -> str:
@@ -83,18 +80,42 @@ class With(NamedTuple):
         own = LISTED.get(self.flag, ("",))[0]
         return own if own in given else ""
 
-    def refuse(
-        self,
-        name: str,
-        tried: Sequence[Mapping[str, object]],
-        given: Collection[str] = (),
-        allowed: Collection | None = None,
-    ) -> None:
-        """Raise ValueError for a flag that none of the settings tried reads. given, allowed: see
-        advice."""
-        flag = self.list_given(given) or self.flag
-        came = f"{name} with {flag}={tried[-1][self.flag]}"
-        raise ValueError(f"{came}: it is not read then; {self.advice(tried, given, allowed)}")
+
+def together(ways: Sequence[str]) -> str:
+    """Several ways to meet conditions, all of which are needed, in words."""
+    return " and ".join(ways).replace(" and give ", " and ")
+
+
+def why_unread(
+    unmet: Sequence[With],
+    tried: Sequence[Mapping[str, object]],
+    given: Collection[str] = (),
+    allowed: Collection | None = None,
+) -> str:
+    """Why a flag is not read with the settings tried, by the first of the conditions that the last
+    of them does not meet, and what to do so that all of these hold. given: see With.way; allowed:
+    kinds of storage that can be, where not all can."""
+    first = unmet[0]
+    flag = first.list_given(given) or first.flag
+    came = f"with {flag}={tried[-1][first.flag]}: it is not read then"
+    own = [condition.do for condition in unmet if condition.do]
+    if own:
+        return f"{came}; {own[0]}"
+    ways = []
+    for condition in unmet:
+        values = allowed if condition.flag == "kv" else None
+        ways.append(condition.way(tried, given, values))
+    do = f", or {together(ways)}" if all(ways) else ""
+    return f"{came}; leave it out{do}"
+
+
+def refuse_alike(reasons: Mapping[str, str]) -> None:
+    """Raise ValueError for the first flag that there is a reason against, and at once for all
+    others that the same one is against. reasons: by flags, what came with them, what is allowed
+    and what to do."""
+    for reason in reasons.values():
+        alike = [name for name, other in reasons.items() if other == reason]
+        raise ValueError(f"{', '.join(alike)} {reason}")
 
 
 # Where keys and values can be stored in fewer than 16 bits.
@@ -113,9 +134,9 @@ def integers(*others: With) -> With:
 
 
 BYTES = With("kv_bytes", above=0)  # picks bits where none are given
-LEAVE_ONE_OUT = "leave one of them out"
-NO_BYTES = With("kv_bytes", (0,), do=LEAVE_ONE_OUT)
-NO_JOINT = With("kv_keep", (0,), do=LEAVE_ONE_OUT)
+LEAVE_EITHER_OUT = "leave it or the budget out"
+NO_BYTES = With("kv_bytes", (0,), do=LEAVE_EITHER_OUT)
+NO_JOINT = With("kv_keep", (0,), do=LEAVE_EITHER_OUT)
 # Where bits are as given: 16 of them are not, where a budget of bytes picks fewer.
 OWN_BITS = With(
     "kv_bytes",
@@ -183,15 +204,17 @@ def check_beside(
     tried: Sequence[Mapping[str, object]],
 ) -> None:
     """Raise ValueError for the first flag given that no setting tried reads, for another is not
-    what the table says.
+    what the table says, and for those that are unread alike.
 
     tried: settings, by their flags' names; those that lack a flag do not count where it is read"""
+    reasons = {}
     for name in sorted({*given} & {*table}):
         ways = [values for values in tried if name in values]
         if not ways or any(all(w.holds(values) for w in table[name]) for values in ways):
             continue
-        unmet = next(w for w in table[name] if not w.holds(ways[-1]))
-        unmet.refuse(name, ways, given)
+        unmet = [w for w in table[name] if not w.holds(ways[-1])]
+        reasons[name] = why_unread(unmet, ways, given)
+    refuse_alike(reasons)
 
 
 def check_storing(given: Collection[str], kv, select) -> None:
@@ -204,18 +227,17 @@ def check_storing(given: Collection[str], kv, select) -> None:
 
 
 def check_listed(given: Collection[str], settings: Mapping[str, object]) -> None:
-    """Raise ValueError for the first flag given that a list overrules. settings: by their flags'
-    names, those of lists among them.
+    """Raise ValueError for the first flag given that a list overrules, and for those that it
+    overrules alike. settings: by their flags' names, those of lists among them.
 
     --n_groups beside --groups is read with --topk_groups: it says of how many groups those are."""
     read = {"n_groups"} if "topk_groups" in given else set()
+    reasons = {}
     for name in sorted({*given} & {*LISTED} - read):
-        own = LISTED[name][0]
-        for other in LISTED[name]:
-            has = settings.get(other, "")
-            check(
-                not has,
-                f"{name} with {other}={has}",
-                "the list is measured",
-                LEAVE_ONE_OUT + ("" if settings.get(own) else f", or give --{own}"),
-            )
+        other = next((other for other in LISTED[name] if settings.get(other)), "")
+        if other:
+            own = LISTED[name][0]
+            do = "" if other == own else f", or give --{own}"
+            came = f"with {other}={settings[other]}"
+            reasons[name] = f"{came}: the list is measured; leave it or the list out{do}"
+    refuse_alike(reasons)

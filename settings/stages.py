@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from settings.beside import BY_KEYS, OWN_BITS, With, integers
+from settings.beside import BY_KEYS, OWN_BITS, With, integers, refuse_alike, why_unread
 from settings.fields import check, to_dict
 from settings.train import TrainConfig, check_text_flags
 
@@ -122,6 +122,10 @@ SELECTING = With("kv", ("select",))  # whose budgets of bytes pick the bits late
 EXPERTS = With("kv", ("mixsga",))
 NO_INTEGERS = With("key_bits", (16,))
 LEARNED = With("expert_router", ("learned",))
+# Where a router or a reconstructor learns.
+ROUTER_LEARNED = With(
+    "value_router", ("linear",), others=(With("reconstructor", ("mlp", "keys", "own_keys")),)
+)
 ROTATED = With("positions", ("rope",))
 SCALED = With("rope_factor", above=1)
 BY_TURNS = With("rope_scaling", ("llama3", "yarn"))
@@ -139,9 +143,8 @@ READ_WITH = {
         ("value_basis", "learn_basis", "mask_scope", "reconstructor", "kv_layers", "prefill"),
         (GROUPED,),
     ),
-    **dict.fromkeys(
-        ("topk_groups", "value_router", "aux_weight", "lm_to_router", "kv_warmup"), (ROUTED_K,)
-    ),
+    **dict.fromkeys(("topk_groups", "value_router", "kv_warmup"), (ROUTED_K,)),
+    **dict.fromkeys(("aux_weight", "lm_to_router"), (ROUTED_K, ROUTER_LEARNED)),
     "recon_hidden": (ROUTED_K, With("reconstructor", ("mlp",), needs=(NO_INTEGERS,))),
     "kv_tail": (STORED_PARTLY,),
     **dict.fromkeys(("key_bits", "value_bits"), (GROUPED, OWN_BITS)),
@@ -322,7 +325,6 @@ def check_objective_flags(args) -> None:
 def check_unread_beside(args) -> None:
     """Raise ValueError for flags that the values of several others leave unread."""
     cfg: TrainConfig = args.train
-    kv = args.kv
     given = args.given_now
     beside = {"adapt_lr": "adapt_rates"}
     if cfg.stage != "all":
@@ -334,13 +336,6 @@ def check_unread_beside(args) -> None:
             "it is not read then",
             "leave one of them out",
         )
-    to_learn = sorted({"aux_weight", "lm_to_router"} & given)
-    check(
-        not to_learn or kv.value_router == "linear" or kv.reconstructor != "zero",
-        f"{', '.join(to_learn)} with value_router={kv.value_router}, reconstructor=zero",
-        "nothing is learned by it",
-        "leave it out, or give --value_router=linear or --reconstructor=mlp",
-    )
     trained = {"predictor", "expected_attention"} & {*args.select.trained}
     check(
         "predictor_loss" not in given or bool(trained),
@@ -370,7 +365,7 @@ def stored_by(args) -> str:
 
 def check_read(args) -> None:
     """Raise ValueError for flags that the stage does not read, all of them by name, and for the
-    first one that another flag's value leaves unread."""
+    first one that another flag's value leaves unread, with those that it leaves unread alike."""
     stage = args.train.stage
     group_of = {}
     has = {}
@@ -394,13 +389,17 @@ def check_read(args) -> None:
         "it does not read that",
         f"leave it out{instead(unread, stage, group_of)}",
     )
+    reasons = {}
     for name in given:
+        unmet = []
         for other in READ_WITH.get(name, ()):
             group = group_of[other.flag]
             own = group == "model" and args.base.init_from != "scratch"  # has to be the base's
             if is_read(stage, group, other.flag) and not own and not other.holds(has):
-                stores = STORED[stage] if other.flag == "kv" else None
-                other.refuse(name, [has], allowed=stores)
+                unmet.append(other)
+        if unmet:
+            reasons[name] = why_unread(unmet, [has], allowed=STORED.get(stage))
+    refuse_alike(reasons)
 
 
 def instead(unread: list[str], stage: str, group_of: dict[str, str]) -> str:

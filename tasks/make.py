@@ -34,7 +34,8 @@ def make_tasks(
                 x, y = sequential(text.tokens, cfg.sequences, T)
                 tasks.append(Perplexity(x, y, text.about))
         elif name == "continuation":
-            tasks += [continuation(cfg, T, text) for text in texts]
+            longest = run.model.cfg.block_size
+            tasks += [continuation(cfg, T, text, longest) for text in texts]
         elif name == "copy":
             for text in texts:
                 tasks.append(copying(*common, text, cfg.question))
@@ -63,13 +64,15 @@ def held_out_of(run: Run, corpus: str) -> float:
     return run.config["data"]["val_fraction"]
 
 
-def continuation(cfg: EvalConfig, T: int, text: Text) -> Continuation:
-    """Draw the windows of T tokens by the seed. ValueError where no context would be left."""
+def continuation(cfg: EvalConfig, T: int, text: Text, longest: int) -> Continuation:
+    """Draw the windows of T tokens by the seed. longest: tokens that the model can read. ValueError
+    where no context would be left."""
+    larger = "" if longest == T else ", or a larger --block_size"
     check(
         cfg.query + cfg.continuation < T,
         f"query={cfg.query}, continuation={cfg.continuation} with {T} tokens",
         "some context must be left",
-        "give a larger --block_size",
+        f"give a smaller --continuation or --query{larger}",
     )
     x, _ = batch(text.tokens, "continuation", cfg.seed, 0, cfg.sequences, T)
     return Continuation(x, cfg.query, cfg.continuation, text.about)

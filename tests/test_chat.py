@@ -572,7 +572,7 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ("--kv_bytes=0.1", "--kv_bytes with kv=value_groups"),
+        ("--kv=value_groups --kv_bytes=0.1", "--kv_bytes with kv=value_groups"),
         ("--kv=dense --n_groups=2", "--n_groups with kv=dense"),
         ("--kv=select --topk_groups=1", "--topk_groups with kv=select"),
         ("--kv=select --recall=1", "--recall with kv=select"),
@@ -586,6 +586,10 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
         ("--kv=value_groups --key_block=32", "key_block with key_bits=16: it is not read then"),
         ("--kv_sinks=2", "kv_sinks with key_bits=16: it is not read then"),
         ("--kv=mixsga", "train.py --stage=continue"),
+        ("--kv=gqa --kv_sinks=2", "train.py --stage=continue"),
+        ("--kv=mixsga --key_block=32", "train.py --stage=continue"),
+        ("--relevance=oracle", "a pass that has seen what follows"),
+        ("--token_relevance=oracle --token_keep=0.5", "a pass that has seen what follows"),
         ("--kv=select --relevance=predictor", "has not been trained"),
         ("--prompt=a --prompt_file=b", "give one of them"),
         ("--prompt_file=/nowhere/x", "prompt_file=/nowhere/x: there is no such file"),
@@ -594,12 +598,30 @@ def test_program_stores_a_base_as_flags_say(folder, corpus, capsys):
     ],
 )
 def test_program_refuses_by_name(folder, corpus, flags, says, capsys):
-    """What the chosen storage does not read, and what does not go together, is one line."""
+    """What the chosen storage does not read, and what does not go together, is one line, said
+    before anything is calibrated."""
     given = [corpus] if "--kv=select" in flags else []
     with pytest.raises((ValueError, SystemExit)) as e:
         runs.call(sample, f"--init_from={folder}", *given, *flags.split())
     line = str(e.value) + capsys.readouterr().err
-    assert says in line and "Traceback" not in line
+    assert says in line and "Traceback" not in line and "calibrating" not in line
+
+
+def test_program_says_once_where_a_budget_is_small(folder, corpus, capsys):
+    """Of a prompt whose whole tokens take more than half of a budget of bytes, which a selection is
+    asked by alone, a line on stderr says so, and what to give; of a long one with a larger budget,
+    and without one, nothing does."""
+    flags = [f"--init_from={folder}", "--temperature=0", "--max_new_tokens=2", "--n_groups=2"]
+    for kv, prompt, advice in (
+        ("--kv_bytes=0.25", "short", "give --kv_tail=4, or a longer prompt"),
+        ("--kv_bytes=0.25 --kv_sinks=90", "some words " * 9, "give --kv_sinks=1, or a longer p"),
+        ("--kv_bytes=0.25 --kv_tail=4", "short", "give a larger share, or a longer prompt"),
+        ("--kv_bytes=0.9", "some words " * 9, ""),
+        ("--kv_keep=0.5", "short", ""),
+    ):
+        runs.call(sample, *flags, corpus, f"--prompt={prompt}", *kv.split())
+        said = [line for line in capsys.readouterr().err.splitlines() if "stay whole" in line]
+        assert len(said) == bool(advice) and all(advice in line for line in said), said
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ import kv_router
 import runs
 from config import KVConfig
 from loaders.runs import load_run
-from measure_config import check_fitted
 from model import apply_rope, rope_table
 from reconstruct import Moments, straight_through
 from report.rows import setting_of
+from settings.storing import check_fitted
 from storage import from_keys
 from storage.as_dense import as_dense
 from storage.cache import KVCache

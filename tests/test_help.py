@@ -17,8 +17,9 @@ import runs
 import sample
 import train
 from loaders import export
-from measure_config import check_eval_flags, methods_named, storage_flags, with_task
+from measure_config import check_eval_flags, methods_named, with_task
 from settings import measuring
+from settings.storing import storage_flags
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -197,11 +198,11 @@ def test_eval_measures_the_kv_that_is_given(flags, accepted, words):
         ("--kv=select --budgets=0.5 --value_keep=1", "value_keep with budgets=0.5"),
         ("--kv=select --token_budgets=0.5 --token_keep=1", "token_keep with token_budgets=0.5"),
         ("--kv_budgets=0.5 --kv_keep=1", "kv_keep with kv_budgets=0.5: the list is measured; leav"),
-        ("--kv_byte_budgets=0.5 --kv_keep=1", "leave one of them out, or give --kv_budgets"),
+        ("--kv_byte_budgets=0.5 --kv_keep=1", "leave it or the list out, or give --kv_budgets"),
         ("--budgets=0.5 --kv_keep=1", "kv_keep with budgets=0.5"),
         ("--kv_byte_budgets=0.5 --kv_bytes=1", "kv_bytes with kv_byte_budgets=0.5"),
-        ("--token_budgets=0.5 --kv_bytes=1", "leave one of them out, or give --kv_byte_budgets"),
-        ("--kv_bits=8 --key_bits=4 --value_bits=4", "key_bits with kv_bits=8"),
+        ("--token_budgets=0.5 --kv_bytes=1", "leave it or the list out, or give --kv_byte_"),
+        ("--kv_bits=8 --key_bits=4 --value_bits=4", "key_bits, value_bits with kv_bits=8"),
         ("--relevances=random --relevance=uniform", "relevance with relevances=random"),
         ("--token_relevances=h2o --token_relevance=tova", "token_relevance with token_relevances"),
         ("--kv_byte_budgets=0.5 --kv_budgets=1 --relevances=random", ""),
@@ -257,10 +258,9 @@ def test_hints_name_the_flags_of_the_stage(flags, meant, capsys):
         ("sample", ["."], "give --init_from=."),
         (
             "sample",
-            ["--init_from=x", "--kv_bytes=0.125"],
-            "--kv_bytes with kv=value_groups: it is ",
+            ["--init_from=x", "--kv=dense", "--kv_bytes=0.125"],
+            "--kv_bytes with kv=dense: it is not read; leave it out, or give --kv=select",
         ),
-        ("sample", ["--init_from=x", "--kv_bytes=0.125"], "; give --kv=select, or leave it out"),
         ("sample", ["--init_from=x", "--kv=dense", "--n_groups=4"], "--kv=value_groups or select"),
         ("sample", ["--kv_bytes=1.5"], "kv_bytes=1.5: lies in [0, 1]; give for example 0.125"),
         (

@@ -19,10 +19,11 @@ from sources import ROOT, sources
 RANK = {
     "settings": 0,
     "settings.experts": 2,
+    "settings.storing": 2,
     "config": 1,
     "corpora": 1,
     "cli": 2,
-    "measure_config": 2,
+    "measure_config": 3,
     "storage": 2,
     "kernels": 2,
     "loaders.tokenizer": 2,
@@ -68,6 +69,7 @@ WITHOUT_TORCH = (
     "settings.adapters",
     "settings.base",
     "settings.experts",
+    "settings.storing",
     "settings.train",
 )
 # packages that may be installed beside us: a room of that name would hide them, or they it

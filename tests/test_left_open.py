@@ -20,7 +20,7 @@ from sources import ROOT, sources
 import cli
 import sample
 import train
-from config import FIRST_WHOLE, KVConfig
+from config import PLANNED_SINKS, KVConfig
 from loaders import checkpoint
 from loaders.compress import stored_as_asked
 from loaders.runs import attach_storage, find_checkpoint, load_run
@@ -38,10 +38,10 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 sharp = select_runs.base
 LONG = replace(TINY, block_size=401, vocab_size=261)
 SHARE = 0.15  # of which the plan makes blocks of 32 keys
-PLANNED = (32, FIRST_WHOLE)
+PLANNED = (32, PLANNED_SINKS)
 GIVEN = [
     ({}, PLANNED),
-    (dict(key_block=64), (64, FIRST_WHOLE)),
+    (dict(key_block=64), (64, PLANNED_SINKS)),
     (dict(kv_sinks=4), (32, 4)),
     (dict(kv_sinks=0), (32, 0)),
     (dict(key_block=64, kv_sinks=4), (64, 4)),

@@ -174,7 +174,7 @@ def test_continue_resumes_bitwise(tmp_path, text, base, monkeypatch):
         (["--kv_tail_block=2"], "kv_tail_block with stage=continue"),
         (["--init_from=scratch"], "init_from=scratch"),
         (["--stage=adapt"], "group_sizes"),
-        (["--kv=dense", *EXPERTS], "group_sizes with kv=dense"),
+        (["--kv=dense", *EXPERTS], "group_sizes, expert_ratios with kv=dense"),
         (["--kv=mixsga", "--kv_share=0.5"], "give --kv=gqa"),
         (["--stage=adapt", "--kv=gqa"], "--stage=continue"),
         (["--kv=gqa", "--kv_share=0.2"], "kv_share=0.2"),

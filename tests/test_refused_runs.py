@@ -285,7 +285,9 @@ def test_adapt_refuses_what_the_base_cannot(flags, why, run, capsys, here, text)
         (["--stage=adapt", "--kv=value_groups", "--n_groups=64"], "S must divide D"),
         (["--stage=select", "--kv_layers=2"], "layers are 0..1"),
         (["--stage=select", "--n_groups=64"], "S must divide D"),
-        (["--stage=select", "--shortest=8", "--readers=4"], "every part needs"),
+        (["--stage=select", "--shortest=8", "--readers=4", "--recall=0"], "every part needs"),
+        (["--stage=select"], "some context must be left, so 133 are needed; give fewer --readers"),
+        (["--stage=select", "--readers=4"], "a question needs 96; give --recall=0"),
         (
             ["--stage=continue", "--kv=mixsga", "--group_sizes=1,7", "--expert_ratios=1:1"],
             "must divide the KV heads",

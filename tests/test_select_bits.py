@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from select_runs import base, measure, selected  # noqa: F401 (fixtures)
 
 import eval as evaluation
-from config import FIRST_WHOLE, SelectConfig
+from config import PLANNED_SINKS, SelectConfig
 from generate import generate
 from report.against_bytes import envelope
 from selection.budgets import REFINED
@@ -154,7 +154,7 @@ def test_the_choice_is_the_greedy_rule_of_bytes(scope, allocation, bits):
         errors = [LEVEL_ERRORS[i] - LEVEL_ERRORS[i + 1] for i in range(3)]
         gain = [errors[0], REFINED * errors[1], REFINED * errors[2]]
     n = C - 3  # tokens of the context
-    first = SINKS if bits else FIRST_WHOLE
+    first = SINKS if bits else PLANNED_SINKS
     per_mask = (3 // Hm) * 2 * (4 * 16 * (0.19 * (n + W) - (first + W)) - 4 * 16 - 80)
     shared = {"head": 1, "layer": Hm, "global": Lm * Hm}[allocation]
     places = [(a, b) for a in range(Lm) for b in range(Hm)]

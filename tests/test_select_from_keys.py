@@ -15,7 +15,7 @@ from test_select_bits import greedy
 
 import kv_router
 import selector
-from config import FIRST_WHOLE, KVConfig
+from config import PLANNED_SINKS, KVConfig
 from loaders.runs import find_checkpoint, load_run
 from model import rope_table
 from report.rows import filled_cache
@@ -99,7 +99,7 @@ def test_integers_are_stored_and_read_as_loops_do(kv):
                 h = head // 2
                 mask_head = h if path.mask_heads > 1 else 0
                 kept = choice.keep[i, b, mask_head].nonzero().flatten().tolist()
-                kept = [t for t in kept if t >= pad[b] + FIRST_WHOLE]
+                kept = [t for t in kept if t >= pad[b] + PLANNED_SINKS]
                 told = [told_by_loops(path, k[b, h, j], h, t - pad[b]) for j, t in enumerate(kept)]
                 values = [rest[b, h, j] + told[j] for j in range(len(kept))]
                 whole = [view.window.v[b, h, j] for j in range(n)]
@@ -138,7 +138,7 @@ def test_the_choice_is_the_greedy_one():
     C = n_prompt - W
     price = prices(s.stored, 16, 1)
     cost = [*price.step * s.S, 1]
-    m_bytes = half_bytes_for(0.2, C, W, FIRST_WHOLE, 16, 1, True)
+    m_bytes = half_bytes_for(0.2, C, W, PLANNED_SINKS, 16, 1, True)
     for i in range(2):
         for h in range(3):
             weight = float(s.layer_sensitivity[i]) ** 0.4 * float(s.output_gain[i, h])
@@ -156,7 +156,7 @@ def test_the_choice_is_the_greedy_one():
                 told = float(prompt.z[i][0, h, t].square().sum() * score - energy.sum())
                 first = max(p / c for p, c in zip(parts, cost, strict=False))
                 value.append([*parts, max(told, first * (1 + 1e-6))])
-            for t in range(FIRST_WHOLE):
+            for t in range(PLANNED_SINKS):
                 value[t] = [float("-inf")] * len(cost)
             want = torch.tensor(greedy(value, price.key - 1, cost, m_bytes))
             assert torch.equal(choice.keep[i, 0, h], want.any(-1))

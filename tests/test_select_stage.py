@@ -34,7 +34,7 @@ from selection.training import fit_statistics, predictor_loss
 from settings.fields import to_dict
 from training import loop as trainer
 from training.base import load_base
-from training.predictors import check_shortest, select_stage
+from training.predictors import check_shortest, check_window, select_stage
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -374,12 +374,22 @@ def test_parts_of_windows_too_short_are_refused_before_training():
     check_shortest(kv, SelectConfig(shortest=64), 100)  # is never cut
 
 
-def test_a_window_too_short_for_its_readers(tmp_path, text, base):
-    """Readers and query region that leave no context are refused in one line before a step is done,
-    and nothing stays behind."""
-    line = error_line(select, tmp_path / "no", text, base, f"--readers={32 - W}")
-    assert (
-        "some context must be left" in line
-        and "--readers" in line
-        and not (tmp_path / "no").exists()
-    )
+@pytest.mark.parametrize(
+    "flags, says, advice",
+    [
+        ([f"--readers={32 - W}"], "some context must be left, so 33 are n", "fewer --readers"),
+        (["--recall=0.5", "--observers=3"], "a question needs 74", "--recall=0"),
+    ],
+)
+def test_a_window_too_short_for_its_readers(flags, says, advice, tmp_path, text, base, capsys):
+    """Readers and query region that leave no context, and questions that do not fit, are refused in
+    one line before anything is read or calibrated, and nothing stays behind. A larger window is
+    advised where the model has room for it."""
+    line = error_line(select, tmp_path / "no", text, base, "--block_size=32", *flags)
+    assert says in line and line.endswith(f"; give {advice}, or a larger --block_size")
+    assert "calibrating" not in capsys.readouterr().err and not (tmp_path / "no").exists()
+    kv = KVConfig(kv="select", kv_tail=16)
+    for cfg in (SelectConfig(), SelectConfig(readers=9)):
+        line = error_line(check_window, kv, replace(cfg, observers=60), 128, 128)
+        assert "--block_size" not in line
+    check_window(kv, SelectConfig(readers=111), 128, 128)

@@ -44,6 +44,7 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
     model = base.model
     kv.check_model(model.cfg)
     window = adapt_window(args, base)
+    check_window(kv, select, window, model.cfg.block_size)
     check_shortest(kv, select, window)
     name = cfg.corpus("adapt")
     corpus = corpus_of(args, name, base.tokenizer, window)
@@ -87,14 +88,39 @@ def select_stage(args, run_dir: Path, w: World, base: Run) -> Stage:
     )
 
 
+def least_windows(kv: KVConfig, select: SelectConfig) -> tuple[int, int]:
+    """Return how many tokens a window needs for its readers, the query region and some context
+    before them, and how many so that it can be asked for one of its passages, 0 where none is."""
+    region = max(kv.kv_tail, select.observers)
+    of_question = 2 * (region + PASSAGE) if select.recall else 0
+    return kv.kv_tail + select.readers + 1, of_question
+
+
+def check_window(kv: KVConfig, select: SelectConfig, window: int, longest: int) -> None:
+    """Raise ValueError where a window is too short for its readers or a question. longest: tokens
+    that the model can read."""
+    of_readers, of_question = least_windows(kv, select)
+    larger = "" if window == longest else ", or a larger --block_size"
+    check(
+        window >= of_readers,
+        f"{window} tokens with readers={select.readers}, kv_tail={kv.kv_tail}",
+        f"some context must be left, so {of_readers} are needed",
+        f"give fewer --readers{larger}",
+    )
+    check(
+        window >= of_question,
+        f"{window} tokens with recall={select.recall:g}, kv_tail={kv.kv_tail}, "
+        f"observers={select.observers}",
+        f"a question needs {of_question}",
+        f"give --recall=0{larger}",
+    )
+
+
 def check_shortest(kv: KVConfig, select: SelectConfig, window: int) -> None:
     """Raise ValueError where a part of a window would be too short for its readers, a passage that
     is repeated, or a question."""
     parts = parts_at_most(window, select.shortest)
-    region = max(kv.kv_tail, select.observers)
-    needed = kv.kv_tail + select.readers + 1
-    if select.recall:
-        needed = max(needed, 2 * (region + PASSAGE))
+    needed = max(least_windows(kv, select))
     check(
         parts == 1 or window // parts >= needed,
         f"shortest={select.shortest} with windows of {window}, kv_tail={kv.kv_tail}, "

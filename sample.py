@@ -187,7 +187,7 @@ def sample(run: Run, cfg: SampleConfig, prompt: str, held: Held | None) -> None:
 
     start = time.perf_counter()
     # what is to be put away ends between two tokens
-    with noted_interrupt() if cfg.park else contextlib.nullcontext([]) as noted:
+    with noted_interrupt() if cfg.park else ended_line() as noted:
         rows, cache = generate(
             run.model,
             [unread for _ in range(cfg.num_samples)],
@@ -257,6 +257,16 @@ def what_is_compressed(run: Run) -> str:
         f"kv=value_groups: of every message, all but the newest {kv.kv_tail} tokens keep "
         f"{path.k} of {path.S} groups of each value, and whole keys{bits}"
     )
+
+
+@contextlib.contextmanager
+def ended_line() -> Iterator[list]:
+    """Where Ctrl-C ends an answer, end its line, which the program's last word would else go on."""
+    try:
+        yield []
+    except KeyboardInterrupt:
+        print(flush=True)
+        raise
 
 
 @contextlib.contextmanager

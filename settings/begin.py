@@ -22,9 +22,16 @@ def program_name() -> str:
     return sys.argv[0].rsplit("/", 1)[-1]
 
 
+# How often a thread of PyTorch's on a CPU looks for work before it sleeps. By itself libgomp has it
+# look for some milliseconds, for which every step waits where another program has one of the cores.
+SPINS = "1000"
+
+
 def begin_program() -> None:
-    """Let this process survive a terminal that cannot show a character, and end by one line at
-    Ctrl-C, and a rank at SIGTERM, while modules are loaded."""
+    """Let this process survive a terminal that cannot show a character, end by one line at Ctrl-C,
+    and a rank at SIGTERM, while modules are loaded, and share its cores with other programs."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     signal(SIGINT, leave)
     if "RANK" in os.environ:
         signal(SIGTERM, end_rank)

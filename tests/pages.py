@@ -38,13 +38,13 @@ def snippets(page: str) -> list[Snippet]:
 def run(page: str, folder: Path) -> list[str]:
     """Run a page's snippets one after the other, in one namespace: what each prints.
 
-    folder: where the program is written; its path is in the snippets' `FOLDER`."""
+    folder: where the program is written, and what it writes itself."""
     mark = f"print(end={END!r})\n"
     program = folder / "page.py"
     program.write_text("".join(code + mark for code, _ in snippets(page)), encoding="utf-8")
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        runpy.run_path(str(program), {"FOLDER": folder})
+    with contextlib.redirect_stdout(out), contextlib.chdir(folder):
+        runpy.run_path(str(program))
     return out.getvalue().split(END)[:-1]
 
 

@@ -82,6 +82,30 @@ def test_a_fresh_process_goes_on_with_the_same_tokens(folder, kv, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["text.parked"]
 
 
+def interrupted(real, steps: list):
+    """A decoding step that notes itself in steps, and gets Ctrl-C the third time."""
+
+    def step(*args, **kwargs):
+        steps.append(None)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    return step
+
+
+def test_ctrl_c_ends_the_line_of_a_text(folder, monkeypatch, capsys):
+    """A text that is not put away stops at once, at the end of a line."""
+    step = interrupted(Transformer.decode_step, [])
+    monkeypatch.setattr(Transformer, "decode_step", step)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):
+        runs.call(sample, *flags_of(folder, 9, "--prompt=some words"))
+    signal.signal(signal.SIGINT, before)
+    out = capsys.readouterr().out
+    assert out.startswith("some words") and out.endswith("\n")
+
+
 def test_a_text_that_ctrl_c_ends_is_put_away(folder, tmp_path, monkeypatch, capsys):
     """A first Ctrl-C ends a text that is to be put away between two tokens: what was shown is in
     the file, and goes on from there as if nothing had been."""
@@ -94,18 +118,8 @@ def test_a_text_that_ctrl_c_ends_is_put_away(folder, tmp_path, monkeypatch, caps
 
     whole = written(*flags_of(folder, 9, prompt))
     steps = []
-
-    def interrupted(real):
-        def step(*args, **kwargs):
-            steps.append(None)
-            if len(steps) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            return real(*args, **kwargs)
-
-        return step
-
     with monkeypatch.context() as patched:
-        patched.setattr(Transformer, "decode_step", interrupted(Transformer.decode_step))
+        patched.setattr(Transformer, "decode_step", interrupted(Transformer.decode_step, steps))
         first = written(*flags_of(folder, 9, prompt, f"--park={file}"))
     assert len(steps) == 3 and len(first) < len(whole)
     assert first + written(*flags_of(folder, 5, f"--unpark={file}")) == whole

@@ -496,6 +496,23 @@ def test_interrupted_at_its_first_import_ends_by_one_line(called, tmp_path):
     assert (p.returncode, p.out, p.err) == (130, "", f"{called}: interrupted\n")
 
 
+@pytest.mark.parametrize(
+    "given, want",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["none given", "spins", "policy"],
+)
+def test_a_program_shares_its_cores(given, want):
+    """Threads that wait sleep soon, unless the user said how they wait, and what says so stands
+    before torch is loaded, which reads it."""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = (
+        "import os, sys; from settings.begin import begin_program; begin_program();"
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    )
+    p = runs.python("-c", code, env=env | given, wait=30)
+    assert p.out == f"{want} False\n"
+
+
 def test_rank_that_is_told_to_end_while_loading_says_so(tmp_path):
     """SIGTERM to one of torchrun's processes while the first module is loaded: one line with its
     number, exit 143."""

@@ -113,9 +113,10 @@ def refuse_alike(reasons: Mapping[str, str]) -> None:
     """Raise ValueError for the first flag that there is a reason against, and at once for all
     others that the same one is against. reasons: by flags, what came with them, what is allowed
     and what to do."""
-    for reason in reasons.values():
-        alike = [name for name, other in reasons.items() if other == reason]
-        raise ValueError(f"{', '.join(alike)} {reason}")
+    if reasons:
+        first = next(iter(reasons.values()))
+        alike = [name for name, reason in reasons.items() if reason == first]
+        raise ValueError(f"{', '.join(alike)} {first}")
 
 
 # Where keys and values can be stored in fewer than 16 bits.

@@ -19,16 +19,14 @@ import bench
 import kv_router
 import sample
 import selector
-from config import KVConfig, ModelConfig, SelectConfig
+from config import KVConfig, SelectConfig
 from loaders.device import autocast
 from loaders.runs import load_run
-from measure_config import BenchConfig
 from model import Transformer
 from report.figures import groups_figure
 from report.tables import reuse_note
 from runs import call
 from selection.training import fit_statistics
-from settings.base import BaseConfig
 from storage.layout import cdiv
 from tasks import prompts as tasks
 
@@ -253,19 +251,13 @@ def test_eval_says_what_a_second_question_gets(base, measure):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "run"])
-def test_bench_select(trained, selected, capsys, monkeypatch):
+def test_bench_select(trained, selected, capsys):
     """Three rows of one shape: a dense prefill, one with selection, the choice alone; times and
     ratios are positive, the dense one's is 1."""
     flags = (
         [f"--out_dir={selected.folder}"]
         if trained
         else ["--n_layer=2", "--n_embd=32", "--n_head=4", "--n_kv_head=2", "--head_dim=16"]
-    )
-    monkeypatch.setattr(
-        bench,
-        "CONFIGS",
-        {"bench": BenchConfig, "model": ModelConfig, "base": BaseConfig},
-        raising=False,
     )
     call(bench, "--what=select", "--steps=2", "--batch_size=3", "--block_size=77", *flags)
     io = capsys.readouterr()

@@ -86,10 +86,10 @@ class Prompt:
     @property
     def stored(self) -> Prompt:
         """The same prompt with values that are what is stored of them: what keys do not tell."""
-        return self if self.untold is None else self._untold
+        return self if self.untold is None else self._stored
 
     @cached_property
-    def _untold(self) -> Prompt:  # never the prompt itself, which would then outlive its last user
+    def _stored(self) -> Prompt:  # never the prompt itself: held by itself it would not be freed
         return replace(self, z=self.untold, untold=None, v=None)
 
     @cached_property

@@ -110,9 +110,21 @@ def test_a_thread_rounds_a_key_alone(compiled):
     assert rounded["between_lanes"] == 0, rounded
 
 
-def run_ptx(text: str, *inputs: int) -> list[int]:
-    """What PTX of moves, masks, shifts, look-ups of bytes and of bits leaves in its outputs $0, $1,
-    ..., for 32-bit inputs, which come after them."""
+def bfloat16_of(bits: int) -> float:
+    """The number that 16 bits are."""
+    signed = bits - 65536 if bits > 32767 else bits
+    return torch.tensor(signed, dtype=torch.int16).view(torch.bfloat16).double().item()
+
+
+def bits_of(number: float) -> int:
+    """The bits of a number, rounded to bfloat16."""
+    rounded = torch.tensor(number, dtype=torch.float64).bfloat16()
+    return rounded.view(torch.int16).item() & 0xFFFF
+
+
+def run_ptx(text: str, *inputs: int, memory: bytes = b"") -> list[int]:
+    """What PTX of moves, masks, shifts, look-ups of bytes and of bits, multiply-adds and loads of
+    `memory` leaves in its outputs $0, $1, ..., for 32-bit inputs, which come after them."""
     lines = [line for line in text[1:-1].replace("\n", "").split(";") if line]
     names = re.findall(r"\$(\d+)", text)
     first = max(map(int, names)) + 1 - len(inputs)
@@ -124,6 +136,13 @@ def run_ptx(text: str, *inputs: int) -> list[int]:
     for line in lines:
         name, *operands = line.replace(",", " ").split()
         if name == ".reg":
+            continue
+        if name.startswith("@"):  # a load where the predicate is 1
+            (kind, to, at), there = operands, held[name[1:]]
+            size = int(kind.removeprefix("ld.global.u")) // 8
+            at = held[at.strip("[]")]
+            if there:
+                held[to] = int.from_bytes(memory[at : at + size], "little")
             continue
         if operands[0].startswith("{"):  # a pair of half registers
             low, high, x = (operand.strip("{}") for operand in operands)
@@ -139,7 +158,16 @@ def run_ptx(text: str, *inputs: int) -> list[int]:
             held[to] = x << more[0] & 0xFFFFFFFF
         elif name == "shr.u32":
             held[to] = x >> more[0]
-        elif name == "mad.lo.s32":
+        elif name == "setp.gt.s32":
+            held[to] = int(x > more[0])
+        elif name == "fma.rn.bf16x2":
+            halves = [(word & 0xFFFF, word >> 16) for word in (x, *more)]
+            a, b = (
+                bits_of(bfloat16_of(f) * bfloat16_of(g) + bfloat16_of(h))
+                for f, g, h in zip(*halves, strict=True)
+            )
+            held[to] = a | b << 16
+        elif name in ("mad.lo.s32", "mad.lo.u32"):
             held[to] = x * more[0] + more[1] & 0xFFFFFFFF
         elif name == "prmt.b32":
             both = x | more[0] << 32
@@ -236,12 +264,43 @@ def test_a_code_as_a_subnormal_times_a_constant_is_its_value():
     """Every code of every level: its bits as a bfloat16, times one constant, plus the other, is
     exactly what format.py says, a power of 2 smaller."""
 
-    def number(bits: torch.Tensor) -> torch.Tensor:
-        signed = torch.where(bits > 32767, bits - 65536, bits).to(torch.int16)
-        return signed.view(torch.bfloat16).double()
-
     for level in range(4):
         codes = torch.arange(2 ** LEVEL_BITS[level])
-        times, plus = (number(torch.tensor([c])) for c in level_words.LEVEL_FMA[level])
+        times, plus = map(bfloat16_of, level_words.LEVEL_FMA[level])
         want = (codes.double() - zero_code(level)) * LEVEL_STEPS[level]
-        assert torch.equal(number(codes) * times + plus, want * 2.0**-13)
+        got = [bfloat16_of(code) * times + plus for code in codes.tolist()]
+        assert got == (want * 2.0**-13).tolist()
+
+
+@pytest.mark.parametrize("n_bytes", [2, 4])
+def test_codes_of_two_tokens_become_their_numbers(n_bytes):
+    """The PTX, read line by line: every byte of two tokens of any levels, in one word or in two, is
+    the number that format.py says, a power of 2 smaller, rounded once."""
+    generator = torch.Generator().manual_seed(n_bytes)
+    for levels in itertools.product(range(4), range(4)):
+        factors = run_ptx(level_words.FACTOR_ASM.value, *levels)
+        largest = [2 ** LEVEL_BITS[level] for level in levels]
+        codes = [torch.randint(0, n, (n_bytes,), generator=generator) for n in largest]
+        words = [word_of(c) for c in codes]
+        if n_bytes == 2:
+            words = [run_ptx(level_words.HALVES_ASM.value, *words)[0], 0]
+        got = run_ptx(getattr(level_words, f"LEVEL_ASM_{n_bytes}").value, *words, *factors)
+        assert len(got) == 2 * n_bytes
+        for i, bits in enumerate(got):
+            level = levels[i % 2]
+            want = (
+                (codes[i % 2][i // 2].item() - zero_code(level)) * LEVEL_STEPS[level]
+                if level
+                else 0
+            )
+            assert bits == bits_of(want * 2.0**-13)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 2, 4])
+def test_planes_are_loaded_where_a_level_has_them(n_bytes):
+    """The PTX, read line by line: a word of as many bytes as a plane has, zeros else."""
+    memory = bytes(range(1, 20))
+    asm = getattr(level_words, f"LOAD_ASM_{n_bytes}").value
+    for level, above in itertools.product(range(4), range(3)):
+        want = int.from_bytes(memory[5 : 5 + n_bytes], "little") if level > above else 0
+        assert run_ptx(asm, 5, level, above, memory=memory) == [want]

@@ -55,10 +55,10 @@ def _level_asm(n_bytes: int) -> str:
     text = "{\n.reg .b32 p, x;\n"
     for half, both in enumerate(halves):
         text += both
-        for i in (4 * half, 4 * half + 2):
-            text += "and.b32 x, p, 0x00FF00FF;\n"
+        for i, code_bytes in ((4 * half, "0x4240"), (4 * half + 2, "0x4341")):
+            text += f"prmt.b32 x, p, 0, {code_bytes};\n"
             text += f"fma.rn.bf16x2 x, x, {times}, {plus};\n"
-            text += f"mov.b32 {{${i}, ${i + 1}}}, x;\nshr.u32 p, p, 8;\n"
+            text += f"mov.b32 {{${i}, ${i + 1}}}, x;\n"
     return text + "}"
 
 
@@ -147,10 +147,10 @@ def level_masks(
     TILE: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Load the masks of tokens t0 + 4 (2 i + {0, 1}) + j in place (j, i), 0 from `end` on, and the
+    """Load the masks of tokens t0 + 4 (2 i + {0, 1}) + j in place (i, j), 0 from `end` on, and the
     bit planes before each: load_masks, twice, with addresses that differ by constants."""
-    lane = tl.arange(0, 4)[:, None]
-    eight = tl.arange(0, N // 8)[None, :] * 8
+    lane = tl.arange(0, 4)[None, :]
+    eight = tl.arange(0, N // 8)[:, None] * 8
     left = end - t0
     bits_ptr = bits_ptr + t0 + lane
     before_ptr = before_ptr + t0 + lane
@@ -171,26 +171,64 @@ def level_masks(
     )
 
 
-@jit
-def _plane_words(rows_ptr, word, offset, S: tl.constexpr, U: tl.constexpr):
-    """Load tokens (4, n) with masks `word` and `offset` bit planes before them.
+def _load_asm(n_bytes: int) -> str:
+    """Write PTX that loads n_bytes from $1 where $2 is above $3, else zeros, into a word: loaded as
+    what they are, fewer than 4 would be cleared and widened one by one."""
+    there = "{\n.reg .pred p;\nsetp.gt.s32 p, $2, $3;\nmov.b32 $0, 0;\n"
+    return there + f"@p ld.global.u{8 * n_bytes} $0, [$1];\n}}"
 
-    Returns levels (4, S, n), and the four planes, in words of 4 bytes, or of the U bytes that a
-    plane has: (4, S, n, words) four times, zeros where the level has none."""
+
+LOAD_ASM_1, LOAD_ASM_2, LOAD_ASM_4 = (ptx(_load_asm(n)) for n in (1, 2, 4))
+HALVES_ASM = ptx("{\nmad.lo.u32 $0, $2, 65536, $1;\n}")
+
+
+@jit
+def _load_word(at, level, above, E: tl.constexpr, ASM: tl.constexpr):
+    """Load words of E bytes where the level is above `above`, else zeros: uint32. With ASM lanes
+    load what they hold the address of; tl.load would deal addresses out anew."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            LOAD_ASM_1 if E == 1 else LOAD_ASM_2 if E == 2 else LOAD_ASM_4,
+            "=r,l,r,r",
+            [at.to(tl.int64), level, above],
+            dtype=tl.uint32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        return tl.load(at, mask=level > above, other=0).to(tl.uint32)
+
+
+@jit
+def _join_halves(low, high):
+    """Join half words by a multiplication: a GPU has other units for it than for masks and shifts,
+    which have most to do here."""
+    return tl.inline_asm_elementwise(
+        HALVES_ASM, "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1
+    )
+
+
+@jit
+def _plane_words(rows_ptr, word, offset, S: tl.constexpr, U: tl.constexpr, ASM: tl.constexpr):
+    """Load tokens (n, 4) with masks `word` and `offset` bit planes before them.
+
+    Returns levels (n, S, 4), and the four planes, in words of 4 bytes, or of the U bytes that a
+    plane has: (n, words, S, 4) four times, zeros where the level has none."""
     E: tl.constexpr = U if U < 4 else 4
     if E == 4:
         rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
     elif E == 2:
         rows_ptr = rows_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+    W: tl.constexpr = U // E
     group = tl.arange(0, S)[None, :, None].to(word.dtype)
     level, before = group_levels(word[:, None, :], group, S)
-    first = ((offset[:, None, :] + before) * (U // E))[:, :, :, None]
-    at = rows_ptr + first + tl.arange(0, U // E)[None, None, None, :]
-    high = level[:, :, :, None]
-    a = tl.load(at, mask=high > 0, other=0).to(tl.uint32)
-    b = tl.load(at + U // E, mask=high > 1, other=0).to(tl.uint32)
-    c = tl.load(at + 2 * (U // E), mask=high > 2, other=0).to(tl.uint32)
-    d = tl.load(at + 3 * (U // E), mask=high > 2, other=0).to(tl.uint32)
+    first = ((offset[:, None, :] + before) * W)[:, None, :, :]
+    at = rows_ptr + first + tl.arange(0, W)[None, :, None, None]
+    high = tl.broadcast_to(level[:, None, :, :], at.shape)
+    a = _load_word(at, high, 0, E, ASM)
+    b = _load_word(at + W, high, 1, E, ASM)
+    c = _load_word(at + 2 * W, high, 2, E, ASM)
+    d = _load_word(at + 3 * W, high, 2, E, ASM)
     return level, a, b, c, d
 
 
@@ -207,11 +245,11 @@ def _codes_of_planes(a, b, c, d, ASM: tl.constexpr):
 
 @jit
 def _level_numbers(level, x, like, E: tl.constexpr):
-    """Turn codes x (4, S, n, words) into numbers in units of step and gain: (4, S, n, words, E)."""
+    """Turn codes x (n, words, S, 4) into numbers in units of step and gain: (n, words, S, 4, E)."""
     x = (x[:, :, :, :, None] >> (8 * tl.arange(0, E)).to(tl.uint32) & 255).to(tl.float32)
     step = tl.where(level > 0, of_level(level, STEP_1, STEP_2, STEP_3), 0.0)
     zero = of_level(level, ZERO_1, ZERO_2, ZERO_3)
-    return ((x - zero[:, :, :, None, None]) * step[:, :, :, None, None]).to(like.dtype)
+    return ((x - zero[:, None, :, :, None]) * step[:, None, :, :, None]).to(like.dtype)
 
 
 @jit
@@ -220,12 +258,12 @@ def _level_factors(one, two):
     times, plus = tl.inline_asm_elementwise(
         FACTOR_ASM, "=r,=r,r,r", [one, two], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
     )
-    return times[:, :, :, None], plus[:, :, :, None]
+    return times[:, None, :, :], plus[:, None, :, :]
 
 
 @jit
 def _level_fma(x, y, times, plus, like, E: tl.constexpr):
-    """Turn codes x, y (4, S, n, 1) of two tokens into numbers (4, S, n, 1, E, 2), as
+    """Turn codes x, y (n, 1, S, 4) of two tokens into numbers (n, 1, S, 4, E, 2), as
     _level_numbers, a power of 2 too small."""
     if E == 4:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
@@ -247,7 +285,7 @@ def _level_fma(x, y, times, plus, like, E: tl.constexpr):
             pack=1,
         )
         x = four(a, b, c, d)
-    return tl.reshape(x, [4, y.shape[1], y.shape[2], 1, E, 2])
+    return tl.reshape(x, [y.shape[0], 1, y.shape[2], 4, E, 2])
 
 
 @jit
@@ -261,18 +299,22 @@ def level_values(
     D: tl.constexpr,
     S: tl.constexpr,
     FMA: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Return values (D, N) in units of their token's step and gain (with FMA 2^-13 of that): number
     i of group g in row i S + g, tokens as by_fours has them.
 
-    Masks and offsets (4, N / 8) are those of tokens 4 (2 i + {0, 1}) + j in place (j, i)."""
+    Masks and offsets (N / 8, 4) are those of tokens 4 (2 i + {0, 1}) + j in place (i, j)."""
     U: tl.constexpr = D // S // 4  # bytes of a bit plane
     E: tl.constexpr = U if U < 4 else 4
-    n: tl.constexpr = one_word.shape[1]
-    one, w1, w2, w3, w4 = _plane_words(rows_ptr, one_word, one_offset, S, U)
-    two, v1, v2, v3, v4 = _plane_words(rows_ptr, two_word, two_offset, S, U)
+    n: tl.constexpr = one_word.shape[0]
+    one, w1, w2, w3, w4 = _plane_words(rows_ptr, one_word, one_offset, S, U, ASM)
+    two, v1, v2, v3, v4 = _plane_words(rows_ptr, two_word, two_offset, S, U, ASM)
     if FMA and E == 2:
-        w1, w2, w3, w4 = w1 | v1 << 16, w2 | v2 << 16, w3 | v3 << 16, w4 | v4 << 16
+        w1 = _join_halves(w1, v1)
+        w2 = _join_halves(w2, v2)
+        w3 = _join_halves(w3, v3)
+        w4 = _join_halves(w4, v4)
     w1, w2, w3, w4 = _codes_of_planes(w1, w2, w3, w4, FMA)
     if FMA and E == 2:
         v1, v2, v3, v4 = w1, w2, w3, w4
@@ -289,8 +331,8 @@ def level_values(
         b = tl.join(_level_numbers(one, w2, like, E), _level_numbers(two, v2, like, E))
         c = tl.join(_level_numbers(one, w3, like, E), _level_numbers(two, v3, like, E))
         d = tl.join(_level_numbers(one, w4, like, E), _level_numbers(two, v4, like, E))
-    x = tl.reshape(four(a, b, c, d), [4, S, n // 2, 2, U // E, E, 2, 4])
-    return tl.reshape(tl.permute(x, [7, 4, 5, 1, 2, 0, 3, 6]), [D, 8 * n])
+    x = tl.reshape(four(a, b, c, d), [n // 2, 2, U // E, S, 4, E, 2, 4])
+    return tl.reshape(tl.permute(x, [7, 2, 5, 3, 0, 4, 1, 6]), [D, 8 * n])
 
 
 @jit

@@ -387,7 +387,8 @@ def _word_attention_kernel(
         two_bits = tl.load(bits_ptr + pairs + 4, mask=pairs + 4 < end, other=0)
     for t0 in tl.range(start, end, N, num_stages=STAGES):
         t = t0 + at
-        live = t < end
+        left = end - t0
+        live = at < left
         # All that is read of these tokens, and the masks of the next ones.
         token_ptr = keys_ptr + t[:, None] * KEY_WORDS
         in_key = (kw < KW)[None, :]
@@ -424,12 +425,13 @@ def _word_attention_kernel(
                 D,
                 S,
                 FMA,
+                ASM,
             )
             w = own_step.to(tl.float32) + nothing if DEAL else own_step.to(tl.float32)
             one_word, one_offset, two_word, two_offset = level_masks(
                 bits_ptr, before_ptr, tile_rows_ptr, t0 + N, end, S, N, TILE, ASM
             )
-            own_step = tl.load(value_scale_ptr + t + N, mask=t + N < end, other=0.0)
+            own_step = tl.load(value_scale_ptr + t + N, mask=at < left - N, other=0.0)
         else:
             if K > 0:
                 offset = t * K

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import PLANNED_SINKS, KVConfig, SelectConfig, count_kept
 from selection.relevance import Prompt
-from storage.integers.format import LEVEL_BITS, LEVEL_ERRORS, row_bytes
+from storage.integers.format import LEVEL_BITS, LEVEL_ERRORS, kept_tokens, row_bytes
 from storage.layout import mask_dtype, tile_size, top_k_mask
 from storage.levels import choose_levels
 from storage.packing import select_joint, select_top_m
@@ -313,7 +313,7 @@ def spend_bytes(
             return choose_levels(energy, m, price.gain, price.step, price.key)
 
         levels = within_budget(prompt, energy, budget, cfg.allocation, best)
-        keep = levels.amax(-1) > 0
+        keep = kept_tokens(levels)
     else:
         worth = (energy.unsqueeze(-1) * energy.new_tensor(price.gain)).flatten(-2)
         cost = torch.tensor(price.step, device=energy.device).repeat(S)

@@ -32,20 +32,25 @@ def _logits(
     D: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    """Return logits, in units of log 2, of queries row (ROWS,) with tokens t (TOKENS,), -inf where
-    one is not read."""
+    """Return logits, in units of log 2, of queries row with tokens t, of which one is (n, 1), the
+    other (1, m): (n, m), -inf where one is not read; any numbers of rows from N on."""
     i = tl.arange(0, DIMS)
-    q_there = (row < N)[:, None] & (i < D)[None, :]
-    q = tl.load(q_ptr + row[:, None] * D + i[None, :], mask=q_there, other=0)
-    k_there = (t < T)[None, :] & (i < D)[:, None]
-    k = tl.load(k_ptr + t[None, :] * k_stride_t + i[:, None], mask=k_there, other=0)
-    zero = tl.zeros([row.shape[0], t.shape[0]], tl.float32)
-    logits = capped(product(q, k, zero) * 1.4426950408889634, CAP)
-    seen = (row < N)[:, None] & ((t >= pad) & (t < T))[None, :]
+    FLIP: tl.constexpr = t.shape[1] == 1  # tokens are the rows of what is returned
+    q_dims = i[:, None] if FLIP else i[None, :]
+    k_dims = i[None, :] if FLIP else i[:, None]
+    q = tl.load(q_ptr + row * D + q_dims, mask=(row < N) & (q_dims < D), other=0)
+    k = tl.load(k_ptr + t * k_stride_t + k_dims, mask=(t < T) & (k_dims < D), other=0)
+    if FLIP:
+        dots = product(k, q, tl.zeros([t.shape[0], row.shape[1]], tl.float32))
+    else:
+        dots = product(q, k, tl.zeros([row.shape[0], t.shape[1]], tl.float32))
+    logits = capped(dots * 1.4426950408889634, CAP)
+    # added, which costs a number nothing beside its multiplication
+    logits += tl.where((t >= pad) & (t < T), 0.0, float("-inf"))
     if last_ptr is not None:
         last = tl.load(last_ptr + row % Q, mask=row < N, other=0)
-        seen = seen & (t[None, :] <= last[:, None])
-    return tl.where(seen, logits, float("-inf"))
+        logits = tl.where(t <= last, logits, float("-inf"))
+    return logits
 
 
 @jit
@@ -79,8 +84,8 @@ def _sums_kernel(
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     for begin in tl.range(0, T, TOKENS):
-        t = begin + tl.arange(0, TOKENS)
-        s = _logits(q_ptr, k_ptr, last_ptr, row, t, pad, N, Q, T, k_stride_t, CAP, D, DIMS)
+        t = begin + tl.arange(0, TOKENS)[None, :]
+        s = _logits(q_ptr, k_ptr, last_ptr, row[:, None], t, pad, N, Q, T, k_stride_t, CAP, D, DIMS)
         new = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp2(top - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
         top = new
@@ -125,12 +130,27 @@ def _shares_kernel(
     largest = tl.zeros([TOKENS], tl.float32)
     for begin in tl.range(0, N, ROWS):
         row = begin + tl.arange(0, ROWS)
-        s = _logits(q_ptr, k_ptr, last_ptr, row, t, pad, N, Q, T, k_stride_t, CAP, D, DIMS)
+        s = _logits(
+            q_ptr,
+            k_ptr,
+            last_ptr,
+            row[None, :],
+            t[:, None],
+            pad,
+            N,
+            Q,
+            T,
+            k_stride_t,
+            CAP,
+            D,
+            DIMS,
+        )
         lse = tl.load(lse_ptr + segment * N + row, mask=row < N, other=0)
-        p = tl.exp2(s - lse[:, None])
-        weight = tl.load(weight_ptr + b * N + row, mask=row < N, other=0)[:, None]
-        mean += tl.sum(p * weight, 0)
-        largest = tl.maximum(largest, tl.max(tl.where(weight > 0, p, 0.0), 0))
+        weight = tl.load(weight_ptr + b * N + row, mask=row < N, other=0)
+        # a row without weight gives nothing
+        p = tl.exp2(s - tl.where(weight > 0, lse, float("inf"))[None, :])
+        mean += tl.sum(p * weight[None, :], 1)
+        largest = tl.maximum(largest, tl.max(p, 1))
     tl.store(mean_ptr + segment * C + t, mean, mask=t < C)
     tl.store(largest_ptr + segment * C + t, largest, mask=t < C)
 

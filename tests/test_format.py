@@ -141,6 +141,20 @@ def test_levels_by_hand_from_the_bytes():
     assert error(s) <= min(error(rms * f) for f in format.TRIED) * 1.001
 
 
+@pytest.mark.parametrize("S", [4, 8, 16])
+def test_planes_of_tokens_are_counted(S):
+    """In one number, where a token's levels are one, or group by group: also where all are 3, and
+    of levels that do not lie side by side."""
+    generator = torch.Generator().manual_seed(S)
+    levels = torch.randint(0, 4, (3, S, 50), dtype=torch.uint8, generator=generator).mT
+    levels[0, 0] = 3
+    levels[0, 1] = 0
+    want = format.bit_planes(levels).sum(-1)
+    assert want[0, :2].tolist() == [4 * S, 0]
+    assert torch.equal(format.count_planes(levels), want.int())
+    assert torch.equal(format.kept_tokens(levels), want > 0)
+
+
 def test_the_step_is_the_one_with_the_least_weighted_error():
     """Sixty tokens whose coordinates count very differently, the largest of them dropped: no other
     of TRIED leaves less error, weighted as asked."""

@@ -24,6 +24,7 @@ from storage.integers.format import (
     TRIED,
     IntFormat,
     bit_planes,
+    count_planes,
     dequantise_keys,
     quantise_keys,
     quantise_levels,
@@ -396,8 +397,7 @@ def pack_context(fmts: Sequence[IntFormat], context: Context, impl: str = "auto"
     if query_moment is not None:
         order, share = error_feedback(query_moment.flatten(0, 1))
         share = share.contiguous()
-    n_planes = mask + (mask == 3)
-    count = n_planes.sum(-1, dtype=torch.int32)  # (B, Hm, C)
+    count = count_planes(mask)  # (B, Hm, C)
     n_packed, n_rows = torch.stack((keep.sum(-1), count.sum(-1))).cpu()  # (B, Hm)
     of_heads = keep.expand(-1, Hkv, -1).reshape(-1)
     source = of_heads.nonzero().squeeze(1)

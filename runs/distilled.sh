@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trained with storage in the loop: what a model predicts from what is stored is fitted to what it
 # predicts with everything whole, nothing else. At 75 and 50 % of keys and values: value groups over
-# values from keys, whose maps are trained. At 12.5 and 6.25 %: the map that reads what is stored,
-# alone and with low-rank adapters on q and o, over contexts that the run of runs/mixture.sh
+# values from keys, whose maps are trained. At 22 to 2 %: the map that reads what is stored, at
+# 6.25 % with low-rank adapters on q and o, too, over contexts that the run of runs/mixture.sh
 # selects. Beside each the same storage without training, on WikiText-2's test split and on a kind
 # of text that nothing was trained on.
 # usage: [STEPS=300] [SELECT_STEPS=200] \
@@ -48,10 +48,11 @@ measure maps-29of64 --out_dir="$OUT/maps-29of64" --methods=dense,value_groups --
 measure untrained-29of64 --init_from="$MODEL" --methods=value_groups --n_groups=64 \
   --topk_groups=29 --reconstructor=keys --query=4 --calibrate="$MIXTURE" --calibration=24
 
-# selected contexts, each share by itself: maps alone, and with low-rank adapters
-SHARES=0.125,0.0625
+# selected contexts, each share by itself: maps alone, and at one share with low-rank adapters
+SHARES=0.22,0.125,0.0625,0.04,0.02
 for SHARE in ${SHARES//,/ }; do
   for KIND in none lora; do
+    [[ $KIND == none || $SHARE == 0.0625 ]] || continue
     TARGETS=""
     [[ $KIND == none ]] || TARGETS="--lora_targets=q,o"
     train "$OUT/$KIND-$SHARE" --adapt_steps="$SELECT_STEPS" --kv=select --kv_from="$RUN" \

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The paper's table 1 on SmolLM2-135M: WikiText-2 and code, equal parameters, five seeds of 300
 # steps, every row at the one of three rates with the lowest validation loss; with half of every
-# value in 16 bits, with 29 of 64 groups, with 10 of 16 groups in 4 bits and the keys in 3, and over
-# values from keys.
+# value in 16 bits, with 29 of 64 groups, without and with all subspaces used, with 10 of 16 groups
+# in 4 bits and the keys in 3, and over values from keys.
 # Code is the standard library's source, every tenth file kept back for the number.
 # LoRA and MoE-LoRA store everything either way: a text's other tables take the first one's (the
-# page's of 64 groups were trained beside their own, two seeds, at the rates chosen for 16).
+# page's of 64 groups and over values from keys have two seeds, most trained beside LoRA rows of
+# their own, at the rates chosen for 16 groups).
 # usage: runs/paper_table1.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
@@ -42,10 +43,13 @@ table() {  # table NAME FLAGS...: half of every value in 16 bits, then less in i
   python train.py $about "$@" --topk_groups=10 --key_bits=3 --value_bits=4 --key_block=16 \
     --kv_tail=1 --resume --out_dir="$OUT/$name-bits"
   # as many bytes as half of 16 groups, of one dimension each
-  mkdir -p "$OUT/$name-64"
-  cp -r "$OUT/$name"/*lora-s* "$OUT/$name-64"
-  python train.py $about "$@" --n_groups=64 --topk_groups=29 --kv_tail=16 --resume \
-    --out_dir="$OUT/$name-64"
+  for used in "" all; do
+    fine="--n_groups=64 --topk_groups=29 --kv_tail=16"
+    [[ $used == "" ]] || fine="$fine --subspace_topk=16"
+    mkdir -p "$OUT/$name-64$used"
+    cp -r "$OUT/$name"/*lora-s* "$OUT/$name-64$used"
+    python train.py $about "$@" $fine --resume --out_dir="$OUT/$name-64$used"
+  done
   # values from keys: their map counts, so the adapter has fewer subspaces; half of them, and none
   for K in 8 0; do
     mkdir -p "$OUT/$name-keys$K"

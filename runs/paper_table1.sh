@@ -5,8 +5,8 @@
 # in 4 bits and the keys in 3, and over values from keys.
 # Code is the standard library's source, every tenth file kept back for the number.
 # LoRA and MoE-LoRA store everything either way: a text's other tables take the first one's (the
-# page's of 64 groups and over values from keys have two seeds, most trained beside LoRA rows of
-# their own, at the rates chosen for 16 groups).
+# page's of 64 groups and over values from keys have two seeds, `wikitext-keys0` one, most trained
+# beside LoRA rows of their own, at the rates chosen for 16 groups).
 # usage: runs/paper_table1.sh [MODEL] [OUT] [VALID_TEXT] [TEST_TEXT]
 set -euo pipefail
 MODEL="${1:-SmolLM2-135M-Instruct.Q4_1.gguf}"
@@ -30,7 +30,7 @@ def write():
 exit_on_bad_input(write)
 " "$OUT"
 
-table() {  # table NAME FLAGS...: half of every value in 16 bits, then less in integers
+table() {  # table NAME FLAGS...: all tables of a text
   name="$1"
   shift
   about="--init_from=$MODEL --block_size=512 --adapt_steps=300 --seeds=5

@@ -32,10 +32,11 @@ def _logits(
     D: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    """Return logits, in units of log 2, of queries row with tokens t, of which one is (n, 1), the
-    other (1, m): (n, m), -inf where one is not read; any numbers of rows from N on."""
+    """Return logits, in units of log 2, -inf where a token is not read: (rows, tokens) of queries
+    row (rows, 1) and tokens t (1, tokens), or (tokens, rows) of t (tokens, 1) and row (1, rows).
+    What rows from N on have means nothing."""
     i = tl.arange(0, DIMS)
-    FLIP: tl.constexpr = t.shape[1] == 1  # tokens are the rows of what is returned
+    FLIP: tl.constexpr = t.shape[1] == 1  # tokens come first
     q_dims = i[:, None] if FLIP else i[None, :]
     k_dims = i[None, :] if FLIP else i[:, None]
     q = tl.load(q_ptr + row * D + q_dims, mask=(row < N) & (q_dims < D), other=0)
@@ -45,7 +46,7 @@ def _logits(
     else:
         dots = product(q, k, tl.zeros([row.shape[0], t.shape[1]], tl.float32))
     logits = capped(dots * 1.4426950408889634, CAP)
-    # added, which costs a number nothing beside its multiplication
+    # added: with the multiplication before it, one instruction a number
     logits += tl.where((t >= pad) & (t < T), 0.0, float("-inf"))
     if last_ptr is not None:
         last = tl.load(last_ptr + row % Q, mask=row < N, other=0)

@@ -263,7 +263,6 @@ def test_planes_in_words_become_codes_and_levels_factors():
 def test_a_code_as_a_subnormal_times_a_constant_is_its_value():
     """Every code of every level: its bits as a bfloat16, times one constant, plus the other, is
     exactly what format.py says, a power of 2 smaller."""
-
     for level in range(4):
         codes = torch.arange(2 ** LEVEL_BITS[level])
         times, plus = map(bfloat16_of, level_words.LEVEL_FMA[level])
@@ -288,17 +287,13 @@ def test_codes_of_two_tokens_become_their_numbers(n_bytes):
         assert len(got) == 2 * n_bytes
         for i, bits in enumerate(got):
             level = levels[i % 2]
-            want = (
-                (codes[i % 2][i // 2].item() - zero_code(level)) * LEVEL_STEPS[level]
-                if level
-                else 0
-            )
-            assert bits == bits_of(want * 2.0**-13)
+            want = (codes[i % 2][i // 2].item() - zero_code(level)) * LEVEL_STEPS[level]
+            assert bits == bits_of(want * 2.0**-13 + 0.0)  # not -0
 
 
 @pytest.mark.parametrize("n_bytes", [1, 2, 4])
-def test_planes_are_loaded_where_a_level_has_them(n_bytes):
-    """The PTX, read line by line: a word of as many bytes as a plane has, zeros else."""
+def test_a_word_is_loaded_where_a_level_is_high_enough(n_bytes):
+    """The PTX, read line by line: a word of n_bytes, zeros else."""
     memory = bytes(range(1, 20))
     asm = getattr(level_words, f"LOAD_ASM_{n_bytes}").value
     for level, above in itertools.product(range(4), range(3)):

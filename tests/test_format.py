@@ -143,7 +143,7 @@ def test_levels_by_hand_from_the_bytes():
 
 @pytest.mark.parametrize("S", [4, 8, 16])
 def test_planes_of_tokens_are_counted(S):
-    """In one number, where a token's levels are one, or group by group: also where all are 3, and
+    """Of 8 groups in one number of 64 bits, else group by group: also where all levels are 3, and
     of levels that do not lie side by side."""
     generator = torch.Generator().manual_seed(S)
     levels = torch.randint(0, 4, (3, S, 50), dtype=torch.uint8, generator=generator).mT

@@ -340,7 +340,7 @@ def count_planes(levels: Tensor) -> Tensor:
     if levels.size(-1) != 8:
         return bit_planes(levels).sum(-1, dtype=torch.int32)
     number = _as_number(levels)
-    # of each byte: its two bits, and 1 more if it has both
+    # of each byte its level, and 1 more where that is 3
     planes = number + (number & number >> 1)
     return (planes * 0x0101010101010101 >> 56).int()  # the highest byte of it is the sum of all
 
@@ -348,6 +348,7 @@ def count_planes(levels: Tensor) -> Tensor:
 def _as_number(levels: Tensor) -> Tensor:
     """Read the 8 bytes of a token's levels as one number, which a GPU does far faster than it sums
     over a short dimension: (..., 8) to (...) int64."""
+    assert levels.dtype == torch.uint8
     return levels.contiguous().view(torch.int64).squeeze(-1)
 
 

@@ -1,6 +1,7 @@
 """How bit planes of levels become numbers, on the device: what words.py and attention.py need of
-it. Four planes in words become codes, a byte each, and where PTX may (ASM, FMA; see unpack.py) one
-multiply-add of two numbers gives what they stand for. Tokens come in the order of by_fours.
+it. Four planes in words become codes, a byte each, and one multiply-add of two numbers gives what
+they stand for, where there is PTX (ASM, see unpack.py) and planes fill its registers (FMA, see
+words.py). Tokens come in the order of by_fours.
 
 storage/integers/format.py is the specification.
 """
@@ -55,6 +56,7 @@ def _level_asm(n_bytes: int) -> str:
     text = "{\n.reg .b32 p, x;\n"
     for half, both in enumerate(halves):
         text += both
+        # bytes 0 and 2, then 1 and 3, each below a byte of zeros
         for i, code_bytes in ((4 * half, "0x4240"), (4 * half + 2, "0x4341")):
             text += f"prmt.b32 x, p, 0, {code_bytes};\n"
             text += f"fma.rn.bf16x2 x, x, {times}, {plus};\n"
@@ -150,19 +152,20 @@ def level_masks(
     """Load the masks of tokens t0 + 4 (2 i + {0, 1}) + j in place (i, j), 0 from `end` on, and the
     bit planes before each: load_masks, twice, with addresses that differ by constants."""
     lane = tl.arange(0, 4)[None, :]
-    eight = tl.arange(0, N // 8)[:, None] * 8
+    by_eight = tl.arange(0, N // 8)[:, None] * 8
     left = end - t0
     bits_ptr = bits_ptr + t0 + lane
     before_ptr = before_ptr + t0 + lane
     tile_rows_ptr += t0 // TILE
-    one = tl.load(bits_ptr + eight, mask=eight < left - lane, other=0)
-    two = tl.load(bits_ptr + (eight + 4), mask=eight < left - 4 - lane, other=0)
-    one_before = tl.load(before_ptr + eight, mask=eight < left - lane, other=0)
-    two_before = tl.load(before_ptr + (eight + 4), mask=eight < left - 4 - lane, other=0)
-    one_tile = tl.load(tile_rows_ptr + eight // TILE, mask=eight < left, other=0)
+    one = tl.load(bits_ptr + by_eight, mask=by_eight < left - lane, other=0)
+    two = tl.load(bits_ptr + (by_eight + 4), mask=by_eight < left - 4 - lane, other=0)
+    one_before = tl.load(before_ptr + by_eight, mask=by_eight < left - lane, other=0)
+    two_before = tl.load(before_ptr + (by_eight + 4), mask=by_eight < left - 4 - lane, other=0)
+    one_tile = tl.load(tile_rows_ptr + by_eight // TILE, mask=by_eight < left, other=0)
     two_tile = one_tile
     if TILE < 8:
-        two_tile = tl.load(tile_rows_ptr + (eight + 4) // TILE, mask=eight < left - 4, other=0)
+        at_two = (by_eight + 4) // TILE
+        two_tile = tl.load(tile_rows_ptr + at_two, mask=by_eight < left - 4, other=0)
     return (
         _as_is(as_word(one, 2 * S), ASM),
         one_tile + one_before.to(tl.int32),
@@ -172,8 +175,8 @@ def level_masks(
 
 
 def _load_asm(n_bytes: int) -> str:
-    """Write PTX that loads n_bytes from $1 where $2 is above $3, else zeros, into a word: loaded as
-    what they are, fewer than 4 would be cleared and widened one by one."""
+    """Write PTX that loads n_bytes from $1 where $2 is above $3, else zeros, into a word. (tl.load
+    of 1 or 2 bytes takes half a register, which is then cleared and widened, each time.)"""
     there = "{\n.reg .pred p;\nsetp.gt.s32 p, $2, $3;\nmov.b32 $0, 0;\n"
     return there + f"@p ld.global.u{8 * n_bytes} $0, [$1];\n}}"
 
@@ -224,11 +227,11 @@ def _plane_words(rows_ptr, word, offset, S: tl.constexpr, U: tl.constexpr, ASM: 
     level, before = group_levels(word[:, None, :], group, S)
     first = ((offset[:, None, :] + before) * W)[:, None, :, :]
     at = rows_ptr + first + tl.arange(0, W)[None, :, None, None]
-    high = tl.broadcast_to(level[:, None, :, :], at.shape)
-    a = _load_word(at, high, 0, E, ASM)
-    b = _load_word(at + W, high, 1, E, ASM)
-    c = _load_word(at + 2 * W, high, 2, E, ASM)
-    d = _load_word(at + 3 * W, high, 2, E, ASM)
+    of_words = tl.broadcast_to(level[:, None, :, :], at.shape)
+    a = _load_word(at, of_words, 0, E, ASM)
+    b = _load_word(at + W, of_words, 1, E, ASM)
+    c = _load_word(at + 2 * W, of_words, 2, E, ASM)
+    d = _load_word(at + 3 * W, of_words, 2, E, ASM)
     return level, a, b, c, d
 
 
@@ -238,9 +241,9 @@ def _codes_of_planes(a, b, c, d, ASM: tl.constexpr):
     numbers. It transposes the 4 x 4 fields of 2 bits that the bytes of a place have."""
     a, b = _swap(a, b, 2, ASM)
     c, d = _swap(c, d, 2, ASM)
-    one, three = _swap(a, c, 4, ASM)
-    two, four = _swap(b, d, 4, ASM)
-    return one, two, three, four
+    first, third = _swap(a, c, 4, ASM)
+    second, fourth = _swap(b, d, 4, ASM)
+    return first, second, third, fourth
 
 
 @jit
@@ -264,7 +267,7 @@ def _level_factors(one, two):
 @jit
 def _level_fma(x, y, times, plus, like, E: tl.constexpr):
     """Turn codes x, y (n, 1, S, 4) of two tokens into numbers (n, 1, S, 4, E, 2), as
-    _level_numbers, a power of 2 too small."""
+    _level_numbers, a power of 2 too small. Where E is 2 both tokens are in x, and y is not read."""
     if E == 4:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             LEVEL_ASM_4,
@@ -315,11 +318,11 @@ def level_values(
         w2 = _join_halves(w2, v2)
         w3 = _join_halves(w3, v3)
         w4 = _join_halves(w4, v4)
-    w1, w2, w3, w4 = _codes_of_planes(w1, w2, w3, w4, FMA)
+    w1, w2, w3, w4 = _codes_of_planes(w1, w2, w3, w4, ASM)
     if FMA and E == 2:
         v1, v2, v3, v4 = w1, w2, w3, w4
     else:
-        v1, v2, v3, v4 = _codes_of_planes(v1, v2, v3, v4, FMA)
+        v1, v2, v3, v4 = _codes_of_planes(v1, v2, v3, v4, ASM)
     if FMA:
         times, plus = _level_factors(one, two)
         a = _level_fma(w1, v1, times, plus, like, E)

@@ -65,3 +65,4 @@ for SHARE in ${SHARES//,/ }; do
   done
 done
 measure select-untrained --out_dir="$RUN" --methods=dense,select --kv_byte_budgets=$SHARES
+measure select-untrained-refit --out_dir="$RUN" --methods=select --refit --kv_byte_budgets=$SHARES

@@ -236,13 +236,13 @@ def _plane_words(rows_ptr, word, offset, S: tl.constexpr, U: tl.constexpr, ASM: 
 
 
 @jit
-def _codes_of_planes(a, b, c, d, ASM: tl.constexpr):
+def _codes_of_planes(a, b, c, d, FMA: tl.constexpr):
     """Turn words of four bit planes into codes, a byte each: those of each quarter of a group's
     numbers. It transposes the 4 x 4 fields of 2 bits that the bytes of a place have."""
-    a, b = _swap(a, b, 2, ASM)
-    c, d = _swap(c, d, 2, ASM)
-    first, third = _swap(a, c, 4, ASM)
-    second, fourth = _swap(b, d, 4, ASM)
+    a, b = _swap(a, b, 2, FMA)
+    c, d = _swap(c, d, 2, FMA)
+    first, third = _swap(a, c, 4, FMA)
+    second, fourth = _swap(b, d, 4, FMA)
     return first, second, third, fourth
 
 
@@ -318,11 +318,11 @@ def level_values(
         w2 = _join_halves(w2, v2)
         w3 = _join_halves(w3, v3)
         w4 = _join_halves(w4, v4)
-    w1, w2, w3, w4 = _codes_of_planes(w1, w2, w3, w4, ASM)
+    w1, w2, w3, w4 = _codes_of_planes(w1, w2, w3, w4, FMA)
     if FMA and E == 2:
         v1, v2, v3, v4 = w1, w2, w3, w4
     else:
-        v1, v2, v3, v4 = _codes_of_planes(v1, v2, v3, v4, ASM)
+        v1, v2, v3, v4 = _codes_of_planes(v1, v2, v3, v4, FMA)
     if FMA:
         times, plus = _level_factors(one, two)
         a = _level_fma(w1, v1, times, plus, like, E)

@@ -7,7 +7,7 @@
   (storage/from_keys.py says how they are read).
 
     seen = Moments(path)
-    seen.add(x, q, k, v)                             # what the path got
+    seen.add(x, k, v, received)                      # what the path got
     weight, rest = seen.from_keys()                  # rest: second moment of what weight leaves
 
 Letters: storage/layout.py.
@@ -62,40 +62,47 @@ def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 class Moments:
-    """Second moments, in float64, that calibration adds up for one layer's ValueGroupPath."""
+    """Second moments, in float64, that calibration adds up for one layer's ValueGroupPath.
+
+    Where keys tell values, tokens count as much as they are read: what a map leaves of a token
+    reaches the output with the attention that the token gets."""
 
     def __init__(self, path: nn.Module):
         self.path = path
         self.cov = 0.0  # (Hkv, D, D) of v @ enc
         self.xx = 0.0  # (n_embd + 1, n_embd + 1) of the layer's input and a one
         self.xe = 0.0  # (n_embd + 1, Hm*S) of that and the group energies
-        self.kk = 0.0  # (Hkv*D, Hkv*D) of keys before RoPE, all heads beside one another
-        self.kz = 0.0  # (Hkv*D, Hkv*D) of those and v @ enc
+        self.kk = 0.0  # (Hkv, Hkv*D, Hkv*D) of keys before RoPE, all heads beside one another
+        self.kz = 0.0  # (Hkv, Hkv*D, D) of those and v @ enc
 
-    def add(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Take what a path got."""
-        first = 0 if self.path.key_map is None else self.path.cfg.first_whole  # those stay whole
-        x = x[:, first:]
-        k = k[:, :, first:]
-        v = v[:, :, first:]
+    def add(self, x: Tensor, k: Tensor, v: Tensor, received: Tensor | None = None) -> None:
+        """Take what a path got: x (B, T, n_embd), k and v (B, Hkv, T, D), and where keys tell
+        values the attention that tokens get, (B, Hkv, T)."""
         enc = self.path.enc.to(v.dtype)
         z = (v @ enc).double()
-        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", z, z)
-        from_keys = self.path.own_maps().from_keys
-        if from_keys is not None:
-            number = torch.arange(k.size(2), device=k.device)
-            position = first + number[None]
-            self._add_keys(from_keys.heads_before_rope(k, position), z)
-            told = from_keys.predict(k, position)
-            z = z - told.double()
+        if self.path.key_map is None:
+            self.cov = self.cov + torch.einsum("bhtd,bhte->hde", z, z)
+        else:
+            first = self.path.cfg.first_whole  # those stay whole
+            x = x[:, first:]
+            k = k[:, :, first:]
+            z = z[:, :, first:]
+            z = z - self._add_keys(k, z, received[:, :, first:], first)
         self._add_router(x, z)
 
-    def _add_keys(self, k: Tensor, z: Tensor) -> None:
-        """Take keys before RoPE (B, T, Hkv*D) and coordinates (B, Hkv, T, D)."""
-        k = k.double().flatten(0, 1)  # (B*T, Hkv*D)
-        z = z.transpose(1, 2).reshape(k.shape)
-        self.kk = self.kk + k.T @ k
-        self.kz = self.kz + k.T @ z
+    def _add_keys(self, k: Tensor, z: Tensor, received: Tensor, first: int) -> Tensor:
+        """Take keys (B, Hkv, T, D) of tokens from number `first` on, their coordinates, and the
+        attention they get (B, Hkv, T). Returns what the path's map tells of the coordinates."""
+        from_keys = self.path.own_maps().from_keys
+        number = torch.arange(k.size(2), device=k.device)
+        position = first + number[None]
+        weight = received.double().unsqueeze(-1)
+        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", weight * z, z)
+        before = from_keys.heads_before_rope(k, position).double()  # (B, T, Hkv*D)
+        weighted = weight * before.unsqueeze(1)  # (B, Hkv, T, Hkv*D)
+        self.kk = self.kk + torch.einsum("bhtp,btq->hpq", weighted, before)
+        self.kz = self.kz + torch.einsum("bhtp,bhtd->hpd", weighted, z)
+        return from_keys.predict(k, position).double()
 
     def _add_router(self, x: Tensor, z: Tensor) -> None:
         """Take the layer's inputs (B, T, n_embd) and what is cut into groups (B, Hkv, T, D)."""
@@ -109,23 +116,29 @@ class Moments:
         self.xe = self.xe + x.T @ energy
 
     def from_keys(self) -> tuple[Tensor, Tensor]:
-        """Return the map (Hkv*D, Hkv*D) from keys by least squares with a little ridge, of own
-        heads in blocks on its diagonal, and the second moment (Hkv, D, D) per head of what it
-        leaves. The metric in which values are measured makes no difference to a map that has all
-        coefficients."""
-        path = self.path
-        if path.key_map.ndim == 3:
-            weight = solve_own_heads(self.kk, self.kz, path.Hkv, path.D)
-        else:
-            weight = ridge_solve(self.kk, self.kz, RIDGE)
-        change = change_by(weight, self.kk, self.kz)
-        rest = self.cov + own_heads(change, path.Hkv, path.D)
-        return weight, rest
+        """Return the map (Hkv*D, Hkv*D) from keys by weighted least squares with a little ridge,
+        of own heads in blocks on its diagonal, and the second moment (Hkv, D, D) per head of what
+        it leaves. The metric in which values are measured makes no difference to a map that has
+        all coefficients."""
+        weights = [self._map_of_head(h) for h in range(self.path.Hkv)]
+        changes = map(change_by, weights, self.kk, self.kz)
+        return torch.cat(weights, 1), self.cov + torch.stack([*changes])
+
+    def _map_of_head(self, h: int) -> Tensor:
+        """Return the columns (Hkv*D, D) of the map that tell head h."""
+        kk = self.kk[h]
+        kz = self.kz[h]
+        if self.path.key_map.ndim == 2:
+            return ridge_solve(kk, kz, RIDGE)
+        own = slice(h * self.path.D, (h + 1) * self.path.D)
+        weight = torch.zeros_like(kz)
+        weight[own] = ridge_solve(kk[own, own], kz[own], RIDGE)
+        return weight
 
 
 def change_by(weight: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
     """Return what is added to the second moment of y where x @ weight is taken off it, from X^T X
-    and X^T Y; all (p, p)."""
+    (p, p) and X^T Y (p, n): (n, n)."""
     cross = xy.T @ weight
     return weight.T @ xx @ weight - cross - cross.T
 
@@ -141,14 +154,6 @@ def own_heads(x: Tensor, Hkv: int, D: int) -> Tensor:
     """Return the blocks (Hkv, D, D) on the diagonal of x (Hkv*D, Hkv*D)."""
     by_head = x.view(Hkv, D, Hkv, D)
     return torch.einsum("hdhe->hde", by_head)
-
-
-def solve_own_heads(xx: Tensor, xy: Tensor, Hkv: int, D: int) -> Tensor:
-    """Return ridge_solve of every head by itself, from the moments (Hkv*D, Hkv*D) of all: blocks on
-    the diagonal, zeros elsewhere."""
-    heads = zip(own_heads(xx, Hkv, D), own_heads(xy, Hkv, D), strict=True)
-    own = [ridge_solve(*head, RIDGE) for head in heads]
-    return torch.block_diag(*own)
 
 
 def ridge_solve(xx: Tensor, xy: Tensor, strength: float) -> Tensor:

@@ -105,7 +105,7 @@ from loaders.compress import windows_of
 from loaders.device import device_name, pick_device
 from loaders.runs import Run, load_run
 from model import Transformer, evaluating
-from reconstruct import RIDGE, change_by, own_heads, ridge_solve, solve_own_heads
+from reconstruct import RIDGE, change_by, own_heads, ridge_solve
 from report.figures import layers_figure
 from routing.bases import output_metric
 from routing.calibration import record_layers
@@ -154,6 +154,14 @@ class Sums:
 
 
 # -------------------- values from keys
+
+
+def solve_own_heads(xx: Tensor, xy: Tensor, Hkv: int, D: int) -> Tensor:
+    """Return ridge_solve of every head by itself, from the moments (Hkv*D, Hkv*D) of all: blocks on
+    the diagonal, zeros elsewhere."""
+    heads = zip(own_heads(xx, Hkv, D), own_heads(xy, Hkv, D), strict=True)
+    own = [ridge_solve(*head, RIDGE) for head in heads]
+    return torch.block_diag(*own)
 
 
 def maps(sums: Sums, n_kv_head: int) -> dict[str, Tensor]:

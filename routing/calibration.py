@@ -13,6 +13,7 @@ from torch import Tensor
 from model import Attention, evaluating
 from reconstruct import Moments, as_held, fit_router
 from routing.bases import value_basis
+from routing.in_window import attention_received
 
 
 @torch.no_grad()
@@ -40,7 +41,12 @@ def calibrate(
 def observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[Moments]:
     """Run batches through the model as it is, and add up what the new paths would see."""
     moments = [Moments(path) for path in paths]
-    with evaluating(model), record_layers(chosen, lambda i, *seen: moments[i].add(*seen)):
+
+    def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        told = paths[i].key_map is not None
+        moments[i].add(x, k, v, attention_received(q, k, paths[i].cap) if told else None)
+
+    with evaluating(model), record_layers(chosen, see):
         for idx in batches:
             model(idx, last_only=True)
     return moments

@@ -62,6 +62,24 @@ def plain_windowed_attention(
     return torch.cat(out, 2)
 
 
+def attention_received(q: Tensor, k: Tensor, cap: float = 0.0) -> Tensor:
+    """Return how much attention every token of windows gets, (B, Hkv, T), float32 at least: summed
+    over its own and later queries and over the query heads of a KV head.
+
+    q (B, H, T, D), k (B, Hkv, T, D); cap: see soft_cap. A layer that reads the newest tokens only
+    is taken for one that reads all."""
+    T = q.size(2)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    received = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)
+    step = QUERY_BLOCK[q.device.type]
+    for a in range(0, T, step):
+        b = min(a + step, T)
+        logits = group_logits(q[:, :, a:b], k[:, :, :b], cap)
+        p = group_weights(logits, attention_mask(b - a, b, None, q.device))
+        received[..., :b] += p.sum(-2)
+    return received
+
+
 def group_logits(q: Tensor, k: Tensor, cap: float) -> Tensor:
     """Return attention logits (B, Hkv, n*T, L), the query heads of a KV head in turn.
 

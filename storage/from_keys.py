@@ -2,8 +2,8 @@
 
 The problem: a dropped group is read as zero, though most of it could be told from what is stored
 beside it. The idea: a value is z = k W + r, where k are the keys of all KV heads of a layer before
-RoPE, W is fitted by least squares, and groups of the residual r are routed and stored. Decoding
-needs no predicted value,
+RoPE, W is fitted by least squares, weighted by the attention that tokens get, and groups of the
+residual r are routed and stored. Decoding needs no predicted value,
 
     sum_j p_j z_j = (sum_j p_j k_j) W + sum_j p_j m_j r_j                                        (1)
 

@@ -3,6 +3,7 @@ stored, saved and refused, against loops in float64."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from dataclasses import replace
@@ -28,6 +29,7 @@ from loaders.runs import load_run
 from model import apply_rope, rope_table
 from reconstruct import Moments, straight_through
 from report.rows import setting_of
+from routing import in_window
 from settings.storing import check_fitted
 from storage import from_keys
 from storage.as_dense import as_dense
@@ -289,27 +291,41 @@ def test_a_step_by_kernel_gives_the_same_logits(monkeypatch, K):
     assert (logits[True] - logits[False]).abs().max() < 1e-4
 
 
-def test_the_map_is_the_ridge_regression_and_its_residual():
-    """What calibration fits solves the normal equations over all tokens but the first, and the
-    second moment it says is left is that of the residuals."""
-    path = kv_router.ValueGroupPath(TINY, KVConfig(**KEYS, kv_sinks=2)).double()
+@pytest.mark.parametrize("how", [{}, {"reconstructor": "own_keys"}])
+def test_the_map_is_the_ridge_regression_and_its_residual(how, monkeypatch):
+    """What calibration fits solves, for every head of values, the normal equations over all tokens
+    but the first ones, each weighted by the attention that it gets, and the second moment it says
+    is left is that of the residuals. Maps of own heads: over their own keys."""
+    path = kv_router.ValueGroupPath(TINY, KVConfig(**KEYS | how, kv_sinks=2)).double()
+    monkeypatch.setattr(in_window, "QUERY_BLOCK", {"cpu": 7})
     moments = Moments(path)
-    xs, vs = [], []
+    xs, vs, ws = [], [], []
     for seed in range(2):
         g = torch.Generator().manual_seed(seed)
         k, v = torch.randn(2, 2, 3, 31, 16, generator=g, dtype=torch.float64)
-        moments.add(torch.randn(2, 31, 40, generator=g, dtype=torch.float64), k, k, v)
+        q = torch.randn(2, 6, 31, 16, generator=g, dtype=torch.float64)
+        x = torch.randn(2, 31, 40, generator=g, dtype=torch.float64)
+        moments.add(x, k, v, in_window.attention_received(q, k))
         raw = path.own_maps().from_keys.heads_before_rope(k, torch.arange(31)[None])
         xs.append(raw[:, 2:].flatten(0, 1))
-        vs.append(v[:, :, 2:].transpose(1, 2).flatten(2).flatten(0, 1))
-    x, v = torch.cat(xs), torch.cat(vs)
+        vs.append(v[:, :, 2:].transpose(0, 1).flatten(1, 2))
+        received = torch.zeros(3, 2, 31, dtype=torch.float64)
+        for b, head, t in itertools.product(range(2), range(6), range(31)):
+            logits = q[b, head, t] @ k[b, head // 2, : t + 1].T / 4
+            received[head // 2, b, : t + 1] += logits.softmax(-1)
+        ws.append(received[:, :, 2:].flatten(1))
+    x, v, w = torch.cat(xs), torch.cat(vs, 1), torch.cat(ws, 1)
     weight, left = moments.from_keys()
-    ridge = 1e-4 * x.square().sum() / 48
-    rest = v - x @ weight
-    assert (x.T @ rest - ridge * weight).abs().max() < 1e-9
     for h in range(3):
-        r = rest[:, h * 16 : (h + 1) * 16]
-        assert (left[h] - r.T @ r).abs().max() < 1e-9
+        own = slice(h * 16, (h + 1) * 16)
+        read = own if path.key_map.ndim == 3 else slice(0, 48)
+        column = weight[:, own]
+        seen = x[:, read]
+        ridge = 1e-4 * (w[h] @ seen.square()).mean()
+        rest = v[h] - x @ column
+        assert (seen.T @ (w[h, :, None] * rest) - ridge * column[read]).abs().max() < 1e-9
+        assert column.abs().sum() == column[read].abs().sum()
+        assert (left[h] - rest.T @ (w[h, :, None] * rest)).abs().max() < 1e-9
 
 
 def test_attach_fits_maps_that_tell_values():

@@ -387,7 +387,7 @@ def _word_attention_kernel(
         two_bits = tl.load(bits_ptr + pairs + 4, mask=pairs + 4 < end, other=0)
     for t0 in tl.range(start, end, N, num_stages=STAGES):
         t = t0 + at
-        left = end - t0  # compared with, t would be made a number of 64 bits
+        left = end - t0  # t itself, compared with end, would be widened to 64 bits
         live = at < left
         # All that is read of these tokens, and the masks of the next ones.
         token_ptr = keys_ptr + t[:, None] * KEY_WORDS

@@ -64,20 +64,24 @@ def straight_through(logits: Tensor, mask: Tensor) -> Tensor:
 class Moments:
     """Second moments, in float64, that calibration adds up for one layer's ValueGroupPath.
 
-    Where keys tell values, tokens count as much as they are read: what a map leaves of a token
-    reaches the output with the attention that the token gets."""
+    In those of a map from keys, tokens count for as much as they are read: what the map leaves of a
+    token reaches the output times the attention that the token gets. Heads that a map tells
+    together, all or each by itself, share one weight: that is one set of moments for each of G
+    maps. Those of the router count all tokens alike."""
 
     def __init__(self, path: nn.Module):
         self.path = path
+        self.G = path.Hkv if path.key_map is not None and path.key_map.ndim == 3 else 1
         self.cov = 0.0  # (Hkv, D, D) of v @ enc
         self.xx = 0.0  # (n_embd + 1, n_embd + 1) of the layer's input and a one
         self.xe = 0.0  # (n_embd + 1, Hm*S) of that and the group energies
-        self.kk = 0.0  # (Hkv, Hkv*D, Hkv*D) of keys before RoPE, all heads beside one another
-        self.kz = 0.0  # (Hkv, Hkv*D, D) of those and v @ enc
+        self.kk = 0.0  # (G, Hkv*D/G, Hkv*D/G) of keys before RoPE, heads beside one another
+        self.kz = 0.0  # (G, Hkv*D/G, Hkv*D/G) of those and v @ enc
 
     def add(self, x: Tensor, k: Tensor, v: Tensor, received: Tensor | None = None) -> None:
-        """Take what a path got: x (B, T, n_embd), k and v (B, Hkv, T, D), and where keys tell
-        values the attention that tokens get, (B, Hkv, T)."""
+        """Take what a path got: x (B, T, n_embd), k and v (B, Hkv, T, D); for a map from keys the
+        attention that tokens get, (B, Hkv, T). Without it the map is there, and the router is to be
+        fitted."""
         enc = self.path.enc.to(v.dtype)
         z = (v @ enc).double()
         if self.path.key_map is None:
@@ -87,22 +91,26 @@ class Moments:
             x = x[:, first:]
             k = k[:, :, first:]
             z = z[:, :, first:]
-            z = z - self._add_keys(k, z, received[:, :, first:], first)
+            number = torch.arange(k.size(2), device=k.device)
+            position = first + number[None]
+            from_keys = self.path.own_maps().from_keys
+            if received is not None:
+                before = from_keys.heads_before_rope(k, position)
+                self._add_keys(before.double(), z, received[:, :, first:].double())
+            z = z - from_keys.predict(k, position).double()
         self._add_router(x, z)
 
-    def _add_keys(self, k: Tensor, z: Tensor, received: Tensor, first: int) -> Tensor:
-        """Take keys (B, Hkv, T, D) of tokens from number `first` on, their coordinates, and the
-        attention they get (B, Hkv, T). Returns what the path's map tells of the coordinates."""
-        from_keys = self.path.own_maps().from_keys
-        number = torch.arange(k.size(2), device=k.device)
-        position = first + number[None]
-        weight = received.double().unsqueeze(-1)
-        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", weight * z, z)
-        before = from_keys.heads_before_rope(k, position).double()  # (B, T, Hkv*D)
-        weighted = weight * before.unsqueeze(1)  # (B, Hkv, T, Hkv*D)
-        self.kk = self.kk + torch.einsum("bhtp,btq->hpq", weighted, before)
-        self.kz = self.kz + torch.einsum("bhtp,bhtd->hpd", weighted, z)
-        return from_keys.predict(k, position).double()
+    def _add_keys(self, k: Tensor, z: Tensor, received: Tensor) -> None:
+        """Take keys before RoPE (B, T, Hkv*D), coordinates (B, Hkv, T, D) and the attention that
+        tokens get (B, Hkv, T)."""
+        of_maps = received.unflatten(1, (self.G, -1)).mean(2)
+        weight = of_maps.unsqueeze(-1)  # (B, G, T, 1)
+        of_heads = weight.repeat_interleave(self.path.Hkv // self.G, 1)
+        self.cov = self.cov + torch.einsum("bhtd,bhte->hde", of_heads * z, z)
+        k = k.unflatten(-1, (self.G, -1)).transpose(1, 2)  # (B, G, T, Hkv*D/G)
+        z = z.unflatten(1, (self.G, -1)).transpose(2, 3).flatten(3)  # the same
+        self.kk = self.kk + torch.einsum("bgtp,bgtq->gpq", weight * k, k)
+        self.kz = self.kz + torch.einsum("bgtp,bgtq->gpq", weight * k, z)
 
     def _add_router(self, x: Tensor, z: Tensor) -> None:
         """Take the layer's inputs (B, T, n_embd) and what is cut into groups (B, Hkv, T, D)."""
@@ -120,25 +128,16 @@ class Moments:
         of own heads in blocks on its diagonal, and the second moment (Hkv, D, D) per head of what
         it leaves. The metric in which values are measured makes no difference to a map that has
         all coefficients."""
-        weights = [self._map_of_head(h) for h in range(self.path.Hkv)]
-        changes = map(change_by, weights, self.kk, self.kz)
-        return torch.cat(weights, 1), self.cov + torch.stack([*changes])
-
-    def _map_of_head(self, h: int) -> Tensor:
-        """Return the columns (Hkv*D, D) of the map that tell head h."""
-        kk = self.kk[h]
-        kz = self.kz[h]
-        if self.path.key_map.ndim == 2:
-            return ridge_solve(kk, kz, RIDGE)
-        own = slice(h * self.path.D, (h + 1) * self.path.D)
-        weight = torch.zeros_like(kz)
-        weight[own] = ridge_solve(kk[own, own], kz[own], RIDGE)
-        return weight
+        path = self.path
+        maps = [ridge_solve(kk, kz, RIDGE) for kk, kz in zip(self.kk, self.kz, strict=True)]
+        changes = map(change_by, maps, self.kk, self.kz)
+        change = torch.block_diag(*changes)
+        return torch.block_diag(*maps), self.cov + own_heads(change, path.Hkv, path.D)
 
 
 def change_by(weight: Tensor, xx: Tensor, xy: Tensor) -> Tensor:
     """Return what is added to the second moment of y where x @ weight is taken off it, from X^T X
-    (p, p) and X^T Y (p, n): (n, n)."""
+    and X^T Y; all (p, p)."""
     cross = xy.T @ weight
     return weight.T @ xx @ weight - cross - cross.T
 

@@ -22,7 +22,7 @@ def calibrate(
 ) -> None:
     """Set bases, maps from keys and routers of the paths that are to stand in `chosen` attentions,
     in place. basis: a kind of value_basis; batches: token ids (B, T)."""
-    moments = observe(model, chosen, paths, batches)
+    moments = observe(model, chosen, paths, batches, to_tell=True)
     for i, (attn, seen) in enumerate(zip(chosen, moments, strict=True)):
         cov = seen.cov
         key_map = None
@@ -38,13 +38,18 @@ def calibrate(
             fit_router(path.router, seen.xx, seen.xe)
 
 
-def observe(model: nn.Module, chosen: list, paths: list, batches: list[Tensor]) -> list[Moments]:
-    """Run batches through the model as it is, and add up what the new paths would see."""
+def observe(
+    model: nn.Module, chosen: list, paths: list, batches: list[Tensor], to_tell: bool = False
+) -> list[Moments]:
+    """Run batches through the model as it is, and add up what the new paths would see. to_tell:
+    for maps from keys, too."""
     moments = [Moments(path) for path in paths]
 
     def see(i: int, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        told = paths[i].key_map is not None
-        moments[i].add(x, k, v, attention_received(q, k, paths[i].cap) if told else None)
+        received = None
+        if to_tell and paths[i].key_map is not None:
+            received = attention_received(q, k, paths[i].cap)
+        moments[i].add(x, k, v, received)
 
     with evaluating(model), record_layers(chosen, see):
         for idx in batches:

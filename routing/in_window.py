@@ -63,11 +63,10 @@ def plain_windowed_attention(
 
 
 def attention_received(q: Tensor, k: Tensor, cap: float = 0.0) -> Tensor:
-    """Return how much attention every token of windows gets, (B, Hkv, T), float32 at least: summed
-    over its own and later queries and over the query heads of a KV head.
+    """Return how much attention every token of windows without padding gets, (B, Hkv, T), float32
+    at least: summed over its own and later queries and over the query heads of a KV head.
 
-    q (B, H, T, D), k (B, Hkv, T, D); cap: see soft_cap. A layer that reads the newest tokens only
-    is taken for one that reads all."""
+    q (B, H, T, D), k (B, Hkv, T, D); cap: see soft_cap"""
     T = q.size(2)
     dtype = torch.promote_types(q.dtype, torch.float32)
     received = torch.zeros(k.shape[:3], dtype=dtype, device=k.device)

@@ -27,9 +27,10 @@ import runs
 from config import KVConfig
 from loaders.runs import load_run
 from model import apply_rope, rope_table
-from reconstruct import Moments, straight_through
+from reconstruct import Moments, as_held, straight_through
 from report.rows import setting_of
 from routing import in_window
+from routing.calibration import record_layers
 from settings.storing import check_fitted
 from storage import from_keys
 from storage.as_dense import as_dense
@@ -292,40 +293,74 @@ def test_a_step_by_kernel_gives_the_same_logits(monkeypatch, K):
 
 
 @pytest.mark.parametrize("how", [{}, {"reconstructor": "own_keys"}])
-def test_the_map_is_the_ridge_regression_and_its_residual(how, monkeypatch):
-    """What calibration fits solves, for every head of values, the normal equations over all tokens
-    but the first ones, each weighted by the attention that it gets, and the second moment it says
-    is left is that of the residuals. Maps of own heads: over their own keys."""
+@pytest.mark.parametrize("cap", [0.0, 2.0])
+def test_the_map_is_the_ridge_regression_and_its_residual(how, cap, monkeypatch):
+    """What calibration fits solves the normal equations over all tokens but the first ones, each
+    weighted by the attention that it gets of the heads that the map tells, and the second moment it
+    says is left is that of the residuals. Maps of own heads: over their own keys."""
     path = kv_router.ValueGroupPath(TINY, KVConfig(**KEYS | how, kv_sinks=2)).double()
     monkeypatch.setattr(in_window, "QUERY_BLOCK", {"cpu": 7})
     moments = Moments(path)
-    xs, vs, ws = [], [], []
+    keys, values, weights = [], [], []
     for seed in range(2):
         g = torch.Generator().manual_seed(seed)
         k, v = torch.randn(2, 2, 3, 31, 16, generator=g, dtype=torch.float64)
         q = torch.randn(2, 6, 31, 16, generator=g, dtype=torch.float64)
         x = torch.randn(2, 31, 40, generator=g, dtype=torch.float64)
-        moments.add(x, k, v, in_window.attention_received(q, k))
+        moments.add(x, k, v, in_window.attention_received(q, k, cap))
         raw = path.own_maps().from_keys.heads_before_rope(k, torch.arange(31)[None])
-        xs.append(raw[:, 2:].flatten(0, 1))
-        vs.append(v[:, :, 2:].transpose(0, 1).flatten(1, 2))
+        keys.append(raw[:, 2:].flatten(0, 1))
+        values.append(v[:, :, 2:].transpose(0, 1).flatten(1, 2))
         received = torch.zeros(3, 2, 31, dtype=torch.float64)
         for b, head, t in itertools.product(range(2), range(6), range(31)):
             logits = q[b, head, t] @ k[b, head // 2, : t + 1].T / 4
+            if cap:
+                logits = cap * (logits / cap).tanh()
             received[head // 2, b, : t + 1] += logits.softmax(-1)
-        ws.append(received[:, :, 2:].flatten(1))
-    x, v, w = torch.cat(xs), torch.cat(vs, 1), torch.cat(ws, 1)
+        weights.append(received[:, :, 2:].flatten(1))
+    x = torch.cat(keys)
+    v = torch.cat(values, 1)
+    w = torch.cat(weights, 1)
+    own_keys = bool(how)
     weight, left = moments.from_keys()
     for h in range(3):
         own = slice(h * 16, (h + 1) * 16)
-        read = own if path.key_map.ndim == 3 else slice(0, 48)
+        read = own if own_keys else slice(0, 48)
+        by = w[h] if own_keys else w.mean(0)
         column = weight[:, own]
         seen = x[:, read]
-        ridge = 1e-4 * (w[h] @ seen.square()).mean()
+        ridge = 1e-4 * (by @ seen.square()).mean()
         rest = v[h] - x @ column
-        assert (seen.T @ (w[h, :, None] * rest) - ridge * column[read]).abs().max() < 1e-9
-        assert column.abs().sum() == column[read].abs().sum()
-        assert (left[h] - rest.T @ (w[h, :, None] * rest)).abs().max() < 1e-9
+        assert (seen.T @ (by[:, None] * rest) - ridge * column[read]).abs().max() < 1e-9
+        assert (left[h] - rest.T @ (by[:, None] * rest)).abs().max() < 1e-9
+        if own_keys:
+            assert column.abs().sum() == column[own].abs().sum()
+
+
+@pytest.mark.parametrize("kind", ["keys", "own_keys"])
+def test_calibration_weights_tokens_by_the_attention_they_get(kind):
+    """A path's map is that of the moments with the attention of its layer's own queries, capped as
+    the model caps it, and not that of tokens that count alike."""
+    cfg = KVConfig(**BY_NORM | dict(n_groups=8, topk_groups=4, kv_tail=0, reconstructor=kind))
+    x = tokens(2, 40)
+    maps = {}
+    for weighted in (True, False):
+        model = tiny_model(cfg=replace(TINY, attention_cap=3.0))
+        got = {}
+        layers = [layer.self_attn for layer in model.layers]
+        with record_layers(layers, lambda i, *seen, got=got: got.setdefault(i, seen)):
+            model(x)
+        kv_router.attach(model, cfg, batches=[x])
+        for i, attn in enumerate(layers):
+            path = attn.kv_path
+            _, q, k, v = got[i]
+            received = in_window.attention_received(q, k, 3.0)
+            moments = Moments(kv_router.ValueGroupPath(model.cfg, cfg))
+            moments.add(got[i][0], k, v, received if weighted else torch.ones_like(received))
+            fitted = moments.from_keys()[0] @ torch.block_diag(*path.enc.double())
+            maps[weighted, i] = (as_held(path, fitted) - path.key_map.double()).abs().max().item()
+    assert max(maps[True, i] for i in range(len(layers))) < 1e-4
+    assert min(maps[False, i] for i in range(len(layers))) > 1e-2
 
 
 def test_attach_fits_maps_that_tell_values():

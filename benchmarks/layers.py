@@ -3,7 +3,8 @@
 Everything is fitted on one text and measured on another.
 
 * *Values from keys*: the share of the energy of values, as W_o writes them, that a linear map W
-  tells from keys before RoPE, each head's own or those of all heads of the layer. What W weighs
+  tells from keys before RoPE, each head's own or those of all heads of the layer; all tokens count
+  alike, unlike in reconstruct.py. What W weighs
   stands beside what it saves: by reverse water-filling values whose variances in the `output` basis
   are lambda_i take
 

@@ -109,8 +109,9 @@ class Moments:
         self.cov = self.cov + torch.einsum("bhtd,bhte->hde", of_heads * z, z)
         k = k.unflatten(-1, (self.G, -1)).transpose(1, 2)  # (B, G, T, Hkv*D/G)
         z = z.unflatten(1, (self.G, -1)).transpose(2, 3).flatten(3)  # the same
-        self.kk = self.kk + torch.einsum("bgtp,bgtq->gpq", weight * k, k)
-        self.kz = self.kz + torch.einsum("bgtp,bgtq->gpq", weight * k, z)
+        weighted = weight * k
+        self.kk = self.kk + torch.einsum("bgtp,bgtq->gpq", weighted, k)
+        self.kz = self.kz + torch.einsum("bgtp,bgtq->gpq", weighted, z)
 
     def _add_router(self, x: Tensor, z: Tensor) -> None:
         """Take the layer's inputs (B, T, n_embd) and what is cut into groups (B, Hkv, T, D)."""
